@@ -1,0 +1,69 @@
+"""Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the whole paper, on PyTorch.
+
+mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, samplers, unet
+settings      presets: Preset, PRESETS, build
+files         load: a run folder or a checkpoint file -> Denoiser
+programs      run.train, run.generate, run.cli
+
+Modules load when they are first used, so that `ddpm --help` does not wait for torch.
+
+>>> import ddpm
+>>> ddpm.schedule.linear().T
+1000
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddpm import denoiser as denoiser
+    from ddpm import gaussian as gaussian
+    from ddpm import likelihood as likelihood
+    from ddpm import losses as losses
+    from ddpm import noise as noise
+    from ddpm import pixels as pixels
+    from ddpm import presets as presets
+    from ddpm import samplers as samplers
+    from ddpm import schedule as schedule
+    from ddpm import unet as unet
+    from ddpm.denoiser import Denoiser as Denoiser
+    from ddpm.denoiser import Estimate as Estimate
+    from ddpm.errors import InputError as InputError
+    from ddpm.files.checkpoints import load as load
+    from ddpm.gaussian import Gaussian as Gaussian
+    from ddpm.presets import PRESETS as PRESETS
+    from ddpm.presets import Preset as Preset
+    from ddpm.presets import build as build
+    from ddpm.schedule import Schedule as Schedule
+    from ddpm.unet import UNet as UNet
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "samplers", "unet", "presets"
+}  # fmt: skip
+_NAMES = {
+    "Schedule": "schedule",
+    "Gaussian": "gaussian",
+    "Denoiser": "denoiser",
+    "Estimate": "denoiser",
+    "UNet": "unet",
+    "Preset": "presets",
+    "PRESETS": "presets",
+    "build": "presets",
+    "load": "files.checkpoints",
+    "InputError": "errors",
+}
+__all__ = ["__version__", *sorted(_MODULES), *sorted(_NAMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"ddpm.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"ddpm.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'ddpm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,148 @@
+"""The forward process's three Gaussians and their divergence (Sections 2 and 3).
+
+Coefficients are float64 until they meet x; everything else has x's dtype, device and shape [B, ...].
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(mean, exp(log_variance) I): `mean` [B, ...]; `log_variance` in nats, of mean's shape or one that broadcasts.
+
+    >>> Gaussian(torch.ones(2, 3), torch.zeros(2, 1)).sample(torch.zeros(2, 3)).tolist()
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """The draw that standard normal noise `eps` (shape of mean) gives."""
+        return self.mean + (0.5 * self.log_variance).exp() * eps
+
+
+def at(table: Tensor, t: Tensor) -> Tensor:
+    """Entries t of a float64 table [T+1]: float64 [B], on the table's device."""
+    return table[t.to(table.device)]
+
+
+def over(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A coefficient per image, [B], as x's dtype and device, shaped [B, 1, ...] to multiply x [B, ...]."""
+    return coefficient.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def q_step(schedule: Schedule, x_prev: Tensor, t: Tensor) -> Gaussian:
+    """q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)  (Eq. 2); t int64 [B] in 1..T.
+
+    >>> from ddpm import schedule
+    >>> q_step(schedule.const(2, beta_T=0.75), torch.ones(1, 1), torch.tensor([1])).mean.item()
+    0.5
+    """
+    beta = at(schedule.beta, t)
+    return Gaussian(over((1 - beta).sqrt(), x_prev) * x_prev, over(beta.log(), x_prev))
+
+
+def q(schedule: Schedule, x0: Tensor, t: Tensor) -> Gaussian:
+    """q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)  (Eq. 4); t int64 [B] in 1..T.
+
+    >>> from ddpm import schedule
+    >>> q(schedule.const(2, beta_T=0.5), torch.ones(1, 1), torch.tensor([2])).mean.item()
+    0.5
+    """
+    abar = at(schedule.alpha_bar, t)
+    return Gaussian(over(abar.sqrt(), x0) * x0, over((1 - abar).log(), x0))
+
+
+def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps  (Eq. 4).
+
+    x0 [B, ...] signal, t int64 [B] in 0..T, eps standard normal of x0's shape; returns x_t of x0's shape.
+    At t = 0 it returns x0.
+
+    >>> from ddpm import schedule
+    >>> x0, eps = torch.ones(1, 1), torch.full((1, 1), 2.0)
+    >>> q_sample(schedule.const(1, beta_T=0.75), x0, torch.tensor([1]), eps).item()  # 0.5 x 1 + 0.866 x 2
+    2.232...
+    """
+    abar = at(schedule.alpha_bar, t)
+    return over(abar.sqrt(), x0) * x0 + over((1 - abar).sqrt(), x0) * eps
+
+
+def beta_tilde(schedule: Schedule) -> Tensor:
+    """beta~_t = (1 - abar_{t-1})/(1 - abar_t) beta_t  (Eq. 7), float64 [T+1], with the first one decided here.
+
+    Eq. 7 gives beta~_1 = 0, a variance that has no logarithm; as in the official code it is beta~_2 instead
+    (beta_1 where T = 1). Losses, likelihood, samplers and codec all take it from here. beta~_0 is 0 and not used.
+
+    >>> from ddpm import schedule
+    >>> [f"{b:.5e}" for b in beta_tilde(schedule.linear())[1:3].tolist()]
+    ['5.45319e-05', '5.45319e-05']
+    """
+    abar, beta = schedule.alpha_bar, schedule.beta
+    tilde = torch.zeros_like(abar)
+    tilde[1:] = (1 - abar[:-1]) / (1 - abar[1:]) * beta[1:]
+    tilde[1] = tilde[2] if schedule.T > 1 else beta[1]
+    return tilde
+
+
+def posterior_coefficients(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """What multiplies x_0 and x_t in mu~_t  (Eq. 7): two float64 [B].
+
+    >>> from ddpm import schedule
+    >>> c_0, c_x = posterior_coefficients(schedule.linear(), torch.tensor([2]))
+    >>> round(c_0.item(), 7), round(c_x.item(), 7)
+    (0.5452915, 0.4547085)
+    """
+    abar, abar_prev = at(schedule.alpha_bar, t), at(schedule.alpha_bar, t - 1)
+    alpha = abar / abar_prev
+    beta = 1 - alpha
+    c_0 = abar_prev.sqrt() * beta / (1 - abar)
+    c_x = alpha.sqrt() * (1 - abar_prev) / (1 - abar)
+    return c_0, c_x
+
+
+def q_posterior(schedule: Schedule, x0: Tensor, xt: Tensor, t: Tensor) -> Gaussian:
+    """q(x_{t-1} | x_t, x_0) = N(mu~_t(x_t, x_0), beta~_t I)  (Eq. 6, 7).
+
+    x0, xt [B, ...], t int64 [B] in 1..T. log_variance is [B, 1, ...]; at t = 1 see `beta_tilde`.
+
+    >>> from ddpm import schedule
+    >>> p = q_posterior(schedule.linear(), torch.ones(1, 1), torch.zeros(1, 1), torch.tensor([2]))
+    >>> round(p.mean.item(), 5), round(p.log_variance.item(), 4)
+    (0.54529, -9.8167)
+    """
+    c_0, c_x = posterior_coefficients(schedule, t)
+    mean = over(c_0, x0) * x0 + over(c_x, xt) * xt
+    return Gaussian(mean, over(at(beta_tilde(schedule), t).log(), xt))
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all dimensions but the first: [B, ...] -> [B]."""
+    return x.flatten(1).sum(1)
+
+
+def kl(q: Gaussian, p: Gaussian) -> Tensor:
+    """KL(q || p) of two diagonal Gaussians, nats per image [B].
+
+    >>> a, b = Gaussian(torch.zeros(1, 2), torch.zeros(1, 2)), Gaussian(torch.ones(1, 2), torch.zeros(1, 2))
+    >>> kl(a, a).item(), kl(a, b).item()  # 1/2 a dimension
+    (0.0, 1.0)
+    """
+    r = q.log_variance - p.log_variance
+    return total(0.5 * (r.expm1() - r + (q.mean - p.mean) ** 2 * (-p.log_variance).exp()))
+
+
+def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
+    """Nats per image, any shape, to bits per dimension; dims = C H W.
+
+    >>> bits_per_dim(torch.tensor(math.log(2) * 12), 12).item()
+    1.0
+    """
+    return nats / (dims * math.log(2))

@@ -1,0 +1,118 @@
+"""The variational bound, term by term (Eq. 5), and the discretised decoder (Eq. 13)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm import pixels
+from ddpm.denoiser import Denoiser, Estimate
+from ddpm.gaussian import Gaussian, bits_per_dim, kl, q, q_posterior, q_sample, total
+from ddpm.noise import Noise
+
+
+def _log_mass(lower: Tensor, upper: Tensor, p: Gaussian) -> Tensor:
+    """log of p's mass between two edges, elementwise, exact to the tails: log(Phi(b) - Phi(a))."""
+    inverse_sigma = (-0.5 * p.log_variance).exp()
+    # An open end is put where the normal CDF is 0 or 1 to any precision, so that gradients stay finite.
+    a = ((lower - p.mean) * inverse_sigma).clamp(-1e6, 1e6)
+    b = ((upper - p.mean) * inverse_sigma).clamp(-1e6, 1e6)
+    flip = a + b > 0  # the mass right of the mean is taken from the other tail, where Phi does not round to 1
+    a, b = torch.where(flip, -b, a), torch.where(flip, -a, b)
+    log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
+    log_mass: Tensor = log_b + torch.log(-torch.expm1((log_a - log_b).clamp(max=-1e-30)))
+    return log_mass
+
+
+def decoder_log_prob(x0: Tensor, p: Gaussian) -> Tensor:
+    """log p_theta(x_0 | x_1): p's mass on each pixel's bin, x0 +- 1/255, open-ended at -1 and 1  (Eq. 13).
+
+    x0 [B, ...] is the signal of 8-bit pixels, p = p_theta(x_0 | x_1). Nats per image [B]. The normal CDF is
+    exact; the official code approximates it by a tanh and floors the mass at 1e-12.
+
+    >>> sure = Gaussian(torch.zeros(1, 3) + 1 / 255, torch.full((1, 1), -20.0))
+    >>> decoder_log_prob(pixels.to_signal(torch.full((1, 3), 128, dtype=torch.uint8)), sure).item()
+    0.0
+    """
+    lower = torch.where(x0 < -1 + pixels.BIN / 2, -torch.inf, x0 - pixels.BIN / 2)
+    upper = torch.where(x0 > 1 - pixels.BIN / 2, torch.inf, x0 + pixels.BIN / 2)
+    return total(_log_mass(lower, upper, p))
+
+
+def decoder_mass(p: Gaussian) -> Tensor:
+    """Eq. 13's probability of every grey level: p.mean [B, ...] -> [B, ..., 256], summing to 1 over the last.
+
+    >>> mass = decoder_mass(Gaussian(torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)))
+    >>> mass.shape, bool((mass.sum(-1) - 1).abs().max() < 1e-12)
+    (torch.Size([1, 2, 256]), True)
+    """
+    _, lower, upper = pixels.bins(p.mean)
+    wide = Gaussian(p.mean.unsqueeze(-1), p.log_variance.unsqueeze(-1))
+    return _log_mass(lower, upper, wide).exp()
+
+
+def prior(denoiser: Denoiser, x0: Tensor) -> Tensor:
+    """L_T = KL(q(x_T | x_0) || N(0, I))  (Eq. 5), nats per image [B]; about 1e-5 bits/dim for the paper's schedule."""
+    T = torch.full((len(x0),), denoiser.schedule.T, device=x0.device)
+    qT = q(denoiser.schedule, x0, T)
+    return kl(qT, Gaussian(torch.zeros_like(qT.mean), torch.zeros_like(qT.log_variance)))
+
+
+def term(denoiser: Denoiser, x0: Tensor, xt: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Estimate]:
+    """The bound's term at level t  (Eq. 5), nats per image [B], and the estimate it came from.
+
+    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_theta) where t > 1, L_0 = -log p_theta(x_0 | x_1) where t = 1.
+    """
+    estimate = denoiser(xt, t, y)
+    divergence = kl(q_posterior(denoiser.schedule, x0, xt, t), estimate.p)
+    if not (t == 1).any():
+        return divergence, estimate
+    return torch.where(t == 1, -decoder_log_prob(x0, estimate.p), divergence), estimate
+
+
+@dataclass(frozen=True)
+class Bound:
+    """L of Eq. 5 for B images, each term by its name; -log p(x_0) is at most their sum.
+
+    prior    L_T, nats per image [B]
+    kl       L_1 .. L_{T-1}, nats per image [B, T-1]: kl[:, t-2] belongs to level t
+    decoder  L_0, nats per image [B]
+    mse      |x_0 - x0^(x_t)|^2 / D at levels 1..T, signal units squared [B, T]
+    dims     D = C H W
+    """
+
+    prior: Tensor
+    kl: Tensor
+    decoder: Tensor
+    mse: Tensor
+    dims: int
+
+    def bits_per_dim(self) -> Tensor:
+        """The whole bound, bits per dimension [B]."""
+        return bits_per_dim(self.prior + self.kl.sum(1) + self.decoder, self.dims)
+
+
+@torch.no_grad()
+def vlb(denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -> Bound:
+    """The variational bound with one draw at each of the T levels, as the paper evaluates it (Eq. 5, Section 4).
+
+    x0 [B, C, H, W] is the signal of 8-bit pixels; noise(t), shape of x0, makes x_t. Everything but the network
+    is float64. T network calls.
+
+    >>> from ddpm import schedule
+    >>> from ddpm.noise import per_image
+    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(10, 1e-3, 0.8), predict="x0")
+    >>> bound = vlb(grey, torch.zeros(2, 1, 4, 4), per_image([0, 1], (1, 4, 4)))
+    >>> bound.kl.shape, bound.bits_per_dim().shape
+    (torch.Size([2, 9]), torch.Size([2]))
+    """
+    x0 = x0.double()
+    T = denoiser.schedule.T
+    terms = torch.empty(len(x0), T, dtype=x0.dtype, device=x0.device)
+    mse = torch.empty_like(terms)
+    for level in range(T, 0, -1):
+        t = torch.full((len(x0),), level, device=x0.device)
+        xt = q_sample(denoiser.schedule, x0, t, noise(level).to(x0))
+        terms[:, level - 1], estimate = term(denoiser, x0, xt, t, y)
+        mse[:, level - 1] = (x0 - estimate.x0).square().flatten(1).mean(1)
+    return Bound(prior(denoiser, x0), terms[:, 1:], terms[:, 0], mse, x0[0].numel())

@@ -1,0 +1,65 @@
+"""What training minimises: one number per image, per dimension so that it does not grow with the image."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ddpm import likelihood
+from ddpm.denoiser import Denoiser
+from ddpm.gaussian import bits_per_dim, q_sample
+
+
+def simple(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
+    """L_simple  (Eq. 14): squared error of what the network predicts, mean over dimensions, [B].
+
+    For eps prediction |eps - eps_theta(x_t, t)|^2 / D; for x0, mu and v the same with their own target. The
+    paper's norm is a sum; the official code trains the mean. x0 [B, C, H, W] signal, t int64 [B] in 1..T,
+    eps standard normal of x0's shape, y int64 [B] class labels or None.
+
+    >>> from ddpm import schedule
+    >>> nothing = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear())
+    >>> simple(nothing, torch.zeros(2, 1, 4, 4), torch.tensor([1, 1000]), torch.ones(2, 1, 4, 4)).tolist()
+    [1.0, 1.0]
+    """
+    xt = q_sample(denoiser.schedule, x0, t, eps)
+    prediction, _ = denoiser.output(xt, t, y)
+    return (denoiser.target(x0, xt, t, eps) - prediction).square().flatten(1).mean(1)
+
+
+def vlb(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
+    """The true bound's term at t  (Eq. 5), bits per dimension [B], x0^ not clipped, as the official code trains it.
+
+    T times its mean over t uniform in 1..T, plus L_T, is the bound. Arguments as in `simple`.
+
+    >>> from ddpm import schedule
+    >>> nothing = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear())
+    >>> vlb(nothing, torch.zeros(1, 1, 4, 4), torch.tensor([500]), torch.zeros(1, 1, 4, 4)).item() < 1e-3
+    True
+    """
+    xt = q_sample(denoiser.schedule, x0, t, eps)
+    nats, _ = likelihood.term(denoiser.unclipped(), x0, xt, t, y)
+    return bits_per_dim(nats, x0[0].numel())
+
+
+def hybrid(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
+    """L_simple + 0.001 L_vlb for a learned variance (Nichol & Dhariwal 2021, Eq. 16), [B].
+
+    L_vlb is T times the term at t in bits per dimension and moves the variance only: the mean is held.
+    One network call. Arguments as in `simple`.
+
+    >>> from ddpm import schedule
+    >>> nothing = Denoiser(lambda x, timestep, y: torch.zeros(1, 2, 4, 4), schedule.linear(), variance="learned_range")
+    >>> hybrid(nothing, torch.zeros(1, 1, 4, 4), torch.tensor([500]), torch.ones(1, 1, 4, 4)).item() > 1
+    True
+    """
+    schedule = denoiser.schedule
+    xt = q_sample(schedule, x0, t, eps)
+    prediction, variance = denoiser.output(xt, t, y)
+    mse = (denoiser.target(x0, xt, t, eps) - prediction).square().flatten(1).mean(1)
+    held = prediction.detach() if variance is None else torch.cat([prediction.detach(), variance], dim=1)
+    known = replace(denoiser, network=lambda *_: held)
+    return mse + 0.001 * schedule.T * vlb(known, x0, t, eps, y)
+
+
+LOSSES = {"simple": simple, "vlb": vlb, "hybrid": hybrid}

@@ -1,0 +1,64 @@
+"""Randomness as an argument: every draw is a function of integers, never of global state.
+
+Each image has a seed of its own. What it draws at level t depends on that seed and on t only, so the
+batch size, the number of devices and the order of the images cannot change a picture.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Noise: TypeAlias = Callable[[int], Tensor]
+"""noise(t): the standard normal draw that makes x_t, shaped like x."""
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*keys: int) -> int:
+    """Hash integers to one seed of 63 bits (SplitMix64's finaliser, chained); the same on every platform.
+
+    >>> mix(1, 2) == mix(1, 2), mix(1, 2) == mix(2, 1)
+    (True, False)
+    """
+    h = 0
+    for key in keys:
+        h = (h + (key & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & _MASK
+        h ^= h >> 31
+    return h >> 1
+
+
+def generator(*keys: int) -> torch.Generator:
+    """A CPU generator that is a function of `keys` only.
+
+    >>> float(torch.rand((), generator=generator(0, 7))) == float(torch.rand((), generator=generator(0, 7)))
+    True
+    """
+    return torch.Generator().manual_seed(mix(*keys))
+
+
+def normal(seeds: Sequence[int], shape: Sequence[int], *keys: int) -> Tensor:
+    """Standard normal draws float32 [len(seeds), *shape]; row i depends on seeds[i] and `keys` only.
+
+    Drawn on the CPU, so that a seed gives one image on every device.
+
+    >>> torch.equal(normal([5, 6], (1, 4, 4), 10)[1], normal([6], (1, 4, 4), 10)[0])
+    True
+    """
+    draws = torch.empty(len(seeds), *shape)
+    for row, seed in zip(draws, seeds, strict=True):
+        torch.randn(tuple(shape), generator=generator(seed, *keys), out=row)
+    return draws
+
+
+def per_image(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Noise:
+    """The noise of images with these seeds: `noise(t)` is float32 [len(seeds), *shape] on `device`.
+
+    >>> noise = per_image([0, 1], (3, 8, 8))
+    >>> noise(1000).shape, torch.equal(noise(3), noise(3)), torch.equal(noise(3), noise(4))
+    (torch.Size([2, 3, 8, 8]), True, False)
+    """
+    return lambda t: normal(seeds, shape, t).to(device, non_blocking=True)

@@ -1,0 +1,175 @@
+"""The forward process's one table, abar_t, and the published ways to choose it (Section 4, Appendix B).
+
+t is the paper's t: 1..T are noise levels, 0 is data.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Noise levels 0..T: `alpha_bar` float64 [T+1] with alpha_bar[0] = 1, falling, never below 0.
+
+    `timestep` int64 [T+1] is what the network is told at each level: 0..T-1 for levels 1..T of published
+    networks. Level 0 is data, no network is called there, and timestep[0] is -1. Raises InputError for
+    a table that is not a schedule.
+
+    >>> s = linear()
+    >>> s.T, float(s.alpha_bar[0]), f"{float(s.alpha_bar[-1]):.4e}", int(s.timestep[1000])
+    (1000, 1.0, '4.0358e-05', 999)
+    """
+
+    alpha_bar: Tensor
+    timestep: Tensor
+
+    def __post_init__(self) -> None:
+        a = self.alpha_bar
+        if a.dtype != torch.float64 or a.ndim != 1 or len(a) < 2 or self.timestep.shape != a.shape:
+            raise InputError("schedule: want alpha_bar float64 [T+1] and timestep int64 [T+1], T at least 1")
+        if not (a[0] == 1 and (a.diff() < 0).all() and a[-1] >= 0):
+            raise InputError("schedule: want alpha_bar to start at 1 and to fall at every level, to no less than 0")
+
+    @property
+    def T(self) -> int:
+        """The number of noise levels."""
+        return len(self.alpha_bar) - 1
+
+    @property
+    def beta(self) -> Tensor:
+        """beta_t = 1 - abar_t / abar_{t-1} (Eq. 2), float64 [T+1]; beta[0] = 0: level 0 has no step before it."""
+        beta = torch.zeros_like(self.alpha_bar)
+        beta[1:] = 1 - self.alpha_bar[1:] / self.alpha_bar[:-1]
+        return beta
+
+    def levels(self, steps: int) -> list[int]:
+        """`steps` levels spread evenly over 1..T, rising, the last one T.
+
+        >>> linear(1000).levels(4)
+        [250, 500, 750, 1000]
+        """
+        if not 1 <= steps <= self.T:
+            raise InputError(f"steps {steps}: want 1 to {self.T}, the number of noise levels")
+        return [self.T - (self.T * i + steps // 2) // steps for i in range(steps - 1, -1, -1)]
+
+    def respace(self, levels: Sequence[int]) -> "Schedule":
+        """The schedule that visits only these levels of this one, rising within 1..T; the network is told the same.
+
+        >>> s = linear(1000).respace([250, 500, 1000])
+        >>> s.T, s.timestep.tolist(), bool(s.alpha_bar[2] == linear(1000).alpha_bar[500])
+        (3, [-1, 249, 499, 999], True)
+        """
+        keep = torch.tensor([0, *levels])
+        if len(keep) < 2 or (keep.diff() <= 0).any() or keep[-1] > self.T:
+            raise InputError(f"levels {list(levels)}: want rising levels within 1..{self.T}")
+        keep = keep.to(self.alpha_bar.device)
+        return Schedule(self.alpha_bar[keep], self.timestep[keep])
+
+    def to(self, device: torch.device | str) -> "Schedule":
+        """The same tables on `device`, so that indexing them there does not wait for a transfer."""
+        return Schedule(self.alpha_bar.to(device), self.timestep.to(device))
+
+
+def from_beta(beta: Tensor) -> Schedule:
+    """The schedule with beta_1..beta_T = `beta`, float64 [T], each in (0, 1]; abar_t = prod_{s<=t} (1 - beta_s) (Eq. 4).
+
+    >>> from_beta(torch.tensor([0.5, 0.5], dtype=torch.float64)).alpha_bar.tolist()
+    [1.0, 0.5, 0.25]
+    """
+    T = len(beta)
+    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta.double(), 0)])
+    return Schedule(alpha_bar, torch.arange(-1, T))
+
+
+def _line(a: float, b: float, n: int) -> Tensor:
+    return torch.linspace(a, b, n, dtype=torch.float64)
+
+
+def linear(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+    """The paper's choice (Section 4): beta_t rises linearly from beta_1 to beta_T.
+
+    >>> f"{float(linear().beta[2]):.6e}"
+    '1.199199e-04'
+    """
+    return from_beta(_line(beta_1, beta_T, T))
+
+
+def quad(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+    """sqrt(beta_t) rises linearly (official code).
+
+    >>> bool(quad(100).beta[50] < linear(100).beta[50])
+    True
+    """
+    return from_beta(_line(beta_1**0.5, beta_T**0.5, T) ** 2)
+
+
+def const(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+    """beta_t = beta_T at every level; beta_1 is not used (official code, Appendix B).
+
+    >>> const(3, beta_T=0.5).alpha_bar.tolist()
+    [1.0, 0.5, 0.25, 0.125]
+    """
+    return from_beta(torch.full((T,), beta_T, dtype=torch.float64))
+
+
+def _warmup(T: int, beta_1: float, beta_T: float, share: float) -> Schedule:
+    rising = int(T * share)
+    return from_beta(torch.cat([_line(beta_1, beta_T, rising), torch.full((T - rising,), beta_T, dtype=torch.float64)]))
+
+
+def warmup10(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+    """beta_t rises linearly over the first tenth of the levels and then stays at beta_T (official code).
+
+    >>> f"{float(warmup10().beta[100]):.2f} {float(warmup10().beta[1000]):.2f}"
+    '0.02 0.02'
+    """
+    return _warmup(T, beta_1, beta_T, 0.1)
+
+
+def warmup50(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+    """beta_t rises linearly over the first half of the levels and then stays at beta_T (official code).
+
+    >>> bool(warmup50().beta[250] < warmup10().beta[250])
+    True
+    """
+    return _warmup(T, beta_1, beta_T, 0.5)
+
+
+def jsd(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+    """beta_t = 1/T, 1/(T-1) .. 1, the original diffusion paper's; abar_t = 1 - t/T, so abar_T = 0 (official code).
+
+    beta_1 and beta_T are not used. At t = T nothing of x_0 is left, so eps prediction cannot give x_0 there.
+
+    >>> [round(a, 2) for a in jsd(4).alpha_bar.tolist()]
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    return from_beta(1 / _line(T, 1, T))
+
+
+def cosine(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02, s: float = 0.008) -> Schedule:
+    """abar_t = f(t)/f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), beta_t <= 0.999 (Nichol & Dhariwal 2021, Eq. 17).
+
+    beta_1 and beta_T are not used.
+
+    >>> round(float(cosine().alpha_bar[500]), 3)
+    0.494
+    """
+    f = torch.cos((_line(0, 1, T + 1) + s) / (1 + s) * math.pi / 2) ** 2
+    return from_beta((1 - f[1:] / f[:-1]).clamp(max=0.999))
+
+
+SCHEDULES = {
+    "linear": linear,
+    "quad": quad,
+    "const": const,
+    "warmup10": warmup10,
+    "warmup50": warmup50,
+    "jsd": jsd,
+    "cosine": cosine,
+}
