@@ -14,7 +14,9 @@ from ddpm.noise import Noise
 def _log_mass(lower: Tensor, upper: Tensor, p: Gaussian) -> Tensor:
     """log of p's mass between two edges, elementwise, exact to the tails: log(Phi(b) - Phi(a))."""
     inverse_sigma = (-0.5 * p.log_variance).exp()
-    # An open end is put where the normal CDF is 0 or 1 to any precision, so that gradients stay finite.
+    # An open end is put where the normal CDF is 0 or 1 to any precision, so that gradients stay finite: twice,
+    # because 0 x inf, the gradient of the product behind a clamp, is NaN.
+    lower, upper = lower.clamp(min=-1e30), upper.clamp(max=1e30)
     a = ((lower - p.mean) * inverse_sigma).clamp(-1e6, 1e6)
     b = ((upper - p.mean) * inverse_sigma).clamp(-1e6, 1e6)
     flip = a + b > 0  # the mass right of the mean is taken from the other tail, where Phi does not round to 1

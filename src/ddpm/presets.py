@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ddpm.denoiser import Denoiser
 
 
+Precision = Literal["auto", "float32", "bf16"]
+
+
 def _f(default: Any, help: str, least: float | None = None, most: float | None = None, resume: bool = False) -> Any:
     """A field: its line of meaning, its range, and whether a run that exists may go on with another value."""
     return field(default=default, metadata={"help": help, "least": least, "most": most, "resume": resume})
@@ -65,7 +68,7 @@ class Preset:
     grad_clip: float = _f(1.0, "largest global norm of the gradient; 0 for no clipping", 0)
     ema: float = _f(0.9999, "decay of the moving average of the weights", 0, 1)
     ema_warmup: bool = _f(False, "let the decay rise as (1 + n)/(10 + n), for short runs")
-    precision: Literal["auto", "float32", "bf16"] = _f("auto", "the network's; auto: bf16 where the hardware has it")
+    precision: Precision = _f("auto", "the network's; auto: bf16 where the hardware has it")
     checkpointing: bool = _f(False, "compute activations again on the way back: less memory, more time", resume=True)
 
     # the run

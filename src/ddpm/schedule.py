@@ -77,7 +77,7 @@ class Schedule:
 
 
 def from_beta(beta: Tensor) -> Schedule:
-    """The schedule with beta_1..beta_T = `beta`, float64 [T], each in (0, 1]; abar_t = prod_{s<=t} (1 - beta_s) (Eq. 4).
+    """The schedule with beta_1..beta_T = `beta`, float64 [T] in (0, 1]; abar_t = prod_{s<=t} (1 - beta_s) (Eq. 4).
 
     >>> from_beta(torch.tensor([0.5, 0.5], dtype=torch.float64)).alpha_bar.tolist()
     [1.0, 0.5, 0.25]

@@ -1,0 +1,261 @@
+"""Runs and checkpoints on disk.
+
+RUN/config.json                      the preset the run was made from
+RUN/checkpoints/STEP/ema.safetensors the averaged weights, raw.safetensors the others; each holds the configuration,
+                                     so that one file alone can be sampled
+RUN/checkpoints/STEP/optimizer.safetensors, state.json   what training needs to go on, and the SHA-256 of each file
+
+A checkpoint is written under another name, synced and renamed: a folder that has its name is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import ddpm
+from ddpm.denoiser import Denoiser
+from ddpm.errors import InputError
+from ddpm.presets import Preset, build, from_json, to_json
+
+Weights = Literal["ema", "raw"]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(state: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(state, sort_keys=True).encode())
+
+
+def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Write RUN/checkpoints/STEP whole or not at all, and return it.
+
+    `state` is plain JSON with "step"; `tensors` maps a file's stem (ema, raw, optimizer) to what goes into it.
+    Raises OSError where the disk is full; what is there already stays as it is.
+    """
+    folder = run / "checkpoints" / f"{state['step']:08d}"
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        hashes = {}
+        for stem, values in tensors.items():
+            path = temporary / f"{stem}.safetensors"
+            metadata = {
+                "config": json.dumps(to_json(preset)),
+                "step": str(state["step"]),
+                "weights": stem,
+                "version": ddpm.__version__,
+            }
+            try:
+                save_file({k: v.detach().contiguous() for k, v in values.items()}, path, metadata)
+            except SafetensorError as error:  # how safetensors says that the disk is full
+                raise OSError(str(error)) from error
+            _sync(path)
+            hashes[path.name] = _file_sha256(path)
+        sealed = {**state, "files": hashes, "version": ddpm.__version__}
+        write_atomic(temporary / "state.json", json.dumps({**sealed, "seal": _seal(sealed)}, indent=1))
+        _sync(temporary)
+        if folder.exists():  # a damaged one that was skipped
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None where every byte is as it was written."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        seal = state.pop("seal")
+        if seal != _seal(state):
+            return "state.json is altered"
+        for name, digest in state["files"].items():
+            if _file_sha256(folder / name) != digest:
+                return f"{name} is truncated or altered"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"state.json cannot be read ({error})"
+    return None
+
+
+def _steps(run: Path) -> list[Path]:
+    """The run's checkpoint folders, newest first."""
+    found = [p for p in (run / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name), reverse=True)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; warns of each damaged one that it passes over."""
+    for folder in _steps(run):
+        if (reason := damage(folder)) is None:
+            return folder
+        warnings.warn(f"checkpoint {folder}: {reason}; going back to the one before it", stacklevel=2)
+    return None
+
+
+def best(run: Path) -> Path | None:
+    """The whole checkpoint of lowest held-out loss, or None."""
+    scored = [(loss, p) for p in _steps(run) if (loss := _held_out(p)) is not None and damage(p) is None]
+    return min(scored, default=(0.0, None), key=lambda pair: pair[0])[1]
+
+
+def _held_out(folder: Path) -> float | None:
+    try:
+        loss: float | None = json.loads((folder / "state.json").read_text()).get("held_out")
+        return loss
+    except (OSError, ValueError):
+        return None
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best by held-out loss."""
+    folders = _steps(run)
+    scored = [p for p in folders if _held_out(p) is not None]
+    top = min(scored, key=lambda p: _held_out(p) or 0.0, default=None)
+    for folder in folders[keep:]:
+        if folder != top:
+            shutil.rmtree(folder)
+    for leftover in (run / "checkpoints").glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `save` was given as `state`."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    return state
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file's tensors; InputError where it is not one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model from disk: its denoiser in evaluation mode, what it was made from, and which weights these are."""
+
+    denoiser: Denoiser
+    preset: Preset
+    step: int
+    weights: str
+    path: Path
+
+
+def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
+    """The weights file that `path` means: a run folder (`which`: last, best or a step), a checkpoint folder, or a file.
+
+    InputError names what there is.
+    """
+    if path.is_file():
+        return path
+    if (path / "state.json").is_file():
+        return _whole(path) / f"{weights}.safetensors"
+    if not (path / "config.json").is_file():
+        wanted = "want a run folder, a checkpoint folder or a .safetensors file"
+        raise InputError(f"{path}: {'not a run' if path.exists() else 'no such file or folder'}; {wanted}")
+    if which.isdigit():
+        folder = path / "checkpoints" / f"{int(which):08d}"
+        if not folder.is_dir():
+            there = ", ".join(str(int(p.name)) for p in reversed(_steps(path))) or "none"
+            raise InputError(f"checkpoint {which}: {path} has {there}")
+        return _whole(folder) / f"{weights}.safetensors"
+    if which not in ("last", "best"):
+        raise InputError(f"checkpoint {which!r}: want last, best or a step")
+    folder_or_none = newest(path) if which == "last" else best(path)
+    if folder_or_none is None:
+        raise InputError(f"{path}: the run has no whole checkpoint yet; train it first")
+    return folder_or_none / f"{weights}.safetensors"
+
+
+def _whole(folder: Path) -> Path:
+    if reason := damage(folder):
+        raise InputError(f"checkpoint {folder}: {reason}; want another one of the run")
+    return folder
+
+
+def open_checkpoint(
+    path: str | Path, weights: Weights = "ema", which: str = "last", precision: str | None = None
+) -> Checkpoint:
+    """Read a model from a run folder, a checkpoint folder or one weights file, to the CPU.
+
+    weights    ema, the moving average, or raw; of a single file it is what the file holds
+    which      of a run: last, best (by held-out loss) or a step
+    precision  the network's: float32, bf16, or None for the run's own
+
+    InputError where there is nothing to read or it is damaged.
+    """
+    file = find(Path(path), which, weights)
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error})") from error
+    if "config" not in metadata or metadata.get("weights") not in ("ema", "raw"):
+        raise InputError(f"{file}: not a checkpoint of ddpm; want ema.safetensors or raw.safetensors of a run")
+    preset = from_json(json.loads(metadata["config"]))
+    if precision is not None:
+        preset = from_json({**to_json(preset), "precision": precision})
+    denoiser = build(preset)
+    assert isinstance(denoiser.network, nn.Module)
+    try:
+        denoiser.network.load_state_dict(read_tensors(file))
+    except RuntimeError as error:
+        raise InputError(f"{file}: its tensors are not those of its configuration") from error
+    denoiser.network.eval().requires_grad_(False)
+    return Checkpoint(denoiser, preset, int(metadata["step"]), metadata["weights"], file)
+
+
+def load(path: str | Path, weights: Weights = "ema", device: torch.device | str = "cpu") -> Denoiser:
+    """The denoiser of a run folder, a checkpoint folder or one weights file (.safetensors), ready to sample.
+
+    weights is ema or raw. The network computes in the precision that it was trained in. Raises InputError where
+    there is nothing to read or what there is is damaged.
+
+    >>> import ddpm
+    >>> ddpm.load("runs/nothing")
+    Traceback (most recent call last):
+    ...
+    ddpm.errors.InputError: runs/nothing: no such file or folder; want a run folder, a checkpoint folder or a ...
+    """
+    return open_checkpoint(path, weights).denoiser.to(device)

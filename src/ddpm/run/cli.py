@@ -1,0 +1,251 @@
+"""The command line: `ddpm COMMAND --help`. Nothing here imports torch until a command runs."""
+
+import argparse
+import difflib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import ddpm
+from ddpm.errors import InputError, Stopped
+from ddpm.presets import PRESETS, Preset, check
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line and exit code 2, and an unknown option suggests the nearest."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+    def unknown(self, given: Sequence[str]) -> InputError:
+        options = [option for action in self._actions for option in action.option_strings]
+        name = next((g for g in given if g.startswith("-")), given[0])
+        near = difflib.get_close_matches(name.split("=")[0], options, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`"
+        return InputError(f"{name}: no such option of {self.prog}; {hint}")
+
+
+def _tuple_of_int(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _size(text: str) -> tuple[int, ...]:
+    sides = tuple(int(part) for part in text.lower().split("x"))
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def _as(kind: Any, name: str, wanted: str) -> Any:
+    """A converter for argparse whose failure names the option, the value and what would do."""
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise InputError(f"{name} {text!r}: want {wanted}") from None
+
+    return convert
+
+
+def _number(kind: type[int] | type[float], name: str, default: float | None) -> dict[str, Any]:
+    wanted = "a whole number" if kind is int else "a number"
+    return {"type": _as(kind, name, wanted), "default": default, "metavar": "N" if kind is int else "X"}
+
+
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    """An option for every field of Preset; what is not given stays the preset's."""
+    hints = get_type_hints(Preset)
+    for f in fields(Preset):
+        if f.name == "data":
+            continue
+        name, kind, text = f"--{f.name.replace('_', '-')}", hints[f.name], f.metadata["help"]
+        extra: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **extra)
+        elif f.name == "size":
+            parser.add_argument(name, type=_as(_size, name, "a size as 32 or 32x48"), metavar="HxW", **extra)
+        elif get_origin(kind) is tuple:
+            whole = _as(_tuple_of_int, name, "whole numbers with commas between, as 1,2,2")
+            parser.add_argument(name, type=whole, metavar="N,N", **extra)
+        elif get_origin(kind) is Literal:
+            accepted = get_args(kind)
+            one = int if isinstance(accepted[0], int) else str
+            words = ", ".join(map(str, accepted))
+            extra["help"] += f" ({words})"
+            parser.add_argument(name, type=_as(one, name, words), metavar="X", **extra)
+        else:
+            wanted = {int: "a whole number", float: "a number", str: "text"}[kind]
+            metavar = {int: "N", float: "X", str: "S"}[kind]
+            parser.add_argument(name, type=_as(kind, name, wanted), metavar=metavar, **extra)
+
+
+def _train(args: argparse.Namespace) -> int:
+    overrides = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name, None) is not None}
+    preset = replace(_preset(args.preset), **overrides)
+    out = Path(args.out or f"runs/{args.preset}")
+
+    from ddpm.run.train import train
+
+    result = train(preset, out)
+    if args.json:
+        print(json.dumps({"out": str(out), **{f.name: getattr(result, f.name) for f in fields(result)}}))
+    elif result.held_out is not None:
+        before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before, "
+        print(f"held-out L_simple: {before}{result.held_out:.4f} after {result.step:,} steps")
+        if result.images_per_second:
+            print(f"speed: {result.images_per_second:.0f} images/s")
+        if preset.sample_every:
+            print(f"pictures: {out / 'samples'}")
+        print(f"next: ddpm sample {out} -n 64 --out samples.png")
+    return 128 + result.interrupted if result.interrupted else 0
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"preset {name!r}: {hint}want {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _sample(args: argparse.Namespace) -> int:
+    check("-n", args.n, int, 1)
+    check("--seed", args.seed, int, 0)
+    check("--batch-size", args.batch_size, int, 1)
+    check("--eta", args.eta, float, 0, 1)
+    if args.eta and args.sampler != "ddim":
+        raise InputError(f"--eta {args.eta}: only --sampler ddim has it")
+
+    from ddpm.files import images
+    from ddpm.files.checkpoints import open_checkpoint
+    from ddpm.run.distributed import pick_precision, processes
+    from ddpm.run.generate import SAMPLERS, generate, progressive
+
+    check("--sampler", args.sampler, Literal[SAMPLERS])
+    check("--weights", args.weights or "ema", Literal["ema", "raw"])
+    check("--precision", args.precision, Literal["auto", "float32", "bf16"])
+    if images.check_out(args.out) != "png" and args.progressive:
+        raise InputError(f"--out {args.out}: --progressive makes one picture; want a .png")
+    with processes(args.device) as ranks:
+        precision = None if args.precision == "auto" else args.precision
+        found = open_checkpoint(args.run, args.weights or "ema", args.checkpoint, precision)
+        if args.weights and found.weights != args.weights:
+            raise InputError(f"--weights {args.weights}: {found.path} holds the {found.weights} weights; want the run")
+        if precision is None and found.preset.precision != pick_precision("auto", ranks.device):
+            found = open_checkpoint(found.path, precision="float32")  # where bf16 would only be slow
+        denoiser = found.denoiser.to(ranks.device)
+        check("--steps", denoiser.schedule.T if args.steps is None else args.steps, int, 1, denoiser.schedule.T)
+        mine = [args.seed + i for i in ranks.mine(args.n)]
+        make = progressive if args.progressive else partial(generate, batch_size=args.batch_size)
+        pictures = make(
+            denoiser, found.preset.shape, mine, args.sampler, args.steps, args.eta,
+            device=ranks.device, progress=ranks.first and not args.json,
+        )  # fmt: skip
+        pictures = ranks.interleave(pictures, args.n)
+        if args.progressive:
+            tiles = pictures.flatten(0, 1).permute(0, 2, 3, 1).numpy()
+            if ranks.first:
+                images.save(args.out, images.grid(tiles, columns=pictures.shape[1]))
+        else:
+            if ranks.first:
+                names = [f"{args.seed + i:06d}" for i in range(args.n)]
+                images.save_many(args.out, pictures.permute(0, 2, 3, 1).numpy(), names)
+        if ranks.first:
+            about = {
+                "out": args.out,
+                "count": args.n,
+                "run": str(found.path),
+                "step": found.step,
+                "weights": found.weights,
+                "sampler": args.sampler,
+                "steps": args.steps,
+                "seed": args.seed,
+            }
+            summary = f"{args.n} images of {found.path} (step {found.step:,}, {found.weights}) in {args.out}"
+            print(json.dumps(about) if args.json else summary)
+    return 0
+
+
+def _parser() -> _Parser:
+    top = _Parser(
+        prog="ddpm",
+        description="Denoising Diffusion Probabilistic Models: train on your images, sample, evaluate.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"ddpm {ddpm.__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    p = commands.add_parser("train", help="train a model, or go on with a run", allow_abbrev=False)
+    p.description = (
+        "Train PRESET into the run folder --out; the same command goes on with a run that was stopped. "
+        "Each option below replaces one setting of the preset."
+    )
+    p.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
+    data = "digits; a folder, zip or parquet file of images; a local or hub data set"
+    p.add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=data)
+    p.add_argument("--out", metavar="RUN", help="the run's folder (runs/PRESET)")
+    p.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    _add_fields(p)
+    p.set_defaults(run_command=_train)
+
+    p = commands.add_parser("sample", help="make images from a run or a checkpoint", allow_abbrev=False)
+    p.description = "Make images from a run folder, a checkpoint folder or one .safetensors file."
+    p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder or a .safetensors file")
+    p.add_argument("-n", **_number(int, "-n", 64), help="how many images")
+    p.add_argument("--out", default="samples.png", help="FILE.png, a grid; FILE.npz; or a folder (samples.png)")
+    p.add_argument("--seed", **_number(int, "--seed", 0), help="of the first image; each next one has one more")
+    p.add_argument("--sampler", default="ancestral", metavar="X", help="ancestral (Algorithm 2) or ddim (ancestral)")
+    p.add_argument("--steps", **_number(int, "--steps", None), help="network calls (ancestral: all levels; ddim: 50)")
+    p.add_argument("--eta", **_number(float, "--eta", 0.0), help="DDIM's noise, 0 to 1")
+    p.add_argument("--batch-size", **_number(int, "--batch-size", 64), help="images at a time; changes no picture")
+    p.add_argument("--weights", metavar="X", help="ema, the averaged weights, or raw (ema)")
+    p.add_argument("--checkpoint", default="last", metavar="X", help="of a run: last, best or a step (last)")
+    p.add_argument("--progressive", action="store_true", help="a row an image: x0^ on the way (Figure 6)")
+    p.add_argument("--precision", default="auto", metavar="X", help="auto, float32 or bf16 (auto: the run's)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.set_defaults(run_command=_sample)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 a run that cannot go on, 2 a user's mistake, 130 Ctrl-C.
+
+    >>> main(["train", "cifra10"])
+    2
+    """
+    parser = _parser()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.showwarning = _warn
+    try:
+        args, unknown = parser.parse_known_args(arguments)
+        if args.command is None:
+            parser.print_help()
+            return 2 if unknown else 0
+        if unknown:
+            commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+            raise commands.choices[args.command].unknown(unknown)
+        code: int = args.run_command(args)
+        return code
+    except InputError as error:
+        print(f"ddpm: {error}", file=sys.stderr)
+        return 2
+    except Stopped as error:
+        print(f"ddpm: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ddpm: interrupted", file=sys.stderr)
+        return 130
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

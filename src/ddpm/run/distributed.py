@@ -1,0 +1,101 @@
+"""One process or many under torchrun: the same few words for both."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddpm.errors import InputError
+from ddpm.presets import Precision
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `world` ones, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of x over processes, on every one; x is on the CPU."""
+        if self.world > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return bool(self.total(torch.tensor(int(flag))) > 0)
+
+    def interleave(self, x: Tensor, count: int) -> Tensor:
+        """Rows rank::world of `count` rows, one part a process -> all rows [count, ...] in order; x is on the CPU."""
+        if self.world == 1:
+            return x
+        most = -(-count // self.world)
+        padded = torch.zeros(most, *x.shape[1:], dtype=x.dtype)
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
+    def mine(self, count: int) -> range:
+        """This process's share of 0..count-1."""
+        return range(self.rank, count, self.world)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """auto -> cuda, mps or cpu, whichever is there first; InputError for a device that there is not."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r}: want auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(
+                f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; want auto or cpu"
+            )
+        return torch.device("cuda", local_rank if device.index is None else device.index)
+    if device.type not in ("cpu", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise InputError(f"device {name!r}: not on this machine; want auto or cpu")
+    return device
+
+
+def pick_precision(name: Precision, device: torch.device) -> Precision:
+    """auto -> bf16 where the device multiplies bfloat16 matrices in hardware, else float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "cpu":
+        return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+    return "float32"
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """Join the others where torchrun started us, and leave them at the end."""
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    picked = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world, picked)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,31 @@
+"""The moving average of the weights (Section 4)."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def decay_at(step: int, decay: float, warmup: bool) -> float:
+    """The decay of update `step`, counted from 0: the first copies the weights, the rest are constant.
+
+    With `warmup` it rises as (1 + n)/(10 + n) to `decay`, so that a short run forgets its first weights.
+
+    >>> decay_at(0, 0.9999, False), decay_at(1, 0.9999, False), decay_at(1, 0.9999, True)
+    (0.0, 0.9999, 0.18181818181818182)
+    """
+    if step == 0:
+        return 0.0
+    return min(decay, (1 + step) / (10 + step)) if warmup else decay
+
+
+@torch.no_grad()
+def update(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
+    """average <- decay average + (1 - decay) weights, in place, float32.
+
+    >>> a = torch.zeros(1)
+    >>> update([a], [torch.ones(1)], 0.75)
+    >>> a.item()
+    0.25
+    """
+    torch._foreach_lerp_(list(average), list(weights), 1 - decay)

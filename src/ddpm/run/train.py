@@ -1,0 +1,421 @@
+"""Algorithm 1, with all that a long run needs; read `train` from top to bottom.
+
+Everything random in step n is a function of (seed, n), so nothing but weights and moments has to be saved.
+"""
+
+import copy
+import errno
+import fcntl
+import json
+import math
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ddpm import losses, noise, pixels
+from ddpm.denoiser import Denoiser
+from ddpm.errors import InputError, Stopped
+from ddpm.files import checkpoints, datasets, images
+from ddpm.presets import Preset, build, from_json, to_json
+from ddpm.run import ema
+from ddpm.run.distributed import Processes, pick_precision, processes
+from ddpm.run.generate import generate
+
+BUCKETS = 10
+HELD_OUT_SEED = 1 << 40  # far from the seeds of runs, so that held-out draws are the same in every run
+
+# What a draw is for, so that no two come from the same generator.
+_BATCH, _EPS, _DROPOUT = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished or interrupted run came to; losses are held-out L_simple of the averaged weights."""
+
+    step: int
+    held_out_before: float | None
+    held_out: float | None
+    images_per_second: float | None
+    interrupted: int | None  # the signal, where one ended the run
+
+
+def train(preset: Preset, out: Path) -> Result:
+    """Train `preset` into the run folder `out`, or go on with the run that is there, to step `preset.steps`.
+
+    Raises InputError for settings, data or a device that cannot be used, and Stopped where the run cannot go on.
+    """
+    with ExitStack() as stack:
+        ranks = stack.enter_context(processes(preset.device))
+        stop = stack.enter_context(_signals())
+        preset = _open_run(preset, out, ranks, stack)
+        train_set, held_out_set = datasets.load_pair(
+            preset.data, preset.size, preset.channels,
+            image_column=preset.image_column or None, label_column=preset.label_column or None,
+            skip_bad=preset.skip_bad, progress=ranks.first,
+        )  # fmt: skip
+
+        # The network, its average, and Adam.
+        torch.manual_seed(preset.seed)
+        denoiser = build(preset).to(ranks.device)
+        network = denoiser.network
+        assert isinstance(network, nn.Module)
+        average = copy.deepcopy(network).eval().requires_grad_(False)
+        weights, averaged = list(network.parameters()), list(average.parameters())
+        adam = torch.optim.Adam(weights, lr=preset.lr, betas=(0.9, 0.999), eps=1e-8, fused=ranks.device.type != "mps")
+        step, seconds, before = _resume(preset, out, train_set.fingerprint, network, average, adam)
+        if step >= preset.steps:
+            _say(ranks, f"{out} is trained to step {step} already; a larger --steps goes on")
+            return Result(step, before, None, None, None)
+
+        model = network
+        if ranks.world > 1:
+            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            model = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        training = replace(denoiser, network=model)
+        evaluating = replace(denoiser, network=average)
+        objective = losses.LOSSES[preset.loss]
+        parts = _parts(preset, ranks)
+
+        log = stack.enter_context(_metrics(out, step, preset, ranks))
+        _announce(preset, out, ranks, network, train_set, held_out_set, step)
+
+        def evaluate() -> float | None:
+            """Held-out L_simple, written to the log; None where the run is to stop."""
+            levels = held_out_by_level(evaluating, held_out_set, preset.eval_images, ranks)
+            mean = float(torch.tensor(levels).nanmean())
+            log(step, {"held_out": mean, "held_out_by_level": levels})
+            return mean
+
+        def save(held_out: float | None) -> None:
+            if not ranks.first:
+                return
+            names = [name for name, _ in network.named_parameters()]
+            moments = {
+                f"{key}.{n}": adam.state[p][key] for n, p in zip(names, weights, strict=True) for key in _MOMENTS
+            }
+            state = {
+                "step": step,
+                "seconds": seconds + time.monotonic() - started,
+                "held_out": held_out,
+                "held_out_before": before,
+                "data": train_set.fingerprint,
+            }
+            tensors = {"ema": average.state_dict(), "raw": network.state_dict(), "optimizer": moments}
+            try:
+                checkpoints.save(out, preset, state, tensors)
+            except OSError as error:
+                last = checkpoints.newest(out) or "none"
+                raise Stopped(
+                    f"step {step}: cannot save to {out}: {_reason(error)}; the last whole checkpoint is {last}"
+                ) from error
+            checkpoints.prune(out, preset.keep)
+
+        if before is None:
+            before = evaluate()
+            _say(ranks, f"step 0: held-out L_simple {before:.4f}")
+        network.train()
+        started = logged_at = time.monotonic()
+        loss_sum, loss_steps = torch.zeros((), device=ranks.device), 0
+        rate, held_out, watch = None, None, _Watch(ranks.device)
+        stream = datasets.batches(
+            train_set, preset.seed, preset.batch_size, step, preset.steps,
+            part=slice(parts[0].start, parts[-1].stop), workers=preset.workers,
+        )  # fmt: skip
+        bar = tqdm(total=preset.steps, initial=step, unit="step", disable=None if ranks.first else True)
+        stack.callback(bar.close)
+
+        for batch in stream:
+            # Algorithm 1. The draws of the whole batch, then this process's parts of it.
+            g = noise.generator(preset.seed, step, _BATCH)
+            t = torch.randint(1, preset.levels + 1, (preset.batch_size,), generator=g)
+            flips = torch.rand(preset.batch_size, generator=g) < 0.5
+            adam.param_groups[0]["lr"] = preset.lr * min(1.0, step / preset.warmup if preset.warmup else 1.0)
+            for part in parts:
+                rows = range(part.start, part.stop)
+                x0 = batch[part.start - parts[0].start : part.stop - parts[0].start]
+                if preset.flip:
+                    x0 = torch.where(flips[part][:, None, None, None], x0.flip(-1), x0)
+                x0 = pixels.to_signal(x0.to(ranks.device, non_blocking=True))
+                eps = noise.normal([noise.mix(preset.seed, step, i) for i in rows], x0.shape[1:], _EPS)
+                torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
+                last = part is parts[-1]
+                with nullcontext() if last or ranks.world == 1 else model.no_sync():  # type: ignore[operator]
+                    loss = objective(training, x0, t[part].to(ranks.device), eps.to(ranks.device)).mean() / len(parts)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                loss_sum += loss.detach()
+            loss_steps += 1
+            norm = nn.utils.clip_grad_norm_(weights, preset.grad_clip or math.inf)
+            watch.see(step, norm)
+            if ranks.device.type == "cpu":
+                watch.check(out, loss)
+            adam.step()
+            adam.zero_grad(set_to_none=True)
+            ema.update(averaged, weights, ema.decay_at(step, preset.ema, preset.ema_warmup))
+            step += 1
+            bar.update()
+
+            done, ended = step == preset.steps, ranks.any(stop.signal is not None)
+            saving = step % preset.save_every == 0 or done
+            if step % preset.log_every == 0 or saving or ended:
+                watch.check(out, loss)
+                now = time.monotonic()
+                rate = loss_steps * preset.batch_size / (now - logged_at)
+                loss_mean = float(ranks.total((loss_sum / loss_steps).cpu())) / ranks.world
+                line = {"loss": loss_mean, "lr": adam.param_groups[0]["lr"], "grad_norm": float(norm)}
+                line |= {"images_per_second": rate, "seconds": seconds + now - started}
+                log(step, line)
+                bar.set_postfix_str(f"loss {loss_mean:.4f}, {rate:.1f} images/s")
+                loss_sum.zero_()
+                loss_steps, logged_at = 0, now
+            if saving or ended:
+                held_out = None if ended else evaluate()
+                save(held_out)
+            if not ended and preset.sample_every and (step % preset.sample_every == 0 or done):
+                mine = list(ranks.mine(preset.sample_count))
+                grid = generate(
+                    evaluating, preset.shape, mine, "ddim", preset.sample_steps, device=ranks.device,
+                    stop=lambda: stop.signal is not None,
+                )  # fmt: skip
+                grid = ranks.interleave(grid, preset.sample_count)
+                if not ranks.any(stop.signal is not None) and ranks.first:
+                    (out / "samples").mkdir(exist_ok=True)
+                    images.save(out / "samples" / f"{step:08d}.png", images.grid(grid.permute(0, 2, 3, 1).numpy()))
+            if saving:
+                logged_at = time.monotonic()  # evaluation and samples are not training time
+            if ended:
+                _say(ranks, f"stopped at step {step}, saved; the same command goes on")
+                return Result(step, before, held_out, rate, stop.signal)
+
+        if train_set.skipped:
+            _say(ranks, f"{train_set.skipped} images could not be read and were passed over")
+        return Result(step, before, held_out, rate, None)
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@torch.no_grad()
+def held_out_by_level(denoiser: Denoiser, held_out: datasets.Images, most: int, ranks: Processes) -> list[float]:
+    """L_simple of held-out images in BUCKETS equal ranges of t, lowest first; nan for a range that has no image.
+
+    Image i has a level and a noise of its own, the same in every run and on any number of processes.
+    """
+    n, T = min(most, len(held_out)), denoiser.schedule.T
+    t = 1 + (torch.randperm(n, generator=noise.generator(HELD_OUT_SEED)) * T + T // 2) // n
+    sums = torch.zeros(2, BUCKETS, dtype=torch.float64)
+    mine = ranks.mine(n)
+    for start in range(0, len(mine), 64):
+        rows = list(mine[start : start + 64])
+        x0 = pixels.to_signal(held_out.batch(rows)).to(ranks.device)
+        eps = noise.normal([noise.mix(HELD_OUT_SEED, i) for i in rows], x0.shape[1:]).to(ranks.device)
+        loss = losses.simple(denoiser, x0, t[rows].to(ranks.device), eps).double().cpu()
+        bucket = (t[rows] - 1) * BUCKETS // T
+        sums[0].index_add_(0, bucket, loss)
+        sums[1].index_add_(0, bucket, torch.ones_like(loss))
+    total, count = ranks.total(sums)
+    means: list[float] = (total / count).tolist()
+    return means
+
+
+def _parts(preset: Preset, ranks: Processes) -> list[slice]:
+    """This process's parts of the global batch: one process with --accumulate 2 computes what two do with 1."""
+    n = ranks.world * preset.accumulate
+    if preset.batch_size % n:
+        wanted = f"want a multiple of {n}, {ranks.world} processes x accumulate {preset.accumulate}"
+        raise InputError(f"batch_size {preset.batch_size}: {wanted}")
+    size = preset.batch_size // n
+    first = ranks.rank * preset.accumulate
+    return [slice(i * size, (i + 1) * size) for i in range(first, first + preset.accumulate)]
+
+
+def _open_run(preset: Preset, out: Path, ranks: Processes, stack: ExitStack) -> Preset:
+    """Claim the folder and settle the preset: a run that exists keeps its settings."""
+    config = out / "config.json"
+    if not preset.data:
+        raise InputError("data: this preset names no data set; want --data SOURCE")
+    _parts(preset, ranks)
+    if config.is_file():
+        try:
+            old = from_json(json.loads(config.read_text()))
+        except ValueError as error:
+            raise InputError(f"{config}: cannot be read ({error}); want another --out") from error
+        if preset.precision == "auto":
+            preset = replace(preset, precision=old.precision)
+        for f in fields(Preset):
+            was, now = getattr(old, f.name), getattr(preset, f.name)
+            if was != now and not f.metadata["resume"]:
+                raise InputError(
+                    f"{f.name} {now!r}: the run in {out} has {was!r}; want the same settings, or another --out"
+                )
+    elif out.exists() and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
+        raise InputError(f"out {out}: exists and is not a run; want a new folder or a run to go on with")
+    preset = replace(preset, precision=pick_precision(preset.precision, ranks.device))
+    if ranks.first:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((out / ".lock").open("w"))
+        except OSError as error:
+            raise InputError(f"out {out}: cannot be written ({_reason(error)})") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"out {out}: another process is training this run; want another --out") from None
+    return preset
+
+
+def _resume(
+    preset: Preset, out: Path, fingerprint: str, network: nn.Module, average: nn.Module, adam: torch.optim.Optimizer
+) -> tuple[int, float, float | None]:
+    """Load the newest whole checkpoint, if there is one: (step, seconds, held-out loss at step 0)."""
+    folder = checkpoints.newest(out)
+    if folder is None:
+        return 0, 0.0, None
+    state = checkpoints.read_state(folder)
+    if state["data"] != fingerprint:
+        raise InputError(f"data {preset.data}: not the images that the run in {out} was trained on; want those")
+    network.load_state_dict(checkpoints.read_tensors(folder / "raw.safetensors"))
+    average.load_state_dict(checkpoints.read_tensors(folder / "ema.safetensors"))
+    moments = checkpoints.read_tensors(folder / "optimizer.safetensors")
+    for name, p in network.named_parameters():
+        adam.state[p] = {key: moments[f"{key}.{name}"].to(p.device) for key in _MOMENTS}
+        adam.state[p]["step"] = torch.tensor(float(state["step"]), device=p.device if p.is_cuda else "cpu")
+    return state["step"], state["seconds"], state["held_out_before"]
+
+
+class _Watch:
+    """Whether every gradient so far was finite; the answer stays on the device until it is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.first_bad = torch.full((), -1, device=device)
+
+    def see(self, step: int, norm: Tensor) -> None:
+        bad = (self.first_bad < 0) & ~norm.isfinite()
+        self.first_bad = torch.where(bad, step, self.first_bad)
+
+    def check(self, out: Path, loss: Tensor) -> None:
+        if (step := int(self.first_bad)) >= 0:
+            raise Stopped(
+                f"step {step}: the gradient is not finite (loss {float(loss):.4g}); the last good checkpoint is "
+                f"{checkpoints.newest(out) or 'none'}; try a lower --lr, a longer --warmup, --grad-clip 1 or "
+                "--precision float32"
+            )
+
+
+class _Stop:
+    signal: int | None = None
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Ctrl-C and SIGTERM set a flag that the loop reads after each step; a second Ctrl-C interrupts at once."""
+    stop = _Stop()
+
+    def handle(number: int, _: object) -> None:
+        if stop.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator[Any]:
+    """config.json, and RUN/metrics.jsonl cut back to `step`; gives log(step, values)."""
+    if not ranks.first:
+        yield lambda *_: None
+        return
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
+    try:
+        checkpoints.write_atomic(path, "".join(line + "\n" for line in kept))
+        checkpoints.write_atomic(out / "config.json", json.dumps(to_json(preset), indent=1) + "\n")
+    except OSError as error:
+        raise Stopped(f"cannot write to {out}: {_reason(error)}") from error
+    writer = _tensorboard(out) if preset.tensorboard else None
+    with path.open("a", buffering=1) as file:
+
+        def log(step: int, values: dict[str, Any]) -> None:
+            try:
+                _write_line(file, {"step": step, **values})
+            except OSError as error:
+                raise Stopped(f"step {step}: cannot write {path}: {_reason(error)}") from error
+            if writer is not None:
+                for name, value in values.items():
+                    for i, one in enumerate(value if isinstance(value, list) else [value]):
+                        writer.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, one, step)
+
+        yield log
+    if writer is not None:
+        writer.close()
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        step: int = json.loads(line)["step"]
+        return step
+    except (ValueError, KeyError, TypeError):
+        return None  # half a line, from a process that was killed
+
+
+def _write_line(file: TextIO, values: dict[str, Any]) -> None:
+    """One JSON object a line; nan and infinity, which JSON does not have, as null."""
+    clean = json.loads(json.dumps(values), parse_constant=lambda _: None)
+    file.write(json.dumps(clean) + "\n")
+
+
+def _tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("tensorboard: not installed; want `pip install 'ddpm[tensorboard]'`") from None
+    return SummaryWriter(out / "tensorboard")
+
+
+def _announce(
+    preset: Preset, out: Path, ranks: Processes, network: nn.Module,
+    train_set: datasets.Images, held_out: datasets.Images, step: int,
+) -> None:  # fmt: skip
+    """A line on what is about to happen, and the warning that a run is too short for its average."""
+    size = sum(p.numel() for p in network.parameters())
+    many = f" x {ranks.world} processes" if ranks.world > 1 else ""
+    _say(
+        ranks,
+        f"{out}: {size:,} parameters, {len(train_set):,} images and {len(held_out):,} held out of {preset.data}, "
+        f"{ranks.device}{many}, {preset.precision}, steps {step:,} to {preset.steps:,}",
+    )
+    left = preset.ema**preset.steps
+    if left > 0.01 and not preset.ema_warmup and ranks.first:
+        warnings.warn(
+            f"ema {preset.ema} averages over about {1 / (1 - preset.ema):,.0f} steps; after {preset.steps:,} steps "
+            f"{left:.0%} of the average is still the first weights, so its samples will look like noise: "
+            "use --ema-warmup, a lower --ema, or sample with --weights raw",
+            stacklevel=2,
+        )
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
+        return "the disk is full"
+    return error.strerror or str(error)
+
+
+def _say(ranks: Processes, line: str) -> None:
+    if ranks.first:
+        tqdm.write(line, file=sys.stderr)
