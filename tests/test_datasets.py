@@ -1,0 +1,525 @@
+"""Every kind of source gives the same images, bad ones are named in one line, and the order is a function."""
+
+import io
+import multiprocessing
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ddpm.errors import InputError
+from ddpm.files import images as pictures
+from ddpm.files.datasets import batches, load, load_pair, order, split_holdout
+
+DATA = Path(__file__).parents[1] / "../shared/data"
+real = pytest.mark.skipif(not DATA.exists(), reason="needs the real data beside the checkout")
+
+N = 23
+PIXELS = np.random.default_rng(0).integers(0, 256, (N, 8, 8, 3), dtype=np.uint8)
+LABELS = [i % 3 for i in range(N)]
+CLASSES = ("bird", "cat", "dog")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch, request):
+    if "hugging" in request.node.name or "real" in request.node.name:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # each test says which it expects
+        warnings.filterwarnings("ignore", ".*fork.*")
+        yield
+
+
+def folder(root, split="", rows=range(N), classes=True, form="png"):
+    """PIXELS as files CLASS/NUMBER.png."""
+    for i in rows:
+        pictures.save(root / split / (CLASSES[LABELS[i]] if classes else "") / f"{i}.{form}", PIXELS[i])
+    return root
+
+
+def zipped(root, to):
+    with zipfile.ZipFile(to, "w") as archive:
+        for path in sorted(root.rglob("*")):
+            archive.write(path, path.relative_to(root.parent))
+    return to
+
+
+def in_order_of_files(classes=True):
+    return sorted(range(N), key=lambda i: (LABELS[i] if classes else 0, i))
+
+
+def holds(found, rows, pixels=PIXELS, labels=True):
+    """That the images found are those of `rows`, in that order."""
+    want = torch.from_numpy(pixels[list(rows)]).permute(0, 3, 1, 2)
+    assert len(found) == len(want)
+    assert found.batch(range(len(found))).dtype == torch.uint8
+    assert torch.equal(found.batch(range(len(found))), want)
+    if labels:
+        assert found.labels.dtype == torch.int64
+        assert found.labels.tolist() == [LABELS[i] for i in rows]
+        assert found.class_names == CLASSES
+    else:
+        assert found.labels is None
+    return True
+
+
+def refused(*args, match, **kwargs):
+    with pytest.raises(InputError, match=match) as caught:
+        load(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+def test_digits():
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    train, test = load_pair("digits", (8, 8), 1)
+    assert (len(train), len(test), train.split, test.split) == (1500, 297, "train", "test")
+    for found, rows in ((train, slice(1500)), (test, slice(1500, None))):
+        pixels = found.batch(range(len(found)))
+        assert (abs(pixels.numpy().reshape(-1, 64) / 255 * 16 - values[rows]) <= 0.5 / 255 * 16).all()
+        assert found.labels.tolist() == labels[rows].tolist()
+        assert found.class_names == tuple("0123456789")
+    assert train.fingerprint != test.fingerprint
+    with pytest.warns(UserWarning, match="1,500 images: smaller than 32x32"), pytest.warns(UserWarning, match="to RGB"):
+        assert load("digits", (32, 32), 3).batch([0]).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_nested_files_with_classes(tmp_path, kind, cache_bytes):
+    source = folder(tmp_path / "set")
+    (source / "cat" / ".hidden.png").write_bytes(b"x")
+    (source / "cat" / "notes.txt").write_text("no image")
+    (source / "__MACOSX").mkdir()
+    (source / "__MACOSX" / "1.png").write_bytes(b"x")
+    if kind == "zip":
+        source = zipped(source, tmp_path / "set.zip")
+    found = load(str(source), (8, 8), 3, cache_bytes=cache_bytes)
+    assert found.decoded == (cache_bytes > 0)
+    assert holds(found, in_order_of_files())
+    refused(str(source), (8, 8), 3, split="test", match=re.escape(f"{source}: no split test, it has train"))
+    refused(str(source), (8, 8), 3, label_column="y", match="label column y: .*has no columns")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_files_in_splits(tmp_path, kind):
+    root = folder(tmp_path / "set", "Train", range(15), classes=False)
+    folder(root, "val", range(15, N), classes=False)
+    pictures.save(root / "readme.png", PIXELS[0])
+    source = str(zipped(root, tmp_path / "set.zip") if kind == "zip" else root)
+    train, held_out = load_pair(source, (8, 8), 3)
+    assert holds(train, range(15), labels=False)
+    assert holds(held_out, range(15, N), labels=False)
+    assert (train.split, held_out.split, load(source, (8, 8), 3, split="validation").split) == ("Train", "val", "val")
+    assert holds(load(source, (8, 8), 3, split="test"), range(15, N), labels=False)
+
+
+def test_classes_are_those_of_all_splits(tmp_path):
+    folder(tmp_path, "train", [0, 2])
+    folder(tmp_path, "test", [1])
+    train, test = load_pair(str(tmp_path), (8, 8), 3)
+    assert holds(train, [0, 2])
+    assert holds(test, [1])
+
+
+def test_the_order_of_files_is_natural(tmp_path):
+    for i, name in enumerate(["1.png", "2.png", "10.png", "a1/x.png", "a2/x.png", "a10/x.png", "b.png"]):
+        pictures.save(tmp_path / name, PIXELS[i])
+    assert holds(load(str(tmp_path), (8, 8), 3), range(7), labels=False)
+
+
+def rows_of(lo, hi, label="label", image="image", encode=pictures.to_png):
+    import datasets
+
+    features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=list(CLASSES))})
+    return datasets.Dataset.from_dict(
+        {image: [{"bytes": encode(PIXELS[i]), "path": None} for i in range(lo, hi)], label: LABELS[lo:hi]}, features
+    )
+
+
+def test_hugging_face_layouts(tmp_path):
+    import datasets
+
+    hub = tmp_path / "hub" / "data"
+    hub.mkdir(parents=True)
+    rows_of(0, 15).to_parquet(hub / "train-00000-of-00001.parquet")
+    rows_of(15, N).to_parquet(hub / "validation-00000-of-00001.parquet")
+    pair = datasets.DatasetDict({"train": rows_of(0, 15), "validation": rows_of(15, N)})
+    pair.save_to_disk(tmp_path / "saved")
+    for source in ("hub", "saved"):
+        for cache_bytes in (2**30, 0):
+            train, held_out = load_pair(str(tmp_path / source), (8, 8), 3, cache_bytes=cache_bytes)
+            assert holds(train, range(15))
+            assert holds(held_out, range(15, N))
+            assert torch.equal(train.batch([9, 3, 3]), train.batch(range(15))[[9, 3, 3]])
+        refused(str(tmp_path / source), (8, 8), 3, split="extra", match="no split extra, it has train, validation")
+    one = tmp_path / "one"
+    rows_of(0, N).save_to_disk(one)
+    assert holds(load(str(one), (8, 8), 3), range(N))
+    single = hub / "train-00000-of-00001.parquet"
+    assert holds(load(str(single), (8, 8), 3), range(15))
+
+
+def test_hugging_face_cache_follows_the_file(tmp_path):
+    for k, place in enumerate(["one", "two", "two"]):
+        (tmp_path / place / "set").mkdir(parents=True, exist_ok=True)
+        rows_of(k, k + 10).to_parquet(tmp_path / place / "set" / "train.parquet")
+        assert holds(load(str(tmp_path / place / "set"), (8, 8), 3), range(k, k + 10))
+
+
+def test_hugging_face_columns(tmp_path):
+    import datasets
+
+    rows = rows_of(0, N, "kind", "picture").add_column("text", [f"b{CLASSES[k]}" for k in LABELS])
+    rows = rows.add_column("number", [10 * (k + 1) for k in LABELS]).add_column("half", [0.5] * N)
+    source = str(tmp_path / "a.parquet")
+    rows.to_parquet(source)
+    found = load(source, (8, 8), 3)
+    assert holds(found, range(N))
+    assert load(source, (8, 8), 3, label_column="number").class_names == ("10", "20", "30")
+    assert load(source, (8, 8), 3, label_column="number").labels.tolist() == LABELS
+    assert load(source, (8, 8), 3, label_column="text").class_names == ("bbird", "bcat", "bdog")
+    every = "picture, kind, text, number, half"
+    refused(source, (8, 8), 3, image_column="img", match=f"image column img: no such column.*{every}")
+    refused(source, (8, 8), 3, image_column="text", match=f"image column text: holds no images.*{every}")
+    refused(source, (8, 8), 3, label_column="y", match=f"label column y: no such column.*{every}")
+    refused(source, (8, 8), 3, label_column="half", match="label column half: .*kind, text, number")
+
+    two = str(tmp_path / "two.parquet")
+    rows.add_column("mask", rows.cast_column("picture", datasets.Image(decode=False))["picture"]).cast_column(
+        "mask", datasets.Image()
+    ).to_parquet(two)
+    refused(two, (8, 8), 3, match="columns picture, mask hold images")
+    assert holds(load(two, (8, 8), 3, image_column="mask"), range(N))
+
+    none = str(tmp_path / "none.parquet")
+    rows.remove_columns(["picture"]).to_parquet(none)
+    refused(none, (8, 8), 3, match="no column of images among kind, text, number, half")
+
+
+def test_hugging_face_parquet_of_another_program(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = [pictures.to_png(image) for image in PIXELS]
+    pq.write_table(pa.table({"png": cells, "label": LABELS}), tmp_path / "a.parquet")
+    found = load(str(tmp_path / "a.parquet"), (8, 8), 3)
+    assert (found.labels.tolist(), found.class_names) == (LABELS, ("0", "1", "2"))
+    assert torch.equal(found.batch(range(N)), torch.from_numpy(PIXELS).permute(0, 3, 1, 2))
+
+
+def test_hugging_face_bad_rows(tmp_path):
+    def encode(image):
+        return b"" if (image == PIXELS[17]).all() else pictures.to_png(image)
+
+    rows_of(0, N, encode=encode).to_parquet(tmp_path / "a.parquet")
+    source = str(tmp_path / "a.parquet")
+    refused(source, (8, 8), 3, match=re.escape(f"row 17 of {source} (train): empty file"))
+    with pytest.warns(UserWarning, match="1 of 23 images skipped, the first: row 17"):
+        found = load(source, (8, 8), 3, skip_bad=True)
+    assert holds(found, [i for i in range(N) if i != 17])
+    assert found.skipped == 1
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "train.parquet").write_bytes(Path(source).read_bytes()[:-100])
+    refused(str(tmp_path / "b"), (8, 8), 3, match=r"b/train\.parquet: damaged")
+
+
+def test_hugging_face_hub_without_network(monkeypatch, tmp_path):
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Name or service not known")
+
+    def unknown(*_, **__):
+        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    refused(
+        "some/thing", (8, 8), 3, match="some/thing: no such file or folder, and the .* hub cannot be reached; want dig"
+    )
+    (tmp_path / "birds").mkdir()
+    rows_of(0, 3).to_parquet(tmp_path / "birds" / "a.parquet")
+    assert len(load(str(tmp_path / "birds"), (8, 8), 3)) == 3
+    refused("birds", (8, 8), 3, match="hub cannot be reached")  # not the cached local one
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unknown)
+    refused("something", (8, 8), 3, match="something: .*no such data set on the hub; want digits")
+
+
+@real
+@pytest.mark.parametrize(("name", "size", "channels", "n"), [("cifar10", 32, 3, 500), ("mnist", 28, 1, 1500)])
+def test_real_data(name, size, channels, n):
+    found = load(str(DATA / name), (size, size), channels, split="test")
+    assert (len(found), found.split, found.labels.unique().tolist()) == (n, "test", list(range(10)))
+    assert found.class_names[3] == {"cifar10": "cat", "mnist": "3"}[name]
+    import pyarrow.parquet as pq
+
+    [file] = (DATA / name).rglob("test-*.parquet")
+    table = pq.read_table(file)
+    for i in (0, 7, n - 1):
+        want = np.asarray(Image.open(io.BytesIO(table.column(0)[i].as_py()["bytes"]))).reshape(size, size, channels)
+        assert (found.batch([i])[0].permute(1, 2, 0).numpy() == want).all()
+        assert found.labels[i] == table.column(1)[i].as_py()
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["./none", "a/b/c", "none.zip", "~/none/at/all", "../none", "", "a b", "cat.png"])
+def test_nothing_there(source):
+    refused(source, (8, 8), 3, match="no such file or folder; want digits")
+
+
+def test_near_digits():
+    refused("digit", (8, 8), 3, match="digit: no such data set, did you mean digits")
+
+
+def test_sources_without_images(tmp_path):
+    refused(str(tmp_path), (8, 8), 3, match="no images in this folder")
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 cut short")
+    refused(str(tmp_path / "a.zip"), (8, 8), 3, match=r"a\.zip: damaged or empty zip")
+    (tmp_path / "a.parquet").write_bytes(b"")
+    refused(str(tmp_path / "a.parquet"), (8, 8), 3, match=r"a\.parquet: damaged or empty parquet")
+    (tmp_path / "a.txt").write_text("text")
+    refused(str(tmp_path / "a.txt"), (8, 8), 3, match=r"a\.txt: neither")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.txt").write_text("text")
+    refused(str(zipped(tmp_path / "b", tmp_path / "b.zip")), (8, 8), 3, match=r"b\.zip: no images")
+
+
+BAD = {
+    "empty": (lambda path: path.write_bytes(b""), "empty file"),
+    "text": (lambda path: path.write_text("hello"), "not an image"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:100]), "damaged image"),
+    "grey": (
+        lambda path: pictures.save(path, PIXELS[4][..., :1]),
+        r"grey \(1 channel\), but .*0\.png.* is RGB \(3 channels\)",
+    ),
+    "float": (lambda path: Image.new("F", (8, 8)).save(path, "TIFF"), r"grey \(1 channel\)"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_a_bad_image_is_named_or_skipped(tmp_path, fault, kind, cache_bytes):
+    root = folder(tmp_path / "set", classes=False)
+    spoil, message = BAD[fault]
+    for name in ("4.png", "5.png", "22.png"):
+        spoil(root / name)
+    source = str(zipped(root, tmp_path / "set.zip") if kind == "zip" else root)
+    good = [i for i in range(N) if i not in (4, 5, 22)]
+    if cache_bytes:
+        refused(source, (8, 8), 3, match=rf"4\.png.*: {message}")
+        with pytest.warns(UserWarning, match=r"3 of 23 images skipped, the first: .*4\.png"):
+            found = load(source, (8, 8), 3, skip_bad=True)
+        assert holds(found, good, labels=False)
+    else:
+        with pytest.raises(InputError, match=rf"4\.png.*: {message}"):
+            load(source, (8, 8), 3, cache_bytes=0).batch([3, 4])
+        found = load(source, (8, 8), 3, cache_bytes=0, skip_bad=True)
+        assert found.skipped == 0
+        with pytest.warns(UserWarning, match=r"bad images are skipped, the first: .*4\.png"):
+            assert holds(found, [*range(4), 6, 6, *range(6, 22), 0], labels=False)
+    assert found.skipped == 3
+
+
+def test_the_stand_in_of_a_bad_image_is_of_its_class(tmp_path):
+    root = folder(tmp_path / "set")
+    files = in_order_of_files()
+    first, last = files[0], max(i for i in range(N) if LABELS[i] == 0)
+    (root / "bird" / f"{last}.png").write_bytes(b"")
+    found = load(str(root), (8, 8), 3, cache_bytes=0, skip_bad=True)
+    with pytest.warns(UserWarning, match="skipped"):
+        batch = found.batch([files.index(last)])
+    assert torch.equal(batch[0], torch.from_numpy(PIXELS[first]).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_all_images_bad(tmp_path, cache_bytes):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    refused(str(tmp_path), (8, 8), 3, match=r"0\.png: empty file", cache_bytes=cache_bytes)
+    refused(str(tmp_path), (8, 8), 3, match=r"none of 3 images.*0\.png", skip_bad=True, cache_bytes=cache_bytes)
+
+
+def test_a_damaged_member_of_a_zip_is_named(tmp_path):
+    path = zipped(folder(tmp_path / "set", classes=False), tmp_path / "set.zip")
+    data = bytearray(path.read_bytes())
+    at = data.index(pictures.to_png(PIXELS[3]))
+    data[at + 60] ^= 1
+    path.write_bytes(data)
+    refused(str(path), (8, 8), 3, match=r"3\.png in .*set\.zip: cannot be read")
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_converting_and_enlarging_warn_once(tmp_path, cache_bytes):
+    folder(tmp_path, classes=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = load(str(tmp_path), (16, 16), 1, cache_bytes=cache_bytes)
+        assert found.batch(range(N)).shape == (N, 1, 16, 16)
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == 2
+    assert any("mode RGB is converted to L; the first: " in text and "0.png" in text for text in texts)
+    assert any("smaller than 16x16, enlarged" in text for text in texts)
+
+
+def test_palettes_and_colours_are_of_one_kind(tmp_path):
+    pictures.save(tmp_path / "0.png", PIXELS[0])
+    Image.fromarray(PIXELS[1]).quantize(8).save(tmp_path / "1.png")
+    with pytest.warns(UserWarning, match=r"1 image: mode P is converted to RGB; the first: .*1\.png"):
+        assert len(load(str(tmp_path), (8, 8), 3)) == 2
+
+
+# -- held-out images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_held_out_images_are_a_fixed_part_without_copies(tmp_path, cache_bytes):
+    folder(tmp_path)
+    whole = load(str(tmp_path), (8, 8), 3, cache_bytes=cache_bytes)
+    pairs = [load_pair(str(tmp_path), (8, 8), 3, cache_bytes=cache_bytes), split_holdout(whole)]
+    assert [len(part) for part in pairs[0]] == [22, 1]
+    for one, other in zip(*pairs, strict=True):
+        assert one.fingerprint == other.fingerprint != whole.fingerprint
+        assert torch.equal(one.batch(range(len(one))), other.batch(range(len(one))))
+    rest, held_out = pairs[1]
+    every = {bytes(image.numpy()) for part in (rest, held_out) for image in part.batch(range(len(part)))}
+    assert len(every) == N
+    assert sorted(rest.labels.tolist() + held_out.labels.tolist()) == sorted(LABELS)
+    if cache_bytes:
+        assert rest.pixels is held_out.pixels is whole.pixels
+    folder(tmp_path / "one", rows=[0])
+    with pytest.raises(InputError, match="1 image, want at least 2"):
+        load_pair(str(tmp_path / "one"), (8, 8), 3)
+
+
+def test_fingerprint_tells_data_apart(tmp_path):
+    prints = set()
+    for k in range(2):
+        folder(tmp_path, classes=False)
+        pictures.save(tmp_path / "3.png", PIXELS[3] * k)
+        for cache_bytes in (2**30, 0):
+            prints.add(load(str(tmp_path), (8, 8), 3, cache_bytes=cache_bytes).fingerprint)
+    assert len(prints) == 4
+
+
+# -- order and batches -------------------------------------------------------------------------------------------------
+
+sizes = st.tuples(st.integers(1, 30), st.integers(0, 2**63), st.integers(1, 70))
+
+
+@given(sizes, st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_each_epoch_visits_every_image_once(size, epochs):
+    n, seed, batch = size
+    steps = -(-n * epochs // batch)
+    stream = torch.cat([order(n, seed, step, batch) for step in range(steps)])
+    for epoch in stream[: n * epochs].view(epochs, n):
+        assert epoch.sort().values.tolist() == list(range(n))
+
+
+@given(sizes, st.integers(0, 1000), st.integers(1, 70))
+@settings(max_examples=60, deadline=None)
+def test_the_stream_does_not_depend_on_where_it_is_entered_nor_on_the_batch_size(size, step, other):
+    n, seed, batch = size
+    place = step * batch
+    around = torch.cat([order(n, seed, place // other + k, other) for k in range(batch // other + 2)])
+    assert torch.equal(order(n, seed, step, batch), around[place % other :][:batch])
+
+
+def test_seeds_and_epochs_differ():
+    streams = [order(100, seed, epoch, 100) for seed in range(5) for epoch in range(5)]
+    for i, one in enumerate(streams):
+        for other in streams[:i]:
+            assert (one == other).float().mean() < 0.2
+
+
+def test_the_order_of_an_epoch_is_uniform():
+    first = torch.stack([order(5, seed, 0, 5) for seed in range(2000)])
+    counts = torch.stack([(first == value).float().mean(0) for value in range(5)])
+    assert (counts - 0.2).abs().max() < 5 * (0.2 * 0.8 / 2000) ** 0.5
+
+
+def test_order_is_the_callers_to_change():
+    before = order(10, 0, 0, 10).clone()
+    order(10, 0, 0, 10).zero_()
+    assert torch.equal(order(10, 0, 0, 10), before)
+
+
+def test_batches_are_the_same_from_memory_from_workers_and_after_resuming(tmp_path):
+    folder(tmp_path / "set")
+    sources = [tmp_path / "set", zipped(tmp_path / "set", tmp_path / "set.zip")]
+    memory = list(batches(load(str(sources[0]), (8, 8), 3), 5, 10, 0, 6))
+    want = torch.from_numpy(PIXELS[in_order_of_files()]).permute(0, 3, 1, 2)
+    for step, batch in enumerate(memory):
+        assert torch.equal(batch, want[order(N, 5, step, 10)])
+    state = torch.get_rng_state()
+    for source in sources:
+        lazy = load(str(source), (8, 8), 3, cache_bytes=0)
+        lazy.batch([0])  # so that a file is open when the workers are forked
+        for workers in (0, 2):
+            ranks = [list(batches(lazy, 5, 10, 2, 6, part=slice(r, None, 2), workers=workers)) for r in range(2)]
+            for step in range(4):
+                assert torch.equal(torch.stack([ranks[0][step], ranks[1][step]], 1).flatten(0, 1), memory[2 + step])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_hugging_face_rows_in_workers(tmp_path):
+    rows_of(0, N).to_parquet(tmp_path / "a.parquet")
+    lazy = load(str(tmp_path / "a.parquet"), (8, 8), 3, cache_bytes=0)
+    want = torch.from_numpy(PIXELS).permute(0, 3, 1, 2)
+    for step, batch in enumerate(batches(lazy, 0, 7, 0, 4)):
+        assert torch.equal(batch, want[order(N, 0, step, 7)])
+    assert torch.equal(pickle.loads(pickle.dumps(lazy)).batch(range(N)), want)
+
+
+def test_workers_report_what_they_skip_and_convert(tmp_path):
+    folder(tmp_path, classes=False)
+    (tmp_path / "4.png").write_bytes(b"")
+    Image.fromarray(PIXELS[9]).quantize(8).save(tmp_path / "9.png")
+    lazy = load(str(tmp_path), (8, 8), 3, cache_bytes=0, skip_bad=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        found = list(batches(lazy, 0, N, 0, 3))
+    assert lazy.skipped == 1
+    assert sorted(re.sub(".*/", "", str(warning.message)) for warning in caught) == [
+        "4.png: empty file, want an image",
+        "9.png",
+    ]
+    again = load(str(tmp_path), (8, 8), 3, cache_bytes=0, skip_bad=True)
+    with pytest.warns(UserWarning, match=r"4\.png"), pytest.warns(UserWarning, match=r"9\.png"):
+        assert torch.equal(torch.stack(found), torch.stack(list(batches(again, 0, N, 0, 3, workers=0))))
+    strict = load(str(tmp_path), (8, 8), 3, cache_bytes=0)
+    with pytest.raises(InputError, match=r"4\.png: empty file, want an image$"):
+        list(batches(strict, 0, N, 0, 3))
+
+
+def test_closing_the_iterator_ends_the_workers(tmp_path):
+    folder(tmp_path, classes=False)
+    steps = batches(load(str(tmp_path), (8, 8), 3, cache_bytes=0), 0, 4, 0, 10**6)
+    next(steps)
+    assert len(multiprocessing.active_children()) == 2
+    steps.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_zip_survives_pickling(tmp_path):
+    lazy = load(str(zipped(folder(tmp_path / "set"), tmp_path / "set.zip")), (8, 8), 3, cache_bytes=0)
+    assert holds(pickle.loads(pickle.dumps(lazy)), in_order_of_files())
