@@ -43,7 +43,7 @@ _SPLITS = {
 }
 """A split asked for -> names it may go by, the best first."""
 _LABELS = ("label", "labels", "class", "fine_label")
-_ORDER, _HOLDOUT = 0x0DE5, 0x401D
+_ORDER, _HOLDOUT, _DIGITS = 0x0DE5, 0x401D, 0xD161
 """Keys that keep these draws apart from others of the same seed."""
 
 
@@ -236,6 +236,8 @@ def _digits() -> _Splits:
     values, labels = load_digits(return_X_y=True)  # 0..16
     arrays = np.round(values * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
     names = tuple(map(str, range(10)))
+    shuffled = torch.randperm(len(arrays), generator=generator(_DIGITS)).numpy()  # it is sorted by writer
+    arrays, labels = arrays[shuffled], labels[shuffled]
 
     def part(title: str, rows: slice) -> _Listing:
         return _Listing(_Arrays(title, arrays[rows]), labels[rows].astype(np.int64), names)

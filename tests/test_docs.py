@@ -1,0 +1,66 @@
+"""The README's commands and examples run as they stand; only training and sampling are cut short."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import ddpm.files.datasets
+from ddpm.files import images
+from ddpm.run import cli
+
+ROOT = Path(__file__).parents[1]
+SHORT = {
+    "train": "--steps 2 --width 32 --multipliers 1,1 --blocks 1 --batch-size 4 --size 8 --sample-count 2 "
+    "--sample-steps 2 --eval-images 4",
+    "sample": "--steps 12",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with images of one's own, in which every `ddpm` line of the README was run in order."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pixels = ddpm.files.datasets.load("digits", (8, 8), 3).batch(range(20)).permute(0, 2, 3, 1).numpy()
+        images.save_many("my-photos/", pixels, [str(i) for i in range(20)])
+        for line in blocks("sh")[0].splitlines():
+            if line.startswith("ddpm ") and "uoft-cs" not in line:  # that one needs a network
+                words = shlex.split(line, comments=True)[1:]
+                assert cli.main([*words, *SHORT[words[0]].split()]) == 0, line
+    return folder
+
+
+def test_commands_leave_what_they_say(project):
+    assert (project / "digits.png").is_file()
+    assert (project / "progressive.png").is_file()
+    assert (project / "runs/mine/config.json").is_file()
+
+
+def test_python_examples(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    assert len(blocks("python")) == 2
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_equations_name_what_exists():
+    """Each function and test file that docs/equations.md names is there."""
+    text = (ROOT / "docs/equations.md").read_text()
+    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(rows) > 15
+    for _, functions, tests in rows:
+        for path in re.findall(r"`((?:\w+\.)+\w+)`", functions):
+            names = path.split(".")
+            depth = 2 if names[0] == "run" else 1
+            found = __import__("ddpm." + ".".join(names[:depth]), fromlist=["_"])
+            for name in names[depth:]:
+                found = getattr(found, name)
+        for file in re.findall(r"`(test_\w+\.py)`", tests):
+            assert (ROOT / "tests" / file).is_file(), file
