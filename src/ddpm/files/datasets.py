@@ -739,7 +739,7 @@ def load(
 
     >>> digits = load("digits", (8, 8), 1, split="test")
     >>> len(digits), digits.labels[:3].tolist(), str(digits)
-    (297, [1, 7, 4], 'digits (test): 297 images 8x8x1')
+    (297, [5, 7, 4], 'digits (test): 297 images 8x8x1')
     """
     splits = _open(source, image_column, label_column, progress)
     found = _pick(source, split, splits)

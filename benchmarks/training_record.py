@@ -1,0 +1,73 @@
+"""A run's log as a record: settings, hardware, versions, loss curve and held-out loss by level, in markdown.
+
+    python benchmarks/training_record.py RUN --commit HASH > benchmarks/results/NAME.md
+
+Reads what the run left on disk; nothing is measured again.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+from dataclasses import fields
+from datetime import date
+from pathlib import Path
+
+import numpy
+import torch
+
+import ddpm
+from ddpm.presets import PRESETS, from_json
+
+
+def hardware() -> str:
+    """Processor or accelerator, cores and memory in words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text())[1] if cpuinfo.exists() else platform.processor()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    extra = ", AMX bf16" if torch.cpu.get_capabilities().get("amx_bf16") else ""
+    gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model}, {os.cpu_count()} cores{extra}, {memory:.0f} GiB{gpu}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--preset", default="cifar10")
+    parser.add_argument("--commit", required=True, help="of the code that ran")
+    parser.add_argument("--rows", type=int, default=12)
+    args = parser.parse_args()
+
+    preset = from_json(json.loads((args.run / "config.json").read_text()))
+    lines = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    held_out = [line for line in lines if "held_out" in line]
+    print(f"- hardware: {hardware()}")
+    print(f"- versions: ddpm {ddpm.__version__}, torch {torch.__version__}, numpy {numpy.__version__}, ", end="")
+    print(f"Python {platform.python_version()}; commit {args.commit}; {date.today()}; one run")
+    base = PRESETS[args.preset]
+    changed = {
+        f.name: getattr(preset, f.name) for f in fields(preset) if getattr(preset, f.name) != getattr(base, f.name)
+    }
+    changed.pop("data", None)
+    print(f"- preset {args.preset} with " + ", ".join(f"{k} {v}" for k, v in changed.items()))
+    last = training[-1]
+    print(f"- {last['step']:,} steps, {last['step'] * preset.batch_size:,} images, {last['seconds'] / 60:.0f} minutes")
+    rates = sorted(line["images_per_second"] for line in training)
+    print(f"- images/s by log line: median {rates[len(rates) // 2]:.2f}, least {rates[0]:.2f}, most {rates[-1]:.2f}")
+
+    print("\n| step | minutes | loss | gradient norm | learning rate |\n|---|---|---|---|---|")
+    for i in sorted({round(k * (len(training) - 1) / (args.rows - 1)) for k in range(args.rows)}):
+        x = training[i]
+        print(f"| {x['step']} | {x['seconds'] / 60:.1f} | {x['loss']:.4f} | {x['grad_norm']:.3f} | {x['lr']:.2e} |")
+
+    print("\nHeld-out L_simple of the averaged weights; the ten ranges of t are of equal width, lowest first.\n")
+    print("| step | all levels | by range of t |\n|---|---|---|")
+    for i in sorted({round(k * (len(held_out) - 1) / (args.rows - 1)) for k in range(args.rows)}):
+        x = held_out[i]
+        print(f"| {x['step']} | {x['held_out']:.4f} | {' '.join(f'{v:.3f}' for v in x['held_out_by_level'])} |")
+
+
+if __name__ == "__main__":
+    main()
