@@ -92,7 +92,11 @@ def test_digits():
     assert (len(train), len(test), train.split, test.split) == (1500, 297, "train", "test")
     assert train.class_names == tuple("0123456789")
     # Together the two are scikit-learn's 1,797 digits, each with its label, shuffled because writers come in runs.
-    parts = [(p.numpy().ravel(), label) for s in (train, test) for p, label in zip(s.batch(range(len(s))), s.labels)]
+    parts = [
+        (p.numpy().ravel(), label)
+        for s in (train, test)
+        for p, label in zip(s.batch(range(len(s))), s.labels, strict=True)
+    ]
     found = sorted((*np.rint(pixels / 255 * 16).astype(int), int(label)) for pixels, label in parts)
     assert found == sorted((*row.astype(int), label) for row, label in zip(values, labels, strict=True))
     assert train.fingerprint != test.fingerprint

@@ -127,7 +127,7 @@ class Denoiser:
                 return over(at(table, t).log(), xt)
 
     def __call__(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Estimate:
-        """The estimate at x_t [B, C, H, W], t int64 [B] in 1..T; y int64 [B] class labels, where the network has them."""
+        """The estimate at x_t [B, C, H, W], t int64 [B] in 1..T; y int64 [B] class labels, if the network has them."""
         prediction, raw_variance = self.output(xt, t, y)
         abar = at(self.schedule.alpha_bar, t)
         signal, sigma = over(abar.sqrt(), xt), over((1 - abar).sqrt(), xt)
@@ -157,7 +157,10 @@ class Denoiser:
         return replace(self, clip=False)
 
     def respace(self, levels: Sequence[int]) -> "Denoiser":
-        """The same on fewer levels, rising within 1..T. Raises InputError for a table of variances: it is of T levels.
+        """The same on fewer levels, rising within 1..T.
+
+        Raises InputError for what holds for one step of its own T levels only: mu, a learned variance (learned_range
+        goes by the levels that there are), a table of variances.
 
         >>> from ddpm import schedule
         >>> Denoiser(lambda x, timestep, y: x, schedule.linear()).respace([500, 1000]).schedule.T
@@ -165,6 +168,10 @@ class Denoiser:
         """
         if isinstance(self.variance, Tensor):
             raise InputError("respace: a variance table belongs to its own levels; want fixed_large or fixed_small")
+        if self.variance == "learned":
+            raise InputError("respace: variance learned belongs to its own levels; want learned_range or a fixed one")
+        if self.predict == "mu":
+            raise InputError("respace: mu belongs to its own levels; want eps, x0 or v, or the ddim sampler")
         return replace(self, schedule=self.schedule.respace(levels))
 
     def to(self, device: torch.device | str) -> "Denoiser":

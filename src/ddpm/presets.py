@@ -156,8 +156,9 @@ PRESETS: dict[str, Preset] = {
     "lsun_cat": replace(_256, flip=False, steps=1_800_000),  # FID 19.75
     # Ours, for two CPU cores.
     "digits": Preset(
-        data="digits", size=(8, 8), channels=1, flip=False, width=32, multipliers=(1, 2), attention=(4,), dropout=0.0,
-        steps=3000, lr=1e-3, warmup=100, ema=0.999, ema_warmup=True, save_every=1000, sample_every=1000,
+        data="digits", size=(8, 8), channels=1, flip=False, width=32, multipliers=(1, 2), blocks=1, attention=(4,),
+        dropout=0.0, schedule="cosine", predict="v", steps=2500, batch_size=64, lr=2e-3, warmup=100, ema=0.999,
+        ema_warmup=True, save_every=500, sample_every=500,
     ),
     "mnist": Preset(
         data="ylecun/mnist", size=(28, 28), channels=1, flip=False, width=32, multipliers=(1, 2, 2), attention=(7,),

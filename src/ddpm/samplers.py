@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm.denoiser import Denoiser
+from ddpm.errors import InputError
 from ddpm.gaussian import at, over
 from ddpm.noise import Noise
 
@@ -41,7 +42,7 @@ def ancestral(
     >>> last.t, float(last.x.abs().max())
     (0, 0.0)
     """
-    levels = denoiser.schedule.levels(steps or denoiser.schedule.T)
+    levels = denoiser.schedule.levels(denoiser.schedule.T if steps is None else steps)
     if steps is not None and steps != denoiser.schedule.T:
         denoiser = denoiser.respace(levels)
     for index in range(len(levels), 0, -1):
@@ -72,8 +73,8 @@ def ddim(
     >>> last.t, float(last.x.abs().max())
     (0, 0.0)
     """
-    if eta > 0 and noise is None:
-        raise ValueError("eta above 0 needs noise")
+    if not 0 <= eta <= 1 or (eta > 0 and noise is None):
+        raise InputError(f"eta {eta}: want 0 to 1, and noise where it is above 0")
     levels = [0, *denoiser.schedule.levels(steps)]
     for s, t in zip(levels[-2::-1], levels[:0:-1], strict=True):
         now = torch.full((len(x),), t, device=x.device)

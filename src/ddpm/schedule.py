@@ -31,7 +31,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         a = self.alpha_bar
-        if a.dtype != torch.float64 or a.ndim != 1 or len(a) < 2 or self.timestep.shape != a.shape:
+        t = self.timestep
+        if a.dtype != torch.float64 or a.ndim != 1 or len(a) < 2 or t.dtype != torch.int64 or t.shape != a.shape:
             raise InputError("schedule: want alpha_bar float64 [T+1] and timestep int64 [T+1], T at least 1")
         if not (a[0] == 1 and (a.diff() < 0).all() and a[-1] >= 0):
             raise InputError("schedule: want alpha_bar to start at 1 and to fall at every level, to no less than 0")

@@ -145,7 +145,7 @@ class UNet(nn.Module):
     attention      levels, from 0, with attention after every block; between the middle blocks it always is
     dropout        probability, in every residual block
     classes        number of class labels, 0 for none
-    bf16           compute in bfloat16 (autocast); weights, norms and what is returned stay float32
+    bf16           compute in bfloat16 (autocast); weights and what is returned stay float32
     checkpointing  keep the blocks' inputs only and compute the rest again on the way back: less memory, more time
 
     H and W need not be equal; each must divide by 2^(levels - 1), else InputError names the nearest that do.

@@ -34,9 +34,13 @@ Weights = Literal["ema", "raw"]
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        _sync(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path) -> None:
@@ -111,7 +115,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is truncated or altered"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"state.json cannot be read ({error})"
     return None
 
@@ -139,9 +143,9 @@ def best(run: Path) -> Path | None:
 
 def _held_out(folder: Path) -> float | None:
     try:
-        loss: float | None = json.loads((folder / "state.json").read_text()).get("held_out")
-        return loss
-    except (OSError, ValueError):
+        loss = json.loads((folder / "state.json").read_text()).get("held_out")
+        return loss if isinstance(loss, float) else None
+    except (OSError, ValueError, AttributeError):
         return None
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import difflib
+import errno
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,13 +22,19 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line and exit code 2, and an unknown option suggests the nearest."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+        name = message.removeprefix("the following arguments are required: ")
+        if name != message:
+            wanted = next(action.help for action in self._actions if action.metavar == name)
+            message = f"{name}: missing; want {wanted}"
+        raise InputError(message.removeprefix("argument "))
 
     def unknown(self, given: Sequence[str]) -> InputError:
-        options = [option for action in self._actions for option in action.option_strings]
-        name = next((g for g in given if g.startswith("-")), given[0])
-        near = difflib.get_close_matches(name.split("=")[0], options, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`"
+        options = {o.lstrip("-"): o for action in self._actions for o in action.option_strings}
+        name = next((g for g in given if g.startswith("-")), None)
+        if name is None:
+            return InputError(f"{given[0]}: more than {self.prog} takes; see `{self.prog} --help`")
+        near = difflib.get_close_matches(name.split("=")[0].lstrip("-"), options, n=1)
+        hint = f"did you mean {options[near[0]]}?" if near else f"see `{self.prog} --help`"
         return InputError(f"{name}: no such option of {self.prog}; {hint}")
 
 
@@ -39,21 +47,21 @@ def _size(text: str) -> tuple[int, ...]:
     return sides * 2 if len(sides) == 1 else sides
 
 
-def _as(kind: Any, name: str, wanted: str) -> Any:
-    """A converter for argparse whose failure names the option, the value and what would do."""
+def _as(kind: Any, wanted: str) -> Any:
+    """A converter for argparse whose failure names the value and what would do."""
 
     def convert(text: str) -> Any:
         try:
             return kind(text)
         except ValueError:
-            raise InputError(f"{name} {text!r}: want {wanted}") from None
+            raise argparse.ArgumentTypeError(f"{text!r}: want {wanted}") from None
 
     return convert
 
 
-def _number(kind: type[int] | type[float], name: str, default: float | None) -> dict[str, Any]:
+def _number(kind: type[int] | type[float], default: float | None) -> dict[str, Any]:
     wanted = "a whole number" if kind is int else "a number"
-    return {"type": _as(kind, name, wanted), "default": default, "metavar": "N" if kind is int else "X"}
+    return {"type": _as(kind, wanted), "default": default, "metavar": "N" if kind is int else "X"}
 
 
 def _add_fields(parser: argparse.ArgumentParser) -> None:
@@ -67,20 +75,20 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, **extra)
         elif f.name == "size":
-            parser.add_argument(name, type=_as(_size, name, "a size as 32 or 32x48"), metavar="HxW", **extra)
+            parser.add_argument(name, type=_as(_size, "a size as 32 or 32x48"), metavar="HxW", **extra)
         elif get_origin(kind) is tuple:
-            whole = _as(_tuple_of_int, name, "whole numbers with commas between, as 1,2,2")
+            whole = _as(_tuple_of_int, "whole numbers with commas between, as 1,2,2")
             parser.add_argument(name, type=whole, metavar="N,N", **extra)
         elif get_origin(kind) is Literal:
             accepted = get_args(kind)
             one = int if isinstance(accepted[0], int) else str
             words = ", ".join(map(str, accepted))
             extra["help"] += f" ({words})"
-            parser.add_argument(name, type=_as(one, name, words), metavar="X", **extra)
+            parser.add_argument(name, type=_as(one, words), metavar="X", **extra)
         else:
             wanted = {int: "a whole number", float: "a number", str: "text"}[kind]
             metavar = {int: "N", float: "X", str: "S"}[kind]
-            parser.add_argument(name, type=_as(kind, name, wanted), metavar=metavar, **extra)
+            parser.add_argument(name, type=_as(kind, wanted), metavar=metavar, **extra)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -91,7 +99,9 @@ def _train(args: argparse.Namespace) -> int:
     from ddpm.run.train import train
 
     result = train(preset, out)
-    if args.json:
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all
+        pass
+    elif args.json:
         print(json.dumps({"out": str(out), **{f.name: getattr(result, f.name) for f in fields(result)}}))
     elif result.held_out is not None:
         before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before, "
@@ -195,13 +205,13 @@ def _parser() -> _Parser:
     p = commands.add_parser("sample", help="make images from a run or a checkpoint", allow_abbrev=False)
     p.description = "Make images from a run folder, a checkpoint folder or one .safetensors file."
     p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder or a .safetensors file")
-    p.add_argument("-n", **_number(int, "-n", 64), help="how many images")
+    p.add_argument("-n", **_number(int, 64), help="how many images")
     p.add_argument("--out", default="samples.png", help="FILE.png, a grid; FILE.npz; or a folder (samples.png)")
-    p.add_argument("--seed", **_number(int, "--seed", 0), help="of the first image; each next one has one more")
+    p.add_argument("--seed", **_number(int, 0), help="of the first image; each next one has one more")
     p.add_argument("--sampler", default="ancestral", metavar="X", help="ancestral (Algorithm 2) or ddim (ancestral)")
-    p.add_argument("--steps", **_number(int, "--steps", None), help="network calls (ancestral: all levels; ddim: 50)")
-    p.add_argument("--eta", **_number(float, "--eta", 0.0), help="DDIM's noise, 0 to 1")
-    p.add_argument("--batch-size", **_number(int, "--batch-size", 64), help="images at a time; changes no picture")
+    p.add_argument("--steps", **_number(int, None), help="network calls (ancestral: all levels; ddim: 50)")
+    p.add_argument("--eta", **_number(float, 0.0), help="DDIM's noise, 0 to 1")
+    p.add_argument("--batch-size", **_number(int, 64), help="images at a time; changes no picture")
     p.add_argument("--weights", metavar="X", help="ema, the averaged weights, or raw (ema)")
     p.add_argument("--checkpoint", default="last", metavar="X", help="of a run: last, best or a step (last)")
     p.add_argument("--progressive", action="store_true", help="a row an image: x0^ on the way (Figure 6)")
@@ -223,12 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _warn
     try:
         args, unknown = parser.parse_known_args(arguments)
-        if args.command is None:
-            parser.print_help()
-            return 2 if unknown else 0
+        commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
         if unknown:
-            commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-            raise commands.choices[args.command].unknown(unknown)
+            raise commands.choices.get(args.command, parser).unknown(unknown)
+        if args.command is None:
+            raise InputError(f"no command; want {' or '.join(commands.choices)}, see `ddpm --help`")
         code: int = args.run_command(args)
         return code
     except InputError as error:
@@ -237,14 +246,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as error:
         print(f"ddpm: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"ddpm: the disk is full ({error.filename or arguments[0]})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("ddpm: interrupted", file=sys.stderr)
         return 130
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    from tqdm import tqdm  # writes above a bar, not into it
+
     if issubclass(category, UserWarning):
-        print(f"warning: {message}", file=sys.stderr)
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -87,15 +87,16 @@ def pick_precision(name: Precision, device: torch.device) -> Precision:
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Join the others where torchrun started us, and leave them at the end."""
+    """Join the others where torchrun started us, and leave them at the end; a group that is there already stays."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     picked = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
-    if world > 1:
+    joins = world > 1 and not dist.is_initialized()
+    if joins:
         dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world, picked)
     finally:
-        if world > 1:
+        if joins:
             dist.destroy_process_group()

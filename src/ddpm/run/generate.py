@@ -35,7 +35,8 @@ def trajectory(
 
 def calls(denoiser: Denoiser, sampler: str, steps: int | None) -> int:
     """How many network calls one batch takes."""
-    return steps or (min(50, denoiser.schedule.T) if sampler == "ddim" else denoiser.schedule.T)
+    T = denoiser.schedule.T
+    return steps if steps is not None else min(50, T) if sampler == "ddim" else T
 
 
 def generate(
@@ -99,7 +100,8 @@ def progressive(
     wanted = [round((n - 1) * i / max(columns - 1, 1)) for i in range(columns)]
     strip = []
     way = trajectory(denoiser, shape, seeds, sampler, steps, eta, device)
-    for i, step in enumerate(tqdm(way, total=n, unit="call", desc="sampling", disable=None if progress else True)):
+    bar = tqdm(way, total=n, unit="call", desc="sampling", disable=None if progress else True, leave=False)
+    for i, step in enumerate(bar):
         if i in wanted:
             strip.append(pixels.to_pixels(step.x if step.t == 0 else step.x0).cpu())
     return torch.stack(strip, dim=1)

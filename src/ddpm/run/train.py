@@ -6,17 +6,18 @@ Everything random in step n is a function of (seed, n), so nothing but weights a
 import copy
 import errno
 import fcntl
+import importlib.util
 import json
 import math
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +58,14 @@ def train(preset: Preset, out: Path) -> Result:
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(processes(preset.device))
-        stop = stack.enter_context(_signals())
-        preset = _open_run(preset, out, ranks, stack)
+        preset = _settle(preset, out, ranks)
         train_set, held_out_set = datasets.load_pair(
             preset.data, preset.size, preset.channels,
             image_column=preset.image_column or None, label_column=preset.label_column or None,
-            skip_bad=preset.skip_bad, progress=ranks.first,
+            skip_bad=preset.skip_bad, progress=ranks.first and sys.stderr.isatty(),
         )  # fmt: skip
+        if ranks.first:
+            _claim(out, stack)  # only now: a mistake in settings or data leaves no folder behind
 
         # The network, its average, and Adam.
         torch.manual_seed(preset.seed)
@@ -90,10 +92,14 @@ def train(preset: Preset, out: Path) -> Result:
         log = stack.enter_context(_metrics(out, step, preset, ranks))
         _announce(preset, out, ranks, network, train_set, held_out_set, step)
 
-        def evaluate() -> float | None:
+        def evaluate(stop: Callable[[], bool] = lambda: False) -> float | None:
             """Held-out L_simple, written to the log; None where the run is to stop."""
-            levels = held_out_by_level(evaluating, held_out_set, preset.eval_images, ranks)
+            levels = held_out_by_level(evaluating, held_out_set, preset.eval_images, ranks, stop)
+            if ranks.any(stop()):
+                return None
             mean = float(torch.tensor(levels).nanmean())
+            if not math.isfinite(mean):
+                raise _not_finite(f"step {step}: the held-out loss is not finite", out)
             log(step, {"held_out": mean, "held_out_by_level": levels})
             return mean
 
@@ -123,6 +129,7 @@ def train(preset: Preset, out: Path) -> Result:
 
         if before is None:
             before = evaluate()
+            assert before is not None
             _say(ranks, f"step 0: held-out L_simple {before:.4f}")
         network.train()
         started = logged_at = time.monotonic()
@@ -134,6 +141,7 @@ def train(preset: Preset, out: Path) -> Result:
         )  # fmt: skip
         bar = tqdm(total=preset.steps, initial=step, unit="step", disable=None if ranks.first else True)
         stack.callback(bar.close)
+        stop = stack.enter_context(_signals())  # until here there is nothing to save
 
         for batch in stream:
             # Algorithm 1. The draws of the whole batch, then this process's parts of it.
@@ -179,8 +187,9 @@ def train(preset: Preset, out: Path) -> Result:
                 loss_sum.zero_()
                 loss_steps, logged_at = 0, now
             if saving or ended:
-                held_out = None if ended else evaluate()
+                held_out = None if ended else evaluate(lambda: stop.signal is not None)
                 save(held_out)
+                ended = ended or ranks.any(stop.signal is not None)  # a signal during the evaluation
             if not ended and preset.sample_every and (step % preset.sample_every == 0 or done):
                 mine = list(ranks.mine(preset.sample_count))
                 grid = generate(
@@ -195,10 +204,10 @@ def train(preset: Preset, out: Path) -> Result:
                 logged_at = time.monotonic()  # evaluation and samples are not training time
             if ended:
                 _say(ranks, f"stopped at step {step}, saved; the same command goes on")
-                return Result(step, before, held_out, rate, stop.signal)
+                return Result(step, before, held_out, rate, stop.signal or signal.SIGTERM)
 
         if train_set.skipped:
-            _say(ranks, f"{train_set.skipped} images could not be read and were passed over")
+            _say(ranks, f"images that could not be read and were passed over: {train_set.skipped:,}")
         return Result(step, before, held_out, rate, None)
 
 
@@ -206,16 +215,21 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @torch.no_grad()
-def held_out_by_level(denoiser: Denoiser, held_out: datasets.Images, most: int, ranks: Processes) -> list[float]:
+def held_out_by_level(
+    denoiser: Denoiser, held_out: datasets.Images, most: int, ranks: Processes, stop: Callable[[], bool] = lambda: False
+) -> list[float]:
     """L_simple of held-out images in BUCKETS equal ranges of t, lowest first; nan for a range that has no image.
 
-    Image i has a level and a noise of its own, the same in every run and on any number of processes.
+    Image i has a level and a noise of its own, the same in every run and on any number of processes. Where `stop`
+    comes true it returns early, with the means of what it has.
     """
     n, T = min(most, len(held_out)), denoiser.schedule.T
     t = 1 + (torch.randperm(n, generator=noise.generator(HELD_OUT_SEED)) * T + T // 2) // n
     sums = torch.zeros(2, BUCKETS, dtype=torch.float64)
     mine = ranks.mine(n)
     for start in range(0, len(mine), 64):
+        if stop():
+            break
         rows = list(mine[start : start + 64])
         x0 = pixels.to_signal(held_out.batch(rows)).to(ranks.device)
         eps = noise.normal([noise.mix(HELD_OUT_SEED, i) for i in rows], x0.shape[1:]).to(ranks.device)
@@ -239,8 +253,8 @@ def _parts(preset: Preset, ranks: Processes) -> list[slice]:
     return [slice(i * size, (i + 1) * size) for i in range(first, first + preset.accumulate)]
 
 
-def _open_run(preset: Preset, out: Path, ranks: Processes, stack: ExitStack) -> Preset:
-    """Claim the folder and settle the preset: a run that exists keeps its settings."""
+def _settle(preset: Preset, out: Path, ranks: Processes) -> Preset:
+    """The preset to train with: a run that exists keeps its settings. InputError for what cannot be; writes nothing."""
     config = out / "config.json"
     if not preset.data:
         raise InputError("data: this preset names no data set; want --data SOURCE")
@@ -258,20 +272,24 @@ def _open_run(preset: Preset, out: Path, ranks: Processes, stack: ExitStack) -> 
                 raise InputError(
                     f"{f.name} {now!r}: the run in {out} has {was!r}; want the same settings, or another --out"
                 )
-    elif out.exists() and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
         raise InputError(f"out {out}: exists and is not a run; want a new folder or a run to go on with")
-    preset = replace(preset, precision=pick_precision(preset.precision, ranks.device))
-    if ranks.first:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((out / ".lock").open("w"))
-        except OSError as error:
-            raise InputError(f"out {out}: cannot be written ({_reason(error)})") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"out {out}: another process is training this run; want another --out") from None
-    return preset
+    if preset.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("tensorboard: not installed; want `pip install 'ddpm[tensorboard]'`")
+    return replace(preset, precision=pick_precision(preset.precision, ranks.device))
+
+
+def _claim(out: Path, stack: ExitStack) -> None:
+    """Make the run's folder, and lock it until the end."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((out / ".lock").open("w"))
+    except OSError as error:
+        raise InputError(f"out {out}: cannot be written ({_reason(error)})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"out {out}: another process is training this run; want another --out") from None
 
 
 def _resume(
@@ -305,11 +323,14 @@ class _Watch:
 
     def check(self, out: Path, loss: Tensor) -> None:
         if (step := int(self.first_bad)) >= 0:
-            raise Stopped(
-                f"step {step}: the gradient is not finite (loss {float(loss):.4g}); the last good checkpoint is "
-                f"{checkpoints.newest(out) or 'none'}; try a lower --lr, a longer --warmup, --grad-clip 1 or "
-                "--precision float32"
-            )
+            raise _not_finite(f"step {step}: the gradient is not finite (loss {float(loss):.4g})", out)
+
+
+def _not_finite(what: str, out: Path) -> Stopped:
+    return Stopped(
+        f"{what}; the last good checkpoint is {checkpoints.newest(out) or 'none'}; "
+        "try a lower --lr, a longer --warmup, --grad-clip 1 or --precision float32"
+    )
 
 
 class _Stop:
@@ -341,29 +362,26 @@ def _metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator
         yield lambda *_: None
         return
     path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() and step else []
     kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
     try:
-        checkpoints.write_atomic(path, "".join(line + "\n" for line in kept))
         checkpoints.write_atomic(out / "config.json", json.dumps(to_json(preset), indent=1) + "\n")
+        checkpoints.write_atomic(path, "".join(line + "\n" for line in kept))
     except OSError as error:
         raise Stopped(f"cannot write to {out}: {_reason(error)}") from error
-    writer = _tensorboard(out) if preset.tensorboard else None
-    with path.open("a", buffering=1) as file:
+    with path.open("ab", buffering=0) as file, _tensorboard(out, preset.tensorboard, step) as board:
 
         def log(step: int, values: dict[str, Any]) -> None:
             try:
                 _write_line(file, {"step": step, **values})
             except OSError as error:
                 raise Stopped(f"step {step}: cannot write {path}: {_reason(error)}") from error
-            if writer is not None:
+            if board is not None:
                 for name, value in values.items():
                     for i, one in enumerate(value if isinstance(value, list) else [value]):
-                        writer.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, one, step)
+                        board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, one, step)
 
         yield log
-    if writer is not None:
-        writer.close()
 
 
 def _step_of(line: str) -> int | None:
@@ -374,18 +392,20 @@ def _step_of(line: str) -> int | None:
         return None  # half a line, from a process that was killed
 
 
-def _write_line(file: TextIO, values: dict[str, Any]) -> None:
+def _write_line(file: BinaryIO, values: dict[str, Any]) -> None:
     """One JSON object a line; nan and infinity, which JSON does not have, as null."""
     clean = json.loads(json.dumps(values), parse_constant=lambda _: None)
-    file.write(json.dumps(clean) + "\n")
+    line = memoryview((json.dumps(clean) + "\n").encode())
+    while line:  # a disk with room for half a line writes that half first
+        line = line[file.write(line) :]
 
 
-def _tensorboard(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("tensorboard: not installed; want `pip install 'ddpm[tensorboard]'`") from None
-    return SummaryWriter(out / "tensorboard")
+def _tensorboard(out: Path, wanted: bool, step: int) -> AbstractContextManager[Any]:
+    if not wanted:
+        return nullcontext()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(out / "tensorboard", purge_step=step and step + 1)  # what comes after is done again
 
 
 def _announce(

@@ -1,0 +1,191 @@
+"""Training losses: by hand, against the bound, where gradients go, and whether they are finite."""
+
+import math
+
+import pytest
+import torch
+from exact import PREDICTIONS, correlated, network, one_thread, with_variance  # noqa: F401
+
+from ddpm import likelihood, losses, pixels, schedule
+from ddpm.denoiser import Denoiser
+from ddpm.gaussian import q_sample
+from ddpm.unet import UNet
+
+PAPER = schedule.linear()
+VARIANCES = ("fixed_large", "fixed_small", "learned", "learned_range")
+
+
+def batch(n, shape=(1, 2, 2), dtype=torch.float32):
+    """n images of 8-bit pixels, the first with 0 and 255 among them, and noise for them."""
+    g = torch.Generator().manual_seed(0)
+    pixel = torch.randint(0, 256, (n, *shape), generator=g).byte()
+    pixel.view(n, -1)[:, :2] = torch.tensor([0, 255])
+    return pixels.to_signal(pixel).to(dtype), torch.randn(n, *shape, generator=g).to(dtype)
+
+
+def small_unet(out_channels=1):
+    torch.manual_seed(0)
+    return UNet(1, out_channels, width=32, multipliers=(1, 2), blocks=1)
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_simple_by_hand(predict):
+    """|target - output|^2 / D, one number per image, target written out (Eq. 7, 14; v: Salimans & Ho 2022)."""
+    x0, eps = batch(5, dtype=torch.float64)
+    t = torch.tensor([1, 2, 300, 999, 1000])
+    said = torch.linspace(-1, 1, 20, dtype=torch.float64).view_as(x0)
+    loss = losses.simple(Denoiser(lambda x, timestep, y: said, PAPER, predict), x0, t, eps)
+    assert loss.shape == (5,)
+    for i, level in enumerate(t.tolist()):
+        abar, prev = PAPER.alpha_bar[level].item(), PAPER.alpha_bar[level - 1].item()
+        alpha = abar / prev
+        xt = abar**0.5 * x0[i] + (1 - abar) ** 0.5 * eps[i]
+        target = {
+            "eps": eps[i],
+            "x0": x0[i],
+            "mu": (prev**0.5 * (1 - alpha) * x0[i] + alpha**0.5 * (1 - prev) * xt) / (1 - abar),
+            "v": abar**0.5 * eps[i] - (1 - abar) ** 0.5 * x0[i],
+        }[predict]
+        assert loss[i].item() == pytest.approx(((target - said[i]) ** 2).mean().item(), rel=1e-9)
+
+
+def test_expected_simple_loss_of_the_exact_denoiser():
+    """E |eps - eps_theta|^2 = abar_t/(1 - abar_t) tr Cov[x_0|x_t], the least there is: Eq. 14 in closed form."""
+    data, s = correlated(), schedule.linear(50, 2e-3, 0.4)
+    x0, eps = data.cubature()
+    exact = network(data, s, "eps")
+    for level in (1, 2, 25, 50):
+        t, abar = torch.full((len(x0),), level), s.alpha_bar[level]
+        least = (abar / (1 - abar) * data.x0_covariance(abar).trace() / data.D).item()
+        assert losses.simple(Denoiser(exact, s), x0, t, eps).mean().item() == pytest.approx(least, rel=1e-9)
+        worse = Denoiser(lambda x, timestep, y: 1.01 * exact(x, timestep), s)
+        assert losses.simple(worse, x0, t, eps).mean().item() > least * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_vlb_is_the_term_of_the_bound(predict, variance):
+    """losses.vlb is likelihood.term in bits per dimension, without clipping, for a t per image."""
+    data = correlated()
+    x0, eps = batch(4, dtype=torch.float64)
+    t = torch.tensor([1, 2, 500, 1000])
+    net = network(data, PAPER, predict)
+    if variance.startswith("learned"):
+        net = with_variance(net, lambda x, timestep: x.sin() - 3)
+    denoiser = Denoiser(net, PAPER, predict, variance)
+    nats, _ = likelihood.term(denoiser.unclipped(), x0, q_sample(PAPER, x0, t, eps), t)
+    torch.testing.assert_close(losses.vlb(denoiser, x0, t, eps), nats / (4 * math.log(2)), rtol=1e-12, atol=0)
+
+
+def test_vlb_of_eps_prediction_is_eq_12():
+    """With fixed variance, L_{t-1} is beta^2/(2 s^2 alpha (1-abar)) |eps - eps_theta|^2 and a constant  (Eq. 12)."""
+    x0, eps = batch(999, dtype=torch.float64)
+    t = torch.arange(2, 1001)
+    zero, one = (losses.vlb(Denoiser(lambda x, *_, c=c: eps + c, PAPER), x0, t, eps) for c in (0.0, 0.3))
+    beta, abar = PAPER.beta[t], PAPER.alpha_bar[t]
+    weight = beta**2 / (2 * beta * (1 - beta) * (1 - abar))  # fixed_large: s^2 = beta
+    torch.testing.assert_close(one - zero, weight * 4 * 0.3**2 / (4 * math.log(2)), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_hybrid(predict, variance):
+    """L_simple + 0.001 T L_vlb; only L_simple moves the prediction, only L_vlb moves the variance."""
+    x0, eps = batch(4, dtype=torch.float64)
+    t = torch.tensor([1, 2, 500, 1000])
+    out = torch.linspace(-1, 0, 32, dtype=torch.float64).view(4, 2, 2, 2).requires_grad_()
+    denoiser = Denoiser(lambda x, timestep, y: out, PAPER, predict, variance)
+    hybrid, simple, vlb = (loss(denoiser, x0, t, eps) for loss in (losses.hybrid, losses.simple, losses.vlb))
+    torch.testing.assert_close(hybrid, simple + vlb, rtol=1e-12, atol=0)  # T = 1000: 0.001 T = 1
+    of_hybrid, of_simple, of_vlb = (torch.autograd.grad(loss.sum(), out)[0] for loss in (hybrid, simple, vlb))
+    torch.testing.assert_close(of_hybrid[:, :1], of_simple[:, :1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(of_hybrid[:, 1:], of_vlb[:, 1:], rtol=1e-12, atol=0)
+    assert of_simple[:, 1:].abs().max() == 0
+    assert of_vlb[:, :1].flatten(1).abs().amax(1).min() > 0  # which hybrid does hold back
+    assert of_vlb[:, 1:].flatten(1).abs().amax(1).min() > 0
+
+
+def test_hybrid_weighs_the_bound_by_T():
+    """T times the term at a uniform t is the bound: at T = 50 the weight is 0.001 x 50."""
+    s = schedule.linear(50, 2e-3, 0.4)
+    x0, eps = batch(3, dtype=torch.float64)
+    t = torch.tensor([1, 25, 50])
+    denoiser = Denoiser(lambda x, timestep, y: torch.cat([x, x - 3], 1), s, "eps", "learned")
+    expected = losses.simple(denoiser, x0, t, eps) + 0.05 * losses.vlb(denoiser, x0, t, eps)
+    torch.testing.assert_close(losses.hybrid(denoiser, x0, t, eps), expected, rtol=1e-12, atol=0)
+
+
+def test_hybrid_calls_the_network_once():
+    """Twice would double the cost of a step, and draw dropout twice."""
+    calls = []
+
+    def counted(x, timestep, y):
+        calls.append(timestep)
+        return torch.cat([x, x], dim=1)
+
+    x0, eps = batch(1)
+    losses.hybrid(Denoiser(counted, PAPER, variance="learned_range"), x0, torch.tensor([5]), eps)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_losses_are_finite_in_float32_at_every_level(predict, variance):
+    """What an untrained network says is almost nothing: every loss and gradient at all t, t = 1 and both end pixels
+    among them, is finite, and no level's is cut off."""
+    x0, eps = batch(1000)
+    t = torch.arange(1, 1001)
+    learned = variance.startswith("learned")
+    out = (1e-3 * torch.randn(1000, 1 + learned, 2, 2, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    denoiser = Denoiser(lambda x, timestep, y: out, PAPER, predict, variance)
+    for loss in (losses.simple, losses.vlb, losses.hybrid):
+        value = loss(denoiser, x0, t, eps)
+        assert value.dtype == torch.float32
+        assert value.isfinite().all()
+        (gradient,) = torch.autograd.grad(value.sum(), out)
+        assert gradient.isfinite().all()
+        assert gradient.flatten(1).abs().amax(1).min() > 0
+
+
+@pytest.mark.parametrize("loss", [losses.simple, losses.vlb, losses.hybrid])
+def test_untrained_unet(loss):
+    """From the image to the weights: finite loss and gradients at the ends of the schedule, in one float32 batch."""
+    learned = loss is not losses.simple
+    net = small_unet(2 if learned else 1)
+    denoiser = Denoiser(net, PAPER, variance="learned_range" if learned else "fixed_large")
+    x0, eps = batch(6, (1, 8, 8))
+    value = loss(denoiser, x0, torch.tensor([1, 1, 2, 500, 999, 1000]), eps)
+    value.mean().backward()
+    assert value.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    assert net.conv_out.weight.grad.abs().max() > 0
+    if loss is losses.simple:  # eps prediction of nothing: E |eps|^2 = 1
+        assert value.mean().item() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("loss", [losses.simple, losses.vlb, losses.hybrid])
+def test_one_number_per_image(loss):
+    """Images do not touch each other: a batch in parts gives the same losses, and gradients that add up to the same.
+
+    So a batch may be accumulated from parts, or split over devices.
+    """
+    net = small_unet(2)
+    for p in net.parameters():  # away from the near-zero start
+        p.data.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    if loss is losses.simple:
+        denoiser = Denoiser(lambda *inputs: net(*inputs)[:, :1], PAPER)
+    else:
+        denoiser = Denoiser(net, PAPER, variance="learned_range")
+    x0, eps = batch(4, (1, 8, 8))
+    t = torch.tensor([1, 2, 400, 1000])
+    whole = loss(denoiser, x0, t, eps)
+    gradient = torch.autograd.grad(whole.mean(), net.parameters())
+    parts, summed = [], [torch.zeros_like(p) for p in net.parameters()]
+    for part in (slice(0, 1), slice(1, 4)):
+        parts.append(loss(denoiser, x0[part], t[part], eps[part]))
+        for total, g in zip(summed, torch.autograd.grad(parts[-1].sum() / 4, net.parameters()), strict=True):
+            total += g
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-6)
+    scale = max(g.abs().max() for g in gradient)
+    for a, b in zip(summed, gradient, strict=True):
+        assert (a - b).abs().max() < 1e-4 * scale

@@ -1,0 +1,340 @@
+"""Samplers: the law of what they draw, equality with diffusers step by step, one seed one image."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from exact import PREDICTIONS, FiniteData, correlated, isotropic, network, one_thread, with_variance  # noqa: F401
+from scipy.stats import chisquare
+
+from ddpm import gaussian, samplers, schedule
+from ddpm.denoiser import Denoiser
+from ddpm.errors import InputError
+from ddpm.gaussian import beta_tilde
+from ddpm.noise import per_image
+from ddpm.unet import UNet
+
+SHORT = schedule.linear(50, 2e-3, 0.4)
+LARGE = torch.cat([beta_tilde(SHORT)[:2], SHORT.beta[2:]])  # fixed_large's sigma_t^2
+TABLES = {"fixed_large": LARGE, "fixed_small": beta_tilde(SHORT)}
+N = 10_000
+
+
+def normal(n, shape, seed=0):
+    """noise(t), float64 [n, *shape]: a draw for each level, the same whenever it is asked for."""
+    return lambda t: torch.randn(n, *shape, generator=torch.Generator().manual_seed(1000 * seed + t)).double()
+
+
+def z_score(x, mean, covariance):
+    """The largest |z| over the sample's means and covariances, were x [n, ...] drawn from N(mean, covariance)."""
+    x, n = x.flatten(1), len(x)
+    variance = covariance.diagonal()
+    z_mean = (x.mean(0) - mean) / (variance / n).sqrt()
+    z_covariance = (x.T.cov() - covariance) / ((covariance**2 + torch.outer(variance, variance)) / n).sqrt()
+    return max(z_mean.abs().max().item(), z_covariance.abs().max().item())
+
+
+def last(steps):
+    *_, step = steps
+    return step
+
+
+# Issue: for Gaussian data with its exact denoiser, the law of the samples is known.
+
+
+def ancestral_samples(data, predict, variance, change=lambda x: x):
+    """N draws; `change` is what a wrong coefficient does to the network's output."""
+    exact = network(data, SHORT, predict)
+    if variance == "learned":
+        raw = lambda x, timestep: LARGE[timestep + 1].log().view(-1, 1, 1, 1).expand_as(x)  # noqa: E731
+        exact = with_variance(exact, raw)
+    noise = normal(N, data.mean.shape)
+    denoiser = Denoiser(lambda *inputs: change(exact(*inputs)), SHORT, predict, variance, clip=False)
+    return last(samplers.ancestral(denoiser, noise(50), noise)).x
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "learned"])
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_ancestral_sampling_reproduces_the_exact_law(predict, variance):
+    """Algorithm 2 from N(0, I) is a linear-Gaussian chain: mean and covariance of x_0 within sampling error."""
+    data = correlated()
+    x = ancestral_samples(data, predict, variance)
+    assert z_score(x, *data.chain(SHORT, TABLES["fixed_small" if variance == "fixed_small" else "fixed_large"])) < 4.5
+    if variance != "learned":  # negative control: the other variance's law is not this one
+        other = TABLES["fixed_large" if variance == "fixed_small" else "fixed_small"]
+        assert z_score(x, *data.chain(SHORT, other)) > 6
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_a_wrong_coefficient_fails_the_same_test(predict):
+    """Negative control: 10% more eps, x_0, mu or v, or 10% less noise, and the law is visibly another."""
+    data = correlated()
+    law = data.chain(SHORT, LARGE)
+    assert z_score(ancestral_samples(data, predict, "fixed_large", lambda out: 1.1 * out), *law) > 6
+    assert z_score(ancestral_samples(data, predict, 0.81 * LARGE), *law) > 6
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+def test_a_wrong_posterior_coefficient_fails_the_same_test(predict, monkeypatch):
+    """Negative control inside the package: Eq. 7 with sqrt(abar_t) where sqrt(abar_{t-1}) belongs."""
+
+    def wrong(s, t):
+        c_0, c_x = right(s, t)
+        return c_0 * (s.alpha_bar[t] / s.alpha_bar[t - 1]).sqrt(), c_x
+
+    right = gaussian.posterior_coefficients
+    monkeypatch.setattr(gaussian, "posterior_coefficients", wrong)
+    data = correlated()
+    assert z_score(ancestral_samples(data, predict, "fixed_large"), *data.chain(SHORT, LARGE)) > 6
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_true_variances_reproduce_the_data(predict):
+    """With the variance of the true q(x_{t-1} | x_t), and p(x_0 | x_1) drawn from, x_0 is distributed as the data."""
+    data = isotropic()
+    table = data.variances(SHORT)
+    x = ancestral_samples(data, predict, table)
+    assert z_score(x, *data.chain(SHORT, table)) < 4.5
+    drawn = x + table[1].sqrt() * normal(N, data.mean.shape)(0)
+    law = data.mean.flatten(), data.covariance
+    assert z_score(drawn, *law) < 4.5
+    assert z_score(ancestral_samples(data, predict, "fixed_small"), *law) > 6  # beta~_t is too little for such data
+
+
+def test_z_score_sees_what_it_should():
+    """The test's test: a sample of N(mean, S) passes, one 6% too wide or 6% of a sigma aside does not."""
+    data = correlated()
+    x = data.sample(N, torch.Generator().manual_seed(0))
+    law = data.mean.flatten(), data.covariance
+    assert z_score(x, *law) < 4.5
+    assert z_score(1.06 * (x - data.mean) + data.mean, *law) > 4.5
+    assert z_score(x + 0.06 * data.covariance.diagonal().sqrt().view(1, 2, 2), *law) > 4.5
+
+
+def test_ddim_reaches_the_data_law_deterministically():
+    """eta 0 is an ODE solver: from N(0, I) its map is linear, and with more steps its law comes to the data's."""
+    s, data = schedule.linear(), correlated()
+    denoiser = Denoiser(network(data, s, "eps"), s, clip=False)
+    basis = torch.cat([torch.zeros(1, 4), torch.eye(4)]).double().view(5, 1, 2, 2)  # x -> A x + b
+    errors = []
+    for steps in (10, 40, 160):
+        out = last(samplers.ddim(denoiser, basis, steps)).x.flatten(1)
+        A = (out[1:] - out[0]).T
+        errors.append(
+            (A @ A.T - data.covariance).abs().max().item() + (out[0] - data.mean.flatten()).abs().max().item()
+        )
+    assert errors[0] > 2.5 * errors[1] > 2.5**2 * errors[2]  # first order: 4 times the steps, nearly a quarter
+
+
+# Equality with diffusers.
+
+
+def theirs(kind, s, **settings):
+    """A diffusers scheduler on our table, in float64."""
+    scheduler = kind(num_train_timesteps=s.T, trained_betas=s.beta[1:].tolist(), **settings)
+    assert (scheduler.alphas_cumprod - s.alpha_bar[1:]).abs().max() < 1e-5  # its own, float32
+    scheduler.alphas_cumprod = s.alpha_bar[1:].clone()
+    scheduler.one = scheduler.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
+    return scheduler
+
+
+NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def said(x, timestep, y=None):
+    """A network with something to say: float64, smooth, of x and timestep; x0^ leaves [-1, 1] now and then."""
+    k = (timestep.double() / 1000).view(-1, 1, 1, 1)
+    return (2 * x + 3 * k).sin() + 0.3 * x.flip(-1)
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["clip", "free"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("predict", NAMES)
+def test_ddim_equals_diffusers(predict, eta, clip):
+    """Every step of 20 of the paper's 1000 levels, to 1e-9: x and x0^; eps^ follows the clipped x0^."""
+    s, steps = schedule.linear(), 20
+    scheduler = theirs(
+        DDIMScheduler, s, clip_sample=clip, prediction_type=NAMES[predict], timestep_spacing="trailing"
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    noise = normal(3, (2, 4, 4))
+    x = noise(1000)
+    ours = samplers.ddim(Denoiser(said, s, predict, clip=clip), x, steps, eta, noise)
+    for step, timestep in zip(ours, scheduler.timesteps, strict=True):
+        out = said(x, timestep.expand(3))
+        z = noise(step.t) if eta > 0 else None
+        x, x0 = scheduler.step(
+            out, int(timestep), x, eta, use_clipped_model_output=True, variance_noise=z, return_dict=False
+        )
+        torch.testing.assert_close(step.x0, x0, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(step.x, x, rtol=1e-9, atol=1e-9)
+    assert step.t == 0
+
+
+@pytest.mark.parametrize("steps", [None, 10])
+@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "learned_range"])
+@pytest.mark.parametrize("predict", NAMES)
+def test_ancestral_equals_diffusers(predict, variance, steps):
+    """Every step, all levels or 10 of them, to 1e-9, with the same noise and clipping.
+
+    By intent the last of fewer steps differs: diffusers adds noise to the image there, Algorithm 2 has z = 0.
+    """
+    s = schedule.linear(100, 1e-3, 0.2)
+    net = with_variance(said, lambda x, timestep: x.tanh()) if variance == "learned_range" else said
+    scheduler = theirs(
+        DDPMScheduler, s, variance_type=variance, prediction_type=NAMES[predict], timestep_spacing="trailing"
+    )  # fmt: skip
+    scheduler.set_timesteps(steps or 100)
+    g = lambda t: torch.Generator().manual_seed(t)  # noqa: E731
+    noise = lambda t: torch.randn(3, 2, 4, 4, generator=g(t), dtype=torch.float64)  # noqa: E731
+    x = noise(100)
+    ours = samplers.ancestral(Denoiser(net, s, predict, variance), x, noise, steps)
+    for step, timestep in zip(ours, scheduler.timesteps, strict=True):
+        out = net(x, timestep.expand(3))
+        x, x0 = scheduler.step(out, int(timestep), x, generator=g(step.t), return_dict=False)
+        torch.testing.assert_close(step.x0, x0, rtol=1e-9, atol=1e-9)
+        if step.t == 0 and steps:
+            log_or_not = scheduler._get_variance(int(timestep), out[:, 2:])
+            x = x - noise(0) * ((0.5 * log_or_not).exp() if variance == "learned_range" else log_or_not.sqrt())
+        torch.testing.assert_close(step.x, x, rtol=1e-9, atol=1e-9)
+    assert step.t == 0
+
+
+def test_the_first_variance_is_not_that_of_diffusers():
+    """By intent (docs/PAPER.md 3): at t = 1 both fixed variances are beta~_2; diffusers has beta_1, and 1e-20.
+
+    No sampler shows it, z = 0 there; the decoder's likelihood does. At all other levels they agree.
+    """
+    s = schedule.linear()
+    x = torch.zeros(999, 1, 1, 1, dtype=torch.float64)
+    for variance, at_1 in (("fixed_large", 1e-4), ("fixed_small", 1e-20)):
+        scheduler = theirs(DDPMScheduler, s, variance_type=variance)
+        denoiser = Denoiser(said, s, variance=variance)
+        ours = denoiser(x, torch.arange(2, 1001)).log_variance.exp().flatten()
+        other = torch.stack([scheduler._get_variance(t) for t in range(1, 1000)])
+        torch.testing.assert_close(ours, other, rtol=1e-9, atol=0)
+        assert scheduler._get_variance(0).item() == pytest.approx(at_1, rel=1e-9)
+        assert denoiser(x[:1], torch.tensor([1])).log_variance.exp().item() == pytest.approx(5.45319e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_ddim_with_eta_1_is_ancestral_sampling(predict):
+    """eta = 1 at every level is Algorithm 2 with sigma_t^2 = beta~_t: the same path from the same noise.
+
+    (At t = 1 beta~_1 is 0 in one and beta~_2 in the other, but no noise is added there.)
+    """
+    noise = normal(3, (1, 2, 2))
+    denoiser = Denoiser(network(correlated(), SHORT, predict), SHORT, predict, "fixed_small", clip=False)
+    one = samplers.ancestral(denoiser, noise(50), noise)
+    other = samplers.ddim(denoiser, noise(50), 50, 1.0, noise)
+    for a, b in zip(one, other, strict=True):
+        assert a.t == b.t
+        torch.testing.assert_close(a.x, b.x, rtol=1e-9, atol=1e-9)
+    large = Denoiser(denoiser.network, SHORT, predict, "fixed_large", clip=False)
+    assert (last(samplers.ancestral(large, noise(50), noise)).x - b.x).abs().max() > 1e-2
+
+
+# Finite data, seeds, and what the contract says.
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "ddim eta 1"])
+def test_samples_of_finite_data_land_on_its_members(sampler):
+    """Data of four images: every sample is one of them, each about equally often."""
+    images = [[0.9, -0.8, 0.1, 0.3], [-0.7, 0.5, 0.6, -0.2], [0.1, 0.7, -0.9, 0.8], [-0.5, -0.6, -0.4, -0.9]]
+    data = FiniteData(torch.tensor(images).double().view(4, 1, 2, 2))
+    denoiser = Denoiser(network(data, SHORT, "eps"), SHORT, variance="fixed_small")
+    noise = normal(4000, (1, 2, 2), seed=1)
+    if sampler == "ancestral":
+        x = last(samplers.ancestral(denoiser, noise(50), noise)).x
+    else:
+        x = last(samplers.ddim(denoiser, noise(50), 50, float(sampler.endswith("1")), noise)).x
+    away, member = (x[:, None] - data.images).flatten(2).abs().amax(2).min(1)
+    assert away.max() < 1e-6
+    assert chisquare(np.bincount(member.numpy(), minlength=4)).pvalue > 1e-4
+
+
+def randomised_unet():
+    """A small network away from its near-zero start."""
+    torch.manual_seed(0)
+    net = UNet(1, width=32, multipliers=(1, 2), blocks=1)
+    for p in net.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    return net
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 5e-4)])
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "ddim eta 1"])
+def test_an_image_depends_only_on_its_own_seed(sampler, dtype, tolerance):
+    """Seven seeds in batches of 1, 3 and 7, and in another order: the same seven images, to the network's rounding.
+
+    (In float32 a convolution rounds differently in another batch, and 1/sqrt(abar_T) = 200 makes 1e-7 visible.)
+    """
+    denoiser = Denoiser(randomised_unet().to(dtype), SHORT)
+
+    def images(seeds):
+        draws = per_image(seeds, (1, 8, 8))
+        noise = lambda t: draws(t).to(dtype)  # noqa: E731
+        if sampler == "ancestral":
+            return last(samplers.ancestral(denoiser, noise(50), noise, steps=5)).x
+        return last(samplers.ddim(denoiser, noise(50), 5, float(sampler.endswith("1")), noise)).x
+
+    seeds = [11, 7, 3, 1000, 0, 5, 2]
+    whole = images(seeds)
+    assert whole.dtype == dtype
+    for size in (1, 3):
+        parts = torch.cat([images(seeds[i : i + size]) for i in range(0, 7, size)])
+        torch.testing.assert_close(parts, whole, rtol=0, atol=tolerance)
+    torch.testing.assert_close(images(seeds[::-1]).flip(0), whole, rtol=0, atol=tolerance)
+    assert min((whole[i] - whole[j]).abs().max() for i in range(7) for j in range(i)) > 0.1
+
+
+def test_steps_come_in_order_and_report_x0():
+    """One Step a network call, t falling to 0; x0 is the denoiser's at the x before; x itself is not written to."""
+    noise = normal(2, (1, 2, 2))
+    denoiser = Denoiser(network(correlated(), SHORT, "eps"), SHORT)
+    x = noise(50)
+    before = x.clone()
+    for steps in (list(samplers.ancestral(denoiser, x, noise, 5)), list(samplers.ddim(denoiser, x, 5))):
+        assert [step.t for step in steps] == [40, 30, 20, 10, 0]
+        torch.testing.assert_close(steps[0].x0, denoiser(x, torch.tensor([50, 50])).x0)
+        assert torch.equal(x, before)
+        assert steps[-1].x.abs().max() <= 1  # the image is x0^ itself, and so clipped
+        torch.testing.assert_close(steps[-1].x, steps[-1].x0)
+
+
+def test_labels_reach_the_network():
+    told = []
+
+    def spy(x, timestep, y):
+        told.append(y)
+        return torch.zeros_like(x)
+
+    y, noise = torch.tensor([3, 4]), normal(2, (1, 2, 2))
+    last(samplers.ancestral(Denoiser(spy, SHORT), noise(50), noise, 3, y))
+    last(samplers.ddim(Denoiser(spy, SHORT), noise(50), 3, y=y))
+    assert len(told) == 6
+    assert all(y is seen for seen in told)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 51])
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_wrong_steps_are_refused(sampler, steps):
+    noise = normal(1, (1, 1, 1))
+    with pytest.raises(InputError, match=f"steps {steps}: want 1 to 50"):
+        last(getattr(samplers, sampler)(Denoiser(said, SHORT), noise(50), noise=noise, steps=steps))
+
+
+def test_eta_needs_noise():
+    with pytest.raises(ValueError, match="noise"):
+        last(samplers.ddim(Denoiser(said, SHORT), torch.zeros(1, 1, 1, 1), 5, eta=0.5))
+
+
+@pytest.mark.parametrize("predict", ["x0", "v", "mu"])
+def test_jsd_samples_are_finite(predict):
+    """From abar_T = 0 exactly, where x_T says nothing of x_0."""
+    s, data = schedule.jsd(20), correlated()
+    noise = normal(2, (1, 2, 2))
+    denoiser = Denoiser(network(data, s, predict), s, predict)
+    paths = [samplers.ancestral(denoiser, noise(20), noise), samplers.ddim(denoiser, noise(20), 20)]
+    for path in [*paths, samplers.ddim(denoiser, noise(20), 20, 1.0, noise)]:
+        assert all(step.x.isfinite().all() for step in path)
