@@ -20,8 +20,8 @@ $(VENV)/.tested: $(VENV)/.installed
 
 demo: install
 	$(BIN)/ddpm train digits --out $(OUT)/run
-	$(BIN)/ddpm sample $(OUT)/run -n 64 --out $(OUT)/digits.png
-	$(BIN)/ddpm sample $(OUT)/run -n 8 --progressive --out $(OUT)/progressive.png
+	$(BIN)/ddpm sample $(OUT)/run -n 64 --steps 250 --out $(OUT)/digits.png
+	$(BIN)/ddpm sample $(OUT)/run -n 8 --steps 250 --progressive --out $(OUT)/progressive.png
 	$(BIN)/ddpm sample $(OUT)/run -n 200 --steps 250 --out $(OUT)/samples.npz
 	$(BIN)/python examples/digits_report.py $(OUT)/samples.npz
 	@echo "pictures: $(OUT)/digits.png, $(OUT)/progressive.png"

@@ -1,0 +1,204 @@
+"""The command line: help without torch, and a user's mistakes, each of which is one helpful line and exit code 2."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, train
+
+import ddpm
+from ddpm.files import images
+from ddpm.presets import PRESETS
+from ddpm.run.cli import main
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["--version"]])
+def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+    """None of the heavy packages is imported for it, which is what makes it quick."""
+    program = (
+        "import sys\nfrom ddpm.run.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "    code = end.code\nheavy = {'torch', 'numpy', 'PIL', 'datasets', 'sklearn', 'tqdm'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ddpm" in done.stdout
+
+
+def test_help_names_every_setting_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each field of a preset is an option with a line on what it means."""
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')} " in text or f"--{name.replace('_', '-')}," in text for name in FIELDS)
+    assert all(name in text.replace("\n", " ") for name in PRESETS)
+
+
+FIELDS = list(ddpm.Preset.__dataclass_fields__)
+
+
+def grey(path: Path, count: int = 4) -> None:
+    for i in range(count):
+        images.save(path / f"{i}.png", np.full((8, 8, 1), 10 * i, np.uint8))
+
+
+def broken(content: bytes) -> Callable[[Path], None]:
+    def make(here: Path) -> None:
+        grey(here / "pictures")
+        (here / "pictures" / "2.png").write_bytes(content)
+
+    return make
+
+
+def mixed(here: Path) -> None:
+    grey(here / "pictures")
+    images.save(here / "pictures" / "2.png", np.zeros((8, 8, 3), np.uint8))
+
+
+def nothing(here: Path) -> None:
+    pass
+
+
+ON_PICTURES = "train digits --data pictures"
+MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
+    # the command and its options
+    ("", nothing, ["no command", "train", "sample"]),
+    ("trian digits", nothing, ["'trian'", "train"]),
+    ("--verison", nothing, ["--verison", "did you mean --version?"]),
+    ("train", nothing, ["PRESET", "cifar10"]),
+    ("train cifra10", nothing, ["'cifra10'", "did you mean cifar10?", "lsun_church"]),
+    ("train digits --stpes 5", nothing, ["--stpes", "did you mean --steps?"]),
+    ("train digits --colour red", nothing, ["--colour", "ddpm train --help"]),
+    ("train digits cifar10", nothing, ["cifar10", "ddpm train --help"]),
+    ("train digits --steps", nothing, ["--steps"]),
+    ("train digits --steps ten", nothing, ["--steps", "'ten'", "a whole number"]),
+    ("train digits --lr fast", nothing, ["--lr", "'fast'", "a number"]),
+    ("train digits --multipliers 1,two", nothing, ["--multipliers", "'1,two'", "whole numbers"]),
+    # settings
+    ("train digits --steps -5", nothing, ["steps -5", "at least 1"]),
+    ("train digits --batch-size 0", nothing, ["batch_size 0", "at least 1"]),
+    ("train digits --lr nan", nothing, ["lr nan", "a number"]),
+    ("train digits --dropout 1.5", nothing, ["dropout 1.5", "at most 0.99"]),
+    ("train digits --width 100", nothing, ["width 100", "multiple of 32"]),
+    ("train digits --size 9", nothing, ["size 9x9", "8 and 10"]),
+    ("train digits --size 3x4x5", nothing, ["size (3, 4, 5)", "32x48"]),
+    ("train digits --channels 2", nothing, ["channels 2", "1, 3, 4"]),
+    ("train digits --predict epsilon", nothing, ["predict 'epsilon'", "eps, x0, mu, v"]),
+    ("train digits --schedule cosin", nothing, ["schedule 'cosin'", "cosine"]),
+    ("train digits --variance learned", nothing, ["variance learned", "loss hybrid or vlb"]),
+    ("train digits --batch-size 8 --accumulate 3", nothing, ["accumulate 3", "batch_size 8"]),
+    ("train digits --levels 10", nothing, ["sample_steps 50", "at most levels, 10"]),
+    ("train digits --device gpu", nothing, ["device 'gpu'", "auto, cpu, cuda"]),
+    # data
+    ("train lsun_cat", nothing, ["data", "--data SOURCE"]),
+    ("train digits --data ./pictures", nothing, ["./pictures", "no such file or folder", "a folder of images"]),
+    ("train digits --data digit", nothing, ["digit", "did you mean digits?"]),
+    (ON_PICTURES, lambda here: (here / "pictures").mkdir(), ["pictures", "no images"]),
+    (ON_PICTURES, broken(b"These are words."), ["2.png", "not an image"]),
+    (ON_PICTURES, broken(b""), ["2.png", "empty file"]),
+    (ON_PICTURES, mixed, ["2.png", "RGB", "0.png", "grey"]),
+    (ON_PICTURES, lambda here: grey(here / "pictures", 1), ["pictures", "at least 2"]),
+    (f"{ON_PICTURES} --image-column img", lambda here: grey(here / "pictures"), ["image column img", "no columns"]),
+    ("train digits --data notes.txt", lambda here: write(here / "notes.txt"), ["notes.txt", "a .zip or .parquet"]),
+    # the run's folder
+    ("train digits --out notes.txt", lambda here: write(here / "notes.txt"), ["out notes.txt", "a new folder"]),
+    ("train digits --out pictures", lambda here: grey(here / "pictures"), ["out pictures", "not a run"]),
+    ("train digits --out notes.txt/run", lambda here: write(here / "notes.txt"), ["out notes.txt/run", "directory"]),
+    # sampling
+    ("sample", nothing, ["RUN", "a run folder"]),
+    ("sample runs/none", nothing, ["runs/none", "no such file or folder", "a run folder"]),
+    ("sample pictures", lambda here: grey(here / "pictures"), ["pictures", "not a run", "a run folder"]),
+    ("sample notes.txt", lambda here: write(here / "notes.txt"), ["notes.txt", "safetensors"]),
+    ("sample RUN -n 0", nothing, ["-n 0", "at least 1"]),
+    ("sample RUN -n many", nothing, ["-n", "'many'", "a whole number"]),
+    ("sample RUN --steps 21", nothing, ["--steps 21", "at most 20"]),
+    ("sample RUN --steps 0", nothing, ["--steps 0", "at least 1"]),
+    ("sample RUN --seed -1", nothing, ["--seed -1", "at least 0"]),
+    ("sample RUN --sampler ddim --eta 2", nothing, ["--eta 2", "at most 1"]),
+    ("sample RUN --eta 0.5", nothing, ["--eta 0.5", "--sampler ddim"]),
+    ("sample RUN --sampler euler", nothing, ["--sampler 'euler'", "ancestral, ddim"]),
+    ("sample RUN --weights best", nothing, ["--weights 'best'", "ema, raw"]),
+    ("sample RUN --checkpoint newest", nothing, ["checkpoint 'newest'", "last, best or a step"]),
+    ("sample RUN --checkpoint 7", nothing, ["checkpoint 7", "20, 30"]),
+    ("sample RUN --precision fp16", nothing, ["--precision 'fp16'", "bf16"]),
+    ("sample RUN --out samples.jpg", nothing, ["samples.jpg", ".png or .npz"]),
+    ("sample RUN --out pictures", lambda here: grey(here / "pictures"), ["pictures", "not empty"]),
+    ("sample RUN --out notes.txt/a.png", lambda here: write(here / "notes.txt"), ["notes.txt/a.png", "cannot write"]),
+    ("sample RUN --progressive --out a.npz", nothing, ["a.npz", "--progressive", "want a .png"]),
+]
+if not torch.cuda.is_available():
+    MISTAKES.append(("train digits --device cuda", nothing, ["device 'cuda'", "auto or cpu"]))
+
+
+def write(path: Path) -> None:
+    path.write_text("These are words.")
+
+
+@pytest.mark.parametrize(("command", "prepare", "words"), MISTAKES, ids=[command or "-" for command, *_ in MISTAKES])
+def test_a_mistake_is_one_helpful_line(
+    command: str,
+    prepare: Callable[[Path], None],
+    words: list[str],
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit code 2; one line on stderr that names the value and what would do; and nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    before = {p: p.stat().st_size for p in [*tmp_path.rglob("*"), *trained.rglob("*")]}
+    assert main([str(trained) if word == "RUN" else word for word in command.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("ddpm: ")
+    assert all(word in err for word in words), err
+    assert {p: p.stat().st_size for p in [*tmp_path.rglob("*"), *trained.rglob("*")]} == before
+
+
+def test_a_run_with_other_settings_is_one_line_too(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The preset's own network is not that of the run."""
+    assert main(["train", "digits", "--out", str(trained)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"the run in {trained} has" in err
+
+
+def test_a_config_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One written by hand, or by another version of the program."""
+    for text, words in (("{", "cannot be read"), ('{"colour": 3}', "config colour: no such setting")):
+        (tmp_path / "config.json").write_text(text)
+        assert train(tmp_path, "--steps", 2) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert words in err
+        assert "want another --out" in err
+
+
+def test_our_own_faults_keep_their_traceback(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is no mistake of the user's is not dressed up as one."""
+
+    def fault(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("ddpm.run.generate.generate", fault)
+    with pytest.raises(ZeroDivisionError):
+        main(["sample", str(trained), "-n", "1"])
+
+
+def test_every_kind_of_option_reaches_the_run(tmp_path: Path) -> None:
+    """A flag, a number, a list, a choice and a size, with a space or with =; what is not given is the preset's."""
+    given = ["--lr=3e-3", "--multipliers", "1,1", "--schedule=cosine", "--size", "8x16", "--no-clip", "--steps=1"]
+    assert main([*TINY, *given, "--out", str(tmp_path / "run")]) == 0
+    from ddpm.files.checkpoints import open_checkpoint
+
+    found = open_checkpoint(tmp_path / "run").preset
+    assert (found.lr, found.multipliers, found.schedule) == (3e-3, (1, 1), "cosine")
+    assert (found.size, found.clip) == ((8, 16), False)
+    assert found.beta_T == PRESETS["digits"].beta_T

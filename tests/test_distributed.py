@@ -1,0 +1,162 @@
+"""Two processes under torchrun and one process: the same run, the same images."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_close, losses, metrics, steps, tensors, train
+
+from ddpm.run.cli import main
+from ddpm.run.distributed import Processes, pick_device, pick_precision
+
+PROGRAM = """
+import json, os, sys, torch
+from ddpm.run.cli import main
+first, *others = json.loads(sys.argv[1])
+codes = [main(first)]  # joins the two, and parts them; a second time they need another place to meet
+os.environ.update(MASTER_PORT=sys.argv[2], TORCHELASTIC_USE_AGENT_STORE="False")
+torch.distributed.init_process_group("gloo")
+print([*codes, *map(main, others)])
+"""
+
+
+@dataclass(frozen=True)
+class Both:
+    """What one process did, and what two did in one torchrun, since it takes them long to start."""
+
+    one: Path  # 20 steps by one process
+    two: Path  # 20 steps by two
+    mixed: Path  # 10 steps by one, 10 by two
+    samples: Path  # of `trained`, by two
+    stopped: Path  # by two, with dropout, ended by SIGTERM
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
+    """Trains and samples; SIGTERM reaches the last of the commands in its midst."""
+    root = tmp_path_factory.mktemp("both")
+    one, two, mixed, stopped = (root / name for name in ("one", "two", "mixed", "stopped"))
+    assert train(one, *TWENTY) == 0
+    shutil.copytree(one, mixed)
+    shutil.rmtree(mixed / "checkpoints" / "00000020")
+    commands = [
+        [*TINY, *TWENTY, "--sample-every", "20", "--sample-count", "3", "--out", str(two)],
+        [*TINY, *TWENTY, "--out", str(mixed)],
+        ["sample", str(trained), "-n", "5", "--json", "--out", str(root / "samples.npz")],
+        [*TINY, *DROPOUT, "--steps", "100000", "--out", str(stopped)],
+    ]
+    (root / "program.py").write_text(PROGRAM)
+    with socket.socket() as a, socket.socket() as b:
+        ports = [free.bind(("127.0.0.1", 0)) or str(free.getsockname()[1]) for free in (a, b)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    torchrun += ["--master-port", ports[0], str(root / "program.py"), json.dumps(commands), ports[1]]
+    process = subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 240
+        while not (stopped / "metrics.jsonl").exists() or '"step": 5,' not in (stopped / "metrics.jsonl").read_text():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.05)
+        process.terminate()
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    return Both(one, two, mixed, root / "samples.npz", stopped, out, err)
+
+
+TWENTY = ("--steps", "20", "--save-every", "10")
+DROPOUT = ("--dropout", "0.3", "--flip", "--save-every", "5", "--keep", "100000")
+
+
+def test_two_processes_are_one(both: Both) -> None:
+    """20 steps: training and held-out losses, weights, averages and moments within float error; a grid of samples."""
+    assert list(losses(both.two)) == list(range(1, 21))
+    assert losses(both.two) == pytest.approx(losses(both.one), rel=1e-4)
+    for a, b in zip(held_out(both.two), held_out(both.one), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert_close(tensors(both.two, 20), tensors(both.one, 20))
+    assert (both.two / "samples" / "00000020.png").is_file()
+
+
+def test_one_speaks_for_all(both: Both) -> None:
+    """No line is said twice."""
+    assert both.err.count(f"{both.two}: ") == 1
+    assert both.err.count("2 processes") == 3
+    assert both.out.count("held-out L_simple") == 2
+    assert len([line for line in both.out.splitlines() if line.startswith("{")]) == 1
+
+
+def test_two_processes_go_on_from_one(both: Both) -> None:
+    """From its checkpoint of step 10 to its step 20."""
+    assert f"{both.mixed}: " in both.err
+    assert "steps 10 to 20" in both.err
+    assert losses(both.mixed) == pytest.approx(losses(both.one), rel=1e-4)
+    assert_close(tensors(both.mixed, 20), tensors(both.one, 20))
+
+
+def test_one_process_goes_on_from_two(both: Both, tmp_path: Path) -> None:
+    """And the other way."""
+    run = shutil.copytree(both.two, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "00000020")
+    assert train(run, *TWENTY) == 0
+    assert losses(run) == pytest.approx(losses(both.one), rel=1e-4)
+    assert_close(tensors(run, 20), tensors(both.one, 20))
+
+
+def test_dropout_is_that_of_one_process_in_two_parts(both: Both, tmp_path: Path) -> None:
+    """Its masks belong to the parts of the batch, whoever computes them; flips to the images."""
+    assert train(tmp_path / "one", *DROPOUT, "--accumulate", 2, "--steps", 5) == 0
+    one = losses(tmp_path / "one")
+    assert {n: losses(both.stopped)[n] for n in one} == pytest.approx(one, rel=1e-4)
+    assert_close(tensors(both.stopped, 5), tensors(tmp_path / "one", 5))
+
+
+def test_sigterm_to_torchrun_saves(both: Both) -> None:
+    """Both processes end after the same step, whose checkpoint is there; nothing hangs."""
+    last = max(steps(both.stopped))
+    assert f"stopped at step {last}, saved; the same command goes on" in both.err
+    assert max(losses(both.stopped)) == last
+    assert both.out.count("[0, 0, 0, 143]") == 2
+
+
+def test_two_processes_sample_what_one_does(both: Both, trained: Path, tmp_path: Path) -> None:
+    """5 images, one of them without a partner, in order."""
+    assert main(["sample", str(trained), "-n", "5", "--out", str(tmp_path / "one.npz")]) == 0
+    two, one = (np.load(path)["arr_0"].astype(int) for path in (both.samples, tmp_path / "one.npz"))
+    assert np.abs(two - one).max() <= 1
+    assert (two == one).mean() >= 0.999
+
+
+def held_out(run: Path) -> list[list[float]]:
+    return [line["held_out_by_level"] for line in metrics(run) if "held_out" in line]
+
+
+def test_one_process_alone() -> None:
+    """It is the first, does everything, and asks nobody."""
+    one = Processes(0, 1, torch.device("cpu"))
+    assert one.first
+    assert list(one.mine(3)) == [0, 1, 2]
+    assert one.any(True)
+    assert not one.any(False)
+    assert torch.equal(one.interleave(torch.arange(3), 3), torch.arange(3))
+    assert torch.equal(one.total(torch.ones(2)), torch.ones(2))
+    shares = [list(Processes(rank, 3, torch.device("cpu")).mine(8)) for rank in range(3)]
+    assert sorted(i for share in shares for i in share) == list(range(8))
+
+
+def test_a_device_is_one_that_there_is() -> None:
+    """auto finds one; bf16 only where the hardware has it."""
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    assert pick_precision("auto", torch.device("mps")) == "float32"
+    assert pick_precision("bf16", torch.device("cpu")) == "bf16"

@@ -1,0 +1,162 @@
+"""`ddpm sample`: to a grid, an array or a folder; an image is a function of its seed and the settings only."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+import ddpm
+from ddpm.files import checkpoints
+from ddpm.files import images as pictures
+from ddpm.run.cli import main
+from ddpm.run.generate import generate, progressive
+
+
+def sample(source: Path, out: Path, *options: Any) -> NDArray[np.uint8]:
+    """`ddpm sample` to an array [N, H, W, C]."""
+    assert main(["sample", str(source), "--out", str(out), *map(str, options)]) == 0
+    found: NDArray[np.uint8] = np.load(out)["arr_0"]
+    return found
+
+
+def test_grid_array_and_folder_hold_the_same_images(trained: Path, tmp_path: Path) -> None:
+    """--out says the kind by its name; a missing folder above is made."""
+    array = sample(trained, tmp_path / "new" / "a.npz", "-n", 5)
+    assert array.shape == (5, 8, 8, 1)
+    assert array.dtype == np.uint8
+    assert array.std(axis=0).min() > 0  # no two alike in any pixel
+    assert main(["sample", str(trained), "-n", "5", "--out", str(tmp_path / "folder")]) == 0
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [p.name for p in files] == [f"{i:06d}.png" for i in range(5)]
+    assert np.array_equal(np.stack([np.asarray(Image.open(p)) for p in files])[..., None], array)
+    assert main(["sample", str(trained), "-n", "5", "--out", str(tmp_path / "grid.png")]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), pictures.grid(array)[..., 0])
+
+
+def test_run_checkpoint_folder_and_file_are_the_same_model(trained: Path, tmp_path: Path) -> None:
+    """All three name the averaged weights of step 30."""
+    folder = trained / "checkpoints" / "00000030"
+    of_run = sample(trained, tmp_path / "a.npz", "-n", 2)
+    assert np.array_equal(of_run, sample(folder, tmp_path / "b.npz", "-n", 2))
+    assert np.array_equal(of_run, sample(folder / "ema.safetensors", tmp_path / "c.npz", "-n", 2))
+
+
+def test_raw_weights(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They make other images than the average; a single file is what it is, and says so when asked for the other."""
+    raw = sample(trained, tmp_path / "a.npz", "-n", 2, "--weights", "raw")
+    assert not np.array_equal(raw, sample(trained, tmp_path / "b.npz", "-n", 2))
+    file = trained / "checkpoints" / "00000030" / "raw.safetensors"
+    assert np.array_equal(raw, sample(file, tmp_path / "c.npz", "-n", 2))
+    assert main(["sample", str(file), "--weights", "ema", "--out", str(tmp_path / "d.npz")]) == 2
+    assert "--weights ema: " in capsys.readouterr().err
+    assert not (tmp_path / "d.npz").exists()
+
+
+@pytest.mark.parametrize("sampler", ["--sampler ancestral", "--sampler ddim --steps 10 --eta 0.5"])
+def test_the_batch_size_changes_no_image(sampler: str, trained: Path, tmp_path: Path) -> None:
+    """1, 3 or 7 at a time: the same pixels, but for rounding at an edge between two of the 256 values."""
+    at_once = sample(trained, tmp_path / "all.npz", "-n", 7, *sampler.split()).astype(int)
+    for size in (1, 3):
+        parts = sample(trained, tmp_path / f"{size}.npz", "-n", 7, *sampler.split(), "--batch-size", size).astype(int)
+        assert np.abs(parts - at_once).max() <= 1
+        assert (parts == at_once).mean() >= 0.999
+
+
+def test_each_image_has_a_seed_of_its_own(trained: Path, tmp_path: Path) -> None:
+    """Image i of --seed s is image 0 of --seed s + i, and is named after it."""
+    some = sample(trained, tmp_path / "a.npz", "-n", 4, "--seed", 5)
+    one = sample(trained, tmp_path / "b.npz", "-n", 1, "--seed", 8)
+    assert np.abs(one[0].astype(int) - some[3]).max() <= 1
+    assert not np.array_equal(one[0], some[0])
+    assert main(["sample", str(trained), "-n", "1", "--seed", "8", "--out", str(tmp_path / "folder")]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / "000008.png")), one[0, ..., 0])
+
+
+def test_ddim(trained: Path, tmp_path: Path) -> None:
+    """Deterministic at eta 0, other images at eta 1, the same again with the same seed; --steps counts the calls."""
+    ddim = ("-n", 2, "--sampler", "ddim")
+    plain = sample(trained, tmp_path / "a.npz", *ddim)
+    assert np.array_equal(plain, sample(trained, tmp_path / "b.npz", *ddim, "--steps", 20))  # all levels there are
+    noisy = sample(trained, tmp_path / "c.npz", *ddim, "--eta", 1)
+    assert not np.array_equal(plain, noisy)
+    assert np.array_equal(noisy, sample(trained, tmp_path / "d.npz", *ddim, "--eta", 1))
+    assert not np.array_equal(plain, sample(trained, tmp_path / "e.npz", *ddim, "--steps", 4))
+
+
+def test_the_progressive_strip_ends_with_the_image(trained: Path, tmp_path: Path) -> None:
+    """Figure 6: a row an image, x0^ on the way; the first is another, the last is what sampling gives."""
+    out = tmp_path / "strip.png"
+    assert main(["sample", str(trained), "-n", "3", "--progressive", "--out", str(out)]) == 0
+    sheet = np.asarray(Image.open(out))
+    assert sheet.shape == (3 * 34 + 2, 11 * 34 + 2)  # tiles of 8 enlarged to 32, 2 between
+    tiles = sheet[2:, 2:].reshape(3, 34, 11, 34)[:, 2:32:4, :, 2:32:4].transpose(0, 2, 1, 3)  # [3, 11, 8, 8]
+    images = sample(trained, tmp_path / "a.npz", "-n", 3)[..., 0].astype(int)
+    assert np.abs(tiles[:, -1] - images).max() <= 1
+    assert np.abs(tiles[:, 0] - images).mean() > 5
+
+
+def test_json_says_what_was_made(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One object on stdout, nothing on stderr."""
+    out = tmp_path / "a.png"
+    assert main(["sample", str(trained), "-n", "2", "--sampler", "ddim", "--out", str(out), "--json"]) == 0
+    printed, err = capsys.readouterr()
+    found = json.loads(printed)
+    assert err == ""
+    assert (found["out"], found["count"], found["step"], found["weights"]) == (str(out), 2, 30, "ema")
+
+
+@pytest.mark.parametrize(("which", "step"), [("last", 30), ("best", 20), ("20", 20), ("00000030", 30)])
+def test_the_checkpoint_asked_for(
+    which: str, step: int, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """last, best by held-out loss, or a step."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    state = run / "checkpoints" / "00000020" / "state.json"
+    found = checkpoints.read_state(state.parent)
+    found.pop("seal")
+    found["held_out"] = 0.01
+    state.write_text(json.dumps({**found, "seal": checkpoints._seal(found)}))
+    out = str(tmp_path / "a.png")
+    assert main(["sample", str(run), "-n", "1", "--checkpoint", which, "--out", out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == step
+    assert main(["sample", str(run), "--checkpoint", "25", "--out", out]) == 2
+    assert f"checkpoint 25: {run} has 20, 30" in capsys.readouterr().err
+
+
+def test_bf16_gives_nearly_the_same_images(trained: Path, tmp_path: Path) -> None:
+    """The sampler's state stays float32, so that only the network's rounding is seen."""
+    exact = sample(trained, tmp_path / "a.npz", "-n", 2).astype(int)
+    rounded = sample(trained, tmp_path / "b.npz", "-n", 2, "--precision", "bf16").astype(int)
+    assert 0 < np.abs(exact - rounded).mean() < 8
+
+
+def test_ctrl_c(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """130, one line, and no picture that is not finished."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddpm.run.generate.trajectory", interrupted)
+    assert main(["sample", str(trained), "--out", str(tmp_path / "a.png")]) == 130
+    assert capsys.readouterr().err == "ddpm: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_library_gives_what_the_program_writes(trained: Path, tmp_path: Path) -> None:
+    """`generate` and `progressive` on `ddpm.load`'s denoiser; `stop` ends it early."""
+    denoiser = ddpm.load(trained)
+    found = generate(denoiser, (1, 8, 8), [3, 1], batch_size=1)
+    assert np.array_equal(found[1], sample(trained, tmp_path / "a.npz", "-n", 1, "--seed", 1)[0].transpose(2, 0, 1))
+    strip = progressive(denoiser, (1, 8, 8), [3, 1], columns=3)
+    assert strip.shape == (2, 3, 1, 8, 8)
+    assert int((strip[:, -1].int() - found.int()).abs().max()) <= 1
+    assert not generate(denoiser, (1, 8, 8), [3], stop=lambda: True).any()
+    with pytest.raises(ddpm.InputError, match="sampler 'euler': want ancestral, ddim"):
+        generate(denoiser, (1, 8, 8), [3], sampler="euler")
+    assert torch.is_grad_enabled()

@@ -1,0 +1,467 @@
+"""`ddpm train`: a run that is stopped and goes on is the run that was not; the semantics of a step; what is logged."""
+
+import copy
+import dataclasses
+import fcntl
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_close, assert_same, losses, metrics, steps, tensors, train
+from PIL import Image
+from torch import Tensor, nn
+
+import ddpm
+from ddpm.files import checkpoints, datasets
+from ddpm.files import images as pictures
+from ddpm.run import ema
+from ddpm.run.distributed import Processes
+from ddpm.run.generate import generate
+from ddpm.run.train import BUCKETS, held_out_by_level
+
+# -- stopping and going on ---------------------------------------------------------------------------------------------
+
+EVERYTHING = ("--dropout", 0.3, "--flip", "--accumulate", 2, "--grad-clip", 0.5, "--multipliers", "1,1")
+
+
+def test_n_steps_and_n_steps_are_2n_steps_to_the_bit(tmp_path: Path) -> None:
+    """Weights, average and Adam's moments, with all that is random switched on."""
+    assert train(tmp_path / "whole", *EVERYTHING, "--steps", 8) == 0
+    assert train(tmp_path / "halves", *EVERYTHING, "--steps", 4) == 0
+    assert train(tmp_path / "halves", *EVERYTHING, "--steps", 8) == 0
+    assert_same(tensors(tmp_path / "whole", 8), tensors(tmp_path / "halves", 8))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    """SIGKILL while it saves at every other step: no step is lost but those since, none is logged twice or by half."""
+    run, every = tmp_path / "run", 2
+    command = [sys.executable, "-m", "ddpm.run.cli", *TINY, "--dropout", "0.3", "--save-every", str(every)]
+    process = subprocess.Popen([*command, "--steps", "100000", "--out", str(run)], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 9,' in (run / "metrics.jsonl").read_text())
+    finally:
+        process.kill()
+        process.wait()
+    seen = max(line["step"] for line in metrics_of_a_killed_run(run))
+    checkpoint = checkpoints.newest(run)
+    assert checkpoint is not None
+    at = int(checkpoint.name)
+    assert at >= (seen - 1) // every * every >= 8
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo')  # the worst that a kill leaves behind
+
+    end = at + 3
+    assert train(run, "--dropout", 0.3, "--save-every", every, "--steps", end) == 0
+    assert list(losses(run)) == list(range(1, end + 1))
+    assert not list((run / "checkpoints").glob(".*"))
+    assert train(tmp_path / "whole", "--dropout", 0.3, "--steps", end) == 0
+    assert_same(tensors(run, end), tensors(tmp_path / "whole", end))
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: signal.Signals,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C and SIGTERM: a checkpoint of that very step, one line on what to do, and nothing of the run is lost."""
+    at_step(7, monkeypatch, lambda: os.kill(os.getpid(), number))
+    assert train(tmp_path / "run", "--steps", 10) == code
+    assert "stopped at step 7, saved; the same command goes on" in capsys.readouterr().err
+    assert steps(tmp_path / "run") == [7]
+    monkeypatch.undo()
+    assert train(tmp_path / "run", "--steps", 10) == 0
+    assert train(tmp_path / "whole", "--steps", 10) == 0
+    assert_same(tensors(tmp_path / "run", 10), tensors(tmp_path / "whole", 10))
+    assert list(losses(tmp_path / "run")) == list(range(1, 11))
+
+
+def test_a_second_ctrl_c_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends the program at once, without a traceback; the last checkpoint is there."""
+    at_step(7, monkeypatch, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    assert train(tmp_path / "run", "--steps", 10, "--save-every", 5) == 130
+    assert capsys.readouterr().err.endswith("ddpm: interrupted\n")
+    assert steps(tmp_path / "run") == [5]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_before_the_first_step_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to save yet; the same command starts again, and step 0 is logged once."""
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm.run.train.datasets.batches", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        assert train(tmp_path / "run", "--steps", 2) == 130
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0]
+    assert train(tmp_path / "run", "--steps", 2) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2, 2]
+
+
+def test_a_signal_does_not_wait_for_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left unfinished, the checkpoint is saved without its number, and no grid of samples is made."""
+    calls = []
+
+    def evaluation(*given: Any) -> list[float]:
+        calls.append(0)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return held_out_by_level(*given)
+
+    monkeypatch.setattr("ddpm.run.train.held_out_by_level", evaluation)
+    assert train(tmp_path / "run", "--steps", 10, "--save-every", 5, "--sample-every", 5) == 143
+    assert steps(tmp_path / "run") == [5]
+    assert checkpoints.read_state(tmp_path / "run" / "checkpoints" / "00000005")["held_out"] is None
+    assert [line["step"] for line in metrics(tmp_path / "run") if "held_out" in line] == [0]
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_images_decoded_ahead_by_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set that does not fit in memory: the same steps, through Ctrl-C and going on; no process is left over."""
+    folder_of_images(tmp_path / "data")
+    options = ("--data", tmp_path / "data", "--steps", 6, "--workers", 2)
+    assert train(tmp_path / "memory", *options) == 0
+    monkeypatch.setattr(datasets, "load_pair", functools.partial(datasets.load_pair, cache_bytes=0))
+    with monkeypatch.context() as patch:
+        at_step(3, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert train(tmp_path / "ahead", *options) == 130
+    assert not multiprocessing.active_children()
+    assert train(tmp_path / "ahead", *options) == 0
+    assert losses(tmp_path / "ahead") == losses(tmp_path / "memory")
+    assert not multiprocessing.active_children()
+
+
+def test_what_may_change_on_the_way_may(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Going on with more steps, other intervals, or activations computed again changes no bit of the weights."""
+    assert train(tmp_path / "run", "--steps", 3) == 0
+    more = "--steps 6 --save-every 2 --log-every 3 --keep 5 --eval-images 32 --sample-every 6 --checkpointing"
+    assert train(tmp_path / "run", *more.split(), "--device", "cpu", "--workers", 0) == 0
+    assert steps(tmp_path / "run") == [3, 4, 6]
+    assert train(tmp_path / "whole", "--steps", 6) == 0
+    assert_same(tensors(tmp_path / "run", 6), tensors(tmp_path / "whole", 6))
+    capsys.readouterr()
+    assert train(tmp_path / "run", "--steps", 6) == 0
+    assert "trained to step 6 already; a larger --steps goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--width", 64, "width 64: the run in"), ("--lr", 0.5, "lr 0.5: the run in"), ("--seed", 1, "seed 1: the run in")],
+)
+def test_a_run_keeps_its_settings(
+    option: str, value: float, words: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A setting that would make it another run is refused by name, before anything is touched."""
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    assert train(trained, "--steps", 40, option, value) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "want the same settings, or another --out" in error
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
+
+
+def test_other_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder of the same name with other pictures in it is not the data that the run was trained on."""
+    folder_of_images(tmp_path / "data")
+    options = ("--data", tmp_path / "data", "--steps")
+    assert train(tmp_path / "run", *options, 2) == 0
+    pictures.save(tmp_path / "data" / "3.png", np.zeros((8, 8, 1), np.uint8))
+    assert train(tmp_path / "run", *options, 4) == 2
+    assert "not the images that the run in" in capsys.readouterr().err
+
+
+def test_two_processes_cannot_train_one_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second is told so."""
+    with (trained / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert train(trained, "--steps", 40) == 2
+    assert "another process is training this run; want another --out" in capsys.readouterr().err
+
+
+# -- what cannot go on -------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 and one line with the step, the last good checkpoint and what to try; nothing is saved or logged."""
+    simple, calls = ddpm.losses.LOSSES["simple"], []
+
+    def loss(*given: Any) -> Tensor:
+        calls.append(0)
+        return simple(*given) * (math.nan if len(calls) == 8 else 1.0)
+
+    monkeypatch.setitem(ddpm.losses.LOSSES, "simple", loss)
+    assert train(tmp_path / "run", "--steps", 20, "--save-every", 5, "--accumulate", 1) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ddpm: step 7: the gradient is not finite (loss nan)")
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '00000005'}" in last
+    assert "lower --lr" in last
+    assert steps(tmp_path / "run") == [5]
+    assert max(losses(tmp_path / "run")) == 7
+    monkeypatch.undo()
+    assert train(tmp_path / "run", "--steps", 10, "--save-every", 5) == 0
+
+
+def test_a_learning_rate_out_of_all_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Finite gradients that make useless weights: these are not kept as the last good checkpoint."""
+    assert train(tmp_path / "run", "--lr", 1e30, "--warmup", 0, "--steps", 9, "--save-every", 1) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite; the last good checkpoint is none; try a lower --lr" in last
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# -- a step ------------------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_changes_no_step(tmp_path: Path) -> None:
+    """The batch in 1, 2 or 4 parts gives the same losses and weights within float error."""
+    for parts in (1, 2, 4):
+        assert train(tmp_path / str(parts), "--accumulate", parts, "--flip", "--steps", 6) == 0
+    one = tensors(tmp_path / "1", 6)
+    for parts in (2, 4):
+        assert losses(tmp_path / str(parts)) == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+        assert_close(tensors(tmp_path / str(parts), 6), one)
+
+
+def test_gradient_checkpointing_changes_no_bit(tmp_path: Path) -> None:
+    """Activations computed again are the same, dropout included."""
+    for name, option in (("kept", "--no-checkpointing"), ("again", "--checkpointing")):
+        assert train(tmp_path / name, option, "--dropout", 0.3, "--steps", 4) == 0
+    assert_same(tensors(tmp_path / "kept", 4), tensors(tmp_path / "again", 4))
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_average_is_the_recurrence(warmup: bool, tmp_path: Path) -> None:
+    """average <- d average + (1 - d) weights after each step; the first update copies; d may rise as (1+n)/(10+n)."""
+    option = "--ema-warmup" if warmup else "--no-ema-warmup"
+    options = ("--steps", 6, "--save-every", 1, "--keep", 9, "--warmup", 0, "--ema", 0.3, option)
+    assert train(tmp_path / "run", *options) == 0
+    average: dict[str, Tensor] = {}
+    for n in range(6):
+        found = tensors(tmp_path / "run", n + 1)
+        decay = 0.0 if n == 0 else min(0.3, (1 + n) / (10 + n)) if warmup else 0.3
+        for name in (name.removeprefix("raw/") for name in found if name.startswith("raw/")):
+            weights = found[f"raw/{name}"].double()
+            average[name] = weights if n == 0 else decay * average[name] + (1 - decay) * weights
+            torch.testing.assert_close(found[f"ema/{name}"].double(), average[name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_learning_rate_rises_from_nothing(tmp_path: Path) -> None:
+    """Linearly over the warm-up, 0 at the first step, which so leaves the weights alone; then it stays."""
+    assert train(tmp_path / "run", "--steps", 6, "--save-every", 1, "--keep", 9, "--warmup", 4, "--lr", 0.008) == 0
+    rates = [line["lr"] for line in metrics(tmp_path / "run") if "lr" in line]
+    assert rates == pytest.approx([0, 0.002, 0.004, 0.006, 0.008, 0.008])
+    preset = checkpoints.open_checkpoint(tmp_path / "run").preset
+    torch.manual_seed(preset.seed)
+    network = ddpm.build(preset).network
+    assert isinstance(network, nn.Module)
+    first = tensors(tmp_path / "run", 1)
+    assert all(torch.equal(first[f"raw/{name}"], value) for name, value in network.state_dict().items())
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
+    """Adam's first moment after one step is a tenth of the clipped gradient; the norm logged is that before."""
+    assert train(tmp_path / "run", "--steps", 1, "--grad-clip", 0.25) == 0
+    first = [value for name, value in tensors(tmp_path / "run", 1).items() if name.startswith("optimizer/exp_avg.")]
+    norm = math.sqrt(sum(float(value.double().square().sum()) for value in first)) / 0.1
+    (logged,) = [line["grad_norm"] for line in metrics(tmp_path / "run") if "grad_norm" in line]
+    assert norm == pytest.approx(0.25, rel=1e-4)
+    assert logged > 0.5
+
+
+def test_bf16_is_for_the_network_only(tmp_path: Path) -> None:
+    """Its losses follow float32's; weights, average and moments stay float32."""
+    for precision in ("float32", "bf16"):
+        assert train(tmp_path / precision, "--precision", precision, "--steps", 8) == 0
+    bf16 = losses(tmp_path / "bf16")
+    assert bf16 == pytest.approx(losses(tmp_path / "float32"), abs=0.02)
+    assert bf16 != losses(tmp_path / "float32")
+    assert {value.dtype for value in tensors(tmp_path / "bf16", 8).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("what", ["--loss vlb --no-clip", "--loss hybrid --variance learned_range", "--predict v"])
+def test_every_loss_trains(what: str, tmp_path: Path) -> None:
+    """The bound, the hybrid with a learned variance, and another prediction: the held-out loss falls."""
+    assert train(tmp_path / "run", *what.split(), "--steps", 20, "--batch-size", 16, "--warmup", 1) == 0
+    held_out = [line["held_out"] for line in metrics(tmp_path / "run") if "held_out" in line]
+    assert held_out[-1] < 0.9 * held_out[0]
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(trained: Path) -> None:
+    """The contract: config.json, metrics.jsonl with its keys, checkpoints/STEP/*.safetensors, samples/*.png."""
+    assert json.loads((trained / "config.json").read_text())["width"] == 32
+    lines = metrics(trained)
+    training = [line for line in lines if "loss" in line]
+    keys = {"step", "loss", "lr", "grad_norm", "images_per_second", "seconds"}
+    assert all(line.keys() == keys for line in training)
+    assert [line["step"] for line in training] == list(range(1, 31))
+    assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(training))
+    held_out = [line for line in lines if "held_out" in line]
+    assert [line["step"] for line in held_out] == [0, 10, 20, 30]
+    assert all(len(line["held_out_by_level"]) == BUCKETS for line in held_out)
+    assert held_out[-1]["held_out"] < held_out[0]["held_out"] - 0.05  # it learns
+    sheet = np.asarray(Image.open(trained / "samples" / "00000030.png"))
+    assert sheet.shape == (2 * 34 + 2, 2 * 34 + 2)  # 2 x 2 tiles of 32, 2 between
+    assert sheet.std() > 10
+
+
+def test_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is no terminal there is no bar; the numbers and where the pictures are stand on stdout."""
+    assert train(tmp_path / "run", "--steps", 2, "--sample-every", 1) == 0
+    out, err = capsys.readouterr()
+    assert "\r" not in err
+    assert "%|" not in err
+    assert len(err.splitlines()) == 2
+    assert "held-out L_simple: " in out
+    assert "images/s" in out
+    assert str(tmp_path / "run" / "samples") in out
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One object, and nothing else on stdout."""
+    assert train(tmp_path / "run", "--steps", 2, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"] == 2
+    assert found["held_out"] == metrics(tmp_path / "run")[-1]["held_out"]
+    assert found["held_out_before"] == metrics(tmp_path / "run")[0]["held_out"]
+
+
+@pytest.mark.parametrize(("option", "warned"), [("--no-ema-warmup", True), ("--ema-warmup", False)])
+def test_a_run_shorter_than_its_average_is_warned_of(
+    option: str, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its samples would be those of the first weights."""
+    assert train(tmp_path / "run", "--steps", 2, "--ema", 0.9999, option) == 0
+    assert ("warning: ema 0.9999 averages over about 10,000 steps" in capsys.readouterr().err) == warned
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    """Its files hold the same losses."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert train(tmp_path / "run", "--steps", 3, "--tensorboard") == 0
+    board = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    found = {event.step: event.value for event in board.Scalars("loss")}
+    assert found == pytest.approx(losses(tmp_path / "run"))
+
+
+def test_bad_images_are_counted_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --skip-bad; without it the first one ends the run, by name."""
+    folder_of_images(tmp_path / "data")
+    (tmp_path / "data" / "5.png").write_bytes(b"not a picture")
+    options = ("--data", tmp_path / "data", "--steps", 2)
+    assert train(tmp_path / "run", *options) == 2
+    assert "5.png" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", *options, "--skip-bad") == 0
+    assert "images that could not be read and were passed over: 1" in capsys.readouterr().err
+
+
+# -- held-out loss -----------------------------------------------------------------------------------------------------
+
+
+def test_held_out_loss_does_not_depend_on_the_number_of_processes(trained: Path) -> None:
+    """What 3 processes sum up separately is what one does; nan marks a range of t that no image fell into."""
+    denoiser = ddpm.load(trained)
+    _, held_out = datasets.load_pair("digits", (8, 8), 1)
+
+    @dataclasses.dataclass(frozen=True)
+    class Shard(Processes):
+        sums: list[Tensor] = dataclasses.field(default_factory=list)
+
+        def total(self, x: Tensor) -> Tensor:
+            self.sums.append(x)
+            return x
+
+    cpu = torch.device("cpu")
+    shards = [Shard(rank, 3, cpu) for rank in range(3)]
+    for shard in shards:
+        held_out_by_level(denoiser, held_out, 100, shard)
+    total, count = sum((shard.sums[0] for shard in shards), torch.zeros(2, BUCKETS))
+    assert count.tolist() == [10.0] * BUCKETS
+    assert (total / count).tolist() == pytest.approx(held_out_by_level(denoiser, held_out, 100, Processes(0, 1, cpu)))
+    few = held_out_by_level(denoiser, held_out, 4, Processes(0, 1, cpu))
+    assert sum(map(math.isnan, few)) == BUCKETS - 4
+
+
+def test_evaluation_and_samples_are_the_average_s(trained: Path) -> None:
+    """What a run logs and draws while it trains is what the averaged weights that it saves give later."""
+    ema, raw = ddpm.load(trained), ddpm.load(trained, weights="raw")
+    one, (_, held_out) = Processes(0, 1, torch.device("cpu")), datasets.load_pair("digits", (8, 8), 1)
+    logged = metrics(trained)[-1]["held_out_by_level"]
+    assert held_out_by_level(ema, held_out, 16, one) == pytest.approx(logged, rel=1e-5)
+    assert held_out_by_level(raw, held_out, 16, one) != pytest.approx(logged, rel=1e-3)
+    sheet = np.asarray(Image.open(trained / "samples" / "00000030.png")).astype(int)
+    tiles = generate(ema, (1, 8, 8), range(4), "ddim", 5).permute(0, 2, 3, 1).numpy()
+    assert np.abs(pictures.grid(tiles)[..., 0] - sheet).max() <= 1
+
+
+def test_a_perfect_network_has_no_held_out_loss() -> None:
+    """A denoiser that knows the images gives 0 at every level, one that says nothing gives the noise's variance, 1."""
+    _, held_out = datasets.load_pair("digits", (8, 8), 1)
+    schedule = ddpm.schedule.linear(20)
+    known = ddpm.pixels.to_signal(held_out.batch([7]))
+    held_out = copy.copy(held_out)
+    held_out.rows = held_out.rows[[7] * 50]
+
+    def eps(x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:
+        abar = schedule.alpha_bar[timestep + 1].float()[:, None, None, None]
+        return (x - abar.sqrt() * known) / (1 - abar).sqrt()
+
+    one = Processes(0, 1, torch.device("cpu"))
+    assert held_out_by_level(ddpm.Denoiser(eps, schedule), held_out, 50, one) == pytest.approx([0.0] * 10, abs=1e-6)
+    silent = ddpm.Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule)
+    assert held_out_by_level(silent, held_out, 50, one) == pytest.approx([1.0] * 10, abs=0.3)
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def at_step(step: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Do something in the middle of that step, counted from 1."""
+    update, calls = ema.update, []
+
+    def patched(*given: Any) -> None:
+        calls.append(0)
+        if len(calls) == step:
+            act()
+        update(*given)
+
+    monkeypatch.setattr(ema, "update", patched)
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def metrics_of_a_killed_run(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is half a line, or nothing
+
+
+def folder_of_images(folder: Path) -> None:
+    """12 grey pictures of 8x8."""
+    for i in range(12):
+        pictures.save(folder / f"{i}.png", np.random.default_rng(i).integers(0, 256, (8, 8, 1), np.uint8))
