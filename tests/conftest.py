@@ -14,8 +14,9 @@ from torch import Tensor
 from ddpm.run.cli import main
 
 TINY = (
-    "train digits --width 32 --multipliers 1 --blocks 1 --attention 0 --levels 20 --batch-size 8 --warmup 5 "
-    "--precision float32 --eval-images 16 --log-every 1 --sample-every 0 --sample-count 4 --sample-steps 5"
+    "train digits --width 32 --multipliers 1 --blocks 1 --attention 0 --levels 20 --schedule linear --predict eps "
+    "--batch-size 8 --lr 1e-3 --warmup 5 --ema 0.999 --ema-warmup --precision float32 --eval-images 16 "
+    "--log-every 1 --sample-every 0 --sample-count 4 --sample-steps 5"
 ).split()
 
 
@@ -66,7 +67,7 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     for part in ("ema/", "raw/", "optimizer/exp_avg.", "optimizer/exp_avg_sq."):
         names = [name for name in a if name.startswith(part)]
         x, y = (torch.cat([run[name].flatten().double() for name in names]) for run in (a, b))
-        assert float((x - y).norm() / x.norm()) < 1e-4, part
+        assert float((x - y).norm() / x.norm()) < 1e-3, part
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

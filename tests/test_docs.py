@@ -15,6 +15,7 @@ SHORT = {
     "train": "--steps 2 --width 32 --multipliers 1,1 --blocks 1 --batch-size 4 --size 8 --sample-count 2 "
     "--sample-steps 2 --eval-images 4",
     "sample": "--steps 12",
+    "evaluate": "-n 1",
 }
 
 

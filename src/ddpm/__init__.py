@@ -1,9 +1,10 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the whole paper, on PyTorch.
 
-mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, samplers, unet
+mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, samplers, metrics,
+              unet, inception
 settings      presets: Preset, PRESETS, build
 files         load: a run folder or a checkpoint file -> Denoiser
-programs      run.train, run.generate, run.cli
+programs      run.train, run.generate, run.evaluate, run.cli
 
 Modules load when they are first used, so that `ddpm --help` does not wait for torch.
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ddpm import gaussian as gaussian
     from ddpm import likelihood as likelihood
     from ddpm import losses as losses
+    from ddpm import metrics as metrics
     from ddpm import noise as noise
     from ddpm import pixels as pixels
     from ddpm import presets as presets
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "samplers", "unet", "presets"
+    "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "samplers", "metrics", "unet",
+    "presets",
 }  # fmt: skip
 _NAMES = {
     "Schedule": "schedule",

@@ -1,14 +1,26 @@
 """The variational bound, term by term (Eq. 5), and the discretised decoder (Eq. 13)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ddpm import pixels
 from ddpm.denoiser import Denoiser, Estimate
-from ddpm.gaussian import Gaussian, bits_per_dim, kl, q, q_posterior, q_sample, total
+from ddpm.gaussian import (
+    Gaussian,
+    at,
+    beta_tilde,
+    bits_per_dim,
+    kl,
+    posterior_coefficients,
+    q,
+    q_posterior,
+    q_sample,
+    total,
+)
 from ddpm.noise import Noise
+from ddpm.schedule import Schedule
 
 
 def _log_cdf(z: Tensor) -> Tensor:
@@ -125,3 +137,65 @@ def vlb(denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -
         terms[:, level - 1], estimate = term(denoiser, x0, xt, t, y)
         mse[:, level - 1] = (x0 - estimate.x0).square().flatten(1).mean(1)
     return Bound(prior(denoiser, x0), terms[:, 1:], terms[:, 0], mse, x0[0].numel())
+
+
+def calibrated_variance(schedule: Schedule, mse: Tensor) -> Tensor:
+    """sigma_t^2 = beta~_t + c_0^2 mse_t: the scalar variance of the least bound (Bao et al. 2022), float64 [T+1].
+
+    mse [T] is the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, measured on training images; c_0 is what multiplies
+    x_0 in mu~_t (Eq. 7). At t = 1 the posterior's own variance is Eq. 7's 0, so sigma_1^2 = mse_1.
+
+    >>> from ddpm import schedule
+    >>> s = schedule.linear()
+    >>> bool((calibrated_variance(s, torch.zeros(1000))[2:] == beta_tilde(s)[2:]).all())
+    True
+    """
+    t = torch.arange(1, schedule.T + 1)
+    c_0, _ = posterior_coefficients(schedule, t)
+    variance = torch.zeros_like(schedule.alpha_bar)
+    variance[1:] = c_0**2 * mse.to(variance)
+    variance[2:] += beta_tilde(schedule)[2:]
+    return variance
+
+
+def with_variance(bound: Bound, denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -> Bound:
+    """The bound that `vlb` would give with this denoiser's variance, from one that it gave with another.
+
+    Every term but L_0 follows from mse: with r = beta~_t / sigma_t^2,
+    KL = D/2 (r - 1 - log r + c_0^2 mse_t / sigma_t^2). L_0 takes one network call. x0 and noise are those of `bound`.
+    Raises ValueError where the mean is not made from x0^ (mu) or the variance is learned.
+
+    >>> from dataclasses import replace
+    >>> from ddpm import schedule
+    >>> from ddpm.noise import per_image
+    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(10, 1e-3, 0.8), predict="x0")
+    >>> small, x0, noise = replace(grey, variance="fixed_small"), torch.zeros(2, 1, 4, 4), per_image([0, 1], (1, 4, 4))
+    >>> a, b = with_variance(vlb(grey, x0, noise), small, x0, noise), vlb(small, x0, noise)
+    >>> bool((a.bits_per_dim() - b.bits_per_dim()).abs().max() < 1e-12)
+    True
+    """
+    if denoiser.learned or denoiser.predict == "mu":
+        raise ValueError("the terms follow from mse only for a fixed variance, with eps, x0 or v prediction")
+    x0, schedule = x0.double(), denoiser.schedule
+    first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
+    decoder, _ = term(denoiser, x0, q_sample(schedule, x0, first, noise(1).to(x0)), first, y)
+    t = torch.arange(2, schedule.T + 1, device=x0.device)
+    sigma2 = denoiser.log_variance(bound.mse[0, 1:], t, None).exp()  # [T-1]
+    c_0, _ = (c.to(x0.device) for c in posterior_coefficients(schedule, t))
+    log_r = at(beta_tilde(schedule), t).log().to(x0.device) - sigma2.log()
+    divergence = bound.dims / 2 * (log_r.expm1() - log_r + c_0**2 * bound.mse[:, 1:] / sigma2)
+    return replace(bound, kl=divergence, decoder=decoder)
+
+
+@torch.no_grad()
+def sampled_terms(denoiser: Denoiser, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
+    """The bound's terms at levels of one's choice, nats [B, K]: t int64 [B, K] in 1..T, noise [B, K, C, H, W].
+
+    x0 [B, C, H, W] is the signal of 8-bit pixels. With weights 1 / (K q(t)) for levels drawn from q their sum is
+    unbiased for L - L_T (Eq. 5). One network call of B K images.
+    """
+    B, K = t.shape
+    many = x0.double().repeat_interleave(K, dim=0)
+    xt = q_sample(denoiser.schedule, many, t.flatten(), noise.flatten(0, 1).to(many))
+    labels = None if y is None else y.repeat_interleave(K)
+    return term(denoiser, many, xt, t.flatten(), labels)[0].view(B, K)

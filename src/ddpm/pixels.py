@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 BIN = 2 / 255
-"""Width of one grey level in signal units."""
+"""Width of one grey level in signal units; a distance over BIN is in grey levels."""
 
 
 def to_signal(pixels: Tensor) -> Tensor:

@@ -62,17 +62,17 @@ class Preset:
     # optimisation
     steps: int = _f(800_000, "training steps in all", 1, resume=True)
     batch_size: int = _f(128, "images a step, over all processes", 1)
-    accumulate: int = _f(1, "parts a step's batch is computed in, one after the other: less memory, the same step", 1)
+    accumulate: int = _f(1, "parts a batch is computed in, one by one: less memory, the same step", 1, resume=True)
     lr: float = _f(2e-4, "learning rate of Adam", 0)
     warmup: int = _f(5000, "steps over which the learning rate rises linearly from 0", 0)
     grad_clip: float = _f(1.0, "largest global norm of the gradient; 0 for no clipping", 0)
-    ema: float = _f(0.9999, "decay of the moving average of the weights", 0, 1)
+    ema: float = _f(0.9999, "decay of the moving average of the weights", 0, 0.999999)
     ema_warmup: bool = _f(False, "let the decay rise as (1 + n)/(10 + n), for short runs")
     precision: Precision = _f("auto", "the network's; auto: bf16 where the hardware has it")
     checkpointing: bool = _f(False, "compute activations again on the way back: less memory, more time", resume=True)
 
     # the run
-    seed: int = _f(0, "seed of weights, order, noise and dropout", 0)
+    seed: int = _f(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
     device: str = _f("auto", "auto, cpu, cuda, cuda:1, mps", resume=True)
     workers: int = _f(2, "processes that decode images when they do not fit in memory", 0, resume=True)
     save_every: int = _f(5000, "steps between checkpoints", 1, resume=True)
@@ -135,9 +135,9 @@ def check(name: str, value: Any, kind: Any, least: float | None = None, most: fl
     finite = not isinstance(value, float) or value - value == 0
     good_type = isinstance(value, accepted) and finite and (kind is bool or not isinstance(value, bool))
     if not good_type or (least is not None and value < least) or (most is not None and value > most):
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-        limits = [f"of at least {least:g}"] if least is not None else []
-        limits += [f"of at most {most:g}"] if most is not None else []
+        words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[kind]
+        limits = [f"of at least {least}"] if least is not None else []
+        limits += [f"of at most {most}"] if most is not None else []
         raise InputError(f"{name} {value!r}: want {' '.join([words, ' and '.join(limits)]).strip()}")
 
 

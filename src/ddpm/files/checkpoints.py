@@ -191,9 +191,12 @@ def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
 
     InputError names what there is.
     """
+    single = path.is_file() or (path / "state.json").is_file()
+    if single and which != "last":
+        raise InputError(f"checkpoint {which!r}: {path} is one checkpoint already; want the run to choose from")
     if path.is_file():
         return path
-    if (path / "state.json").is_file():
+    if single:
         return _whole(path) / f"{weights}.safetensors"
     if not (path / "config.json").is_file():
         wanted = "want a run folder, a checkpoint folder or a .safetensors file"

@@ -199,10 +199,11 @@ _Splits: TypeAlias = dict[str, Callable[[], _Listing]]
 
 
 def _open(source: str, image_column: str | None, label_column: str | None, progress: bool) -> _Splits:
+    columns = (image_column, label_column)
     if source == "digits":
+        _no_columns(source, columns)
         return _digits()
     path = Path(source).expanduser()
-    columns = (image_column, label_column)
     if source and path.is_dir():
         files = list(_walk(path))
         if any(map(_is_image, files)):
@@ -282,13 +283,17 @@ def natural(path: str) -> tuple[tuple[tuple[str | int, ...], ...], str]:
     return tuple(tuple(int(s) if k % 2 else s for k, s in enumerate(part)) for part in split), path
 
 
+def _no_columns(source: str, columns: tuple[str | None, str | None]) -> None:
+    for option, column in zip(("image column", "label column"), columns, strict=True):
+        if column is not None:
+            raise InputError(f"{option} {column}: {source} holds images only and has no columns")
+
+
 def _tree(
     source: str, files: list[str], columns: tuple[str | None, str | None], make: Callable[[list[str]], _Source]
 ) -> _Splits:
     """Splits by folders called train, test, ...; classes by the folders in these."""
-    for option, column in zip(("image column", "label column"), columns, strict=True):
-        if column is not None:
-            raise InputError(f"{option} {column}: {source} holds image files and has no columns")
+    _no_columns(source, columns)
     files = sorted(filter(_is_image, files), key=natural)
     split_names = {alias for aliases in _SPLITS.values() for alias in aliases}
     root = ""

@@ -212,6 +212,8 @@ def check_out(out: str | Path) -> Literal["png", "npz", "folder"]:
     ...
     ddpm.errors.InputError: samples.jpg: want a name that ends in .png or .npz, or a folder
     """
+    if not str(out):
+        raise InputError("out '': want a name that ends in .png or .npz, or a folder")
     path = Path(out)
     folder = path.is_dir() or not path.suffix or str(out).endswith(("/", os.sep))
     if not folder and path.suffix.lower() not in (".png", ".npz"):

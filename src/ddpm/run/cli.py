@@ -5,9 +5,12 @@ import difflib
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -94,16 +97,17 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     overrides = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name, None) is not None}
     preset = replace(_preset(args.preset), **overrides)
-    out = Path(args.out or f"runs/{args.preset}")
+    out = Path(f"runs/{args.preset}" if args.out is None else args.out)
 
-    from ddpm.run.train import train
+    with _importing():
+        from ddpm.run.train import train
 
     result = train(preset, out)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all
         pass
     elif args.json:
         print(json.dumps({"out": str(out), **{f.name: getattr(result, f.name) for f in fields(result)}}))
-    elif result.held_out is not None:
+    elif result.held_out is not None and not result.interrupted:
         before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before, "
         print(f"held-out L_simple: {before}{result.held_out:.4f} after {result.step:,} steps")
         if result.images_per_second:
@@ -130,10 +134,11 @@ def _sample(args: argparse.Namespace) -> int:
     if args.eta and args.sampler != "ddim":
         raise InputError(f"--eta {args.eta}: only --sampler ddim has it")
 
-    from ddpm.files import images
-    from ddpm.files.checkpoints import open_checkpoint
-    from ddpm.run.distributed import pick_precision, processes
-    from ddpm.run.generate import SAMPLERS, generate, progressive
+    with _importing():
+        from ddpm.files import images
+        from ddpm.files.checkpoints import open_checkpoint
+        from ddpm.run.distributed import pick_precision, processes
+        from ddpm.run.generate import SAMPLERS, calls, generate, progressive
 
     check("--sampler", args.sampler, Literal[SAMPLERS])
     check("--weights", args.weights or "ema", Literal["ema", "raw"])
@@ -172,11 +177,95 @@ def _sample(args: argparse.Namespace) -> int:
                 "step": found.step,
                 "weights": found.weights,
                 "sampler": args.sampler,
-                "steps": args.steps,
+                "steps": calls(denoiser, args.sampler, args.steps),
                 "seed": args.seed,
             }
-            summary = f"{args.n} images of {found.path} (step {found.step:,}, {found.weights}) in {args.out}"
+            summary = f"{args.n} image{'s' * (args.n != 1)} of {found.path} (step {found.step:,}, {found.weights}) in {args.out}"
             print(json.dumps(about) if args.json else summary)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    accepted = ("nll", "fid", "is", "kid", "pr")
+    for metric in args.metrics:
+        check("--metrics", metric, Literal[accepted])
+    check("--draws", args.draws, int, 1)
+    check("--seed", args.seed, int, 0)
+    check("--batch-size", args.batch_size, int, 1)
+    check("--calibrate", args.calibrate, int, 0)
+    if args.n is not None:
+        check("-n", args.n, int, 1)
+    quality = [metric for metric in args.metrics if metric != "nll"]
+
+    from ddpm.files import datasets, features
+    from ddpm.files.checkpoints import open_checkpoint, write_atomic
+    from ddpm.run import evaluate
+    from ddpm.run.distributed import pick_precision, processes
+    from ddpm.run.generate import generate
+
+    check("--weights", args.weights, Literal["ema", "raw"])
+    with processes(args.device) as ranks:
+        found = open_checkpoint(args.run, args.weights, args.checkpoint)
+        if found.preset.precision != pick_precision("auto", ranks.device):
+            found = open_checkpoint(found.path, precision="float32")  # where bf16 would only be slow
+        found = replace(found, denoiser=found.denoiser.to(ranks.device))
+        preset = found.preset
+        source = args.data or preset.data
+        shown = ranks.first and not args.json
+
+        def load(split: str) -> datasets.Images:
+            columns = {"image_column": preset.image_column or None, "label_column": preset.label_column or None}
+            return datasets.load(source, preset.size, preset.channels, split=split, **columns)  # type: ignore[arg-type]
+
+        out = Path(args.out) if args.out else found.path.parent / "evaluate"
+        about: dict[str, Any] = {
+            "run": str(found.path), "step": found.step, "weights": found.weights, "precision": preset.precision,
+            "data": source, "split": args.split, "seed": args.seed, "version": ddpm.__version__,
+        }  # fmt: skip
+        if "nll" in args.metrics:
+            images = load(args.split)
+            if args.levels is not None:
+                values = evaluate.nll_sampled(
+                    found, images, args.levels, ranks, args.n, args.seed, args.batch_size, shown
+                )
+            else:
+                mse = None
+                if args.calibrate:
+                    mse = evaluate.calibrate(
+                        found.denoiser, load("train"), args.calibrate, ranks, args.batch_size, shown
+                    )
+                values = evaluate.nll(
+                    found, images, out, ranks, args.n, args.draws, args.seed, args.batch_size, mse, shown
+                )
+            about["nll"] = values
+            about["bits_per_dim"] = values["bits_per_dim"]
+        if quality:
+            if args.features is None:
+                network = features.inception(args.inception, any_weights=args.any_weights, device=ranks.device)
+            else:
+                network = features.custom(args.features)
+            if args.samples is not None:
+                samples = evaluate.read_samples(Path(args.samples), preset.shape)
+            else:
+                n = args.n or 50_000
+                mine = [args.seed + i for i in ranks.mine(n)]
+                samples = generate(
+                    found.denoiser, preset.shape, mine, args.sampler, args.steps,
+                    batch_size=args.batch_size, device=ranks.device, progress=shown,
+                )  # fmt: skip
+                samples = ranks.interleave(samples, n)
+                about |= {"sampler": args.sampler, "steps": args.steps}
+            if ranks.first:
+                about |= evaluate.quality(quality, samples, load("train"), network, out, args.seed, ranks.device, shown)
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(out / "evaluate.json", json.dumps(about, indent=1) + "\n")
+            if args.json:
+                print(json.dumps(about))
+            else:
+                for name, value in about.items():
+                    print(f"{name}: {json.dumps(value) if isinstance(value, dict) else value}")
+                print(f"written: {out}")
     return 0
 
 
@@ -219,7 +308,59 @@ def _parser() -> _Parser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.set_defaults(run_command=_sample)
+
+    p = commands.add_parser("evaluate", help="bits per dimension and sample quality", allow_abbrev=False)
+    p.description = (
+        "Measure a run. nll: the variational bound in bits per dimension, every level, one draw, as in the paper. "
+        "fid, is, kid, pr: of samples as they are saved, uint8, against the training images."
+    )
+    p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder or a .safetensors file")
+    p.add_argument("--metrics", nargs="+", default=["nll"], metavar="X", help="some of nll, fid, is, kid, pr (nll)")
+    p.add_argument("--data", metavar="SOURCE", help="images (those of the run)")
+    p.add_argument("--split", default="test", help="of the data, for nll (test)")
+    p.add_argument("-n", **_number(int, None), help="images for nll (all); samples for the others (50000)")
+    p.add_argument("--draws", **_number(int, 1), help="noise draws a level (1)")
+    p.add_argument("--levels", **_number(int, None), help="estimate nll from so many levels an image (all levels)")
+    p.add_argument("--calibrate", **_number(int, 0), help="also nll with the variance calibrated on N training images")
+    p.add_argument("--samples", metavar="PATH", help="score these, an .npz or a folder, instead of making some")
+    p.add_argument("--sampler", default="ancestral", metavar="X", help="of samples: ancestral or ddim (ancestral)")
+    p.add_argument("--steps", **_number(int, None), help="of samples: network calls (ancestral: all levels; ddim: 50)")
+    p.add_argument("--features", metavar="FILE.py:NAME", help="a feature function of yours instead of Inception")
+    p.add_argument("--inception", metavar="FILE", help="Inception's weights of 2015 (fetched to a cache)")
+    p.add_argument("--any-weights", action="store_true", help="take Inception weights of another hash; no FID then")
+    p.add_argument("--seed", **_number(int, 0), help="of noise and samples (0)")
+    p.add_argument("--batch-size", **_number(int, 64), help="images at a time (64)")
+    p.add_argument("--weights", default="ema", metavar="X", help="ema, the averaged weights, or raw (ema)")
+    p.add_argument("--checkpoint", default="last", metavar="X", help="of a run: last, best or a step (last)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    p.add_argument("--out", metavar="DIR", help="folder for tables (evaluate, beside the weights)")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.set_defaults(run_command=_evaluate)
     return top
+
+
+_ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
+"""What the system refuses, though our code is right; a file that is missing may be our own fault."""
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """While torch loads, Ctrl-C ends the program at once: an exception there is lost in half-made modules."""
+
+    def quit(*_: object) -> None:
+        os.write(2, b"ddpm: interrupted\n")
+        os._exit(130)
+
+    ours = threading.current_thread() is threading.main_thread()
+    old = signal.getsignal(signal.SIGINT)
+    if not ours or old is not signal.default_int_handler:  # another program's, or ignored
+        yield
+        return
+    signal.signal(signal.SIGINT, quit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -247,9 +388,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ddpm: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _ENVIRONMENT:
             raise
-        print(f"ddpm: the disk is full ({error.filename or arguments[0]})", file=sys.stderr)
+        reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno).lower()
+        print(f"ddpm: {error.filename or arguments[0]}: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ddpm: interrupted", file=sys.stderr)

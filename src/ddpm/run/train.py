@@ -268,7 +268,8 @@ def _settle(preset: Preset, out: Path, ranks: Processes) -> Preset:
             preset = replace(preset, precision=old.precision)
         for f in fields(Preset):
             was, now = getattr(old, f.name), getattr(preset, f.name)
-            if was != now and not f.metadata["resume"]:
+            moved = f.name == "data" and not Path(was).expanduser().exists()  # their fingerprint is compared later
+            if was != now and not f.metadata["resume"] and not moved:
                 raise InputError(
                     f"{f.name} {now!r}: the run in {out} has {was!r}; want the same settings, or another --out"
                 )
@@ -323,7 +324,7 @@ class _Watch:
 
     def check(self, out: Path, loss: Tensor) -> None:
         if (step := int(self.first_bad)) >= 0:
-            raise _not_finite(f"step {step}: the gradient is not finite (loss {float(loss):.4g})", out)
+            raise _not_finite(f"step {step}: the gradient is not finite (loss {float(loss.detach()):.4g})", out)
 
 
 def _not_finite(what: str, out: Path) -> Stopped:

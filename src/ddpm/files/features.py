@@ -1,0 +1,523 @@
+"""Feature networks from files, features and their statistics on disk.
+
+A feature network is Inception of 2015, whose weights are found, fetched and checked here, or a function of the user's.
+`measure` runs one over images; `save_statistics` keeps what came of the real ones, and where it came from.
+"""
+
+import hashlib
+import http.client
+import importlib.util
+import json
+import os
+import pickle
+import sys
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import ddpm
+from ddpm.errors import InputError
+from ddpm.files.images import one_line
+from ddpm.inception import SIDE, Inception
+from ddpm.metrics import Moments, moments, softmax
+
+Floats: TypeAlias = NDArray[np.float64]
+
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+"""The published weights' name, as pytorch-fid has it; torch-fidelity's weights-inception-... is the same file."""
+
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+URLS = (
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+)
+
+_PARTS = {
+    "blocks.0": ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"),
+    "blocks.1": ("Conv2d_3b_1x1", "Conv2d_4a_3x3"),
+    "blocks.2": tuple(f"Mixed_{block}" for block in "5b 5c 5d 6a 6b 6c 6d 6e".split()),
+    "blocks.3": ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
+}
+"""How pytorch-fid's module, not its published file, numbers the same parts; it has no classifier."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A feature network: images uint8 [N, C, H, W] -> features float64 [N, D], probabilities float64 [N, K] or None.
+
+    name, weights (SHA-256 of the file that holds them, or the user's function) and resize (what it does to images)
+    go into the provenance of statistics; batch_size is how many images it likes at once.
+    """
+
+    name: str
+    weights: str
+    resize: str
+    batch_size: int
+    function: Callable[[Tensor], tuple[Any, Any]]
+
+    def __call__(self, pixels: Tensor) -> tuple[Floats, Floats | None]:
+        """Raises TypeError for images that are not uint8, InputError for features that are not finite [N, D]."""
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4:
+            raise TypeError(f"want images uint8 [N, C, H, W], got {pixels.dtype} {list(pixels.shape)}")
+        features, probabilities = self.function(pixels)
+        checked = _rows(f"{self.name}: features", features, len(pixels))
+        if probabilities is None:
+            return checked, None
+        return checked, _rows(f"{self.name}: probabilities", probabilities, len(pixels))
+
+
+def _rows(what: str, array: Any, n: int | None) -> Floats:
+    """float64 [n, D], or InputError."""
+    try:
+        found = np.asarray(array, dtype=np.float64)
+    except (TypeError, ValueError) as fault:
+        raise InputError(f"{what}: not an array of numbers ({one_line(fault)}), want [N, D]") from fault
+    if found.ndim != 2 or found.shape[1] == 0 or n not in (None, len(found)):
+        raise InputError(f"{what}: shape {list(found.shape)}, want [{'N' if n is None else n}, D]")
+    if not np.isfinite(found).all():
+        raise InputError(f"{what}: nan or inf in row {int(np.argmin(np.isfinite(found).all(1)))}, want finite numbers")
+    return found
+
+
+# -- Inception ---------------------------------------------------------------------------------------------------------
+
+
+def cache() -> Path:
+    """Where fetched weights lie: $XDG_CACHE_HOME/ddpm, by default ~/.cache/ddpm."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm"
+
+
+def inception(
+    path: str | Path | None = None,
+    *,
+    any_weights: bool = False,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Network:
+    """Inception of 2015: 2048 features and probabilities of 1008 classes (of logits without bias), in float32.
+
+    path         the weights, in the names of the published file, which pytorch-fid and torch-fidelity share, or in
+                 those of pytorch-fid's module, which lack the classifier (no probabilities then). None: the file in
+                 `cache()`, fetched if it is not there (90 MB)
+    any_weights  take a file other than the published one; what it gives is no FID
+    progress     a bar while fetching
+
+    Grey images become RGB of three equal channels. TensorFloat-32 and autocast are off while it runs. Raises
+    InputError for a file that is missing, damaged or not the published one, with both hashes, and where the weights
+    cannot be fetched, with the file to get and the place to put it.
+
+    >>> inception("weights.pth")
+    Traceback (most recent call last):
+    ...
+    ddpm.errors.InputError: weights.pth: no such file; want Inception's weights, pt_inception-2015-12-05-6726825d.pth
+    """
+    file = _cached(progress) if path is None else Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; want Inception's weights, {WEIGHTS}")
+    digest = _sha256(file)
+    if digest != SHA256 and not any_weights:
+        raise InputError(f"{file}: its SHA-256 is {digest}, want {SHA256} of {WEIGHTS}; any_weights allows it")
+    network, classifies = _read(file)
+    network.to(device)
+
+    def run(pixels: Tensor) -> tuple[Any, Any]:
+        if pixels.shape[1] not in (1, 3):
+            raise InputError(f"images of {pixels.shape[1]} channels: Inception wants 1 or 3")
+        with _exact(torch.device(device)):
+            features, logits = network(pixels.to(device).expand(-1, 3, -1, -1))
+        return features.cpu().numpy(), softmax(logits.cpu().numpy()) if classifies else None
+
+    return Network("inception-2015-12-05", digest, f"TensorFlow 1 bilinear to {SIDE}x{SIDE}", 64, run)
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """No gradients, no autocast, and float32 that is float32, whatever training has set."""
+    before = torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, before)
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        yield
+
+
+def _read(file: Path) -> tuple[Inception, bool]:
+    """The network with the file's weights, every one accounted for; whether the classifier is among them."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as fault:
+        raise InputError(f"{file}: not a file of weights ({one_line(fault)})") from fault
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{file}: not a table of weights; want names and tensors")
+    given = {_ours(str(name)): value for name, value in state.items() if not str(name).endswith("num_batches_tracked")}
+    numbered = any(str(name).startswith("blocks.") for name in state)
+    with torch.device("meta"):  # no memory, no random numbers
+        network = Inception()
+    counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
+    wanted = {name: list(value.shape) for name, value in network.state_dict().items() if name not in counters}
+    if numbered and not any(name.startswith("fc.") for name in given):
+        given |= {name: torch.zeros(shape) for name, shape in wanted.items() if name.startswith("fc.")}
+        classifies = False
+    else:
+        classifies = True
+    for names, what in ((wanted.keys() - given.keys(), "lacks"), (given.keys() - wanted.keys(), "has an unknown")):
+        if names:
+            more = f" and {len(names) - 1} more" * (len(names) > 1)
+            raise InputError(f"{file}: {what} {min(names)}{more}; want the {len(wanted)} tensors of {WEIGHTS}")
+    for name, shape in wanted.items():
+        if list(given[name].shape) != shape or not given[name].is_floating_point():
+            found = f"{given[name].dtype} {list(given[name].shape)}".removeprefix("torch.")
+            raise InputError(f"{file}: {name} is {found}, want floats {shape}")
+    network.load_state_dict({**{name: value.float() for name, value in given.items()}, **counters}, assign=True)
+    return network.eval().requires_grad_(False), classifies
+
+
+def _ours(name: str) -> str:
+    """`blocks.2.7.branch1x1...` -> `Mixed_6e.branch1x1...`; other names stay."""
+    part = name.split(".")
+    among = _PARTS.get(".".join(part[:2]), ())
+    if len(part) > 3 and part[2].isdigit() and int(part[2]) < len(among):
+        return ".".join([among[int(part[2])], *part[3:]])
+    return name
+
+
+def _cached(progress: bool) -> Path:
+    file = cache() / WEIGHTS
+    if file.is_file():
+        return file
+    reasons = []
+    for url in URLS:
+        try:
+            _fetch(url, file, progress)
+            return file
+        except (OSError, http.client.HTTPException) as fault:
+            reasons.append(one_line(fault))
+    why = "; ".join(dict.fromkeys(reasons))
+    raise InputError(
+        f"Inception's weights cannot be fetched ({why}): get {URLS[0]} and put it into {file.parent}, or give its path"
+    )
+
+
+def _fetch(url: str, file: Path, progress: bool) -> None:
+    """Download, check, and only then name it. Raises OSError or HTTPException where that fails."""
+    from tqdm import tqdm
+
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=20) as response, _whole(file) as part:
+        size = int(response.headers.get("Content-Length") or 0) or None
+        with (
+            part.open("wb") as out,
+            tqdm(total=size, desc="Inception's weights", unit="B", unit_scale=True, disable=not progress) as bar,
+        ):
+            while piece := response.read(1 << 20):
+                out.write(piece)
+                digest.update(piece)
+                bar.update(len(piece))
+        if digest.hexdigest() != SHA256:
+            raise OSError(f"what came has SHA-256 {digest.hexdigest()}, want {SHA256}")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Another name to write to; the file gets its own once nothing was raised."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- any other network -------------------------------------------------------------------------------------------------
+
+
+def custom(spec: str) -> Network:
+    """The user's own: FILE.py:function, which takes images uint8 [N, H, W, C], a NumPy array, and returns features.
+
+    It returns [N, D] numbers, or a pair of these and of class probabilities [N, K]; it is called once a batch. The
+    file is run, so it must be one that the user trusts. Of what the file itself loads nothing is known: its own
+    SHA-256 stands for it in the provenance. Raises InputError, also from the call, for what is wrong with it.
+
+    >>> custom("features.py")
+    Traceback (most recent call last):
+    ...
+    ddpm.errors.InputError: features.py: want FILE.py:function
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if path.suffix != ".py" or not name.isidentifier():
+        raise InputError(f"{spec}: want FILE.py:function")
+    if not path.is_file():
+        raise InputError(f"{spec}: no such file {path}, want FILE.py:function")
+    title = f"ddpm_features_{path.stem}"
+    found = importlib.util.spec_from_file_location(title, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[title] = module  # as dataclasses want
+    if (folder := str(path.absolute().parent)) not in sys.path:
+        sys.path.append(folder)  # last, so that it hides nothing: for what the file imports from beside it
+    try:
+        found.loader.exec_module(module)
+    except (Exception, SystemExit) as fault:
+        raise InputError(f"{path}: cannot be imported ({type(fault).__name__}: {one_line(fault)})") from fault
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == title]
+        raise InputError(f"{spec}: no function {name}, {path} has {', '.join(sorted(there)) or 'none'}")
+
+    def run(pixels: Tensor) -> tuple[Any, Any]:
+        try:
+            result = function(np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy()))
+        except Exception as fault:
+            raise InputError(f"{spec}: {type(fault).__name__}: {one_line(fault)}") from fault
+        if isinstance(result, tuple):
+            if len(result) != 2:
+                raise InputError(f"{spec}: returned {len(result)} things, want features or (features, probabilities)")
+            return result[0], result[1]
+        return result, None
+
+    return Network(f"{path.name}:{name}", _sha256(path), "its own", 1000, run)
+
+
+def read_features(path: str | Path) -> tuple[Floats, Floats | None]:
+    """Features [N, D] from an .npz, and class probabilities [N, K] if it has some, else None.
+
+    They are the arrays `features` and `probabilities`; without the first, the file's first array is the features.
+    Raises InputError for a file that is none, is damaged or holds something else.
+    """
+    arrays = _arrays(Path(path))
+    name = "features" if "features" in arrays else next(iter(arrays))
+    features = _rows(f"{path}: {name}", arrays[name], None)
+    if name == "features" and "probabilities" in arrays:
+        return features, _rows(f"{path}: probabilities", arrays["probabilities"], len(features))
+    return features, None
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of an .npz, at least one; nothing pickled."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, want an .npz") from None
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as fault:
+        raise InputError(f"{path}: not a whole .npz of plain arrays ({one_line(fault)})") from fault
+    if not arrays:
+        raise InputError(f"{path}: no arrays in it")
+    return arrays
+
+
+# -- running a network over images -------------------------------------------------------------------------------------
+
+
+class Batches(Protocol):
+    """What `ddpm.files.datasets.Images` is: images by index."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [len(indices), C, H, W]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What `measure` found: moments of all features, and the rows that were to be kept, else None."""
+
+    moments: Moments
+    features: Floats | None
+    probabilities: Floats | None
+
+
+def measure(
+    network: Network,
+    images: Tensor | Batches,
+    *,
+    keep_features: bool = False,
+    keep_probabilities: bool = False,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Measured:
+    """Run a feature network over images uint8 [N, C, H, W], a tensor or a data set, in batches.
+
+    The moments need the memory of one covariance; kept features take 8 N D bytes (800 MB for 50,000 of Inception),
+    probabilities half of that. batch_size: the network's by default. progress: a bar.
+
+    Raises InputError for no images, for probabilities that the network does not have, and what the network raises.
+
+    >>> rows = Network("rows", "", "", 2, lambda x: (x.flatten(1).numpy(), None))
+    >>> measure(rows, torch.arange(6, dtype=torch.uint8).view(3, 2, 1, 1), progress=False).moments.mean
+    array([2., 3.])
+    """
+    from tqdm import tqdm
+
+    n, step = len(images), batch_size or network.batch_size
+    if n == 0:
+        raise InputError("0 images: want at least 1")
+    total: Moments | None = None
+    waiting: list[Floats] = []  # a covariance is added a thousand rows at a time, not a batch: it is the dear part
+    features: list[Floats] = []
+    probabilities: list[Floats] = []
+    with tqdm(total=n, desc="features", unit="image", disable=not progress) as bar:
+        for start in range(0, n, step):
+            rows = range(start, min(start + step, n))
+            pixels = images[rows.start : rows.stop] if isinstance(images, Tensor) else images.batch(rows)
+            found, classes = network(pixels)
+            waiting.append(found)
+            if rows.stop == n or sum(map(len, waiting)) >= 1024:
+                part = moments(np.concatenate(waiting))
+                total = part if total is None else total + part
+                waiting = []
+            if keep_features:
+                features.append(found)
+            if keep_probabilities:
+                if classes is None:
+                    raise InputError(f"{network.name}: gives no probabilities, which the Inception score needs")
+                probabilities.append(classes)
+            bar.update(len(rows))
+    assert total is not None
+    return Measured(
+        total,
+        np.concatenate(features) if keep_features else None,
+        np.concatenate(probabilities) if keep_probabilities else None,
+    )
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+class Described(Batches, Protocol):
+    """What `provenance` reads of `ddpm.files.datasets.Images`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where statistics come from.
+
+    source, split, fingerprint, count   the data set, a hash of its images, and how many were measured
+    size                                of the images as HxWxC, before the network
+    dtype                               of their pixels: uint8, as they are saved, or float
+    network, weights, resize            as in `Network`
+    version                             of ddpm
+    """
+
+    source: str
+    split: str
+    fingerprint: str
+    count: int
+    size: str
+    network: str
+    weights: str
+    resize: str
+    dtype: str = "uint8"
+    version: str = ddpm.__version__
+
+    def comparable(self) -> dict[str, str]:
+        """The fields that must be the same of two sets whose statistics are compared."""
+        return {name: getattr(self, name) for name in ("network", "weights", "resize", "size", "dtype")}
+
+
+def provenance(images: Described, network: Network) -> Provenance:
+    """That of the statistics of a whole data set under a network."""
+    height, width = images.size
+    size = f"{height}x{width}x{images.channels}"
+    of_network = (network.name, network.weights, network.resize)
+    return Provenance(images.name, images.split, images.fingerprint, len(images), size, *of_network)
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Moments from a file and where they come from; None if the file does not say."""
+
+    moments: Moments
+    provenance: Provenance | None
+
+
+def save_statistics(path: str | Path, moments: Moments, provenance: Provenance) -> None:
+    """Write moments and provenance to an .npz, whole or not at all.
+
+    Arrays mu [D], sigma [D, D] (so that pytorch-fid reads it too), count, and provenance, a text of JSON.
+    """
+    said = np.array(json.dumps(asdict(provenance)))
+    count = -1 if moments.count is None else moments.count
+    with _whole(Path(path)) as part, part.open("wb") as file:
+        np.savez(file, mu=moments.mean, sigma=moments.covariance, count=np.array(count), provenance=said)
+
+
+def load_statistics(path: str | Path, expected: Mapping[str, str] | None = None) -> Statistics:
+    """Read statistics that `save_statistics` wrote, or plain ones: arrays mu and sigma, or mean and cov.
+
+    expected: fields of `Provenance` and what they must be, as `Provenance.comparable` of the samples' has them. Plain
+    statistics do not say what they are of: they are warned of, and have neither count nor provenance.
+
+    Raises InputError for a file that is missing, damaged or none of these, and for a field that is not as expected,
+    with both values.
+    """
+    arrays = _arrays(Path(path))
+    names = next((pair for pair in (("mu", "sigma"), ("mean", "cov")) if pair[0] in arrays and pair[1] in arrays), None)
+    if names is None:
+        raise InputError(f"{path}: has {', '.join(arrays)}, want statistics, the arrays mu and sigma")
+    mean, covariance = (arrays[name] for name in names)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise InputError(
+            f"{path}: {names[0]} {list(mean.shape)} and {names[1]} {list(covariance.shape)}, want [D], [D, D]"
+        )
+    if mean.dtype.kind != "f" or covariance.dtype.kind != "f" or not np.isfinite(mean.sum() + covariance.sum()):
+        raise InputError(f"{path}: {names[0]} or {names[1]} is not of finite floats")
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    if "provenance" not in arrays:
+        warnings.warn(
+            f"{path}: provenance unknown: nothing says of which images, size and network these are", stacklevel=2
+        )
+        return Statistics(Moments(None, mean, covariance), None)
+    try:
+        said = json.loads(str(arrays["provenance"][()]))
+        found = Provenance(**{f.name: said[f.name] for f in fields(Provenance)})
+        count = int(arrays["count"])
+    except (ValueError, KeyError, TypeError) as fault:
+        raise InputError(f"{path}: damaged provenance ({one_line(fault)})") from fault
+    for name, value in (expected or {}).items():
+        if (here := getattr(found, name)) != value:
+            raise InputError(f"{path}: {name} is {here}, but that of the samples is {value}; want the same")
+    return Statistics(Moments(count if count >= 0 else None, mean, covariance), found)

@@ -1,0 +1,277 @@
+"""Sample quality as functions of feature arrays: Frechet distance, KID, Inception score, precision and recall.
+
+Features are [N, D], one row per image, of any real dtype; all is computed in float64. Which network the features are
+of is the caller's affair (`ddpm.files.features`): with Inception's of 2015 the Frechet distance is the FID.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from ddpm.noise import generator
+
+Floats = NDArray[np.float64]
+
+_SUBSETS = 0x51D
+"""Key that keeps the draws of `kid` apart from others of the same seed."""
+
+
+# -- moments and the Frechet distance ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Of features: their count, mean [D] and sample covariance [D, D] (divided by count - 1; zero for fewer than two).
+
+    `a + b` are the moments of both sets together; the order and the sizes of parts matter to rounding only. count is
+    None where it is not known, as for some published statistics: these cannot be added.
+
+    >>> parts = moments([[0.0], [2.0]]) + moments([[4.0]])
+    >>> parts.count, float(parts.mean[0]), float(parts.covariance[0, 0])
+    (3, 2.0, 4.0)
+    """
+
+    count: int | None
+    mean: Floats
+    covariance: Floats
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Chan, Golub, LeVeque (1979): the difference of the means is what the centred second moments lack."""
+        if self.count is None or other.count is None:
+            raise ValueError("moments of an unknown count cannot be added")
+        if not self.count or not other.count:
+            return self if self.count else other
+        n = self.count + other.count
+        delta = other.mean - self.mean
+        scatter = (self.count - 1) * self.covariance + (other.count - 1) * other.covariance
+        scatter += np.outer(delta, delta * (self.count * other.count / n))
+        return Moments(n, self.mean + delta * (other.count / n), scatter / (n - 1))
+
+
+def moments(features: ArrayLike) -> Moments:
+    """The moments of features [N, D]. Raises ValueError for another shape and for a value that is not finite.
+
+    >>> moments([[1.0, 0.0], [3.0, 0.0]]).mean
+    array([2., 0.])
+    """
+    x = _features(features)
+    n, d = x.shape
+    if n == 0:
+        return Moments(0, np.zeros(d), np.zeros((d, d)))
+    mean = x.mean(0)
+    x = x - mean
+    return Moments(n, mean, x.T @ x / max(n - 1, 1))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^{1/2} S_b S_a^{1/2})^{1/2}): the squared distance of two Gaussians.
+
+    The last trace is the sum of the singular values of S_a^{1/2} S_b^{1/2}; the roots come from symmetric eigenvalues,
+    of which those that rounding alone could make (beyond 0 or not) count as 0. So nothing is complex, the two sets
+    can change places, and fewer images than features do no harm to the arithmetic. (They do to the estimate: it is
+    biased upwards by about 1/N, so compare only values of the same N.) Returns a number of at least 0.
+
+    Raises ValueError if the numbers of features differ. Source: Dowson and Landau (1982); Heusel et al. (2017).
+
+    >>> a = Moments(None, np.zeros(2), np.diag([1.0, 0.0]))
+    >>> b = Moments(None, np.ones(2), np.diag([4.0, 1.0]))
+    >>> frechet_distance(a, b)  # 1 + 1 for the means, (1 - 2)^2 + (0 - 1)^2 for the deviations
+    4.0
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"moments of {len(a.mean)} and of {len(b.mean)} features cannot be compared")
+    delta = a.mean - b.mean
+    cross = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
+    return max(0.0, float(delta @ delta + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross))
+
+
+def _factor(covariance: Floats) -> Floats:
+    """F [D, rank] with F F^T = covariance."""
+    values, vectors = np.linalg.eigh(covariance)  # ascending
+    keep = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    factor: Floats = vectors[:, keep] * np.sqrt(values[keep])
+    return factor
+
+
+# -- kernel distance ---------------------------------------------------------------------------------------------------
+
+
+def kid(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[float, float]:
+    """Kernel distance of features x [N, D] and y [M, D], MMD^2 with the kernel (x.y/D + 1)^3: (mean, standard error).
+
+    The mean is over `subsets` pairs of subsets of subset_size rows (all rows, once, of sets that are no larger), each
+    estimate unbiased, so that it can be negative. Rows are drawn without replacement, and no row comes again before
+    nearly all have had their turn; the draws are a function of `seed`.
+
+    The standard error is that of the mean over new x and y. It is not the spread of the subsets over the square root
+    of their number, which is too small as subsets share rows, but comes from leaving out one row at a time:
+    sum_i (K - K_{-i})^2, in expectation never less than the variance (Efron and Stein 1981), equal to it where x and y
+    differ by much more than noise, and at most twice it (1.4 standard errors for one) where they do not.
+
+    device: where the matrix products run. Raises ValueError for fewer than 3 rows. Source: Binkowski et al. (2018).
+
+    >>> rng = np.random.default_rng(0)
+    >>> mean, error = kid(rng.normal(size=(300, 8)), rng.normal(size=(300, 8)) + 0.5, subset_size=100, subsets=9)
+    >>> mean > 5 * error > 0
+    True
+    """
+    a, b = _pair(x, y)
+    size = min(subset_size, len(a), len(b))
+    if size < 3 or subsets < 1:
+        raise ValueError(f"want at least 3 rows a subset and 1 subset, got {size} and {subsets}")
+    if size == len(a) == len(b):
+        subsets = 1
+    on = [torch.from_numpy(f).to(device) for f in (a, b)]
+    rows = [_subsets(len(f), size, seed, k) for k, f in enumerate((a, b))]
+    effect = [torch.zeros(len(f), dtype=torch.float64, device=device) for f in (a, b)]  # K - K_{-i}
+    total = 0.0
+    for _ in range(subsets):
+        i, j = (next(r).to(device) for r in rows)
+        mean, left_out = _mmd(on[0][i], on[1][j])
+        total += mean / subsets
+        for which, index, without in zip((0, 1), (i, j), left_out, strict=True):
+            effect[which][index] += (mean - without) / subsets
+    return total, float(sum((e**2).sum() for e in effect) ** 0.5)
+
+
+def _subsets(n: int, size: int, seed: int, key: int) -> Iterator[Tensor]:
+    """Without end: int64 [size], disjoint until fewer than `size` of 0..n-1 are left."""
+    draws = generator(seed, _SUBSETS, key)
+    while True:
+        yield from torch.randperm(n, generator=draws)[: n // size * size].view(-1, size)
+
+
+def _mmd(x: Tensor, y: Tensor) -> tuple[float, tuple[Tensor, Tensor]]:
+    """The unbiased estimate from x, y [s, D], and what it would be without each row of x and of y, each [s]."""
+    s, d = x.shape
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / d + 1) ** 3
+
+    xx, yy = (k.sum(1) - k.diagonal() for k in (kernel(x, x), kernel(y, y)))  # [s], with the others of its own set
+    xy = kernel(x, y)
+    within_x, within_y, across = (float(k.sum()) for k in (xx, yy, xy))
+    pairs, fewer = s * (s - 1), (s - 1) * (s - 2)
+    mean = (within_x + within_y) / pairs - 2 * across / s**2
+    without_x = (within_x - 2 * xx) / fewer + within_y / pairs - 2 * (across - xy.sum(1)) / pairs
+    without_y = (within_y - 2 * yy) / fewer + within_x / pairs - 2 * (across - xy.sum(0)) / pairs
+    return mean, (without_x, without_y)
+
+
+# -- Inception score ---------------------------------------------------------------------------------------------------
+
+
+def softmax(logits: ArrayLike) -> Floats:
+    """Probabilities [N, K] of logits [N, K], in float64.
+
+    >>> softmax([[1000.0, 1000.0]])
+    array([[0.5, 0.5]])
+    """
+    z = _features(logits)
+    p = np.exp(z - z.max(1, keepdims=True))
+    probabilities: Floats = p / p.sum(1, keepdims=True)
+    return probabilities
+
+
+def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, float]:
+    """exp E[KL(p(y|x) || p(y))] of class probabilities [N, K]: mean and standard deviation over `splits` parts.
+
+    The parts are rows one after the other, so rows sorted by class are to be shuffled before; the deviation is divided
+    by `splits`, as in the original program. Between 1 and K. Raises ValueError where rows do not sum to 1 (of logits
+    take `softmax`) and for fewer rows than parts. Source: Salimans et al. (2016).
+
+    >>> inception_score(np.eye(4)[[0, 1, 2, 3, 0, 1, 2, 3]], splits=2)  # sure of each, and each as often
+    (4.0, 0.0)
+    """
+    p = _features(probabilities)
+    if not 1 <= splits <= len(p):
+        raise ValueError(f"{splits} splits of {len(p)} rows: want at least one row each")
+    if p.min() < 0 or abs(p.sum(1) - 1).max() > 1e-3:
+        raise ValueError("rows are not probabilities: want at least 0, with sum 1")
+    scores = []
+    for i in range(splits):
+        part = p[i * len(p) // splits : (i + 1) * len(p) // splits]
+        ratio = part / np.maximum(part.mean(0), np.finfo(np.float64).tiny)
+        kl = (part * np.log(np.where(part > 0, ratio, 1.0))).sum(1)  # 0 log 0 = 0
+        scores.append(np.exp(kl.mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+# -- precision and recall ----------------------------------------------------------------------------------------------
+
+
+def precision_recall(
+    real: ArrayLike, fake: ArrayLike, k: int = 3, *, block: int = 1024, device: torch.device | str = "cpu"
+) -> tuple[float, float]:
+    """(precision, recall): the share of fakes [M, D] among the reals [N, D], and of reals among the fakes.
+
+    A point is among a set if it lies in the ball around one of its points that reaches to that point's k-th nearest
+    neighbour, itself not counted. Values depend on N and M: compare only those of the same numbers.
+
+    Memory: both sets in float64, and block (N + M) distances at a time. device: where the matrix products run.
+    Raises ValueError for fewer than k + 1 rows. Source: Kynkaanniemi et al. (2019), Eq. 1 and 2.
+
+    >>> x = np.arange(6.0)[:, None]
+    >>> precision_recall(x, x), precision_recall(x, x + 100), precision_recall(x, x[:4] * 0.1)
+    ((1.0, 1.0), (0.0, 0.0), (1.0, 0.16666666666666666))
+    """
+    a, b = _pair(real, fake)
+    if not 1 <= k < min(len(a), len(b)):
+        raise ValueError(f"k = {k} neighbours of {len(a)} and {len(b)} rows: want k of at least 1 and more rows than k")
+    centre = a.mean(0)  # so that squares are no larger than they need be
+    r, f = (torch.from_numpy(points - centre).to(device) for points in (a, b))
+    precision = _share_inside(f, r, _radii(r, k, block), block)
+    return precision, _share_inside(r, f, _radii(f, k, block), block)
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """|a_i - b_j|^2 [N, M], 0 where it is nothing but rounding: copies of a point are at distance 0."""
+    scale = (a**2).sum(1)[:, None] + (b**2).sum(1)
+    d = scale - 2 * a @ b.T
+    return d.masked_fill_(d < 1e-12 * scale, 0)
+
+
+def _radii(x: Tensor, k: int, block: int) -> Tensor:
+    """The squared distance of each row of x to its k-th nearest other row, [N]."""
+    radii = []
+    for start in range(0, len(x), block):
+        d = _squared_distances(x[start : start + block], x)
+        d.diagonal(start).fill_(torch.inf)  # the row itself
+        radii.append(d.kthvalue(k, 1).values)
+    return torch.cat(radii)
+
+
+def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> float:
+    inside = 0
+    for start in range(0, len(points), block):
+        d = _squared_distances(points[start : start + block], centres)
+        inside += int((d <= radii).any(1).sum())
+    return inside / len(points)
+
+
+def _features(features: ArrayLike) -> Floats:
+    x = np.asarray(features, dtype=np.float64)
+    if x.ndim != 2:
+        raise ValueError(f"want an array [N, D], got shape {list(x.shape)}")
+    if not np.isfinite(x).all():
+        raise ValueError("want finite numbers, got nan or inf")
+    return x
+
+
+def _pair(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
+    a, b = _features(x), _features(y)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"{a.shape[1]} and {b.shape[1]} features cannot be compared")
+    return a, b

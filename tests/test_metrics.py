@@ -1,0 +1,313 @@
+"""Metrics against closed forms, scipy and brute force; error bars against their own spread."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.special
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm import metrics
+from ddpm.metrics import Moments, frechet_distance, inception_score, kid, moments, precision_recall
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def gaussian(n, d, seed=0, shift=0.0):
+    return rng(seed).normal(size=(n, d)) + shift
+
+
+def covariance(d, seed, rank=None):
+    factor = gaussian(d, rank or d, seed)
+    return factor @ factor.T
+
+
+def known(covariance, mean=None):
+    return Moments(None, np.zeros(len(covariance)) if mean is None else mean, covariance)
+
+
+# -- moments -----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    cuts=st.lists(st.integers(0, 20), max_size=4).map(sorted),
+    d=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    shift=st.sampled_from([0.0, 1e4]),
+    brackets=st.randoms(use_true_random=False),
+)
+@settings(max_examples=100, deadline=None)
+def test_moments_are_those_of_the_whole_however_it_is_cut_and_added(cuts, d, seed, shift, brackets):
+    """Associative: neighbours are added in a random order; parts may be empty or single rows."""
+    x = gaussian(20, d, seed, shift)
+    parts = [moments(x[a:b]) for a, b in itertools.pairwise([0, *cuts, 20])]
+    while len(parts) > 1:
+        i = brackets.randrange(len(parts) - 1)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    assert parts[0].count == 20
+    np.testing.assert_allclose(parts[0].mean, x.mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(parts[0].covariance, np.cov(x, rowvar=False).reshape(d, d), rtol=0, atol=1e-9)
+
+
+def test_moments_do_not_lose_a_small_variance_beside_a_large_mean():
+    """Where sums of squares, the plain way of streaming, lose all: a negative control of the data."""
+    x = gaussian(1000, 1, shift=1e9)
+    whole = sum((moments(part) for part in np.split(x[10:], 99)), moments(x[:10]))
+    assert whole.covariance[0, 0] == pytest.approx(x.var(ddof=1), rel=1e-6)
+    assert abs((x**2).mean() - x.mean() ** 2 - x.var()) > 1
+
+
+def test_moments_refuse_what_has_none():
+    with pytest.raises(ValueError, match="finite"):
+        moments([[1.0], [np.nan]])
+    with pytest.raises(ValueError, match=r"\[N, D\]"):
+        moments(np.zeros((2, 3, 4)))
+    with pytest.raises(ValueError, match="unknown count"):
+        known(np.eye(2)) + moments(np.eye(2))
+
+
+# -- Frechet distance --------------------------------------------------------------------------------------------------
+
+
+def sqrtm_distance(a, b):
+    root = scipy.linalg.sqrtm(a.covariance @ b.covariance)
+    delta = a.mean - b.mean
+    return delta @ delta + np.trace(a.covariance + b.covariance - 2 * np.real(root))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_frechet_distance_equals_scipys(seed):
+    a, b = (known(covariance(10, seed + k), gaussian(10, 1, seed + k)[:, 0]) for k in (0, 50))
+    assert frechet_distance(a, b) == pytest.approx(sqrtm_distance(a, b), rel=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-11)
+
+
+def test_frechet_distance_of_commuting_covariances():
+    """With shared eigenvectors it is |m_a - m_b|^2 + sum (sqrt l_a - sqrt l_b)^2."""
+    basis = np.linalg.qr(gaussian(8, 8))[0]
+    l, m = rng(1).uniform(0, 4, (2, 8))
+    l[:2] = 0  # singular
+    a, b = known(basis * l @ basis.T), known(basis * m @ basis.T, np.full(8, 0.5))
+    assert frechet_distance(a, b) == pytest.approx(8 / 4 + ((np.sqrt(l) - np.sqrt(m)) ** 2).sum(), rel=1e-12)
+
+
+def test_frechet_distance_is_that_of_coupled_gaussians():
+    """The map x -> A x, A positive definite, is optimal: the distance is E|x - A x|^2 = tr((I - A) S (I - A))."""
+    s, a = covariance(6, 0), covariance(6, 1)
+    gap = np.eye(6) - a
+    assert frechet_distance(known(s), known(a @ s @ a)) == pytest.approx(np.trace(gap @ s @ gap), rel=1e-9)
+
+
+def test_frechet_distance_with_fewer_images_than_features():
+    """Orthogonal supports have no cross term; the same one has distance 0, to 1e-12 and not its root."""
+    x = gaussian(20, 200)
+    a = moments(np.hstack([x, 0 * x]))
+    b = moments(np.hstack([0 * x, 3 * x]))
+    assert frechet_distance(a, b) == pytest.approx(
+        np.trace(a.covariance + b.covariance) + a.mean @ a.mean * 10, rel=1e-12
+    )
+    assert frechet_distance(a, a) < 1e-12 * np.trace(a.covariance)
+    c = moments(np.hstack([x, 0 * x]) * 2)
+    assert frechet_distance(a, c) == pytest.approx(np.trace(a.covariance) + a.mean @ a.mean, rel=1e-12)
+
+
+def test_frechet_distance_forgives_a_covariance_that_rounding_made_indefinite():
+    s = np.diag([1.0, -1e-17, 1e-18])
+    assert frechet_distance(known(s), known(np.eye(3))) == pytest.approx(2)
+
+
+def test_frechet_distance_of_samples_tends_to_that_of_their_distributions():
+    a, b = moments(gaussian(20000, 4)), moments(2 * gaussian(20000, 4, 1, 0.5))
+    assert frechet_distance(a, b) == pytest.approx(4 * 1 + 4 * 1, rel=0.03)
+    with pytest.raises(ValueError, match="4 and of 3"):
+        frechet_distance(a, known(np.eye(3)))
+
+
+# -- KID ---------------------------------------------------------------------------------------------------------------
+
+
+def brute_mmd(x, y):
+    """Over pairs, in plain loops."""
+
+    def mean(a, b, same):
+        pairs = [(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (same and i == j)]
+        return np.mean([(p @ q / len(p) + 1) ** 3 for p, q in pairs])
+
+    return mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+
+
+def test_kid_of_whole_sets_equals_brute_force():
+    x, y = gaussian(12, 3), gaussian(12, 3, 1, 0.3)
+    mean, error = kid(x, y)
+    assert mean == pytest.approx(brute_mmd(x, y), rel=1e-12)
+    rows = range(12)
+    without = [brute_mmd(np.delete(x, i, 0), y) for i in rows] + [brute_mmd(x, np.delete(y, i, 0)) for i in rows]
+    assert error == pytest.approx(np.sqrt(((mean - np.array(without)) ** 2).sum()), rel=1e-9)
+
+
+def test_kid_of_subsets_is_their_mean():
+    """All of a small set is used each time, and 5 + 5 of the 10 rows of the other."""
+    x, y = gaussian(5, 3), gaussian(10, 3, 1)
+    mean, _ = kid(x, y, subsets=2, seed=3)
+    halves = [
+        (brute_mmd(x, y[list(half)]) + brute_mmd(x, y[[i for i in range(10) if i not in half]])) / 2
+        for half in itertools.combinations(range(10), 5)
+    ]
+    assert min(abs(mean - h) for h in halves) < 1e-12
+    assert kid(x, y, subsets=2, seed=3) == kid(x, y, subsets=2, seed=3)
+    assert len({kid(x, y, subsets=2, seed=s)[0] for s in range(5)}) > 1
+
+
+@pytest.mark.parametrize("subsets", [2, 20], ids=["few subsets", "overlapping subsets"])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_kid_is_unbiased_and_its_error_bar_is_honest(shift, subsets):
+    """The kernel's expectation has a closed form; z = (estimate - truth)/error over new data has deviation 1.
+
+    E (x.y/D + 1)^3 is that of a polynomial in u = x.y: for x ~ N(a, I), y ~ N(b, I), independent,
+    E u = a.b, E u^2 = D + |a|^2 + |b|^2 + (a.b)^2, E u^3 = (a.b)^3 + 3 (a.b)(D + 2 + |a|^2 + |b|^2).
+    """
+    d, runs = 4, 150
+    a, b = np.zeros(d), np.full(d, shift)
+
+    def expected(a, b):
+        u, squares = a @ b, a @ a + b @ b
+        return (u**3 + 3 * u * (d + 2 + squares)) / d**3 + 3 * (d + squares + u**2) / d**2 + 3 * u / d + 1
+
+    truth = expected(a, a) + expected(b, b) - 2 * expected(a, b)
+    draws = rng(7)
+    found = np.array(
+        [
+            kid(
+                draws.normal(size=(120, d)) + a,
+                draws.normal(size=(100, d)) + b,
+                subset_size=40,
+                subsets=subsets,
+                seed=s,
+            )
+            for s in range(runs)
+        ]
+    )
+    assert abs(found[:, 0].mean() - truth) < 4 * found[:, 0].std() / np.sqrt(runs)
+    spread, claimed = found[:, 0].std(), np.sqrt((found[:, 1] ** 2).mean())
+    if shift:  # exact to first order
+        assert 0.85 < spread / claimed < 1.1
+        assert 0.85 < ((found[:, 0] - truth) / found[:, 1]).std() < 1.2
+    else:  # same distribution: on the safe side by sqrt 2 at most
+        assert 0.85 / np.sqrt(2) < spread / claimed < 1.1
+
+
+def test_the_spread_of_overlapping_subsets_would_not_be_honest():
+    """Negative control: what many programs report falls short of the estimate's own spread."""
+    draws = rng(8)
+    means, naive = [], []
+    for seed in range(40):
+        x, y = draws.normal(size=(60, 4)), draws.normal(size=(60, 4)) + 0.5
+        pick = rng(seed)
+        one = [kid(pick.permutation(x)[:40], pick.permutation(y)[:40])[0] for _ in range(20)]
+        means.append(np.mean(one))
+        naive.append(np.std(one) / np.sqrt(20))
+    assert np.std(means) > 3 * np.mean(naive)
+
+
+def test_kid_refuses_what_has_no_estimate():
+    with pytest.raises(ValueError, match="at least 3 rows"):
+        kid(gaussian(2, 3), gaussian(9, 3))
+    with pytest.raises(ValueError, match="3 and 4 features"):
+        kid(gaussian(9, 3), gaussian(9, 4))
+
+
+# -- Inception score ---------------------------------------------------------------------------------------------------
+
+
+def test_inception_score_at_its_ends():
+    k = 5
+    assert inception_score(np.full((40, k), 1 / k)) == pytest.approx((1, 0), abs=1e-12)
+    assert inception_score(np.tile(np.eye(k), (20, 1))) == pytest.approx((k, 0), abs=1e-12)
+    assert inception_score(np.eye(k)[np.zeros(20, int)]) == pytest.approx((1, 0), abs=1e-12)  # always the same class
+
+
+def test_inception_score_by_hand():
+    """Rows (3/4, 1/4), (1/4, 3/4): the marginal is 1/2, KL = 3/4 ln 3/2 + 1/4 ln 1/2; the second half is all alike."""
+    p = np.array([[0.75, 0.25], [0.25, 0.75], [0.9, 0.1], [0.9, 0.1]])
+    first = 1.5**0.75 * 0.5**0.25
+    assert inception_score(p, splits=2) == pytest.approx(((first + 1) / 2, (first - 1) / 2))
+    assert inception_score(metrics.softmax(np.log(p[:2])), splits=1)[0] == pytest.approx(first)
+
+
+def test_parts_of_unequal_size_cover_every_row():
+    p = metrics.softmax(gaussian(23, 4))
+    scores = [inception_score(p[i * 23 // 10 : (i + 1) * 23 // 10], 1)[0] for i in range(10)]
+    assert inception_score(p) == pytest.approx((np.mean(scores), np.std(scores)))
+
+
+def test_inception_score_refuses_logits():
+    logits = gaussian(20, 4)
+    with pytest.raises(ValueError, match="not probabilities"):
+        inception_score(logits)
+    with pytest.raises(ValueError, match="10 splits of 9 rows"):
+        inception_score(np.full((9, 2), 0.5))
+    np.testing.assert_allclose(metrics.softmax(logits), scipy.special.softmax(logits, 1), rtol=1e-12)
+
+
+# -- precision and recall ----------------------------------------------------------------------------------------------
+
+
+def brute_precision_recall(real, fake, k):
+    def share(points, centres):
+        radius = np.sort(np.linalg.norm(centres[:, None] - centres, axis=2), 1)[:, k]  # the first is the point itself
+        return (np.linalg.norm(points[:, None] - centres, axis=2) <= radius).any(1).mean()
+
+    return share(fake, real), share(real, fake)
+
+
+@pytest.mark.parametrize("block", [7, 1024])
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_recall_equals_brute_force(k, block):
+    real, fake = gaussian(60, 3), gaussian(50, 3, 1, 1.0) * 1.5
+    expected = brute_precision_recall(real, fake, k)
+    assert 0.1 < min(expected)
+    assert max(expected) < 0.95
+    assert precision_recall(real, fake, k, block=block) == expected
+
+
+def test_precision_recall_at_its_ends():
+    x = gaussian(50, 4)
+    assert precision_recall(x, x) == (1, 1)
+    assert precision_recall(x, x + 100) == (0, 0)
+    one_mode = np.vstack([x, x + 100])
+    assert precision_recall(one_mode, x) == (1, 0.5)  # all fakes real, half of the reals missed
+    assert precision_recall(x, one_mode) == (0.5, 1)
+
+
+def test_a_collapsed_generator_has_no_recall():
+    """All fakes are one real image: balls of radius 0, which hold that image alone."""
+    real = gaussian(50, 64, shift=30.0)
+    assert precision_recall(real, np.repeat(real[:1], 50, 0)) == (1, 1 / 50)
+
+
+@pytest.mark.parametrize("n", [33, 50, 129])
+def test_equal_points_are_at_distance_0(n):
+    """Not at the 1e-12, or less than nothing, that the expanded square leaves of it."""
+    x = torch.from_numpy(np.repeat(gaussian(1, 2048, n), n, 0))
+    assert (metrics._squared_distances(x, x) == 0).all()
+    assert (metrics._squared_distances(x, x + 1e-3) > 0).all()
+
+
+def test_precision_recall_in_bounded_memory(monkeypatch):
+    """Never more than block x max(N, M) distances at once."""
+    seen, compute = [], metrics._squared_distances
+    monkeypatch.setattr(metrics, "_squared_distances", lambda a, b: seen.append(len(a) * len(b)) or compute(a, b))
+    precision_recall(gaussian(300, 2), gaussian(200, 2, 1), block=16)
+    assert max(seen) == 16 * 300
+    assert sum(seen) == 300 * 300 + 200 * 200 + 2 * 300 * 200
+
+
+def test_precision_recall_refuses_too_few_rows():
+    with pytest.raises(ValueError, match="3 neighbours of 3 and 9 rows"):
+        precision_recall(gaussian(3, 2), gaussian(9, 2))
