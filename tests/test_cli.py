@@ -1,5 +1,10 @@
 """The command line: help without torch, and a user's mistakes, each of which is one helpful line and exit code 2."""
 
+import errno
+import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,7 +87,9 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     # settings
     ("train digits --steps -5", nothing, ["steps -5", "at least 1"]),
     ("train digits --batch-size 0", nothing, ["batch_size 0", "at least 1"]),
-    ("train digits --lr nan", nothing, ["lr nan", "a number"]),
+    ("train digits --lr nan", nothing, ["lr nan", "a finite number"]),
+    ("train digits --ema 1 --no-ema-warmup", nothing, ["ema 1.0", "at most 0.999999"]),
+    ("train digits --seed 9223372036854775808", nothing, ["seed 9223372036854775808", "at most 9223372036854775807"]),
     ("train digits --dropout 1.5", nothing, ["dropout 1.5", "at most 0.99"]),
     ("train digits --width 100", nothing, ["width 100", "multiple of 32"]),
     ("train digits --size 9", nothing, ["size 9x9", "8 and 10"]),
@@ -104,6 +111,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     (ON_PICTURES, mixed, ["2.png", "RGB", "0.png", "grey"]),
     (ON_PICTURES, lambda here: grey(here / "pictures", 1), ["pictures", "at least 2"]),
     (f"{ON_PICTURES} --image-column img", lambda here: grey(here / "pictures"), ["image column img", "no columns"]),
+    ("train digits --label-column digit", nothing, ["label column digit", "digits", "no columns"]),
     ("train digits --data notes.txt", lambda here: write(here / "notes.txt"), ["notes.txt", "a .zip or .parquet"]),
     # the run's folder
     ("train digits --out notes.txt", lambda here: write(here / "notes.txt"), ["out notes.txt", "a new folder"]),
@@ -125,6 +133,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("sample RUN --weights best", nothing, ["--weights 'best'", "ema, raw"]),
     ("sample RUN --checkpoint newest", nothing, ["checkpoint 'newest'", "last, best or a step"]),
     ("sample RUN --checkpoint 7", nothing, ["checkpoint 7", "20, 30"]),
+    ("sample RUN/checkpoints/00000020 --checkpoint 7", nothing, ["checkpoint '7'", "one checkpoint already"]),
     ("sample RUN --precision fp16", nothing, ["--precision 'fp16'", "bf16"]),
     ("sample RUN --out samples.jpg", nothing, ["samples.jpg", ".png or .npz"]),
     ("sample RUN --out pictures", lambda here: grey(here / "pictures"), ["pictures", "not empty"]),
@@ -153,7 +162,7 @@ def test_a_mistake_is_one_helpful_line(
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path)
     before = {p: p.stat().st_size for p in [*tmp_path.rglob("*"), *trained.rglob("*")]}
-    assert main([str(trained) if word == "RUN" else word for word in command.split()]) == 2
+    assert main([re.sub("^RUN", str(trained), word) for word in command.split()]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
@@ -190,6 +199,47 @@ def test_our_own_faults_keep_their_traceback(trained: Path, monkeypatch: pytest.
     monkeypatch.setattr("ddpm.run.generate.generate", fault)
     with pytest.raises(ZeroDivisionError):
         main(["sample", str(trained), "-n", "1"])
+
+
+def test_an_empty_out_is_a_mistake(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a shell variable that is not set makes it."""
+    assert main(["sample", str(trained), "--out", ""]) == 2
+    assert capsys.readouterr().err == "ddpm: out '': want a name that ends in .png or .npz, or a folder\n"
+
+
+def test_what_the_system_refuses_is_one_line(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that was mounted for reading, seen only when the picture is written: exit code 1, the file, why."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a.png")
+
+    monkeypatch.setattr("ddpm.files.images._atomically", refuse)
+    assert main(["sample", str(trained), "-n", "1", "--out", str(tmp_path / "a.png")]) == 1
+    assert capsys.readouterr().err == "ddpm: read-only file system (a.png)\n"
+
+
+def test_what_was_done_as_json(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The steps are those that were taken, also where none were asked for."""
+    assert main(["sample", str(trained), "-n", "1", "--out", str(tmp_path / "a.png"), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert (about["steps"], about["step"], about["count"]) == (20, 30, 1)
+
+
+def test_ctrl_c_while_torch_loads() -> None:
+    """One line and 130, whatever numpy is in the middle of."""
+    program = (
+        "import os, signal\nfrom ddpm.run import cli\nwith cli._importing():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    import torch\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (done.returncode, done.stderr) == (130, "ddpm: interrupted\n")
 
 
 def test_every_kind_of_option_reaches_the_run(tmp_path: Path) -> None:

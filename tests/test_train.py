@@ -186,6 +186,18 @@ def test_other_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "not the images that the run in" in capsys.readouterr().err
 
 
+def test_images_that_were_moved_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run goes on with its images in another place, but not with a second source while the first is there."""
+    folder_of_images(tmp_path / "data")
+    assert train(tmp_path / "run", "--data", tmp_path / "data", "--steps", 2) == 0
+    assert train(tmp_path / "run", "--steps", 4) == 2
+    assert "data 'digits': the run in" in capsys.readouterr().err
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert train(tmp_path / "run", "--data", tmp_path / "moved", "--steps", 4) == 0
+    assert steps(tmp_path / "run") == [2, 4]
+    assert train(tmp_path / "run", "--data", tmp_path / "moved", "--steps", 6) == 0
+
+
 def test_two_processes_cannot_train_one_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second is told so."""
     with (trained / ".lock").open("w") as lock:
@@ -465,3 +477,19 @@ def folder_of_images(folder: Path) -> None:
     """12 grey pictures of 8x8."""
     for i in range(12):
         pictures.save(folder / f"{i}.png", np.random.default_rng(i).integers(0, 256, (8, 8, 1), np.uint8))
+
+
+def test_an_image_that_cannot_be_read_on_the_way_loses_nothing(tmp_path, monkeypatch, capsys):
+    """Where images decode ahead of the step, a bad one ends the run with exit 2; the steps before it are saved."""
+    real = datasets.batches
+
+    def batches(*args, **kwargs):
+        for i, batch in enumerate(real(*args, **kwargs)):
+            if i == 3:
+                raise InputError("bad.png: damaged; want an image")
+            yield batch
+
+    monkeypatch.setattr(datasets, "batches", batches)
+    assert train(tmp_path / "run", "--steps", 10) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "ddpm: bad.png: damaged; want an image"
+    assert steps(tmp_path / "run") == [3]

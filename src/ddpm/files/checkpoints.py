@@ -243,10 +243,11 @@ def open_checkpoint(
     preset = from_json(json.loads(metadata["config"]))
     if precision is not None:
         preset = from_json({**to_json(preset), "precision": precision})
-    denoiser = build(preset)
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        denoiser = build(preset)
     assert isinstance(denoiser.network, nn.Module)
     try:
-        denoiser.network.load_state_dict(read_tensors(file))
+        denoiser.network.load_state_dict(read_tensors(file), assign=True)
     except RuntimeError as error:
         raise InputError(f"{file}: its tensors are not those of its configuration") from error
     denoiser.network.eval().requires_grad_(False)

@@ -36,6 +36,8 @@ from ddpm.noise import generator
 
 ACCEPTED = "want digits, a folder of images, a .zip or .parquet file, or a hub data set OWNER/NAME"
 
+_SKIP = "`ddpm train --skip-bad` goes on without such"
+
 _SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "testing", "validation", "valid", "val"),
@@ -175,12 +177,13 @@ class _Rows:
 
         for start in range(0, len(self), 10_000):
             column = self.rows[start : start + 10_000].column(0)
-            for name in ("path", "bytes"):
-                if pa.types.is_struct(column.type) and column.type.get_field_index(name) >= 0:
-                    part = pc.struct_field(column, name)
-                    yield np.asarray(pc.fill_null(pc.binary_length(part), -1)).astype("<i8").tobytes()
-            if not pa.types.is_struct(column.type):
-                yield np.asarray(pc.fill_null(pc.binary_length(column), -1)).astype("<i8").tobytes()
+            parts = [column]
+            if pa.types.is_struct(column.type):
+                names = [name for name in ("path", "bytes") if column.type.get_field_index(name) >= 0]
+                parts = [pc.struct_field(column, name) for name in names]
+            for part in parts:
+                part = part.cast(pa.string()) if pa.types.is_null(part.type) else part  # no path in any row
+                yield np.asarray(pc.fill_null(pc.binary_length(part), -1)).astype("<i8").tobytes()
 
 
 @dataclass
@@ -590,7 +593,7 @@ class Images:
         rows: list[int] = self.rows[indices].tolist()
         pixels, bad, notes = self.decoder.decode(rows)
         if bad and not self.skip_bad:
-            raise InputError(next(iter(bad.values())))
+            raise InputError(f"{next(iter(bad.values()))}; {_SKIP}")
         faults = {rows[k]: fault for k, fault in bad.items()}
         for k in bad:
             pixels[k] = self._next_good(int(indices[k]) % len(self), faults, notes)
@@ -651,7 +654,7 @@ def _build(
             pictures.fit(image, size, channels, name, {})
         except InputError as error:
             if not skip_bad:
-                raise
+                raise InputError(f"{error}; {_SKIP}") from error
             image, start, fault = None, start + 1, fault or str(error)
     if image is None:
         raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {fault}")
@@ -683,7 +686,7 @@ def _decode_all(
 
     pixels = np.empty((n, decoder.channels, *decoder.size), np.uint8)
     faults, notes = dict[int, str](), pictures.Notes()
-    bar = tqdm(total=n, desc="decoding", unit="image", disable=not progress)
+    bar = tqdm(total=n, desc="decoding", unit="image", disable=None if progress else True)
     chunks = [range(start, min(start + 256, n)) for start in range(0, n, 256)]
 
     def work(chunk: range) -> tuple[dict[int, str], pictures.Notes]:
@@ -694,7 +697,7 @@ def _decode_all(
     try:
         for chunk, (bad, noted) in zip(chunks, pool.map(work, chunks), strict=True):  # in order, as are the errors
             if bad and not skip_bad:
-                raise InputError(next(iter(bad.values())))
+                raise InputError(f"{next(iter(bad.values()))}; {_SKIP}")
             faults.update(bad)
             _merge(notes, noted)
             bar.update(len(chunk))

@@ -180,7 +180,8 @@ def _sample(args: argparse.Namespace) -> int:
                 "steps": calls(denoiser, args.sampler, args.steps),
                 "seed": args.seed,
             }
-            summary = f"{args.n} image{'s' * (args.n != 1)} of {found.path} (step {found.step:,}, {found.weights}) in {args.out}"
+            what = f"{args.n} image{'s' * (args.n != 1)}"
+            summary = f"{what} of {found.path} (step {found.step:,}, {found.weights}) in {args.out}"
             print(json.dumps(about) if args.json else summary)
     return 0
 
@@ -197,11 +198,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         check("-n", args.n, int, 1)
     quality = [metric for metric in args.metrics if metric != "nll"]
 
-    from ddpm.files import datasets, features
-    from ddpm.files.checkpoints import open_checkpoint, write_atomic
-    from ddpm.run import evaluate
-    from ddpm.run.distributed import pick_precision, processes
-    from ddpm.run.generate import generate
+    with _importing():
+        from ddpm.files import datasets, features
+        from ddpm.files.checkpoints import open_checkpoint, write_atomic
+        from ddpm.run import evaluate
+        from ddpm.run.distributed import pick_precision, processes
+        from ddpm.run.generate import generate
 
     check("--weights", args.weights, Literal["ema", "raw"])
     with processes(args.device) as ranks:
@@ -214,8 +216,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         shown = ranks.first and not args.json
 
         def load(split: str) -> datasets.Images:
-            columns = {"image_column": preset.image_column or None, "label_column": preset.label_column or None}
-            return datasets.load(source, preset.size, preset.channels, split=split, **columns)  # type: ignore[arg-type]
+            return datasets.load(
+                source, preset.size, preset.channels, split=split, image_column=preset.image_column or None,
+                label_column=preset.label_column or None, skip_bad=preset.skip_bad, progress=shown,
+            )  # fmt: skip
 
         out = Path(args.out) if args.out else found.path.parent / "evaluate"
         about: dict[str, Any] = {
@@ -294,13 +298,13 @@ def _parser() -> _Parser:
     p = commands.add_parser("sample", help="make images from a run or a checkpoint", allow_abbrev=False)
     p.description = "Make images from a run folder, a checkpoint folder or one .safetensors file."
     p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder or a .safetensors file")
-    p.add_argument("-n", **_number(int, 64), help="how many images")
+    p.add_argument("-n", **_number(int, 64), help="how many images (%(default)s)")
     p.add_argument("--out", default="samples.png", help="FILE.png, a grid; FILE.npz; or a folder (samples.png)")
-    p.add_argument("--seed", **_number(int, 0), help="of the first image; each next one has one more")
+    p.add_argument("--seed", **_number(int, 0), help="of the first image; each next one has one more (%(default)s)")
     p.add_argument("--sampler", default="ancestral", metavar="X", help="ancestral (Algorithm 2) or ddim (ancestral)")
     p.add_argument("--steps", **_number(int, None), help="network calls (ancestral: all levels; ddim: 50)")
-    p.add_argument("--eta", **_number(float, 0.0), help="DDIM's noise, 0 to 1")
-    p.add_argument("--batch-size", **_number(int, 64), help="images at a time; changes no picture")
+    p.add_argument("--eta", **_number(float, 0.0), help="DDIM's noise, 0 to 1 (%(default)s)")
+    p.add_argument("--batch-size", **_number(int, 64), help="images at a time; changes no picture (%(default)s)")
     p.add_argument("--weights", metavar="X", help="ema, the averaged weights, or raw (ema)")
     p.add_argument("--checkpoint", default="last", metavar="X", help="of a run: last, best or a step (last)")
     p.add_argument("--progressive", action="store_true", help="a row an image: x0^ on the way (Figure 6)")
@@ -391,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in _ENVIRONMENT:
             raise
         reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno).lower()
-        print(f"ddpm: {error.filename or arguments[0]}: {reason}", file=sys.stderr)
+        print(f"ddpm: {reason} ({error.filename or arguments[0]})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ddpm: interrupted", file=sys.stderr)

@@ -62,7 +62,7 @@ def train(preset: Preset, out: Path) -> Result:
         train_set, held_out_set = datasets.load_pair(
             preset.data, preset.size, preset.channels,
             image_column=preset.image_column or None, label_column=preset.label_column or None,
-            skip_bad=preset.skip_bad, progress=ranks.first and sys.stderr.isatty(),
+            skip_bad=preset.skip_bad, progress=ranks.first,
         )  # fmt: skip
         if ranks.first:
             _claim(out, stack)  # only now: a mistake in settings or data leaves no folder behind
@@ -143,7 +143,7 @@ def train(preset: Preset, out: Path) -> Result:
         stack.callback(bar.close)
         stop = stack.enter_context(_signals())  # until here there is nothing to save
 
-        for batch in stream:
+        for batch in _saving(stream, save):
             # Algorithm 1. The draws of the whole batch, then this process's parts of it.
             g = noise.generator(preset.seed, step, _BATCH)
             t = torch.randint(1, preset.levels + 1, (preset.batch_size,), generator=g)
@@ -209,6 +209,15 @@ def train(preset: Preset, out: Path) -> Result:
         if train_set.skipped:
             _say(ranks, f"images that could not be read and were passed over: {train_set.skipped:,}")
         return Result(step, before, held_out, rate, None)
+
+
+def _saving(stream: Iterator[Tensor], save: Callable[[None], None]) -> Iterator[Tensor]:
+    """The stream; where an image cannot be read, what was learned so far is saved before that is said."""
+    try:
+        yield from stream
+    except InputError:
+        save(None)
+        raise
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -302,7 +311,8 @@ def _resume(
         return 0, 0.0, None
     state = checkpoints.read_state(folder)
     if state["data"] != fingerprint:
-        raise InputError(f"data {preset.data}: not the images that the run in {out} was trained on; want those")
+        was = json.loads((out / "config.json").read_text())["data"]
+        raise InputError(f"data {preset.data}: not the images that the run in {out} was trained on, those of {was}")
     network.load_state_dict(checkpoints.read_tensors(folder / "raw.safetensors"))
     average.load_state_dict(checkpoints.read_tensors(folder / "ema.safetensors"))
     moments = checkpoints.read_tensors(folder / "optimizer.safetensors")
