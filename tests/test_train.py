@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import ddpm
+from ddpm.errors import InputError
 from ddpm.files import checkpoints, datasets
 from ddpm.files import images as pictures
 from ddpm.run import ema

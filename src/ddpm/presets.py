@@ -157,7 +157,7 @@ PRESETS: dict[str, Preset] = {
     # Ours, for two CPU cores.
     "digits": Preset(
         data="digits", size=(8, 8), channels=1, flip=False, width=32, multipliers=(1, 2), blocks=1, attention=(4,),
-        dropout=0.0, schedule="cosine", predict="v", steps=1500, batch_size=64, lr=2e-3, warmup=100, ema=0.999,
+        dropout=0.0, schedule="cosine", predict="v", steps=1900, batch_size=64, lr=2e-3, warmup=100, ema=0.999,
         ema_warmup=True, save_every=500, sample_every=500,
     ),
     "mnist": Preset(
