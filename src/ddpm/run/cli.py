@@ -14,11 +14,16 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import ddpm
 from ddpm.errors import InputError, Stopped
-from ddpm.presets import PRESETS, Preset, check
+from ddpm.presets import PRESETS, Precision, Preset, check
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddpm.files.checkpoints import Checkpoint
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,6 +131,22 @@ def _preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def _open(args: argparse.Namespace, device: "torch.device") -> "Checkpoint":
+    """The model that --checkpoint, --weights and --precision of a command mean, on its device."""
+    from ddpm.files.checkpoints import open_checkpoint
+    from ddpm.run.distributed import pick_precision
+
+    check("--weights", args.weights or "ema", Literal["ema", "raw"])
+    check("--precision", args.precision, Precision)
+    precision = None if args.precision == "auto" else args.precision
+    found = open_checkpoint(args.run, args.weights or "ema", args.checkpoint, precision)
+    if args.weights and found.weights != args.weights:
+        raise InputError(f"--weights {args.weights}: {found.path} holds the {found.weights} weights; want the run")
+    if precision is None and found.preset.precision != pick_precision("auto", device):
+        found = open_checkpoint(found.path, precision="float32")  # where bf16 would only be slow
+    return replace(found, denoiser=found.denoiser.to(device))
+
+
 def _sample(args: argparse.Namespace) -> int:
     check("-n", args.n, int, 1)
     check("--seed", args.seed, int, 0)
@@ -136,23 +157,15 @@ def _sample(args: argparse.Namespace) -> int:
 
     with _importing():
         from ddpm.files import images
-        from ddpm.files.checkpoints import open_checkpoint
-        from ddpm.run.distributed import pick_precision, processes
+        from ddpm.run.distributed import processes
         from ddpm.run.generate import SAMPLERS, calls, generate, progressive
 
     check("--sampler", args.sampler, Literal[SAMPLERS])
-    check("--weights", args.weights or "ema", Literal["ema", "raw"])
-    check("--precision", args.precision, Literal["auto", "float32", "bf16"])
     if images.check_out(args.out) != "png" and args.progressive:
         raise InputError(f"--out {args.out}: --progressive makes one picture; want a .png")
     with processes(args.device) as ranks:
-        precision = None if args.precision == "auto" else args.precision
-        found = open_checkpoint(args.run, args.weights or "ema", args.checkpoint, precision)
-        if args.weights and found.weights != args.weights:
-            raise InputError(f"--weights {args.weights}: {found.path} holds the {found.weights} weights; want the run")
-        if precision is None and found.preset.precision != pick_precision("auto", ranks.device):
-            found = open_checkpoint(found.path, precision="float32")  # where bf16 would only be slow
-        denoiser = found.denoiser.to(ranks.device)
+        found = _open(args, ranks.device)
+        denoiser = found.denoiser
         check("--steps", denoiser.schedule.T if args.steps is None else args.steps, int, 1, denoiser.schedule.T)
         mine = [args.seed + i for i in ranks.mine(args.n)]
         make = progressive if args.progressive else partial(generate, batch_size=args.batch_size)
@@ -200,17 +213,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     with _importing():
         from ddpm.files import datasets, features
-        from ddpm.files.checkpoints import open_checkpoint, write_atomic
+        from ddpm.files.checkpoints import write_atomic
         from ddpm.run import evaluate
-        from ddpm.run.distributed import pick_precision, processes
+        from ddpm.run.distributed import processes
         from ddpm.run.generate import generate
 
-    check("--weights", args.weights, Literal["ema", "raw"])
     with processes(args.device) as ranks:
-        found = open_checkpoint(args.run, args.weights, args.checkpoint)
-        if found.preset.precision != pick_precision("auto", ranks.device):
-            found = open_checkpoint(found.path, precision="float32")  # where bf16 would only be slow
-        found = replace(found, denoiser=found.denoiser.to(ranks.device))
+        found = _open(args, ranks.device)
         preset = found.preset
         source = args.data or preset.data
         shown = ranks.first and not args.json
@@ -334,7 +343,8 @@ def _parser() -> _Parser:
     p.add_argument("--any-weights", action="store_true", help="take Inception weights of another hash; no FID then")
     p.add_argument("--seed", **_number(int, 0), help="of noise and samples (0)")
     p.add_argument("--batch-size", **_number(int, 64), help="images at a time (64)")
-    p.add_argument("--weights", default="ema", metavar="X", help="ema, the averaged weights, or raw (ema)")
+    p.add_argument("--weights", metavar="X", help="ema, the averaged weights, or raw (ema)")
+    p.add_argument("--precision", default="auto", metavar="X", help="auto, float32 or bf16 (auto: the run's)")
     p.add_argument("--checkpoint", default="last", metavar="X", help="of a run: last, best or a step (last)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
     p.add_argument("--out", metavar="DIR", help="folder for tables (evaluate, beside the weights)")
