@@ -106,10 +106,7 @@ def train(preset: Preset, out: Path) -> Result:
         def save(held_out: float | None) -> None:
             if not ranks.first:
                 return
-            names = [name for name, _ in network.named_parameters()]
-            moments = {
-                f"{key}.{n}": adam.state[p][key] for n, p in zip(names, weights, strict=True) for key in _MOMENTS
-            }
+            moments = {f"{key}.{n}": adam.state[p][key] for n, p in network.named_parameters() for key in _MOMENTS}
             state = {
                 "step": step,
                 "seconds": seconds + time.monotonic() - started,
