@@ -111,6 +111,18 @@ def test_batches_change_nothing_and_the_parts_are_kept(checkpoint, held_out, tmp
     assert not calls
 
 
+def test_parts_of_another_model_or_precision_are_not_taken(trained, held_out, tmp_path):
+    """A file of the same name with other weights, or the same in bf16, is evaluated anew."""
+    weights = tmp_path / "model.safetensors"
+
+    def value(kind, precision):
+        weights.write_bytes(open_checkpoint(trained, kind).path.read_bytes())
+        model = open_checkpoint(weights, precision=precision)
+        return nll(model, held_out, tmp_path / "out")["bits_per_dim"]
+
+    assert len({value("ema", "float32"), value("raw", "float32"), value("ema", "bf16")}) == 3
+
+
 def test_a_stopped_evaluation_goes_on(checkpoint, held_out, tmp_path, monkeypatch):
     """Stopped after two of three batches, the rest is done and no more, with the same result."""
     whole = nll(checkpoint, held_out, tmp_path / "whole", batch_size=4)

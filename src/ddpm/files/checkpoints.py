@@ -55,7 +55,8 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -89,7 +90,7 @@ def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[s
             except SafetensorError as error:  # how safetensors says that the disk is full
                 raise OSError(str(error)) from error
             _sync(path)
-            hashes[path.name] = _file_sha256(path)
+            hashes[path.name] = file_sha256(path)
         sealed = {**state, "files": hashes, "version": ddpm.__version__}
         write_atomic(temporary / "state.json", json.dumps({**sealed, "seal": _seal(sealed)}, indent=1))
         _sync(temporary)
@@ -111,7 +112,7 @@ def damage(folder: Path) -> str | None:
         if seal != _seal(state):
             return "state.json is altered"
         for name, digest in state["files"].items():
-            if _file_sha256(folder / name) != digest:
+            if file_sha256(folder / name) != digest:
                 return f"{name} is truncated or altered"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"

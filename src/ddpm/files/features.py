@@ -28,6 +28,7 @@ from torch import Tensor
 
 import ddpm
 from ddpm.errors import InputError
+from ddpm.files.checkpoints import file_sha256
 from ddpm.files.images import one_line
 from ddpm.inception import SIDE, Inception
 from ddpm.metrics import Moments, moments, softmax
@@ -126,7 +127,7 @@ def inception(
     file = _cached(progress) if path is None else Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file; want Inception's weights, {WEIGHTS}")
-    digest = _sha256(file)
+    digest = file_sha256(file)
     if digest != SHA256 and not any_weights:
         raise InputError(f"{file}: its SHA-256 is {digest}, want {SHA256} of {WEIGHTS}; any_weights allows it")
     network, classifies = _read(file)
@@ -244,11 +245,6 @@ def _whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # -- any other network -------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +294,7 @@ def custom(spec: str) -> Network:
             return result[0], result[1]
         return result, None
 
-    return Network(f"{path.name}:{name}", _sha256(path), "its own", 1000, run)
+    return Network(f"{path.name}:{name}", file_sha256(path), "its own", 1000, run)
 
 
 def read_features(path: str | Path) -> tuple[Floats, Floats | None]:

@@ -80,7 +80,8 @@ def nll(
     denoiser, shape = found.denoiser, found.preset.shape
     n = len(images) if count is None else min(count, len(images))
     variants = _variants(denoiser, mse)
-    about = [str(found.path), found.step, found.weights, images.fingerprint, draws, seed, [*variants]]
+    model = [checkpoints.file_sha256(found.path), found.preset.precision]
+    about: list[Any] = [*model, images.fingerprint, draws, seed, [*variants]]
     about.append(None if mse is None else mse.tolist())
     folder = out / f"parts-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
