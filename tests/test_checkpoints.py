@@ -158,7 +158,7 @@ def safetensors_no_space(_: Any, path: Path, *__: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "failing"), [("save_file", safetensors_no_space), ("_sync", no_space), ("write_atomic", no_space)]
+    ("name", "failing"), [("save_file", safetensors_no_space), ("atomic.sync", no_space), ("atomic.write", no_space)]
 )
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
     name: str,
@@ -172,7 +172,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
     begin = checkpoints.save
 
     def full(*given: Any) -> Path:
-        monkeypatch.setattr(checkpoints, name, failing)
+        monkeypatch.setattr(f"ddpm.files.checkpoints.{name}", failing)
         return begin(*given)
 
     monkeypatch.setattr(checkpoints, "save", full)

@@ -215,7 +215,7 @@ def test_what_the_system_refuses_is_one_line(
     def refuse(*_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a.png")
 
-    monkeypatch.setattr("ddpm.files.images._atomically", refuse)
+    monkeypatch.setattr("ddpm.files.atomic.write", refuse)
     assert main(["sample", str(trained), "-n", "1", "--out", str(tmp_path / "a.png")]) == 1
     assert capsys.readouterr().err == "ddpm: read-only file system (a.png)\n"
 

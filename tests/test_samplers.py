@@ -1,5 +1,7 @@
 """Samplers: the law of what they draw, equality with diffusers step by step, one seed one image."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -338,3 +340,28 @@ def test_jsd_samples_are_finite(predict):
     paths = [samplers.ancestral(denoiser, noise(20), noise), samplers.ddim(denoiser, noise(20), 20)]
     for path in [*paths, samplers.ddim(denoiser, noise(20), 20, 1.0, noise)]:
         assert all(step.x.isfinite().all() for step in path)
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_from_a_level_on_is_the_rest_of_the_whole_way(sampler):
+    """Started at x_t of a chain, with its noise, the rest is the same."""
+    s = schedule.linear(12, 1e-3, 0.6)
+    denoiser = Denoiser(network(correlated(), s, "eps"), s)
+    noise = per_image(range(3), (1, 2, 2))
+    walk = samplers.ancestral if sampler == "ancestral" else partial(samplers.ddim, steps=12, eta=0.5)
+    whole = list(walk(denoiser, noise(12).double(), noise=noise))
+    middle = next(step for step in whole if step.t == 7)
+    if sampler == "ddim":
+        walk = partial(samplers.ddim, steps=7, eta=0.5)
+    rest = list(walk(denoiser, middle.x, noise=noise, start=7))
+    assert [step.t for step in rest] == [6, 5, 4, 3, 2, 1, 0]
+    assert torch.equal(rest[-1].x, whole[-1].x)
+
+
+def test_a_start_that_is_no_level_is_refused():
+    s = schedule.linear(12, 1e-3, 0.6)
+    denoiser = Denoiser(network(correlated(), s, "eps"), s)
+    with pytest.raises(InputError, match="start 13: want a noise level, 1 to 12"):
+        next(samplers.ddim(denoiser, torch.zeros(1, 1, 2, 2), steps=2, start=13))
+    with pytest.raises(InputError, match="steps 5: want 1 to 4"):
+        next(samplers.ddim(denoiser, torch.zeros(1, 1, 2, 2), steps=5, start=4))

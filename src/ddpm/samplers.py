@@ -27,12 +27,18 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def ancestral(
-    denoiser: Denoiser, x: Tensor, noise: Noise, steps: int | None = None, y: Tensor | None = None
+    denoiser: Denoiser,
+    x: Tensor,
+    noise: Noise,
+    steps: int | None = None,
+    y: Tensor | None = None,
+    start: int | None = None,
 ) -> Iterator[Step]:
     """Algorithm 2: x_{t-1} = mu_theta(x_t, t) + sigma_t z, z = 0 at t = 1.
 
-    x [B, C, H, W] is x_T, standard normal; noise(t) is the draw that makes x_t; steps is how many of the T levels
-    to visit, evenly (None: all); y int64 [B] class labels or None. Yields one Step a network call.
+    x [B, C, H, W] is x_T, standard normal, or x_t at the level t = start; noise(t) is the draw that makes x_t; steps
+    is how many of the levels to visit, evenly (None: all); y int64 [B] class labels or None. Yields one Step a
+    network call.
 
     >>> from ddpm import schedule
     >>> from ddpm.noise import per_image
@@ -42,8 +48,9 @@ def ancestral(
     >>> last.t, float(last.x.abs().max())
     (0, 0.0)
     """
-    levels = denoiser.schedule.levels(denoiser.schedule.T if steps is None else steps)
-    if steps is not None and steps != denoiser.schedule.T:
+    start = denoiser.schedule.T if start is None else start
+    levels = denoiser.schedule.levels(start if steps is None else steps, start)
+    if len(levels) != start:
         denoiser = denoiser.respace(levels)
     for index in range(len(levels), 0, -1):
         estimate = denoiser(x, torch.full((len(x),), index, device=x.device), y)
@@ -60,12 +67,14 @@ def ddim(
     eta: float = 0.0,
     noise: Noise | None = None,
     y: Tensor | None = None,
+    start: int | None = None,
 ) -> Iterator[Step]:
     """DDIM (Song et al. 2021, Eq. 12): x_s = sqrt(abar_s) x0^ + sqrt(1 - abar_s - sigma^2) eps^ + sigma z.
 
     sigma^2 = eta^2 (1 - abar_s)/(1 - abar_t) (1 - abar_t/abar_s). eta 0 is deterministic and needs no noise; eta 1
-    has the posterior's variance. x [B, C, H, W] is x_T; steps levels of 1..T are visited, evenly, T first. eps^
-    belongs to the clipped x0^, so that x_t stays their mixture. Yields one Step a network call.
+    has the posterior's variance. x [B, C, H, W] is x_T, or x_t at the level t = start; steps of the levels up to there
+    are visited, evenly, that one first. eps^ belongs to the clipped x0^, so that x_t stays their mixture. Yields one
+    Step a network call.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
@@ -75,7 +84,7 @@ def ddim(
     """
     if not 0 <= eta <= 1 or (eta > 0 and noise is None):
         raise InputError(f"eta {eta}: want 0 to 1, and noise where it is above 0")
-    levels = [0, *denoiser.schedule.levels(steps)]
+    levels = [0, *denoiser.schedule.levels(steps, start)]
     for s, t in zip(levels[-2::-1], levels[:0:-1], strict=True):
         now = torch.full((len(x),), t, device=x.device)
         estimate = denoiser(x, now, y)

@@ -49,15 +49,18 @@ class Schedule:
         beta[1:] = 1 - self.alpha_bar[1:] / self.alpha_bar[:-1]
         return beta
 
-    def levels(self, steps: int) -> list[int]:
-        """`steps` levels spread evenly over 1..T, rising, the last one T.
+    def levels(self, steps: int, start: int | None = None) -> list[int]:
+        """`steps` levels spread evenly over 1..start, rising, the last one `start` (None: T).
 
-        >>> linear(1000).levels(4)
-        [250, 500, 750, 1000]
+        >>> linear(1000).levels(4), linear(1000).levels(4, start=500)
+        ([250, 500, 750, 1000], [125, 250, 375, 500])
         """
-        if not 1 <= steps <= self.T:
-            raise InputError(f"steps {steps}: want 1 to {self.T}, the number of noise levels")
-        return [self.T - (self.T * i + steps // 2) // steps for i in range(steps - 1, -1, -1)]
+        start = self.T if start is None else start
+        if not 1 <= start <= self.T:
+            raise InputError(f"start {start}: want a noise level, 1 to {self.T}")
+        if not 1 <= steps <= start:
+            raise InputError(f"steps {steps}: want 1 to {start}, the number of noise levels")
+        return [start - (start * i + steps // 2) // steps for i in range(steps - 1, -1, -1)]
 
     def respace(self, levels: Sequence[int]) -> "Schedule":
         """The schedule that visits only these levels of this one, rising within 1..T; the network is told the same.

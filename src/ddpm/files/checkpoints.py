@@ -10,7 +10,6 @@ A checkpoint is written under another name, synced and renamed: a folder that ha
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -26,29 +25,10 @@ from torch import Tensor, nn
 import ddpm
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
+from ddpm.files import atomic
 from ddpm.presets import Preset, build, from_json, to_json
 
 Weights = Literal["ema", "raw"]
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        _sync(temporary)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(data: bytes) -> str:
@@ -89,15 +69,15 @@ def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[s
                 save_file({k: v.detach().contiguous() for k, v in values.items()}, path, metadata)
             except SafetensorError as error:  # how safetensors says that the disk is full
                 raise OSError(str(error)) from error
-            _sync(path)
+            atomic.sync(path)
             hashes[path.name] = file_sha256(path)
         sealed = {**state, "files": hashes, "version": ddpm.__version__}
-        write_atomic(temporary / "state.json", json.dumps({**sealed, "seal": _seal(sealed)}, indent=1))
-        _sync(temporary)
+        atomic.write(temporary / "state.json", json.dumps({**sealed, "seal": _seal(sealed)}, indent=1))
+        atomic.sync(temporary)
         if folder.exists():  # a damaged one that was skipped
             shutil.rmtree(folder)
         temporary.rename(folder)
-        _sync(folder.parent)
+        atomic.sync(folder.parent)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

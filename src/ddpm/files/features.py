@@ -28,6 +28,7 @@ from torch import Tensor
 
 import ddpm
 from ddpm.errors import InputError
+from ddpm.files import atomic
 from ddpm.files.checkpoints import file_sha256
 from ddpm.files.images import one_line
 from ddpm.inception import SIDE, Inception
@@ -219,7 +220,7 @@ def _fetch(url: str, file: Path, progress: bool) -> None:
     from tqdm import tqdm
 
     digest = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=20) as response, _whole(file) as part:
+    with urllib.request.urlopen(url, timeout=20) as response, atomic.whole(file) as part:
         size = int(response.headers.get("Content-Length") or 0) or None
         with (
             part.open("wb") as out,
@@ -231,18 +232,6 @@ def _fetch(url: str, file: Path, progress: bool) -> None:
                 bar.update(len(piece))
         if digest.hexdigest() != SHA256:
             raise OSError(f"what came has SHA-256 {digest.hexdigest()}, want {SHA256}")
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Another name to write to; the file gets its own once nothing was raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # -- any other network -------------------------------------------------------------------------------------------------
@@ -477,7 +466,7 @@ def save_statistics(path: str | Path, moments: Moments, provenance: Provenance) 
     """
     said = np.array(json.dumps(asdict(provenance)))
     count = -1 if moments.count is None else moments.count
-    with _whole(Path(path)) as part, part.open("wb") as file:
+    with atomic.whole(path) as part, part.open("wb") as file:
         np.savez(file, mu=moments.mean, sigma=moments.covariance, count=np.array(count), provenance=said)
 
 

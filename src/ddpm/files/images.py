@@ -8,7 +8,7 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm.errors import InputError
+from ddpm.files import atomic
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
@@ -195,8 +196,7 @@ def save(path: str | Path, pixels: Pixels) -> None:
     >>> import numpy as np, tempfile
     >>> save(tempfile.mkdtemp() + "/black.png", np.zeros((4, 4, 3), np.uint8))
     """
-    data = to_png(pixels)
-    _atomically(Path(path), lambda file: file.write(data))
+    atomic.write(path, to_png(pixels))
 
 
 def check_out(out: str | Path) -> Literal["png", "npz", "folder"]:
@@ -244,19 +244,9 @@ def save_many(out: str | Path, pixels: Pixels, names: Sequence[str]) -> None:
     if kind == "png":
         save(path, pixels[0] if len(pixels) == 1 else grid(pixels))
     elif kind == "npz":
-        _atomically(path, lambda file: np.savez(file, pixels))
+        with atomic.whole(path) as part, part.open("wb") as file:
+            np.savez(file, pixels)
     else:
         path.mkdir(parents=True, exist_ok=True)
         for name, image in zip(names, pixels, strict=True):
             save(path / f"{name}.png", image)
-
-
-def _atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

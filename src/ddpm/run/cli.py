@@ -212,8 +212,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     quality = [metric for metric in args.metrics if metric != "nll"]
 
     with _importing():
-        from ddpm.files import datasets, features
-        from ddpm.files.checkpoints import write_atomic
+        from ddpm.files import atomic, datasets, features
         from ddpm.run import evaluate
         from ddpm.run.distributed import processes
         from ddpm.run.generate import generate
@@ -272,7 +271,7 @@ def _evaluate(args: argparse.Namespace) -> int:
                 about |= evaluate.quality(quality, samples, load("train"), network, out, args.seed, ranks.device, shown)
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
-            write_atomic(out / "evaluate.json", json.dumps(about, indent=1) + "\n")
+            atomic.write(out / "evaluate.json", json.dumps(about, indent=1) + "\n")
             if args.json:
                 print(json.dumps(about))
             else:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ddpm import likelihood, metrics, noise, pixels
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.files import checkpoints, datasets, features
+from ddpm.files import atomic, checkpoints, datasets, features
 from ddpm.gaussian import bits_per_dim
 from ddpm.run.distributed import Processes
 
@@ -153,7 +153,7 @@ def _write_table(path: Path, table: dict[str, Tensor]) -> None:
     for t in range(len(terms), 0, -1):
         rmse = float(mse[t - 1].sqrt() / pixels.BIN)
         writer.writerow([t, f"{float(terms[t - 1]):.8g}", f"{float(sent[t - 1]):.8g}", f"{rmse:.6g}"])
-    checkpoints.write_atomic(path, text.getvalue())
+    atomic.write(path, text.getvalue())
 
 
 def nll_sampled(

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ddpm import losses, noise, pixels
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
-from ddpm.files import checkpoints, datasets, images
+from ddpm.files import atomic, checkpoints, datasets, images
 from ddpm.presets import Preset, build, from_json, to_json
 from ddpm.run import ema
 from ddpm.run.distributed import Processes, pick_precision, processes
@@ -373,8 +373,8 @@ def _metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator
     lines = path.read_text().splitlines() if path.exists() and step else []
     kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
     try:
-        checkpoints.write_atomic(out / "config.json", json.dumps(to_json(preset), indent=1) + "\n")
-        checkpoints.write_atomic(path, "".join(line + "\n" for line in kept))
+        atomic.write(out / "config.json", json.dumps(to_json(preset), indent=1) + "\n")
+        atomic.write(path, "".join(line + "\n" for line in kept))
     except OSError as error:
         raise Stopped(f"cannot write to {out}: {_reason(error)}") from error
     with path.open("ab", buffering=0) as file, _tensorboard(out, preset.tensorboard, step) as board:

@@ -1,0 +1,43 @@
+"""Files that appear whole or not at all: written under another name, synced, and only then renamed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Another name to write to; the file gets its own once nothing was raised. Missing folders are made.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "new" / "a.txt"
+    >>> with whole(target) as part:
+    ...     _ = part.write_text("all of it")
+    >>> target.read_text(), len(list(target.parent.iterdir()))
+    ('all of it', 1)
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        sync(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write(path: str | Path, data: str | bytes) -> None:
+    """Write a file whole or not at all; raises OSError where the disk is full."""
+    with whole(path) as part:
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's names are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
