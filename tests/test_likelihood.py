@@ -14,6 +14,7 @@ from scipy.stats import norm
 
 from ddpm import likelihood, losses, pixels, schedule
 from ddpm.denoiser import Denoiser
+from ddpm.errors import InputError
 from ddpm.gaussian import Gaussian, beta_tilde, q_sample
 from ddpm.noise import per_image
 
@@ -31,7 +32,18 @@ def expected_bound(data, predict, variance, s=SHORT):
     """The bound's terms averaged over x_0 and eps, exactly: each is a quadratic, which the cubature integrates."""
     x0, eps = data.cubature()
     denoiser = Denoiser(network(data, s, predict), s, predict, variance, clip=False)
-    return likelihood.vlb(denoiser, x0, lambda t: eps)
+    return continuous(denoiser, x0, eps)
+
+
+def continuous(denoiser, x0, eps):
+    """`vlb` for x_0 that are not 8-bit, which it refuses; L_0, which they do not have, is left out."""
+    s, terms, mse = denoiser.schedule, [], []
+    for t in torch.arange(1, s.T + 1)[:, None].expand(-1, len(x0)):
+        nats, estimate = likelihood.term(denoiser, x0, q_sample(s, x0, t, eps), t)
+        terms.append(nats)
+        mse.append((x0 - estimate.x0).square().flatten(1).mean(1))
+    kl = torch.stack(terms[1:], dim=1)
+    return likelihood.Bound(likelihood.prior(denoiser, x0), kl, 0 * kl[:, 0], torch.stack(mse, dim=1), x0[0].numel())
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
@@ -55,7 +67,7 @@ def test_a_wrong_coefficient_costs_more_at_every_level():
     x0, eps = data.cubature()
     exact = network(data, SHORT, "eps")
     off = Denoiser(lambda x, timestep, y: 1.001 * exact(x, timestep), SHORT, variance="fixed_small", clip=False)
-    excess = likelihood.vlb(off, x0, lambda t: eps).kl.mean(0) / data.bound_kl(SHORT, TABLES["fixed_small"]) - 1
+    excess = continuous(off, x0, eps).kl.mean(0) / data.bound_kl(SHORT, TABLES["fixed_small"]) - 1
     assert (excess > 1e-8).all()
 
 
@@ -265,10 +277,19 @@ def test_one_level_is_a_bound_too():
     """T = 1: no L_{t-1} at all, L = L_T + L_0, finite."""
     one = schedule.const(1, beta_T=0.5)
     bound = likelihood.vlb(
-        Denoiser(lambda x, t, y: x, one, "x0"), torch.zeros(2, 1, 2, 2), per_image([0, 1], (1, 2, 2))
+        Denoiser(lambda x, t, y: x, one, "x0"), torch.full((2, 1, 2, 2), 1 / 255), per_image([0, 1], (1, 2, 2))
     )
     assert bound.kl.shape == (2, 0)
     assert bound.bits_per_dim().isfinite().all()
+
+
+@pytest.mark.parametrize("x0", [torch.rand(2, 1, 4, 4), torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), torch.nan)])
+def test_what_is_not_8_bit_has_no_bits_per_dimension(x0):
+    """Images scaled to [0, 1], and any other floats, would give a number that means nothing."""
+    denoiser, noise = Denoiser(lambda x, t, y: x, SHORT, "x0"), per_image(range(len(x0)), x0.shape[1:])
+    for measure in (likelihood.vlb, lambda *given: next(likelihood.progressive_coding(*given))):
+        with pytest.raises(InputError, match="grey levels off the 256 .*want the signal of 8-bit pixels"):
+            measure(denoiser, x0, noise)
 
 
 # The discretised decoder (Eq. 13).

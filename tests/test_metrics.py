@@ -5,13 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial
 import scipy.special
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm import metrics
-from ddpm.metrics import Moments, frechet_distance, inception_score, kid, moments, precision_recall
+from ddpm.metrics import Moments, frechet_distance, inception_score, kid, moments, nearest, precision_recall
 
 
 def rng(seed=0):
@@ -311,3 +312,82 @@ def test_precision_recall_in_bounded_memory(monkeypatch):
 def test_precision_recall_refuses_too_few_rows():
     with pytest.raises(ValueError, match="3 neighbours of 3 and 9 rows"):
         precision_recall(gaussian(3, 2), gaussian(9, 2))
+
+
+# -- nearest neighbours ------------------------------------------------------------------------------------------------
+
+
+def brute_nearest(queries, data, k):
+    d = scipy.spatial.distance.cdist(queries, data)
+    order = np.argsort(d, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(d, order, 1), order
+
+
+@given(
+    n=st.integers(0, 9),
+    m=st.integers(1, 30),
+    d=st.integers(1, 5),
+    k=st.integers(1, 30),
+    seed=st.integers(0, 99),
+    block=st.integers(1, 10),
+)
+@settings(max_examples=200, deadline=None)
+def test_nearest_equals_brute_force_on_a_lattice_full_of_ties(n, m, d, k, seed, block):
+    """Small whole numbers, whose squares are exact; far from 0, where the expanded square is not."""
+    k = min(k, m)
+    queries, data = (rng(seed + i).integers(0, 3, size=(count, d)) + 1e6 for i, count in enumerate((n, m)))
+    distances, indices = nearest(queries, data, k, block=block)
+    expected = brute_nearest(queries, data, k)
+    assert distances.shape == indices.shape == (n, k)
+    np.testing.assert_array_equal(indices, expected[1])
+    np.testing.assert_allclose(distances, expected[0], rtol=1e-15)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_nearest_equals_brute_force_and_blocks_change_nothing(block):
+    queries, data = gaussian(40, 30, 0, 5.0), gaussian(300, 30, 1, 5.0)
+    distances, indices = nearest(queries, data, 5, block=block)
+    expected = brute_nearest(queries, data, 5)
+    np.testing.assert_array_equal(indices, expected[1])
+    np.testing.assert_allclose(distances, expected[0], rtol=1e-14)
+    assert all(torch.equal(x, y) for x, y in zip(nearest(queries, data, 5), (distances, indices), strict=True))
+
+
+def test_nearest_finds_planted_copies_and_near_copies():
+    """A copy at 0.0 exactly, one moved by 1e-9 at 1e-9: the expanded square sees 0 at best."""
+    data = gaussian(500, 3072, 3, 100.0)
+    queries = data[[7, 400, 499]].copy()
+    data[450] = data[7]  # again, later
+    queries[1, 5] += 1e-9
+    distances, indices = nearest(queries, data, 2, block=2)
+    assert indices[:, 0].tolist() == [7, 400, 499]
+    assert indices[0].tolist() == [7, 450]
+    assert distances[0].tolist() == [0, 0]
+    assert distances[2, 0] == 0
+    assert float(distances[1, 0]) == pytest.approx(queries[1, 5] - data[400, 5], rel=1e-12)
+    squares = metrics._squared_distances(*map(torch.from_numpy, (queries, data)))
+    assert squares[1, 400] == 0  # negative control
+
+
+def test_nearest_orders_near_ties_by_their_true_distance():
+    """200 rows at distances 1 + i 1e-11 of a query that lies at 1e4: below the rounding of the expanded square."""
+    query = np.full((1, 50), 1e4)
+    away = 1 + rng(4).permutation(200) * 1e-11
+    data = query + np.eye(1, 50) * away[:, None]
+    true = (data - query)[:, 0]
+    distances, indices = nearest(query, data, 200)
+    np.testing.assert_array_equal(distances[0], np.sort(true))
+    np.testing.assert_array_equal(indices[0], np.argsort(true, kind="stable"))
+
+
+def test_nearest_takes_pixels_of_all_kinds_and_refuses_what_it_cannot():
+    pixels = rng().integers(0, 256, size=(9, 12), dtype=np.uint8)
+    for data in (pixels, torch.from_numpy(pixels), torch.from_numpy(pixels).float()):
+        distances, indices = nearest(data, data)
+        assert (distances.dtype, indices.dtype) == (torch.float64, torch.int64)
+        assert indices[:, 0].tolist() == list(range(9))
+        assert (distances == 0).all()
+    with pytest.raises(ValueError, match="10 neighbours of 9"):
+        nearest(pixels, pixels, 10)
+    with pytest.raises(ValueError, match="12 and 3 features"):
+        nearest(pixels, pixels[:, :3])

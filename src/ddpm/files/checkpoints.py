@@ -4,18 +4,20 @@ RUN/config.json                      the preset the run was made from
 RUN/checkpoints/STEP/ema.safetensors the averaged weights, raw.safetensors the others; each holds the configuration,
                                      so that one file alone can be sampled
 RUN/checkpoints/STEP/optimizer.safetensors, state.json   what training needs to go on, and the SHA-256 of each file
+RUN/checkpoints/STEP/ema.calibration.json   beside the weights that it is of: mse_t, for the calibrated variance
 
 A checkpoint is written under another name, synced and renamed: a folder that has its name is whole.
 """
 
+import functools
 import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ddpm
-from ddpm.denoiser import Denoiser
+from ddpm.denoiser import Denoiser, Variance
 from ddpm.errors import InputError
 from ddpm.files import atomic
+from ddpm.likelihood import calibrated_variance
 from ddpm.presets import Preset, build, from_json, to_json
 
 Weights = Literal["ema", "raw"]
@@ -166,6 +169,70 @@ class Checkpoint:
     weights: str
     path: Path
 
+    @property
+    def home(self) -> Path:
+        """The run's folder; of a file that lies elsewhere, the folder that it is in."""
+        checkpoints = self.path.absolute().parents[1]
+        inside = checkpoints.name == "checkpoints" and (checkpoints.parent / "config.json").is_file()
+        return checkpoints.parent if inside else self.path.absolute().parent
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the weights file."""
+        return file_sha256(self.path)
+
+
+def _calibration_file(weights: Path) -> Path:
+    return weights.with_name(f"{weights.stem}.calibration.json")
+
+
+def save_calibration(found: Checkpoint, mse: Tensor, about: Mapping[str, Any]) -> Path:
+    """Keep mse_t, levels 1..T, float64 [T], and what it was measured on beside the weights; returns the file."""
+    values = {**about, "weights": found.sha256, "version": ddpm.__version__, "mse": mse.tolist()}
+    atomic.write(_calibration_file(found.path), json.dumps(values, indent=1) + "\n")
+    return _calibration_file(found.path)
+
+
+def read_calibration(found: Checkpoint) -> Tensor | None:
+    """mse_t, float64 [T], that `save_calibration` left for these weights; None where there is none.
+
+    Raises InputError for a file that is damaged or of other weights.
+    """
+    file, T = _calibration_file(found.path), found.denoiser.schedule.T
+    again = "measure it again with `ddpm calibrate`"
+    try:
+        values = json.loads(file.read_text())
+        mse = torch.tensor(values["mse"], dtype=torch.float64)
+        weights = values["weights"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({error}); {again}") from error
+    if weights != found.sha256:
+        raise InputError(f"{file}: of other weights than {found.path.name}; {again}")
+    if mse.shape != (T,) or not (mse.isfinite() & (mse > 0)).all():
+        raise InputError(f"{file}: want {T} positive numbers; {again}")
+    return mse
+
+
+def with_variance(found: Checkpoint, variance: str) -> Checkpoint:
+    """The model with sigma_t^2 fixed_large, fixed_small or calibrated, as `ddpm calibrate` left it beside the weights.
+
+    Raises InputError for another name, where nothing was calibrated, and for a network that gives the variance itself.
+    """
+    accepted = ("fixed_large", "fixed_small", "calibrated")
+    if variance not in accepted:
+        raise InputError(f"variance {variance!r}: want {', '.join(accepted)}")
+    if found.denoiser.learned:
+        raise InputError(f"variance {variance}: the network of {found.path} gives its own")
+    chosen: Variance | Tensor = cast(Variance, variance)
+    if variance == "calibrated":
+        mse = read_calibration(found)
+        if mse is None:
+            raise InputError(f"variance calibrated: {found.path} is not calibrated; run `ddpm calibrate` on it first")
+        chosen = calibrated_variance(found.denoiser.schedule, mse)
+    return replace(found, denoiser=replace(found.denoiser, variance=chosen))
+
 
 def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
     """The weights file that `path` means: a run folder (`which`: last, best or a step), a checkpoint folder, or a file.
@@ -235,11 +302,14 @@ def open_checkpoint(
     return Checkpoint(denoiser, preset, int(metadata["step"]), metadata["weights"], file)
 
 
-def load(path: str | Path, weights: Weights = "ema", device: torch.device | str = "cpu") -> Denoiser:
+def load(
+    path: str | Path, weights: Weights = "ema", device: torch.device | str = "cpu", variance: str | None = None
+) -> Denoiser:
     """The denoiser of a run folder, a checkpoint folder or one weights file (.safetensors), ready to sample.
 
-    weights is ema or raw. The network computes in the precision that it was trained in. Raises InputError where
-    there is nothing to read or what there is is damaged.
+    weights is ema or raw; variance is fixed_large, fixed_small, calibrated (see `with_variance`), or None for the
+    run's own. The network computes in the precision that it was trained in. Raises InputError where there is nothing
+    to read or what there is is damaged.
 
     >>> import ddpm
     >>> ddpm.load("runs/nothing")
@@ -247,4 +317,5 @@ def load(path: str | Path, weights: Weights = "ema", device: torch.device | str 
     ...
     ddpm.errors.InputError: runs/nothing: no such file or folder; want a run folder, a checkpoint folder or a ...
     """
-    return open_checkpoint(path, weights).denoiser.to(device)
+    found = open_checkpoint(path, weights)
+    return (found if variance is None else with_variance(found, variance)).denoiser.to(device)

@@ -27,6 +27,9 @@ Notes: TypeAlias = dict[str, tuple[str, int]]
 SUFFIXES = frozenset(".png .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split())
 """File names with these endings (lower case) are taken for images."""
 
+DEEP = "more than 8 bits a channel, rounded to 8"
+"""The note of an image whose 8-bit version is not the image itself; bits per dimension are not measured of it."""
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Channels -> Pillow's mode."""
 
@@ -61,7 +64,9 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
         raise InputError(f"{name}: empty file, want an image")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))  # colour, which Pillow cuts to 8 bits
         image.load()
+        image.info["deep"] = deep
         ImageOps.exif_transpose(image, in_place=True)
     except UnidentifiedImageError:
         raise InputError(f"{name}: not an image (PNG, JPEG, WebP, BMP, GIF, TIFF, PPM), or a damaged one") from None
@@ -94,6 +99,8 @@ def convert(image: Image.Image, channels: int, name: str = "the image", notes: N
     (255, 255, 255)
     """
     wanted = MODES[channels]
+    if image.info.get("deep") or image.mode.startswith("I"):
+        note(notes, DEEP, name)
     if image.mode == wanted:
         return image
     note(notes, f"mode {image.mode} is converted to {wanted}", name)
@@ -228,11 +235,11 @@ def check_out(out: str | Path) -> Literal["png", "npz", "folder"]:
     return "folder" if folder else "npz" if path.suffix.lower() == ".npz" else "png"
 
 
-def save_many(out: str | Path, pixels: Pixels, names: Sequence[str]) -> None:
+def save_many(out: str | Path, pixels: Pixels, names: Sequence[str], columns: int | None = None) -> None:
     """Write images uint8 [N, H, W, C] to `out`; files appear whole or not at all.
 
-    out: NAME.png, one contact sheet (a plain picture if N = 1); NAME.npz, the array `arr_0`; or a folder, which gets
-    names[i] + ".png" each. Raises what `check_out` raises.
+    out: NAME.png, one contact sheet of so many columns (a plain picture if N = 1); NAME.npz, the array `arr_0`; or a
+    folder, which gets names[i] + ".png" each. Raises what `check_out` raises.
 
     >>> import numpy as np, tempfile
     >>> out = tempfile.mkdtemp() + "/out.npz"
@@ -242,7 +249,7 @@ def save_many(out: str | Path, pixels: Pixels, names: Sequence[str]) -> None:
     """
     kind, path = check_out(out), Path(out)
     if kind == "png":
-        save(path, pixels[0] if len(pixels) == 1 else grid(pixels))
+        save(path, pixels[0] if len(pixels) == 1 else grid(pixels, columns))
     elif kind == "npz":
         with atomic.whole(path) as part, part.open("wb") as file:
             np.savez(file, pixels)

@@ -3,13 +3,14 @@
 import argparse
 import difflib
 import errno
+import functools
 import json
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -23,7 +24,9 @@ from ddpm.presets import PRESETS, Precision, Preset, check
 if TYPE_CHECKING:
     import torch
 
+    from ddpm.files import datasets, features
     from ddpm.files.checkpoints import Checkpoint
+    from ddpm.samplers import Step
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         name = message.removeprefix("the following arguments are required: ")
         if name != message:
-            wanted = next(action.help for action in self._actions if action.metavar == name)
+            wanted = next(a.help for a in self._actions if name == a.metavar or name in a.option_strings)
             message = f"{name}: missing; want {wanted}"
         raise InputError(message.removeprefix("argument "))
 
@@ -131,19 +134,21 @@ def _preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def _open(args: argparse.Namespace, device: "torch.device") -> "Checkpoint":
-    """The model that --checkpoint, --weights and --precision of a command mean, on its device."""
-    from ddpm.files.checkpoints import open_checkpoint
+def _open(args: argparse.Namespace, device: "torch.device", run: Path | None = None) -> "Checkpoint":
+    """The model of a run (None: of the command's) that --checkpoint, --weights, --precision and --variance mean."""
+    from ddpm.files.checkpoints import open_checkpoint, with_variance
     from ddpm.run.distributed import pick_precision
 
     check("--weights", args.weights or "ema", Literal["ema", "raw"])
     check("--precision", args.precision, Precision)
     precision = None if args.precision == "auto" else args.precision
-    found = open_checkpoint(args.run, args.weights or "ema", args.checkpoint, precision)
+    found = open_checkpoint(run or args.run, args.weights or "ema", args.checkpoint, precision)
     if args.weights and found.weights != args.weights:
         raise InputError(f"--weights {args.weights}: {found.path} holds the {found.weights} weights; want the run")
     if precision is None and found.preset.precision != pick_precision("auto", device):
         found = open_checkpoint(found.path, precision="float32")  # where bf16 would only be slow
+    if args.variance is not None:
+        found = with_variance(found, args.variance)
     return replace(found, denoiser=found.denoiser.to(device))
 
 
@@ -199,40 +204,74 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    accepted = ("nll", "fid", "is", "kid", "pr")
-    for metric in args.metrics:
-        check("--metrics", metric, Literal[accepted])
-    check("--draws", args.draws, int, 1)
+def _loader(args: argparse.Namespace, preset: Preset, shown: bool) -> "Callable[[str], datasets.Images]":
+    """split -> its images, each loaded once; those of the run where no --data is given."""
+    from ddpm.files import datasets
+
+    @functools.cache
+    def load(split: str) -> datasets.Images:
+        return datasets.load(
+            args.data or preset.data, preset.size, preset.channels, split=split,
+            image_column=preset.image_column or None, label_column=preset.label_column or None,
+            skip_bad=preset.skip_bad, progress=shown,
+        )  # fmt: skip
+
+    return load
+
+
+def _network(args: argparse.Namespace, device: "torch.device") -> "features.Network":
+    """The feature network that --features or --inception mean."""
+    from ddpm.files import features
+
+    if args.features is None:
+        return features.inception(args.inception, any_weights=args.any_weights, device=device)
+    return features.custom(args.features)
+
+
+def _check_measuring(args: argparse.Namespace) -> None:
     check("--seed", args.seed, int, 0)
     check("--batch-size", args.batch_size, int, 1)
-    check("--calibrate", args.calibrate, int, 0)
     if args.n is not None:
         check("-n", args.n, int, 1)
-    quality = [metric for metric in args.metrics if metric != "nll"]
+
+
+def _say(args: argparse.Namespace, about: dict[str, Any], written: object) -> None:
+    if args.json:
+        print(json.dumps(about))
+        return
+    for name, value in about.items():
+        print(f"{name}: {json.dumps(value) if isinstance(value, dict) else value}")
+    print(f"written: {written}")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    for metric in args.metrics:
+        check("--metrics", metric, Literal["nll", "ode", "fid", "is", "kid", "pr"])
+    check("--draws", args.draws, int, 1)
+    check("--ode-steps", args.ode_steps, int, 2)
+    _check_measuring(args)
+    quality = [metric for metric in args.metrics if metric not in ("nll", "ode")]
+    of_files = args.features is not None and args.features.endswith(".npz")
+    if of_files and quality and args.samples is None:
+        raise InputError(
+            f"--features {args.features}: features of images; want those of samples too, --samples FILE.npz"
+        )
 
     with _importing():
-        from ddpm.files import atomic, datasets, features
+        from ddpm.files import atomic
         from ddpm.run import evaluate
         from ddpm.run.distributed import processes
-        from ddpm.run.generate import generate
 
     with processes(args.device) as ranks:
         found = _open(args, ranks.device)
         preset = found.preset
-        source = args.data or preset.data
         shown = ranks.first and not args.json
-
-        def load(split: str) -> datasets.Images:
-            return datasets.load(
-                source, preset.size, preset.channels, split=split, image_column=preset.image_column or None,
-                label_column=preset.label_column or None, skip_bad=preset.skip_bad, progress=shown,
-            )  # fmt: skip
-
-        out = Path(args.out) if args.out else found.path.parent / "evaluate"
+        load = _loader(args, preset, shown)
+        out = Path(args.out) if args.out else found.home / "evaluate" / f"{found.step:08d}-{found.weights}"
         about: dict[str, Any] = {
             "run": str(found.path), "step": found.step, "weights": found.weights, "precision": preset.precision,
-            "data": source, "split": args.split, "seed": args.seed, "version": ddpm.__version__,
+            "variance": args.variance or preset.variance, "data": args.data or preset.data, "split": args.split,
+            "seed": args.seed, "version": ddpm.__version__,
         }  # fmt: skip
         if "nll" in args.metrics:
             images = load(args.split)
@@ -241,43 +280,175 @@ def _evaluate(args: argparse.Namespace) -> int:
                     found, images, args.levels, ranks, args.n, args.seed, args.batch_size, shown
                 )
             else:
-                mse = None
-                if args.calibrate:
-                    mse = evaluate.calibrate(
-                        found.denoiser, load("train"), args.calibrate, ranks, args.batch_size, shown
-                    )
-                values = evaluate.nll(
-                    found, images, out, ranks, args.n, args.draws, args.seed, args.batch_size, mse, shown
-                )
+                values = evaluate.nll(found, images, out, ranks, args.n, args.draws, args.seed, args.batch_size, shown)
             about["nll"] = values
             about["bits_per_dim"] = values["bits_per_dim"]
-        if quality:
-            if args.features is None:
-                network = features.inception(args.inception, any_weights=args.any_weights, device=ranks.device)
-            else:
-                network = features.custom(args.features)
+        if "ode" in args.metrics:
+            about["ode"] = evaluate.ode(
+                found, load(args.split), ranks, args.n, args.ode_steps, args.seed, args.batch_size, shown
+            )
+        if of_files and quality:
+            about |= evaluate.scores_of_files(quality, Path(args.samples), Path(args.features), args.seed, ranks.device)
+        elif quality:
+            network = _network(args, ranks.device)
             if args.samples is not None:
                 samples = evaluate.read_samples(Path(args.samples), preset.shape)
             else:
-                n = args.n or 50_000
-                mine = [args.seed + i for i in ranks.mine(n)]
-                samples = generate(
-                    found.denoiser, preset.shape, mine, args.sampler, args.steps,
-                    batch_size=args.batch_size, device=ranks.device, progress=shown,
-                )  # fmt: skip
-                samples = ranks.interleave(samples, n)
+                samples = evaluate.samples(
+                    found, out, ranks, args.n or 50_000, args.seed, args.sampler, args.steps, args.batch_size, shown
+                )
                 about |= {"sampler": args.sampler, "steps": args.steps}
             if ranks.first:
                 about |= evaluate.quality(quality, samples, load("train"), network, out, args.seed, ranks.device, shown)
         if ranks.first:
-            out.mkdir(parents=True, exist_ok=True)
             atomic.write(out / "evaluate.json", json.dumps(about, indent=1) + "\n")
-            if args.json:
-                print(json.dumps(about))
+            _say(args, about, out)
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    check("-n", args.n, int, 1)
+    check("--batch-size", args.batch_size, int, 1)
+
+    with _importing():
+        from ddpm.run import evaluate
+        from ddpm.run.distributed import processes
+
+    with processes(args.device) as ranks:
+        found = _open(args, ranks.device)
+        shown = ranks.first and not args.json
+        images = _loader(args, found.preset, shown)("train")
+        mse = evaluate.calibrate(found, images, args.n, ranks, args.batch_size, shown)
+        if ranks.first:
+            about = {"run": str(found.path), "data": images.name, "count": min(args.n, len(images)), "levels": len(mse)}
+            _say(args, about, f"{found.path.with_suffix('')}.calibration.json; --variance calibrated takes it")
+    return 0
+
+
+def _paper(args: argparse.Namespace) -> int:
+    names = ("table1", "table2", "table3", "table4", "fig5", "fig6", "fig7", "fig8", "fig9", "fig10", "neighbours")
+    for name in args.names:
+        check("NAME", name, Literal[names])
+    if args.run in PRESETS and args.names != ["table2"]:
+        raise InputError(f"--run {args.run}: a preset, which only table2 takes; want a run")
+    _check_measuring(args)
+
+    with _importing():
+        from ddpm.run import paper
+        from ddpm.run.distributed import processes
+
+    with processes(args.device) as ranks:
+        network = functools.cache(partial(_network, args, ranks.device))
+
+        def setup(found: "Checkpoint", out: Path) -> paper.Setup:
+            shown = ranks.first and not args.json
+            return paper.Setup(
+                found, _loader(args, found.preset, shown), out, ranks, network, args.split, args.n,
+                args.samples and Path(args.samples), args.sampler, args.steps, args.seed, args.batch_size, shown,
+            )  # fmt: skip
+
+        if args.run in PRESETS:
+            preset, out = PRESETS[args.run], Path(args.out or f"runs/{args.run}-paper")
+        else:
+            found = _open(args, ranks.device)
+            preset, out = found.preset, Path(args.out) if args.out else found.home / "paper"
+        for name in args.names:
+            if name == "table2":
+                network()  # a mistake shows before six trainings, not after
+                base = replace(preset, data=args.data or preset.data)
+                stopped = paper.table2(base, out, lambda run: setup(_open(args, ranks.device, run), run / "paper"))
+                if stopped:
+                    return 128 + stopped
             else:
-                for name, value in about.items():
-                    print(f"{name}: {json.dumps(value) if isinstance(value, dict) else value}")
-                print(f"written: {out}")
+                paper.EXPERIMENTS[name](setup(found, out))
+            if ranks.first and not args.json:
+                print(f"{name}: {', '.join(str(p) for p in sorted(out.glob(f'{name}*.*')) if p.suffix != '.json')}")
+        if ranks.first and args.json:
+            print(json.dumps({"out": str(out), "experiments": args.names}))
+    return 0
+
+
+def _read(path: str, preset: Preset) -> "torch.Tensor":
+    """An image file as the model takes it: pixels uint8 [C, H, W]."""
+    import torch
+
+    from ddpm.files import images
+
+    height, width = preset.size
+    pixels = images.fit(images.read(path), (height, width), preset.channels, path)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def _edit(args: argparse.Namespace, walk: "Callable[[Checkpoint], Iterator[Step]]") -> int:
+    """Run the steps that `walk` makes of a model, and save the last: what interpolate and inpaint share."""
+    from tqdm import tqdm
+
+    from ddpm import pixels
+    from ddpm.files import images
+    from ddpm.run.distributed import pick_device
+
+    images.check_out(args.out)
+    found = _open(args, pick_device(args.device))
+    *_, last = tqdm(walk(found), unit="call", desc="editing", disable=True if args.json else None, leave=False)
+    made = pixels.to_pixels(last.x).cpu().permute(0, 2, 3, 1).numpy()
+    images.save_many(args.out, made, [f"{i:03d}" for i in range(len(made))], columns=min(len(made), 16))
+    about = {"out": args.out, "count": len(made), "run": str(found.path), "step": found.step, "seed": args.seed}
+    print(json.dumps(about) if args.json else f"{len(made)} image{'s' * (len(made) != 1)} in {args.out}")
+    return 0
+
+
+def _interpolate(args: argparse.Namespace) -> int:
+    check("-n", args.n, int, 2)
+    check("--seed", args.seed, int, 0)
+
+    with _importing():
+        import torch
+
+        from ddpm import editing, pixels
+        from ddpm.noise import mix, per_image
+
+    def walk(found: "Checkpoint") -> "Iterator[Step]":
+        T = found.denoiser.schedule.T
+        t = T // 2 if args.t is None else args.t
+        device = found.denoiser.schedule.alpha_bar.device
+        a, b = (pixels.to_signal(_read(path, found.preset)).to(device) for path in (args.a, args.b))
+        eps_a, eps_b = per_image([mix(args.seed, 0), mix(args.seed, 1)], found.preset.shape, device)(T)
+        noise = per_image([args.seed] * args.n, found.preset.shape, device)  # one for all, for a smooth change
+        weights = torch.linspace(0, 1, args.n)
+        return editing.interpolate(found.denoiser, a, b, weights, t, eps_a, eps_b, noise, args.steps)
+
+    return _edit(args, walk)
+
+
+def _inpaint(args: argparse.Namespace) -> int:
+    check("-n", args.n, int, 1)
+    check("--seed", args.seed, int, 0)
+    if args.jump is not None:
+        check("--jump", args.jump, int, 1)
+    check("--resample", args.resample, int, 1)
+
+    with _importing():
+        from ddpm import editing, pixels
+        from ddpm.noise import per_image
+
+    def walk(found: "Checkpoint") -> "Iterator[Step]":
+        device = found.denoiser.schedule.alpha_bar.device
+        x0 = pixels.to_signal(_read(args.image, found.preset)).to(device).expand(args.n, -1, -1, -1)
+        mask = _read(args.mask, replace(found.preset, channels=1)).to(device) > 127
+        noise = per_image([args.seed + i for i in range(args.n)], found.preset.shape, device)
+        steps = min(250, found.denoiser.schedule.T) if args.steps is None else args.steps
+        jump = max(1, steps // 25) if args.jump is None else args.jump
+        return editing.inpaint(found.denoiser, x0, mask[None], noise, steps, jump, args.resample)
+
+    return _edit(args, walk)
+
+
+def _report(args: argparse.Namespace) -> int:
+    with _importing():
+        from ddpm.run.report import report
+
+    written = report(Path(args.run))
+    print(json.dumps({"out": str(written)}) if args.json else f"written: {written}")
     return 0
 
 
@@ -305,51 +476,132 @@ def _parser() -> _Parser:
 
     p = commands.add_parser("sample", help="make images from a run or a checkpoint", allow_abbrev=False)
     p.description = "Make images from a run folder, a checkpoint folder or one .safetensors file."
-    p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder or a .safetensors file")
+    p.add_argument("run", metavar="RUN", help=_RUN)
     p.add_argument("-n", **_number(int, 64), help="how many images (%(default)s)")
-    p.add_argument("--out", default="samples.png", help="FILE.png, a grid; FILE.npz; or a folder (samples.png)")
+    p.add_argument("--out", default="samples.png", help=f"{_OUT} (%(default)s)")
     p.add_argument("--seed", **_number(int, 0), help="of the first image; each next one has one more (%(default)s)")
-    p.add_argument("--sampler", default="ancestral", metavar="X", help="ancestral (Algorithm 2) or ddim (ancestral)")
-    p.add_argument("--steps", **_number(int, None), help="network calls (ancestral: all levels; ddim: 50)")
+    _add_sampler(p)
     p.add_argument("--eta", **_number(float, 0.0), help="DDIM's noise, 0 to 1 (%(default)s)")
     p.add_argument("--batch-size", **_number(int, 64), help="images at a time; changes no picture (%(default)s)")
-    p.add_argument("--weights", metavar="X", help="ema, the averaged weights, or raw (ema)")
-    p.add_argument("--checkpoint", default="last", metavar="X", help="of a run: last, best or a step (last)")
     p.add_argument("--progressive", action="store_true", help="a row an image: x0^ on the way (Figure 6)")
-    p.add_argument("--precision", default="auto", metavar="X", help="auto, float32 or bf16 (auto: the run's)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
-    p.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_model(p)
     p.set_defaults(run_command=_sample)
 
     p = commands.add_parser("evaluate", help="bits per dimension and sample quality", allow_abbrev=False)
     p.description = (
         "Measure a run. nll: the variational bound in bits per dimension, every level, one draw, as in the paper. "
+        "ode: by the probability-flow ODE, another model of the same network. "
         "fid, is, kid, pr: of samples as they are saved, uint8, against the training images."
     )
-    p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder or a .safetensors file")
-    p.add_argument("--metrics", nargs="+", default=["nll"], metavar="X", help="some of nll, fid, is, kid, pr (nll)")
-    p.add_argument("--data", metavar="SOURCE", help="images (those of the run)")
-    p.add_argument("--split", default="test", help="of the data, for nll (test)")
-    p.add_argument("-n", **_number(int, None), help="images for nll (all); samples for the others (50000)")
+    p.add_argument("run", metavar="RUN", help=_RUN)
+    p.add_argument(
+        "--metrics", nargs="+", default=["nll"], metavar="X", help="some of nll, ode, fid, is, kid, pr (nll)"
+    )
+    p.add_argument("-n", **_number(int, None), help="images for nll and ode (all); samples for the others (50000)")
     p.add_argument("--draws", **_number(int, 1), help="noise draws a level (1)")
     p.add_argument("--levels", **_number(int, None), help="estimate nll from so many levels an image (all levels)")
-    p.add_argument("--calibrate", **_number(int, 0), help="also nll with the variance calibrated on N training images")
+    p.add_argument("--ode-steps", **_number(int, 100), help="levels that the ODE's solver visits (%(default)s)")
+    _add_measuring(p)
+    p.add_argument("--out", metavar="DIR", help="folder for tables (RUN/evaluate/STEP-WEIGHTS)")
+    _add_model(p)
+    p.set_defaults(run_command=_evaluate)
+
+    p = commands.add_parser(
+        "calibrate", help="measure each level's best variance on training images", allow_abbrev=False
+    )
+    p.description = (
+        "Measure the error of x0^ at every level on training images, and keep it beside the weights: evaluate then "
+        "also reports the bound with the variance that follows, and --variance calibrated takes it."
+    )
+    p.add_argument("run", metavar="RUN", help=_RUN)
+    p.add_argument("--data", metavar="SOURCE", help="images (those of the run)")
+    p.add_argument("-n", **_number(int, 500), help="training images, every level of each (%(default)s)")
+    p.add_argument("--batch-size", **_number(int, 64), help="images at a time (%(default)s)")
+    _add_model(p, variance=False)
+    p.set_defaults(run_command=_calibrate, variance=None)
+
+    p = commands.add_parser("paper", help="the paper's tables and figures for a run", allow_abbrev=False)
+    p.description = (
+        "Each NAME leaves NAME.csv or NAME.png, beside the paper's own numbers, and NAME.json, what they are of. "
+        "table1: IS, FID, bits/dim. table2: the ablation, six runs that it trains, or goes on with, from the settings "
+        "of --run, which may be a preset here. table3: FID. table4, fig5: rate and distortion. fig6: x0^ on the way. "
+        "fig7: samples that share x_t. fig8, fig9: interpolation. fig10: progressive lossy decompression. neighbours: "
+        "the nearest training images of samples, and duplicates."
+    )
+    p.add_argument("names", nargs="+", metavar="NAME", help="table1 .. table4, fig5 .. fig10, neighbours")
+    p.add_argument("--run", required=True, metavar="RUN", help=_RUN)
+    p.add_argument("-n", **_number(int, None), help="images or samples (as many as the paper, or as fit on a picture)")
+    _add_measuring(p)
+    p.add_argument("--out", metavar="DIR", help="folder for what is made (RUN/paper)")
+    _add_model(p)
+    p.set_defaults(run_command=_paper)
+
+    p = commands.add_parser("interpolate", help="images between two images (Figure 8)", allow_abbrev=False)
+    p.description = "Noise both images to level t, mix them there, and let the reverse process make images of it."
+    p.add_argument("run", metavar="RUN", help=_RUN)
+    p.add_argument("a", metavar="A", help="an image file")
+    p.add_argument("b", metavar="B", help="another one")
+    p.add_argument("-n", **_number(int, 11), help="images, the two ends among them (%(default)s)")
+    p.add_argument("--t", **_number(int, None), help="the level, 0 to T: the higher, the freer (half of T)")
+    p.add_argument("--steps", **_number(int, None), help="network calls (all levels up to t)")
+    p.add_argument("--seed", **_number(int, 0), help="of the noise (%(default)s)")
+    p.add_argument("--out", default="interpolation.png", help=f"{_OUT} (%(default)s)")
+    _add_model(p)
+    p.set_defaults(run_command=_interpolate)
+
+    p = commands.add_parser("inpaint", help="make the masked part of an image anew", allow_abbrev=False)
+    p.description = "Make what is white in MASK and keep what is black, by RePaint (Lugmayr et al. 2022)."
+    p.add_argument("run", metavar="RUN", help=_RUN)
+    p.add_argument("image", metavar="IMAGE", help="an image file")
+    p.add_argument("mask", metavar="MASK", help="an image file of the same shape: white is made, black is kept")
+    p.add_argument("-n", **_number(int, 1), help="how many answers (%(default)s)")
+    p.add_argument("--steps", **_number(int, None), help="levels to visit (at most 250)")
+    p.add_argument("--jump", **_number(int, None), help="levels to go up at a time when resampling (1/25 of --steps)")
+    p.add_argument("--resample", **_number(int, 10), help="times each level is passed (%(default)s)")
+    p.add_argument("--seed", **_number(int, 0), help="of the first answer; each next one has one more (%(default)s)")
+    p.add_argument("--out", default="inpainted.png", help=f"{_OUT} (%(default)s)")
+    _add_model(p)
+    p.set_defaults(run_command=_inpaint)
+
+    p = commands.add_parser("report", help="one HTML file of what a run has left", allow_abbrev=False)
+    p.description = "Write RUN/report.html: curves, grids of samples, and what evaluate and paper left there."
+    p.add_argument("run", metavar="RUN", help="a run folder")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.set_defaults(run_command=_report)
+    return top
+
+
+_RUN = "a run folder, a checkpoint folder or a .safetensors file"
+_OUT = "FILE.png, a grid; FILE.npz; or a folder"
+
+
+def _add_sampler(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--sampler", default="ancestral", metavar="X", help="ancestral (Algorithm 2) or ddim (ancestral)")
+    p.add_argument("--steps", **_number(int, None), help="network calls (ancestral: all levels; ddim: 50)")
+
+
+def _add_model(p: argparse.ArgumentParser, variance: bool = True) -> None:
+    """Which weights of a run, how they are read and where they run."""
+    p.add_argument("--weights", metavar="X", help="ema, the averaged weights, or raw (ema)")
+    p.add_argument("--checkpoint", default="last", metavar="X", help="of a run: last, best or a step (last)")
+    if variance:
+        p.add_argument("--variance", metavar="X", help="fixed_large, fixed_small or calibrated (the run's)")
+    p.add_argument("--precision", default="auto", metavar="X", help="auto, float32 or bf16 (auto: the run's)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_measuring(p: argparse.ArgumentParser) -> None:
+    """Of what and by what evaluate and paper measure."""
+    p.add_argument("--data", metavar="SOURCE", help="images (those of the run)")
+    p.add_argument("--split", default="test", help="of the data, held out (test)")
     p.add_argument("--samples", metavar="PATH", help="score these, an .npz or a folder, instead of making some")
-    p.add_argument("--sampler", default="ancestral", metavar="X", help="of samples: ancestral or ddim (ancestral)")
-    p.add_argument("--steps", **_number(int, None), help="of samples: network calls (ancestral: all levels; ddim: 50)")
-    p.add_argument("--features", metavar="FILE.py:NAME", help="a feature function of yours instead of Inception")
+    _add_sampler(p)
+    p.add_argument("--features", metavar="X", help="FILE.py:NAME, a feature function of yours, or an .npz of features")
     p.add_argument("--inception", metavar="FILE", help="Inception's weights of 2015 (fetched to a cache)")
     p.add_argument("--any-weights", action="store_true", help="take Inception weights of another hash; no FID then")
     p.add_argument("--seed", **_number(int, 0), help="of noise and samples (0)")
     p.add_argument("--batch-size", **_number(int, 64), help="images at a time (64)")
-    p.add_argument("--weights", metavar="X", help="ema, the averaged weights, or raw (ema)")
-    p.add_argument("--precision", default="auto", metavar="X", help="auto, float32 or bf16 (auto: the run's)")
-    p.add_argument("--checkpoint", default="last", metavar="X", help="of a run: last, best or a step (last)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
-    p.add_argument("--out", metavar="DIR", help="folder for tables (evaluate, beside the weights)")
-    p.add_argument("--json", action="store_true", help="print one JSON object")
-    p.set_defaults(run_command=_evaluate)
-    return top
 
 
 _ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ from tqdm import tqdm
 from ddpm import likelihood, metrics, noise, pixels
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.files import atomic, checkpoints, datasets, features
+from ddpm.files import atomic, checkpoints, datasets, features, plots
+from ddpm.files.images import DEEP
 from ddpm.gaussian import bits_per_dim
 from ddpm.run.distributed import Processes
+from ddpm.run.generate import generate
 
-_NLL, _CALIBRATION = 0xE7A1, 0xCA1B
+_NLL, _CALIBRATION, _ODE = 0xE7A1, 0xCA1B, 0x0DE
 """Keys that keep the draws of these apart from others of the same seed."""
 
 PILOT = 4
@@ -35,14 +36,22 @@ def _draws(seed: int, images: Sequence[int], draw: int, key: int, shape: Sequenc
 
 
 def calibrate(
-    denoiser: Denoiser,
+    found: checkpoints.Checkpoint,
     images: datasets.Images,
     count: int,
     ranks: Processes,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
-    """mse_t, the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, over `count` images to train on: float64 [T]."""
+    """mse_t, the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, over `count` images to train on: float64 [T].
+
+    Kept beside the weights, where likelihood, samplers and codec find it. Raises InputError where the variance that
+    is best does not follow from it: mu prediction, and a network that gives its own.
+    """
+    denoiser = found.denoiser
+    if denoiser.learned or denoiser.predict == "mu":
+        why = "gives its own variance" if denoiser.learned else "predicts mu, whose error is not that of x0^"
+        raise InputError(f"{found.path}: the network {why}; want eps, x0 or v and a fixed variance")
     count = min(count, len(images))
     rows = noise.generator(_CALIBRATION)
     chosen = torch.randperm(len(images), generator=rows)[:count][list(ranks.mine(count))]
@@ -50,11 +59,27 @@ def calibrate(
     with tqdm(total=len(chosen), desc="calibrating", unit="image", disable=None if progress else True) as bar:
         for start in range(0, len(chosen), batch_size):
             part = chosen[start : start + batch_size]
-            x0 = pixels.to_signal(images.batch(part)).to(ranks.device)
+            x0 = _signal(images, part).to(ranks.device)
             draws = _draws(0, part.tolist(), 0, _CALIBRATION, x0.shape[1:])
             total += likelihood.vlb(denoiser, x0, draws).mse.sum(0).cpu()
             bar.update(len(part))
-    return ranks.total(total) / count
+    mse = ranks.total(total) / count
+    if ranks.first:
+        about = {"data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": count}
+        checkpoints.save_calibration(found, mse, {**about, "precision": found.preset.precision})
+    return mse
+
+
+def _signal(images: datasets.Images, rows: Sequence[int] | Tensor) -> Tensor:
+    """These images as x_0; InputError where they are not 8-bit by nature."""
+    x0 = pixels.to_signal(images.batch(rows))
+    if DEEP in images.notes:
+        first, _ = images.notes[DEEP]
+        raise InputError(
+            f"{first}: {DEEP}; bits per dimension (Eq. 13) are of 256 grey levels, and of its 8-bit version they are "
+            "not those of the image; want 8-bit images"
+        )
+    return x0
 
 
 def nll(
@@ -66,46 +91,41 @@ def nll(
     draws: int = 1,
     seed: int = 0,
     batch_size: int = 64,
-    mse: Tensor | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """The bound of `images` (Eq. 5), all T levels of each, `draws` draws a level: bits per dimension.
 
     Official settings are one draw, x0^ clipped as the model does. What is done is kept under `out`, so that the same
-    call goes on where it stopped, and split over processes. mse [T] from `calibrate` adds the calibrated variance.
-    Writes out/nll.csv: a row a level. Returns plain JSON values; all but `count` and settings in bits/dim:
-    bits_per_dim and its standard_error over images, prior (L_T), rate (L_1 .. L_T), distortion (L_0), and
-    by_variance: the bound for fixed_large, fixed_small and, given mse, calibrated.
+    call goes on where it stopped, and split over processes. Writes out/nll.csv, a row a level, and its plot nll.png.
+    Returns plain JSON values; all but `count` and settings in bits/dim: bits_per_dim and its standard_error over
+    images, prior (L_T), rate (L_1 .. L_T), distortion (L_0), and by_variance: the bound for fixed_large, fixed_small
+    and, where the weights are calibrated, calibrated. Raises InputError for images of more than 8 bits a channel.
     """
     denoiser, shape = found.denoiser, found.preset.shape
     n = len(images) if count is None else min(count, len(images))
-    variants = _variants(denoiser, mse)
-    model = [checkpoints.file_sha256(found.path), found.preset.precision]
-    about: list[Any] = [*model, images.fingerprint, draws, seed, [*variants]]
-    about.append(None if mse is None else mse.tolist())
+    variants = _variants(found)
+    tables = [_variance(d) for d in (denoiser, *variants.values())]
+    about = [found.sha256, found.preset.precision, images.fingerprint, draws, seed, [*variants], tables]
     folder = out / f"parts-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, n, batch_size)
-    mine = [starts[i] for i in ranks.mine(len(starts))]
+    batches = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+    mine = [batches[i] for i in ranks.mine(len(batches))]
     with tqdm(total=len(mine), desc="nll", unit="batch", disable=None if progress else True) as bar:
-        for start in mine:
-            rows = range(start, min(start + batch_size, n))
-            part = folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
+        for rows in mine:
+            part = _part(folder, rows)
             if not part.is_file():
-                x0 = pixels.to_signal(images.batch(rows)).to(ranks.device)
+                x0 = _signal(images, rows).to(ranks.device)
                 sums: dict[str, Tensor] = {}
                 for draw in range(draws):
                     for name, value in _tables(denoiser, variants, x0, _draws(seed, rows, draw, _NLL, shape)).items():
                         sums[name] = sums.get(name, 0) + value / draws
-                temporary = part.with_suffix(f".{ranks.rank}.tmp")
-                save_file({name: value.contiguous() for name, value in sums.items()}, temporary)
-                temporary.replace(part)
+                with atomic.whole(part) as temporary:
+                    save_file({name: value.contiguous() for name, value in sums.items()}, temporary)
             bar.update()
     ranks.any(False)  # all parts are there
-    parts = [load_file(folder / f"{s:08d}-{min(s + batch_size, n):08d}.safetensors") for s in starts]
+    parts = [load_file(_part(folder, rows)) for rows in batches]
     table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if ranks.first:
-        _write_table(out / "nll.csv", table)
+        _write_table(out, table)
     per_image = table["prior"] + table["terms"].sum(1)
     by_variance = {name: float((table["prior"] + table[name]).mean()) for name in variants}
     return {
@@ -121,15 +141,19 @@ def nll(
     }
 
 
-def _variants(denoiser: Denoiser, mse: Tensor | None) -> dict[str, Denoiser]:
+def _variance(denoiser: Denoiser) -> Any:
+    """Which one, for a key: a name or a list of numbers."""
+    return denoiser.variance.tolist() if isinstance(denoiser.variance, Tensor) else denoiser.variance
+
+
+def _variants(found: checkpoints.Checkpoint) -> dict[str, Denoiser]:
     """The same mean with other variances, where the terms follow from mse."""
-    if denoiser.learned or denoiser.predict == "mu":
+    if found.denoiser.learned or found.denoiser.predict == "mu":
         return {}
-    found = {name: replace(denoiser, variance=name) for name in ("fixed_large", "fixed_small")}
-    if mse is not None:
-        table = likelihood.calibrated_variance(denoiser.schedule, mse)
-        found["calibrated"] = replace(denoiser, variance=table)
-    return found
+    names = ["fixed_large", "fixed_small"]
+    if checkpoints.read_calibration(found) is not None:
+        names.append("calibrated")
+    return {name: checkpoints.with_variance(found, name).denoiser for name in names}
 
 
 def _tables(denoiser: Denoiser, variants: dict[str, Denoiser], x0: Tensor, draws: noise.Noise) -> dict[str, Tensor]:
@@ -143,17 +167,23 @@ def _tables(denoiser: Denoiser, variants: dict[str, Denoiser], x0: Tensor, draws
     return {name: value.cpu() for name, value in found.items()}
 
 
-def _write_table(path: Path, table: dict[str, Tensor]) -> None:
+def _write_table(out: Path, table: dict[str, Tensor]) -> None:
     """A row a level t: the term at t, the rate sent once t is done (L_T .. L_t), both bits/dim, RMSE in grey levels."""
     terms, mse = table["terms"].mean(0), table["mse"].mean(0)
     sent = table["prior"].mean() + terms.flip(0).cumsum(0).flip(0)
+    rmse = mse.sqrt() / pixels.BIN
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["t", "term_bits_per_dim", "sum_from_T_bits_per_dim", "rmse_grey_levels"])
     for t in range(len(terms), 0, -1):
-        rmse = float(mse[t - 1].sqrt() / pixels.BIN)
-        writer.writerow([t, f"{float(terms[t - 1]):.8g}", f"{float(sent[t - 1]):.8g}", f"{rmse:.6g}"])
-    atomic.write(path, text.getvalue())
+        writer.writerow([t, *(f"{float(column[t - 1]):.8g}" for column in (terms, sent, rmse))])
+    atomic.write(out / "nll.csv", text.getvalue())
+    levels = list(range(1, len(terms) + 1))
+    bits = plots.Panel(
+        "The bound, level by level", {"term": (levels, terms.tolist())}, "noise level t", "bits/dim", log_y=True
+    )
+    error = plots.Panel("Error of x0^", {"RMSE": (levels, rmse.tolist())}, "noise level t", "grey levels")
+    atomic.write(out / "nll.png", plots.draw([bits, error]))
 
 
 def nll_sampled(
@@ -176,7 +206,7 @@ def nll_sampled(
     if not 1 <= levels <= T or n < 2:
         raise InputError(f"levels {levels}: want 1 to {T}, of at least 2 images")
     pilot = range(min(PILOT, n))
-    x0 = pixels.to_signal(images.batch(pilot)).to(ranks.device)
+    x0 = _signal(images, pilot).to(ranks.device)
     whole = likelihood.vlb(denoiser, x0, _draws(seed, pilot, 1, _NLL, shape))
     spread = torch.cat([whole.decoder[:, None], whole.kl], dim=1).square().mean(0).sqrt().cpu()
     q = 0.9 * spread / spread.sum() + 0.1 / T  # a floor, so that no weight is huge
@@ -188,7 +218,7 @@ def nll_sampled(
     with tqdm(total=len(mine), desc="nll", unit="image", disable=None if progress else True) as bar:
         for start in range(0, len(mine), step):
             rows = mine[start : start + step]
-            x0 = pixels.to_signal(images.batch(rows)).to(ranks.device)
+            x0 = _signal(images, rows).to(ranks.device)
             first = torch.tensor([float(np.random.default_rng(noise.mix(seed, i, _NLL)).random()) for i in rows])
             places = (first.double()[:, None] + torch.arange(levels)) / levels  # systematic: one draw, then even steps
             t = 1 + torch.searchsorted(cdf, places).clamp(max=T - 1)  # [B, K]
@@ -205,6 +235,82 @@ def nll_sampled(
         "levels": levels,
         "network_calls": n * levels + len(pilot) * T,
     }
+
+
+def ode(
+    found: checkpoints.Checkpoint,
+    images: datasets.Images,
+    ranks: Processes,
+    count: int | None = None,
+    steps: int | None = 100,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Bits per dimension by the probability-flow ODE: another model of the same network, and an independent figure.
+
+    Pixels are dequantised uniformly; one draw and one Hutchinson probe an image; `steps` levels. Returns plain JSON
+    values: bits_per_dim, its standard_error over images, draws and probes, count, steps, network_calls.
+    """
+    denoiser, shape = found.denoiser, found.preset.shape
+    n = len(images) if count is None else min(count, len(images))
+    mine, sums = list(ranks.mine(n)), torch.zeros(n, dtype=torch.float64)
+    steps = None if steps is None else min(steps, denoiser.schedule.T)
+    with tqdm(total=len(mine), desc="ode", unit="image", disable=None if progress else True) as bar:
+        for start in range(0, len(mine), batch_size):
+            rows = mine[start : start + batch_size]
+            x0 = _signal(images, rows).to(ranks.device)
+            draws = _draws(seed, rows, 0, _ODE, shape)
+            u = torch.special.ndtr(draws(0).double()).to(x0.device)
+            probe = draws(1).sign().to(x0.device)
+            nats = likelihood.flow_bound(denoiser, x0, u, probe, steps)
+            sums[rows] = bits_per_dim(nats, x0[0].numel()).cpu()
+            bar.update(len(rows))
+    sums = ranks.total(sums)
+    return {
+        "bits_per_dim": float(sums.mean()),
+        "standard_error": float(sums.std() / n**0.5) if n > 1 else None,
+        "count": n,
+        "steps": steps,
+    }
+
+
+def samples(
+    found: checkpoints.Checkpoint,
+    out: Path,
+    ranks: Processes,
+    count: int,
+    seed: int = 0,
+    sampler: str = "ancestral",
+    steps: int | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Tensor:
+    """The images of seeds `seed` .. `seed` + count - 1, uint8 [count, C, H, W].
+
+    What is made is kept under `out`, so that the same call goes on where it stopped, and split over processes.
+    """
+    about = [found.sha256, found.preset.precision, seed, sampler, steps, _variance(found.denoiser)]
+    folder = out / f"samples-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}"
+    parts = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    with tqdm(total=count, desc="sampling", unit="image", disable=None if progress else True) as bar:
+        for i in ranks.mine(len(parts)):
+            file = _part(folder, parts[i])
+            if not file.is_file():
+                seeds = [seed + k for k in parts[i]]
+                made = generate(
+                    found.denoiser, found.preset.shape, seeds, sampler, steps,
+                    batch_size=batch_size, device=ranks.device, progress=progress,
+                )  # fmt: skip
+                with atomic.whole(file) as temporary:
+                    save_file({"images": made}, temporary)
+            bar.update(len(parts[i]))
+    ranks.any(False)  # all parts are there
+    return torch.cat([load_file(_part(folder, part))["images"] for part in parts])
+
+
+def _part(folder: Path, rows: range) -> Path:
+    return folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
 
 
 QUALITY = ("fid", "is", "kid", "pr")
@@ -226,11 +332,10 @@ def quality(
     and frechet_distance otherwise. Statistics of the images are kept under `out` for the next time. Returns plain JSON
     values. Raises InputError where there are too few samples, or the network gives no class probabilities for `is`.
     """
-    if len(samples) < 3 and set(wanted) - {"is"}:
-        raise InputError(f"{len(samples)} samples: want at least 3")
     rows, classes = bool({"kid", "pr"} & set(wanted)), "is" in wanted
+    _enough(wanted, len(samples))
     fake = features.measure(network, samples, keep_features=rows, keep_probabilities=classes, progress=progress)
-    found: dict[str, Any] = {"samples": len(samples), "features": network.name, "features_weights": network.weights}
+    real = None
     if rows or "fid" in wanted:
         where = features.provenance(images, network)
         key = hashlib.sha256(json.dumps([where.fingerprint, where.comparable()]).encode()).hexdigest()[:16]
@@ -238,16 +343,43 @@ def quality(
         if rows or not file.is_file():
             real = features.measure(network, images, keep_features=rows, progress=progress)
             features.save_statistics(file, real.moments, where)
-        statistics = features.load_statistics(file, where.comparable())
-        found["images"] = statistics.moments.count
+        else:
+            real = features.Measured(features.load_statistics(file, where.comparable()).moments, None, None)
+    about = {"samples": len(samples), "features": network.name, "features_weights": network.weights}
+    return about | scores(wanted, fake, real, network.weights == features.SHA256, seed, device)
+
+
+def _enough(wanted: Sequence[str], samples: int) -> None:
+    if samples < 3 and set(wanted) - {"is"}:
+        raise InputError(f"{samples} samples: want at least 3")
+
+
+def scores(
+    wanted: Sequence[str],
+    fake: features.Measured,
+    real: features.Measured | None,
+    inception: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """The same from features of samples and of images, wherever they come from; inception: whether these are FID's.
+
+    Raises InputError where there are too few samples, or no class probabilities for `is`.
+    """
+    found: dict[str, Any] = {}
+    if real is not None:
+        found["images"] = real.moments.count
     if "fid" in wanted:
-        name = "fid" if network.weights == features.SHA256 else "frechet_distance"
-        found[name] = metrics.frechet_distance(statistics.moments, fake.moments)
-    if classes:
-        assert fake.probabilities is not None
-        splits = 10 if len(samples) >= 100 else 1
+        assert real is not None
+        name = "fid" if inception else "frechet_distance"
+        found[name] = metrics.frechet_distance(real.moments, fake.moments)
+    if "is" in wanted:
+        if fake.probabilities is None:
+            raise InputError("is: these features have no class probabilities, which the Inception score needs")
+        splits = 10 if len(fake.probabilities) >= 100 else 1
         found["inception_score"], found["inception_score_std"] = metrics.inception_score(fake.probabilities, splits)
-    if rows:
+    if {"kid", "pr"} & set(wanted):
+        assert real is not None
         assert real.features is not None
         assert fake.features is not None
         if "kid" in wanted:
@@ -257,6 +389,25 @@ def quality(
             precision, recall = metrics.precision_recall(real.features, fake.features, device=device)
             found |= {"precision": precision, "recall": recall}
     return found
+
+
+def scores_of_files(
+    wanted: Sequence[str], samples: Path, images: Path, seed: int = 0, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """`scores` from two .npz of features [N, D], of samples and of images (see `features.read_features`).
+
+    Raises InputError for files that hold none, of different widths, or too few.
+    """
+    fake, real = (
+        features.Measured(metrics.moments(rows), rows, probabilities)
+        for rows, probabilities in map(features.read_features, (samples, images))
+    )
+    _enough(wanted, fake.moments.count or 0)
+    widths = [len(x.moments.mean) for x in (fake, real)]
+    if widths[0] != widths[1]:
+        raise InputError(f"{samples}: features of {widths[0]} numbers, {images} has {widths[1]}; want the same")
+    about = {"samples": fake.moments.count, "features": images.name}
+    return about | scores(wanted, fake, real, seed=seed, device=device)
 
 
 def read_samples(path: Path, shape: Sequence[int]) -> Tensor:

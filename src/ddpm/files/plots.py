@@ -1,0 +1,143 @@
+"""Curves as PNG or SVG: the only place that knows matplotlib, which loads when something is drawn."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, which the colour-blind can tell apart, those that show best on white first."""
+
+_INK, _GREY, _GRID = "#333333", "#888888", "#DDDDDD"
+_STYLE: dict[str, Any] = {
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"], "font.size": 9,
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.edgecolor": _GREY, "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.grid": True, "grid.color": _GRID, "grid.linewidth": 0.6,
+    "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "legend.frameon": False, "legend.fontsize": 8,
+    "text.parse_math": False, "svg.hashsalt": "ddpm", "svg.fonttype": "none",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes.
+
+    title   what is seen
+    lines   label -> (x, y) of equal length; nan, infinity, None and what a log axis cannot show are gaps. A label
+            that starts with "paper" is drawn dashed and grey. More lines than COLOURS are taken to be in order.
+    x, y    labels of the axes, with units
+    style   line (with a dot at each value where they are few) or points
+    faint   labels of lines that are only the ground for others
+    """
+
+    title: str
+    lines: Mapping[str, tuple[Sequence[float | None], Sequence[float | None]]]
+    x: str
+    y: str
+    log_x: bool = False
+    log_y: bool = False
+    style: Literal["line", "points"] = "line"
+    faint: Sequence[str] = ()
+
+
+def draw(panels: Sequence[Panel], columns: int | None = None, format: Literal["png", "svg"] = "png") -> bytes:
+    """The panels as one picture, row by row; the same panels give the same bytes.
+
+    columns: up to three panels beside each other by default, or a square of more. Raises ValueError for no panel,
+    for a line whose x and y differ in length, and for another format.
+
+    >>> loss = Panel("loss", {"training": ([50, 100, 150], [0.7, None, 0.1])}, "step", "L_simple", log_y=True)
+    >>> draw([loss])[1:4]
+    b'PNG'
+    """
+    if not panels or format not in ("png", "svg"):
+        raise ValueError(f"{len(panels)} panels as {format!r}: want at least one, as png or svg")
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    n = len(panels)
+    columns = min(n, columns or (3 if n <= 3 else math.ceil(math.sqrt(n))))
+    rows = math.ceil(n / columns)
+    # Neither the user's own style nor the date gets in.
+    with style.context(["default", _STYLE]), io.BytesIO() as file:
+        figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")  # inches
+        for i, panel in enumerate(panels):
+            _draw(figure.add_subplot(rows, columns, i + 1), panel)
+        if format == "png":
+            FigureCanvasAgg(figure)
+            figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+        else:
+            FigureCanvasSVG(figure)
+            figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        return file.getvalue()
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    from matplotlib import colormaps
+
+    axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+    lines = {label: (_values(x, panel.log_x), _values(y, panel.log_y)) for label, (x, y) in panel.lines.items()}
+    if panel.log_x:
+        axes.set_xscale("log")
+        _plain_ticks(axes.xaxis, [x for x, _ in lines.values()])
+    if panel.log_y:
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis, [y for _, y in lines.values()])
+    ours = [label for label in lines if not label.startswith("paper")]
+    colours: Sequence[Any] = COLOURS
+    if len(ours) > len(colours):
+        colours = colormaps["viridis"](np.linspace(0, 0.9, len(ours))).tolist()  # to before yellow, lost on white
+    for label, (x, y) in lines.items():
+        if len(x) != len(y):
+            raise ValueError(f"{panel.title}, {label}: {len(x)} x and {len(y)} y, want as many")
+        paper, faint = label not in ours, label in panel.faint
+        points = panel.style == "points"
+        axes.plot(
+            x, y, label=label,
+            color=_GREY if paper else colours[ours.index(label)],
+            linestyle="none" if points else "--" if paper else "-",
+            linewidth=0.8 if faint else 1.5,
+            alpha=0.35 if faint else 1.0,
+            marker="o" if points or (len(x) <= 25 and not paper) else "none",
+            markersize=3,
+        )  # fmt: skip
+    if len(lines) > 5:  # beside the axes, where it hides nothing
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
+    elif len(lines) > 1:
+        axes.legend()
+
+
+def _values(values: Sequence[float | None], log: bool) -> NDArray[np.float64]:
+    found = np.array([math.nan if v is None else v for v in values], np.float64)
+    found[~np.isfinite(found) | (log & (found <= 0))] = math.nan
+    return found
+
+
+def _plain_ticks(axis: Axis, values: Sequence[NDArray[np.float64]]) -> None:
+    """On a log axis: 1, 2, 5 or 1 of each decade, as plain numbers, or evenly spaced ones where the range is short."""
+    from matplotlib import ticker
+
+    seen = np.concatenate([np.zeros(0), *values])
+    seen = seen[~np.isnan(seen)]
+    decades = np.ptp(np.log10(seen)) if len(seen) else 1.0
+    if decades < 0.7:
+        axis.set_major_locator(ticker.AutoLocator())
+    else:
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(ticker.NullLocator())

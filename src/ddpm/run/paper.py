@@ -1,0 +1,404 @@
+"""The paper's tables and figures for a run of one's own, each beside the paper's numbers.
+
+An experiment NAME leaves NAME.csv, NAME.png or both, and NAME.json, which says what they are of.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ddpm
+from ddpm import editing, likelihood, metrics, pixels, samplers
+from ddpm.errors import InputError, Stopped
+from ddpm.files import atomic, checkpoints, datasets, features, images, plots
+from ddpm.gaussian import bits_per_dim
+from ddpm.noise import mix, per_image
+from ddpm.presets import Preset, to_json
+from ddpm.run import evaluate, generate
+from ddpm.run.distributed import Processes
+from ddpm.run.train import train
+
+# What the paper reports; None where it has no figure, "unstable" as it says.
+Cell = float | str | None
+TABLE_1: list[tuple[str, Cell, Cell, Cell, Cell]] = [  # CIFAR-10: IS, FID, NLL of test and of training images
+    ("Original diffusion (2015)", None, None, 5.40, None),
+    ("Gated PixelCNN", None, None, 3.03, None),
+    ("Sparse Transformer", None, None, 2.80, None),
+    ("NCSN", 8.87, 25.32, None, None),
+    ("StyleGAN2 + ADA", 9.74, 3.26, None, None),
+    ("DDPM, L, fixed isotropic Sigma", 7.67, 13.51, 3.70, 3.69),
+    ("DDPM, L_simple", 9.46, 3.17, 3.75, 3.72),
+]
+TABLE_2: dict[tuple[str, str, str], tuple[Cell, Cell]] = {  # (prediction, loss, Sigma) -> IS, FID
+    ("mu", "vlb", "learned"): (7.28, 23.69),
+    ("mu", "vlb", "fixed"): (8.06, 13.22),
+    ("mu", "simple", "fixed"): ("unstable", "unstable"),
+    ("eps", "vlb", "learned"): ("unstable", "unstable"),
+    ("eps", "vlb", "fixed"): (7.67, 13.51),
+    ("eps", "simple", "fixed"): (9.46, 3.17),
+}
+TABLE_3: list[tuple[str, float, float, float]] = [  # FID on LSUN: Bedroom, Church, Cat
+    ("DDPM, L_simple", 6.36, 7.89, 19.75),
+    ("DDPM, L_simple, large", 4.90, float("nan"), float("nan")),
+    ("ProgressiveGAN", 8.34, 6.42, 37.52),
+]
+TABLE_4: dict[int, tuple[float, float]] = {  # reverse step -> rate in bits/dim, RMSE in grey levels
+    1000: (1.77581, 0.95136),
+    900: (0.11994, 12.02277),
+    800: (0.05415, 18.47482),
+    700: (0.02866, 24.43656),
+    600: (0.01507, 30.80948),
+    500: (0.00716, 38.03236),
+    400: (0.00282, 46.12765),
+    300: (0.00081, 54.18826),
+    200: (0.00013, 60.97170),
+    100: (0.00000, 67.60125),
+}
+
+_FIGURE = 0xF16
+"""Keeps the draws of figures apart from those of samples with the same seed."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an experiment works on.
+
+    found, images   the model, and its data by split ("train", or the held-out one by `split`)
+    out             the folder for what it leaves
+    n               images and samples to use; None: as many as the paper, or as fit on a picture
+    samples         saved samples to score instead of making some
+    network         the feature network for sample quality; it is only opened where it is needed
+    """
+
+    found: checkpoints.Checkpoint
+    images: Callable[[str], datasets.Images]
+    out: Path
+    ranks: Processes
+    network: Callable[[], features.Network]
+    split: str = "test"
+    n: int | None = None
+    samples: Path | None = None
+    sampler: str = "ancestral"
+    steps: int | None = None
+    seed: int = 0
+    batch_size: int = 64
+    progress: bool = True
+
+    @property
+    def T(self) -> int:
+        return self.found.denoiser.schedule.T
+
+    def signal(self, count: int) -> Tensor:
+        """The first `count` images of the split, x_0."""
+        held_out = self.images(self.split)
+        if len(held_out) < count:
+            raise InputError(f"{held_out.name}: {len(held_out)} images of split {self.split}; want at least {count}")
+        return pixels.to_signal(held_out.batch(range(count))).to(self.ranks.device)
+
+    def noise(self, count: int, key: int, same: bool = False) -> Callable[[int], Tensor]:
+        """Draws for `count` images; the same ones for each if `same`."""
+        seeds = [mix(self.seed, 0 if same else i, key, _FIGURE) for i in range(count)]
+        return per_image(seeds, self.found.preset.shape, self.ranks.device)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def table1(s: Setup) -> None:
+    """Inception score, FID, and bits/dim of held-out and of training images."""
+    s.network()  # a mistake there shows before hours of likelihood
+    held_out, seen = (_nll(s, split)["bits_per_dim"] for split in (s.split, "train"))
+    found = _quality(s, ("is", "fid"))
+    ours = (f"this run, {s.found.preset.loss}", *_scores(found), held_out, seen)
+    _table(s, "table1", ["model", "IS", _distance(found), "NLL_test", "NLL_train"], [ours, *TABLE_1], found)
+
+
+def table2(preset: Preset, out: Path, setup: Callable[[Path], Setup]) -> int:
+    """The ablation: six runs from one preset, trained here or gone on with; returns a signal that stopped it, or 0.
+
+    A run whose loss is not finite stops and says so in its row; what it came to before is scored all the same.
+    """
+    rows: list[Sequence[Any]] = []
+    found: dict[str, Any] = {}
+    fixed = preset.variance if preset.variance.startswith("fixed") else "fixed_large"
+    for (predict, loss, sigma), (paper_is, paper_fid) in TABLE_2.items():
+        variance = fixed if sigma == "fixed" else sigma
+        run = out / "table2" / f"{predict}-{loss}-{variance}"
+        state = "finished"
+        try:
+            result = train(replace(preset, predict=predict, loss=loss, variance=variance), run)  # type: ignore[arg-type]
+            if result.interrupted:
+                return result.interrupted
+        except Stopped as reason:
+            state = str(reason)
+        scored: Sequence[Any] = [None] * 5
+        try:
+            s = setup(run)
+            bound = _nll(s, s.split)
+            found = _quality(s, ("is", "fid"))
+            scored = [s.found.step, *_scores(found), bound["bits_per_dim"], json.dumps(bound["by_variance"])]
+        except InputError as reason:  # no whole checkpoint
+            state = f"{state}; {reason}"
+        rows.append([predict, loss, variance, state, *scored, paper_is, paper_fid])
+    header = ["predict", "loss", "variance", "state", "step", "IS", _distance(found), "NLL_test", "NLL_by_variance"]
+    _csv(out / "table2.csv", [*header, "paper_IS", "paper_FID"], rows)
+    atomic.write(out / "table2.json", json.dumps({"settings": to_json(preset), **found, "version": ddpm.__version__}))
+    return 0
+
+
+def table3(s: Setup) -> None:
+    """FID, beside those on LSUN 256x256."""
+    found = _quality(s, ("fid",))
+    paper = [(name, dataset, fid) for name, *row in TABLE_3 for dataset, fid in zip(LSUN, row, strict=True)]
+    rows = [("this run", s.found.preset.data, found[_distance(found)]), *(row for row in paper if row[2] == row[2])]
+    _table(s, "table3", ["model", "data", _distance(found)], rows, found)
+
+
+LSUN = ("LSUN Bedroom", "LSUN Church", "LSUN Cat")
+
+
+def table4(s: Setup) -> None:
+    """Rate and distortion of progressive lossy coding by reverse step: what x_t has cost, and the error of its x0^."""
+    curve = _rate_distortion(s)
+    rows = []
+    for step, (rate, rmse) in TABLE_4.items():
+        t = s.T - round(step * s.T / 1000) + 1
+        rows.append((s.T - t + 1, *curve[t], rate, rmse))
+    header = ["reverse_step", "rate_bits_per_dim", "rmse_grey_levels", "paper_rate", "paper_rmse"]
+    _table(s, "table4", header, rows)
+
+
+def fig5(s: Setup) -> None:
+    """Distortion against reverse steps, rate against reverse steps, and rate against distortion."""
+    curve = _rate_distortion(s)
+    steps = [s.T - t + 1 for t in curve]
+    rate, rmse = ([values[i] for values in curve.values()] for i in (0, 1))
+    p_steps = [step * s.T / 1000 for step in TABLE_4]
+    p_rate, p_rmse = ([values[i] for values in TABLE_4.values()] for i in (0, 1))
+    panel = plots.Panel
+    paper = "paper, CIFAR-10"
+    panels = [
+        panel(
+            "Distortion", {"this run": (steps, rmse), paper: (p_steps, p_rmse)}, "reverse steps", "RMSE, grey levels"
+        ),
+        panel("Rate", {"this run": (steps, rate), paper: (p_steps, p_rate)}, "reverse steps", "bits/dim"),
+        panel("Rate-distortion", {"this run": (rate, rmse), paper: (p_rate, p_rmse)}, "bits/dim", "RMSE, grey levels"),
+    ]
+    _table(s, "fig5", ["reverse_step", "rate_bits_per_dim", "rmse_grey_levels"], zip(steps, rate, rmse, strict=True))
+    if s.ranks.first:
+        atomic.write(s.out / "fig5.png", plots.draw(panels))
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def fig6(s: Setup) -> None:
+    """x0^ as the reverse process goes on: a row a sample, from left to right."""
+    n = s.n or 10
+    strip = generate.progressive(
+        s.found.denoiser, s.found.preset.shape, range(s.seed, s.seed + n), s.sampler, s.steps, columns=21,
+        device=s.ranks.device, progress=s.progress,
+    )  # fmt: skip
+    _picture(s, "fig6", strip)
+
+
+def fig7(s: Setup) -> None:
+    """Samples that share x_t: a row a level, x_t first, then what it becomes."""
+    n, T = s.n or 7, s.T
+    levels = sorted({T, *(max(1, T * k // 4) for k in (3, 2, 1))}, reverse=True)
+    draws = s.noise(1, 0)
+    latents = {T: draws(T)}
+    for step in samplers.ancestral(s.found.denoiser, latents[T], draws):
+        latents[step.t] = step.x
+    rows = []
+    for t in levels:
+        *_, last = editing.shared(s.found.denoiser, latents[t][0], t, s.noise(n, t))
+        rows.append(torch.cat([latents[t], last.x]))
+    _picture(s, "fig7", _uint8(torch.stack(rows)), levels=levels)
+
+
+def fig8(s: Setup) -> None:
+    """Interpolation between held-out images, both at t = T/2: a row a pair, its images outermost."""
+    n = s.n or 5
+    weights = torch.linspace(0, 1, 11)
+    x0 = s.signal(2 * n)
+    rows = [_interpolated(s, x0[2 * i], x0[2 * i + 1], weights, s.T // 2, i) for i in range(n)]
+    _picture(s, "fig8", _uint8(torch.stack(rows)), t=s.T // 2, weights=weights.tolist())
+
+
+def fig9(s: Setup) -> None:
+    """The same pair of images over many t: a row a level, T first, and plain mixing of pixels, t = 0, last."""
+    weights = torch.linspace(0, 1, 9)
+    a, b = s.signal(2)
+    levels = [s.T * k // 8 for k in range(8, -1, -1)]
+    rows = [_interpolated(s, a, b, weights, t, 0) for t in levels]
+    _picture(s, "fig9", _uint8(torch.stack(rows)), levels=levels, weights=weights.tolist())
+
+
+def _interpolated(s: Setup, a: Tensor, b: Tensor, weights: Tensor, t: int, pair: int) -> Tensor:
+    """[len(weights) + 2, C, H, W]: a, what is between, b. One noise for all weights, so that they change smoothly."""
+    eps_a, eps_b = s.noise(2, mix(pair, t))(t)
+    noise = s.noise(len(weights), mix(pair, 1), same=True)
+    *_, last = editing.interpolate(s.found.denoiser, a, b, weights, t, eps_a, eps_b, noise)
+    return torch.cat([a[None], last.x, b[None]])
+
+
+def fig10(s: Setup) -> None:
+    """Progressive lossy decompression: a row an image, x0^ of what has been sent at falling t, the image itself last.
+
+    The table has what each picture cost by Algorithm 3 (Eq. 5, no entropy coder), and its error.
+    """
+    n, dims = s.n or 6, s.found.preset.channels * s.found.preset.size[0] * s.found.preset.size[1]
+    x0 = s.signal(n)
+    shown = sorted({max(1, round(s.T * share)) for share in (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0)} | {0})
+    strip, rows = [], []
+    for received in likelihood.progressive_coding(s.found.denoiser, x0, s.noise(n, 2)):
+        if received.t in shown:
+            strip.append(received.x0)
+            bits = bits_per_dim(received.nats, dims)
+            rmse = (received.x0 - x0).square().flatten(1).mean(1).sqrt() / pixels.BIN
+            rows += [(i, received.t, float(bits[i]), float(rmse[i])) for i in range(n)]
+    _table(
+        s, "fig10", ["image", "t", "sent_bits_per_dim", "rmse_grey_levels"], sorted(rows, key=lambda r: (r[0], -r[1]))
+    )
+    _picture(s, "fig10", _uint8(torch.stack(strip, dim=1)), levels=shown[::-1])
+
+
+def neighbours(s: Setup) -> None:
+    """The nearest training images of samples, by pixels and by features (Figures 13 and 15), and which are copies.
+
+    A sample is called a duplicate where it is closer to a training image than any held-out image is to one: closer
+    than chance brings images that the model has not seen.
+    """
+    made = _samples(s, s.n or 64)
+    seen, held_out = s.images("train"), s.images(s.split)
+    spaces: dict[str, Callable[[Tensor | datasets.Images], Tensor]] = {"pixels": _pixels}
+    try:
+        network = s.network()
+        spaces["features"] = lambda x: torch.from_numpy(
+            features.measure(network, x, keep_features=True, progress=s.progress).features
+        )
+    except InputError as reason:
+        if s.ranks.first:
+            print(f"neighbours: by pixels only ({reason})")
+    if not s.ranks.first:
+        return
+    rows: list[tuple[Any, ...]] = []
+    summary: dict[str, Any] = {}
+    for space, of in spaces.items():
+        data = of(seen)
+        distances, indices = metrics.nearest(of(made), data, k=8, device=s.ranks.device)
+        usual, _ = metrics.nearest(of(held_out), data, k=1, device=s.ranks.device)
+        threshold = float(usual.min())
+        copies = [i for i in range(len(made)) if distances[i, 0] < threshold]
+        summary[space] = {"held_out_nearest": threshold, "held_out_median": float(usual.median()), "duplicates": copies}
+        for i, (near, at) in enumerate(zip(distances.tolist(), indices.tolist(), strict=True)):
+            rows += [
+                (space, i, rank, int(j), d, i in copies) for rank, (d, j) in enumerate(zip(near, at, strict=True), 1)
+            ]
+        top = indices[:10]
+        nearest = seen.batch(top.flatten()).view(*top.shape, *made.shape[1:])
+        _picture(s, f"neighbours_{space}", torch.cat([made[:10, None], nearest], dim=1), **summary)
+    _table(s, "neighbours", ["space", "sample", "rank", "training_image", "distance", "duplicate"], rows, summary)
+
+
+def _pixels(x: Tensor | datasets.Images) -> Tensor:
+    every = x if isinstance(x, Tensor) else x.batch(range(len(x)))
+    return every.flatten(1).float()
+
+
+EXPERIMENTS: dict[str, Callable[[Setup], None]] = {
+    "table1": table1, "table3": table3, "table4": table4, "fig5": fig5, "fig6": fig6, "fig7": fig7, "fig8": fig8,
+    "fig9": fig9, "fig10": fig10, "neighbours": neighbours,
+}  # fmt: skip
+NAMES = ("table1", "table2", *list(EXPERIMENTS)[1:])
+
+
+# -- what they share ---------------------------------------------------------------------------------------------------
+
+
+def _nll(s: Setup, split: str) -> dict[str, Any]:
+    held_out = s.images(split)
+    count = s.n if split != "train" else s.n or len(s.images(s.split))
+    out = s.out / f"nll-{split}"
+    return evaluate.nll(s.found, held_out, out, s.ranks, count, 1, s.seed, s.batch_size, s.progress)
+
+
+def _rate_distortion(s: Setup) -> dict[int, tuple[float, float]]:
+    """t -> bits/dim until the receiver has x_t, and RMSE of the x0^ that it makes of it, grey levels; T first."""
+    _nll(s, s.split)
+    with (s.out / f"nll-{s.split}" / "nll.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    sent, found = float(rows[0]["sum_from_T_bits_per_dim"]) - float(rows[0]["term_bits_per_dim"]), {}
+    for row in rows:
+        found[int(row["t"])] = (sent, float(row["rmse_grey_levels"]))
+        sent = float(row["sum_from_T_bits_per_dim"])
+    return found
+
+
+def _samples(s: Setup, count: int) -> Tensor:
+    """uint8 [N, C, H, W]: those that were given, or `count` new ones."""
+    if s.samples is not None:
+        return evaluate.read_samples(s.samples, s.found.preset.shape)
+    return evaluate.samples(
+        s.found, s.out, s.ranks, count, s.seed, s.sampler, s.steps, s.batch_size, progress=s.progress
+    )
+
+
+def _quality(s: Setup, wanted: Sequence[str]) -> dict[str, Any]:
+    made, network = _samples(s, s.n or 50_000), s.network()
+    if s.ranks.first and s.samples is None:
+        images.save(s.out / "samples.png", images.grid(made[:64].permute(0, 2, 3, 1).numpy()))
+    return evaluate.quality(wanted, made, s.images("train"), network, s.out, s.seed, s.ranks.device, s.progress)
+
+
+def _distance(found: dict[str, Any]) -> str:
+    return "frechet_distance" if "frechet_distance" in found else "fid"
+
+
+def _scores(found: dict[str, Any]) -> tuple[float | None, float | None]:
+    return found.get("inception_score"), found.get(_distance(found))
+
+
+def _table(s: Setup, name: str, header: Sequence[str], rows: Any, about: dict[str, Any] | None = None) -> None:
+    if s.ranks.first:
+        _csv(s.out / f"{name}.csv", header, rows)
+        _about(s, name, about or {})
+
+
+def _csv(path: Path, header: Sequence[str], rows: Any) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(header)
+    for row in rows:
+        writer.writerow(["" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in row])
+    atomic.write(path, text.getvalue())
+
+
+def _picture(s: Setup, name: str, tiles: Tensor, **about: Any) -> None:
+    """A grid of tiles uint8 [rows, columns, C, H, W]."""
+    if s.ranks.first:
+        flat = tiles.flatten(0, 1).permute(0, 2, 3, 1).numpy()
+        images.save(s.out / f"{name}.png", images.grid(flat, columns=tiles.shape[1]))
+        _about(s, name, about)
+
+
+def _about(s: Setup, name: str, more: dict[str, Any]) -> None:
+    about = {
+        "run": s.found.path.name, "step": s.found.step, "weights": s.found.weights, "sha256": s.found.sha256,
+        "precision": s.found.preset.precision, "data": s.found.preset.data, "split": s.split, "n": s.n,
+        "sampler": s.sampler, "steps": generate.calls(s.found.denoiser, s.sampler, s.steps), "seed": s.seed,
+        "version": ddpm.__version__, **more,
+    }  # fmt: skip
+    atomic.write(s.out / f"{name}.json", json.dumps(about, indent=1) + "\n")
+
+
+def _uint8(x: Tensor) -> Tensor:
+    return pixels.to_pixels(x).cpu()
