@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm.unet import UNet
+
 PREDICTIONS = ("eps", "x0", "mu", "v")
 
 
@@ -168,3 +170,31 @@ def correlated():
 def isotropic(s=0.5):
     """Two dimensions, [2, 1, 1], variance s^2: here the reverse chain has one variance a level, exactly."""
     return GaussianData(torch.tensor([0.3, -0.4]).double().view(2, 1, 1), s**2 * torch.eye(2).double())
+
+
+def normal(n, shape, seed=0):
+    """noise(t), float64 [n, *shape]: a draw for each level, the same whenever it is asked for."""
+    return lambda t: torch.randn(n, *shape, generator=torch.Generator().manual_seed(1000 * seed + t)).double()
+
+
+def z_score(x, mean, covariance):
+    """The largest |z| over the sample's means and covariances, were x [n, ...] drawn from N(mean, covariance)."""
+    x, n = x.flatten(1), len(x)
+    variance = covariance.diagonal()
+    z_mean = (x.mean(0) - mean) / (variance / n).sqrt()
+    z_covariance = (x.T.cov() - covariance) / ((covariance**2 + torch.outer(variance, variance)) / n).sqrt()
+    return max(z_mean.abs().max().item(), z_covariance.abs().max().item())
+
+
+def last(steps):
+    *_, step = steps
+    return step
+
+
+def randomised_unet():
+    """A small network away from its near-zero start."""
+    torch.manual_seed(0)
+    net = UNet(1, width=32, multipliers=(1, 2), blocks=1)
+    for p in net.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    return net

@@ -4,24 +4,27 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, train
+from PIL import Image
 
 import ddpm
-from ddpm.files import images
+from ddpm.files import datasets, images
 from ddpm.presets import PRESETS
 from ddpm.run.cli import main
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["paper", "--help"], ["--version"]])
 def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     """None of the heavy packages is imported for it, which is what makes it quick."""
     program = (
@@ -252,3 +255,78 @@ def test_every_kind_of_option_reaches_the_run(tmp_path: Path) -> None:
     assert (found.lr, found.multipliers, found.schedule) == (3e-3, (1, 1), "cosine")
     assert (found.size, found.clip) == ((8, 16), False)
     assert found.beta_T == PRESETS["digits"].beta_T
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two held-out digits, a mask of the right half, and one of another shape."""
+    held_out = datasets.load("digits", (8, 8), 1, split="test").batch([0, 1]).permute(0, 2, 3, 1).numpy()
+    for name, picture in zip("ab", held_out, strict=True):
+        images.save(tmp_path / f"{name}.png", picture)
+    mask = np.zeros((8, 8, 1), np.uint8)
+    mask[:, 4:] = 255
+    images.save(tmp_path / "mask.png", mask)
+    return tmp_path
+
+
+def test_interpolate(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At t = 0 the ends are the images and between them are their mixtures; higher, the same seed is the same."""
+    words = ["interpolate", str(trained), str(pictures / "a.png"), str(pictures / "b.png"), "-n", "3"]
+
+    def made(name: str, *more: str) -> Any:
+        assert main([*words, "--out", str(pictures / name), *more]) == 0
+        return np.load(pictures / name)["arr_0"]
+
+    a, b = (np.asarray(Image.open(pictures / f"{name}.png"))[..., None] for name in "ab")
+    plain = made("0.npz", "--t", "0")
+    assert (plain[0] == a).all()
+    assert (plain[2] == b).all()
+    assert np.abs(plain[1] - (a / 2 + b / 2)).max() <= 1
+    assert (made("1.npz", "--t", "15") == made("2.npz", "--t", "15")).all()
+    assert (made("1.npz", "--t", "15") != made("3.npz", "--t", "15", "--seed", "1")).any()
+    assert main([*words, "--out", str(pictures / "row.png")]) == 0
+    assert Image.open(pictures / "row.png").size == (3 * 34 + 2, 36)
+    assert main([*words, "--t", "21", "--out", str(pictures / "x.png")]) == 2
+    assert capsys.readouterr().err.endswith("ddpm: t 21: want 0 to 20\n")
+    assert not (pictures / "x.png").exists()
+
+
+def test_inpaint(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is kept is the image's own, to the bit; what is made depends on the seed."""
+    words = ["inpaint", str(trained), str(pictures / "a.png"), str(pictures / "mask.png"), "--resample", "2", "-n", "3"]
+    assert main([*words, "--out", str(pictures / "out.npz")]) == 0
+    found = np.load(pictures / "out.npz")["arr_0"]
+    a = np.asarray(Image.open(pictures / "a.png"))[..., None]
+    assert (found[:, :, :4] == a[:, :4]).all()
+    assert (found[0, :, 4:] != found[1, :, 4:]).any()
+    assert main([*words, "--out", str(pictures / "one.npz"), "-n", "1", "--seed", "2"]) == 0
+    apart = np.abs(np.load(pictures / "one.npz")["arr_0"][0].astype(int) - found[2])
+    assert apart.max() <= 1
+    assert main([*words, "--jump", "20", "--out", str(pictures / "x.png")]) == 2
+    assert "jump 20: want 1 to 19" in capsys.readouterr().err
+
+
+def test_calibrate_and_use_it(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured once, kept beside the weights; sample and evaluate take it; before, it is one line that says how."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    sample = ["sample", str(run), "-n", "2", "--variance", "calibrated", "--out", str(tmp_path / "a.npz")]
+    assert main(sample) == 2
+    assert "not calibrated; run `ddpm calibrate`" in capsys.readouterr().err
+    assert main(["calibrate", str(run), "-n", "8"]) == 0
+    assert main(sample) == 0
+    assert main([*sample[:-1], str(tmp_path / "b.npz"), "--variance", "fixed_large"]) == 0
+    assert (np.load(tmp_path / "a.npz")["arr_0"] != np.load(tmp_path / "b.npz")["arr_0"]).any()
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "-n", "2", "--variance", "calibrated", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["nll"]["by_variance"]["calibrated"] == pytest.approx(found["bits_per_dim"])
+    assert (run / "evaluate" / "00000030-ema" / "nll.csv").is_file()
+    assert main([*sample, "--steps", "5"]) == 2
+    assert "variance table belongs to its own levels" in capsys.readouterr().err
+
+
+def test_report(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"written: {run / 'report.html'}\n"
+    assert main(["report", str(tmp_path / "nothing")]) == 2

@@ -4,10 +4,21 @@ from itertools import pairwise
 
 import pytest
 import torch
-from exact import PREDICTIONS, FiniteData, correlated, isotropic, network, one_thread, with_variance  # noqa: F401
+from exact import (
+    PREDICTIONS,
+    FiniteData,
+    correlated,
+    isotropic,
+    last,
+    network,
+    normal,
+    one_thread,  # noqa: F401
+    randomised_unet,
+    with_variance,
+    z_score,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_samplers import last, normal, randomised_unet, z_score
 
 from ddpm import editing, samplers, schedule
 from ddpm.denoiser import Denoiser

@@ -288,7 +288,7 @@ def test_what_is_not_8_bit_has_no_bits_per_dimension(x0):
     """Images scaled to [0, 1], and any other floats, would give a number that means nothing."""
     denoiser, noise = Denoiser(lambda x, t, y: x, SHORT, "x0"), per_image(range(len(x0)), x0.shape[1:])
     for measure in (likelihood.vlb, lambda *given: next(likelihood.progressive_coding(*given))):
-        with pytest.raises(InputError, match="grey levels off the 256 .*want the signal of 8-bit pixels"):
+        with pytest.raises(InputError, match=r"grey levels off the 256 .*want the signal of 8-bit pixels"):
             measure(denoiser, x0, noise)
 
 

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from exact import PREDICTIONS, FiniteData, correlated, isotropic, network, one_thread, with_variance  # noqa: F401
+from exact import (
+    PREDICTIONS,
+    FiniteData,
+    correlated,
+    isotropic,
+    last,
+    network,
+    normal,
+    one_thread,  # noqa: F401
+    randomised_unet,
+    with_variance,
+    z_score,
+)
 from scipy.stats import chisquare
 
 from ddpm import gaussian, samplers, schedule
@@ -14,7 +26,6 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.gaussian import beta_tilde
 from ddpm.noise import per_image
-from ddpm.unet import UNet
 
 SHORT = schedule.linear(50, 2e-3, 0.4)
 LARGE = torch.cat([beta_tilde(SHORT)[:2], SHORT.beta[2:]])  # fixed_large's sigma_t^2
@@ -22,26 +33,7 @@ TABLES = {"fixed_large": LARGE, "fixed_small": beta_tilde(SHORT)}
 N = 10_000
 
 
-def normal(n, shape, seed=0):
-    """noise(t), float64 [n, *shape]: a draw for each level, the same whenever it is asked for."""
-    return lambda t: torch.randn(n, *shape, generator=torch.Generator().manual_seed(1000 * seed + t)).double()
-
-
-def z_score(x, mean, covariance):
-    """The largest |z| over the sample's means and covariances, were x [n, ...] drawn from N(mean, covariance)."""
-    x, n = x.flatten(1), len(x)
-    variance = covariance.diagonal()
-    z_mean = (x.mean(0) - mean) / (variance / n).sqrt()
-    z_covariance = (x.T.cov() - covariance) / ((covariance**2 + torch.outer(variance, variance)) / n).sqrt()
-    return max(z_mean.abs().max().item(), z_covariance.abs().max().item())
-
-
-def last(steps):
-    *_, step = steps
-    return step
-
-
-# Issue: for Gaussian data with its exact denoiser, the law of the samples is known.
+# For Gaussian data with its exact denoiser, the law of the samples is known.
 
 
 def ancestral_samples(data, predict, variance, change=lambda x: x):
@@ -253,15 +245,6 @@ def test_samples_of_finite_data_land_on_its_members(sampler):
     away, member = (x[:, None] - data.images).flatten(2).abs().amax(2).min(1)
     assert away.max() < 1e-6
     assert chisquare(np.bincount(member.numpy(), minlength=4)).pvalue > 1e-4
-
-
-def randomised_unet():
-    """A small network away from its near-zero start."""
-    torch.manual_seed(0)
-    net = UNet(1, width=32, multipliers=(1, 2), blocks=1)
-    for p in net.parameters():
-        p.data.add_(0.1 * torch.randn_like(p))
-    return net
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 5e-4)])
