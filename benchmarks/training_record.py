@@ -7,28 +7,12 @@ Reads what the run left on disk; nothing is measured again.
 
 import argparse
 import json
-import os
-import platform
-import re
 from dataclasses import fields
-from datetime import date
 from pathlib import Path
 
-import numpy
-import torch
+from machine import header
 
-import ddpm
 from ddpm.presets import PRESETS, from_json
-
-
-def hardware() -> str:
-    """Processor or accelerator, cores and memory in words."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text())[1] if cpuinfo.exists() else platform.processor()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    extra = ", AMX bf16" if torch.cpu.get_capabilities().get("amx_bf16") else ""
-    gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{model}, {os.cpu_count()} cores{extra}, {memory:.0f} GiB{gpu}"
 
 
 def main() -> None:
@@ -43,9 +27,7 @@ def main() -> None:
     lines = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss" in line]
     held_out = [line for line in lines if "held_out" in line]
-    print(f"- hardware: {hardware()}")
-    print(f"- versions: ddpm {ddpm.__version__}, torch {torch.__version__}, numpy {numpy.__version__}, ", end="")
-    print(f"Python {platform.python_version()}; commit {args.commit}; {date.today()}; one run")
+    print(header(args.commit, "one run"))
     base = PRESETS[args.preset]
     changed = {
         f.name: getattr(preset, f.name) for f in fields(preset) if getattr(preset, f.name) != getattr(base, f.name)

@@ -12,10 +12,15 @@ from ddpm.run import cli
 
 ROOT = Path(__file__).parents[1]
 SHORT = {
-    "train": "--steps 2 --width 32 --multipliers 1,1 --blocks 1 --batch-size 4 --size 8 --sample-count 2 "
+    "train": "--steps 2 --levels 50 --width 32 --multipliers 1,1 --blocks 1 --batch-size 4 --size 8 --sample-count 2 "
     "--sample-steps 2 --eval-images 4",
     "sample": "--steps 12",
     "evaluate": "-n 1",
+    "calibrate": "-n 1",
+    "paper": "-n 1",
+    "interpolate": "-n 3",
+    "inpaint": "--resample 2",
+    "report": "",
 }
 
 
@@ -31,6 +36,8 @@ def project(tmp_path_factory):
         patch.chdir(folder)
         pixels = ddpm.files.datasets.load("digits", (8, 8), 3).batch(range(20)).permute(0, 2, 3, 1).numpy()
         images.save_many("my-photos/", pixels, [str(i) for i in range(20)])
+        for i, name in enumerate(["a.png", "b.png", "mask.png"]):
+            images.save(name, pixels[i])
         for line in blocks("sh")[0].splitlines():
             if line.startswith("ddpm ") and "uoft-cs" not in line:  # that one needs a network
                 words = shlex.split(line, comments=True)[1:]
@@ -42,6 +49,15 @@ def test_commands_leave_what_they_say(project):
     assert (project / "digits.png").is_file()
     assert (project / "progressive.png").is_file()
     assert (project / "runs/mine/config.json").is_file()
+    assert (project / "between.png").is_file()
+    assert (project / "mended.png").is_file()
+    assert {p.name for p in (project / "runs/digits/paper").iterdir()} > {
+        "table4.csv",
+        "fig5.png",
+        "fig8.png",
+        "fig10.png",
+    }
+    assert "fig10.png" in (project / "runs/digits/report.html").read_text()
 
 
 def test_python_examples(project, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import PREDICTIONS, GaussianData, correlated, isotropic, network, with_variance
+from exact import PREDICTIONS, FiniteData, GaussianData, correlated, isotropic, network, with_variance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
@@ -271,6 +271,21 @@ def test_the_bound_is_of_each_image_alone():
     for name in ("prior", "kl", "decoder", "mse"):
         torch.testing.assert_close(getattr(whole, name)[1:2], getattr(alone, name), rtol=1e-10, atol=1e-14)
     assert whole.dims == 4
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_a_chain_that_is_the_posterior_costs_nothing(predict):
+    """A network that knows x_0, with beta~_t: p_theta is q(x_{t-1} | x_t, x_0), so every L_{t-1} is 0."""
+    x0 = pixels.to_signal(torch.tensor([[[[0, 30], [128, 255]]]], dtype=torch.uint8)).double()
+    knows = network(FiniteData(x0), SHORT, predict)
+    noise = per_image([0], (1, 2, 2))
+    bound = likelihood.vlb(Denoiser(knows, SHORT, predict, "fixed_small", clip=False), x0, noise)
+    assert bound.kl.abs().max() < 1e-12
+    assert bound.mse.max() < 1e-20
+    received = list(likelihood.progressive_coding(Denoiser(knows, SHORT, predict, "fixed_small"), x0, noise))
+    assert received[-2].nats.item() == pytest.approx(bound.prior.item(), abs=1e-12)  # until x_1 nothing but x_T is sent
+    large = likelihood.vlb(Denoiser(knows, SHORT, predict, "fixed_large", clip=False), x0, noise)
+    assert (large.kl > 1e-11).all()  # the smallest, at T, where beta_t and beta~_t are nearly one
 
 
 def test_one_level_is_a_bound_too():

@@ -113,7 +113,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
             linestyle="none" if points else "--" if paper else "-",
             linewidth=0.8 if faint else 1.5,
             alpha=0.35 if faint else 1.0,
-            marker="o" if points or (len(x) <= 25 and not paper) else "none",
+            marker="o" if points or len(x) <= 25 else "none",
             markersize=3,
         )  # fmt: skip
     if len(lines) > 5:  # beside the axes, where it hides nothing

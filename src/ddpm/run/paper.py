@@ -392,7 +392,7 @@ def _picture(s: Setup, name: str, tiles: Tensor, **about: Any) -> None:
 
 def _about(s: Setup, name: str, more: dict[str, Any]) -> None:
     about = {
-        "run": s.found.path.name, "step": s.found.step, "weights": s.found.weights, "sha256": s.found.sha256,
+        "run": s.found.home.name, "step": s.found.step, "weights": s.found.weights, "sha256": s.found.sha256,
         "precision": s.found.preset.precision, "data": s.found.preset.data, "split": s.split, "n": s.n,
         "sampler": s.sampler, "steps": generate.calls(s.found.denoiser, s.sampler, s.steps), "seed": s.seed,
         "version": ddpm.__version__, **more,
