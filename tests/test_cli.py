@@ -304,6 +304,27 @@ def test_inpaint(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[st
     assert apart.max() <= 1
     assert main([*words, "--jump", "20", "--out", str(pictures / "x.png")]) == 2
     assert "jump 20: want 1 to 19" in capsys.readouterr().err
+    assert main([*words, "--steps", "1", "--out", str(pictures / "y.npz")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (np.zeros((8, 8, 1)), "grey levels 0; want white, 255"),
+        (np.eye(8)[..., None], "grey levels 0, 1; want white, 255"),
+        (np.full((8, 8, 1), 128), "grey levels 128; want white"),
+        (np.full((4, 8, 1), 255), "8x4; want a mask of the image's size, 8x8"),
+    ],
+)
+def test_a_mask_that_says_nothing_is_refused(
+    trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str], mask: Any, reason: str
+) -> None:
+    """Black, in 0 and 1, grey, or of another size: they would leave the image as it is, or make what was to stay."""
+    images.save(pictures / "m.png", mask.astype(np.uint8))
+    words = [str(pictures / name) for name in ("a.png", "m.png")]
+    assert main(["inpaint", str(trained), *words, "--out", str(pictures / "x.png")]) == 2
+    assert reason in capsys.readouterr().err
+    assert not (pictures / "x.png").exists()
 
 
 def test_calibrate_and_use_it(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,3 +351,43 @@ def test_report(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"written: {run / 'report.html'}\n"
     assert main(["report", str(tmp_path / "nothing")]) == 2
+
+
+def test_measurements_do_not_mix(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each has a file that says what it is of; another measurement leaves it as it is."""
+    out = tmp_path / "out"
+    words = ["evaluate", str(trained), "-n", "2", "--out", str(out), "--json"]
+    assert main([*words, "--variance", "fixed_small"]) == 0
+    first = (out / "nll.json").read_text()
+    assert main([*words, "--metrics", "nll", "ode", "--levels", "5", "--split", "train", "--ode-steps", "5"]) == 0
+    assert (out / "nll.json").read_text() == first
+    found = {name: json.loads((out / f"{name}.json").read_text()) for name in ("nll", "nll_sampled", "ode")}
+    assert [values["variance"] for values in found.values()] == ["fixed_small", "fixed_large", "fixed_large"]
+    assert [values["split"] for values in found.values()] == ["test", "train", "train"]
+    assert found["nll"]["fingerprint"] != found["ode"]["fingerprint"]
+
+
+def test_a_lone_file_has_a_folder_of_its_own(trained: Path, tmp_path: Path) -> None:
+    """Results of two weights files side by side do not overwrite each other."""
+    for name in ("a", "b"):
+        shutil.copy(trained / "checkpoints" / "00000030" / "ema.safetensors", tmp_path / f"{name}.safetensors")
+        assert main(["evaluate", str(tmp_path / f"{name}.safetensors"), "-n", "2"]) == 0
+        assert (tmp_path / name / "evaluate" / "00000030-ema" / "nll.json").is_file()
+
+
+def test_a_folder_of_ones_own_is_measured_as_it_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a test split training holds some images out: evaluate's `test` are these, and `train` is the rest."""
+    digits = datasets.load("digits", (8, 8), 1).batch(range(40)).permute(0, 2, 3, 1).numpy()
+    images.save_many(tmp_path / "own/", digits, [str(i) for i in range(40)])
+    run = tmp_path / "run"
+    data = ["--data", str(tmp_path / "own"), "--channels", "1"]
+    assert train(run, *data, "--steps", 2) == 0
+    capsys.readouterr()
+    held_out, rest = [], []
+    for split, found in (("test", held_out), ("train", rest)):
+        assert main(["evaluate", str(run), "--split", split, "--json", "--out", str(tmp_path / split)]) == 0
+        found.append(json.loads(capsys.readouterr().out)["nll"])
+    assert (held_out[0]["count"], rest[0]["count"]) == (2, 38)
+    assert held_out[0]["split"] == "held out of train"
+    state = json.loads((run / "checkpoints" / "00000002" / "state.json").read_text())
+    assert rest[0]["fingerprint"] == state["data"]

@@ -121,7 +121,7 @@ def test_images_that_share_x_t_have_the_exact_posterior(t):
     table = data.variances(SHORT)
     xt = torch.tensor([0.7, -0.2]).double().view(2, 1, 1)
     abar = SHORT.alpha_bar[t].view(1, 1, 1, 1)
-    x = last(editing.shared(exact(data, SHORT, variance=table), xt, t, normal(N, (2, 1, 1)))).x
+    x = last(editing.share_latent(exact(data, SHORT, variance=table), xt, t, normal(N, (2, 1, 1)))).x
     x = x + table[1].sqrt() * normal(N, (2, 1, 1))(0)  # p(x_0 | x_1), where the sampler has z = 0
     covariance = data.x0_covariance(abar[0, 0, 0, 0])
     assert z_score(x, data.denoise(xt[None], abar).flatten(), covariance) < 4.5
@@ -133,14 +133,14 @@ def test_images_that_share_x_t_have_the_exact_posterior(t):
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_images_that_share_x_t_have_the_chains_law(predict):
     xt = mixed(SHORT, 0.5, 20)
-    x = last(editing.shared(exact(DATA, SHORT, predict), xt, 20, normal(N, (1, 2, 2)))).x
+    x = last(editing.share_latent(exact(DATA, SHORT, predict), xt, 20, normal(N, (1, 2, 2)))).x
     assert z_score(x, *decoded(DATA, SHORT, xt, 20, beta_tilde(SHORT))) < 4.5
 
 
 def test_images_that_share_x_t_share_nothing_else():
     """Given x_t, images of neighbouring seeds are independent: no correlation beyond 4.5 standard errors."""
     xt = mixed(TINY, 0.5, 8).float()
-    x = last(editing.shared(exact(DATA, TINY), xt, 8, per_image(range(4000), (1, 2, 2)))).x.flatten(1).double()
+    x = last(editing.share_latent(exact(DATA, TINY), xt, 8, per_image(range(4000), (1, 2, 2)))).x.flatten(1).double()
     z = (x - x.mean(0)) / x.std(0)
     assert (z[0::2].T @ z[1::2]).abs().max() / 2000**0.5 < 4.5
     assert (z.T @ z - 4000 * torch.eye(4)).abs().max() / 4000**0.5 > 4.5  # the test's test: pixels are correlated
@@ -333,7 +333,7 @@ def test_an_image_depends_only_on_its_own_seed(what):
         if what == "interpolate":
             steps = editing.interpolate(denoiser, *pictures[:2], weights[rows], 25, *pictures[2:4], noise, steps=5)
         elif what == "shared":
-            steps = editing.shared(denoiser, pictures[0], 25, noise, steps=5)
+            steps = editing.share_latent(denoiser, pictures[0], 25, noise, steps=5)
         else:
             steps = editing.inpaint(denoiser, pictures[rows], masks[rows], noise, 6, jump=2, resample=2)
         return last(steps).x
@@ -361,7 +361,7 @@ def test_labels_reach_the_network():
 
     denoiser, y, noise = Denoiser(spy, TINY, "x0"), torch.tensor([3, 4]), normal(2, (1, 2, 2))
     between(denoiser, [0.0, 1.0], 5, noise, y=y)
-    last(editing.shared(denoiser, A_END, 5, noise, y=y))
+    last(editing.share_latent(denoiser, A_END, 5, noise, y=y))
     last(editing.inpaint(denoiser, KNOWN.expand(2, 1, 2, 2), MASKS[0], noise, resample=1, y=y))
     assert len(told) == 5 + 5 + 12
     assert all(y is seen for seen in told)
@@ -376,7 +376,7 @@ def test_a_level_that_is_none_is_refused(t):
     with pytest.raises(InputError, match=f"t {t}: want 0 to 50"):
         between(exact(DATA, SHORT), [0.0, 1.0], t, noise)
     with pytest.raises(InputError, match=f"t {t}: want 0 to 50"):
-        last(editing.shared(exact(DATA, SHORT), A_END, t, noise))
+        last(editing.share_latent(exact(DATA, SHORT), A_END, t, noise))
 
 
 def test_wrong_shapes_are_refused():
@@ -384,7 +384,7 @@ def test_wrong_shapes_are_refused():
     with pytest.raises(InputError, match=r"\[1, 2, 2\], \[1, 2, 3\].* want \[C, H, W\] four times, and \[K\]"):
         last(editing.interpolate(denoiser, A_END, torch.zeros(1, 2, 3), torch.zeros(2), 5, *EPS, noise))
     with pytest.raises(InputError, match=r"xt of shape \[2, 1, 2, 2\]: want \[1, 2, 2\]"):
-        last(editing.shared(denoiser, EPS, 5, noise))
+        last(editing.share_latent(denoiser, EPS, 5, noise))
     with pytest.raises(InputError, match=r"mask of shape \[3, 1, 2, 2\]: want one that broadcasts to \[2, 1, 2, 2\]"):
         last(editing.inpaint(denoiser, EPS, torch.ones(3, 1, 2, 2), noise))
     with pytest.raises(InputError, match="mask: want 1 where the image is to be made and 0"):

@@ -47,7 +47,7 @@ def test_other_variances_follow_from_mse(predict, clip):
     table = likelihood.calibrated_variance(SCHEDULE, bound.mse.mean(0))
     for variance in ("fixed_small", "fixed_large", table):
         other = replace(first, variance=variance)
-        found, whole = likelihood.with_variance(bound, other, x0, noise), likelihood.vlb(other, x0, noise)
+        found, whole = likelihood.vlb_with_variance(bound, other, x0, noise), likelihood.vlb(other, x0, noise)
         assert torch.allclose(found.kl, whole.kl, rtol=1e-9)
         assert torch.allclose(found.decoder, whole.decoder, rtol=1e-9)
 
@@ -56,7 +56,7 @@ def test_other_variances_are_refused_where_they_do_not_follow():
     x0, noise = pixels_of(1), per_image([0], SHAPE)
     mu = Denoiser(wrong_network, SCHEDULE, "mu")
     with pytest.raises(ValueError, match="mse"):
-        likelihood.with_variance(likelihood.vlb(mu, x0, noise), mu, x0, noise)
+        likelihood.vlb_with_variance(likelihood.vlb(mu, x0, noise), mu, x0, noise)
 
 
 def test_the_calibrated_variance_is_the_best_scalar():
@@ -68,7 +68,7 @@ def test_the_calibrated_variance_is_the_best_scalar():
 
     def terms(factor):
         scaled = replace(denoiser, variance=table * factor)
-        return likelihood.with_variance(bound, scaled, x0, noise).kl.mean(0)
+        return likelihood.vlb_with_variance(bound, scaled, x0, noise).kl.mean(0)
 
     best = terms(1.0)
     for factor in (0.9, 0.99, 1.01, 1.1):
@@ -98,7 +98,7 @@ def held_out():
 
 
 def nll(checkpoint, images, out, **settings):
-    return evaluate.nll(checkpoint, images, out, ALONE, progress=False, **{"count": 12, **settings})
+    return evaluate.nll(checkpoint, images, out, out, ALONE, progress=False, **{"count": 12, **settings})
 
 
 def test_batches_change_nothing_and_the_parts_are_kept(checkpoint, held_out, tmp_path, monkeypatch):
@@ -153,7 +153,8 @@ def test_the_table_adds_up(checkpoint, held_out, tmp_path):
     assert [int(row["t"]) for row in rows] == list(range(20, 0, -1))
     terms = sum(float(row["term_bits_per_dim"]) for row in rows)
     assert terms + found["prior"] == pytest.approx(found["bits_per_dim"], rel=1e-6)
-    assert float(rows[-1]["sum_from_T_bits_per_dim"]) == pytest.approx(found["bits_per_dim"], rel=1e-6)
+    assert float(rows[0]["rate_bits_per_dim"]) == pytest.approx(found["prior"], rel=1e-6)
+    assert float(rows[-1]["rate_bits_per_dim"]) == pytest.approx(found["rate"], rel=1e-6)
     with Image.open(tmp_path / "nll.png") as plot:
         assert plot.width > 400
 
@@ -259,7 +260,7 @@ def test_samples_are_kept(checkpoint, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(evaluate, "generate", lambda *a, **k: (calls.append(a[2]), generate.generate(*a, **k))[1])
     assert torch.equal(evaluate.samples(checkpoint, tmp_path, ALONE, 7, 3, "ddim", 5, 3, progress=False), whole)
-    assert calls == [[6, 7, 8]]
+    assert calls == [range(6, 9)]
     assert not torch.equal(evaluate.samples(checkpoint, tmp_path, ALONE, 7, 4, "ddim", 5, 3, progress=False), whole)
 
 

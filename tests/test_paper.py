@@ -55,7 +55,8 @@ def test_each_says_what_it_is_of(made):
         about = json.loads((made / "paper" / f"{name}.json").read_text())
         assert about["sha256"] == open_checkpoint(made).sha256
         assert about["step"] == 30
-        assert about["data"] == "digits"
+        assert about["variance"] == "fixed_large"
+        assert all(set(data) == {"name", "images", "fingerprint"} for data in about["data"].values())
         assert about["n"] == 4
 
 
@@ -67,7 +68,7 @@ def test_table_1_is_what_evaluate_says_beside_the_papers_rows(made, capsys):
     assert float(ours["frechet_distance"]) > 0
     assert float(ours["IS"]) >= 1
     row = next(row for row in paper_rows if row["model"] == "DDPM, L_simple")
-    assert (row["IS"], row["frechet_distance"], row["NLL_test"]) == ("9.46", "3.17", "3.75")
+    assert (row["IS"], row["IS_std"], row["frechet_distance"], row["NLL_test"]) == ("9.46", "0.11", "3.17", "3.75")
 
 
 def test_table_4_is_the_bound_read_off_at_ten_steps(made):
@@ -76,7 +77,7 @@ def test_table_4_is_the_bound_read_off_at_ten_steps(made):
     assert [int(r["reverse_step"]) for r in rows] == list(range(20, 0, -2))
     with (made / "paper" / "nll-test" / "nll.csv").open() as file:
         levels = {int(r["t"]): r for r in csv.DictReader(file)}
-    assert float(rows[0]["rate_bits_per_dim"]) == pytest.approx(float(levels[2]["sum_from_T_bits_per_dim"]), rel=1e-5)
+    assert float(rows[0]["rate_bits_per_dim"]) == pytest.approx(float(levels[1]["rate_bits_per_dim"]), rel=1e-5)
     assert float(rows[0]["rmse_grey_levels"]) == pytest.approx(float(levels[1]["rmse_grey_levels"]), rel=1e-5)
     rates = [float(r["rate_bits_per_dim"]) for r in rows]
     assert rates == sorted(rates, reverse=True)
@@ -170,6 +171,7 @@ def test_planted_copies_are_the_duplicates(trained, tmp_path, capsys):
     assert (first[2]["training_image"], float(first[2]["distance"])) == ("1200", 3)
     assert json.loads((tmp_path / "o" / "neighbours.json").read_text())["pixels"]["duplicates"] == [1, 2]
     assert {r["duplicate"] for r in rows if r["space"] == "pixels" and r["sample"] == "0"} == {"False"}
+    assert json.loads((tmp_path / "o" / "neighbours.json").read_text())["samples"] == "s.npz"
     assert (tmp_path / "o" / "neighbours_features.png").is_file()
 
 
@@ -188,7 +190,7 @@ def test_table_2_trains_six_runs_and_goes_on_with_them(tmp_path, trained, capsys
     ]  # fmt: skip
     assert {r["state"] for r in rows} == {"finished"}
     assert [r["paper_FID"] for r in rows] == ["23.69", "13.22", "unstable", "unstable", "13.51", "3.17"]
-    assert all(float(r["NLL_test"]) > 0 for r in rows)
+    assert all(float(r["NLL"]) > 0 for r in rows)
     assert rows[-1]["step"] == "3"
     before = {p: p.stat().st_mtime_ns for p in (base / "paper" / "table2").rglob("*.safetensors")}
     assert cli.main(words) == 0
@@ -205,13 +207,22 @@ def test_table_2_trains_six_runs_and_goes_on_with_them(tmp_path, trained, capsys
         (["fig6", "--run", "digits"], "a preset, which only table2 takes"),
         (["fig8", "--run", "{run}", "-n", "500"], "want at least 1000"),
         (["table1", "--run", "{run}", "--features", "none.py:f"], "none.py"),
+        (["neighbours", "--run", "{run}", "--features", "none.py:f", "-n", "2"], "none.py"),
+        (["neighbours", "--run", "{run}", "--split", "train", "-n", "2", "--sampler", "ddim"], "want held-out ones"),
+        ([], "NAME"),
+        (["fig6", "--run", "{run}", "--sampler", "foo"], "foo"),
+        (["fig6", "--run", "{run}", "--out", "afile"], "afile"),
+        (["table2", "--run", "{run}", "--samples", "s.npz"], "not for table2"),
+        (["table2", "--run", "{run}", "--features", "dumb.py:f"], "no class probabilities"),
         (["table2", "--run", "{run}", "--features", "none.py:f"], "none.py"),
     ],
 )
 def test_mistakes(trained, tmp_path, capsys, monkeypatch, words, reason):
     monkeypatch.chdir(tmp_path)
+    Path("afile").write_text("")
+    Path("dumb.py").write_text("def f(x):\n    return x.reshape(len(x), -1)\n")
     words = [w.replace("{run}", str(trained)) for w in words]
-    assert cli.main(["paper", *words, *(["--out", "out"])]) == 2
+    assert cli.main(["paper", *(["--out", "out"]), *words]) == 2
     error = capsys.readouterr().err
     assert reason in error
     assert error.count("\n") == 1

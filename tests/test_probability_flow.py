@@ -209,7 +209,7 @@ def test_the_dequantised_bound(spread):
     nodes, weights = np.polynomial.legendre.leggauss(3)  # of u in [0, 1), exact: log p is a quadratic
     x0 = torch.from_numpy(centres).repeat_interleave(3).view(-1, 1, 1, 1)
     u = torch.from_numpy((nodes + 1) / 2).repeat(len(centres)).view(-1, 1, 1, 1)
-    bound = likelihood.flow_bound(Denoiser(network(data, s, "eps"), s), x0, u, torch.ones_like(x0))
+    bound = likelihood.ode_bound(Denoiser(network(data, s, "eps"), s), x0, u, torch.ones_like(x0))
     bound = (bound.view(-1, 3) * torch.from_numpy(weights / 2)).sum(1).numpy()
 
     jensen = (pixels.BIN**2 / 12) * ((centres - mu) / wide**2) ** 2 / 2  # BIN^2/12 (d log p/dx)^2/2, to leading order
@@ -225,7 +225,7 @@ def test_a_pixel_known_for_sure_costs_what_the_docstring_says():
     s = schedule.linear()
     data = FiniteData(torch.full((1, 1, 1, 1), 1 / 255, dtype=float64))
     x0, u = data.images.expand(64, 1, 1, 1), (torch.arange(64).view(-1, 1, 1, 1) + 0.5) / 64
-    nats = likelihood.flow_bound(Denoiser(network(data, s, "eps"), s), x0, u, torch.ones(64, 1, 1, 1), 50)
+    nats = likelihood.ode_bound(Denoiser(network(data, s, "eps"), s), x0, u, torch.ones(64, 1, 1, 1), 50)
     sigma = (1 / s.alpha_bar[1] - 1).sqrt().item()
     assert sigma / pixels.BIN == pytest.approx(1.3, abs=0.05)
     assert nats.mean().item() / math.log(2) == pytest.approx(1.71, abs=0.01)
@@ -248,7 +248,7 @@ def test_the_flow_with_the_decoder(spread):
     nodes, weights = np.polynomial.hermite_e.hermegauss(8)
     x0 = torch.from_numpy(centres).repeat_interleave(8).view(-1, 1, 1, 1)
     eps = torch.from_numpy(nodes).repeat(2).view(-1, 1, 1, 1)
-    bound = likelihood.flow_decoder_bound(denoiser, x0, eps, torch.ones_like(x0)).view(2, 8).numpy()
+    bound = likelihood.ode_decoder_bound(denoiser, x0, eps, torch.ones_like(x0)).view(2, 8).numpy()
     bound = bound @ (weights / weights.sum())
 
     x1 = np.linspace(mu - 12 * math.hypot(spread, 0.01), mu + 12 * math.hypot(spread, 0.01), 20001)
@@ -262,7 +262,7 @@ def test_the_flow_with_the_decoder(spread):
         assert -2e-3 < value - true < 0.05
     u = torch.full_like(x0, 0.5)
     if spread == 0.002:
-        assert likelihood.flow_bound(denoiser, x0, u, torch.ones_like(x0))[0] > bound[0] + 0.5
+        assert likelihood.ode_bound(denoiser, x0, u, torch.ones_like(x0))[0] > bound[0] + 0.5
 
 
 # (e) Networks, and what is refused.
@@ -280,13 +280,13 @@ def test_a_float32_network_whatever_the_batch():
         per_image([0, 1, 2], (1, 8, 8))(1).sign(),
     )
     u = torch.rand(3, 1, 8, 8, generator=g)
-    together = likelihood.flow_bound(denoiser, x0, u, probe, steps=6)
+    together = likelihood.ode_bound(denoiser, x0, u, probe, steps=6)
     assert together.dtype == float64
     assert together.isfinite().all()
     assert all(p.grad is None for p in net.parameters())
-    alone = [likelihood.flow_bound(denoiser, x0[i : i + 1], u[i : i + 1], probe[i : i + 1], steps=6) for i in range(3)]
+    alone = [likelihood.ode_bound(denoiser, x0[i : i + 1], u[i : i + 1], probe[i : i + 1], steps=6) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=0)
-    again = likelihood.flow_bound(denoiser, x0, u, -probe, steps=6)  # even in the probe
+    again = likelihood.ode_bound(denoiser, x0, u, -probe, steps=6)  # even in the probe
     torch.testing.assert_close(together, again, rtol=1e-5, atol=0)
 
 

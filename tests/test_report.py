@@ -72,7 +72,7 @@ def files(run):
 def nll(T=20):
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["t", "term_bits_per_dim", "sum_from_T_bits_per_dim", "rmse_grey_levels"])
+    writer.writerow(["t", "term_bits_per_dim", "rate_bits_per_dim", "rmse_grey_levels"])
     writer.writerows([t, 1 / t, 0.01 + sum(1 / s for s in range(t, T + 1)), 3 * t] for t in range(T, 0, -1))
     return text.getvalue()
 
@@ -89,8 +89,8 @@ def furnish(trained, folder):
         "bits_per_dim": 3.7512345678,
     }
     about |= {"nll": {"by_variance": {"fixed_small": None}, EVIL: [1, 2.5, {"data": "/home/alice/a.npz"}]}}
-    put(run / "evaluate/00000020-ema/evaluate.json", json.dumps(about))
-    put(run / "evaluate/00000030-ema/evaluate.json", json.dumps(about))
+    put(run / "evaluate/00000020-ema/nll.json", json.dumps(about))
+    put(run / "evaluate/00000030-ema/nll.json", json.dumps(about))
     put(run / "evaluate/00000030-ema/nll.csv", nll())
     put(run / "paper/table1.csv", f'model,FID\n"{EVIL.replace(chr(34), chr(34) * 2)}",3.17\n')
     put(run / "paper/fig5.csv", "a,b\n" + "1,2\n" * 100)
@@ -141,7 +141,7 @@ def test_all_that_the_run_left_is_shown(page, trained):
     assert {"my <run> & co", "30", "steps", "Settings", "Training", "Samples", "Evaluation", "learning rate"} <= shown
     assert {"Training loss", "Held-out loss", "Held-out loss by level", "Gradient norm", "Speed", "t/T 0.9–1"} <= shown
     assert {"batch_size", "8", "linear", "width"} <= shown
-    assert {"00000020-ema", "00000030-ema", "3.75123", "nll.by_variance.fixed_small"} <= shown
+    assert {"00000020-ema/nll.json", "00000030-ema/nll.csv", "3.75123", "nll.by_variance.fixed_small"} <= shown
     assert {"table1.csv", "fig 6 <&>.png", "30/notes.md", "plain", "101 rows"} <= shown
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -193,7 +193,7 @@ def test_what_is_damaged_is_named_and_the_rest_is_shown(run):
     put(run / "samples/00000020.png", png(20))
     put(newest, newest.read_bytes()[:200])
     put(run / "config.json", '{"data": ')
-    put(run / "evaluate/00000020-ema/evaluate.json", "[1, 2]")
+    put(run / "evaluate/00000020-ema/nll.json", "[1, 2]")
     put(run / "evaluate/00000020-ema/nll.csv", "t,term_bits_per_dim\n1\n")
     put(run / "evaluate/00000030-ema/nll.csv", nll().replace("0.05", "x"))
     put(run / "paper/table1.csv", b"a,b\n\xff\xfe,1\n")
@@ -203,7 +203,7 @@ def test_what_is_damaged_is_named_and_the_rest_is_shown(run):
     page = Page(report(run))
     assert [text.split(" is left out: ")[0] for text in page.left_out()] == [
         "config.json", "samples/00000030.png",
-        "evaluate/00000020-ema/evaluate.json", "evaluate/00000020-ema/nll.csv", "evaluate/00000030-ema/nll.csv",
+        "evaluate/00000020-ema/nll.json", "evaluate/00000020-ema/nll.csv", "evaluate/00000030-ema/nll.csv",
         "paper/empty.csv", "paper/fig 6 <&>.png", "paper/table1.csv", "paper/table3.csv",
     ]  # fmt: skip
     assert page.pictures() == [png(10), png(20)]

@@ -1,10 +1,10 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the whole paper, on PyTorch.
 
-mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, samplers, metrics,
-              unet, inception
+mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, samplers, editing,
+              metrics, unet, inception
 settings      presets: Preset, PRESETS, build
 files         load: a run folder or a checkpoint file -> Denoiser
-programs      run.train, run.generate, run.evaluate, run.cli
+programs      run.train, run.generate, run.evaluate, run.paper, run.report, run.cli
 
 Modules load when they are first used, so that `ddpm --help` does not wait for torch.
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddpm import denoiser as denoiser
+    from ddpm import editing as editing
     from ddpm import gaussian as gaussian
     from ddpm import likelihood as likelihood
     from ddpm import losses as losses
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "samplers", "metrics", "unet",
-    "presets",
+    "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "samplers", "editing", "metrics",
+    "unet", "presets",
 }  # fmt: skip
 _NAMES = {
     "Schedule": "schedule",

@@ -66,7 +66,7 @@ def interpolate(
     yield from _decode(denoiser, (1 - w) * ends[0] + w * ends[1], t, noise, steps, y)
 
 
-def shared(
+def share_latent(
     denoiser: Denoiser, xt: Tensor, t: int, noise: Noise, steps: int | None = None, y: Tensor | None = None
 ) -> Iterator[Step]:
     """Figure 7: images that share x_t, B draws of x_0 ~ p_theta(x_0 | x_t).
@@ -83,7 +83,7 @@ def shared(
     >>> one, four = per_image([0], (1, 8, 8)), per_image([1, 2, 3, 4], (1, 8, 8))
     >>> chain = {step.t: step.x[0] for step in samplers.ancestral(grey, one(1000), one, steps=20)}
     >>> for t in (750, 500, 250):
-    ...     *_, last = shared(grey, chain[t], t, four, steps=5)
+    ...     *_, last = share_latent(grey, chain[t], t, four, steps=5)
     >>> last.x.shape
     torch.Size([4, 1, 8, 8])
     """

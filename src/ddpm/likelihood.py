@@ -159,7 +159,8 @@ def calibrated_variance(schedule: Schedule, mse: Tensor) -> Tensor:
     """sigma_t^2 = beta~_t + c_0^2 mse_t: the scalar variance of the least bound (Bao et al. 2022), float64 [T+1].
 
     mse [T] is the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, measured on training images; c_0 is what multiplies
-    x_0 in mu~_t (Eq. 7). At t = 1 the posterior's own variance is Eq. 7's 0, so sigma_1^2 = mse_1.
+    x_0 in mu~_t (Eq. 7). At t = 1 the posterior's own variance is Eq. 7's 0, so sigma_1^2 = mse_1, the best for a
+    density; for Eq. 13's bins a little less would be best where the error is under a grey level.
 
     >>> from ddpm import schedule
     >>> s = schedule.linear()
@@ -174,7 +175,7 @@ def calibrated_variance(schedule: Schedule, mse: Tensor) -> Tensor:
     return variance
 
 
-def with_variance(bound: Bound, denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -> Bound:
+def vlb_with_variance(bound: Bound, denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -> Bound:
     """The bound that `vlb` would give with this denoiser's variance, from one that it gave with another.
 
     Every term but L_0 follows from mse: with r = beta~_t / sigma_t^2,
@@ -187,7 +188,7 @@ def with_variance(bound: Bound, denoiser: Denoiser, x0: Tensor, noise: Noise, y:
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(10, 1e-3, 0.8), predict="x0")
     >>> small, x0 = replace(grey, variance="fixed_small"), torch.full((2, 1, 4, 4), 1 / 255)
     >>> noise = per_image([0, 1], (1, 4, 4))
-    >>> a, b = with_variance(vlb(grey, x0, noise), small, x0, noise), vlb(small, x0, noise)
+    >>> a, b = vlb_with_variance(vlb(grey, x0, noise), small, x0, noise), vlb(small, x0, noise)
     >>> bool((a.bits_per_dim() - b.bits_per_dim()).abs().max() < 1e-12)
     True
     """
@@ -212,7 +213,7 @@ def sampled_terms(denoiser: Denoiser, x0: Tensor, t: Tensor, noise: Tensor, y: T
     unbiased for L - L_T (Eq. 5). One network call of B K images.
     """
     B, K = t.shape
-    many = x0.double().repeat_interleave(K, dim=0)
+    many = _eight_bit(x0).repeat_interleave(K, dim=0)
     xt = q_sample(denoiser.schedule, many, t.flatten(), noise.flatten(0, 1).to(many))
     labels = None if y is None else y.repeat_interleave(K)
     return term(denoiser, many, xt, t.flatten(), labels)[0].view(B, K)
@@ -286,7 +287,7 @@ def probability_flow(
     return total(0.5 * x.square() + 0.5 * math.log(2 * math.pi)) - log_det
 
 
-def flow_bound(
+def ode_bound(
     denoiser: Denoiser, x0: Tensor, u: Tensor, probe: Tensor, steps: int | None = None, y: Tensor | None = None
 ) -> Tensor:
     """-log P(x_0) of 8-bit pixels under the probability flow, bounded from above, nats per image float64 [B].
@@ -301,25 +302,26 @@ def flow_bound(
     >>> from ddpm import schedule
     >>> normal = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="v")
     >>> x0, u = torch.full((1, 1, 4, 4), 1 / 255), torch.full((1, 1, 4, 4), 0.5)  # the bin 0 .. 2/255 of N(0, I)
-    >>> round(bits_per_dim(flow_bound(normal, x0, u, torch.ones(1, 1, 4, 4), steps=10), 16).item(), 2)
+    >>> round(bits_per_dim(ode_bound(normal, x0, u, torch.ones(1, 1, 4, 4), steps=10), 16).item(), 2)
     8.32
     """
-    nats = probability_flow(denoiser, x0.double() + (u.double() - 0.5) * pixels.BIN, probe, steps, y)
+    x0 = _eight_bit(x0)
+    nats = probability_flow(denoiser, x0 + (u.double() - 0.5) * pixels.BIN, probe, steps, y)
     return nats - x0[0].numel() * math.log(pixels.BIN)
 
 
-def flow_decoder_bound(
+def ode_decoder_bound(
     denoiser: Denoiser, x0: Tensor, eps: Tensor, probe: Tensor, steps: int | None = None, y: Tensor | None = None
 ) -> Tensor:
     """The same for the flow down to x_1 and then Eq. 13's decoder, nats per image float64 [B]: no loss at sharp pixels.
 
     -log P(x_0) <= E_q[log q(x_1|x_0) - log p(x_1) - log p_theta(x_0|x_1)]; this is the right side for one eps, standard
-    normal of x0's shape, with the first term's mean. The rest is as in `flow_bound`.
+    normal of x0's shape, with the first term's mean. The rest is as in `ode_bound`.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")  # x_0 = 0, surely
     >>> x0, zero = torch.full((1, 1, 4, 4), 1 / 255), torch.zeros(1, 1, 4, 4)
-    >>> sharp = flow_decoder_bound(grey, x0, zero, zero + 1), flow_bound(grey, x0, zero + 0.5, zero + 1)
+    >>> sharp = ode_decoder_bound(grey, x0, zero, zero + 1), ode_bound(grey, x0, zero + 0.5, zero + 1)
     >>> bool(sharp[0] < sharp[1])
     True
     """

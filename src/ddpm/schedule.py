@@ -59,7 +59,8 @@ class Schedule:
         if not 1 <= start <= self.T:
             raise InputError(f"start {start}: want a noise level, 1 to {self.T}")
         if not 1 <= steps <= start:
-            raise InputError(f"steps {steps}: want 1 to {start}, the number of noise levels")
+            what = "the number of noise levels" if start == self.T else "the levels up to the one it starts at"
+            raise InputError(f"steps {steps}: want 1 to {start}, {what}")
         return [start - (start * i + steps // 2) // steps for i in range(steps - 1, -1, -1)]
 
     def respace(self, levels: Sequence[int]) -> "Schedule":

@@ -68,11 +68,7 @@ def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[s
                 "weights": stem,
                 "version": ddpm.__version__,
             }
-            try:
-                save_file({k: v.detach().contiguous() for k, v in values.items()}, path, metadata)
-            except SafetensorError as error:  # how safetensors says that the disk is full
-                raise OSError(str(error)) from error
-            atomic.sync(path)
+            save_tensors(path, values, metadata)
             hashes[path.name] = file_sha256(path)
         sealed = {**state, "files": hashes, "version": ddpm.__version__}
         atomic.write(temporary / "state.json", json.dumps({**sealed, "seal": _seal(sealed)}, indent=1))
@@ -85,6 +81,15 @@ def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[s
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all; raises OSError where the disk is full."""
+    with atomic.whole(path) as part:
+        try:
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, dict(metadata or {}))
+        except SafetensorError as error:  # how safetensors says that the disk is full
+            raise OSError(str(error)) from error
 
 
 def damage(folder: Path) -> str | None:
@@ -171,15 +176,26 @@ class Checkpoint:
 
     @property
     def home(self) -> Path:
-        """The run's folder; of a file that lies elsewhere, the folder that it is in."""
-        checkpoints = self.path.absolute().parents[1]
+        """Where results go: the run's folder; for a file that lies elsewhere, a folder of its name beside it."""
+        path = self.path.absolute()
+        checkpoints = path.parents[1]
         inside = checkpoints.name == "checkpoints" and (checkpoints.parent / "config.json").is_file()
-        return checkpoints.parent if inside else self.path.absolute().parent
+        return checkpoints.parent if inside else path.with_suffix("")
 
     @functools.cached_property
     def sha256(self) -> str:
         """The SHA-256 of the weights file."""
         return file_sha256(self.path)
+
+    def about(self) -> dict[str, Any]:
+        """What results of this model are of, as plain JSON values."""
+        variance = self.denoiser.variance
+        return {
+            "run": self.home.name, "step": self.step, "weights": self.weights, "sha256": self.sha256,
+            "variance": variance if isinstance(variance, str) else "calibrated",
+            "network_precision": self.preset.precision,
+            "version": ddpm.__version__,
+        }  # fmt: skip
 
 
 def _calibration_file(weights: Path) -> Path:
@@ -206,7 +222,7 @@ def read_calibration(found: Checkpoint) -> Tensor | None:
         weights = values["weights"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
         raise InputError(f"{file}: damaged ({error}); {again}") from error
     if weights != found.sha256:
         raise InputError(f"{file}: of other weights than {found.path.name}; {again}")
@@ -225,6 +241,8 @@ def with_variance(found: Checkpoint, variance: str) -> Checkpoint:
         raise InputError(f"variance {variance!r}: want {', '.join(accepted)}")
     if found.denoiser.learned:
         raise InputError(f"variance {variance}: the network of {found.path} gives its own")
+    if variance == "calibrated" and found.denoiser.predict == "mu":
+        raise InputError(f"variance calibrated: {found.path} predicts mu; want fixed_large or fixed_small")
     chosen: Variance | Tensor = cast(Variance, variance)
     if variance == "calibrated":
         mse = read_calibration(found)
@@ -285,7 +303,8 @@ def open_checkpoint(
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a whole safetensors file ({error})") from error
+        wanted = "want a run folder, a checkpoint folder or a .safetensors file"
+        raise InputError(f"{file}: not a whole safetensors file ({error}); {wanted}") from error
     if "config" not in metadata or metadata.get("weights") not in ("ema", "raw"):
         raise InputError(f"{file}: not a checkpoint of ddpm; want ema.safetensors or raw.safetensors of a run")
     preset = from_json(json.loads(metadata["config"]))

@@ -783,6 +783,36 @@ def load_pair(
     return train, _build(source, other, splits[other](), size, channels, skip_bad, cache_bytes, progress)
 
 
+def load_as_trained(
+    source: str,
+    size: tuple[int, int],
+    channels: int,
+    *,
+    split: str = "test",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    skip_bad: bool = False,
+    cache_bytes: int = 4 * 2**30,
+    progress: bool = False,
+) -> Images:
+    """One of the two sets that `load_pair` makes of SOURCE, `train` or, held out, `test`; or any other split of it.
+
+    Where the source has no such second split, `test` is what `split_holdout` sets apart and `train` is the rest.
+    Arguments and errors are those of `load`.
+
+    >>> len(load_as_trained("digits", (8, 8), 1, split="train")), len(load_as_trained("digits", (8, 8), 1))
+    (1500, 297)
+    """
+    splits = _open(source, image_column, label_column, progress)
+    held_out = split == "test" and _match("test", splits) is None
+    found = _pick(source, "train" if held_out else split, splits)
+    images = _build(source, found, splits[found](), size, channels, skip_bad, cache_bytes, progress)
+    alone = _match("test", (name for name in splits if name != found)) is None
+    if held_out or (split == "train" and alone):
+        return split_holdout(images)[held_out]
+    return images
+
+
 def split_holdout(images: Images) -> tuple[Images, Images]:
     """Set apart min(max(1, N // 20), 1000) images, ever the same for one N: (the rest, those). Pixels are shared.
 

@@ -130,7 +130,7 @@ def inception(
         raise InputError(f"{file}: no such file; want Inception's weights, {WEIGHTS}")
     digest = file_sha256(file)
     if digest != SHA256 and not any_weights:
-        raise InputError(f"{file}: its SHA-256 is {digest}, want {SHA256} of {WEIGHTS}; any_weights allows it")
+        raise InputError(f"{file}: its SHA-256 is {digest}, want {SHA256} of {WEIGHTS}; --any-weights allows it")
     network, classifies = _read(file)
     network.to(device)
 
@@ -292,7 +292,7 @@ def read_features(path: str | Path) -> tuple[Floats, Floats | None]:
     They are the arrays `features` and `probabilities`; without the first, the file's first array is the features.
     Raises InputError for a file that is none, is damaged or holds something else.
     """
-    arrays = _arrays(Path(path))
+    arrays = read_arrays(Path(path))
     name = "features" if "features" in arrays else next(iter(arrays))
     features = _rows(f"{path}: {name}", arrays[name], None)
     if name == "features" and "probabilities" in arrays:
@@ -300,7 +300,7 @@ def read_features(path: str | Path) -> tuple[Floats, Floats | None]:
     return features, None
 
 
-def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """All arrays of an .npz, at least one; nothing pickled."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -479,7 +479,7 @@ def load_statistics(path: str | Path, expected: Mapping[str, str] | None = None)
     Raises InputError for a file that is missing, damaged or none of these, and for a field that is not as expected,
     with both values.
     """
-    arrays = _arrays(Path(path))
+    arrays = read_arrays(Path(path))
     names = next((pair for pair in (("mu", "sigma"), ("mean", "cov")) if pair[0] in arrays and pair[1] in arrays), None)
     if names is None:
         raise InputError(f"{path}: has {', '.join(arrays)}, want statistics, the arrays mu and sigma")

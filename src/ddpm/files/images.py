@@ -235,6 +235,23 @@ def check_out(out: str | Path) -> Literal["png", "npz", "folder"]:
     return "folder" if folder else "npz" if path.suffix.lower() == ".npz" else "png"
 
 
+def check_folder(out: str | Path) -> Path:
+    """A folder that files may be added to, there or to be made; to be called before the work whose results go there.
+
+    Raises InputError where it or what is above it is a file, or cannot be written.
+
+    >>> check_folder("new/results")
+    PosixPath('new/results')
+    """
+    if not str(out):
+        raise InputError("out '': want a folder")
+    path = Path(out)
+    there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{out}: cannot write in {there}; want a folder")
+    return path
+
+
 def save_many(out: str | Path, pixels: Pixels, names: Sequence[str], columns: int | None = None) -> None:
     """Write images uint8 [N, H, W, C] to `out`; files appear whole or not at all.
 

@@ -35,7 +35,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         name = message.removeprefix("the following arguments are required: ")
         if name != message:
-            wanted = next(a.help for a in self._actions if name == a.metavar or name in a.option_strings)
+            name = name.split(", ")[0]
+            wanted = next(a.help for a in self._actions if name in (a.metavar, "/".join(a.option_strings)))
             message = f"{name}: missing; want {wanted}"
         raise InputError(message.removeprefix("argument "))
 
@@ -191,9 +192,7 @@ def _sample(args: argparse.Namespace) -> int:
             about = {
                 "out": args.out,
                 "count": args.n,
-                "run": str(found.path),
-                "step": found.step,
-                "weights": found.weights,
+                **found.about(),
                 "sampler": args.sampler,
                 "steps": calls(denoiser, args.sampler, args.steps),
                 "seed": args.seed,
@@ -205,12 +204,12 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _loader(args: argparse.Namespace, preset: Preset, shown: bool) -> "Callable[[str], datasets.Images]":
-    """split -> its images, each loaded once; those of the run where no --data is given."""
+    """split -> its images as training took or held them out, each loaded once; the run's where no --data is given."""
     from ddpm.files import datasets
 
     @functools.cache
     def load(split: str) -> datasets.Images:
-        return datasets.load(
+        return datasets.load_as_trained(
             args.data or preset.data, preset.size, preset.channels, split=split,
             image_column=preset.image_column or None, label_column=preset.label_column or None,
             skip_bad=preset.skip_bad, progress=shown,
@@ -257,10 +256,14 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"--features {args.features}: features of images; want those of samples too, --samples FILE.npz"
         )
 
+    if args.samples is None:
+        check("--sampler", args.sampler, Literal["ancestral", "ddim"])
+
     with _importing():
-        from ddpm.files import atomic
+        from ddpm.files import atomic, images
         from ddpm.run import evaluate
         from ddpm.run.distributed import processes
+        from ddpm.run.generate import calls
 
     with processes(args.device) as ranks:
         found = _open(args, ranks.device)
@@ -268,41 +271,55 @@ def _evaluate(args: argparse.Namespace) -> int:
         shown = ranks.first and not args.json
         load = _loader(args, preset, shown)
         out = Path(args.out) if args.out else found.home / "evaluate" / f"{found.step:08d}-{found.weights}"
-        about: dict[str, Any] = {
-            "run": str(found.path), "step": found.step, "weights": found.weights, "precision": preset.precision,
-            "variance": args.variance or preset.variance, "data": args.data or preset.data, "split": args.split,
-            "seed": args.seed, "version": ddpm.__version__,
-        }  # fmt: skip
-        if "nll" in args.metrics:
-            images = load(args.split)
-            if args.levels is not None:
-                values = evaluate.nll_sampled(
-                    found, images, args.levels, ranks, args.n, args.seed, args.batch_size, shown
-                )
-            else:
-                values = evaluate.nll(found, images, out, ranks, args.n, args.draws, args.seed, args.batch_size, shown)
-            about["nll"] = values
-            about["bits_per_dim"] = values["bits_per_dim"]
+        cache = Path(args.out) if args.out else found.home / "cache"
+        images.check_folder(out if args.out is None else args.out)
+        done: dict[str, Any] = {}
+
+        def keep(name: str, values: dict[str, Any], of: str | None) -> None:
+            """One file a measurement, with what it is of: another one never mixes with it."""
+            if of is not None:
+                data = load(of)
+                values = {"data": data.name, "split": data.split, "fingerprint": data.fingerprint, **values}
+            if ranks.first:
+                atomic.write(out / f"{name}.json", json.dumps({**about, **values}, indent=1) + "\n")
+            done[name] = values
+
+        about = {**found.about(), "seed": args.seed}
+        if "nll" in args.metrics and args.levels is None:
+            values = evaluate.nll(
+                found, load(args.split), out, cache, ranks, args.n, args.draws, args.seed, args.batch_size, shown
+            )
+            keep("nll", values, args.split)
+        elif "nll" in args.metrics:
+            values = evaluate.nll_sampled(
+                found, load(args.split), args.levels, ranks, args.n, args.seed, args.batch_size, shown
+            )
+            keep("nll_sampled", values, args.split)
         if "ode" in args.metrics:
-            about["ode"] = evaluate.ode(
+            values = evaluate.ode(
                 found, load(args.split), ranks, args.n, args.ode_steps, args.seed, args.batch_size, shown
             )
+            keep("ode", values, args.split)
         if of_files and quality:
-            about |= evaluate.scores_of_files(quality, Path(args.samples), Path(args.features), args.seed, ranks.device)
+            values = evaluate.scores_of_files(quality, Path(args.samples), Path(args.features), args.seed, ranks.device)
+            keep("quality", {"samples_from": args.samples, **values}, None)
         elif quality:
             network = _network(args, ranks.device)
             if args.samples is not None:
-                samples = evaluate.read_samples(Path(args.samples), preset.shape)
+                made, source = evaluate.read_samples(Path(args.samples), preset.shape), {"samples_from": args.samples}
             else:
-                samples = evaluate.samples(
-                    found, out, ranks, args.n or 50_000, args.seed, args.sampler, args.steps, args.batch_size, shown
+                made = evaluate.samples(
+                    found, cache, ranks, args.n or 50_000, args.seed, args.sampler, args.steps, args.batch_size, shown
                 )
-                about |= {"sampler": args.sampler, "steps": args.steps}
+                source = {"sampler": args.sampler, "steps": calls(found.denoiser, args.sampler, args.steps)}
             if ranks.first:
-                about |= evaluate.quality(quality, samples, load("train"), network, out, args.seed, ranks.device, shown)
+                values = evaluate.quality(quality, made, load("train"), network, cache, args.seed, ranks.device, shown)
+                keep("quality", {**source, **values}, "train")
         if ranks.first:
-            atomic.write(out / "evaluate.json", json.dumps(about, indent=1) + "\n")
-            _say(args, about, out)
+            bound = done.get("nll") or done.get("nll_sampled")
+            bits = {"bits_per_dim": bound["bits_per_dim"]} if bound else {}
+            scores = done.pop("quality", {})
+            _say(args, {**about, **bits, **done, **scores}, out)
     return 0
 
 
@@ -329,40 +346,56 @@ def _paper(args: argparse.Namespace) -> int:
     names = ("table1", "table2", "table3", "table4", "fig5", "fig6", "fig7", "fig8", "fig9", "fig10", "neighbours")
     for name in args.names:
         check("NAME", name, Literal[names])
-    if args.run in PRESETS and args.names != ["table2"]:
+    is_preset = args.run in PRESETS and not Path(args.run).exists()
+    if is_preset and args.names != ["table2"]:
         raise InputError(f"--run {args.run}: a preset, which only table2 takes; want a run")
+    check("--sampler", args.sampler, Literal["ancestral", "ddim"])
     _check_measuring(args)
+    if "table2" in args.names:
+        for name in ("samples", "steps", "variance", "checkpoint"):
+            if getattr(args, name) not in (None, "last"):
+                raise InputError(f"--{name} {getattr(args, name)}: not for table2, whose six runs differ")
 
     with _importing():
+        from ddpm.files import images
         from ddpm.run import paper
         from ddpm.run.distributed import processes
 
     with processes(args.device) as ranks:
-        network = functools.cache(partial(_network, args, ranks.device))
-
-        def setup(found: "Checkpoint", out: Path) -> paper.Setup:
-            shown = ranks.first and not args.json
-            return paper.Setup(
-                found, _loader(args, found.preset, shown), out, ranks, network, args.split, args.n,
-                args.samples and Path(args.samples), args.sampler, args.steps, args.seed, args.batch_size, shown,
-            )  # fmt: skip
-
-        if args.run in PRESETS:
-            preset, out = PRESETS[args.run], Path(args.out or f"runs/{args.run}-paper")
+        if is_preset:
+            check("--weights", args.weights or "ema", Literal["ema", "raw"])
+            check("--precision", args.precision, Precision)
+            preset, out = PRESETS[args.run], Path(f"runs/{args.run}-paper")
         else:
             found = _open(args, ranks.device)
-            preset, out = found.preset, Path(args.out) if args.out else found.home / "paper"
+            preset, out = found.preset, found.home / "paper"
+        out = images.check_folder(out if args.out is None else args.out)
+        shown = ranks.first and not args.json
+        load, network = _loader(args, preset, shown), functools.cache(partial(_network, args, ranks.device))
+        named = args.features is not None or args.inception is not None
+
+        def setup(found: "Checkpoint", out: Path, cache: Path) -> paper.Setup:
+            return paper.Setup(
+                found, load, out, cache, ranks, network, named, split=args.split, n=args.n,
+                samples=None if args.samples is None else Path(args.samples), sampler=args.sampler, steps=args.steps,
+                seed=args.seed, batch_size=args.batch_size, progress=shown,
+            )  # fmt: skip
+
         for name in args.names:
             if name == "table2":
-                network()  # a mistake shows before six trainings, not after
-                base = replace(preset, data=args.data or preset.data)
-                stopped = paper.table2(base, out, lambda run: setup(_open(args, ranks.device, run), run / "paper"))
+                base = replace(preset, data=args.data or preset.data, device=args.device)
+                paper.probe(network(), base)  # a mistake shows before six trainings, not after
+                load(args.split)
+                stopped = paper.table2(
+                    base, out, ranks, lambda run: setup(_open(args, ranks.device, run), run / "paper", run / "cache")
+                )
                 if stopped:
                     return 128 + stopped
             else:
-                paper.EXPERIMENTS[name](setup(found, out))
-            if ranks.first and not args.json:
-                print(f"{name}: {', '.join(str(p) for p in sorted(out.glob(f'{name}*.*')) if p.suffix != '.json')}")
+                paper.EXPERIMENTS[name](setup(found, out, out if args.out else found.home / "cache"))
+            if shown:
+                files = [p for p in sorted(out.glob(f"{name}*.*")) if p.suffix in (".csv", ".png")]
+                print(f"{name}: {', '.join(map(str, files))}")
         if ranks.first and args.json:
             print(json.dumps({"out": str(out), "experiments": args.names}))
     return 0
@@ -379,6 +412,23 @@ def _read(path: str, preset: Preset) -> "torch.Tensor":
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
+def _read_mask(path: str, image: str, preset: Preset) -> "torch.Tensor":
+    """A mask file of the image's own size, black and white, scaled and cropped as the image is: bool [1, H, W]."""
+    import numpy as np
+
+    from ddpm.files import images
+
+    mask = images.convert(images.read(path), 1, path, {})
+    size = images.read(image).size
+    if mask.size != size:
+        raise InputError(f"{path}: {mask.size[0]}x{mask.size[1]}; want a mask of the image's size, {size[0]}x{size[1]}")
+    levels = sorted(set(np.asarray(mask).flat))
+    if not set(levels) <= {0, 255} or 255 not in levels:
+        seen = ", ".join(map(str, levels[:4])) + ", .." * (len(levels) > 4)
+        raise InputError(f"{path}: grey levels {seen}; want white, 255, where it is to be made, else black, 0")
+    return _read(path, replace(preset, channels=1)) > 127
+
+
 def _edit(args: argparse.Namespace, walk: "Callable[[Checkpoint], Iterator[Step]]") -> int:
     """Run the steps that `walk` makes of a model, and save the last: what interpolate and inpaint share."""
     from tqdm import tqdm
@@ -392,13 +442,13 @@ def _edit(args: argparse.Namespace, walk: "Callable[[Checkpoint], Iterator[Step]
     *_, last = tqdm(walk(found), unit="call", desc="editing", disable=True if args.json else None, leave=False)
     made = pixels.to_pixels(last.x).cpu().permute(0, 2, 3, 1).numpy()
     images.save_many(args.out, made, [f"{i:03d}" for i in range(len(made))], columns=min(len(made), 16))
-    about = {"out": args.out, "count": len(made), "run": str(found.path), "step": found.step, "seed": args.seed}
+    about = {"out": args.out, "count": len(made), **found.about(), "seed": args.seed}
     print(json.dumps(about) if args.json else f"{len(made)} image{'s' * (len(made) != 1)} in {args.out}")
     return 0
 
 
 def _interpolate(args: argparse.Namespace) -> int:
-    check("-n", args.n, int, 2)
+    check("-n", args.n, int, 2, 10_000)
     check("--seed", args.seed, int, 0)
 
     with _importing():
@@ -421,7 +471,7 @@ def _interpolate(args: argparse.Namespace) -> int:
 
 
 def _inpaint(args: argparse.Namespace) -> int:
-    check("-n", args.n, int, 1)
+    check("-n", args.n, int, 1, 10_000)
     check("--seed", args.seed, int, 0)
     if args.jump is not None:
         check("--jump", args.jump, int, 1)
@@ -434,11 +484,12 @@ def _inpaint(args: argparse.Namespace) -> int:
     def walk(found: "Checkpoint") -> "Iterator[Step]":
         device = found.denoiser.schedule.alpha_bar.device
         x0 = pixels.to_signal(_read(args.image, found.preset)).to(device).expand(args.n, -1, -1, -1)
-        mask = _read(args.mask, replace(found.preset, channels=1)).to(device) > 127
+        mask = _read_mask(args.mask, args.image, found.preset).to(device)
         noise = per_image([args.seed + i for i in range(args.n)], found.preset.shape, device)
         steps = min(250, found.denoiser.schedule.T) if args.steps is None else args.steps
         jump = max(1, steps // 25) if args.jump is None else args.jump
-        return editing.inpaint(found.denoiser, x0, mask[None], noise, steps, jump, args.resample)
+        resample = args.resample if steps > 1 else 1  # with one level there is nothing to go up to
+        return editing.inpaint(found.denoiser, x0, mask[None], noise, steps, jump, resample)
 
     return _edit(args, walk)
 
@@ -529,7 +580,7 @@ def _parser() -> _Parser:
         "the nearest training images of samples, and duplicates."
     )
     p.add_argument("names", nargs="+", metavar="NAME", help="table1 .. table4, fig5 .. fig10, neighbours")
-    p.add_argument("--run", required=True, metavar="RUN", help=_RUN)
+    p.add_argument("--run", "--model", required=True, metavar="RUN", help=f"{_RUN}; torchrun wants --model here")
     p.add_argument("-n", **_number(int, None), help="images or samples (as many as the paper, or as fit on a picture)")
     _add_measuring(p)
     p.add_argument("--out", metavar="DIR", help="folder for what is made (RUN/paper)")
@@ -540,7 +591,7 @@ def _parser() -> _Parser:
     p.description = "Noise both images to level t, mix them there, and let the reverse process make images of it."
     p.add_argument("run", metavar="RUN", help=_RUN)
     p.add_argument("a", metavar="A", help="an image file")
-    p.add_argument("b", metavar="B", help="another one")
+    p.add_argument("b", metavar="B", help="another image file")
     p.add_argument("-n", **_number(int, 11), help="images, the two ends among them (%(default)s)")
     p.add_argument("--t", **_number(int, None), help="the level, 0 to T: the higher, the freer (half of T)")
     p.add_argument("--steps", **_number(int, None), help="network calls (all levels up to t)")
@@ -604,7 +655,16 @@ def _add_measuring(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch-size", **_number(int, 64), help="images at a time (64)")
 
 
-_ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
+_ENVIRONMENT = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.EISDIR,
+)
 """What the system refuses, though our code is right; a file that is missing may be our own fault."""
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -94,7 +95,8 @@ def processes(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(picked)
     joins = world > 1 and not dist.is_initialized()
     if joins:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may have much to measure alone
     try:
         yield Processes(rank, world, picked)
     finally:

@@ -4,16 +4,16 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+import ddpm
 from ddpm import likelihood, metrics, noise, pixels
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
@@ -23,16 +23,66 @@ from ddpm.gaussian import bits_per_dim
 from ddpm.run.distributed import Processes
 from ddpm.run.generate import generate
 
-_NLL, _CALIBRATION, _ODE = 0xE7A1, 0xCA1B, 0x0DE
+_NLL, _CALIBRATION, _ODE, _SUBSET = 0xE7A1, 0xCA1B, 0x0DE, 0x5B5E7
 """Keys that keep the draws of these apart from others of the same seed."""
 
 PILOT = 4
 """Images that see every level before the rest see a few, for where the bound's spread is."""
 
 
+def subset(images: datasets.Images, count: int | None) -> list[int]:
+    """`count` of the images, ever the same and of a larger count the first, in no order; None: all."""
+    return torch.randperm(len(images), generator=noise.generator(_SUBSET)).tolist()[:count]
+
+
+def signal(images: datasets.Images, rows: Sequence[int]) -> Tensor:
+    """These images as x_0; InputError where they are not 8-bit by nature."""
+    x0 = pixels.to_signal(images.batch(rows))
+    if DEEP in images.notes:
+        first, _ = images.notes[DEEP]
+        raise InputError(
+            f"{first}: {DEEP}; bits per dimension (Eq. 13) are of 256 grey levels, and of its 8-bit version they are "
+            "not those of the image; want 8-bit images"
+        )
+    return x0
+
+
+def _batches(
+    images: datasets.Images, rows: Sequence[int], ranks: Processes, batch_size: int, what: str, progress: bool
+) -> Iterator[tuple[slice, list[int], Tensor]]:
+    """This process's share of the images `rows`, every so many: their places in `rows`, themselves, x_0."""
+    starts = range(0, len(rows), batch_size)
+    with _bar(len(ranks.mine(len(starts))), what, "batch", progress) as bar:
+        for i in ranks.mine(len(starts)):
+            places = slice(starts[i], min(starts[i] + batch_size, len(rows)))
+            yield places, list(rows[places]), signal(images, rows[places]).to(ranks.device)
+            bar.update()
+
+
+def _bar(total: int, what: str, unit: str, progress: bool) -> "tqdm[Any]":
+    return tqdm(total=total, desc=what, unit=unit, disable=None if progress else True)
+
+
 def _draws(seed: int, images: Sequence[int], draw: int, key: int, shape: Sequence[int]) -> noise.Noise:
     """The noise of these images of a data set: a function of (seed, image, draw, level), not of the batch."""
     return noise.per_image([noise.mix(seed, image, draw, key) for image in images], shape)
+
+
+def _folder(cache: Path, name: str, about: Sequence[Any]) -> Path:
+    """Where parts of something that is made bit by bit are kept, by all that they depend on."""
+    digest = hashlib.sha256(json.dumps([*about, ddpm.__version__]).encode()).hexdigest()
+    return cache / f"{name}-{digest[:16]}"
+
+
+def _part(folder: Path, rows: slice) -> Path:
+    return folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
+
+
+def _read(part: Path) -> dict[str, Tensor]:
+    try:
+        return checkpoints.read_tensors(part)
+    except InputError as error:
+        raise InputError(f"{error}; delete it, and it is made again") from error
 
 
 def calibrate(
@@ -52,40 +102,23 @@ def calibrate(
     if denoiser.learned or denoiser.predict == "mu":
         why = "gives its own variance" if denoiser.learned else "predicts mu, whose error is not that of x0^"
         raise InputError(f"{found.path}: the network {why}; want eps, x0 or v and a fixed variance")
-    count = min(count, len(images))
-    rows = noise.generator(_CALIBRATION)
-    chosen = torch.randperm(len(images), generator=rows)[:count][list(ranks.mine(count))]
+    chosen = subset(images, count)
     total = torch.zeros(denoiser.schedule.T, dtype=torch.float64)
-    with tqdm(total=len(chosen), desc="calibrating", unit="image", disable=None if progress else True) as bar:
-        for start in range(0, len(chosen), batch_size):
-            part = chosen[start : start + batch_size]
-            x0 = _signal(images, part).to(ranks.device)
-            draws = _draws(0, part.tolist(), 0, _CALIBRATION, x0.shape[1:])
-            total += likelihood.vlb(denoiser, x0, draws).mse.sum(0).cpu()
-            bar.update(len(part))
-    mse = ranks.total(total) / count
+    for _, rows, x0 in _batches(images, chosen, ranks, batch_size, "calibrating", progress):
+        draws = _draws(0, rows, 0, _CALIBRATION, x0.shape[1:])
+        total += likelihood.vlb(denoiser, x0, draws).mse.sum(0).cpu()
+    mse = ranks.total(total) / len(chosen)
     if ranks.first:
-        about = {"data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": count}
+        about = {"data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": len(chosen)}
         checkpoints.save_calibration(found, mse, {**about, "precision": found.preset.precision})
     return mse
-
-
-def _signal(images: datasets.Images, rows: Sequence[int] | Tensor) -> Tensor:
-    """These images as x_0; InputError where they are not 8-bit by nature."""
-    x0 = pixels.to_signal(images.batch(rows))
-    if DEEP in images.notes:
-        first, _ = images.notes[DEEP]
-        raise InputError(
-            f"{first}: {DEEP}; bits per dimension (Eq. 13) are of 256 grey levels, and of its 8-bit version they are "
-            "not those of the image; want 8-bit images"
-        )
-    return x0
 
 
 def nll(
     found: checkpoints.Checkpoint,
     images: datasets.Images,
     out: Path,
+    cache: Path,
     ranks: Processes,
     count: int | None = None,
     draws: int = 1,
@@ -95,38 +128,36 @@ def nll(
 ) -> dict[str, Any]:
     """The bound of `images` (Eq. 5), all T levels of each, `draws` draws a level: bits per dimension.
 
-    Official settings are one draw, x0^ clipped as the model does. What is done is kept under `out`, so that the same
+    Official settings are one draw, x0^ clipped as the model does. What is done is kept under `cache`, so that the same
     call goes on where it stopped, and split over processes. Writes out/nll.csv, a row a level, and its plot nll.png.
     Returns plain JSON values; all but `count` and settings in bits/dim: bits_per_dim and its standard_error over
     images, prior (L_T), rate (L_1 .. L_T), distortion (L_0), and by_variance: the bound for fixed_large, fixed_small
     and, where the weights are calibrated, calibrated. Raises InputError for images of more than 8 bits a channel.
     """
     denoiser, shape = found.denoiser, found.preset.shape
-    n = len(images) if count is None else min(count, len(images))
-    variants = _variants(found)
+    rows, variants = subset(images, count), _variants(found)
     tables = [_variance(d) for d in (denoiser, *variants.values())]
-    about = [found.sha256, found.preset.precision, images.fingerprint, draws, seed, [*variants], tables]
-    folder = out / f"parts-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}"
-    batches = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
-    mine = [batches[i] for i in ranks.mine(len(batches))]
-    with tqdm(total=len(mine), desc="nll", unit="batch", disable=None if progress else True) as bar:
-        for rows in mine:
-            part = _part(folder, rows)
+    key = [found.sha256, found.preset.precision, images.fingerprint, draws, seed, [*variants], tables]
+    folder = _folder(cache, "nll", key)
+    places = [slice(i, min(i + batch_size, len(rows))) for i in range(0, len(rows), batch_size)]
+    with _bar(len(ranks.mine(len(places))), "nll", "batch", progress) as bar:
+        for i in ranks.mine(len(places)):
+            part, batch = _part(folder, places[i]), rows[places[i]]
             if not part.is_file():
-                x0 = _signal(images, rows).to(ranks.device)
+                x0 = signal(images, batch).to(ranks.device)
                 sums: dict[str, Tensor] = {}
                 for draw in range(draws):
-                    for name, value in _tables(denoiser, variants, x0, _draws(seed, rows, draw, _NLL, shape)).items():
+                    for name, value in _tables(denoiser, variants, x0, _draws(seed, batch, draw, _NLL, shape)).items():
                         sums[name] = sums.get(name, 0) + value / draws
-                with atomic.whole(part) as temporary:
-                    save_file({name: value.contiguous() for name, value in sums.items()}, temporary)
+                checkpoints.save_tensors(part, sums)
             bar.update()
     ranks.any(False)  # all parts are there
-    parts = [load_file(_part(folder, rows)) for rows in batches]
+    parts = [_read(_part(folder, place)) for place in places]
     table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if ranks.first:
         _write_table(out, table)
-    per_image = table["prior"] + table["terms"].sum(1)
+    ranks.any(False)  # and the table
+    n, per_image = len(rows), table["prior"] + table["terms"].sum(1)
     by_variance = {name: float((table["prior"] + table[name]).mean()) for name in variants}
     return {
         "bits_per_dim": float(per_image.mean()),
@@ -162,21 +193,24 @@ def _tables(denoiser: Denoiser, variants: dict[str, Denoiser], x0: Tensor, draws
     terms = torch.cat([bound.decoder[:, None], bound.kl], dim=1)
     found = {"prior": bits_per_dim(bound.prior, bound.dims), "terms": bits_per_dim(terms, bound.dims), "mse": bound.mse}
     for name, variant in variants.items():
-        other = likelihood.with_variance(bound, variant, x0, draws)
+        other = likelihood.vlb_with_variance(bound, variant, x0, draws)
         found[name] = bits_per_dim(other.kl.sum(1) + other.decoder, bound.dims)
     return {name: value.cpu() for name, value in found.items()}
 
 
 def _write_table(out: Path, table: dict[str, Tensor]) -> None:
-    """A row a level t: the term at t, the rate sent once t is done (L_T .. L_t), both bits/dim, RMSE in grey levels."""
+    """A row a level t, T first: what x_t has cost, the term at t (the cost of x_{t-1}), the error of x0^(x_t).
+
+    Rates are bits/dim; RMSE is the root of the mean over images and pixels, grey levels.
+    """
     terms, mse = table["terms"].mean(0), table["mse"].mean(0)
-    sent = table["prior"].mean() + terms.flip(0).cumsum(0).flip(0)
+    rates = table["prior"].mean() + terms.flip(0).cumsum(0).flip(0) - terms
     rmse = mse.sqrt() / pixels.BIN
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["t", "term_bits_per_dim", "sum_from_T_bits_per_dim", "rmse_grey_levels"])
+    writer.writerow(["t", "rate_bits_per_dim", "term_bits_per_dim", "rmse_grey_levels"])
     for t in range(len(terms), 0, -1):
-        writer.writerow([t, *(f"{float(column[t - 1]):.8g}" for column in (terms, sent, rmse))])
+        writer.writerow([t, *(f"{float(column[t - 1]):.8g}" for column in (rates, terms, rmse))])
     atomic.write(out / "nll.csv", text.getvalue())
     levels = list(range(1, len(terms) + 1))
     bits = plots.Panel(
@@ -202,38 +236,34 @@ def nll_sampled(
     systematic sampling, and weighed by 1/q. The error holds the spread of images and of levels.
     """
     denoiser, shape, T = found.denoiser, found.preset.shape, found.denoiser.schedule.T
-    n = len(images) if count is None else min(count, len(images))
-    if not 1 <= levels <= T or n < 2:
-        raise InputError(f"levels {levels}: want 1 to {T}, of at least 2 images")
-    pilot = range(min(PILOT, n))
-    x0 = _signal(images, pilot).to(ranks.device)
-    whole = likelihood.vlb(denoiser, x0, _draws(seed, pilot, 1, _NLL, shape))
+    chosen = subset(images, count)
+    n = len(chosen)
+    if not 1 <= levels <= T:
+        raise InputError(f"levels {levels}: want 1 to {T}")
+    if n < 2:
+        raise InputError(f"{n} image: want at least 2, for a standard error")
+    x0 = signal(images, chosen[:PILOT]).to(ranks.device)
+    whole = likelihood.vlb(denoiser, x0, _draws(seed, chosen[:PILOT], 1, _NLL, shape))
     spread = torch.cat([whole.decoder[:, None], whole.kl], dim=1).square().mean(0).sqrt().cpu()
     q = 0.9 * spread / spread.sum() + 0.1 / T  # a floor, so that no weight is huge
     cdf = q.cumsum(0)
 
-    mine = list(ranks.mine(n))
     sums = torch.zeros(n, dtype=torch.float64)
-    step = max(1, batch_size // levels)
-    with tqdm(total=len(mine), desc="nll", unit="image", disable=None if progress else True) as bar:
-        for start in range(0, len(mine), step):
-            rows = mine[start : start + step]
-            x0 = _signal(images, rows).to(ranks.device)
-            first = torch.tensor([float(np.random.default_rng(noise.mix(seed, i, _NLL)).random()) for i in rows])
-            places = (first.double()[:, None] + torch.arange(levels)) / levels  # systematic: one draw, then even steps
-            t = 1 + torch.searchsorted(cdf, places).clamp(max=T - 1)  # [B, K]
-            eps = [_draws(seed, rows, 2 + k, _NLL, shape)(0) for k in range(levels)]
-            terms = likelihood.sampled_terms(denoiser, x0, t.to(ranks.device), torch.stack(eps, dim=1).to(ranks.device))
-            nats = (terms.cpu() / (levels * q[t - 1])).sum(1) + likelihood.prior(denoiser, x0.double()).cpu()
-            sums[rows] = bits_per_dim(nats, whole.dims)
-            bar.update(len(rows))
+    for places, rows, x0 in _batches(images, chosen, ranks, max(1, batch_size // levels), "nll", progress):
+        first = torch.tensor([float(torch.rand((), generator=noise.generator(seed, i, _NLL))) for i in rows])
+        even = (first.double()[:, None] + torch.arange(levels)) / levels  # systematic: one draw, then even steps
+        t = 1 + torch.searchsorted(cdf, even).clamp(max=T - 1)  # [B, K]
+        eps = [_draws(seed, rows, 2 + k, _NLL, shape)(0) for k in range(levels)]
+        terms = likelihood.sampled_terms(denoiser, x0, t.to(ranks.device), torch.stack(eps, dim=1).to(ranks.device))
+        nats = (terms.cpu() / (levels * q[t - 1])).sum(1) + likelihood.prior(denoiser, x0.double()).cpu()
+        sums[places] = bits_per_dim(nats, whole.dims)
     sums = ranks.total(sums)
     return {
         "bits_per_dim": float(sums.mean()),
         "standard_error": float(sums.std() / n**0.5),
         "count": n,
         "levels": levels,
-        "network_calls": n * levels + len(pilot) * T,
+        "network_calls": n * levels + min(PILOT, n) * T,
     }
 
 
@@ -253,20 +283,16 @@ def ode(
     dequantisation, and bits_per_dim_decoder, by Eq. 13's decoder on top of the flow, each with its standard error over
     images, draws and probes; count, steps.
     """
-    denoiser, shape = found.denoiser, found.preset.shape
-    n = len(images) if count is None else min(count, len(images))
+    denoiser, shape, chosen = found.denoiser, found.preset.shape, subset(images, count)
     steps = None if steps is None else min(steps, denoiser.schedule.T)
-    mine, sums = list(ranks.mine(n)), torch.zeros(2, n, dtype=torch.float64)
-    with tqdm(total=len(mine), desc="ode", unit="image", disable=None if progress else True) as bar:
-        for start in range(0, len(mine), batch_size):
-            rows = mine[start : start + batch_size]
-            x0 = _signal(images, rows).to(ranks.device)
-            draws = _draws(seed, rows, 0, _ODE, shape)
-            u, probe, eps = torch.special.ndtr(draws(0).double()), draws(1).sign().to(x0.device), draws(2)
-            uniform = likelihood.flow_bound(denoiser, x0, u.to(x0.device), probe, steps)
-            decoder = likelihood.flow_decoder_bound(denoiser, x0, eps.to(x0.device), probe, steps)
-            sums[:, rows] = bits_per_dim(torch.stack([uniform, decoder]), x0[0].numel()).cpu()
-            bar.update(len(rows))
+    n = len(chosen)
+    sums = torch.zeros(2, n, dtype=torch.float64)
+    for places, rows, x0 in _batches(images, chosen, ranks, batch_size, "ode", progress):
+        draws = _draws(seed, rows, 0, _ODE, shape)
+        u, probe, eps = torch.special.ndtr(draws(0).double()), draws(1).sign().to(x0.device), draws(2)
+        uniform = likelihood.ode_bound(denoiser, x0, u.to(x0.device), probe, steps)
+        decoder = likelihood.ode_decoder_bound(denoiser, x0, eps.to(x0.device), probe, steps)
+        sums[:, places] = bits_per_dim(torch.stack([uniform, decoder]), x0[0].numel()).cpu()
     sums = ranks.total(sums)
     mean, error = sums.mean(1).tolist(), (sums.std(1) / n**0.5).tolist() if n > 1 else [None, None]
     return {
@@ -281,7 +307,7 @@ def ode(
 
 def samples(
     found: checkpoints.Checkpoint,
-    out: Path,
+    cache: Path,
     ranks: Processes,
     count: int,
     seed: int = 0,
@@ -290,34 +316,27 @@ def samples(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
-    """The images of seeds `seed` .. `seed` + count - 1, uint8 [count, C, H, W].
+    """The images of seeds `seed` .. `seed` + count - 1, uint8 [count, C, H, W]; on other processes than the first none.
 
-    What is made is kept under `out`, so that the same call goes on where it stopped, and split over processes.
+    What is made is kept under `cache`, so that the same call goes on where it stopped, and split over processes.
     """
-    about = [found.sha256, found.preset.precision, seed, sampler, steps, _variance(found.denoiser)]
-    folder = out / f"samples-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}"
-    parts = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    with tqdm(total=count, desc="sampling", unit="image", disable=None if progress else True) as bar:
+    key = [found.sha256, found.preset.precision, seed, sampler, steps, _variance(found.denoiser)]
+    folder = _folder(cache, "samples", key)
+    parts = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    with _bar(len(ranks.mine(len(parts))), "samples", "batch", progress) as bar:
         for i in ranks.mine(len(parts)):
-            file = _part(folder, parts[i])
+            file, seeds = _part(folder, parts[i]), range(seed + parts[i].start, seed + parts[i].stop)
             if not file.is_file():
-                seeds = [seed + k for k in parts[i]]
                 made = generate(
                     found.denoiser, found.preset.shape, seeds, sampler, steps,
                     batch_size=batch_size, device=ranks.device, progress=progress,
                 )  # fmt: skip
-                with atomic.whole(file) as temporary:
-                    save_file({"images": made}, temporary)
-            bar.update(len(parts[i]))
+                checkpoints.save_tensors(file, {"images": made})
+            bar.update()
     ranks.any(False)  # all parts are there
-    return torch.cat([load_file(_part(folder, part))["images"] for part in parts])
-
-
-def _part(folder: Path, rows: range) -> Path:
-    return folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
-
-
-QUALITY = ("fid", "is", "kid", "pr")
+    if not ranks.first:
+        return torch.empty(0, *found.preset.shape, dtype=torch.uint8)
+    return torch.cat([_read(_part(folder, part))["images"] for part in parts])
 
 
 def quality(
@@ -325,7 +344,7 @@ def quality(
     samples: Tensor,
     images: datasets.Images,
     network: features.Network,
-    out: Path,
+    cache: Path,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: bool = True,
@@ -333,17 +352,16 @@ def quality(
     """Sample quality of `samples`, uint8 [N, C, H, W], against all of `images`, with the features of `network`.
 
     wanted names some of fid, is, kid, pr. The Frechet distance is called fid where the network is Inception of 2015,
-    and frechet_distance otherwise. Statistics of the images are kept under `out` for the next time. Returns plain JSON
+    and frechet_distance otherwise. Statistics of the images are kept under `cache`. Returns plain JSON
     values. Raises InputError where there are too few samples, or the network gives no class probabilities for `is`.
     """
     rows, classes = bool({"kid", "pr"} & set(wanted)), "is" in wanted
-    _enough(wanted, len(samples))
+    _enough(wanted, len(samples), len(images))
     fake = features.measure(network, samples, keep_features=rows, keep_probabilities=classes, progress=progress)
     real = None
     if rows or "fid" in wanted:
         where = features.provenance(images, network)
-        key = hashlib.sha256(json.dumps([where.fingerprint, where.comparable()]).encode()).hexdigest()[:16]
-        file = out / f"statistics-{key}.npz"
+        file = _folder(cache, "statistics", [where.fingerprint, where.comparable()]).with_suffix(".npz")
         if rows or not file.is_file():
             real = features.measure(network, images, keep_features=rows, progress=progress)
             features.save_statistics(file, real.moments, where)
@@ -353,9 +371,12 @@ def quality(
     return about | scores(wanted, fake, real, network.weights == features.SHA256, seed, device)
 
 
-def _enough(wanted: Sequence[str], samples: int) -> None:
-    if samples < 3 and set(wanted) - {"is"}:
-        raise InputError(f"{samples} samples: want at least 3")
+def _enough(wanted: Sequence[str], samples: int, images: int) -> None:
+    """InputError where there are too few rows for a covariance or, for pr, for neighbours."""
+    least = 4 if "pr" in wanted else 3 if set(wanted) - {"is"} else 1
+    for what, count in (("samples", samples), ("images", images)):
+        if count < least and (what == "samples" or set(wanted) - {"is"}):
+            raise InputError(f"{count} {what}: want at least {least} for {', '.join(wanted)}")
 
 
 def scores(
@@ -406,7 +427,7 @@ def scores_of_files(
         features.Measured(metrics.moments(rows), rows, probabilities)
         for rows, probabilities in map(features.read_features, (samples, images))
     )
-    _enough(wanted, fake.moments.count or 0)
+    _enough(wanted, fake.moments.count or 0, real.moments.count or 0)
     widths = [len(x.moments.mean) for x in (fake, real)]
     if widths[0] != widths[1]:
         raise InputError(f"{samples}: features of {widths[0]} numbers, {images} has {widths[1]}; want the same")
@@ -417,17 +438,13 @@ def scores_of_files(
 def read_samples(path: Path, shape: Sequence[int]) -> Tensor:
     """Saved samples, uint8 [N, C, H, W]: an .npz as `ddpm sample` writes it, or a folder of pictures of that size."""
     if path.suffix.lower() != ".npz":
+        if not path.is_dir():
+            raise InputError(f"{path}: want an .npz as `ddpm sample` writes it, or a folder of images")
         folder = datasets.load(str(path), (shape[1], shape[2]), shape[0])
         return folder.batch(range(len(folder)))
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            array = file[file.files[0]]
-    except (OSError, ValueError, IndexError, KeyError, EOFError) as error:
-        raise InputError(
-            f"{path}: not an .npz of images ({error}); want what `ddpm sample --out FILE.npz` writes"
-        ) from None
+    array = next(iter(features.read_arrays(path).values()))
     wanted = (shape[1], shape[2], shape[0])
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != wanted:
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != wanted or not len(array):
         raise InputError(
             f"{path}: holds {array.dtype} {list(array.shape)}; want uint8 [N, {', '.join(map(str, wanted))}]"
         )

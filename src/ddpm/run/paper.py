@@ -6,6 +6,7 @@ An experiment NAME leaves NAME.csv, NAME.png or both, and NAME.json, which says 
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-import ddpm
 from ddpm import editing, likelihood, metrics, pixels, samplers
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, datasets, features, images, plots
@@ -25,16 +26,16 @@ from ddpm.run import evaluate, generate
 from ddpm.run.distributed import Processes
 from ddpm.run.train import train
 
-# What the paper reports; None where it has no figure, "unstable" as it says.
+# What the paper reports, in part; None where we have no figure of it, "unstable" as it says.
 Cell = float | str | None
-TABLE_1: list[tuple[str, Cell, Cell, Cell, Cell]] = [  # CIFAR-10: IS, FID, NLL of test and of training images
-    ("Original diffusion (2015)", None, None, 5.40, None),
-    ("Gated PixelCNN", None, None, 3.03, None),
-    ("Sparse Transformer", None, None, 2.80, None),
-    ("NCSN", 8.87, 25.32, None, None),
-    ("StyleGAN2 + ADA", 9.74, 3.26, None, None),
-    ("DDPM, L, fixed isotropic Sigma", 7.67, 13.51, 3.70, 3.69),
-    ("DDPM, L_simple", 9.46, 3.17, 3.75, 3.72),
+TABLE_1: list[tuple[str, Cell, Cell, Cell, Cell, Cell]] = [  # CIFAR-10: IS and its std, FID, NLL of test and training
+    ("Original diffusion (2015)", None, None, None, 5.40, None),
+    ("Gated PixelCNN", None, None, None, 3.03, None),
+    ("Sparse Transformer", None, None, None, 2.80, None),
+    ("NCSN", 8.87, None, 25.32, None, None),
+    ("StyleGAN2 + ADA", 9.74, None, 3.26, None, None),
+    ("DDPM, L, fixed isotropic Sigma", 7.67, 0.13, 13.51, 3.70, 3.69),
+    ("DDPM, L_simple", 9.46, 0.11, 3.17, 3.75, 3.72),
 ]
 TABLE_2: dict[tuple[str, str, str], tuple[Cell, Cell]] = {  # (prediction, loss, Sigma) -> IS, FID
     ("mu", "vlb", "learned"): (7.28, 23.69),
@@ -44,10 +45,14 @@ TABLE_2: dict[tuple[str, str, str], tuple[Cell, Cell]] = {  # (prediction, loss,
     ("eps", "vlb", "fixed"): (7.67, 13.51),
     ("eps", "simple", "fixed"): (9.46, 3.17),
 }
-TABLE_3: list[tuple[str, float, float, float]] = [  # FID on LSUN: Bedroom, Church, Cat
-    ("DDPM, L_simple", 6.36, 7.89, 19.75),
-    ("DDPM, L_simple, large", 4.90, float("nan"), float("nan")),
-    ("ProgressiveGAN", 8.34, 6.42, 37.52),
+TABLE_3: list[tuple[str, str, float]] = [  # FID at 256x256
+    ("DDPM, L_simple", "LSUN Bedroom", 6.36),
+    ("DDPM, L_simple, large", "LSUN Bedroom", 4.90),
+    ("DDPM, L_simple", "LSUN Church", 7.89),
+    ("DDPM, L_simple", "LSUN Cat", 19.75),
+    ("ProgressiveGAN", "LSUN Bedroom", 8.34),
+    ("ProgressiveGAN", "LSUN Church", 6.42),
+    ("ProgressiveGAN", "LSUN Cat", 37.52),
 ]
 TABLE_4: dict[int, tuple[float, float]] = {  # reverse step -> rate in bits/dim, RMSE in grey levels
     1000: (1.77581, 0.95136),
@@ -70,18 +75,23 @@ _FIGURE = 0xF16
 class Setup:
     """What an experiment works on.
 
-    found, images   the model, and its data by split ("train", or the held-out one by `split`)
-    out             the folder for what it leaves
-    n               images and samples to use; None: as many as the paper, or as fit on a picture
-    samples         saved samples to score instead of making some
-    network         the feature network for sample quality; it is only opened where it is needed
+    found     the model
+    images    a split of its data: "train", what it was trained on, or another, `split` where it was not
+    out       the folder for tables and pictures
+    cache     the folder for what is made bit by bit, so that it goes on where it stopped
+    n         images and samples to use; None: as many as the paper, or as fit on a picture
+    samples   saved samples to score instead of making some
+    network   the feature network for sample quality, only opened where it is needed; named_features: whether the
+              user named one
     """
 
     found: checkpoints.Checkpoint
     images: Callable[[str], datasets.Images]
     out: Path
+    cache: Path
     ranks: Processes
     network: Callable[[], features.Network]
+    named_features: bool = False
     split: str = "test"
     n: int | None = None
     samples: Path | None = None
@@ -100,12 +110,26 @@ class Setup:
         held_out = self.images(self.split)
         if len(held_out) < count:
             raise InputError(f"{held_out.name}: {len(held_out)} images of split {self.split}; want at least {count}")
-        return pixels.to_signal(held_out.batch(range(count))).to(self.ranks.device)
+        return evaluate.signal(held_out, range(count)).to(self.ranks.device)
 
     def noise(self, count: int, key: int, same: bool = False) -> Callable[[int], Tensor]:
         """Draws for `count` images; the same ones for each if `same`."""
         seeds = [mix(self.seed, 0 if same else i, key, _FIGURE) for i in range(count)]
         return per_image(seeds, self.found.preset.shape, self.ranks.device)
+
+    def about(self, *splits: str, **more: Any) -> dict[str, Any]:
+        """What a result is of: the model, the images, the seed, and `more`."""
+        data = {}
+        for split in splits:
+            images = self.images(split)
+            data[split] = {"name": images.name, "images": len(images), "fingerprint": images.fingerprint}
+        return {**self.found.about(), "data": data, "n": self.n, "seed": self.seed, **more}
+
+    def sampling(self) -> dict[str, Any]:
+        """Where samples come from."""
+        if self.samples is not None:
+            return {"samples": self.samples.name}
+        return {"sampler": self.sampler, "steps": generate.calls(self.found.denoiser, self.sampler, self.steps)}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -113,20 +137,23 @@ class Setup:
 
 def table1(s: Setup) -> None:
     """Inception score, FID, and bits/dim of held-out and of training images."""
-    s.network()  # a mistake there shows before hours of likelihood
-    held_out, seen = (_nll(s, split)["bits_per_dim"] for split in (s.split, "train"))
+    probe(s.network(), s.found.preset)  # a mistake shows before hours of likelihood
+    held_out, seen = (_nll(s, split) for split in (s.split, "train"))
     found = _quality(s, ("is", "fid"))
-    ours = (f"this run, {s.found.preset.loss}", *_scores(found), held_out, seen)
-    _table(s, "table1", ["model", "IS", _distance(found), "NLL_test", "NLL_train"], [ours, *TABLE_1], found)
+    ours = (f"this run, {s.found.preset.loss}", *_scores(found), held_out["bits_per_dim"], seen["bits_per_dim"])
+    about = s.about(s.split, "train", **s.sampling(), **found, nll_images=[held_out["count"], seen["count"]])
+    header = ["model", "IS", "IS_std", _distance(found), f"NLL_{s.split}", "NLL_train"]
+    _table(s, "table1", header, [ours, *TABLE_1], about)
 
 
-def table2(preset: Preset, out: Path, setup: Callable[[Path], Setup]) -> int:
+def table2(preset: Preset, out: Path, ranks: Processes, setup: Callable[[Path], Setup]) -> int:
     """The ablation: six runs from one preset, trained here or gone on with; returns a signal that stopped it, or 0.
 
     A run whose loss is not finite stops and says so in its row; what it came to before is scored all the same.
     """
     rows: list[Sequence[Any]] = []
-    found: dict[str, Any] = {}
+    about: list[dict[str, Any]] = []
+    distance = "fid"
     fixed = preset.variance if preset.variance.startswith("fixed") else "fixed_large"
     for (predict, loss, sigma), (paper_is, paper_fid) in TABLE_2.items():
         variance = fixed if sigma == "fixed" else sigma
@@ -138,41 +165,43 @@ def table2(preset: Preset, out: Path, setup: Callable[[Path], Setup]) -> int:
                 return result.interrupted
         except Stopped as reason:
             state = str(reason)
-        scored: Sequence[Any] = [None] * 5
+        scored: Sequence[Any] = [None] * 6
         try:
             s = setup(run)
-            bound = _nll(s, s.split)
-            found = _quality(s, ("is", "fid"))
-            scored = [s.found.step, *_scores(found), bound["bits_per_dim"], json.dumps(bound["by_variance"])]
-        except InputError as reason:  # no whole checkpoint
+        except InputError as reason:  # it stopped before its first checkpoint
             state = f"{state}; {reason}"
+        else:
+            bound, found = _nll(s, s.split), _quality(s, ("is", "fid"))
+            distance = _distance(found)
+            by_variance = json.dumps({name: round(value, 4) for name, value in bound["by_variance"].items()})
+            scored = [s.found.step, *_scores(found), bound["bits_per_dim"], by_variance]
+            about.append(s.about(s.split, "train", **s.sampling(), **found, nll=bound))
         rows.append([predict, loss, variance, state, *scored, paper_is, paper_fid])
-    header = ["predict", "loss", "variance", "state", "step", "IS", _distance(found), "NLL_test", "NLL_by_variance"]
-    _csv(out / "table2.csv", [*header, "paper_IS", "paper_FID"], rows)
-    atomic.write(out / "table2.json", json.dumps({"settings": to_json(preset), **found, "version": ddpm.__version__}))
+    if ranks.first:
+        header = ["predict", "loss", "variance", "state", "step", "IS", "IS_std", distance, "NLL", "NLL_by_variance"]
+        _csv(out / "table2.csv", [*header, "paper_IS", "paper_FID"], rows)
+        atomic.write(out / "table2.json", json.dumps({"settings": to_json(preset), "runs": about}, indent=1) + "\n")
     return 0
 
 
 def table3(s: Setup) -> None:
     """FID, beside those on LSUN 256x256."""
     found = _quality(s, ("fid",))
-    paper = [(name, dataset, fid) for name, *row in TABLE_3 for dataset, fid in zip(LSUN, row, strict=True)]
-    rows = [("this run", s.found.preset.data, found[_distance(found)]), *(row for row in paper if row[2] == row[2])]
-    _table(s, "table3", ["model", "data", _distance(found)], rows, found)
-
-
-LSUN = ("LSUN Bedroom", "LSUN Church", "LSUN Cat")
+    ours = ("this run", s.images("train").name, found.get(_distance(found)))
+    _table(
+        s, "table3", ["model", "data", _distance(found)], [ours, *TABLE_3], s.about("train", **s.sampling(), **found)
+    )
 
 
 def table4(s: Setup) -> None:
     """Rate and distortion of progressive lossy coding by reverse step: what x_t has cost, and the error of its x0^."""
     curve = _rate_distortion(s)
-    rows = []
-    for step, (rate, rmse) in TABLE_4.items():
-        t = s.T - round(step * s.T / 1000) + 1
-        rows.append((s.T - t + 1, *curve[t], rate, rmse))
+    rows = {}
+    for step, paper in TABLE_4.items():
+        ours = max(1, round(step * s.T / 1000))
+        rows[ours] = (ours, *curve[s.T - ours + 1], *paper)
     header = ["reverse_step", "rate_bits_per_dim", "rmse_grey_levels", "paper_rate", "paper_rmse"]
-    _table(s, "table4", header, rows)
+    _table(s, "table4", header, rows.values(), s.about(s.split))
 
 
 def fig5(s: Setup) -> None:
@@ -191,7 +220,8 @@ def fig5(s: Setup) -> None:
         panel("Rate", {"this run": (steps, rate), paper: (p_steps, p_rate)}, "reverse steps", "bits/dim"),
         panel("Rate-distortion", {"this run": (rate, rmse), paper: (p_rate, p_rmse)}, "bits/dim", "RMSE, grey levels"),
     ]
-    _table(s, "fig5", ["reverse_step", "rate_bits_per_dim", "rmse_grey_levels"], zip(steps, rate, rmse, strict=True))
+    header = ["reverse_step", "rate_bits_per_dim", "rmse_grey_levels"]
+    _table(s, "fig5", header, zip(steps, rate, rmse, strict=True), s.about(s.split))
     if s.ranks.first:
         atomic.write(s.out / "fig5.png", plots.draw(panels))
 
@@ -206,7 +236,8 @@ def fig6(s: Setup) -> None:
         s.found.denoiser, s.found.preset.shape, range(s.seed, s.seed + n), s.sampler, s.steps, columns=21,
         device=s.ranks.device, progress=s.progress,
     )  # fmt: skip
-    _picture(s, "fig6", strip)
+    steps = generate.calls(s.found.denoiser, s.sampler, s.steps)
+    _picture(s, "fig6", strip, s.about(sampler=s.sampler, steps=steps))
 
 
 def fig7(s: Setup) -> None:
@@ -219,9 +250,9 @@ def fig7(s: Setup) -> None:
         latents[step.t] = step.x
     rows = []
     for t in levels:
-        *_, last = editing.shared(s.found.denoiser, latents[t][0], t, s.noise(n, t))
+        *_, last = editing.share_latent(s.found.denoiser, latents[t][0], t, s.noise(n, t))
         rows.append(torch.cat([latents[t], last.x]))
-    _picture(s, "fig7", _uint8(torch.stack(rows)), levels=levels)
+    _picture(s, "fig7", _uint8(torch.stack(rows)), s.about(levels=levels))
 
 
 def fig8(s: Setup) -> None:
@@ -230,7 +261,7 @@ def fig8(s: Setup) -> None:
     weights = torch.linspace(0, 1, 11)
     x0 = s.signal(2 * n)
     rows = [_interpolated(s, x0[2 * i], x0[2 * i + 1], weights, s.T // 2, i) for i in range(n)]
-    _picture(s, "fig8", _uint8(torch.stack(rows)), t=s.T // 2, weights=weights.tolist())
+    _picture(s, "fig8", _uint8(torch.stack(rows)), s.about(s.split, t=s.T // 2, weights=weights.tolist()))
 
 
 def fig9(s: Setup) -> None:
@@ -239,7 +270,7 @@ def fig9(s: Setup) -> None:
     a, b = s.signal(2)
     levels = [s.T * k // 8 for k in range(8, -1, -1)]
     rows = [_interpolated(s, a, b, weights, t, 0) for t in levels]
-    _picture(s, "fig9", _uint8(torch.stack(rows)), levels=levels, weights=weights.tolist())
+    _picture(s, "fig9", _uint8(torch.stack(rows)), s.about(s.split, levels=levels, weights=weights.tolist()))
 
 
 def _interpolated(s: Setup, a: Tensor, b: Tensor, weights: Tensor, t: int, pair: int) -> Tensor:
@@ -265,53 +296,79 @@ def fig10(s: Setup) -> None:
             bits = bits_per_dim(received.nats, dims)
             rmse = (received.x0 - x0).square().flatten(1).mean(1).sqrt() / pixels.BIN
             rows += [(i, received.t, float(bits[i]), float(rmse[i])) for i in range(n)]
-    _table(
-        s, "fig10", ["image", "t", "sent_bits_per_dim", "rmse_grey_levels"], sorted(rows, key=lambda r: (r[0], -r[1]))
-    )
-    _picture(s, "fig10", _uint8(torch.stack(strip, dim=1)), levels=shown[::-1])
+    rows.sort(key=lambda row: (row[0], -row[1]))
+    about = s.about(s.split, levels=shown[::-1])
+    _table(s, "fig10", ["image", "t", "sent_bits_per_dim", "rmse_grey_levels"], rows, about)
+    _picture(s, "fig10", _uint8(torch.stack(strip, dim=1)), about)
 
 
 def neighbours(s: Setup) -> None:
     """The nearest training images of samples, by pixels and by features (Figures 13 and 15), and which are copies.
 
-    A sample is called a duplicate where it is closer to a training image than any held-out image is to one: closer
-    than chance brings images that the model has not seen.
+    How near is near depends on the picture, so the nearest distance is taken over the mean of the next seven. A sample
+    is called a duplicate where this ratio is 0 or is undercut by at most 1% of held-out images, which no model has
+    seen: by chance 1% of samples are. Mirrored images count where training mirrors them; above 32x32, pixels are
+    compared at 32x32.
     """
-    made = _samples(s, s.n or 64)
     seen, held_out = s.images("train"), s.images(s.split)
-    spaces: dict[str, Callable[[Tensor | datasets.Images], Tensor]] = {"pixels": _pixels}
+    k = min(8, len(seen))
+    if k < 2:
+        raise InputError(f"{seen.name}: {len(seen)} training images; want at least 2")
+    if seen.fingerprint == held_out.fingerprint:
+        raise InputError(f"--split {s.split}: the images that the run was trained on; want held-out ones")
+    spaces: dict[str, Callable[[Tensor], Tensor]] = {"pixels": _pixels}
     try:
         network = s.network()
         spaces["features"] = lambda x: torch.from_numpy(
-            features.measure(network, x, keep_features=True, progress=s.progress).features
+            features.measure(network, x, keep_features=True, progress=False).features
         )
     except InputError as reason:
+        if s.named_features:
+            raise
         if s.ranks.first:
-            print(f"neighbours: by pixels only ({reason})")
+            print(f"neighbours: by pixels only ({reason})", file=sys.stderr)
+    made = _samples(s, s.n or 64)[: s.n or 64]
     if not s.ranks.first:
         return
     rows: list[tuple[Any, ...]] = []
     summary: dict[str, Any] = {}
     for space, of in spaces.items():
-        data = of(seen)
-        distances, indices = metrics.nearest(of(made), data, k=8, device=s.ranks.device)
-        usual, _ = metrics.nearest(of(held_out), data, k=1, device=s.ranks.device)
-        threshold = float(usual.min())
-        copies = [i for i in range(len(made)) if distances[i, 0] < threshold]
-        summary[space] = {"held_out_nearest": threshold, "held_out_median": float(usual.median()), "duplicates": copies}
+        data = _by_parts(seen, of)
+        if s.found.preset.flip:
+            data = torch.cat([data, _by_parts(seen, lambda x, of=of: of(x.flip(-1)))])  # type: ignore[misc]
+        distances, indices = metrics.nearest(of(made), data, k, device=s.ranks.device)
+        usual = _nearness(metrics.nearest(_by_parts(held_out, of), data, k, device=s.ranks.device)[0])
+        usual = usual[usual > 0]  # an image that is in both sets says nothing
+        chance = (1 + (usual <= _nearness(distances)[:, None]).sum(1)) / (len(usual) + 1)
+        copies = [i for i in range(len(made)) if distances[i, 0] == 0 or chance[i] <= 0.01]
+        summary[space] = {
+            "duplicates": copies, "by_chance": 0.01 * len(made), "held_out_compared": len(usual),
+            "held_out_also_in_training": len(held_out) - len(usual),
+        }  # fmt: skip
+        indices %= len(seen)
         for i, (near, at) in enumerate(zip(distances.tolist(), indices.tolist(), strict=True)):
-            rows += [
-                (space, i, rank, int(j), d, i in copies) for rank, (d, j) in enumerate(zip(near, at, strict=True), 1)
-            ]
+            found = zip(near, at, strict=True)
+            rows += [(space, i, rank, j, d, float(chance[i]), i in copies) for rank, (d, j) in enumerate(found, 1)]
         top = indices[:10]
         nearest = seen.batch(top.flatten()).view(*top.shape, *made.shape[1:])
-        _picture(s, f"neighbours_{space}", torch.cat([made[:10, None], nearest], dim=1), **summary)
-    _table(s, "neighbours", ["space", "sample", "rank", "training_image", "distance", "duplicate"], rows, summary)
+        _picture(s, f"neighbours_{space}", torch.cat([made[:10, None], nearest], dim=1), {})
+    about = s.about("train", s.split, **s.sampling(), **summary)
+    header = ["space", "sample", "rank", "training_image", "distance", "held_out_as_near", "duplicate"]
+    _table(s, "neighbours", header, rows, about)
 
 
-def _pixels(x: Tensor | datasets.Images) -> Tensor:
-    every = x if isinstance(x, Tensor) else x.batch(range(len(x)))
-    return every.flatten(1).float()
+def _nearness(distances: Tensor) -> Tensor:
+    """The nearest distance over the mean of the others: [N, k] -> [N]; 0 for a copy."""
+    return distances[:, 0] / distances[:, 1:].mean(1).clamp(min=1e-300)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    small = x.float() if max(x.shape[2:]) <= 32 else F.interpolate(x.float(), (32, 32), mode="area")
+    return small.flatten(1)
+
+
+def _by_parts(images: datasets.Images, of: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.cat([of(images.batch(range(i, min(i + 1000, len(images))))) for i in range(0, len(images), 1000)])
 
 
 EXPERIMENTS: dict[str, Callable[[Setup], None]] = {
@@ -325,52 +382,57 @@ NAMES = ("table1", "table2", *list(EXPERIMENTS)[1:])
 
 
 def _nll(s: Setup, split: str) -> dict[str, Any]:
-    held_out = s.images(split)
     count = s.n if split != "train" else s.n or len(s.images(s.split))
     out = s.out / f"nll-{split}"
-    return evaluate.nll(s.found, held_out, out, s.ranks, count, 1, s.seed, s.batch_size, s.progress)
+    return evaluate.nll(s.found, s.images(split), out, s.cache, s.ranks, count, 1, s.seed, s.batch_size, s.progress)
 
 
 def _rate_distortion(s: Setup) -> dict[int, tuple[float, float]]:
     """t -> bits/dim until the receiver has x_t, and RMSE of the x0^ that it makes of it, grey levels; T first."""
     _nll(s, s.split)
     with (s.out / f"nll-{s.split}" / "nll.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    sent, found = float(rows[0]["sum_from_T_bits_per_dim"]) - float(rows[0]["term_bits_per_dim"]), {}
-    for row in rows:
-        found[int(row["t"])] = (sent, float(row["rmse_grey_levels"]))
-        sent = float(row["sum_from_T_bits_per_dim"])
-    return found
+        rows = csv.DictReader(file)
+        return {int(row["t"]): (float(row["rate_bits_per_dim"]), float(row["rmse_grey_levels"])) for row in rows}
 
 
 def _samples(s: Setup, count: int) -> Tensor:
-    """uint8 [N, C, H, W]: those that were given, or `count` new ones."""
+    """uint8 [N, C, H, W], on the first process: those that were given, or `count` new ones."""
     if s.samples is not None:
         return evaluate.read_samples(s.samples, s.found.preset.shape)
     return evaluate.samples(
-        s.found, s.out, s.ranks, count, s.seed, s.sampler, s.steps, s.batch_size, progress=s.progress
+        s.found, s.cache, s.ranks, count, s.seed, s.sampler, s.steps, s.batch_size, progress=s.progress
     )
 
 
 def _quality(s: Setup, wanted: Sequence[str]) -> dict[str, Any]:
-    made, network = _samples(s, s.n or 50_000), s.network()
-    if s.ranks.first and s.samples is None:
+    """`evaluate.quality`, on the first process; nothing on others."""
+    network = s.network()
+    made = _samples(s, s.n or 50_000)
+    if not s.ranks.first:
+        return {}
+    if s.samples is None:
         images.save(s.out / "samples.png", images.grid(made[:64].permute(0, 2, 3, 1).numpy()))
-    return evaluate.quality(wanted, made, s.images("train"), network, s.out, s.seed, s.ranks.device, s.progress)
+    return evaluate.quality(wanted, made, s.images("train"), network, s.cache, s.seed, s.ranks.device, s.progress)
+
+
+def probe(network: features.Network, preset: Preset) -> None:
+    """InputError now rather than after hours where the network cannot give what the Inception score needs."""
+    if network(torch.zeros(1, *preset.shape, dtype=torch.uint8))[1] is None:
+        raise InputError(f"{network.name}: gives no class probabilities, which the Inception score needs")
 
 
 def _distance(found: dict[str, Any]) -> str:
     return "frechet_distance" if "frechet_distance" in found else "fid"
 
 
-def _scores(found: dict[str, Any]) -> tuple[float | None, float | None]:
-    return found.get("inception_score"), found.get(_distance(found))
+def _scores(found: dict[str, Any]) -> list[float | None]:
+    return [found.get(name) for name in ("inception_score", "inception_score_std", _distance(found))]
 
 
-def _table(s: Setup, name: str, header: Sequence[str], rows: Any, about: dict[str, Any] | None = None) -> None:
+def _table(s: Setup, name: str, header: Sequence[str], rows: Any, about: dict[str, Any]) -> None:
     if s.ranks.first:
         _csv(s.out / f"{name}.csv", header, rows)
-        _about(s, name, about or {})
+        atomic.write(s.out / f"{name}.json", json.dumps(about, indent=1) + "\n")
 
 
 def _csv(path: Path, header: Sequence[str], rows: Any) -> None:
@@ -382,22 +444,13 @@ def _csv(path: Path, header: Sequence[str], rows: Any) -> None:
     atomic.write(path, text.getvalue())
 
 
-def _picture(s: Setup, name: str, tiles: Tensor, **about: Any) -> None:
+def _picture(s: Setup, name: str, tiles: Tensor, about: dict[str, Any]) -> None:
     """A grid of tiles uint8 [rows, columns, C, H, W]."""
     if s.ranks.first:
         flat = tiles.flatten(0, 1).permute(0, 2, 3, 1).numpy()
         images.save(s.out / f"{name}.png", images.grid(flat, columns=tiles.shape[1]))
-        _about(s, name, about)
-
-
-def _about(s: Setup, name: str, more: dict[str, Any]) -> None:
-    about = {
-        "run": s.found.home.name, "step": s.found.step, "weights": s.found.weights, "sha256": s.found.sha256,
-        "precision": s.found.preset.precision, "data": s.found.preset.data, "split": s.split, "n": s.n,
-        "sampler": s.sampler, "steps": generate.calls(s.found.denoiser, s.sampler, s.steps), "seed": s.seed,
-        "version": ddpm.__version__, **more,
-    }  # fmt: skip
-    atomic.write(s.out / f"{name}.json", json.dumps(about, indent=1) + "\n")
+        if about:
+            atomic.write(s.out / f"{name}.json", json.dumps(about, indent=1) + "\n")
 
 
 def _uint8(x: Tensor) -> Tensor:

@@ -142,11 +142,9 @@ def _samples(run: Path, earlier: int = 6) -> str:
 
 def _evaluations(run: Path) -> str:
     parts = []
-    for folder in sorted({p.parent for p in _files(run, "evaluate/*/evaluate.json", "evaluate/*/nll.csv")}):
-        values, levels = folder / "evaluate.json", folder / "nll.csv"
-        parts.append(f"<h3>{escape(folder.name)}</h3>\n")
-        parts.append(_attempt(run, values, partial(_values, values)))
-        parts.append(_attempt(run, levels, partial(_bound, levels)))
+    for path in _files(run, "evaluate/*/*.json", "evaluate/*/*.csv"):
+        parts.append(f"<h3>{escape(path.relative_to(run / 'evaluate').as_posix())}</h3>\n")
+        parts.append(_attempt(run, path, partial(_values if path.suffix == ".json" else _bound, path)))
     return "".join(["<h2>Evaluation</h2>\n", *parts]) if parts else ""
 
 
@@ -155,13 +153,13 @@ def _bound(path: Path) -> str:
     header, *rows = _csv(path)
     try:
         table = {name: np.array([float(row[i]) for row in rows]) for i, name in enumerate(header)}
-        t, term, error = table["t"].tolist(), table["term_bits_per_dim"], table["rmse_grey_levels"].tolist()
-        rate = table["sum_from_T_bits_per_dim"] - term  # without the term of t, which is what x_{t-1} costs more
+        names = ("t", "term_bits_per_dim", "rate_bits_per_dim", "rmse_grey_levels")
+        t, term, rate, error = (table[name].tolist() for name in names)
     except (KeyError, IndexError):
         raise ValueError("not what `ddpm evaluate` writes: a column is missing or a row is short") from None
     return _drawn(
-        Panel("The bound, level by level", {"term": (t, term.tolist())}, "noise level t", "bits/dim", log_y=True),
-        Panel("Rate and distortion", {"x_t": (rate.tolist(), error)}, "rate, bits/dim", "RMSE, grey levels"),
+        Panel("The bound, level by level", {"term": (t, term)}, "noise level t", "bits/dim", log_y=True),
+        Panel("Rate and distortion", {"x_t": (rate, error)}, "rate, bits/dim", "RMSE, grey levels"),
     )
 
 
