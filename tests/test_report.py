@@ -203,7 +203,7 @@ def test_what_is_damaged_is_named_and_the_rest_is_shown(run):
     page = Page(report(run))
     assert [text.split(" is left out: ")[0] for text in page.left_out()] == [
         "config.json", "samples/00000030.png",
-        "evaluate/00000020-ema/nll.json", "evaluate/00000020-ema/nll.csv", "evaluate/00000030-ema/nll.csv",
+        "evaluate/00000020-ema/nll.csv", "evaluate/00000020-ema/nll.json", "evaluate/00000030-ema/nll.csv",
         "paper/empty.csv", "paper/fig 6 <&>.png", "paper/table1.csv", "paper/table3.csv",
     ]  # fmt: skip
     assert page.pictures() == [png(10), png(20)]
