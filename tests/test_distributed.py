@@ -36,6 +36,7 @@ class Both:
     two: Path  # 20 steps by two
     mixed: Path  # 10 steps by one, 10 by two
     samples: Path  # of `trained`, by two
+    measured: Path  # what evaluate and paper left of it, by two
     stopped: Path  # by two, with dropout, ended by SIGTERM
     out: str
     err: str
@@ -53,6 +54,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
         [*TINY, *TWENTY, "--sample-every", "20", "--sample-count", "3", "--out", str(two)],
         [*TINY, *TWENTY, "--out", str(mixed)],
         ["sample", str(trained), "-n", "5", "--json", "--out", str(root / "samples.npz")],
+        *measuring(trained, root / "measured"),
         [*TINY, *DROPOUT, "--steps", "100000", "--out", str(stopped)],
     ]
     (root / "program.py").write_text(PROGRAM)
@@ -71,7 +73,19 @@ def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
         out, err = process.communicate(timeout=100)
     finally:
         process.kill()
-    return Both(one, two, mixed, root / "samples.npz", stopped, out, err)
+    return Both(one, two, mixed, root / "samples.npz", root / "measured", stopped, out, err)
+
+
+def measuring(run: Path, out: Path) -> list[list[str]]:
+    """Commands that measure a run in ways that share the work and meet again."""
+    out.mkdir()
+    (out / "mine.py").write_text("def f(x):\n    return x.reshape(len(x), -1)[:, ::4] / 255\n")
+    features = ["--features", f"{out}/mine.py:f", "--out", str(out), "-n", "5", "--batch-size", "2"]
+    return [
+        ["evaluate", str(run), "--metrics", "nll", "ode", "fid", "--ode-steps", "5", "--json", *features],
+        ["evaluate", str(run), "--levels", "3", "--json", *features],
+        ["paper", "table4", "fig6", "neighbours", "--model", str(run), *features],
+    ]
 
 
 TWENTY = ("--steps", "20", "--save-every", "10")
@@ -93,7 +107,7 @@ def test_one_speaks_for_all(both: Both) -> None:
     assert both.err.count(f"{both.two}: ") == 1
     assert both.err.count("2 processes") == 3
     assert both.out.count("held-out L_simple") == 2
-    assert len([line for line in both.out.splitlines() if line.startswith("{")]) == 1
+    assert len([line for line in both.out.splitlines() if line.startswith("{")]) == 3
 
 
 def test_two_processes_go_on_from_one(both: Both) -> None:
@@ -126,7 +140,7 @@ def test_sigterm_to_torchrun_saves(both: Both) -> None:
     last = max(steps(both.stopped))
     assert f"stopped at step {last}, saved; the same command goes on" in both.err
     assert max(losses(both.stopped)) == last
-    assert both.out.count("[0, 0, 0, 143]") == 2
+    assert both.out.count("[0, 0, 0, 0, 0, 0, 143]") == 2
 
 
 def test_two_processes_sample_what_one_does(both: Both, trained: Path, tmp_path: Path) -> None:
@@ -135,6 +149,25 @@ def test_two_processes_sample_what_one_does(both: Both, trained: Path, tmp_path:
     two, one = (np.load(path)["arr_0"].astype(int) for path in (both.samples, tmp_path / "one.npz"))
     assert np.abs(two - one).max() <= 1
     assert (two == one).mean() >= 0.999
+
+
+def test_two_processes_measure_what_one_does(both: Both, trained: Path, tmp_path: Path) -> None:
+    """Bounds, distances, tables and pictures of the same call, from other shares of the work."""
+    for words in measuring(trained, tmp_path / "one"):
+        assert main(words) == 0
+    for name in ("nll", "nll_sampled", "ode", "quality"):
+        two, one = (json.loads((folder / f"{name}.json").read_text()) for folder in (both.measured, tmp_path / "one"))
+        assert two.keys() == one.keys()
+        for key, value in one.items():
+            assert (
+                two[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
+                or key == "by_variance"
+            )
+    for name in ("table4.csv", "fig6.png", "neighbours.json"):
+        assert (both.measured / name).is_file()
+    rates = [(folder / "table4.csv").read_text() for folder in (both.measured, tmp_path / "one")]
+    values = [[float(v) for line in text.splitlines()[1:] for v in line.split(",")] for text in rates]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 def held_out(run: Path) -> list[list[float]]:
