@@ -1,7 +1,7 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the whole paper, on PyTorch.
 
-mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, samplers, editing,
-              metrics, unet, inception
+mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, ode, samplers,
+              editing, metrics, unet, inception
 settings      presets: Preset, PRESETS, build
 files         load: a run folder or a checkpoint file -> Denoiser
 programs      run.train, run.generate, run.evaluate, run.paper, run.report, run.cli
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ddpm import losses as losses
     from ddpm import metrics as metrics
     from ddpm import noise as noise
+    from ddpm import ode as ode
     from ddpm import pixels as pixels
     from ddpm import presets as presets
     from ddpm import samplers as samplers
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "samplers", "editing", "metrics",
-    "unet", "presets",
+    "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "ode", "samplers", "editing",
+    "metrics", "unet", "presets",
 }  # fmt: skip
 _NAMES = {
     "Schedule": "schedule",

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ddpm.errors import InputError
+
 BIN = 2 / 255
 """Width of one grey level in signal units; a distance over BIN is in grey levels."""
 
@@ -25,6 +27,21 @@ def to_pixels(signal: Tensor) -> Tensor:
     tensor([  0,   0, 128, 255], dtype=torch.uint8)
     """
     return ((signal.double() + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8)
+
+
+def eight_bit(x0: Tensor) -> Tensor:
+    """The signal x0, of any shape, as float64; InputError where it is not on the 256 grey levels, as random floats are.
+
+    >>> eight_bit(to_signal(torch.tensor([3], dtype=torch.uint8))).dtype
+    torch.float64
+    """
+    apart = float((x0 - to_signal(to_pixels(x0)).to(x0)).abs().max()) / BIN
+    if not apart < 1e-3:
+        raise InputError(
+            f"x0: up to {apart:.2g} grey levels off the 256 that Eq. 13's decoder knows, so bits per dimension would "
+            "mean nothing; want the signal of 8-bit pixels, pixels.to_signal(uint8)"
+        )
+    return x0.double()
 
 
 def bins(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from ddpm.files import datasets, features
     from ddpm.files.checkpoints import Checkpoint
-    from ddpm.samplers import Step
 
 
 class _Parser(argparse.ArgumentParser):
@@ -401,46 +400,14 @@ def _paper(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: str, preset: Preset) -> "torch.Tensor":
-    """An image file as the model takes it: pixels uint8 [C, H, W]."""
-    import torch
-
-    from ddpm.files import images
-
-    height, width = preset.size
-    pixels = images.fit(images.read(path), (height, width), preset.channels, path)
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
-def _read_mask(path: str, image: str, preset: Preset) -> "torch.Tensor":
-    """A mask file of the image's own size, black and white, scaled and cropped as the image is: bool [1, H, W]."""
-    import numpy as np
-
-    from ddpm.files import images
-
-    mask = images.convert(images.read(path), 1, path, {})
-    size = images.read(image).size
-    if mask.size != size:
-        raise InputError(f"{path}: {mask.size[0]}x{mask.size[1]}; want a mask of the image's size, {size[0]}x{size[1]}")
-    levels = sorted(set(np.asarray(mask).flat))
-    if not set(levels) <= {0, 255} or 255 not in levels:
-        seen = ", ".join(map(str, levels[:4])) + ", .." * (len(levels) > 4)
-        raise InputError(f"{path}: grey levels {seen}; want white, 255, where it is to be made, else black, 0")
-    return _read(path, replace(preset, channels=1)) > 127
-
-
-def _edit(args: argparse.Namespace, walk: "Callable[[Checkpoint], Iterator[Step]]") -> int:
-    """Run the steps that `walk` makes of a model, and save the last: what interpolate and inpaint share."""
-    from tqdm import tqdm
-
-    from ddpm import pixels
+def _edit(args: argparse.Namespace, edit: "Callable[[Checkpoint], torch.Tensor]") -> int:
+    """Open the model, edit, save: what interpolate and inpaint share."""
     from ddpm.files import images
     from ddpm.run.distributed import pick_device
 
     images.check_out(args.out)
     found = _open(args, pick_device(args.device))
-    *_, last = tqdm(walk(found), unit="call", desc="editing", disable=True if args.json else None, leave=False)
-    made = pixels.to_pixels(last.x).cpu().permute(0, 2, 3, 1).numpy()
+    made = edit(found).permute(0, 2, 3, 1).numpy()
     images.save_many(args.out, made, [f"{i:03d}" for i in range(len(made))], columns=min(len(made), 16))
     about = {"out": args.out, "count": len(made), **found.about(), "seed": args.seed}
     print(json.dumps(about) if args.json else f"{len(made)} image{'s' * (len(made) != 1)} in {args.out}")
@@ -452,46 +419,24 @@ def _interpolate(args: argparse.Namespace) -> int:
     check("--seed", args.seed, int, 0)
 
     with _importing():
-        import torch
+        from ddpm.run.edit import interpolate
 
-        from ddpm import editing, pixels
-        from ddpm.noise import mix, per_image
-
-    def walk(found: "Checkpoint") -> "Iterator[Step]":
-        T = found.denoiser.schedule.T
-        t = T // 2 if args.t is None else args.t
-        device = found.denoiser.schedule.alpha_bar.device
-        a, b = (pixels.to_signal(_read(path, found.preset)).to(device) for path in (args.a, args.b))
-        eps_a, eps_b = per_image([mix(args.seed, 0), mix(args.seed, 1)], found.preset.shape, device)(T)
-        noise = per_image([args.seed] * args.n, found.preset.shape, device)  # one for all, for a smooth change
-        weights = torch.linspace(0, 1, args.n)
-        return editing.interpolate(found.denoiser, a, b, weights, t, eps_a, eps_b, noise, args.steps)
-
-    return _edit(args, walk)
+    given = (args.a, args.b, args.n, args.t, args.steps, args.seed)
+    return _edit(args, lambda found: interpolate(found, *given, progress=not args.json))
 
 
 def _inpaint(args: argparse.Namespace) -> int:
     check("-n", args.n, int, 1, 10_000)
     check("--seed", args.seed, int, 0)
+    check("--resample", args.resample, int, 1)
     if args.jump is not None:
         check("--jump", args.jump, int, 1)
-    check("--resample", args.resample, int, 1)
 
     with _importing():
-        from ddpm import editing, pixels
-        from ddpm.noise import per_image
+        from ddpm.run.edit import inpaint
 
-    def walk(found: "Checkpoint") -> "Iterator[Step]":
-        device = found.denoiser.schedule.alpha_bar.device
-        x0 = pixels.to_signal(_read(args.image, found.preset)).to(device).expand(args.n, -1, -1, -1)
-        mask = _read_mask(args.mask, args.image, found.preset).to(device)
-        noise = per_image([args.seed + i for i in range(args.n)], found.preset.shape, device)
-        steps = min(250, found.denoiser.schedule.T) if args.steps is None else args.steps
-        jump = max(1, steps // 25) if args.jump is None else args.jump
-        resample = args.resample if steps > 1 else 1  # with one level there is nothing to go up to
-        return editing.inpaint(found.denoiser, x0, mask[None], noise, steps, jump, resample)
-
-    return _edit(args, walk)
+    given = (args.image, args.mask, args.n, args.steps, args.jump, args.resample, args.seed)
+    return _edit(args, lambda found: inpaint(found, *given, progress=not args.json))
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import ddpm
 from ddpm import likelihood, metrics, noise, pixels
+from ddpm import ode as probability_flow
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import atomic, checkpoints, datasets, features, plots
@@ -290,8 +291,8 @@ def ode(
     for places, rows, x0 in _batches(images, chosen, ranks, batch_size, "ode", progress):
         draws = _draws(seed, rows, 0, _ODE, shape)
         u, probe, eps = torch.special.ndtr(draws(0).double()), draws(1).sign().to(x0.device), draws(2)
-        uniform = likelihood.ode_bound(denoiser, x0, u.to(x0.device), probe, steps)
-        decoder = likelihood.ode_decoder_bound(denoiser, x0, eps.to(x0.device), probe, steps)
+        uniform = probability_flow.bound(denoiser, x0, u.to(x0.device), probe, steps)
+        decoder = probability_flow.decoder_bound(denoiser, x0, eps.to(x0.device), probe, steps)
         sums[:, places] = bits_per_dim(torch.stack([uniform, decoder]), x0[0].numel()).cpu()
     sums = ranks.total(sums)
     mean, error = sums.mean(1).tolist(), (sums.std(1) / n**0.5).tolist() if n > 1 else [None, None]

@@ -12,7 +12,7 @@ import torch
 from exact import PREDICTIONS, FiniteData, GaussianData, correlated, network
 from scipy.stats import norm
 
-from ddpm import likelihood, pixels, schedule
+from ddpm import ode, pixels, schedule
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.noise import per_image
@@ -51,7 +51,7 @@ def coordinates(x):
 
 def exact_trace(denoiser, x, steps=None):
     many, probe = coordinates(x)
-    return likelihood.probability_flow(denoiser, many, probe, steps).view(len(x), -1).mean(1)
+    return ode.probability_flow(denoiser, many, probe, steps).view(len(x), -1).mean(1)
 
 
 def some(n=8):
@@ -132,7 +132,7 @@ def visited(s, steps):
         seen.append(int(timestep[0]) + 1)
         return torch.zeros_like(x)
 
-    likelihood.probability_flow(Denoiser(spy, s, "v"), torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), steps)
+    ode.probability_flow(Denoiser(spy, s, "v"), torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), steps)
     assert seen == [t for pair in itertools.pairwise(sorted(set(seen))) for t in pair]  # Heun: 2 (steps - 1) calls
     return sorted(set(seen))
 
@@ -156,7 +156,7 @@ def test_the_log_determinants_count():
     many, probe = coordinates(x)
     right = (exact_trace(denoiser, x) - closed).abs().max()
     assert right < 0.01
-    path = likelihood.probability_flow(denoiser, many, 0 * probe).view(len(x), -1).mean(1)  # without the trace
+    path = ode.probability_flow(denoiser, many, 0 * probe).view(len(x), -1).mean(1)  # without the trace
     wrong_sign = 2 * path - exact_trace(denoiser, x)
     no_scale = exact_trace(denoiser, x) + DATA.D / 2 * s.alpha_bar[1].log()
     for wrong in (path, wrong_sign, no_scale):
@@ -171,7 +171,7 @@ def test_the_average_over_all_signs_is_the_trace():
     s, x = even(30), some(3)
     denoiser = Denoiser(network(DATA, s, "eps"), s)
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)), dtype=float64).view(16, 1, 2, 2)
-    nats = likelihood.probability_flow(denoiser, x.repeat_interleave(16, 0), signs.repeat(3, 1, 1, 1)).view(3, 16)
+    nats = ode.probability_flow(denoiser, x.repeat_interleave(16, 0), signs.repeat(3, 1, 1, 1)).view(3, 16)
     torch.testing.assert_close(nats.mean(1), exact_trace(denoiser, x), rtol=0, atol=1e-9)
     assert (nats.std(1) > 0.1).all()
 
@@ -181,11 +181,11 @@ def test_random_probes_are_unbiased():
     s, n, x = even(12), 2000, some(1)
     denoiser = Denoiser(network(DATA, s, "eps"), s)
     probe = torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(2)).double()
-    nats = likelihood.probability_flow(denoiser, x.expand(n, 1, 2, 2), probe)
+    nats = ode.probability_flow(denoiser, x.expand(n, 1, 2, 2), probe)
     off = nats.mean() - exact_trace(denoiser, x)[0]
     standard_error = nats.std() / math.sqrt(n)
     assert off.abs() < 4 * standard_error
-    path = likelihood.probability_flow(denoiser, x, torch.zeros_like(x))
+    path = ode.probability_flow(denoiser, x, torch.zeros_like(x))
     assert (path - nats.mean()).abs() > 40 * standard_error
 
 
@@ -209,7 +209,7 @@ def test_the_dequantised_bound(spread):
     nodes, weights = np.polynomial.legendre.leggauss(3)  # of u in [0, 1), exact: log p is a quadratic
     x0 = torch.from_numpy(centres).repeat_interleave(3).view(-1, 1, 1, 1)
     u = torch.from_numpy((nodes + 1) / 2).repeat(len(centres)).view(-1, 1, 1, 1)
-    bound = likelihood.ode_bound(Denoiser(network(data, s, "eps"), s), x0, u, torch.ones_like(x0))
+    bound = ode.bound(Denoiser(network(data, s, "eps"), s), x0, u, torch.ones_like(x0))
     bound = (bound.view(-1, 3) * torch.from_numpy(weights / 2)).sum(1).numpy()
 
     jensen = (pixels.BIN**2 / 12) * ((centres - mu) / wide**2) ** 2 / 2  # BIN^2/12 (d log p/dx)^2/2, to leading order
@@ -225,7 +225,7 @@ def test_a_pixel_known_for_sure_costs_what_the_docstring_says():
     s = schedule.linear()
     data = FiniteData(torch.full((1, 1, 1, 1), 1 / 255, dtype=float64))
     x0, u = data.images.expand(64, 1, 1, 1), (torch.arange(64).view(-1, 1, 1, 1) + 0.5) / 64
-    nats = likelihood.ode_bound(Denoiser(network(data, s, "eps"), s), x0, u, torch.ones(64, 1, 1, 1), 50)
+    nats = ode.bound(Denoiser(network(data, s, "eps"), s), x0, u, torch.ones(64, 1, 1, 1), 50)
     sigma = (1 / s.alpha_bar[1] - 1).sqrt().item()
     assert sigma / pixels.BIN == pytest.approx(1.3, abs=0.05)
     assert nats.mean().item() / math.log(2) == pytest.approx(1.71, abs=0.01)
@@ -248,7 +248,7 @@ def test_the_flow_with_the_decoder(spread):
     nodes, weights = np.polynomial.hermite_e.hermegauss(8)
     x0 = torch.from_numpy(centres).repeat_interleave(8).view(-1, 1, 1, 1)
     eps = torch.from_numpy(nodes).repeat(2).view(-1, 1, 1, 1)
-    bound = likelihood.ode_decoder_bound(denoiser, x0, eps, torch.ones_like(x0)).view(2, 8).numpy()
+    bound = ode.decoder_bound(denoiser, x0, eps, torch.ones_like(x0)).view(2, 8).numpy()
     bound = bound @ (weights / weights.sum())
 
     x1 = np.linspace(mu - 12 * math.hypot(spread, 0.01), mu + 12 * math.hypot(spread, 0.01), 20001)
@@ -262,7 +262,7 @@ def test_the_flow_with_the_decoder(spread):
         assert -2e-3 < value - true < 0.05
     u = torch.full_like(x0, 0.5)
     if spread == 0.002:
-        assert likelihood.ode_bound(denoiser, x0, u, torch.ones_like(x0))[0] > bound[0] + 0.5
+        assert ode.bound(denoiser, x0, u, torch.ones_like(x0))[0] > bound[0] + 0.5
 
 
 # (e) Networks, and what is refused.
@@ -280,13 +280,13 @@ def test_a_float32_network_whatever_the_batch():
         per_image([0, 1, 2], (1, 8, 8))(1).sign(),
     )
     u = torch.rand(3, 1, 8, 8, generator=g)
-    together = likelihood.ode_bound(denoiser, x0, u, probe, steps=6)
+    together = ode.bound(denoiser, x0, u, probe, steps=6)
     assert together.dtype == float64
     assert together.isfinite().all()
     assert all(p.grad is None for p in net.parameters())
-    alone = [likelihood.ode_bound(denoiser, x0[i : i + 1], u[i : i + 1], probe[i : i + 1], steps=6) for i in range(3)]
+    alone = [ode.bound(denoiser, x0[i : i + 1], u[i : i + 1], probe[i : i + 1], steps=6) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=0)
-    again = likelihood.ode_bound(denoiser, x0, u, -probe, steps=6)  # even in the probe
+    again = ode.bound(denoiser, x0, u, -probe, steps=6)  # even in the probe
     torch.testing.assert_close(together, again, rtol=1e-5, atol=0)
 
 
@@ -296,8 +296,8 @@ def test_labels_reach_the_network():
 
     x, probe = torch.ones(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
     s = even(10)
-    both = likelihood.probability_flow(Denoiser(net, s), x, probe, y=torch.tensor([0, 5]))
-    one = likelihood.probability_flow(Denoiser(lambda x, timestep, y: 0.5 * x, s), x, probe)
+    both = ode.probability_flow(Denoiser(net, s), x, probe, y=torch.tensor([0, 5]))
+    one = ode.probability_flow(Denoiser(lambda x, timestep, y: 0.5 * x, s), x, probe)
     assert both[1] == one[1]
     assert both[0] != one[0]
 
@@ -305,7 +305,7 @@ def test_labels_reach_the_network():
 def test_what_is_refused():
     x = torch.zeros(1, 1, 2, 2)
     with pytest.raises(InputError, match="alpha_bar 0"):
-        likelihood.probability_flow(Denoiser(lambda x, timestep, y: x, schedule.jsd(10), "v"), x, x)
+        ode.probability_flow(Denoiser(lambda x, timestep, y: x, schedule.jsd(10), "v"), x, x)
     for steps in (1, 11):
         with pytest.raises(InputError, match=f"steps {steps}: want 2 to 10"):
-            likelihood.probability_flow(Denoiser(lambda x, timestep, y: x, schedule.linear(10)), x, x, steps)
+            ode.probability_flow(Denoiser(lambda x, timestep, y: x, schedule.linear(10)), x, x, steps)
