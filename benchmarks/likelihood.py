@@ -40,13 +40,13 @@ def main() -> None:
     print(
         f"- step {found.step:,} of a run with loss {preset.loss}, {preset.size[0]}x{preset.size[1]}, {preset.precision}"
     )
-    print(f"- the first {n} images of {Path(args.data).name} ({args.split})\n", flush=True)
+    print(f"- {n} images of {Path(args.data).name} ({args.split})\n", flush=True)
 
     print("| levels an image | bits/dim | standard error | seconds | calls | speed-up by calls | by seconds |")
     print("|---|---|---|---|---|---|---|")
     start = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        exact = evaluate.nll(found, images, Path(folder), alone, n)
+        exact = evaluate.nll(found, images, Path(folder), Path(folder), alone, n)
     seconds = time.time() - start
     T = found.denoiser.schedule.T
     values = f"{exact['bits_per_dim']:.4f} | {exact['standard_error']:.4f} | {seconds:.0f} | {exact['network_calls']:,}"
