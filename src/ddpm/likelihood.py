@@ -141,12 +141,12 @@ def vlb(denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -
     return Bound(prior(denoiser, x0), terms[:, 1:], terms[:, 0], mse, x0[0].numel())
 
 
-def calibrated_variance(schedule: Schedule, mse: Tensor) -> Tensor:
+def calibrated_variance(schedule: Schedule, mse: Tensor, first: float | None = None) -> Tensor:
     """sigma_t^2 = beta~_t + c_0^2 mse_t: the scalar variance of the least bound (Bao et al. 2022), float64 [T+1].
 
     mse [T] is the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, measured on training images; c_0 is what multiplies
     x_0 in mu~_t (Eq. 7). At t = 1 the posterior's own variance is Eq. 7's 0, so sigma_1^2 = mse_1, the best for a
-    density; for Eq. 13's bins a little less would be best where the error is under a grey level.
+    density; Eq. 13's bins want less where errors are small or few: `first` takes its place.
 
     >>> from ddpm import schedule
     >>> s = schedule.linear()
@@ -158,7 +158,21 @@ def calibrated_variance(schedule: Schedule, mse: Tensor) -> Tensor:
     variance = torch.zeros_like(schedule.alpha_bar)
     variance[1:] = c_0**2 * mse.to(variance)
     variance[2:] += beta_tilde(schedule)[2:]
+    if first is not None:
+        variance[1] = first
     return variance
+
+
+def decoder_cost(x0: Tensor, mean: Tensor, variances: Tensor) -> Tensor:
+    """L_0 (Eq. 13) summed over images for each of many sigma_1^2: x0, mean [B, ...], variances [K] -> nats [K].
+
+    >>> x0 = pixels.to_signal(torch.tensor([[7, 9]], dtype=torch.uint8))
+    >>> decoder_cost(x0, x0, torch.tensor([1e-7, 1e-4, 1e-1])).round().tolist()  # the surer, the cheaper, if right
+    [0.0, 1.0, 9.0]
+    """
+    x0, mean = x0.double(), mean.double()
+    ones = torch.ones_like(mean[:, :1])
+    return torch.stack([-decoder_log_prob(x0, Gaussian(mean, v.log() * ones)).sum() for v in variances.double()])
 
 
 def vlb_with_variance(bound: Bound, denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -> Bound:

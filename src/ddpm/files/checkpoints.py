@@ -12,6 +12,7 @@ A checkpoint is written under another name, synced and renamed: a folder that ha
 import functools
 import hashlib
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -202,15 +203,16 @@ def _calibration_file(weights: Path) -> Path:
     return weights.with_name(f"{weights.stem}.calibration.json")
 
 
-def save_calibration(found: Checkpoint, mse: Tensor, about: Mapping[str, Any]) -> Path:
-    """Keep mse_t, levels 1..T, float64 [T], and what it was measured on beside the weights; returns the file."""
-    values = {**about, "weights": found.sha256, "version": ddpm.__version__, "mse": mse.tolist()}
+def save_calibration(found: Checkpoint, mse: Tensor, first: float, about: Mapping[str, Any]) -> Path:
+    """Keep mse_t, levels 1..T, float64 [T], sigma_1^2, and what they were measured on beside the weights."""
+    measured = {"first_variance": first, "mse": mse.tolist()}
+    values = {**about, "weights": found.sha256, "version": ddpm.__version__, **measured}
     atomic.write(_calibration_file(found.path), json.dumps(values, indent=1) + "\n")
     return _calibration_file(found.path)
 
 
-def read_calibration(found: Checkpoint) -> Tensor | None:
-    """mse_t, float64 [T], that `save_calibration` left for these weights; None where there is none.
+def read_calibration(found: Checkpoint) -> tuple[Tensor, float] | None:
+    """mse_t, float64 [T], and sigma_1^2 that `save_calibration` left for these weights; None where there is none.
 
     Raises InputError for a file that is damaged or of other weights.
     """
@@ -218,7 +220,7 @@ def read_calibration(found: Checkpoint) -> Tensor | None:
     again = "measure it again with `ddpm calibrate`"
     try:
         values = json.loads(file.read_text())
-        mse = torch.tensor(values["mse"], dtype=torch.float64)
+        mse, first = torch.tensor(values["mse"], dtype=torch.float64), float(values["first_variance"])
         weights = values["weights"]
     except FileNotFoundError:
         return None
@@ -226,9 +228,9 @@ def read_calibration(found: Checkpoint) -> Tensor | None:
         raise InputError(f"{file}: damaged ({error}); {again}") from error
     if weights != found.sha256:
         raise InputError(f"{file}: of other weights than {found.path.name}; {again}")
-    if mse.shape != (T,) or not (mse.isfinite() & (mse > 0)).all():
-        raise InputError(f"{file}: want {T} positive numbers; {again}")
-    return mse
+    if mse.shape != (T,) or not (mse.isfinite() & (mse > 0)).all() or not 0 < first < math.inf:
+        raise InputError(f"{file}: want {T} positive numbers and one more; {again}")
+    return mse, first
 
 
 def with_variance(found: Checkpoint, variance: str) -> Checkpoint:
@@ -245,10 +247,10 @@ def with_variance(found: Checkpoint, variance: str) -> Checkpoint:
         raise InputError(f"variance calibrated: {found.path} predicts mu; want fixed_large or fixed_small")
     chosen: Variance | Tensor = cast(Variance, variance)
     if variance == "calibrated":
-        mse = read_calibration(found)
-        if mse is None:
+        measured = read_calibration(found)
+        if measured is None:
             raise InputError(f"variance calibrated: {found.path} is not calibrated; run `ddpm calibrate` on it first")
-        chosen = calibrated_variance(found.denoiser.schedule, mse)
+        chosen = calibrated_variance(found.denoiser.schedule, *measured)
     return replace(found, denoiser=replace(found.denoiser, variance=chosen))
 
 

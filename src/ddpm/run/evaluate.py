@@ -20,7 +20,7 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import atomic, checkpoints, datasets, features, plots
 from ddpm.files.images import DEEP
-from ddpm.gaussian import bits_per_dim
+from ddpm.gaussian import bits_per_dim, q_sample
 from ddpm.run.distributed import Processes
 from ddpm.run.generate import generate
 
@@ -96,8 +96,9 @@ def calibrate(
 ) -> Tensor:
     """mse_t, the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, over `count` images to train on: float64 [T].
 
-    Kept beside the weights, where likelihood, samplers and codec find it. Raises InputError where the variance that
-    is best does not follow from it: mu prediction, and a network that gives its own.
+    Kept beside the weights, where likelihood, samplers and codec find it, with the sigma_1^2 of least L_0 on the same
+    images, to 6%. Raises InputError where the variance that is best does not follow: mu prediction, and a network that
+    gives its own.
     """
     denoiser = found.denoiser
     if denoiser.learned or denoiser.predict == "mu":
@@ -105,13 +106,18 @@ def calibrate(
         raise InputError(f"{found.path}: the network {why}; want eps, x0 or v and a fixed variance")
     chosen = subset(images, count)
     total = torch.zeros(denoiser.schedule.T, dtype=torch.float64)
+    variances = torch.logspace(-7, 0, 141, dtype=torch.float64)  # a grey level is 6e-5
+    cost = torch.zeros_like(variances)
     for _, rows, x0 in _batches(images, chosen, ranks, batch_size, "calibrating", progress):
         draws = _draws(0, rows, 0, _CALIBRATION, x0.shape[1:])
         total += likelihood.vlb(denoiser, x0, draws).mse.sum(0).cpu()
-    mse = ranks.total(total) / len(chosen)
+        first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
+        mean = denoiser(q_sample(denoiser.schedule, x0.double(), first, draws(1).to(x0.device).double()), first).mean
+        cost += likelihood.decoder_cost(x0, mean, variances.to(x0.device)).cpu()
+    mse, sigma = ranks.total(total) / len(chosen), float(variances[ranks.total(cost).argmin()])
     if ranks.first:
         about = {"data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": len(chosen)}
-        checkpoints.save_calibration(found, mse, {**about, "precision": found.preset.precision})
+        checkpoints.save_calibration(found, mse, sigma, {**about, "precision": found.preset.precision})
     return mse
 
 
