@@ -146,7 +146,7 @@ def calibrated_variance(schedule: Schedule, mse: Tensor, first: float | None = N
 
     mse [T] is the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, measured on training images; c_0 is what multiplies
     x_0 in mu~_t (Eq. 7). At t = 1 the posterior's own variance is Eq. 7's 0, so sigma_1^2 = mse_1, the best for a
-    density; Eq. 13's bins want less where errors are small or few: `first` takes its place.
+    density; for Eq. 13's bins less is best where errors are small, and more where few are large: `first` replaces it.
 
     >>> from ddpm import schedule
     >>> s = schedule.linear()
@@ -168,7 +168,7 @@ def decoder_cost(x0: Tensor, mean: Tensor, variances: Tensor) -> Tensor:
 
     >>> x0 = pixels.to_signal(torch.tensor([[7, 9]], dtype=torch.uint8))
     >>> decoder_cost(x0, x0, torch.tensor([1e-7, 1e-4, 1e-1])).round().tolist()  # the surer, the cheaper, if right
-    [0.0, 1.0, 9.0]
+    [0.0, 2.0, 9.0]
     """
     x0, mean = x0.double(), mean.double()
     ones = torch.ones_like(mean[:, :1])
