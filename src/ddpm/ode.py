@@ -89,8 +89,9 @@ def bound(
     -log P(x_0) <= E_u[-log p(x_0 + (u - 1/2) BIN)] - D log BIN; this is the right side for one u.
 
     x0 [B, C, H, W] is the signal of 8-bit pixels, u of its shape uniform in [0, 1); the rest is `probability_flow`'s.
-    It bounds the flow's likelihood, not the reverse chain's. Where data are sharper than level 1's noise the density is
-    not: with the linear schedule, whose noise there is 1.3 grey levels, a pixel that is known for sure costs 1.7 bits.
+    It bounds the flow's likelihood, not the reverse chain's. Where data are sharper than level 1's noise the exact flow
+    is not: with the linear schedule, whose noise there is 1.3 grey levels, a pixel that is known for sure costs it 1.7
+    bits. (A trained network's flow need not be exact, and may be sharper.)
 
     >>> from ddpm import schedule
     >>> from ddpm.gaussian import bits_per_dim
