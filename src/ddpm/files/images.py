@@ -99,11 +99,13 @@ def convert(image: Image.Image, channels: int, name: str = "the image", notes: N
     (255, 255, 255)
     """
     wanted = MODES[channels]
-    if image.info.get("deep") or image.mode.startswith("I"):
+    deep = image.info.get("deep") or image.mode.startswith("I")
+    if deep:
         note(notes, DEEP, name)
     if image.mode == wanted:
         return image
-    note(notes, f"mode {image.mode} is converted to {wanted}", name)
+    if not deep:
+        note(notes, f"mode {image.mode} is converted to {wanted}", name)
     if image.mode == "F":
         raise InputError(f"{name}: mode F (floating point), want 8 bits per channel")
     if image.mode.startswith("I"):
