@@ -29,9 +29,8 @@ def made(trained, tmp_path_factory):
     run = tmp_path_factory.mktemp("paper") / "run"
     shutil.copytree(trained, run)
     (run / "mine.py").write_text(FEATURES)
-    names = [name for name in paper.NAMES if name != "table2"]
     words = ["--run", str(run), "-n", "4", "--features", f"{run}/mine.py:rows", "--batch-size", "3"]
-    assert cli.main(["paper", *names, *words]) == 0
+    assert cli.main(["paper", *paper.EXPERIMENTS, *words]) == 0
     return run
 
 

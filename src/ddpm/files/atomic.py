@@ -1,9 +1,13 @@
 """Files that appear whole or not at all: written under another name, synced, and only then renamed."""
 
+import csv
+import io
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -32,6 +36,20 @@ def write(path: str | Path, data: str | bytes) -> None:
     """Write a file whole or not at all; raises OSError where the disk is full."""
     with whole(path) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """`write` of plain values as indented JSON."""
+    write(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    """`write` of a table."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write(path, text.getvalue())
 
 
 def sync(path: Path) -> None:

@@ -199,7 +199,8 @@ class Checkpoint:
         }  # fmt: skip
 
 
-def _calibration_file(weights: Path) -> Path:
+def calibration_file(weights: Path) -> Path:
+    """Where the calibration of a weights file is kept."""
     return weights.with_name(f"{weights.stem}.calibration.json")
 
 
@@ -207,8 +208,8 @@ def save_calibration(found: Checkpoint, mse: Tensor, first: float, about: Mappin
     """Keep mse_t, levels 1..T, float64 [T], sigma_1^2, and what they were measured on beside the weights."""
     measured = {"first_variance": first, "mse": mse.tolist()}
     values = {**about, "weights": found.sha256, "version": ddpm.__version__, **measured}
-    atomic.write(_calibration_file(found.path), json.dumps(values, indent=1) + "\n")
-    return _calibration_file(found.path)
+    atomic.write_json(calibration_file(found.path), values)
+    return calibration_file(found.path)
 
 
 def read_calibration(found: Checkpoint) -> tuple[Tensor, float] | None:
@@ -216,7 +217,7 @@ def read_calibration(found: Checkpoint) -> tuple[Tensor, float] | None:
 
     Raises InputError for a file that is damaged or of other weights.
     """
-    file, T = _calibration_file(found.path), found.denoiser.schedule.T
+    file, T = calibration_file(found.path), found.denoiser.schedule.T
     again = "measure it again with `ddpm calibrate`"
     try:
         values = json.loads(file.read_text())

@@ -733,6 +733,7 @@ def load(
     skip_bad: bool = False,
     cache_bytes: int = 4 * 2**30,
     progress: bool = False,
+    as_trained: bool = False,
 ) -> Images:
     """The images of one split of SOURCE (above), scaled and cropped at the centre to `size` = (H, W), as uint8.
 
@@ -742,6 +743,8 @@ def load(
     image_column, label_column: in Hugging Face layout; found if there is but one of a kind. In folders and zip files
     the labels are the folders under the split's, if all images lie in such.
     skip_bad: count images that cannot be used and go on. cache_bytes: sets that fit are decoded now, in memory.
+    as_trained: `train` and `test` are the two sets that `load_pair` makes: where the source has no second split, what
+    `split_holdout` leaves and what it sets apart.
     Raises InputError, one line naming the file, for: a damaged or empty file, no images, images of mixed channels
     (all must have the first one's), a missing split or column, and a source that is not there.
 
@@ -750,8 +753,13 @@ def load(
     (297, [5, 7, 4], 'digits (test): 297 images 8x8x1')
     """
     splits = _open(source, image_column, label_column, progress)
-    found = _pick(source, split, splits)
-    return _build(source, found, splits[found](), size, channels, skip_bad, cache_bytes, progress)
+    held_out = as_trained and split == "test" and _match("test", splits) is None
+    found = _pick(source, "train" if held_out else split, splits)
+    images = _build(source, found, splits[found](), size, channels, skip_bad, cache_bytes, progress)
+    alone = _match("test", (name for name in splits if name != found)) is None
+    if held_out or (as_trained and split == "train" and alone):
+        return split_holdout(images)[held_out]
+    return images
 
 
 def load_pair(
@@ -781,36 +789,6 @@ def load_pair(
     if other is None:
         return split_holdout(train)
     return train, _build(source, other, splits[other](), size, channels, skip_bad, cache_bytes, progress)
-
-
-def load_as_trained(
-    source: str,
-    size: tuple[int, int],
-    channels: int,
-    *,
-    split: str = "test",
-    image_column: str | None = None,
-    label_column: str | None = None,
-    skip_bad: bool = False,
-    cache_bytes: int = 4 * 2**30,
-    progress: bool = False,
-) -> Images:
-    """One of the two sets that `load_pair` makes of SOURCE, `train` or, held out, `test`; or any other split of it.
-
-    Where the source has no such second split, `test` is what `split_holdout` sets apart and `train` is the rest.
-    Arguments and errors are those of `load`.
-
-    >>> len(load_as_trained("digits", (8, 8), 1, split="train")), len(load_as_trained("digits", (8, 8), 1))
-    (1500, 297)
-    """
-    splits = _open(source, image_column, label_column, progress)
-    held_out = split == "test" and _match("test", splits) is None
-    found = _pick(source, "train" if held_out else split, splits)
-    images = _build(source, found, splits[found](), size, channels, skip_bad, cache_bytes, progress)
-    alone = _match("test", (name for name in splits if name != found)) is None
-    if held_out or (split == "train" and alone):
-        return split_holdout(images)[held_out]
-    return images
 
 
 def split_holdout(images: Images) -> tuple[Images, Images]:

@@ -208,10 +208,10 @@ def _loader(args: argparse.Namespace, preset: Preset, shown: bool) -> "Callable[
 
     @functools.cache
     def load(split: str) -> datasets.Images:
-        return datasets.load_as_trained(
+        return datasets.load(
             args.data or preset.data, preset.size, preset.channels, split=split,
             image_column=preset.image_column or None, label_column=preset.label_column or None,
-            skip_bad=preset.skip_bad, progress=shown,
+            skip_bad=preset.skip_bad, progress=shown, as_trained=True,
         )  # fmt: skip
 
     return load
@@ -224,6 +224,13 @@ def _network(args: argparse.Namespace, device: "torch.device") -> "features.Netw
     if args.features is None:
         return features.inception(args.inception, any_weights=args.any_weights, device=device)
     return features.custom(args.features)
+
+
+def _out(args: argparse.Namespace, default: Path) -> Path:
+    """The folder of --out, or by default another; InputError now where it cannot be one."""
+    from ddpm.files.images import check_folder
+
+    return check_folder(default if args.out is None else args.out)
 
 
 def _check_measuring(args: argparse.Namespace) -> None:
@@ -259,7 +266,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         check("--sampler", args.sampler, Literal["ancestral", "ddim"])
 
     with _importing():
-        from ddpm.files import atomic, images
+        from ddpm.files import atomic
         from ddpm.run import evaluate
         from ddpm.run.distributed import processes
         from ddpm.run.generate import calls
@@ -269,9 +276,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         preset = found.preset
         shown = ranks.first and not args.json
         load = _loader(args, preset, shown)
-        out = Path(args.out) if args.out else found.home / "evaluate" / f"{found.step:08d}-{found.weights}"
-        cache = Path(args.out) if args.out else found.home / "cache"
-        images.check_folder(out if args.out is None else args.out)
+        out = _out(args, found.home / "evaluate" / f"{found.step:08d}-{found.weights}")
+        cache = _out(args, found.home / "cache")
         done: dict[str, Any] = {}
 
         def keep(name: str, values: dict[str, Any], of: str | None) -> None:
@@ -280,7 +286,7 @@ def _evaluate(args: argparse.Namespace) -> int:
                 data = load(of)
                 values = {"data": data.name, "split": data.split, "fingerprint": data.fingerprint, **values}
             if ranks.first:
-                atomic.write(out / f"{name}.json", json.dumps({**about, **values}, indent=1) + "\n")
+                atomic.write_json(out / f"{name}.json", {**about, **values})
             done[name] = values
 
         about = {**found.about(), "seed": args.seed}
@@ -327,6 +333,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     check("--batch-size", args.batch_size, int, 1)
 
     with _importing():
+        from ddpm.files.checkpoints import calibration_file
         from ddpm.run import evaluate
         from ddpm.run.distributed import processes
 
@@ -337,7 +344,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         mse = evaluate.calibrate(found, images, args.n, ranks, args.batch_size, shown)
         if ranks.first:
             about = {"run": str(found.path), "data": images.name, "count": min(args.n, len(images)), "levels": len(mse)}
-            _say(args, about, f"{found.path.with_suffix('')}.calibration.json; --variance calibrated takes it")
+            _say(args, about, f"{calibration_file(found.path)}; --variance calibrated takes it")
     return 0
 
 
@@ -356,7 +363,6 @@ def _paper(args: argparse.Namespace) -> int:
                 raise InputError(f"--{name} {getattr(args, name)}: not for table2, whose six runs differ")
 
     with _importing():
-        from ddpm.files import images
         from ddpm.run import paper
         from ddpm.run.distributed import processes
 
@@ -368,7 +374,7 @@ def _paper(args: argparse.Namespace) -> int:
         else:
             found = _open(args, ranks.device)
             preset, out = found.preset, found.home / "paper"
-        out = images.check_folder(out if args.out is None else args.out)
+        out = _out(args, out)
         shown = ranks.first and not args.json
         load, network = _loader(args, preset, shown), functools.cache(partial(_network, args, ranks.device))
         named = args.features is not None or args.inception is not None
@@ -391,7 +397,7 @@ def _paper(args: argparse.Namespace) -> int:
                 if stopped:
                     return 128 + stopped
             else:
-                paper.EXPERIMENTS[name](setup(found, out, out if args.out else found.home / "cache"))
+                paper.EXPERIMENTS[name](setup(found, out, _out(args, found.home / "cache")))
             if shown:
                 files = [p for p in sorted(out.glob(f"{name}*.*")) if p.suffix in (".csv", ".png")]
                 print(f"{name}: {', '.join(map(str, files))}")

@@ -1,10 +1,8 @@
 """What the paper reports of a model: bits per dimension, level by level (Section 4.3), and sample quality (Table 1)."""
 
-import csv
 import hashlib
-import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +73,29 @@ def _folder(cache: Path, name: str, about: Sequence[Any]) -> Path:
     return cache / f"{name}-{digest[:16]}"
 
 
-def _part(folder: Path, rows: slice) -> Path:
-    return folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors"
+def _in_parts(
+    folder: Path, count: int, ranks: Processes, batch_size: int, what: str, progress: bool,
+    make: Callable[[slice], dict[str, Tensor]],
+) -> list[Path]:  # fmt: skip
+    """Files of make(rows) for all of 0..count-1, every so many: those that are not there yet, split over processes."""
+    parts = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    files = [folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors" for rows in parts]
+    with _bar(len(ranks.mine(len(parts))), what, "batch", progress) as bar:
+        for i in ranks.mine(len(parts)):
+            if not files[i].is_file():
+                checkpoints.save_tensors(files[i], make(parts[i]))
+            bar.update()
+    ranks.any(False)  # all parts are there
+    return files
 
 
-def _read(part: Path) -> dict[str, Tensor]:
+def _joined(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The rows of all parts, by name."""
     try:
-        return checkpoints.read_tensors(part)
+        parts = [checkpoints.read_tensors(file) for file in files]
     except InputError as error:
         raise InputError(f"{error}; delete it, and it is made again") from error
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def calibrate(
@@ -146,21 +158,17 @@ def nll(
     tables = [_variance(d) for d in (denoiser, *variants.values())]
     key = [found.sha256, found.preset.precision, images.fingerprint, draws, seed, [*variants], tables]
     folder = _folder(cache, "nll", key)
-    places = [slice(i, min(i + batch_size, len(rows))) for i in range(0, len(rows), batch_size)]
-    with _bar(len(ranks.mine(len(places))), "nll", "batch", progress) as bar:
-        for i in ranks.mine(len(places)):
-            part, batch = _part(folder, places[i]), rows[places[i]]
-            if not part.is_file():
-                x0 = signal(images, batch).to(ranks.device)
-                sums: dict[str, Tensor] = {}
-                for draw in range(draws):
-                    for name, value in _tables(denoiser, variants, x0, _draws(seed, batch, draw, _NLL, shape)).items():
-                        sums[name] = sums.get(name, 0) + value / draws
-                checkpoints.save_tensors(part, sums)
-            bar.update()
-    ranks.any(False)  # all parts are there
-    parts = [_read(_part(folder, place)) for place in places]
-    table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def make(places: slice) -> dict[str, Tensor]:
+        batch = rows[places]
+        x0 = signal(images, batch).to(ranks.device)
+        sums: dict[str, Tensor] = {}
+        for draw in range(draws):
+            for name, value in _tables(denoiser, variants, x0, _draws(seed, batch, draw, _NLL, shape)).items():
+                sums[name] = sums.get(name, 0) + value / draws
+        return sums
+
+    table = _joined(_in_parts(folder, len(rows), ranks, batch_size, "nll", progress, make))
     if ranks.first:
         _write_table(out, table)
     ranks.any(False)  # and the table
@@ -213,12 +221,8 @@ def _write_table(out: Path, table: dict[str, Tensor]) -> None:
     terms, mse = table["terms"].mean(0), table["mse"].mean(0)
     rates = table["prior"].mean() + terms.flip(0).cumsum(0).flip(0) - terms
     rmse = mse.sqrt() / pixels.BIN
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["t", "rate_bits_per_dim", "term_bits_per_dim", "rmse_grey_levels"])
-    for t in range(len(terms), 0, -1):
-        writer.writerow([t, *(f"{float(column[t - 1]):.8g}" for column in (rates, terms, rmse))])
-    atomic.write(out / "nll.csv", text.getvalue())
+    rows = ([t, *(f"{float(column[t - 1]):.8g}" for column in (rates, terms, rmse))] for t in range(len(terms), 0, -1))
+    atomic.write_csv(out / "nll.csv", ["t", "rate_bits_per_dim", "term_bits_per_dim", "rmse_grey_levels"], rows)
     levels = list(range(1, len(terms) + 1))
     bits = plots.Panel(
         "The bound, level by level", {"term": (levels, terms.tolist())}, "noise level t", "bits/dim", log_y=True
@@ -329,21 +333,19 @@ def samples(
     """
     key = [found.sha256, found.preset.precision, seed, sampler, steps, _variance(found.denoiser)]
     folder = _folder(cache, "samples", key)
-    parts = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    with _bar(len(ranks.mine(len(parts))), "samples", "batch", progress) as bar:
-        for i in ranks.mine(len(parts)):
-            file, seeds = _part(folder, parts[i]), range(seed + parts[i].start, seed + parts[i].stop)
-            if not file.is_file():
-                made = generate(
-                    found.denoiser, found.preset.shape, seeds, sampler, steps,
-                    batch_size=batch_size, device=ranks.device, progress=progress,
-                )  # fmt: skip
-                checkpoints.save_tensors(file, {"images": made})
-            bar.update()
-    ranks.any(False)  # all parts are there
+
+    def make(rows: slice) -> dict[str, Tensor]:
+        seeds = range(seed + rows.start, seed + rows.stop)
+        made = generate(
+            found.denoiser, found.preset.shape, seeds, sampler, steps,
+            batch_size=batch_size, device=ranks.device, progress=progress,
+        )  # fmt: skip
+        return {"images": made}
+
+    files = _in_parts(folder, count, ranks, batch_size, "samples", progress, make)
     if not ranks.first:
         return torch.empty(0, *found.preset.shape, dtype=torch.uint8)
-    return torch.cat([_read(_part(folder, part))["images"] for part in parts])
+    return _joined(files)["images"]
 
 
 def quality(

@@ -4,10 +4,9 @@ An experiment NAME leaves NAME.csv, NAME.png or both, and NAME.json, which says 
 """
 
 import csv
-import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +179,7 @@ def table2(preset: Preset, out: Path, ranks: Processes, setup: Callable[[Path], 
     if ranks.first:
         header = ["predict", "loss", "variance", "state", "step", "IS", "IS_std", distance, "NLL", "NLL_by_variance"]
         _csv(out / "table2.csv", [*header, "paper_IS", "paper_FID"], rows)
-        atomic.write(out / "table2.json", json.dumps({"settings": to_json(preset), "runs": about}, indent=1) + "\n")
+        atomic.write_json(out / "table2.json", {"settings": to_json(preset), "runs": about})
     return 0
 
 
@@ -286,14 +285,14 @@ def fig10(s: Setup) -> None:
 
     The table has what each picture cost by Algorithm 3 (Eq. 5, no entropy coder), and its error.
     """
-    n, dims = s.n or 6, s.found.preset.channels * s.found.preset.size[0] * s.found.preset.size[1]
+    n = s.n or 6
     x0 = s.signal(n)
     shown = sorted({max(1, round(s.T * share)) for share in (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0)} | {0})
     strip, rows = [], []
     for received in likelihood.progressive_coding(s.found.denoiser, x0, s.noise(n, 2)):
         if received.t in shown:
             strip.append(received.x0)
-            bits = bits_per_dim(received.nats, dims)
+            bits = bits_per_dim(received.nats, x0[0].numel())
             rmse = (received.x0 - x0).square().flatten(1).mean(1).sqrt() / pixels.BIN
             rows += [(i, received.t, float(bits[i]), float(rmse[i])) for i in range(n)]
     rows.sort(key=lambda row: (row[0], -row[1]))
@@ -375,7 +374,6 @@ EXPERIMENTS: dict[str, Callable[[Setup], None]] = {
     "table1": table1, "table3": table3, "table4": table4, "fig5": fig5, "fig6": fig6, "fig7": fig7, "fig8": fig8,
     "fig9": fig9, "fig10": fig10, "neighbours": neighbours,
 }  # fmt: skip
-NAMES = ("table1", "table2", *list(EXPERIMENTS)[1:])
 
 
 # -- what they share ---------------------------------------------------------------------------------------------------
@@ -432,16 +430,13 @@ def _scores(found: dict[str, Any]) -> list[float | None]:
 def _table(s: Setup, name: str, header: Sequence[str], rows: Any, about: dict[str, Any]) -> None:
     if s.ranks.first:
         _csv(s.out / f"{name}.csv", header, rows)
-        atomic.write(s.out / f"{name}.json", json.dumps(about, indent=1) + "\n")
+        atomic.write_json(s.out / f"{name}.json", about)
 
 
-def _csv(path: Path, header: Sequence[str], rows: Any) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(header)
-    for row in rows:
-        writer.writerow(["" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in row])
-    atomic.write(path, text.getvalue())
+def _csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    """None is an empty cell, and a number has six digits."""
+    cells = (["" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
+    atomic.write_csv(path, header, cells)
 
 
 def _picture(s: Setup, name: str, tiles: Tensor, about: dict[str, Any]) -> None:
@@ -450,7 +445,7 @@ def _picture(s: Setup, name: str, tiles: Tensor, about: dict[str, Any]) -> None:
         flat = tiles.flatten(0, 1).permute(0, 2, 3, 1).numpy()
         images.save(s.out / f"{name}.png", images.grid(flat, columns=tiles.shape[1]))
         if about:
-            atomic.write(s.out / f"{name}.json", json.dumps(about, indent=1) + "\n")
+            atomic.write_json(s.out / f"{name}.json", about)
 
 
 def _uint8(x: Tensor) -> Tensor:

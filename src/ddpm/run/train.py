@@ -373,7 +373,7 @@ def _metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator
     lines = path.read_text().splitlines() if path.exists() and step else []
     kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
     try:
-        atomic.write(out / "config.json", json.dumps(to_json(preset), indent=1) + "\n")
+        atomic.write_json(out / "config.json", to_json(preset))
         atomic.write(path, "".join(line + "\n" for line in kept))
     except OSError as error:
         raise Stopped(f"cannot write to {out}: {_reason(error)}") from error
