@@ -49,6 +49,13 @@ def test_parameter_counts(name):
     assert sum(p.numel() for p in network.parameters()) == COUNTS[name]
 
 
+def test_the_fast_network_is_small():
+    """In bfloat16 its weights are to take at most 8 MB."""
+    with torch.device("meta"):
+        network = build(PRESETS["cifar10_fast"]).network
+    assert 2 * sum(p.numel() for p in network.parameters()) <= 8e6
+
+
 def test_parameter_count_of_learned_variance():
     """Twice the output channels: 35,749,766."""
     preset = replace(PRESETS["cifar10"], variance="learned", loss="vlb")
@@ -98,7 +105,13 @@ def their_state(ours, blocks):
 
 
 def their_model(net, width, multipliers, blocks, attention, **changes):
-    """UNet2DModel configured as google/ddpm-cifar10-32 is, with our weights, every key accounted for."""
+    """UNet2DModel configured as google/ddpm-cifar10-32 is, with our weights, every key accounted for.
+
+    It has 32 groups everywhere, as we do from width 128 on; narrower ones of ours are set to that here.
+    """
+    for layer in net.modules():
+        if isinstance(layer, nn.GroupNorm):
+            layer.num_groups = 32
     with_attention = ["Attn" if level in attention else "" for level in range(len(multipliers))]
     settings = {
         "in_channels": 3,
@@ -188,7 +201,7 @@ def test_initialisation():
     net = UNet(3, width=64, multipliers=(1, 2), blocks=2, attention=(1,))
     for name, layer in net.named_modules():
         if isinstance(layer, nn.GroupNorm):
-            assert (layer.num_groups, layer.eps) == (32, 1e-6)
+            assert (layer.num_groups, layer.eps) == (min(32, layer.num_channels // 4), 1e-6)
             assert (layer.weight == 1).all()
             assert (layer.bias == 0).all()
         if not isinstance(layer, nn.Conv2d | nn.Linear):
@@ -207,6 +220,15 @@ def test_initialisation():
     assert len(named) == 2 * 2 + 2 + 2 * 3 + 2 + 1 + 3  # blocks down, middle, up; attention down, middle, up
 
 
+def test_the_time_reaches_the_narrowest_levels():
+    """With 32 groups of one channel the second norm would take away what the time embedding adds."""
+    block = randomised(ResidualBlock(32, 32, 128, 0.0))
+    x, time = torch.randn(1, 32, 8, 8), torch.randn(2, 1, 128)
+    with torch.no_grad():
+        one, other = block(x, time[0]), block(x, time[1])
+    assert (one - other).std() > 0.05 * one.std()
+
+
 def test_an_untrained_network_says_almost_nothing():
     """So training starts from eps^ = 0, L_simple = 1."""
     with torch.no_grad():
@@ -223,6 +245,47 @@ def test_channels_and_sizes(channels, size):
     net = small(channels=channels, out_channels=2 * channels)
     x, timestep = inputs(2, channels, *size)
     assert net(x, timestep).shape == (2, 2 * channels, *size)
+
+
+def test_patches():
+    """The inner levels see half the size; what they do not say each pixel finds alone, wherever its patch ends."""
+    net = randomised(small(patch=2))
+    x, timestep = torch.zeros(1, 3, 24, 24), torch.tensor([500])
+    x[:, :, 10:14, 10:14] = inputs(1, 3, 4, 4)[0]
+    sizes = []
+    for layer in net.modules():
+        if isinstance(layer, ResidualBlock):
+            layer.register_forward_hook(lambda _, given, out: sizes.append((*out.shape[1:],)))
+
+    def shifted(by):
+        """How far the estimate of x moved right is from the estimate, moved right, away from the borders."""
+        with torch.no_grad():
+            return (net(x.roll(by, 3), timestep).roll(-by, 3) - net(x, timestep))[:, :, 6:18, 6:18].abs().max()
+
+    assert shifted(1) > 1e-2
+    assert {*sizes} == {(32, 12, 12), (64, 6, 6), (32, 24, 24)}
+    for p in net.up[-2].parameters():
+        nn.init.zeros_(p)
+    assert shifted(1) < 1e-5
+
+
+def test_patches_cost_a_quarter():
+    """Multiply-adds of the 3x3 convolutions, which all but the image's ends have channels by the 32."""
+
+    def cost(patch):
+        net, sums = UNet(3, width=128, multipliers=(1, 2), blocks=2, patch=patch), []
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+                layer.register_forward_hook(lambda m, _, out: sums.append(m.weight.numel() * out[0, 0].numel()))
+                ends = [layer.in_channels] * (layer is not net.conv_in) + [layer.out_channels] * (
+                    layer is not net.conv_out
+                )
+                assert all(c % 32 == 0 for c in ends)
+        with torch.no_grad():
+            net(*inputs(1, 3, 32, 32))
+        return sum(sums)
+
+    assert 0.25 < cost(2) / cost(1) < 0.3
 
 
 def test_position_image_and_time_matter():
@@ -260,9 +323,10 @@ def test_class_labels():
         ((3, 8), ["3x8", "smallest that does is 4"]),
     ],
 )
-def test_size_errors_name_the_nearest_sizes(size, words):
+@pytest.mark.parametrize("levels", [{"multipliers": (1, 1, 1)}, {"multipliers": (1, 1), "patch": 2}], ids=["3", "1+2"])
+def test_size_errors_name_the_nearest_sizes(size, words, levels):
     with pytest.raises(InputError) as error:
-        small(multipliers=(1, 1, 1))(*inputs(1, 3, *size))
+        small(**levels)(*inputs(1, 3, *size))
     assert all(word in str(error.value) for word in words)
 
 

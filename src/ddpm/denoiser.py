@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ddpm import kernels
 from ddpm.errors import InputError
 from ddpm.gaussian import Gaussian, at, beta_tilde, over, posterior_coefficients, q_posterior
 from ddpm.schedule import Schedule
@@ -44,7 +45,8 @@ class Denoiser:
               is learned
     schedule  its noise levels
     predict   what the network's first C channels are: eps (Eq. 11), x0, mu (mu~ of Eq. 7),
-              or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022)
+              or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022), which is -F of EDM with
+              sigma_data 1 (Karras et al. 2022, Table 1), and L_simple of v EDM's loss
     variance  sigma_t^2: fixed_large, beta_t; fixed_small, beta~_t (both with beta~_2 at t = 1, as in the official
               code); learned, the last C channels are log sigma^2; learned_range, they run from log beta~_t at -1
               to log beta_t at 1 (Nichol & Dhariwal 2021); or a table of variances, float64 [T+1]
@@ -76,7 +78,7 @@ class Denoiser:
                 )
         elif self.variance not in get_args(Variance):
             raise InputError(f"variance {self.variance!r}: want {', '.join(get_args(Variance))}, or a table")
-        if self.predict == "eps" and self.schedule.alpha_bar[-1] == 0:
+        if self.predict == "eps" and self.schedule.ends_in_noise:
             raise InputError(
                 "predict eps: the schedule ends at alpha_bar 0, where eps says nothing of x0; want x0, mu, v"
             )
@@ -112,8 +114,7 @@ class Denoiser:
         beta, tilde = self.schedule.beta, beta_tilde(self.schedule)
         match self.variance:
             case "fixed_large":
-                beta[1] = tilde[1]
-                return over(at(beta, t).log(), xt)
+                return over(torch.where(t.to(beta.device) == 1, tilde[1], at(beta, t)).log(), xt)
             case "fixed_small":
                 return over(at(tilde, t).log(), xt)
             case "learned":
@@ -175,9 +176,16 @@ class Denoiser:
         return replace(self, schedule=self.schedule.respace(levels))
 
     def to(self, device: torch.device | str) -> "Denoiser":
-        """Network and tables on `device`; on one without float64 (mps) the tables stay where they are."""
+        """Network and tables on `device`; on one without float64 (mps) the tables stay where they are.
+
+        Where tensor cores or our kernels want it, convolutions have channels-last weights, which their inputs and
+        outputs follow. Shapes, and files, are the same.
+        """
         if isinstance(self.network, nn.Module):
-            self.network.to(device)
+            ours = torch.device(device).type == "cpu" and getattr(self.network, "bf16", False) and kernels.ready()
+            last = ours or torch.device(device).type == "cuda"
+            layout = torch.channels_last if last else torch.contiguous_format
+            self.network.to(device, memory_format=layout)  # type: ignore[call-overload]
         changes: dict[str, Any] = {}
         if torch.device(device).type != "mps":
             changes["schedule"] = self.schedule.to(device)

@@ -5,15 +5,17 @@ Shapes: images [B, C, H, W], time embedding [B, 4 width].
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ddpm import kernels
 from ddpm.errors import InputError, check_size
 
-GROUPS = 32
+STEP = 32  # channels are multiples of this
 
 
 def _xavier(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> None:
@@ -40,8 +42,29 @@ def linear(c_in: int, c_out: int) -> nn.Linear:
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, eps 1e-6."""
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+    """GroupNorm, eps 1e-6, of 32 groups, or so many that each has 4 channels.
+
+    A group of one channel would take away what the time embedding adds to it (EDM's rule; the paper's networks have at
+    least 4).
+    """
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+def convolve(
+    layer: nn.Conv2d, x: Tensor, norm: nn.GroupNorm | None = None, swish: bool = False, dropout: float = 0.0,
+    add: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """layer(dropout(swish(norm(x)))) + add + residual: x [B, c_in, H, W], add [B, c_out], the rest [B, c_out, H, W]."""
+    if kernels.usable(x, layer):
+        return kernels.convolution(x, layer, norm, swish, dropout, add, residual)
+    if norm is not None:
+        x = norm(x)
+    if swish:
+        x = F.silu(x)
+    x = layer(F.dropout(x, dropout))
+    if add is not None:
+        x = x + add[:, :, None, None]
+    return x if residual is None else residual + x
 
 
 def time_embedding(timestep: Tensor, width: int) -> Tensor:
@@ -64,16 +87,24 @@ class ResidualBlock(nn.Module):
         self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
         self.time = linear(c_time, c_out)
         self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, scale=1e-10)
-        self.dropout = nn.Dropout(dropout)
-        self.shortcut = conv(c_in, c_out, kernel=1) if c_in != c_out else nn.Identity()
+        self.dropout = dropout
+        self.shortcut = conv(c_in, c_out, kernel=1) if c_in != c_out else None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [B, c_in, H, W], time [B, c_time] after its swish -> [B, c_out, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(time)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        out: Tensor = self.shortcut(x) + h
-        return out
+        h = convolve(self.conv1, x, self.norm1, swish=True, add=self.time(time))
+        shortcut = x if self.shortcut is None else convolve(self.shortcut, x)
+        return convolve(
+            self.conv2, h, self.norm2, swish=True, dropout=self.dropout if self.training else 0.0, residual=shortcut
+        )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T C^-0.5) v, each [B, N, C]."""
+    if q.device.type == "cpu" and q.shape[1] <= 1024:  # torch's fused attention takes twice as long on the way back
+        weights: Tensor = (q @ k.transpose(1, 2) * q.shape[2] ** -0.5).softmax(dim=2)
+        return weights.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 
 class Attention(nn.Module):
@@ -90,19 +121,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(B, 3, C, H * W).transpose(2, 3).unbind(1)  # each [B, HW, C]
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # [B, HW, C]
-        out: Tensor = x + self.out(h.transpose(1, 2).reshape(B, C, H, W))
-        return out
+        qkv = convolve(self.qkv, x, self.norm).flatten(2).transpose(1, 2)  # [B, HW, 3C]
+        h = attend(*qkv.chunk(3, dim=-1))
+        return convolve(self.out, h.transpose(1, 2).reshape(*x.shape), residual=x)
 
 
 class Downsample(nn.Module):
-    """Conv3x3 of stride 2, padded right and bottom only: [B, C, H, W] -> [B, C, H/2, W/2]."""
+    """Conv3x3 of stride 2, padded right and bottom only: [B, c_in, H, W] -> [B, c_out, H/2, W/2]."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.conv = conv(channels, channels, stride=2, padding=0)
+        self.conv = conv(c_in, c_out, stride=2, padding=0)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -117,8 +146,7 @@ class Upsample(nn.Module):
         self.conv = conv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return out
+        return convolve(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Stage(nn.Module):
@@ -134,6 +162,17 @@ class Stage(nn.Module):
         return out
 
 
+class Patches(nn.Module):
+    """Conv3x3, then each position's channels as a patch of 2x2: [B, c_in, H/2, W/2] -> [B, c_out, H, W]."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv = conv(c_in, 4 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(convolve(self.conv, x), 2)
+
+
 class UNet(nn.Module):
     """(x [B, C, H, W], timestep int64 [B], y int64 [B] or None) -> [B, out_channels, H, W].
 
@@ -145,10 +184,13 @@ class UNet(nn.Module):
     attention      levels, from 0, with attention after every block; between the middle blocks it always is
     dropout        probability, in every residual block
     classes        number of class labels, 0 for none
+    patch          2: the levels start at half of H and W. Around them lies a level of 32 channels at full size, without
+                   blocks on the way down and with one on the way up, which sees x itself beside what the inner levels
+                   say of each 2x2 patch. So the network costs about a quarter, and patches do not show
     bf16           compute in bfloat16 (autocast); weights and what is returned stay float32
     checkpointing  keep the blocks' inputs only and compute the rest again on the way back: less memory, more time
 
-    H and W need not be equal; each must divide by 2^(levels - 1), else InputError names the nearest that do.
+    H and W need not be equal; each must divide by patch 2^(levels - 1), else InputError names the nearest that do.
 
     >>> with torch.device("meta"):
     ...     net = UNet(channels=3)
@@ -166,13 +208,14 @@ class UNet(nn.Module):
         attention: Sequence[int] = (1,),
         dropout: float = 0.0,
         classes: int = 0,
+        patch: Literal[1, 2] = 1,
         checkpointing: bool = False,
         bf16: bool = False,
     ) -> None:
         super().__init__()
-        if width % GROUPS:
-            raise InputError(f"width {width}: want a multiple of {GROUPS}, the groups of its norms")
-        self.width, self.levels = width, len(multipliers)
+        if width % STEP:
+            raise InputError(f"width {width}: want a multiple of {STEP}")
+        self.width, self.levels = width, len(multipliers) + patch - 1
         self.checkpointing, self.bf16 = checkpointing, bf16
         c_time = 4 * width
         self.time1, self.time2 = linear(width, c_time), linear(c_time, c_time)
@@ -181,15 +224,20 @@ class UNet(nn.Module):
         def stage(c_in: int, c_out: int, level: int) -> Stage:
             return Stage(c_in, c_out, c_time, dropout, attention=level in attention)
 
-        self.conv_in = conv(channels, width)
-        skips = [c := width]
+        outer = width if patch == 1 else STEP
+        self.conv_in = conv(channels, outer)
+        skips = [outer]
         self.down = nn.ModuleList()
+        if patch > 1:
+            self.down.append(Downsample(outer, width))
+            skips.append(width)
+        c = width
         for level, multiplier in enumerate(multipliers):
             for _ in range(blocks):
                 self.down.append(stage(c, c := width * multiplier, level))
                 skips.append(c)
-            if level < self.levels - 1:
-                self.down.append(Downsample(c))
+            if level < len(multipliers) - 1:
+                self.down.append(Downsample(c, c))
                 skips.append(c)
         self.middle = nn.ModuleList([Stage(c, c, c_time, dropout, True), Stage(c, c, c_time, dropout, False)])
         self.up = nn.ModuleList()
@@ -198,6 +246,9 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), c := width * multiplier, level))
             if level > 0:
                 self.up.append(Upsample(c))
+        if patch > 1:
+            self.up.append(Patches(c, outer))
+            self.up.append(stage(outer + skips.pop(), c := outer, level=-1))
         self.norm_out = norm(c)
         self.conv_out = conv(c, out_channels or channels, scale=1e-10)
 
@@ -213,7 +264,7 @@ class UNet(nn.Module):
             time = time + self.label(y)
         time = F.silu(time)
 
-        h = self.conv_in(x)
+        h = convolve(self.conv_in, x)
         skips = [h]
         for layer in self.down:
             h = self._run(layer, h, time) if isinstance(layer, Stage) else layer(h)
@@ -225,8 +276,7 @@ class UNet(nn.Module):
                 h = self._run(layer, torch.cat([h, skips.pop()], dim=1), time)
             else:
                 h = layer(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        return out
+        return convolve(self.conv_out, h, self.norm_out, swish=True)
 
     def _run(self, stage: nn.Module, h: Tensor, time: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

@@ -1,0 +1,228 @@
+"""Norm, swish, dropout and convolution in one pass on CPUs with AMX: kernels.c, compiled at first use.
+
+Nothing needs this: where there is no such CPU or no C compiler, `ready` is false and unet.py's plain path runs.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=sapphirerapids", "-mprefer-vector-width=512", "-fopenmp", "-fPIC")
+PLANE = 32  # channels that lie together; more come in multiples of it
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they cannot be had."""
+    if sys.platform != "linux" or not torch.cpu.get_capabilities().get("amx_bf16"):
+        return None
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        warnings.warn("no C compiler (CC, cc, gcc, clang): bf16 is about half as fast on this CPU", stacklevel=2)
+        return None
+    name = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm"
+    path = home / f"kernels-{name}.so"
+    try:
+        if not path.exists():
+            home.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=home) as folder:
+                made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+                subprocess.run([compiler, *FLAGS, "-c", SOURCE, "-o", made], check=True, capture_output=True)
+                # Linked without -fopenmp: the threads are then those of torch's own OpenMP, not a second set.
+                subprocess.run([compiler, "-shared", made, "-o", linked], check=True, capture_output=True)
+                linked.rename(path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        warnings.warn(f"{SOURCE.name} cannot be used ({error}): bf16 is about half as fast on this CPU", stacklevel=2)
+        return None
+    return library if library.ready() else None
+
+
+def ready() -> bool:
+    """Whether this machine has them."""
+    return _library() is not None
+
+
+_disabled = 0
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Run the plain path inside, as on other machines."""
+    global _disabled
+    _disabled += 1
+    try:
+        yield
+    finally:
+        _disabled -= 1
+
+
+def usable(x: Tensor, layer: nn.Conv2d) -> bool:
+    """Whether `convolution` can do this: bfloat16 computation on a CPU with AMX, and a stride of 1."""
+    on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return on_cpu and not _disabled and layer.stride == (1, 1) and ready()
+
+
+class _Before(ctypes.Structure):
+    """What comes before the convolution; `before` of kernels.c. Without gamma nothing does."""
+
+    _fields_ = (
+        ("gamma", ctypes.c_void_p), ("beta", ctypes.c_void_p), ("mean", ctypes.c_void_p), ("rstd", ctypes.c_void_p),
+        ("eps", ctypes.c_float), ("keep", ctypes.c_float), ("groups", ctypes.c_long), ("swish", ctypes.c_long),
+        ("seed", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+def _before(gamma: Tensor | None, beta: Tensor | None, stats: Tensor, *settings: Any) -> _Before:
+    if gamma is None or beta is None:
+        return _Before(keep=1.0)
+    return _Before(*(t.data_ptr() for t in (gamma, beta, *stats)), *settings)
+
+
+def _call(name: str, *args: Tensor | _Before | int | None) -> None:
+    """A function of kernels.c; tensors go as pointers, None as NULL."""
+    library = _library()
+    assert library is not None
+    plain: list[Any] = []
+    for a in args:
+        if isinstance(a, Tensor):
+            plain.append(ctypes.c_void_p(a.data_ptr()))
+        elif isinstance(a, _Before):
+            plain.append(ctypes.byref(a))
+        else:
+            plain.append(ctypes.c_void_p() if a is None else ctypes.c_long(a))
+    getattr(library, name)(*plain)
+
+
+_frozen: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None  # weights, and what _pack made of them
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Weights do not change inside, so that each is packed once and not in every call.
+
+    Left to the caller because torch cannot tell: fused optimisers and foreach functions leave a tensor's version as is.
+    """
+    global _frozen
+    outside, _frozen = _frozen, {} if _frozen is None else _frozen
+    try:
+        yield
+    finally:
+        _frozen = outside
+
+
+def _pack(w: Tensor, name: str = "pack") -> Tensor:
+    """The weights [O, I, k, k] as the kernels read them, bfloat16."""
+    if _frozen is not None and (id(w), name) in _frozen:
+        return _frozen[id(w), name][1]
+    out = torch.empty(_up(w.shape[0]) * _up(w.shape[1]) * w[0, 0].numel(), dtype=torch.bfloat16)
+    _call(name, w.contiguous(memory_format=torch.channels_last), out, *w.shape[:2], w[0, 0].numel())
+    if _frozen is not None:
+        _frozen[id(w), name] = w, out  # with w, so that its id stays its own
+    return out
+
+
+def _up(channels: int) -> int:
+    """The next multiple of a plane."""
+    return -(-channels // PLANE) * PLANE
+
+
+def _planes(x: Tensor) -> Tensor:
+    """x as the kernels read it: bfloat16, channels last, with zeros up to a multiple of a plane."""
+    if missing := -x.shape[1] % PLANE:
+        x = F.pad(x, (0, 0, 0, 0, 0, missing))
+    return x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+
+def _like(x: Tensor, channels: int) -> Tensor:
+    """Room for an image of so many channels for each of x, bfloat16."""
+    B, _, H, W = x.shape
+    return torch.empty((B, channels, H, W), dtype=torch.bfloat16, memory_format=torch.channels_last)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor, gamma: Tensor | None, beta: Tensor | None, add: Tensor | None,
+        residual: Tensor | None, groups: int, eps: float, swish: bool, dropout: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.channels = x.shape[1]
+        x = _planes(x)
+        (B, I, H, W), O = x.shape, _up(len(w))
+        stats = torch.empty(2, B, groups)
+        seed = int(torch.randint(2**63 - 1, ())) if dropout else 0
+        settings = eps, 1 - dropout, groups, swish, seed
+        out = _like(x, O)
+        bias = F.pad(bias, (0, O - len(w)))
+        added = None if add is None else add.float().contiguous()
+        resident = None if residual is None else _planes(residual)
+        _call("forward", x, out, _pack(w), bias, added, resident, B, H, W, I, O, w[0, 0].numel(),
+              _before(gamma, beta, stats, *settings))  # fmt: skip
+        ctx.save_for_backward(x, w, gamma, beta, stats)
+        ctx.settings, ctx.has_add, ctx.has_residual = settings, add is not None, residual is not None
+        return out[:, : len(w)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, gamma, beta, stats = ctx.saved_tensors
+        dout = _planes(dout)
+        (B, I, H, W), (O, taps) = x.shape, (dout.shape[1], w[0, 0].numel())
+        before = _before(gamma, beta, stats, *ctx.settings)
+        y, dx, back = x, None, None
+        if gamma is not None:
+            y = _like(x, I)
+        if ctx.needs_input_grad[0] or gamma is not None:
+            dx, back = _like(x, I), _pack(w, "pack_transposed")
+        norms, dadd = torch.empty(2, B, I), torch.empty(B, O)
+        _call("backward_data", dout, x, dx, y, back, norms[0], norms[1], dadd, B, H, W, I, O, taps, before)
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = torch.zeros(O, *w.shape[2:], I).permute(0, 3, 1, 2)
+            _call("backward_weight", dout, y, dw, B, H, W, I, O, taps)
+            dw = dw[: len(w), : w.shape[1]]
+        dgamma, dbeta = norms.sum(1) if gamma is not None else (None, None)
+        return (
+            None if dx is None else dx[:, : ctx.channels], dw, dadd.sum(0)[: len(w)], dgamma, dbeta,
+            dadd if ctx.has_add else None, dout if ctx.has_residual else None, None, None, None, None,
+        )  # fmt: skip
+
+
+def convolution(
+    x: Tensor,
+    layer: nn.Conv2d,
+    norm: nn.GroupNorm | None = None,
+    swish: bool = False,
+    dropout: float = 0.0,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """layer(dropout(swish(norm(x)))) + add + residual, as `unet.convolve`, bfloat16; where it is `usable`.
+
+    x [B, I, H, W], add [B, O], residual and result [B, O, H, W]; norm, add and residual want channels in multiples of
+    32. What each image comes to depends on nothing else, to the bit: not on the batch or the number of threads.
+    """
+    gamma, beta, groups, eps = None, None, 1, 0.0
+    if norm is not None:
+        gamma, beta, groups, eps = norm.weight, norm.bias, norm.num_groups, norm.eps
+    out: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
+        x, layer.weight, layer.bias, gamma, beta, add, residual, groups, eps, swish, dropout
+    )
+    return out

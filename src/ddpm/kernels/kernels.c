@@ -1,0 +1,562 @@
+/* GroupNorm, swish, dropout and convolution in one pass, in bfloat16 on the AMX tiles of x86-64.
+ *
+ *     y   = dropout(swish(groupnorm(x)))      each of the three may be absent
+ *     out = conv(y, w) + bias + add + residual
+ *
+ * Images are [B, H, W, C] with C a multiple of 32; convolutions are 3x3 (padding 1) or 1x1, of stride 1.
+ *
+ * y is written into a padded buffer, `flat`: a row of an image is W + 1 positions, the last of them 0, and a row of
+ * zeros ends it, so that the nine taps of position p are p + tap offset, for all images in a row. A convolution
+ * then is the matrix product
+ *
+ *     out[p, o] = sum over taps and i of flat[p + offset(tap), i] w[tap, i, o]
+ *
+ * Channels are in planes of 32, [C/32][position][32]: 16 positions of a plane are one tile, 1 KiB in a row.
+ * Sums run in one order, whatever the batch and the number of threads: an image's result depends on nothing else.
+ */
+#define _GNU_SOURCE
+#include <immintrin.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+typedef uint16_t bf16;
+enum { MOST_GROUPS = 32, PLANE = 32, REQUEST = 0x1023, TILE_DATA = 18 };
+
+/* Ask the system for the tiles; 0 where it has none. */
+int ready(void) { return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0; }
+
+/* All eight tiles: 16 rows of 64 bytes. */
+static void tiles_on(void) {
+    static const struct {
+        uint8_t palette, start, none[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shape __attribute__((aligned(64))) = {
+        1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    __asm__ volatile("ldtilecfg %0" ::"m"(shape));
+}
+
+static inline __m512 load(const bf16 *p) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+}
+
+static inline void store(bf16 *p, __m512 low, __m512 high) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+/* 1 / (1 + exp(-u)) to 1e-4, far below what bfloat16 resolves. */
+static inline __m512 sigmoid(__m512 u) {
+    __m512 x = _mm512_mul_ps(u, _mm512_set1_ps(-1.44269504f)), n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(5.5825e-2f); /* 2^r on [-1/2, 1/2] */
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.242614f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693127f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.999964f));
+    return _mm512_rcp14_ps(_mm512_add_ps(_mm512_scalef_ps(p, n), _mm512_set1_ps(1)));
+}
+
+/* What comes before the convolution. gamma NULL: nothing does, and y = x. */
+typedef struct {
+    const float *gamma, *beta;
+    float *mean, *rstd; /* [B, groups] */
+    float eps, keep;    /* keep: 1 - the dropout probability */
+    long groups, swish;
+    uint64_t seed;
+} before;
+
+/* Which of the 16 channels from c at `position` (counted over the batch) dropout keeps. */
+static inline __mmask16 kept(const before *f, long position, long c) {
+    uint64_t h = (f->seed + (uint64_t)position) * 0x9E3779B97F4A7C15u;
+    h ^= h >> 32;
+    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i x = _mm512_add_epi32(_mm512_set1_epi32((int)h), _mm512_mullo_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(c)),
+                                                                              _mm512_set1_epi32(0x9E3779B9)));
+    x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), _mm512_set1_epi32(0x7FEB352D));
+    x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 15)), _mm512_set1_epi32(0x846CA68B));
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+    return _mm512_cmplt_epu32_mask(x, _mm512_set1_epi32((int)(uint32_t)(f->keep * 4294967040.0)));
+}
+
+/* Sums over the n positions of an image [n, C], a plane at a time. */
+#define OVER_PLANES(c, C) for (long c = 0; c < (C); c += PLANE)
+enum { PART = 1024 }; /* so many positions are summed in float32, and those sums in double */
+
+/* mean and 1 / standard deviation of each group of image b. */
+static void measure(const bf16 *x, long n, long C, const before *f, long b) {
+    double sum[MOST_GROUPS] = {0}, square[MOST_GROUPS] = {0};
+    long each = C / f->groups;
+    OVER_PLANES(c, C)
+        for (long from = 0; from < n; from += PART) {
+            __m512 s[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, q[2] = {s[0], s[0]};
+            for (long p = from; p < n && p < from + PART; p++)
+                for (int k = 0; k < 2; k++) {
+                    __m512 v = load(x + p * C + c + 16 * k);
+                    s[k] = _mm512_add_ps(s[k], v);
+                    q[k] = _mm512_fmadd_ps(v, v, q[k]);
+                }
+            for (int k = 0; k < PLANE; k++) {
+                sum[(c + k) / each] += ((float *)s)[k];
+                square[(c + k) / each] += ((float *)q)[k];
+            }
+        }
+    for (long g = 0; g < f->groups; g++) {
+        double count = (double)n * each, mean = sum[g] / count, variance = square[g] / count - mean * mean;
+        f->mean[b * f->groups + g] = mean;
+        f->rstd[b * f->groups + g] = 1 / __builtin_sqrt((variance > 0 ? variance : 0) + f->eps);
+    }
+}
+
+/* The norm as one factor and one term a channel: scale x + shift. */
+static void affine(const before *f, long b, long c, long C, float *scale, float *shift) {
+    for (int k = 0; k < PLANE; k++) {
+        long g = b * f->groups + (c + k) / (C / f->groups);
+        scale[k] = f->gamma[c + k] * f->rstd[g];
+        shift[k] = f->beta[c + k] - f->mean[g] * scale[k];
+    }
+}
+
+/* How the positions of a group of images lie in `flat`, and the tiles of 16 that cover them. */
+typedef struct {
+    long B, H, W, images, groups; /* `images` to a group, the last may have fewer */
+    long row, image, size;        /* positions from one row to the next, one image to the next, and in all */
+    long tiles, *start;           /* first position of each tile; their number is even */
+    int *pixel;                   /* of a position: which pixel of the group it is, -1 for padding */
+} geometry;
+
+static geometry arrange(long B, long H, long W) {
+    geometry g = {.B = B, .H = H, .W = W, .row = W + 1, .image = (H + 1) * (W + 1)};
+    long threads = omp_get_max_threads(), most = (B + threads - 1) / threads, wanted = 256 / (H * W);
+    g.images = wanted < 1 ? 1 : wanted > most ? most : wanted;
+    g.groups = (B + g.images - 1) / g.images;
+    long all = g.images * g.image;
+    g.size = g.row + 1 + all + PLANE + g.row + 1; /* zeros before and after for the taps, and a last half tile */
+    g.start = malloc(sizeof(long) * (all / 16 + 2));
+    if (W % 16 == 0) { /* tiles that meet no padding */
+        for (long i = 0; i < g.images * H; i++)
+            for (long j = 0; j < W; j += 16) g.start[g.tiles++] = i / H * g.image + i % H * g.row + j;
+    } else
+        for (long p = 0; p < all; p += 16) g.start[g.tiles++] = p;
+    if (g.tiles % 2) g.start[g.tiles] = g.start[g.tiles - 1], g.tiles++;
+    g.pixel = malloc(sizeof(int) * (all + PLANE));
+    for (long p = 0; p < all + PLANE; p++) {
+        long n = p / g.image, i = p % g.image / g.row, j = p % g.image % g.row;
+        g.pixel[p] = n < g.images && i < H && j < W ? (n * H + i) * W + j : -1;
+    }
+    return g;
+}
+
+static void dismiss(geometry g) { free(g.start), free(g.pixel); }
+
+/* Positions from one tap to the next, in bf16 of a plane. */
+static void taps_of(const geometry *g, long taps, long *offset) {
+    for (long t = 0; t < taps; t++) offset[t] = taps == 1 ? 0 : ((t / 3 - 1) * g->row + t % 3 - 1) * PLANE;
+}
+
+/* Room of this thread, kept for the next call. */
+static void *room(int which, size_t bytes) {
+    static __thread struct { void *at; size_t bytes; } rooms[3];
+    if (rooms[which].bytes < bytes) {
+        free(rooms[which].at);
+        rooms[which].at = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
+        rooms[which].bytes = bytes;
+    }
+    return rooms[which].at;
+}
+
+#define INLINE static inline __attribute__((always_inline)) /* so that what is constant at the call costs nothing */
+
+/* A plane of y, of image b [H W, C]. */
+INLINE void lay_plane(const bf16 *x, bf16 *plane, const geometry *g, long C, const before *f, long b, long c,
+                      const float *scale, const float *shift, int swish, int drop) {
+    __m512 by[2] = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)};
+    __m512 plus[2] = {_mm512_load_ps(shift), _mm512_load_ps(shift + 16)}, keep = _mm512_set1_ps(1 / f->keep);
+    for (long i = 0; i < g->H; i++)
+#pragma GCC unroll 4
+        for (long j = 0; j < g->W; j++) {
+            long p = i * g->W + j;
+            __m512 y[2];
+            for (int k = 0; k < 2; k++) {
+                y[k] = _mm512_fmadd_ps(load(x + p * C + c + 16 * k), by[k], plus[k]);
+                if (swish) y[k] = _mm512_mul_ps(y[k], sigmoid(y[k]));
+                if (drop) y[k] = _mm512_maskz_mul_ps(kept(f, b * g->H * g->W + p, c + 16 * k), y[k], keep);
+            }
+            store(plane + (i * g->row + j) * PLANE, y[0], y[1]);
+        }
+}
+
+/* y of image b [H W, C] into its place in planes `size` positions long; the padding is 0 already. */
+static void lay(const bf16 *x, bf16 *flat, const geometry *g, long C, const before *f, long b) {
+    OVER_PLANES(c, C) {
+        bf16 *plane = flat + c * g->size;
+        float scale[PLANE] __attribute__((aligned(64))), shift[PLANE] __attribute__((aligned(64)));
+        if (f->gamma) affine(f, b, c, C, scale, shift);
+        if (!f->gamma)
+            for (long i = 0; i < g->H; i++)
+                for (long j = 0; j < g->W; j++)
+                    _mm512_storeu_si512(plane + (i * g->row + j) * PLANE,
+                                        _mm512_loadu_si512(x + (i * g->W + j) * C + c));
+        else if (!f->swish) lay_plane(x, plane, g, C, f, b, c, scale, shift, 0, 0);
+        else if (f->keep == 1) lay_plane(x, plane, g, C, f, b, c, scale, shift, 1, 0);
+        else lay_plane(x, plane, g, C, f, b, c, scale, shift, 1, 1);
+    }
+}
+
+/* A block of the product: 32 positions x 32 channels, and where it goes. */
+typedef struct {
+    float sum[32 * PLANE];
+    const int *pixel[2];
+    const float *bias, *add; /* [32] of its channels, or NULL; add: [images, channels] */
+    const bf16 *residual;
+    bf16 *out;
+    long channels, pixels, image; /* channels of out; pixels of the group, of an image */
+} __attribute__((aligned(64))) block;
+
+/* Row r of a finished block to its pixel. */
+static inline void finish(const block *d, long r) {
+    long p = d->pixel[r / 16][r % 16];
+    if ((unsigned long)p >= (unsigned long)d->pixels) return;
+    __m512 low = _mm512_load_ps(d->sum + r * PLANE), high = _mm512_load_ps(d->sum + r * PLANE + 16);
+    if (d->bias) {
+        low = _mm512_add_ps(low, _mm512_loadu_ps(d->bias));
+        high = _mm512_add_ps(high, _mm512_loadu_ps(d->bias + 16));
+    }
+    if (d->add) {
+        const float *add = d->add + p / d->image * d->channels;
+        low = _mm512_add_ps(low, _mm512_loadu_ps(add));
+        high = _mm512_add_ps(high, _mm512_loadu_ps(add + 16));
+    }
+    if (d->residual) {
+        low = _mm512_add_ps(low, load(d->residual + p * d->channels));
+        high = _mm512_add_ps(high, load(d->residual + p * d->channels + 16));
+    }
+    store(d->out + p * d->channels, low, high);
+}
+
+/* 32 positions of C channels x 32 of w; between the tiles the rows of the block `last` are finished. */
+static void multiply(const bf16 *a0, const bf16 *a1, long C, long plane, const bf16 *w, const long *offset, long taps,
+                     block *now, const block *last) {
+    long each = (32 * PLANE + C * taps - 1) / (C * taps), row = last ? 0 : 32;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (long c = 0; c < C; c += PLANE, a0 += plane, a1 += plane)
+        for (long t = 0; t < taps; t++, w += 1024) {
+            _tile_loadd(6, w, 64);
+            _tile_loadd(4, a0 + offset[t], 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, w + 512, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, a1 + offset[t], 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+            for (long i = 0; i < each && row < 32; i++) finish(last, row++);
+        }
+    _tile_stored(0, now->sum, 128); _tile_stored(1, now->sum + 16, 128);
+    _tile_stored(2, now->sum + 512, 128); _tile_stored(3, now->sum + 528, 128);
+}
+
+/* Weights w[o, tap, i] to [O/32][I/32][taps][2][16 pairs of i][16 o][2], the order that `multiply` reads them in.
+ * O and I are of w; what is missing to a multiple of 32 is 0. */
+void pack(const float *w, bf16 *out, long O, long I, long taps) {
+    __m512i down = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                      _mm512_set1_epi32(64));
+    long planes = (I + 31) / 32;
+#pragma omp parallel for
+    for (long o = 0; o < (O + 31) / 32 * 32; o++)
+        for (long c = 0; c < planes; c++)
+            for (long t = 0; t < taps; t++) {
+                const float *row = w + (o * taps + t) * I + 32 * c;
+                long count = o < O ? I - 32 * c : 0;
+                __m512 low = _mm512_maskz_loadu_ps(count < 16 ? (1 << count) - 1 : 0xffff, row);
+                __m512 high = _mm512_maskz_loadu_ps(count < 17 ? 0 : count < 32 ? (1 << (count - 16)) - 1 : 0xffff, row + 16);
+                bf16 *to = out + ((o / 32 * planes + c) * taps + t) * 1024 + o % 32 / 16 * 512 + o % 16 * 2;
+                _mm512_i32scatter_epi32(to, down, (__m512i)_mm512_cvtne2ps_pbh(high, low), 1);
+            }
+}
+
+/* The same of the weights with o and i exchanged and the taps backwards, for the gradient of the input. */
+void pack_transposed(const float *w, bf16 *out, long O, long I, long taps) {
+    long planes = (O + 31) / 32;
+#pragma omp parallel for
+    for (long c = 0; c < planes; c++)
+        for (long t = 0; t < taps; t++)
+            for (long i = 0; i < (I + 31) / 32 * 32; i += 16)
+                for (long o = 32 * c; o < 32 * c + 32; o += 2) {
+                    __m256i two[2];
+                    for (long k = 0; k < 2; k++) {
+                        long count = o + k < O ? I - i : 0;
+                        __mmask16 mask = count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0;
+                        two[k] = (__m256i)_mm512_cvtneps_pbh(
+                            _mm512_maskz_loadu_ps(mask, w + ((o + k) * taps + taps - 1 - t) * I + i));
+                    }
+                    bf16 *to = out + ((i / 32 * planes + c) * taps + t) * 1024 + i % 32 / 16 * 512 + o % 32 / 2 * 32;
+                    _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(two[0]),
+                                                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(two[1]), 16)));
+                }
+}
+
+/* out[pixels of group u, channels from..to] of what lies in flat. */
+static void convolve(const bf16 *flat, const geometry *g, long u, const bf16 *w, long I, long O, long from, long to,
+                     const long *offset, long taps, const float *bias, const float *add, const bf16 *residual, bf16 *out) {
+    long n = g->H * g->W, count = (g->B - u * g->images < g->images ? g->B - u * g->images : g->images) * n;
+    block blocks[2], *last = NULL;
+    for (long o = from; o < to; o += 32)
+        for (long m = 0; m < g->tiles; m += 2) {
+            block *now = last == blocks ? blocks + 1 : blocks;
+            now->pixel[0] = g->pixel + g->start[m], now->pixel[1] = g->pixel + g->start[m + 1];
+            now->bias = bias ? bias + o : NULL, now->add = add ? add + u * g->images * O + o : NULL;
+            now->residual = residual ? residual + o : NULL, now->out = out + o;
+            now->channels = O, now->pixels = count, now->image = n;
+            multiply(flat + g->start[m] * PLANE, flat + g->start[m + 1] * PLANE, I, g->size * PLANE, w + o * I * taps,
+                     offset, taps, now, last);
+            last = now;
+        }
+    for (long r = 0; r < 32; r++) finish(last, r);
+}
+
+/* out = conv(y, w) + bias + add + residual; w as `pack` leaves it. */
+void forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const float *add, const bf16 *residual, long B,
+             long H, long W, long I, long O, long taps, before *f) {
+    geometry g = arrange(B, H, W);
+    long offset[9], threads = omp_get_max_threads(), parts = (threads + g.groups - 1) / g.groups, blocks = O / 32;
+    if (parts > blocks) parts = blocks;
+    taps_of(&g, taps, offset);
+    if (f->gamma) {
+#pragma omp parallel for
+        for (long b = 0; b < B; b++) measure(x + b * H * W * I, H * W, I, f, b);
+    }
+#pragma omp parallel
+    {
+        tiles_on();
+        bf16 *flat = memset(room(0, g.size * I * 2), 0, g.size * I * 2);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (long u = 0; u < g.groups; u++)
+            for (long part = 0; part < parts; part++) { /* more threads than groups: they share the channels */
+                for (long b = u * g.images; b < B && b < (u + 1) * g.images; b++)
+                    lay(x + b * H * W * I, flat + (g.row + 1 + (b - u * g.images) * g.image) * PLANE, &g, I, f, b);
+                long at = u * g.images * H * W * O;
+                convolve(flat + (g.row + 1) * PLANE, &g, u, w, I, O, blocks * part / parts * 32,
+                         blocks * (part + 1) / parts * 32, offset, taps, bias, add, residual ? residual + at : NULL,
+                         out + at);
+            }
+        _tile_release();
+    }
+    dismiss(g);
+}
+
+/* A plane of dy to du, u = norm(x), in place, with its sums s1 of du and s2 of du x; and y once more. */
+INLINE void unact_plane(bf16 *dy, const bf16 *x, bf16 *y, long n, long C, const before *f, long b, long c, const float *scale,
+                        const float *shift, double *s1, double *s2, int swish, int drop) {
+    __m512 by[2] = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)}, one = _mm512_set1_ps(1);
+    __m512 plus[2] = {_mm512_load_ps(shift), _mm512_load_ps(shift + 16)}, keep = _mm512_set1_ps(1 / f->keep);
+    for (long from = 0; from < n; from += PART) {
+        __m512 a1[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, a2[2] = {a1[0], a1[0]};
+        long to = from + PART < n ? from + PART : n;
+#pragma GCC unroll 2
+        for (long p = from; p < to; p++) {
+            __m512 du[2], out[2];
+            for (int k = 0; k < 2; k++) {
+                __m512 v = load(x + p * C + c + 16 * k), u = _mm512_fmadd_ps(v, by[k], plus[k]);
+                du[k] = load(dy + p * C + c + 16 * k);
+                out[k] = u;
+                if (swish) { /* swish' = s + u s (1 - s) */
+                    __m512 s = sigmoid(u);
+                    out[k] = _mm512_mul_ps(u, s);
+                    du[k] = _mm512_mul_ps(du[k], _mm512_fmadd_ps(out[k], _mm512_sub_ps(one, s), s));
+                }
+                if (drop) {
+                    __mmask16 mask = kept(f, b * n + p, c + 16 * k);
+                    du[k] = _mm512_maskz_mul_ps(mask, du[k], keep);
+                    out[k] = _mm512_maskz_mul_ps(mask, out[k], keep);
+                }
+                a1[k] = _mm512_add_ps(a1[k], du[k]);
+                a2[k] = _mm512_fmadd_ps(du[k], v, a2[k]);
+            }
+            store(dy + p * C + c, du[0], du[1]);
+            store(y + p * C + c, out[0], out[1]);
+        }
+        for (int k = 0; k < PLANE; k++) s1[k] += ((float *)a1)[k], s2[k] += ((float *)a2)[k];
+    }
+}
+
+/* From dy, the gradient of y of image b [n, C], and x: dx, y, and the image's part of dgamma and dbeta [C]; dy is lost. */
+static void unnorm(bf16 *dy, const bf16 *x, bf16 *dx, bf16 *y, long n, long C, const before *f, long b, float *dgamma, float *dbeta) {
+    double m1[MOST_GROUPS] = {0}, m2[MOST_GROUPS] = {0}; /* means of dxhat and of dxhat xhat */
+    long each = C / f->groups;
+    float count = (float)n * each, scale[PLANE] __attribute__((aligned(64))), shift[PLANE] __attribute__((aligned(64)));
+    OVER_PLANES(c, C) {
+        affine(f, b, c, C, scale, shift);
+        double s1[PLANE] = {0}, s2[PLANE] = {0}; /* sums of du and du x */
+        if (!f->swish) unact_plane(dy, x, y, n, C, f, b, c, scale, shift, s1, s2, 0, 0);
+        else if (f->keep == 1) unact_plane(dy, x, y, n, C, f, b, c, scale, shift, s1, s2, 1, 0);
+        else unact_plane(dy, x, y, n, C, f, b, c, scale, shift, s1, s2, 1, 1);
+        for (int k = 0; k < PLANE; k++) {
+            long g = (c + k) / each;
+            float mean = f->mean[b * f->groups + g], rstd = f->rstd[b * f->groups + g];
+            dbeta[c + k] = s1[k];
+            dgamma[c + k] = (s2[k] - mean * s1[k]) * rstd;
+            m1[g] += f->gamma[c + k] * dbeta[c + k] / count;
+            m2[g] += f->gamma[c + k] * dgamma[c + k] / count;
+        }
+    }
+    OVER_PLANES(c, C) { /* dx = rstd (gamma du - m1 - xhat m2) */
+        float by_x[PLANE] __attribute__((aligned(64)));
+        for (int k = 0; k < PLANE; k++) {
+            long g = (c + k) / each;
+            float mean = f->mean[b * f->groups + g], rstd = f->rstd[b * f->groups + g];
+            scale[k] = rstd * f->gamma[c + k];
+            by_x[k] = -rstd * rstd * m2[g];
+            shift[k] = -rstd * m1[g] - by_x[k] * mean;
+        }
+        __m512 dys[2] = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)};
+        __m512 xs[2] = {_mm512_load_ps(by_x), _mm512_load_ps(by_x + 16)};
+        __m512 plus[2] = {_mm512_load_ps(shift), _mm512_load_ps(shift + 16)};
+        for (long p = 0; p < n; p++) {
+            __m512 d[2];
+            for (int k = 0; k < 2; k++) {
+                long at = p * C + c + 16 * k;
+                d[k] = _mm512_fmadd_ps(load(dy + at), dys[k], _mm512_fmadd_ps(load(x + at), xs[k], plus[k]));
+            }
+            store(dx + p * C + c, d[0], d[1]);
+        }
+    }
+}
+
+/* dx, y [B, H, W, I] for the gradient of the weights, per image dgamma and dbeta [B, I] and the sums of dout, dadd
+ * [B, O]. Without a norm y is x and not written, and dx NULL is not wanted.
+ * w: `pack` of the weights with o and i exchanged and the taps flipped. */
+void backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf16 *w, float *dgamma, float *dbeta,
+                   float *dadd, long B, long H, long W, long I, long O, long taps, before *f) {
+    static before nothing;
+    geometry g = arrange(B, H, W);
+    long offset[9], n = H * W;
+    taps_of(&g, taps, offset);
+#pragma omp parallel
+    {
+        tiles_on();
+        bf16 *flat = memset(room(0, g.size * O * 2), 0, g.size * O * 2), *dy = room(1, g.images * n * I * 2);
+#pragma omp for schedule(dynamic)
+        for (long u = 0; u < g.groups; u++) {
+            long first = u * g.images, end = first + g.images < B ? first + g.images : B;
+            for (long b = first; b < end; b++) {
+                const bf16 *d = dout + b * n * O;
+                lay(d, flat + (g.row + 1 + (b - first) * g.image) * PLANE, &g, O, &nothing, b);
+                OVER_PLANES(o, O) {
+                    __m512 s[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+                    for (long p = 0; p < n; p++)
+                        for (int k = 0; k < 2; k++) s[k] = _mm512_add_ps(s[k], load(d + p * O + o + 16 * k));
+                    for (int k = 0; k < 2; k++) _mm512_storeu_ps(dadd + b * O + o + 16 * k, s[k]);
+                }
+            }
+            if (dx)
+                convolve(flat + (g.row + 1) * PLANE, &g, u, w, O, I, 0, I, offset, taps, NULL, NULL, NULL,
+                         f->gamma ? dy : dx + first * n * I);
+            if (f->gamma)
+                for (long b = first; b < end; b++)
+                    unnorm(dy + (b - first) * n * I, x + b * n * I, dx + b * n * I, y + b * n * I, n, I, f, b,
+                           dgamma + b * I, dbeta + b * I);
+        }
+        _tile_release();
+    }
+    dismiss(g);
+}
+
+/* A plane [positions][32] -> 32 rows of `length` positions. */
+static void transpose(const bf16 *plane, bf16 *rows, long positions, long length) {
+    __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                    _mm512_set1_epi32(PLANE * 2));
+    for (long p = 0; p < positions; p += 16)
+        for (long c = 0; c < PLANE; c += 2) {
+            __m512i two = _mm512_i32gather_epi32(at, plane + p * PLANE + c, 1);
+            _mm256_storeu_si256((__m256i *)(rows + c * length + p), _mm512_cvtepi32_epi16(two));
+            _mm256_storeu_si256((__m256i *)(rows + (c + 1) * length + p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(two, 16)));
+        }
+}
+
+/* 16 channels of a plane [positions][32] -> [positions / 2][16][2 positions]. */
+static void interleave(const bf16 *plane, bf16 *out, long positions) {
+    for (long p = 0; p < positions; p += 2) {
+        __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(plane + p * PLANE)));
+        __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(plane + (p + 1) * PLANE)));
+        _mm512_storeu_si512(out + p * 16, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+}
+
+/* sum [32][32 of `stride` floats] += a b^T over positions; a: 32 rows of `length` positions; b: twice 16 channels. */
+static void accumulate(const bf16 *a, long length, const bf16 *b, long half, long from, long to, float *sum, long stride) {
+    float *below = sum + 16 * stride;
+    long bytes = stride * 4;
+    _tile_loadd(0, sum, bytes);
+    _tile_loadd(1, sum + 16, bytes);
+    _tile_loadd(2, below, bytes);
+    _tile_loadd(3, below + 16, bytes);
+    for (long p = from; p < to; p += 32) {
+        _tile_loadd(6, b + p * 16, 64);
+        _tile_loadd(4, a + p, length * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + half + p * 16, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + 16 * length + p, length * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sum, bytes);
+    _tile_stored(1, sum + 16, bytes);
+    _tile_stored(2, below, bytes);
+    _tile_stored(3, below + 16, bytes);
+}
+
+/* dw[o, tap, i] += sum over positions p of dout[p, o] y[p + offset(tap), i], float32.
+ *
+ * dout is transposed, y interleaved in pairs of positions; twice, as (0, 1), (2, 3).. and as
+ * (-1, 0), (1, 2).., so that every tap begins with a pair. */
+void backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H, long W, long I, long O, long taps) {
+    enum { STEP = 256 }; /* positions that are summed before the next tap: what they touch stays in the first cache */
+    static before nothing;
+    geometry g = arrange(B, H, W);
+    long offset[9], threads = omp_get_max_threads(), n = H * W, margin = (g.row + 3) / 2 * 2, most = I > O ? I : O;
+    taps_of(&g, taps, offset);
+    long per = (g.images * g.image + 31) / 32 * 32;  /* positions of a group */
+    long at_once = 8192 / (per * threads) * threads; /* groups */
+    at_once = at_once < threads ? threads : at_once > g.groups ? g.groups : at_once;
+    long length = (per * at_once + 63) / 64 * 64 + 32; /* an odd number of cache lines: rows meet in no cache set */
+    long half = (per * at_once + 2 * margin) * 16, phase = I / 16 * half;
+    size_t pairs_bytes = (size_t)phase * 4;
+    bf16 *d = aligned_alloc(64, (size_t)O * length * 2), *pairs = memset(aligned_alloc(64, pairs_bytes), 0, pairs_bytes);
+#pragma omp parallel
+    {
+        tiles_on();
+        size_t flat_bytes = g.size * most * 2;
+        bf16 *flat = memset(room(0, flat_bytes), 0, flat_bytes), *start = flat + (g.row + 1) * PLANE;
+        for (long from = 0; from < g.groups; from += at_once) {
+            long groups = g.groups - from < at_once ? g.groups - from : at_once, all = groups * per;
+#pragma omp for schedule(dynamic)
+            for (long u = 0; u < groups; u++) {
+                long first = (from + u) * g.images, end = first + g.images < B ? first + g.images : B;
+                if (end < first + g.images) memset(flat, 0, flat_bytes);
+                for (long b = first; b < end; b++)
+                    lay(y + b * n * I, start + (b - first) * g.image * PLANE, &g, I, &nothing, b);
+                for (long i = 0; i < I; i += 16)
+                    for (long odd = 0; odd < 2; odd++)
+                        interleave(start + i / 32 * 32 * g.size - odd * PLANE + i % 32,
+                                   pairs + odd * phase + i / 16 * half + (margin + u * per) * 16, per);
+                for (long b = first; b < end; b++)
+                    lay(dout + b * n * O, start + (b - first) * g.image * PLANE, &g, O, &nothing, b);
+                OVER_PLANES(o, O) transpose(start + o * g.size, d + o * length + u * per, per, length);
+            }
+#pragma omp for collapse(2) schedule(dynamic)
+            for (long o = 0; o < O; o += 32)
+                for (long i = 0; i < I; i += 32)
+                    for (long p = 0; p < all; p += STEP)
+                        for (long t = 0; t < taps; t++) {
+                            long shift = margin + offset[t] / PLANE, odd = shift % 2;
+                            accumulate(d + o * length, length, pairs + odd * phase + i / 16 * half + (shift + odd) * 16, half,
+                                       p, p + STEP < all ? p + STEP : all, dw + (o * taps + t) * I + i, taps * I);
+                        }
+        }
+        _tile_release();
+    }
+    free(d), free(pairs);
+    dismiss(g);
+}

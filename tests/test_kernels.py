@@ -1,0 +1,224 @@
+"""The native kernels against the plain path in float64, and what they promise beyond it."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ddpm import kernels
+from ddpm.unet import UNet, convolve
+
+needs = pytest.mark.skipif(not kernels.ready(), reason="no AMX, or no C compiler")
+BF16 = 2.0**-8  # spacing of bfloat16 at 1
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def layers(c_in: int, c_out: int, kernel: int) -> tuple[nn.Conv2d, nn.GroupNorm]:
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
+    norm = nn.GroupNorm(min(32, c_in // 4) if c_in % 32 == 0 else 1, c_in, eps=1e-6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return conv, norm
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@needs
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 9), height=st.integers(1, 20), width=st.integers(1, 36),
+    c_in=st.sampled_from([3, 32, 64, 96, 160]), c_out=st.sampled_from([1, 6, 32, 64, 96]),
+    kernel=st.sampled_from([1, 3]), normed=st.booleans(), swish=st.booleans(), added=st.booleans(),
+    resident=st.booleans(), last=st.booleans(), threads=st.integers(1, 3), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_equals_the_plain_path_in_float64(
+    batch: int, height: int, width: int, c_in: int, c_out: int, kernel: int, normed: bool, swish: bool, added: bool,
+    resident: bool, last: bool, threads: int, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    conv, norm = layers(c_in, c_out, kernel)
+    if last:
+        conv.to(memory_format=torch.channels_last)
+    normed = normed and c_in % 32 == 0
+    swish = swish and normed
+    added, resident = added and c_out % 32 == 0, resident and c_out % 32 == 0
+    x = (2 * torch.randn(batch, c_in, height, width) + 0.5).bfloat16()
+    add = torch.randn(batch, c_out) if added else None
+    residual = torch.randn(batch, c_out, height, width).bfloat16() if resident else None
+    dout = torch.randn(batch, c_out, height, width).bfloat16()
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        c, n = copy.deepcopy(conv).to(dtype), copy.deepcopy(norm).to(dtype)
+        inputs = [
+            None if i is None else i.to(dtype if dtype == torch.float64 else i.dtype).requires_grad_()
+            for i in (x.clone(), None if add is None else add.clone(), None if residual is None else residual.clone())
+        ]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            assert inputs[0] is not None
+            assert kernels.usable(inputs[0], c) == (dtype == torch.float32)
+            out = convolve(c, inputs[0], n if normed else None, swish, add=inputs[1], residual=inputs[2])
+        out.backward(dout.to(out.dtype))
+        wanted = [*inputs, c.weight, c.bias, *([n.weight, n.bias] if normed else [])]
+        grads = [i.grad for i in wanted if i is not None]
+        assert all(g is not None for g in grads)
+        return [out.detach(), *(g for g in grads if g is not None)]
+
+    for ours, plain in zip(run(torch.float32), run(torch.float64), strict=True):
+        assert relative(ours, plain) < 4 * BF16
+
+
+@needs
+@given(
+    batch=st.integers(2, 8), size=st.sampled_from([4, 8, 16]), threads=st.integers(1, 3), rows=st.data(),
+    kernel=st.sampled_from([1, 3]),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_an_image_depends_on_nothing_else_to_the_bit(
+    batch: int, size: int, threads: int, rows: st.DataObject, kernel: int
+) -> None:
+    """Not on the batch, its place in it, or the number of threads: the codec needs that."""
+    torch.manual_seed(batch)
+    conv, norm = layers(64, 96, kernel)
+    x = torch.randn(batch, 64, size, size).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.set_num_threads(1)
+        whole = convolve(conv, x, norm, swish=True)
+        torch.set_num_threads(threads)
+        one = rows.draw(st.integers(0, batch - 1))
+        assert torch.equal(convolve(conv, x, norm, swish=True), whole)
+        assert torch.equal(convolve(conv, x[one : one + 1], norm, swish=True), whole[one : one + 1])
+
+
+@needs
+def test_dropout_keeps_its_share_and_its_mean_and_has_the_gradient_of_its_own_mask() -> None:
+    torch.manual_seed(0)
+    conv, norm = layers(64, 64, 1)
+    with torch.no_grad():
+        conv.weight.copy_(torch.eye(64)[:, :, None, None])
+        conv.bias.zero_()  # type: ignore[union-attr]
+        norm.weight.zero_()
+        norm.bias.fill_(2.0)  # so that what is dropped is swish(2) everywhere, to a constant
+    x = torch.randn(32, 64, 16, 16).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(1)
+        out = convolve(conv, x, norm, swish=True, dropout=0.3)
+        torch.manual_seed(1)
+        again = convolve(conv, x, norm, swish=True, dropout=0.3)
+        other = convolve(conv, x, norm, swish=True, dropout=0.3)
+    assert torch.equal(out, again)
+    assert not torch.equal(out, other)
+    dropped = (out == 0).float()
+    n = dropped.numel()
+    assert abs(float(dropped.mean()) - 0.3) < 5 * (0.21 / n) ** 0.5
+    assert torch.allclose(out[out != 0].float(), F.silu(torch.tensor(2.0)) / 0.7, rtol=2 * BF16)
+    flat = dropped - dropped.mean()
+    for axis in (0, 1, 2, 3):  # neighbours are independent
+        correlation = float((flat * flat.roll(1, axis)).mean() / flat.square().mean())
+        assert abs(correlation) < 5 / n**0.5
+    out.float().sum().backward()
+    assert norm.bias.grad is not None
+    slope = torch.sigmoid(torch.tensor(2.0)) * (1 + 2 * (1 - torch.sigmoid(torch.tensor(2.0))))
+    kept = (1 - dropped).sum((0, 2, 3))
+    assert torch.allclose(norm.bias.grad, kept * slope / 0.7, rtol=4 * BF16)
+
+
+def network(bf16: bool = True) -> UNet:
+    torch.manual_seed(0)
+    net = UNet(3, width=32, multipliers=(1, 2), blocks=1, attention=(1,), bf16=bf16)
+    for p in net.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return net
+
+
+@needs
+def test_the_network_is_as_far_from_float32_as_the_plain_bf16_path() -> None:
+    net, exact = network(), network(bf16=False)
+    x, t = torch.randn(4, 3, 16, 16), torch.arange(4)
+
+    def run(net: UNet) -> list[Tensor]:
+        net.zero_grad()
+        out = net(x, t)
+        out.square().mean().backward()
+        return [out.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+    truth, ours = run(exact), run(net)
+    with kernels.disabled():
+        plain = run(net)
+    most = max(float(a.norm()) for a in truth)
+    for a, b, c in zip(truth, ours, plain, strict=True):  # a bias ahead of a norm of one channel has no gradient
+        assert (b - a).norm() < 1.5 * (c - a).norm() + BF16 * max(float(a.norm()), 1e-3 * most)
+
+
+@needs
+def test_packed_weights_are_kept_while_frozen_and_no_longer() -> None:
+    net, x, t = network(), torch.randn(1, 3, 8, 8), torch.ones(1, dtype=torch.int64)
+    weights = list(net.parameters())
+
+    def change() -> None:  # in place and unseen by torch's version counters
+        adam = torch.optim.Adam(weights, lr=0.1, fused=True)
+        for p in weights:
+            p.grad = torch.ones_like(p)
+        adam.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(weights, [torch.zeros_like(p) for p in weights], 0.1)
+
+    with torch.no_grad():
+        first = net(x, t)
+        with kernels.frozen():
+            assert torch.equal(net(x, t), first)
+            with kernels.frozen():
+                assert torch.equal(net(x, t), first)
+            assert kernels._frozen
+        assert kernels._frozen is None
+        change()
+        with kernels.frozen():
+            assert torch.equal(net(x, t), copy.deepcopy(net)(x, t))
+            assert not torch.equal(net(x, t), first)
+
+
+@needs
+def test_gradients_only_of_what_is_wanted_and_none_of_second_order() -> None:
+    conv, norm = layers(32, 32, 3)
+    x = torch.randn(1, 32, 4, 4).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        conv.requires_grad_(False)
+        out = convolve(conv, x, norm, swish=True)
+        (first,) = torch.autograd.grad(out.float().square().sum(), x, create_graph=True)
+        assert conv.weight.grad is None
+        with pytest.raises(RuntimeError):
+            first.sum().backward()
+
+
+def test_what_the_kernels_cannot_do_runs_plainly() -> None:
+    x = torch.randn(1, 32, 8, 8)
+    strided = nn.Conv2d(32, 32, 3, stride=2, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not kernels.usable(x, strided)
+        assert torch.equal(convolve(strided, x), strided(x))
+    assert not kernels.usable(x, nn.Conv2d(32, 32, 3, padding=1))  # float32 stays exact
+
+
+def test_without_a_compiler_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    kernels._library.cache_clear()
+    try:
+        assert not kernels.ready()
+        assert network()(torch.randn(1, 3, 8, 8), torch.ones(1, dtype=torch.int64)).isfinite().all()
+    finally:
+        kernels._library.cache_clear()
