@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= demo
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint bench clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,15 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# All figures of benchmarks/ again, about an hour on two cores; DATA=cifar10 QUALITY=program adds an hour and a half.
+bench: $(VENV)/.tested
+	for script in speed profile_step sampling start scaling memory; do $(BIN)/python benchmarks/$$script.py || exit; done
+	$(BIN)/python benchmarks/profile_step.py --plain
+	$(BIN)/python benchmarks/gpu.py || test $$? = 2
+	if [ -n "$(DATA)" ]; then \
+		$(BIN)/python benchmarks/quality_per_hour.py --data "$(DATA)" $(if $(QUALITY),--quality "$(QUALITY)"); fi
+	@echo "records: benchmarks/results"
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -102,6 +102,11 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("train digits --schedule cosin", nothing, ["schedule 'cosin'", "cosine"]),
     ("train digits --variance learned", nothing, ["variance learned", "loss hybrid or vlb"]),
     ("train digits --batch-size 8 --accumulate 3", nothing, ["accumulate 3", "batch_size 8"]),
+    ("train digits --patch 4", nothing, ["patch 4", "1, 2"]),
+    ("train digits --size 10 --patch 2", nothing, ["size 10x10", "8 and 12"]),
+    ("train digits --weighting p2 --predict mu", nothing, ["weighting p2", "no mu"]),
+    ("train digits --weighting p2 --loss vlb", nothing, ["weighting p2", "loss simple"]),
+    ("train digits --cooldown 2", nothing, ["cooldown 2.0", "at most 1"]),
     ("train digits --levels 10", nothing, ["sample_steps 50", "at most levels, 10"]),
     ("train digits --device gpu", nothing, ["device 'gpu'", "auto, cpu, cuda"]),
     # data

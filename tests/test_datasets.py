@@ -495,6 +495,8 @@ def test_batches_are_the_same_from_memory_from_workers_and_after_resuming(tmp_pa
             ranks = [list(batches(lazy, 5, 10, 2, 6, part=slice(r, None, 2), workers=workers)) for r in range(2)]
             for step in range(4):
                 assert torch.equal(torch.stack([ranks[0][step], ranks[1][step]], 1).flatten(0, 1), memory[2 + step])
+            elsewhere = next(batches(lazy, 5, 10, 0, 6, workers=workers, device="meta"))
+            assert (elsewhere.device.type, elsewhere.shape) == ("meta", memory[0].shape)
     assert torch.equal(torch.get_rng_state(), state)
 
 

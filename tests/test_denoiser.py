@@ -42,6 +42,17 @@ def test_four_predictions_of_one_exact_denoiser_agree(s):
         assert (wrong.mean - mean).abs().max() > 1e-2
 
 
+def test_v_prediction_is_edm_s_preconditioning():
+    """D = c_skip x + c_out F(c_in x) with sigma_data 1 (Karras et al. 2022) is x0^ of v = -F at x_t = c_in x."""
+    g = torch.Generator().manual_seed(0)
+    x, F = torch.randn(2, 1000, 1, 2, 2, generator=g, dtype=torch.float64)
+    t = torch.arange(1, 1001)
+    sigma = ((1 - PAPER.alpha_bar[t]) / PAPER.alpha_bar[t]).sqrt().view(-1, 1, 1, 1)
+    c_skip, c_out, c_in = 1 / (sigma**2 + 1), sigma / (sigma**2 + 1).sqrt(), 1 / (sigma**2 + 1).sqrt()
+    estimate = Denoiser(lambda x, timestep, y: -F, PAPER, "v", clip=False)(c_in * x, t)
+    torch.testing.assert_close(estimate.x0, c_skip * x + c_out * F, rtol=1e-9, atol=1e-9)
+
+
 def test_eps_form_of_the_mean_is_eq_11():
     """mu_theta = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t), at every t of the paper's schedule."""
     g = torch.Generator().manual_seed(0)

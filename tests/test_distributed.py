@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, assert_close, losses, metrics, steps, tensors, train
 
 from ddpm.run.cli import main
-from ddpm.run.distributed import Processes, pick_device, pick_precision
+from ddpm.run.distributed import Processes, pick_device, pick_precision, threads
 
 PROGRAM = """
 import json, os, sys, torch
@@ -88,7 +88,7 @@ def measuring(run: Path, out: Path) -> list[list[str]]:
     ]
 
 
-TWENTY = ("--steps", "20", "--save-every", "10")
+TWENTY = ("--steps", "20", "--save-every", "10", "--times", "stratified")
 DROPOUT = ("--dropout", "0.3", "--flip", "--save-every", "5", "--keep", "100000")
 
 
@@ -193,3 +193,17 @@ def test_a_device_is_one_that_there_is() -> None:
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     assert pick_precision("auto", torch.device("mps")) == "float32"
     assert pick_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+def test_small_layers_have_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, for as long as it takes, unless the user says how many there are."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(2)
+    for work, device, wanted in ((1 << 17, "cpu", 1), (1 << 18, "cpu", 2), (1 << 17, "cuda", 2)):
+        with threads(work, torch.device(device)):
+            assert torch.get_num_threads() == wanted
+        assert torch.get_num_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with threads(1, torch.device("cpu")):
+        assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """`ddpm sample`: to a grid, an array or a folder; an image is a function of its seed and the settings only."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 import ddpm
 from ddpm.files import checkpoints
 from ddpm.files import images as pictures
+from ddpm.noise import per_image
+from ddpm.run import gpu
 from ddpm.run.cli import main
-from ddpm.run.generate import generate, progressive
+from ddpm.run.generate import generate, progressive, trajectory
 
 
 def sample(source: Path, out: Path, *options: Any) -> NDArray[np.uint8]:
@@ -160,3 +164,62 @@ def test_the_library_gives_what_the_program_writes(trained: Path, tmp_path: Path
     with pytest.raises(ddpm.InputError, match="sampler 'euler': want ancestral, ddim"):
         generate(denoiser, (1, 8, 8), [3], sampler="euler")
     assert torch.is_grad_enabled()
+
+
+def test_a_graph_is_fed_and_read_as_the_network_is(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One a shape, captured once, whose memory is its own: what it gave before stays. (Here it replays by a call.)"""
+    denoiser, captured = ddpm.load(trained), []
+
+    def capture(self: gpu.Replayed, x: torch.Tensor, timestep: torch.Tensor) -> Any:
+        captured.append(x.shape)
+        out = torch.empty_like(x)
+        return x, timestep, out, lambda: out.copy_(self.network(x, timestep))
+
+    monkeypatch.setattr(gpu.Replayed, "_capture", capture)
+    assert isinstance(denoiser.network, ddpm.UNet)
+    graphed = dataclasses.replace(denoiser, network=gpu.Replayed(denoiser.network))
+    found, wanted = (generate(d, (1, 8, 8), range(7), batch_size=3) for d in (graphed, denoiser))
+    assert torch.equal(found, wanted)
+    assert captured == [(3, 1, 8, 8), (1, 1, 8, 8)]
+    x, t = torch.randn(2, 3, 1, 8, 8), torch.tensor([1, 2, 3])
+    first = graphed.network(x[0], t)
+    assert not torch.equal(graphed.network(x[1], t), first)
+    assert torch.equal(first, denoiser.network(x[0], t))
+    assert torch.equal(graphed.network(x[0], t, t), denoiser.network(x[0], t, t))
+
+
+def test_where_a_graph_can_be(trained: Path) -> None:
+    """On CUDA, for a UNet that neither draws dropout nor wants gradients."""
+    denoiser = ddpm.load(trained)
+    assert gpu.replayed(denoiser, "cpu") is denoiser
+    assert isinstance(gpu.replayed(denoiser, "cuda").network, gpu.Replayed)
+    assert gpu.replayed(gpu.replayed(denoiser, "cuda"), "cuda").network.network is denoiser.network
+    assert isinstance(denoiser.network, nn.Module)
+    other = dataclasses.replace(denoiser, network=lambda x, timestep, y: x)
+    assert gpu.replayed(other, "cuda") is other
+    denoiser.network.train()
+    assert gpu.replayed(denoiser, "cuda") is denoiser
+    denoiser.network.eval().requires_grad_(True)
+    assert gpu.replayed(denoiser, "cuda") is denoiser
+
+
+@pytest.mark.parametrize(("sampler", "steps", "eta"), [("ancestral", None, 0), ("ancestral", 7, 0), ("ddim", 6, 0.5)])
+def test_noise_drawn_ahead_is_what_the_sampler_asks_for(
+    sampler: str, steps: int | None, eta: float, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The levels given to `ahead` are those of the calls, in order, and none is left; here the device is the CPU."""
+    denoiser, given, asked = ddpm.load(trained), list[int](), list[int]()
+
+    def ahead(seeds: Any, shape: Any, device: str, levels: list[int]) -> Any:
+        def noise(t: int) -> torch.Tensor:
+            asked.append(t)
+            return per_image(seeds, shape)(t)
+
+        assert device == "cuda"
+        given.extend(levels)
+        return noise
+
+    monkeypatch.setattr("ddpm.run.generate.ahead", ahead)
+    steps_made = list(trajectory(denoiser, (1, 8, 8), [0], sampler, steps, eta, "cuda"))
+    assert asked == given
+    assert steps_made[-1].t == 0

@@ -8,7 +8,9 @@ from exact import PREDICTIONS, correlated, network, one_thread, with_variance  #
 
 from ddpm import likelihood, losses, pixels, schedule
 from ddpm.denoiser import Denoiser
+from ddpm.errors import InputError
 from ddpm.gaussian import q_sample
+from ddpm.noise import generator
 from ddpm.unet import UNet
 
 PAPER = schedule.linear()
@@ -189,3 +191,80 @@ def test_one_number_per_image(loss):
     scale = max(g.abs().max() for g in gradient)
     for a, b in zip(summed, gradient, strict=True):
         assert (a - b).abs().max() < 1e-4 * scale
+
+
+# The levels of a batch, and what they weigh.
+
+
+def draws(how, n, batches=4000, T=10):
+    """Levels of so many batches, int64 [batches, n]."""
+    s = schedule.cosine(T)
+    return torch.stack([losses.times(s, n, how, generator(i)) for i in range(batches)])
+
+
+def test_uniform_times_are_independent_draws():
+    """As runs before there was a choice drew them."""
+    drawn = losses.times(PAPER, 128, "uniform", generator(7))
+    assert torch.equal(drawn, torch.randint(1, 1001, (128,), generator=generator(7)))
+
+
+@pytest.mark.parametrize("how", ["uniform", "stratified"])
+@pytest.mark.parametrize("n", [1, 3, 16])
+def test_every_image_may_get_every_level(how, n):
+    """Each place in the batch has levels 1..T with equal probability, within 5 standard errors of 4000 batches."""
+    share = torch.nn.functional.one_hot(draws(how, n) - 1, 10).double().mean(0)  # [n, T]
+    assert share.shape == (n, 10)
+    assert (share - 0.1).abs().max() < 5 * (0.1 * 0.9 / 4000) ** 0.5
+
+
+def test_stratified_times_lie_evenly():
+    """One level in each n-th part of 1..T, so the mean of n varies as a draw from one part: T/n/sqrt(12)."""
+    levels = losses.times(PAPER, 50, "stratified", generator(3))
+    assert torch.equal(((levels - 1) // 20).sort().values, torch.arange(50))
+    even = draws("stratified", 16, T=1000).double().mean(1)
+    assert even.std() == pytest.approx(1000 / 16 / 12**0.5, rel=0.05)  # of independent draws 4 times that
+    assert even.mean() == pytest.approx(500.5, abs=5 * even.std().item() / 4000**0.5)
+
+
+def test_stratified_times_say_nothing_of_the_place():
+    """Of two images any one may have the lower level: which part of 1..T an image is given is drawn each time."""
+    first, second = draws("stratified", 2).unbind(1)
+    assert (first < second).double().mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("s", [PAPER, schedule.cosine(), schedule.jsd()], ids=["linear", "cosine", "jsd"])
+def test_lognormal_times(s):
+    """ln sigma = -SNR/2 in logarithms has the quantiles of N(-1.2, 1.2^2), cut off where the schedule ends."""
+    t = losses.times(s, 10_000, "lognormal", generator(0))
+    assert t.min() >= 1
+    assert t.max() <= s.T
+    abar = s.alpha_bar[t]
+    log_sigma = 0.5 * ((1 - abar) / abar).log()
+    for z in (-1, 0, 1):
+        quantile = log_sigma.quantile(0.5 * (1 + math.erf(z / 2**0.5)))
+        assert quantile == pytest.approx(-1.2 + 1.2 * z, abs=0.05)
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "p2"])
+def test_a_weighted_loss_does_not_depend_on_what_is_predicted(weighting):
+    """One x0^, said as eps, x0 or v: the papers' weights on the error of x0, min(SNR, 5) and SNR/(1 + SNR)."""
+    x0, eps = batch(5, dtype=torch.float64)
+    t = torch.tensor([1, 100, 300, 700, 1000])
+    xt, abar = q_sample(PAPER, x0, t, eps), PAPER.alpha_bar[t]
+    guess = x0.roll(1, 0)
+    signal, sigma = (a.sqrt().view(-1, 1, 1, 1) for a in (abar, 1 - abar))
+    eps_of_guess = (xt - signal * guess) / sigma
+    said = {"eps": eps_of_guess, "x0": guess, "v": signal * eps_of_guess - sigma * guess}
+    snr = abar / (1 - abar)
+    expected = torch.minimum(snr, torch.tensor(5.0)) if weighting == "min_snr" else snr / (1 + snr)
+    expected = expected * (x0 - guess).square().flatten(1).mean(1)
+    for predict, output in said.items():
+        denoiser = Denoiser(lambda x, timestep, y, output=output: output, PAPER, predict)
+        found = losses.simple(denoiser, x0, t, eps) * losses.weight(denoiser, t, weighting)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        assert (losses.weight(denoiser, t, "none") == 1).all()
+
+
+def test_no_weight_for_mu():
+    with pytest.raises(InputError, match="weighting p2: is of eps, x0 and v"):
+        losses.weight(Denoiser(lambda x, *_: x, PAPER, "mu"), torch.tensor([1]), "p2")

@@ -1,12 +1,13 @@
 """Randomness as an argument: one seed per image, one draw per level, fixed for ever."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ddpm.noise import generator, mix, normal, per_image
+from ddpm.noise import ahead, generator, mix, normal, per_image
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(-(2**63), 2**63 - 1)
@@ -62,6 +63,28 @@ def test_shape_and_dtype():
     assert draw.shape == (2, 3, 8, 6)
     assert draw.dtype == torch.float32
     assert torch.equal(normal([1, 2], (3, 8, 6), 7), draw)
+
+
+def test_golden_draws():
+    """One Philox a draw, with `mix` as its key: an implementation that saves time must give these numbers."""
+    draws = normal([5, 6], (3, 5, 5), 1000)
+    assert draws.flatten()[[0, 74, 75, 149]].tolist() == pytest.approx(
+        [-0.0503861, -0.3045058, 0.77803, -1.0228629], abs=1e-6
+    )
+    for row, seed in zip(draws, [5, 6], strict=True):
+        fresh = np.random.Generator(np.random.Philox(key=mix(seed, 1000)))
+        assert np.array_equal(fresh.standard_normal((3, 5, 5), np.float32), row.numpy())
+
+
+@pytest.mark.parametrize("levels", [[], [7], list(range(30, 0, -1)), [3, 3]])
+def test_drawn_ahead(levels):
+    """Threads that draw ahead change no bit; one may stop asking at any level, but not ask for another."""
+    noise, plain = ahead([5, 6, 7], (3, 8, 8), "cpu", levels), per_image([5, 6, 7], (3, 8, 8))
+    assert all(torch.equal(noise(t), plain(t)) for t in levels)
+    early = ahead([5], (3, 8, 8), "cpu", [9, 8, 7, 6, 5, 4, 3])
+    early(9)
+    with pytest.raises(AssertionError):
+        early(5)
 
 
 def correlation(a, b):

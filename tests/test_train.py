@@ -1,5 +1,6 @@
 """`ddpm train`: a run that is stopped and goes on is the run that was not; the semantics of a step; what is logged."""
 
+import contextlib
 import copy
 import dataclasses
 import fcntl
@@ -9,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,14 +30,17 @@ import ddpm
 from ddpm.errors import InputError
 from ddpm.files import checkpoints, datasets
 from ddpm.files import images as pictures
+from ddpm.presets import PRESETS
 from ddpm.run import ema
 from ddpm.run.distributed import Processes
 from ddpm.run.generate import generate
-from ddpm.run.train import BUCKETS, held_out_by_level
+from ddpm.run.gpu import compile_stages, pick_compile
+from ddpm.run.train import BUCKETS, _Watch, held_out_by_level
 
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 
-EVERYTHING = ("--dropout", 0.3, "--flip", "--accumulate", 2, "--grad-clip", 0.5, "--multipliers", "1,1")
+EVERYTHING = ("--dropout", 0.3, "--flip", "--accumulate", 2, "--grad-clip", 0.5, "--multipliers", "1", "--patch", 2)
+EVERYTHING += ("--times", "stratified", "--weighting", "min_snr")
 
 
 def test_n_steps_and_n_steps_are_2n_steps_to_the_bit(tmp_path: Path) -> None:
@@ -246,7 +251,7 @@ def test_a_learning_rate_out_of_all_bounds(tmp_path: Path, capsys: pytest.Captur
 def test_accumulation_changes_no_step(tmp_path: Path) -> None:
     """The batch in 1, 2 or 4 parts gives the same losses and weights within float error."""
     for parts in (1, 2, 4):
-        assert train(tmp_path / str(parts), "--accumulate", parts, "--flip", "--steps", 6) == 0
+        assert train(tmp_path / str(parts), "--accumulate", parts, "--flip", "--times", "stratified", "--steps", 6) == 0
     one = tensors(tmp_path / "1", 6)
     for parts in (2, 4):
         assert losses(tmp_path / str(parts)) == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
@@ -287,6 +292,32 @@ def test_the_learning_rate_rises_from_nothing(tmp_path: Path) -> None:
     assert isinstance(network, nn.Module)
     first = tensors(tmp_path / "run", 1)
     assert all(torch.equal(first[f"raw/{name}"], value) for name, value in network.state_dict().items())
+
+
+def test_the_learning_rate_falls_to_nothing(tmp_path: Path) -> None:
+    """Linearly over the last share of the steps; a stop leaves no trace, more steps take the rate up again."""
+    plan = ("--warmup", 2, "--lr", 0.008, "--cooldown", 0.5, "--save-every", 1, "--keep", 9)
+    assert train(tmp_path / "whole", *plan, "--steps", 8) == 0
+    rates = [line["lr"] for line in metrics(tmp_path / "whole") if "lr" in line]
+    assert rates == pytest.approx([0, 0.004, 0.008, 0.008, 0.008, 0.006, 0.004, 0.002])
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for step in (7, 8):
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / f"{step:08d}")
+    assert train(tmp_path / "stopped", *plan, "--steps", 8) == 0
+    assert_same(tensors(tmp_path / "stopped", 8), tensors(tmp_path / "whole", 8))
+    assert train(tmp_path / "whole", *plan, "--steps", 16) == 0
+    rates = [line["lr"] for line in metrics(tmp_path / "whole") if "lr" in line]
+    assert rates[8:] == pytest.approx([0.001 * i for i in range(8, 0, -1)])
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "p2"])
+def test_the_weighting_is_of_the_loss_that_is_trained(weighting: str, tmp_path: Path) -> None:
+    """At one level, whose weight is known, the training loss is that of an unweighted run times it."""
+    one = ("--levels", 1, "--beta-1", 0.5, "--sample-steps", 1, "--steps", 1)  # SNR 1: eps weighs 1, or 1/2 by p2
+    assert train(tmp_path / "none", *one) == 0
+    assert train(tmp_path / weighting, *one, "--weighting", weighting) == 0
+    factor = {"min_snr": 1.0, "p2": 0.5}[weighting]
+    assert losses(tmp_path / weighting)[1] == pytest.approx(factor * losses(tmp_path / "none")[1])
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
@@ -387,6 +418,98 @@ def test_bad_images_are_counted_and_passed_over(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "run").exists()
     assert train(tmp_path / "run", *options, "--skip-bad") == 0
     assert "images that could not be read and were passed over: 1" in capsys.readouterr().err
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def test_compiling_changes_neither_steps_nor_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that go through the compiler, here without its backend, checkpointed or not, through a pause."""
+    eager = functools.partial(compile_stages, backend="eager")
+    monkeypatch.setattr("ddpm.run.train.compile_stages", eager)
+    assert train(tmp_path / "plain", "--dropout", 0.3, "--steps", 4) == 0
+    assert train(tmp_path / "run", "--dropout", 0.3, "--compile", "on", "--steps", 2) == 0
+    assert train(tmp_path / "run", "--dropout", 0.3, "--compile", "on", "--checkpointing", "--steps", 4) == 0
+    assert_same(tensors(tmp_path / "run", 4), tensors(tmp_path / "plain", 4))
+
+
+def test_stages_compile_whole_and_those_alike_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph breaks; 22 stages are 12 kinds, more than the 8 that Dynamo stops at; the gradient is the same."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch.manual_seed(0)
+    plain = ddpm.UNet(3, width=32, multipliers=(1, 2, 2, 2), dropout=0.1)
+    compiled = copy.deepcopy(plain)
+    compile_stages(compiled, backend="eager")
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([1, 5])
+    for network in (plain, compiled):
+        torch.manual_seed(1)
+        network(x, t).square().mean().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True))
+    assert (counters["frames"]["total"], counters["frames"]["ok"], dict(counters["graph_break"])) == (12, 12, {})
+    torch._dynamo.reset()
+
+
+def test_what_is_compiled_by_default() -> None:
+    """Nothing on a CPU; what one asks for, anywhere."""
+    cpu = torch.device("cpu")
+    assert [pick_compile(name, cpu) for name in ("auto", "on", "off")] == [False, True, False]
+    assert not pick_compile("off", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("loss", ["simple", "vlb", "hybrid"])
+def test_no_step_waits_for_the_device(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose values nobody can read (meta) is enough for a training step and for steps of a sampler."""
+    preset = dataclasses.replace(
+        PRESETS["digits"],
+        loss=loss,
+        variance="fixed_large" if loss == "simple" else "learned_range",
+        precision="float32",
+    )
+    denoiser = ddpm.build(preset)
+    monkeypatch.setattr(ddpm.Schedule, "__post_init__", lambda self: None)  # these two read values once a run
+    monkeypatch.setattr(ddpm.Schedule, "ends_in_noise", False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # does not know meta
+    denoiser = denoiser.to("meta")
+    network = denoiser.network
+    assert isinstance(network, nn.Module)
+    weights, average = list(network.parameters()), copy.deepcopy(list(network.parameters()))
+    x, t = torch.empty(4, 1, 8, 8, device="meta"), torch.ones(4, dtype=torch.int64, device="meta")
+    ddpm.losses.LOSSES[loss](denoiser, x, t, x).mean().backward()
+    watch = _Watch(torch.device("meta"))
+    watch.see(1, nn.utils.clip_grad_norm_(weights, 1.0))
+    ema.update(average, weights, 0.9)
+    for step in itertools.islice(ddpm.samplers.ancestral(denoiser, x, lambda t: x), 3):
+        assert step.x.device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        watch.check(Path(), x.mean())
+
+
+def test_channels_last_weights_train_and_are_saved_as_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: memory is in another order for weights, average, gradients and moments, files are not."""
+    move = ddpm.Denoiser.to
+
+    def to(self: ddpm.Denoiser, device: Any) -> ddpm.Denoiser:
+        moved = move(self, device)
+        moved.network.to(memory_format=torch.channels_last)
+        return moved
+
+    def saved(run: Path, preset: Any, state: Any, given: dict[str, dict[str, Tensor]]) -> Path:
+        weights = [v for kind in given.values() for v in kind.values() if v.ndim == 4 and v.shape[1] > 1 < v.shape[2]]
+        assert all(v.is_contiguous(memory_format=torch.channels_last) for v in weights)
+        assert len(weights) >= 4 * 5
+        return save(run, preset, state, given)
+
+    save = checkpoints.save
+    assert train(tmp_path / "plain", "--steps", 6) == 0
+    monkeypatch.setattr(ddpm.Denoiser, "to", to)
+    monkeypatch.setattr(checkpoints, "save", saved)
+    assert train(tmp_path / "last", "--steps", 3) == 0
+    assert train(tmp_path / "last", "--steps", 6) == 0
+    assert_close(tensors(tmp_path / "last", 6), tensors(tmp_path / "plain", 6))
 
 
 # -- held-out loss -----------------------------------------------------------------------------------------------------

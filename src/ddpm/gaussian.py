@@ -3,6 +3,7 @@
 Coefficients are float64 until they meet x; everything else has x's dtype, device and shape [B, ...].
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -75,6 +76,7 @@ def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     return over(abar.sqrt(), x0) * x0 + over((1 - abar).sqrt(), x0) * eps
 
 
+@functools.lru_cache(maxsize=8)  # every step of a sampler asks for it
 def beta_tilde(schedule: Schedule) -> Tensor:
     """beta~_t = (1 - abar_{t-1})/(1 - abar_t) beta_t  (Eq. 7), float64 [T+1], with the first one decided here.
 

@@ -1,13 +1,19 @@
 """What training minimises: one number per image, per dimension so that it does not grow with the image."""
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ddpm import likelihood
 from ddpm.denoiser import Denoiser
-from ddpm.gaussian import bits_per_dim, q_sample
+from ddpm.errors import InputError
+from ddpm.gaussian import at, bits_per_dim, q_sample
+from ddpm.schedule import Schedule
+
+Times = Literal["uniform", "stratified", "lognormal"]
+Weighting = Literal["none", "min_snr", "p2"]
 
 
 def simple(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
@@ -60,6 +66,60 @@ def hybrid(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | N
     held = prediction.detach() if variance is None else torch.cat([prediction.detach(), variance], dim=1)
     known = replace(denoiser, network=lambda *_: held)
     return mse + 0.001 * schedule.T * vlb(known, x0, t, eps, y)
+
+
+def times(schedule: Schedule, n: int, how: Times, generator: torch.Generator) -> Tensor:
+    """The noise levels of a batch of n images, int64 [n] in 1..T; all are drawn at once.
+
+    uniform     independent, each of 1..T as likely (Algorithm 1)
+    stratified  the same for each image, but the n lie evenly: quantiles (u + i)/n for i = 0..n-1 in random order, one u
+                for all, so that the mean over a batch varies less (Kingma et al. 2021, Section 5.3)
+    lognormal   as evenly, by quantiles of ln sigma ~ N(-1.2, 1.2^2), sigma^2 = 1/SNR (Karras et al. 2022, Table 1):
+                more often where images take shape. The loss is not divided by this density, which so is a weighting
+
+    >>> from ddpm import noise, schedule
+    >>> times(schedule.cosine(), 5, "stratified", noise.generator(0)).sort().values.diff()  # T/n apart
+    tensor([200, 200, 200, 200])
+    """
+    if how == "uniform":
+        return torch.randint(1, schedule.T + 1, (n,), generator=generator)
+    u = torch.rand((), generator=generator).double()  # 24 bits of a double: (u + i)/n is below 1 for every i
+    quantile = (u + torch.randperm(n, generator=generator)) / n
+    if how == "stratified":
+        return 1 + (quantile * schedule.T).long()
+    abar = schedule.alpha_bar[1:]
+    log_sigma = 0.5 * (1 / abar - 1).log()  # [T], rising
+    return 1 + torch.searchsorted(log_sigma, -1.2 + 1.2 * torch.special.ndtri(quantile)).clamp(max=schedule.T - 1)
+
+
+def weight(denoiser: Denoiser, t: Tensor, weighting: Weighting) -> Tensor:
+    """What L_simple is multiplied by at levels t int64 [B] in 1..T: float32 [B].
+
+    none      1
+    min_snr   min(SNR, 5) on the error of x_0 (Hang et al. 2023, Eq. 5, gamma 5), SNR = abar/(1 - abar)
+    p2        1/(1 + SNR) on the error of eps (Choi et al. 2022, Eq. 8, k = gamma = 1), so abar on that of x_0
+
+    As in the papers not normalised: the mean over levels is not 1. The error of eps is SNR times that of x_0, the error
+    of v SNR + 1 times. Raises InputError for mu, whose error has a scale of its own at each level.
+
+    >>> from ddpm import schedule
+    >>> eps, t = Denoiser(lambda x, timestep, y: x, schedule.linear()), torch.tensor([1, 500, 1000])
+    >>> [f"{w:.4g}" for w in weight(eps, t, "min_snr").tolist()], [f"{w:.4g}" for w in weight(eps, t, "p2").tolist()]
+    (['0.0005001', '1', '1'], ['0.0001', '0.9214', '1'])
+    """
+    if weighting == "none":
+        return torch.ones(len(t), device=t.device)
+    abar = at(denoiser.schedule.alpha_bar, t)
+    on_x0 = (abar / (1 - abar)).clamp(max=5) if weighting == "min_snr" else abar
+    match denoiser.predict:
+        case "x0":
+            return on_x0.float()
+        case "eps":
+            return (on_x0 * (1 - abar) / abar).float()
+        case "v":
+            return (on_x0 * (1 - abar)).float()
+        case "mu":
+            raise InputError(f"weighting {weighting}: is of eps, x0 and v prediction; want none for mu")
 
 
 LOSSES = {"simple": simple, "vlb": vlb, "hybrid": hybrid}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 Precision = Literal["auto", "float32", "bf16"]
+Compile = Literal["auto", "on", "off"]
 
 
 def _f(default: Any, help: str, least: float | None = None, most: float | None = None, resume: bool = False) -> Any:
@@ -46,6 +47,9 @@ class Preset:
     blocks: int = _f(2, "residual blocks a level", 1)
     attention: tuple[int, ...] = _f((16,), "attention where the shorter side first is at most this; 0 for none", 0)
     dropout: float = _f(0.1, "dropout probability", 0, 0.99)
+    patch: Literal[1, 2] = _f(
+        1, "2: levels start at half the size, inside a thin one at full size: a quarter of the cost"
+    )
 
     # diffusion
     schedule: Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"] = _f(
@@ -58,6 +62,10 @@ class Preset:
     variance: Literal["fixed_large", "fixed_small", "learned", "learned_range"] = _f("fixed_large", "sigma_t^2")
     clip: bool = _f(True, "clip the estimate of x_0 to [-1, 1] when sampling and evaluating")
     loss: Literal["simple", "vlb", "hybrid"] = _f("simple", "L_simple (Eq. 14), the true bound (Eq. 5), or both")
+    weighting: Literal["none", "min_snr", "p2"] = _f("none", "what L_simple weighs at each noise level")
+    times: Literal["uniform", "stratified", "lognormal"] = _f(
+        "uniform", "levels of a batch: independent; spread evenly; evenly by quantiles of a log-normal noise level"
+    )
 
     # optimisation
     steps: int = _f(800_000, "training steps in all", 1, resume=True)
@@ -65,6 +73,9 @@ class Preset:
     accumulate: int = _f(1, "parts a batch is computed in, one by one: less memory, the same step", 1, resume=True)
     lr: float = _f(2e-4, "learning rate of Adam", 0)
     warmup: int = _f(5000, "steps over which the learning rate rises linearly from 0", 0)
+    cooldown: float = _f(
+        0.0, "share of the steps, at the end, over which it falls linearly to 0; more --steps take it up again", 0, 1
+    )
     grad_clip: float = _f(1.0, "largest global norm of the gradient; 0 for no clipping", 0)
     ema: float = _f(0.9999, "decay of the moving average of the weights", 0, 0.999999)
     ema_warmup: bool = _f(False, "let the decay rise as (1 + n)/(10 + n), for short runs")
@@ -74,6 +85,7 @@ class Preset:
     # the run
     seed: int = _f(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
     device: str = _f("auto", "auto, cpu, cuda, cuda:1, mps", resume=True)
+    compile: Compile = _f("auto", "let Inductor compile the network for training; auto: on CUDA devices", resume=True)
     workers: int = _f(2, "processes that decode images when they do not fit in memory", 0, resume=True)
     save_every: int = _f(5000, "steps between checkpoints", 1, resume=True)
     keep: int = _f(2, "newest checkpoints kept, besides the best", 1, resume=True)
@@ -90,11 +102,13 @@ class Preset:
             check(f.name, getattr(self, f.name), hints[f.name], f.metadata["least"], f.metadata["most"])
         if len(self.size) != 2:
             raise InputError(f"size {self.size}: want height and width, as 32 or 32x48")
-        check_size(self.size, len(self.multipliers))
+        check_size(self.size, len(self.multipliers) + self.patch - 1)
         if self.width % 32:
             raise InputError(f"width {self.width}: want a multiple of 32")
         if self.loss == "simple" and self.variance.startswith("learned"):
             raise InputError(f"variance {self.variance}: loss simple does not train it; want loss hybrid or vlb")
+        if self.weighting != "none" and (self.loss != "simple" or self.predict == "mu"):
+            raise InputError(f"weighting {self.weighting}: is of L_simple for eps, x0 or v; want loss simple, no mu")
         if self.predict == "eps" and self.schedule == "jsd":
             raise InputError("predict eps: says nothing of x_0 at jsd's last level; want x0, mu or v")
         if self.batch_size % self.accumulate:
@@ -114,7 +128,7 @@ class Preset:
         >>> PRESETS["cifar10"].attention_levels, PRESETS["celebahq256"].attention_levels
         ((1,), (4,))
         """
-        sides = [min(self.size) >> level for level in range(len(self.multipliers))]
+        sides = [min(self.size) // self.patch >> level for level in range(len(self.multipliers))]
         found = {next((level for level, side in enumerate(sides) if side <= a), -1) for a in self.attention if a}
         return tuple(sorted(found - {-1}))
 
@@ -169,6 +183,11 @@ PRESETS: dict[str, Preset] = {
         data="uoft-cs/cifar10", width=64, multipliers=(1, 2, 2), dropout=0.0, steps=100_000, batch_size=64, lr=5e-4,
         warmup=500, ema=0.9995, ema_warmup=True, save_every=1000, sample_every=1000,
     ),
+    "cifar10_fast": Preset(
+        data="uoft-cs/cifar10", width=96, multipliers=(1, 1), attention=(8,), dropout=0.0, patch=2, schedule="cosine",
+        predict="v", times="stratified", steps=20_000, batch_size=64, lr=1e-3, warmup=200, cooldown=0.5, ema=0.999,
+        ema_warmup=True, save_every=1000, sample_every=1000,
+    ),
 }  # fmt: skip
 
 
@@ -195,6 +214,7 @@ def build(preset: Preset) -> Denoiser:
         preset.blocks,
         preset.attention_levels,
         preset.dropout,
+        patch=preset.patch,
         checkpointing=preset.checkpointing,
         bf16=preset.precision == "bf16",
     )

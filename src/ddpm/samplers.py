@@ -1,5 +1,6 @@
 """From noise to images: each sampler is a generator of Step(t, x, x0); the caller keeps what it wants."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.gaussian import at, over
 from ddpm.noise import Noise
 
 
@@ -85,13 +85,12 @@ def ddim(
     if not 0 <= eta <= 1 or (eta > 0 and noise is None):
         raise InputError(f"eta {eta}: want 0 to 1, and noise where it is above 0")
     levels = [0, *denoiser.schedule.levels(steps, start)]
+    abar = denoiser.schedule.alpha_bar.tolist()
     for s, t in zip(levels[-2::-1], levels[:0:-1], strict=True):
-        now = torch.full((len(x),), t, device=x.device)
-        estimate = denoiser(x, now, y)
-        abar_t, abar_s = at(denoiser.schedule.alpha_bar, now), at(denoiser.schedule.alpha_bar, torch.full_like(now, s))
-        variance = eta**2 * (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
-        x = over(abar_s.sqrt(), x) * estimate.x0 + over((1 - abar_s - variance).sqrt(), x) * estimate.eps
+        estimate = denoiser(x, torch.full((len(x),), t, device=x.device), y)
+        variance = eta**2 * (1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])
+        x = math.sqrt(abar[s]) * estimate.x0 + math.sqrt(1 - abar[s] - variance) * estimate.eps
         if eta > 0 and s > 0:
             assert noise is not None
-            x = x + over(variance.sqrt(), x) * noise(s)
+            x = x + math.sqrt(variance) * noise(s)
         yield Step(s, x, estimate.x0)

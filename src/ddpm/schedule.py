@@ -3,6 +3,7 @@
 t is the paper's t: 1..T are noise levels, 0 is data.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,12 +43,17 @@ class Schedule:
         """The number of noise levels."""
         return len(self.alpha_bar) - 1
 
-    @property
+    @functools.cached_property
     def beta(self) -> Tensor:
         """beta_t = 1 - abar_t / abar_{t-1} (Eq. 2), float64 [T+1]; beta[0] = 0: level 0 has no step before it."""
         beta = torch.zeros_like(self.alpha_bar)
         beta[1:] = 1 - self.alpha_bar[1:] / self.alpha_bar[:-1]
         return beta
+
+    @functools.cached_property
+    def ends_in_noise(self) -> bool:
+        """Whether abar_T = 0, so that nothing of x_0 is left at level T."""  # cached: reading it waits for a GPU
+        return bool(self.alpha_bar[-1] == 0)
 
     def levels(self, steps: int, start: int | None = None) -> list[int]:
         """`steps` levels spread evenly over 1..start, rising, the last one `start` (None: T).

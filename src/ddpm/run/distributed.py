@@ -87,6 +87,22 @@ def pick_precision(name: Precision, device: torch.device) -> Precision:
 
 
 @contextmanager
+def threads(work: int, device: torch.device) -> Iterator[None]:
+    """On a CPU one thread inside where layers are small: `work`, values of a batch in the first level, below 2^18.
+
+    There (the preset digits has 2^17) two threads take longer than one to finish a step beside any other work, and no
+    less without; OMP_NUM_THREADS, where it is set, decides instead.
+    """
+    before = torch.get_num_threads()
+    if device.type == "cpu" and work < 1 << 18 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def processes(device: str) -> Iterator[Processes]:
     """Join the others where torchrun started us, and leave them at the end; a group that is there already stays."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))

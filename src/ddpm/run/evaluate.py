@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ddpm
-from ddpm import likelihood, metrics, noise, pixels
+from ddpm import kernels, likelihood, metrics, noise, pixels
 from ddpm import ode as probability_flow
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
@@ -21,6 +21,7 @@ from ddpm.files.images import DEEP
 from ddpm.gaussian import bits_per_dim, q_sample
 from ddpm.run.distributed import Processes
 from ddpm.run.generate import generate
+from ddpm.run.gpu import replayed
 
 _NLL, _CALIBRATION, _ODE, _SUBSET = 0xE7A1, 0xCA1B, 0x0DE, 0x5B5E7
 """Keys that keep the draws of these apart from others of the same seed."""
@@ -98,6 +99,7 @@ def _joined(files: Sequence[Path]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+@kernels.frozen()
 def calibrate(
     found: checkpoints.Checkpoint,
     images: datasets.Images,
@@ -133,6 +135,7 @@ def calibrate(
     return mse
 
 
+@kernels.frozen()
 def nll(
     found: checkpoints.Checkpoint,
     images: datasets.Images,
@@ -231,6 +234,7 @@ def _write_table(out: Path, table: dict[str, Tensor]) -> None:
     atomic.write(out / "nll.png", plots.draw([bits, error]))
 
 
+@kernels.frozen()
 def nll_sampled(
     found: checkpoints.Checkpoint,
     images: datasets.Images,
@@ -278,6 +282,7 @@ def nll_sampled(
     }
 
 
+@kernels.frozen()
 def ode(
     found: checkpoints.Checkpoint,
     images: datasets.Images,
@@ -333,11 +338,12 @@ def samples(
     """
     key = [found.sha256, found.preset.precision, seed, sampler, steps, _variance(found.denoiser)]
     folder = _folder(cache, "samples", key)
+    denoiser = replayed(found.denoiser, ranks.device)  # once for all parts
 
     def make(rows: slice) -> dict[str, Tensor]:
         seeds = range(seed + rows.start, seed + rows.stop)
         made = generate(
-            found.denoiser, found.preset.shape, seeds, sampler, steps,
+            denoiser, found.preset.shape, seeds, sampler, steps,
             batch_size=batch_size, device=ranks.device, progress=progress,
         )  # fmt: skip
         return {"images": made}

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm import pixels, samplers
+from ddpm import kernels, pixels, samplers
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.noise import per_image
+from ddpm.noise import ahead, per_image
+from ddpm.run.gpu import replayed
 
 SAMPLERS = ("ancestral", "ddim")
 
@@ -25,6 +26,8 @@ def trajectory(
 ) -> Iterator[samplers.Step]:
     """The steps from noise to the images of these seeds, each a Step of [len(seeds), *shape] on `device`."""
     noise = per_image(seeds, shape, device)
+    if torch.device(device).type == "cuda" and (sampler == "ancestral" or eta > 0):  # ddim else draws x_T only
+        noise = ahead(seeds, shape, device, denoiser.schedule.levels(calls(denoiser, sampler, steps))[::-1])
     x = noise(denoiser.schedule.T)
     if sampler == "ancestral":
         return samplers.ancestral(denoiser, x, noise, steps)
@@ -39,6 +42,7 @@ def calls(denoiser: Denoiser, sampler: str, steps: int | None) -> int:
     return steps if steps is not None else min(50, T) if sampler == "ddim" else T
 
 
+@kernels.frozen()
 def generate(
     denoiser: Denoiser,
     shape: Sequence[int],
@@ -62,6 +66,7 @@ def generate(
     torch.Size([3, 1, 4, 4])
     """
     images = torch.zeros(len(seeds), *shape, dtype=torch.uint8)
+    denoiser = replayed(denoiser, device)
     total = len(seeds) * calls(denoiser, sampler, steps)
     with tqdm(total=total, unit="call", desc="sampling", disable=None if progress else True, leave=False) as bar:
         for start in range(0, len(seeds), batch_size):
@@ -75,6 +80,7 @@ def generate(
     return images
 
 
+@kernels.frozen()
 def progressive(
     denoiser: Denoiser,
     shape: Sequence[int],
@@ -97,6 +103,7 @@ def progressive(
     """
     n = calls(denoiser, sampler, steps)
     columns = min(columns, n)
+    denoiser = replayed(denoiser, device)
     wanted = [round((n - 1) * i / max(columns - 1, 1)) for i in range(columns)]
     strip = []
     way = trajectory(denoiser, shape, seeds, sampler, steps, eta, device)

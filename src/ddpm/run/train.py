@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ddpm import losses, noise, pixels
+from ddpm import kernels, losses, noise, pixels
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, datasets, images
 from ddpm.presets import Preset, build, from_json, to_json
 from ddpm.run import ema
-from ddpm.run.distributed import Processes, pick_precision, processes
+from ddpm.run.distributed import Processes, pick_precision, processes, threads
 from ddpm.run.generate import generate
+from ddpm.run.gpu import compile_stages, pick_compile
 
 BUCKETS = 10
 HELD_OUT_SEED = 1 << 40  # far from the seeds of runs, so that held-out draws are the same in every run
@@ -59,6 +60,8 @@ def train(preset: Preset, out: Path) -> Result:
     with ExitStack() as stack:
         ranks = stack.enter_context(processes(preset.device))
         preset = _settle(preset, out, ranks)
+        at_once = preset.batch_size // (ranks.world * preset.accumulate)
+        stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
         train_set, held_out_set = datasets.load_pair(
             preset.data, preset.size, preset.channels,
             image_column=preset.image_column or None, label_column=preset.label_column or None,
@@ -69,7 +72,9 @@ def train(preset: Preset, out: Path) -> Result:
 
         # The network, its average, and Adam.
         torch.manual_seed(preset.seed)
-        denoiser = build(preset).to(ranks.device)
+        denoiser = build(preset)
+        schedule = denoiser.schedule  # stays on the CPU, where the levels of a batch are drawn
+        denoiser = denoiser.to(ranks.device)
         network = denoiser.network
         assert isinstance(network, nn.Module)
         average = copy.deepcopy(network).eval().requires_grad_(False)
@@ -80,6 +85,8 @@ def train(preset: Preset, out: Path) -> Result:
             _say(ranks, f"{out} is trained to step {step} already; a larger --steps goes on")
             return Result(step, before, None, None, None)
 
+        if pick_compile(preset.compile, ranks.device):
+            compile_stages(network)
         model = network
         if ranks.world > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -134,29 +141,33 @@ def train(preset: Preset, out: Path) -> Result:
         rate, held_out, watch = None, None, _Watch(ranks.device)
         stream = datasets.batches(
             train_set, preset.seed, preset.batch_size, step, preset.steps,
-            part=slice(parts[0].start, parts[-1].stop), workers=preset.workers,
+            part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
         )  # fmt: skip
+        draws = torch.Generator(ranks.device)
         bar = tqdm(total=preset.steps, initial=step, unit="step", disable=None if ranks.first else True)
         stack.callback(bar.close)
         stop = stack.enter_context(_signals())  # until here there is nothing to save
 
         for batch in _saving(stream, save):
-            # Algorithm 1. The draws of the whole batch, then this process's parts of it.
+            # Algorithm 1. The draws of the whole batch, then this process's parts of it. The noise is drawn on the
+            # device; a CPU's generator takes 32 bits of the seed, so that of a million steps some share their noise:
+            # with other images and levels, which does no harm.
             g = noise.generator(preset.seed, step, _BATCH)
-            t = torch.randint(1, preset.levels + 1, (preset.batch_size,), generator=g)
-            flips = torch.rand(preset.batch_size, generator=g) < 0.5
-            adam.param_groups[0]["lr"] = preset.lr * min(1.0, step / preset.warmup if preset.warmup else 1.0)
+            t = datasets.send(losses.times(schedule, preset.batch_size, preset.times, g), ranks.device)
+            flips = datasets.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
+            draws.manual_seed(noise.mix(preset.seed, step, _EPS))
+            eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
+            adam.param_groups[0]["lr"] = learning_rate(preset, step)
             for part in parts:
-                rows = range(part.start, part.stop)
                 x0 = batch[part.start - parts[0].start : part.stop - parts[0].start]
                 if preset.flip:
                     x0 = torch.where(flips[part][:, None, None, None], x0.flip(-1), x0)
-                x0 = pixels.to_signal(x0.to(ranks.device, non_blocking=True))
-                eps = noise.normal([noise.mix(preset.seed, step, i) for i in rows], x0.shape[1:], _EPS)
+                x0 = pixels.to_signal(x0)
                 torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
                 last = part is parts[-1]
                 with nullcontext() if last or ranks.world == 1 else model.no_sync():  # type: ignore[operator]
-                    loss = objective(training, x0, t[part].to(ranks.device), eps.to(ranks.device)).mean() / len(parts)
+                    loss = objective(training, x0, t[part], eps[part])
+                    loss = (loss * losses.weight(denoiser, t[part], preset.weighting)).mean() / len(parts)
                     loss.backward()  # type: ignore[no-untyped-call]
                 loss_sum += loss.detach()
             loss_steps += 1
@@ -217,10 +228,28 @@ def _saving(stream: Iterator[Tensor], save: Callable[[None], None]) -> Iterator[
         raise
 
 
+def learning_rate(preset: Preset, step: int) -> float:
+    """That of update `step`, counted from 0: up from 0 over `warmup` steps, constant, down to 0 over the `cooldown`.
+
+    cooldown 1 is a linear decay over the whole run (Defazio et al. 2023); a smaller one (warmup-stable-decay, Hu et al.
+    2024) lets one run of a constant rate be gone on with, and only its end be done again for more steps.
+
+    >>> from dataclasses import replace
+    >>> from ddpm.presets import PRESETS
+    >>> preset = replace(PRESETS["cifar10"], lr=1.0, steps=100, warmup=10, cooldown=0.5)
+    >>> [learning_rate(preset, step) for step in (0, 5, 10, 50, 75, 99)]
+    [0.0, 0.5, 1.0, 1.0, 0.5, 0.02]
+    """
+    up = step / preset.warmup if preset.warmup else 1.0
+    down = (preset.steps - step) / (preset.cooldown * preset.steps) if preset.cooldown else 1.0
+    return preset.lr * min(1.0, up, down)
+
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @torch.no_grad()
+@kernels.frozen()
 def held_out_by_level(
     denoiser: Denoiser, held_out: datasets.Images, most: int, ranks: Processes, stop: Callable[[], bool] = lambda: False
 ) -> list[float]:
@@ -314,7 +343,8 @@ def _resume(
     average.load_state_dict(checkpoints.read_tensors(folder / "ema.safetensors"))
     moments = checkpoints.read_tensors(folder / "optimizer.safetensors")
     for name, p in network.named_parameters():
-        adam.state[p] = {key: moments[f"{key}.{name}"].to(p.device) for key in _MOMENTS}
+        # as the weights lie in memory, which fused Adam wants
+        adam.state[p] = {key: torch.empty_like(p).copy_(moments[f"{key}.{name}"]) for key in _MOMENTS}
         adam.state[p]["step"] = torch.tensor(float(state["step"]), device=p.device if p.is_cuda else "cpu")
     return state["step"], state["seconds"], state["held_out_before"]
 
@@ -326,8 +356,7 @@ class _Watch:
         self.first_bad = torch.full((), -1, device=device)
 
     def see(self, step: int, norm: Tensor) -> None:
-        bad = (self.first_bad < 0) & ~norm.isfinite()
-        self.first_bad = torch.where(bad, step, self.first_bad)
+        self.first_bad.masked_fill_((self.first_bad < 0) & ~norm.isfinite(), step)
 
     def check(self, out: Path, loss: Tensor) -> None:
         if (step := int(self.first_bad)) >= 0:

@@ -1,0 +1,215 @@
+"""The networks that are compared, and one training step of each with the parts that its own loop has.
+
+`Ours` makes the step of `ddpm train`: L_simple, clipping, fused Adam, average. `Theirs` makes that of diffusers'
+train_unconditional.py (without accelerate, which wraps it): add_noise, mean squared error, clipping, AdamW, EMAModel.
+"""
+
+import copy
+import importlib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from record import Timed
+from torch import Tensor, nn
+
+from ddpm import losses, noise
+from ddpm.presets import PRESETS, Precision, Preset, build
+from ddpm.run import ema
+from ddpm.run.train import train
+
+PAPER = PRESETS["cifar10"]
+PAPER_256 = PRESETS["celebahq256"]
+SMALL = PRESETS["cifar10_small"]
+"""In shape and size the network of `example_network`: 64, 128, 128 channels at 32x32."""
+
+Call = Callable[[Tensor, Tensor], Tensor]  # (x_t, timestep) -> eps
+
+
+def paper_network(preset: Preset) -> UNet2DModel:
+    """diffusers' network of the preset's shape, configured as google/ddpm-cifar10-32 and ddpm-celebahq-256 are."""
+    levels = range(len(preset.multipliers))
+    kinds = ["Attn" if level in preset.attention_levels else "" for level in levels]
+    return UNet2DModel(
+        sample_size=preset.size,
+        in_channels=preset.channels,
+        out_channels=preset.channels,
+        layers_per_block=preset.blocks,
+        block_out_channels=tuple(preset.width * m for m in preset.multipliers),
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        dropout=preset.dropout,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+    )
+
+
+def example_network(preset: Preset = SMALL) -> UNet2DModel:
+    """diffusers' own settings, as its example of training has them: two layers a block, attention in the last but one.
+
+    The example (docs, "Train a diffusion model") has 128, 128, 256, 256, 512, 512 channels for 128x128; here 64, 128,
+    128 for 32x32, which has as many parameters as SMALL.
+    """
+    kinds = ["Attn" if level == len(preset.multipliers) - 2 else "" for level in range(len(preset.multipliers))]
+    return UNet2DModel(
+        sample_size=preset.size,
+        in_channels=preset.channels,
+        out_channels=preset.channels,
+        layers_per_block=2,
+        block_out_channels=tuple(preset.width * m for m in preset.multipliers),
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+    )
+
+
+def batch(preset: Preset, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """x_0 [count, C, H, W] in [-1, 1], the same for all."""
+    return torch.rand(count, *preset.shape, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
+
+
+class Ours:
+    """Our network for a preset, and the step of `ddpm train`."""
+
+    def __init__(self, preset: Preset, precision: Precision = "bf16", device: torch.device | str = "cpu") -> None:
+        self.preset = replace(preset, precision=precision)
+        self.denoiser = build(self.preset).to(device)
+        assert isinstance(self.denoiser.network, nn.Module)
+        self.network = self.denoiser.network.train()
+        self.weights = list(self.network.parameters())
+        self.averaged = list(copy.deepcopy(self.network).requires_grad_(False).parameters())
+        self.adam = torch.optim.Adam(self.weights, lr=preset.lr, fused=True)
+        self.n = 0
+
+    def step(self, x0: Tensor, accumulate: int = 1) -> None:
+        keys = [noise.mix(0, self.n, i) for i in range(len(x0))]
+        t = torch.randint(1, self.preset.levels + 1, (len(x0),), generator=noise.generator(0, self.n))
+        eps = noise.normal(keys, x0.shape[1:]).to(x0.device, non_blocking=True)
+        t = t.to(x0.device, non_blocking=True)
+        for part in zip(*(whole.chunk(accumulate) for whole in (x0, t, eps)), strict=True):
+            (losses.simple(self.denoiser, *part).mean() / accumulate).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        ema.update(self.averaged, self.weights, ema.decay_at(self.n, self.preset.ema, True))
+        self.n += 1
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        out: Tensor = self.network(x, timestep)
+        return out
+
+
+class Theirs:
+    """A network of another package, and a training loop's step with the settings of diffusers' example.
+
+    autocast       run the network in bf16
+    channels_last  its memory layout
+    quick          the fused AdamW and the average by torch._foreach, which the example does not ask for
+    compiled       through torch.compile
+    """
+
+    def __init__(
+        self, network: nn.Module, device: torch.device | str = "cpu", *, autocast: bool = False,
+        channels_last: bool = False, quick: bool = False, compiled: bool = False, call: Call | None = None,
+    ) -> None:  # fmt: skip
+        layout = torch.channels_last if channels_last else torch.preserve_format
+        self.network = network.to(device, memory_format=layout).train()  # type: ignore[call-overload]
+        self.device, self.autocast, self.layout = torch.device(device), autocast, layout
+        run = torch.compile(network) if compiled else network
+        self.call = call or (lambda x, timestep: run(x, timestep).sample)
+        self.weights = list(network.parameters())
+        self.adam = torch.optim.AdamW(
+            self.weights, lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8, fused=quick or None
+        )
+        self.average = EMAModel(self.weights, decay=0.9999, use_ema_warmup=True, power=3 / 4, foreach=quick)
+        self.noising = DDPMScheduler(num_train_timesteps=1000)
+        self.rate = get_cosine_schedule_with_warmup(self.adam, 500, 10**9)
+
+    def step(self, x0: Tensor) -> float:
+        eps = torch.randn_like(x0)
+        timestep = torch.randint(0, 1000, (len(x0),), device=x0.device)
+        loss = F.mse_loss(self.forward(self.noising.add_noise(x0, eps, timestep), timestep).float(), eps)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.adam.step()
+        self.rate.step()
+        self.average.step(self.weights)
+        self.adam.zero_grad()
+        return loss.item()
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext():
+            return self.call(x.contiguous(memory_format=self.layout), timestep)
+
+
+@torch.no_grad()
+def ddim(loop: Theirs, preset: Preset, count: int, steps: int) -> Tensor:
+    """`count` images by diffusers' DDIM from torch's global generator, uint8 [count, C, H, W] on the CPU."""
+    scheduler = DDIMScheduler(num_train_timesteps=1000)
+    scheduler.set_timesteps(steps, device=loop.device)
+    x = torch.randn(count, *preset.shape).to(loop.device)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(loop.forward(x, timestep.expand(count)).float(), timestep, x).prev_sample
+    return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def trained(preset: Preset, batch_size: int, steps: int, precision: Precision = "bf16", device: str = "cpu") -> Timed:
+    """Seconds a step of `train` itself: data, noise, log and all, without the first step."""
+    settings: dict[str, Any] = {"batch_size": batch_size, "steps": steps + 1, "save_every": 10**9, "sample_every": 0}
+    settings |= {"data": "digits", "eval_images": 1, "log_every": 1, "ema_warmup": True, "warmup": 1}
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        out = Path(folder) / "run"
+        train(replace(preset, precision=precision, device=device, **settings), out)
+        return Timed(seconds_a_step(out))
+
+
+def seconds_a_step(run: Path) -> float:
+    """By a run's log, without what came before its first line: that has the start in it."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    first, last = lines[0], lines[-1]
+    return float((last["seconds"] - first["seconds"]) / (last["step"] - first["step"]))
+
+
+# -- packages that the user has a checkout of --------------------------------------------------------------------------
+
+
+def checkout(name: str, path: Path) -> tuple[nn.Module, Call]:
+    """The paper's CIFAR-10 network of a checkout: pytorch-ddpm (w86763777) or improved-diffusion (openai)."""
+    sys.path.insert(0, str(path))
+    try:
+        if name == "pytorch-ddpm":
+            network = importlib.import_module("model").UNet(1000, 128, [1, 2, 2, 2], [1], 2, 0.1)
+        elif name == "improved-diffusion":
+            module = importlib.import_module("improved_diffusion.unet")
+            network = module.UNetModel(3, 128, 3, 2, attention_resolutions=(2,), dropout=0.1, channel_mult=(1, 2, 2, 2))
+        else:
+            raise SystemExit(f"--peer {name}: want pytorch-ddpm=PATH or improved-diffusion=PATH")
+    finally:
+        sys.path.remove(str(path))
+    return network, network
+
+
+def denoising_diffusion_pytorch() -> tuple[nn.Module, Call] | str:
+    """Its nearest network, 128 x (1, 2, 2, 2), or why there is none.
+
+    It imports torchvision; that of the index (0.29.2) does not load beside the CPU build of torch 2.13.0.
+    """
+    try:
+        network = importlib.import_module("denoising_diffusion_pytorch").Unet(dim=128, dim_mults=(1, 2, 2, 2))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return network, network

@@ -1,0 +1,122 @@
+"""Time of a training step by batch, by image size, and by processes.
+
+    python benchmarks/scaling.py [--network small] [--parts batch size processes]
+
+Batch 1..128 at 32x32 and sides 32..128 at one batch are steps in this process. Processes are `ddpm train` on its own
+log: one with one thread, one with two, and two under torchrun with one thread each, on the same global batch.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peers
+import record
+
+NETWORKS = {"paper": peers.PAPER, "small": peers.SMALL}
+PROCESSES = {
+    "1 process, 1 thread": (1, 1),
+    "1 process, 2 threads": (1, 2),
+    "2 processes, 1 thread each": (2, 1),
+}  # what: (processes, threads of each)
+
+
+def by_batch(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a step for each batch."""
+    preset = NETWORKS[args.network]
+    ours = peers.Ours(preset)
+    cases: dict[str, record.Case] = {str(n): partial(ours.step, peers.batch(preset, n)) for n in args.batches}
+    return record.interleave(cases, args.repeats, args.seconds)
+
+
+def by_size(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a step for each side."""
+    presets = {side: replace(NETWORKS[args.network], size=(side, side)) for side in args.sides}
+    ours = peers.Ours(NETWORKS[args.network])  # convolutions take any size
+    cases: dict[str, record.Case] = {
+        str(side): partial(ours.step, peers.batch(preset, args.size_batch)) for side, preset in presets.items()
+    }
+    return record.interleave(cases, args.repeats, args.seconds)
+
+
+def by_processes(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a step of `ddpm train` for each number of processes and threads."""
+    cases: dict[str, record.Case] = {
+        name: partial(program, args.network, args.process_batch, args.steps, *how) for name, how in PROCESSES.items()
+    }
+    return record.interleave(cases, args.repeats)
+
+
+def program(network: str, batch: int, steps: int, processes: int, threads: int) -> record.Timed:
+    """Seconds a step of one `ddpm train`, by its log, without the first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        name = "cifar10" if network == "paper" else "cifar10_small"
+        words = ["-m", "ddpm.run.cli", "train", name, "--data", "digits", "--eval-images", "1", "--sample-every", "0"]
+        words += ["--steps", str(steps + 1), "--log-every", "1", "--save-every", "1000000", "--batch-size", str(batch)]
+        words += ["--ema-warmup", "--device", "cpu", "--out", f"{folder}/run"]
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            meet = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+            words = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), *meet, *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
+        return record.Timed(peers.seconds_a_step(Path(folder) / "run"))
+
+
+def main() -> None:
+    parser = record.parser(__doc__)
+    parser.add_argument("--network", choices=NETWORKS, default="small")
+    parser.add_argument("--parts", nargs="+", choices=("batch", "size", "processes"), default=None)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--sides", nargs="+", type=int, default=[32, 48, 64, 96, 128])
+    parser.add_argument("--size-batch", type=int, default=8, help="images at each size (%(default)s)")
+    parser.add_argument("--process-batch", type=int, default=64, help="images a step of all processes (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="timed, of each program (%(default)s)")
+    args = parser.parse_args()
+    parts = args.parts or ["batch", "size", "processes"]
+    values: dict[str, Any] = {}
+    text = f"The {args.network} network, bf16 where the hardware has it. Milliseconds an image, images/s.\n\n"
+    with record.measuring(args):
+        if "batch" in parts:
+            found = values["batch"] = by_batch(args)
+            text += f"## Batch, 32x32\n\n{report('batch', found, {name: int(name) for name in found})}\n"
+        if "size" in parts:
+            found = values["size"] = by_size(args)
+            counts = dict.fromkeys(found, args.size_batch)
+            text += f"## Image side, batch {args.size_batch}\n\n{report('side', found, counts, pixels=True)}\n"
+        if "processes" in parts:
+            found = values["processes"] = by_processes(args)
+            counts = dict.fromkeys(found, args.process_batch)
+            text += f"## Processes, batch {args.process_batch} in all\n\n{report('', found, counts)}\n"
+            two = list(PROCESSES)
+            for other in two[:2]:
+                text += f"{two[2]} against {other}: {record.ratio(found, two[2], other)} times as fast. "
+    record.write("scaling", "Time by batch, image size and processes", args, values, text + "\n")
+
+
+def report(name: str, found: dict[str, list[float]], counts: dict[str, int], pixels: bool = False) -> str:
+    rows: list[list[object]] = []
+    for key, seconds in found.items():
+        image = record.spread(1000 * s / counts[key] for s in seconds)
+        rate = record.spread(counts[key] / s for s in seconds)
+        row: list[object] = [key, image, rate]
+        if pixels:
+            row.append(record.spread(1e9 * s / counts[key] / int(key) ** 2 for s in seconds))
+        rows.append(row)
+    header = [name, "ms an image", "images/s", "ns a pixel"]
+    return record.table(header if pixels else header[:3], rows)
+
+
+if __name__ == "__main__":
+    main()

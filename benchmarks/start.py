@@ -1,0 +1,171 @@
+"""Seconds from `ddpm train digits` to its first step, and from `ddpm sample` to its first image, and on what.
+
+    python benchmarks/start.py [--repeats 5]
+
+Each repeat is a fresh process. The total is from before it is started until the first step is in the log, or the
+picture is on disk; the parts are those of another process, each without what it calls. What imports take by package,
+`-X importtime` says of one process more (it costs some).
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+BEGUN = "DDPM_BENCHMARK_BEGUN"
+
+
+def child(command: list[str]) -> None:
+    """`ddpm COMMAND` with its parts timed; ends at the first step or image, with its parts as JSON on stdout."""
+    begun = float(os.environ[BEGUN])
+    stamps = {"Python": time.time() - begun}  # until this line
+    start = time.perf_counter()
+    import torch
+
+    stamps["import torch"] = time.perf_counter() - start
+    start = time.perf_counter()
+    import record
+
+    import ddpm.files.checkpoints
+    import ddpm.noise
+    import ddpm.run.generate
+    import ddpm.run.train as training
+    from ddpm.files import datasets, images
+    from ddpm.run import cli
+
+    stamps["other imports"] = time.perf_counter() - start
+    parts = record.Parts()
+    places = [
+        (datasets, "load_pair", "data"),
+        (torch.optim.Adam, "__init__", "making Adam, which imports torch._dynamo"),
+        (training, "build", "network"),
+        (ddpm.files.checkpoints, "open_checkpoint", "network and weights"),
+        (ddpm.run.generate, "generate", "sampling"),
+        (images, "save_many", "saving"),
+    ]
+
+    def finish() -> None:
+        parts.charge()
+        left = time.time() - begun - sum(stamps.values()) - sum(parts.seconds.values())
+        stamps.update(parts.seconds)
+        stamps["the rest"] = stamps.get("the rest", 0.0) + left
+        print(json.dumps(stamps), flush=True)
+        os._exit(0)
+
+    measure_held_out, step = training.held_out_by_level, torch.optim.Adam.step
+
+    def held_out(*args: Any, **kwargs: Any) -> Any:
+        with parts("held-out loss before training"):
+            found = measure_held_out(*args, **kwargs)
+        resting.enter_context(parts("first step"))  # which is all that follows
+        return found
+
+    def first_step(*args: Any, **kwargs: Any) -> Any:
+        step(*args, **kwargs)
+        finish()
+
+    training.held_out_by_level, torch.optim.Adam.step = held_out, first_step  # type: ignore[method-assign]
+    with ExitStack() as resting, parts.timing(*places), parts("the rest"):
+        cli.main(command)
+    finish()
+
+
+def started(command: list[str]) -> dict[str, float]:
+    """Seconds by part of one process."""
+    environment = {**os.environ, BEGUN: repr(time.time())}
+    words = [sys.executable, __file__, "--child", *command]
+    out = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(out.stdout.splitlines()[-1])
+    return found
+
+
+def first_line(out: Path) -> float:
+    """Seconds from `ddpm train digits` to the line of its first step, without anything of ours in the process."""
+    log, begun = out / "metrics.jsonl", time.perf_counter()
+    words = [sys.executable, "-m", "ddpm.run.cli", "train", "digits", "--log-every", "1", "--out", str(out)]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        while not (log.exists() and '"loss"' in log.read_text()):
+            if process.poll() is not None:
+                raise SystemExit(f"{' '.join(words)}: exit {process.returncode}")
+            time.sleep(0.005)
+        return time.perf_counter() - begun
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def first_image(run: Path, out: Path) -> float:
+    """Seconds that `ddpm sample RUN -n 1` takes."""
+    begun = time.perf_counter()
+    words = [sys.executable, "-m", "ddpm.run.cli", *sampling(run, out)]
+    subprocess.run(words, capture_output=True, check=True)
+    return time.perf_counter() - begun
+
+
+def sampling(run: Path, out: Path) -> list[str]:
+    return ["sample", str(run), "-n", "1", "--sampler", "ddim", "--steps", "50", "--out", str(out)]
+
+
+def imports(module: str) -> dict[str, float]:
+    """Seconds of own time by package that `import module` takes, most first."""
+    words = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
+    return by_package(subprocess.run(words, capture_output=True, text=True, check=True).stderr)
+
+
+def by_package(report: str) -> dict[str, float]:
+    """The report of -X importtime, own microseconds | sum | name a line, as seconds by top package.
+
+    >>> by_package("import time:       100 |        100 |   torch.nn\\nimport time:       50 |   150 | torch\\n")
+    {'torch': 0.00015}
+    """
+    found = Counter[str]()
+    for own, name in re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)", report):
+        found[name.split(".")[0]] += int(own)
+    return {name: own / 1e6 for name, own in found.most_common()}
+
+
+def main() -> None:
+    import record
+
+    args = record.parser(__doc__, seconds=0).parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        run = folder / "run"
+        short = ["--steps", "1", "--sample-every", "0", "--eval-images", "1", "--out", str(run)]
+        words = [sys.executable, "-m", "ddpm.run.cli", "train", "digits", *short]
+        subprocess.run(words, capture_output=True, check=True)
+        totals: dict[str, list[float]] = {"train": [], "sample": []}
+        parts: dict[str, list[dict[str, float]]] = {"train": [], "sample": []}
+        for i in range(args.repeats):
+            totals["train"].append(first_line(folder / f"log{i}"))
+            parts["train"].append(started(["train", "digits", "--out", str(folder / f"parts{i}")]))
+            totals["sample"].append(first_image(run, folder / "sample.png"))
+            parts["sample"].append(started(sampling(run, folder / "sample.png")))
+    packages = {module: imports(module) for module in ("ddpm.run.train", "ddpm.run.generate")}
+    text = ""
+    for name, what in (("train", "`ddpm train digits` to its first step"), ("sample", "`ddpm sample` to an image")):
+        keys = list(dict.fromkeys(key for found in parts[name] for key in found))
+        rows = [(key, record.spread(found.get(key, 0.0) for found in parts[name])) for key in keys]
+        inside = record.spread(sum(found.values()) for found in parts[name])
+        text += f"## {what}: {record.spread(totals[name])} s\n\n"
+        text += record.table(["", "s"], [*rows, ("sum, in the timed process", inside)]) + "\n"
+    for module, found in packages.items():
+        most = ", ".join(f"{package} {seconds:.2f}" for package, seconds in list(found.items())[:8])
+        text += f"`import {module}`, {sum(found.values()):.2f} s by `-X importtime`: {most}.\n\n"
+    values = {"totals": totals, "parts": parts, "imports": packages}
+    record.write("start", "Start: to the first step and to the first image", args, values, text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2:])
+    else:
+        main()

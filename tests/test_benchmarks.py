@@ -1,0 +1,339 @@
+"""The scripts in benchmarks/: their statistics and counting exactly, their measurements once on tiny networks."""
+
+import argparse
+import json
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from exact import one_thread  # noqa: F401
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu
+import memory
+import peers
+import profile_step
+import quality_per_hour
+import record
+import sampling
+import scaling
+import speed
+import start
+
+from ddpm.gaussian import q_sample
+from ddpm.presets import PRESETS
+
+TINY = replace(
+    PRESETS["cifar10_small"], size=(8, 8), width=32, multipliers=(1, 1), attention=(8,), batch_size=4, dropout=0.1
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Tiny networks for the names that scripts take."""
+    monkeypatch.setattr(peers, "PAPER", TINY)
+    monkeypatch.setattr(peers, "SMALL", TINY)
+    monkeypatch.setitem(speed.NETWORKS, "small", (TINY, peers.example_network))
+    monkeypatch.setitem(scaling.NETWORKS, "small", TINY)
+    monkeypatch.setitem(PRESETS, "cifar10", TINY)
+    return TINY
+
+
+# Statistics.
+
+
+def test_repeats_are_taken_in_turns():
+    order = []
+    cases = {name: lambda name=name: order.append(name) or time.sleep(0.002) for name in "abc"}
+    found = record.interleave(cases, repeats=3, seconds=0)
+    assert "".join(order).endswith("abc" * 3)
+    assert [len(times) for times in found.values()] == [3, 3, 3]
+    assert all(0.002 <= t < 1 for times in found.values() for t in times)
+
+
+def test_a_repeat_has_as_many_calls_as_take_the_seconds():
+    calls = []
+    found = record.interleave({"a": lambda: calls.append(0) or time.sleep(0.01)}, repeats=1, seconds=0.05)
+    assert 3 <= len(calls) <= 7  # one to warm up, one to see how long it takes
+    assert found["a"][0] < 0.1  # seconds a call, not of all
+
+
+def test_a_case_that_times_itself_counts_for_what_it_says():
+    calls = []
+    found = record.interleave({"a": lambda: calls.append(0) or record.Timed(7.0)}, repeats=2, seconds=100)
+    assert found == {"a": [7.0, 7.0]}
+    assert len(calls) == 3
+
+
+def test_the_ratio_is_that_of_pairs_taken_together():
+    """A machine that doubles its time in the second turn changes no ratio."""
+    found = {"ours": [1.0, 2.0, 1.0], "theirs": [3.0, 6.0, 2.0], "other": [9.0, 9.0, 9.0]}
+    assert record.ratio(found, "ours", "theirs") == (3.0, 2.0, 3.0)
+    assert record.ratio(found, "ours", "ours") == (1.0, 1.0, 1.0)
+    assert record.fastest(found, ["theirs", "other"]) == "theirs"
+    assert record.spread([4.0, 1.0, 2.0, 10.0]) == (3.0, 1.0, 10.0)
+    assert str(record.Spread(3.14159, 0.001, 12345.6)) == "3.14 (0.001 - 12,346)"
+
+
+def test_parts_count_their_own_time_only():
+    parts = record.Parts()
+    owner = argparse.Namespace(work=lambda: time.sleep(0.03))
+    work = owner.work
+    with parts.timing((owner, "work", "inner")), parts("outer"):
+        time.sleep(0.01)
+        owner.work()
+    assert owner.work is work
+    assert 0.01 <= parts.seconds["outer"] < 0.03 <= parts.seconds["inner"]
+
+
+def test_a_record_says_of_what_it_is(tmp_path, capsys):
+    args = record.parser("").parse_args(["--out", str(tmp_path), "--plain"])
+    args.data = "/a/secret/path"
+    path = record.write("name", "Title", args, {"x": [1, 2]}, record.table(["a"], [["b"]]))
+    values, text = json.loads(path.with_suffix(".json").read_text()), path.read_text()
+    assert values["x"] == [1, 2]
+    assert {"hardware", "threads", "versions", "commit", "date", "settings"} <= values.keys()
+    assert {"ddpm", "torch", "diffusers"} <= values["versions"].keys()
+    assert "| a |\n| --- |\n| b |" in text
+    assert "5 repeats" in text
+    assert "--plain" in text
+    assert "secret" not in text + path.with_suffix(".json").read_text()
+
+
+# Each script's measurements.
+
+
+def test_ours_and_theirs_are_networks_of_one_size():
+    def size(network):
+        return sum(p.numel() for p in network.parameters())
+
+    with torch.device("meta"):
+        for theirs, preset in (
+            (peers.paper_network, PRESETS["cifar10"]),
+            (peers.paper_network, PRESETS["celebahq256"]),
+            (peers.example_network, PRESETS["cifar10_small"]),
+        ):
+            assert size(theirs(preset)) == size(peers.build(preset).network)
+
+
+@pytest.mark.parametrize("settings", [{}, {"autocast": True, "quick": True, "channels_last": True}])
+def test_both_steps_train(settings):
+    """Nothing that a step has may be left out: weights, averages and the count all move; the loss falls."""
+    x0 = peers.batch(TINY, 2)
+    theirs = peers.Theirs(peers.example_network(TINY), **settings)
+    before = [p.clone() for p in theirs.weights]
+    found = [theirs.step(x0) for _ in range(3)]
+    assert all(torch.isfinite(torch.tensor(found)))
+    assert any(not torch.equal(a, b) for a, b in zip(before, theirs.weights, strict=True))
+    assert theirs.average.optimization_step == 3
+    ours = peers.Ours(TINY, "float32")
+    before, average = ([p.clone() for p in group] for group in (ours.weights, ours.averaged))
+    ours.step(x0)
+    ours.step(x0, accumulate=2)
+    assert any(not torch.equal(a, b) for a, b in zip(before, ours.weights, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(average, ours.averaged, strict=True))
+
+
+def test_speed(tiny, capsys):
+    cases = speed.training_cases(tiny, peers.example_network, 2, steps=1)
+    del cases["ours float32"], cases["diffusers bf16"]
+    found = record.interleave(cases, 1, 0)
+    values, text = speed.summary(found, 2)
+    assert values["ours bf16"]["ours_bf16_is_faster_by"]["median"] == 1
+    assert "`ddpm train`" in text
+    assert "Ours in bf16 against the fastest other, diffusers" in text
+    cases = speed.forward_cases(tiny, peers.example_network, 2)
+    cases["ours bf16"](), cases["diffusers bf16 weights channels-last"]()
+
+
+def test_peers_that_are_not_here_have_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "denoising_diffusion_pytorch", lambda: "ImportError: no torchvision")
+    found, missing = speed.others({})
+    assert not found
+    assert missing["denoising-diffusion-pytorch"] == "ImportError: no torchvision"
+    (tmp_path / "model.py").write_text("class UNet:\n    def __init__(self, *a): self.a = a")
+    found, missing = speed.others({"pytorch-ddpm": tmp_path})
+    assert found["pytorch-ddpm"][0].a[:2] == (1000, 128)
+    assert list(missing) == ["improved-diffusion", "denoising-diffusion-pytorch"]
+    with pytest.raises(SystemExit, match="want pytorch-ddpm=PATH"):
+        peers.checkout("nothing", tmp_path)
+
+
+def event(name, parent=None):
+    return argparse.Namespace(name=name, cpu_parent=parent)
+
+
+def test_operations_are_grouped_by_their_names_and_by_where_they_run():
+    products = "convolutions and matrix products"
+    for name in ("aten::mkldnn_convolution", "aten::addmm", "aten::bmm", "ddpm.conv", "ddpm::conv", "ConvBackward"):
+        assert profile_step.group(event(name)) == products, name
+    assert profile_step.group(event("aten::native_group_norm_backward")) == "norms"
+    assert profile_step.group(event("ddpm.norm")) == "norms"
+    assert profile_step.group(event("aten::linalg_vector_norm")) == "optimiser and average"
+    assert profile_step.group(event("aten::mul")) == profile_step.OTHER
+    assert profile_step.group(event("aten::mul", event("aten::dropout"))) == "dropout"
+    assert profile_step.group(event("aten::empty", event("aten::add", event("ddpm.conv")))) == products
+    assert profile_step.group(event("aten::_to_copy", event("ddpm.conv"))) == "casts and copies"
+
+
+def test_profile(tiny):
+    for name, function in profile_step.programs("small", 2, "float32").items():
+        groups, operations = profile_step.profiled(function, 1)
+        assert groups["convolutions and matrix products"] > 0, name
+        assert ("optimiser and average" in groups) == (name == "training step")
+        assert sum(profile_step.shares(groups).values()) == pytest.approx(1)
+        assert operations
+
+
+def test_memory_line():
+    assert memory.line([2, 4], [10.0, 14.0], 8) == 22.0
+    assert "would not fit" in memory.row("", {"small": [1, 2], "small_bytes": [1, 2], "line_bytes": 9, "batch": 3})[-1]
+
+
+def test_memory_of_a_case(tiny):
+    case = {"network": "cifar10", "batch": 8, "device": "cpu", "precision": "float32", "accumulate": 4}
+    found = memory.child(case)
+    assert found["part"] == 2
+    assert found["bytes"] >= 0
+    assert "bytes" not in memory.child(case, limit=-1e12)
+    assert memory.child({**case, "batch": 2}, limit=-1e12)["batch"] == 8  # four parts of 2
+
+
+def test_sampling(tiny, tmp_path):
+    run = sampling.tiny_run(tiny, tmp_path / "run")
+    seconds = sampling.sampled(run, tmp_path / "samples.png", 3, 2, "ancestral", 2)
+    assert (tmp_path / "samples.png").is_file()
+    assert set(seconds) == {part for _, _, part in sampling.PLACES} | {"the rest"}
+    text = sampling.report([{"network": 9.0, "noise": 1.0}, {"network": 6.0, "noise": 4.0}], 10)
+    assert text.startswith("1 (1 - 1) images/s; outside the network 25 (10 - 40) %")
+
+
+def test_start():
+    found = start.by_package("import time: self [us] | cumulative | imported package\n" + REPORT)
+    assert found == {"torch": 0.0015, "numpy": 0.0001}
+    assert list(found) == ["torch", "numpy"]
+
+
+REPORT = """import time:       100 |        100 |   numpy
+import time:      1000 |       1000 |   torch.nn
+import time:       500 |       1600 | torch
+"""
+
+
+def test_scaling(tiny):
+    args = argparse.Namespace(network="small", batches=[1, 2], sides=[8, 16], size_batch=2, repeats=2, seconds=0)
+    assert list(scaling.by_batch(args)) == ["1", "2"]
+    text = scaling.report("side", scaling.by_size(args), {"8": 2, "16": 2}, pixels=True)
+    assert "| 16 |" in text
+    assert "2e+03" not in scaling.report("x", {"1": [0.5, 0.5]}, {"1": 1})
+    assert "| 1 | 500 (500 - 500) | 2 (2 - 2) |" in scaling.report("x", {"1": [0.5, 0.5]}, {"1": 1})
+
+
+def test_gpu_flops_are_those_of_a_convolution_counted_by_hand(monkeypatch):
+    class One(torch.nn.Module):
+        def forward(self, x, timestep):
+            return torch.nn.functional.conv2d(x, torch.zeros(5, 3, 3, 3), padding=1)
+
+    monkeypatch.setattr(gpu, "build", lambda preset: argparse.Namespace(network=One()))
+    assert gpu.flops(TINY) == 3 * 2 * 8 * 8 * 5 * 3 * 3 * 3
+
+
+def test_gpu_measurements_on_the_cpu(tiny):
+    args = argparse.Namespace(repeats=1, seconds=0)
+
+    def fails():
+        raise RuntimeError("out of memory\nat line 2")
+
+    makers = gpu.training_makers(tiny, 2, CPU, 1)
+    eager = {name: makers[name] for name in ("ours bf16, step", "diffusers float32", "diffusers bf16 channels-last")}
+    values, text = gpu.measured({**eager, "broken": fails}, 2, 1e9, 1e12, CPU, args)
+    assert values["failed"] == {"broken": "RuntimeError: out of memory"}
+    assert set(values["seconds"]) == set(eager)
+    assert "broken: RuntimeError: out of memory" in text
+    makers = gpu.sampling_makers(tiny, 2, CPU, 2)
+    for name in ("ours bf16", "diffusers float32"):
+        images = makers[name]()()
+        assert images.dtype == torch.uint8
+        assert images.shape == (2, 3, 8, 8)
+    assert gpu.product_rate(CPU, 32, 1, 0).median > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_gpu_says_that_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_clock_plans_for_what_is_left():
+    clock = quality_per_hour.Clock(100)
+    assert clock.steps(1.0) == 96
+    assert clock.steps(1000.0) == 1
+    assert clock.left() + clock.spent() == pytest.approx(100, abs=0.01)
+
+
+@pytest.fixture
+def contest(tiny, tmp_path, monkeypatch):
+    """The settings of a contest of a few steps."""
+    monkeypatch.setattr(quality_per_hour, "BATCH", 2)
+    return argparse.Namespace(
+        data="digits", preset="cifar10", minutes=0.02, probe=0.2, work=tmp_path, samples=2, levels=1, nll_images=2,
+        contestants=["ours", "diffusers-float32"], quality=None,
+    )  # fmt: skip
+
+
+def test_theirs_trains_samples_and_is_our_denoiser(contest, monkeypatch):
+    """Their network read by ours: x0^ is Eq. 15 of what it says of x_t at diffusers' timestep t - 1."""
+    name, folder = "diffusers-float32", contest.work / "diffusers-float32"
+    trained = quality_per_hour.do("train", name, contest)
+    assert 1 <= trained["steps"] <= (trained["planned_steps"] or 1e9)
+    assert trained["images"] == 2 * trained["steps"]
+    assert quality_per_hour.do("sample", name, contest)["count"] == 2
+    assert (folder / "grid.png").is_file()
+    seen = []
+    monkeypatch.setattr(quality_per_hour.evaluate, "nll_sampled", lambda model, *_: seen.append(model) or {})
+    quality_per_hour.do("bits", name, contest)
+    denoiser = seen[0].denoiser
+    x0, eps, t = peers.batch(TINY, 2), torch.ones(2, 3, 8, 8), torch.tensor([500, 900])
+    xt = q_sample(denoiser.schedule, x0, t, eps)
+    with torch.no_grad():
+        said = quality_per_hour.opened(folder, {}).network(xt.float(), t - 1).sample
+    assert torch.allclose(denoiser.unclipped()(xt, t).eps.float(), said, atol=1e-4)
+    assert [model.denoiser.variance for model in seen] == ["fixed_large", "fixed_small"]
+
+
+def test_ours_trains_for_the_time_and_what_is_done_is_not_done_again(contest, monkeypatch, capsys):
+    assert threading.current_thread() is threading.main_thread()
+    trained = quality_per_hour.do("train", "ours", contest)
+    assert 1 <= trained["steps"] <= trained["planned_steps"]
+    assert trained["parameters"] == sum(p.numel() for p in peers.build(TINY).network.parameters())
+    done = []
+
+    def run(words, **_):
+        part, name = words[-2:]
+        done.append((part, name))
+        (contest.work / name).mkdir(exist_ok=True)
+        file = contest.work / name / f"{part}.json"
+        bound = {"bits_per_dim": 4.0, "standard_error": 0.1}
+        file.write_text(json.dumps({"bits": {"fixed_large": bound, "fixed_small": bound}}.get(part, trained)))
+
+    monkeypatch.setattr(quality_per_hour.subprocess, "run", run)
+    (contest.work / "ours" / "train.json").write_text(json.dumps(trained))
+    found = quality_per_hour.run_parts(contest)
+    assert done == [
+        ("sample", "ours"),
+        ("bits", "ours"),
+        *((part, "diffusers-float32") for part in ("train", "sample", "bits")),
+    ]
+    assert quality_per_hour.run_parts(contest) == found
+    assert len(done) == 5
+    assert "4.000 ± 0.100" in quality_per_hour.report(found)
+    contest.minutes = 1
+    with pytest.raises(SystemExit, match="other settings"):
+        quality_per_hour.run_parts(contest)
