@@ -23,13 +23,15 @@ from typing import Any, NamedTuple
 import torch
 from machine import hardware, versions
 
+from ddpm import kernels
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 
 def plain() -> AbstractContextManager[None]:
     """Within it the network runs on PyTorch's own operations: what `--plain` measures."""
-    return nullcontext()
+    return kernels.disabled()
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ optimiser and average too. Nothing of pytorch-ddpm or improved-diffusion is here
 import argparse
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import record
 import torch
 from torch import nn
 
+from ddpm import kernels
 from ddpm.presets import Preset
 
 NETWORKS: dict[str, tuple[Preset, Callable[[Preset], nn.Module]]] = {
@@ -136,7 +138,8 @@ def measured(
 ) -> tuple[dict[str, Any], str]:
     cases = (training_cases if part == "training" else forward_cases)(*NETWORKS[name], args.batch)
     cases |= other_cases(more, args.batch, part == "forward")
-    found = record.interleave(cases, args.repeats, args.seconds)
+    with kernels.frozen() if part == "forward" else nullcontext():  # as when sampling
+        found = record.interleave(cases, args.repeats, args.seconds)
     cases.clear()
     gc.collect()
     return summary(found, args.batch)
