@@ -22,6 +22,7 @@ SHORT = {
     "interpolate": "-n 3",
     "inpaint": "--resample 2",
     "report": "",
+    "export": "",
 }
 
 

@@ -7,6 +7,7 @@ RUN/checkpoints/STEP/optimizer.safetensors, state.json   what training needs to 
 RUN/checkpoints/STEP/ema.calibration.json   beside the weights that it is of: mse_t, for the calibrated variance
 
 A checkpoint is written under another name, synced and renamed: a folder that has its name is whole.
+ddpm/models/NAME.safetensors         a model that comes with the package and goes by NAME
 """
 
 import functools
@@ -33,6 +34,9 @@ from ddpm.likelihood import calibrated_variance
 from ddpm.presets import Preset, build, from_json, to_json
 
 Weights = Literal["ema", "raw"]
+
+MODELS = Path(__file__).parents[1] / "models"
+"""Where the models that come with the package lie."""
 
 
 def _sha256(data: bytes) -> str:
@@ -85,12 +89,25 @@ def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[s
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, whole or not at all; raises OSError where the disk is full."""
+    """A safetensors file, whole or not at all, the same bytes for the same values; OSError where the disk is full."""
     with atomic.whole(path) as part:
         try:
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, dict(metadata or {}))
         except SafetensorError as error:  # how safetensors says that the disk is full
             raise OSError(str(error)) from error
+        _sort_metadata(part)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata, which are written in an order of chance, in that of their names."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        file.seek(8)
+        file.write(text)
 
 
 def damage(folder: Path) -> str | None:
@@ -176,9 +193,19 @@ class Checkpoint:
     path: Path
 
     @property
+    def packaged(self) -> bool:
+        """Whether it came with the package, whose folder nothing is written to."""
+        return self.path.parent == MODELS
+
+    @property
     def home(self) -> Path:
-        """Where results go: the run's folder; for a file that lies elsewhere, a folder of its name beside it."""
+        """Where results go: the run's folder; for a file that lies elsewhere, a folder of its name beside it.
+
+        Those of the package's model NAME go to ./ddpm-NAME, since ./NAME would be taken for a run from then on.
+        """
         path = self.path.absolute()
+        if self.packaged:
+            return Path(f"ddpm-{path.stem}")
         checkpoints = path.parents[1]
         inside = checkpoints.name == "checkpoints" and (checkpoints.parent / "config.json").is_file()
         return checkpoints.parent if inside else path.with_suffix("")
@@ -255,11 +282,27 @@ def with_variance(found: Checkpoint, variance: str) -> Checkpoint:
     return replace(found, denoiser=replace(found.denoiser, variance=chosen))
 
 
-def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
-    """The weights file that `path` means: a run folder (`which`: last, best or a step), a checkpoint folder, or a file.
+def packaged(path: Path) -> Path:
+    """The package's model where `path` is the name of one and there is nothing else of that name; else `path` itself.
 
-    InputError names what there is.
+    >>> packaged(Path("digits")).name, packaged(Path("runs/digits")).name
+    ('digits.safetensors', 'digits')
     """
+    file = MODELS / f"{path.name}.safetensors"
+    return file if path == Path(path.name) and file.is_file() and not path.exists() else path
+
+
+def _wanted() -> str:
+    names = ", ".join(sorted(p.stem for p in MODELS.glob("*.safetensors")))
+    return f"want a run folder, a checkpoint folder or a .safetensors file; or a model of the package: {names}"
+
+
+def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
+    """The weights file that `path` means: a run folder (`which`: last, best or a step), a checkpoint folder, a file.
+
+    Or the name of a model of the package, where nothing else has it. InputError names what there is.
+    """
+    path = packaged(path)
     single = path.is_file() or (path / "state.json").is_file()
     if single and which != "last":
         raise InputError(f"checkpoint {which!r}: {path} is one checkpoint already; want the run to choose from")
@@ -268,8 +311,7 @@ def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
     if single:
         return _whole(path) / f"{weights}.safetensors"
     if not (path / "config.json").is_file():
-        wanted = "want a run folder, a checkpoint folder or a .safetensors file"
-        raise InputError(f"{path}: {'not a run' if path.exists() else 'no such file or folder'}; {wanted}")
+        raise InputError(f"{path}: {'not a run' if path.exists() else 'no such file or folder'}; {_wanted()}")
     if which.isdigit():
         folder = path / "checkpoints" / f"{int(which):08d}"
         if not folder.is_dir():
@@ -293,7 +335,7 @@ def _whole(folder: Path) -> Path:
 def open_checkpoint(
     path: str | Path, weights: Weights = "ema", which: str = "last", precision: str | None = None
 ) -> Checkpoint:
-    """Read a model from a run folder, a checkpoint folder or one weights file, to the CPU.
+    """Read a model from a run folder, a checkpoint folder or one weights file, or by its name, to the CPU.
 
     weights    ema, the moving average, or raw; of a single file it is what the file holds
     which      of a run: last, best (by held-out loss) or a step
@@ -306,8 +348,7 @@ def open_checkpoint(
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        wanted = "want a run folder, a checkpoint folder or a .safetensors file"
-        raise InputError(f"{file}: not a whole safetensors file ({error}); {wanted}") from error
+        raise InputError(f"{file}: not a whole safetensors file ({error}); {_wanted()}") from error
     if "config" not in metadata or metadata.get("weights") not in ("ema", "raw"):
         raise InputError(f"{file}: not a checkpoint of ddpm; want ema.safetensors or raw.safetensors of a run")
     preset = from_json(json.loads(metadata["config"]))
@@ -317,7 +358,8 @@ def open_checkpoint(
         denoiser = build(preset)
     assert isinstance(denoiser.network, nn.Module)
     try:
-        denoiser.network.load_state_dict(read_tensors(file), assign=True)
+        stored = {name: value.float() for name, value in read_tensors(file).items()}  # `ddpm export` may round to bf16
+        denoiser.network.load_state_dict(stored, assign=True)
     except RuntimeError as error:
         raise InputError(f"{file}: its tensors are not those of its configuration") from error
     denoiser.network.eval().requires_grad_(False)
@@ -329,11 +371,14 @@ def load(
 ) -> Denoiser:
     """The denoiser of a run folder, a checkpoint folder or one weights file (.safetensors), ready to sample.
 
+    Or of a model that comes with the package, by its name, as digits; a file or folder of that name goes first.
     weights is ema or raw; variance is fixed_large, fixed_small, calibrated (see `with_variance`), or None for the
     run's own. The network computes in the precision that it was trained in. Raises InputError where there is nothing
     to read or what there is is damaged.
 
     >>> import ddpm
+    >>> ddpm.load("digits").predict
+    'v'
     >>> ddpm.load("runs/nothing")
     Traceback (most recent call last):
     ...

@@ -14,8 +14,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-march=sapphirerapids", "-mprefer-vector-width=512", "-fopenmp", "-fPIC")
+FLAGS = ("-O3", "-march=sapphirerapids", "-mprefer-vector-width=512", "-fno-math-errno", "-fopenmp", "-fPIC")
 PLANE = 32  # channels that lie together; more come in multiples of it
 
 
@@ -32,14 +33,14 @@ def _library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be had."""
     if sys.platform != "linux" or not torch.cpu.get_capabilities().get("amx_bf16"):
         return None
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
     if compiler is None:
-        warnings.warn("no C compiler (CC, cc, gcc, clang): bf16 is about half as fast on this CPU", stacklevel=2)
+        warnings.warn("no C compiler (CC, gcc, cc): bf16 is about half as fast on this CPU", stacklevel=2)
         return None
     name = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm"
-    path = home / f"kernels-{name}.so"
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm"
+        path = home / f"kernels-{name}.so"
         if not path.exists():
             home.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=home) as folder:
@@ -47,9 +48,10 @@ def _library() -> ctypes.CDLL | None:
                 subprocess.run([compiler, *FLAGS, "-c", SOURCE, "-o", made], check=True, capture_output=True)
                 # Linked without -fopenmp: the threads are then those of torch's own OpenMP, not a second set.
                 subprocess.run([compiler, "-shared", made, "-o", linked], check=True, capture_output=True)
+                ctypes.CDLL(str(linked))  # what does not load is not kept
                 linked.rename(path)
         library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home
         warnings.warn(f"{SOURCE.name} cannot be used ({error}): bf16 is about half as fast on this CPU", stacklevel=2)
         return None
     return library if library.ready() else None
@@ -60,24 +62,29 @@ def ready() -> bool:
     return _library() is not None
 
 
-_disabled = 0
+_disabled = ContextVar("_disabled", default=False)
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
     """Run the plain path inside, as on other machines."""
-    global _disabled
-    _disabled += 1
+    token = _disabled.set(True)
     try:
         yield
     finally:
-        _disabled -= 1
+        _disabled.reset(token)
 
 
 def usable(x: Tensor, layer: nn.Conv2d) -> bool:
-    """Whether `convolution` can do this: bfloat16 computation on a CPU with AMX, and a stride of 1."""
-    on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    return on_cpu and not _disabled and layer.stride == (1, 1) and ready()
+    """Whether `convolution` can do this: bfloat16 computation on a CPU with AMX, and a plain 3x3 or 1x1."""
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    if _disabled.get() or not ready():
+        return False
+    square, edge = layer.kernel_size, (layer.kernel_size[0] // 2,) * 2
+    plain = square in ((1, 1), (3, 3)) and layer.padding == edge and layer.padding_mode == "zeros"
+    plain = plain and layer.stride == layer.dilation == (1, 1) and layer.groups == 1 and layer.bias is not None
+    return plain and layer.weight.dtype == torch.float32 and x.numel() > 0
 
 
 class _Before(ctypes.Structure):
@@ -91,8 +98,9 @@ class _Before(ctypes.Structure):
 
 
 def _before(gamma: Tensor | None, beta: Tensor | None, stats: Tensor, *settings: Any) -> _Before:
-    if gamma is None or beta is None:
+    if gamma is None:
         return _Before(keep=1.0)
+    assert beta is not None
     return _Before(*(t.data_ptr() for t in (gamma, beta, *stats)), *settings)
 
 
@@ -111,7 +119,8 @@ def _call(name: str, *args: Tensor | _Before | int | None) -> None:
     getattr(library, name)(*plain)
 
 
-_frozen: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None  # weights, and what _pack made of them
+_Packed: TypeAlias = dict[tuple[int, str], tuple[Tensor, Tensor]]  # weights, and what _pack made of them
+_frozen: ContextVar[_Packed | None] = ContextVar("_frozen", default=None)
 
 
 @contextmanager
@@ -120,22 +129,24 @@ def frozen() -> Iterator[None]:
 
     Left to the caller because torch cannot tell: fused optimisers and foreach functions leave a tensor's version as is.
     """
-    global _frozen
-    outside, _frozen = _frozen, {} if _frozen is None else _frozen
+    packed = _frozen.get()
+    token = _frozen.set({} if packed is None else packed)
     try:
         yield
     finally:
-        _frozen = outside
+        _frozen.reset(token)
 
 
 def _pack(w: Tensor, name: str = "pack") -> Tensor:
     """The weights [O, I, k, k] as the kernels read them, bfloat16."""
-    if _frozen is not None and (id(w), name) in _frozen:
-        return _frozen[id(w), name][1]
-    out = torch.empty(_up(w.shape[0]) * _up(w.shape[1]) * w[0, 0].numel(), dtype=torch.bfloat16)
+    packed = _frozen.get()
+    if packed is not None and (id(w), name) in packed:
+        return packed[id(w), name][1]
+    size = _up(w.shape[0]) * _up(w.shape[1]) * w[0, 0].numel()
+    out = torch.empty(size, dtype=torch.bfloat16, device="cpu")
     _call(name, w.contiguous(memory_format=torch.channels_last), out, *w.shape[:2], w[0, 0].numel())
-    if _frozen is not None:
-        _frozen[id(w), name] = w, out  # with w, so that its id stays its own
+    if packed is not None:
+        packed[id(w), name] = w, out  # with w, so that its id stays its own
     return out
 
 
@@ -154,7 +165,12 @@ def _planes(x: Tensor) -> Tensor:
 def _like(x: Tensor, channels: int) -> Tensor:
     """Room for an image of so many channels for each of x, bfloat16."""
     B, _, H, W = x.shape
-    return torch.empty((B, channels, H, W), dtype=torch.bfloat16, memory_format=torch.channels_last)
+    return torch.empty((B, channels, H, W), dtype=torch.bfloat16, device="cpu", memory_format=torch.channels_last)
+
+
+def _floats(*shape: int) -> Tensor:
+    """Zeros, whatever torch's default type and device are."""
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
 class _Convolution(torch.autograd.Function):
@@ -166,8 +182,8 @@ class _Convolution(torch.autograd.Function):
         ctx.channels = x.shape[1]
         x = _planes(x)
         (B, I, H, W), O = x.shape, _up(len(w))
-        stats = torch.empty(2, B, groups)
-        seed = int(torch.randint(2**63 - 1, ())) if dropout else 0
+        stats = _floats(2, B, groups)
+        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout else 0
         settings = eps, 1 - dropout, groups, swish, seed
         out = _like(x, O)
         bias = F.pad(bias, (0, O - len(w)))
@@ -191,13 +207,13 @@ class _Convolution(torch.autograd.Function):
             y = _like(x, I)
         if ctx.needs_input_grad[0] or gamma is not None:
             dx, back = _like(x, I), _pack(w, "pack_transposed")
-        norms, dadd = torch.empty(2, B, I), torch.empty(B, O)
+        norms, dadd = _floats(2, B, I), _floats(B, O)
         _call("backward_data", dout, x, dx, y, back, norms[0], norms[1], dadd, B, H, W, I, O, taps, before)
         dw = None
         if ctx.needs_input_grad[1]:
-            dw = torch.zeros(O, *w.shape[2:], I).permute(0, 3, 1, 2)
+            dw = _floats(O, *w.shape[2:], I).permute(0, 3, 1, 2)
             _call("backward_weight", dout, y, dw, B, H, W, I, O, taps)
-            dw = dw[: len(w), : w.shape[1]]
+            dw = dw if dw.shape == w.shape else dw[: len(w), : w.shape[1]]  # a whole one is taken without a copy
         dgamma, dbeta = norms.sum(1) if gamma is not None else (None, None)
         return (
             None if dx is None else dx[:, : ctx.channels], dw, dadd.sum(0)[: len(w)], dgamma, dbeta,
@@ -217,8 +233,15 @@ def convolution(
     """layer(dropout(swish(norm(x)))) + add + residual, as `unet.convolve`, bfloat16; where it is `usable`.
 
     x [B, I, H, W], add [B, O], residual and result [B, O, H, W]; norm, add and residual want channels in multiples of
-    32. What each image comes to depends on nothing else, to the bit: not on the batch or the number of threads.
+    32, swish a norm, and dropout both. What each image comes to depends on nothing else, to the bit: not on the batch
+    or the number of threads.
     """
+    channels = ([] if norm is None else [x.shape[1]]) + (
+        [] if add is None and residual is None else [len(layer.weight)]
+    )
+    assert all(count % PLANE == 0 for count in channels)
+    assert norm is not None or not swish
+    assert swish or not dropout
     gamma, beta, groups, eps = None, None, 1, 0.0
     if norm is not None:
         gamma, beta, groups, eps = norm.weight, norm.bias, norm.num_groups, norm.eps

@@ -40,6 +40,9 @@ static void tiles_on(void) {
     __asm__ volatile("ldtilecfg %0" ::"m"(shape));
 }
 
+/* GCC's tile loads and stores do not say that they touch memory: no other access may be moved across. */
+#define SETTLE __asm__ volatile("" ::: "memory")
+
 static inline __m512 load(const bf16 *p) {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
 }
@@ -91,15 +94,18 @@ static void measure(const bf16 *x, long n, long C, const before *f, long b) {
     OVER_PLANES(c, C)
         for (long from = 0; from < n; from += PART) {
             __m512 s[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, q[2] = {s[0], s[0]};
-            for (long p = from; p < n && p < from + PART; p++)
+            __m512 pivot[2] = {load(x + c), load(x + c + 16)}; /* near the mean, so that few digits cancel */
+            long to = from + PART < n ? from + PART : n;
+            for (long p = from; p < to; p++)
                 for (int k = 0; k < 2; k++) {
-                    __m512 v = load(x + p * C + c + 16 * k);
+                    __m512 v = _mm512_sub_ps(load(x + p * C + c + 16 * k), pivot[k]);
                     s[k] = _mm512_add_ps(s[k], v);
                     q[k] = _mm512_fmadd_ps(v, v, q[k]);
                 }
             for (int k = 0; k < PLANE; k++) {
-                sum[(c + k) / each] += ((float *)s)[k];
-                square[(c + k) / each] += ((float *)q)[k];
+                double a = ((float *)pivot)[k], part = ((float *)s)[k], count = to - from;
+                sum[(c + k) / each] += part + count * a;
+                square[(c + k) / each] += ((float *)q)[k] + 2 * a * part + count * a * a;
             }
         }
     for (long g = 0; g < f->groups; g++) {
@@ -157,7 +163,7 @@ static void taps_of(const geometry *g, long taps, long *offset) {
 
 /* Room of this thread, kept for the next call. */
 static void *room(int which, size_t bytes) {
-    static __thread struct { void *at; size_t bytes; } rooms[3];
+    static __thread struct { void *at; size_t bytes; } rooms[2];
     if (rooms[which].bytes < bytes) {
         free(rooms[which].at);
         rooms[which].at = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
@@ -239,6 +245,7 @@ static inline void finish(const block *d, long r) {
 static void multiply(const bf16 *a0, const bf16 *a1, long C, long plane, const bf16 *w, const long *offset, long taps,
                      block *now, const block *last) {
     long each = (32 * PLANE + C * taps - 1) / (C * taps), row = last ? 0 : 32;
+    SETTLE;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (long c = 0; c < C; c += PLANE, a0 += plane, a1 += plane)
         for (long t = 0; t < taps; t++, w += 1024) {
@@ -254,6 +261,7 @@ static void multiply(const bf16 *a0, const bf16 *a1, long C, long plane, const b
         }
     _tile_stored(0, now->sum, 128); _tile_stored(1, now->sum + 16, 128);
     _tile_stored(2, now->sum + 512, 128); _tile_stored(3, now->sum + 528, 128);
+    SETTLE;
 }
 
 /* Weights w[o, tap, i] to [O/32][I/32][taps][2][16 pairs of i][16 o][2], the order that `multiply` reads them in.
@@ -484,14 +492,15 @@ static void interleave(const bf16 *plane, bf16 *out, long positions) {
 }
 
 /* sum [32][32 of `stride` floats] += a b^T over positions; a: 32 rows of `length` positions; b: twice 16 channels. */
-static void accumulate(const bf16 *a, long length, const bf16 *b, long half, long from, long to, float *sum, long stride) {
+static void accumulate(const bf16 *a, long length, const bf16 *b, long half, long positions, float *sum, long stride) {
     float *below = sum + 16 * stride;
     long bytes = stride * 4;
+    SETTLE;
     _tile_loadd(0, sum, bytes);
     _tile_loadd(1, sum + 16, bytes);
     _tile_loadd(2, below, bytes);
     _tile_loadd(3, below + 16, bytes);
-    for (long p = from; p < to; p += 32) {
+    for (long p = 0; p < positions; p += 32) {
         _tile_loadd(6, b + p * 16, 64);
         _tile_loadd(4, a + p, length * 2);
         _tile_dpbf16ps(0, 4, 6);
@@ -505,6 +514,7 @@ static void accumulate(const bf16 *a, long length, const bf16 *b, long half, lon
     _tile_stored(1, sum + 16, bytes);
     _tile_stored(2, below, bytes);
     _tile_stored(3, below + 16, bytes);
+    SETTLE;
 }
 
 /* dw[o, tap, i] += sum over positions p of dout[p, o] y[p + offset(tap), i], float32.
@@ -512,14 +522,14 @@ static void accumulate(const bf16 *a, long length, const bf16 *b, long half, lon
  * dout is transposed, y interleaved in pairs of positions; twice, as (0, 1), (2, 3).. and as
  * (-1, 0), (1, 2).., so that every tap begins with a pair. */
 void backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H, long W, long I, long O, long taps) {
-    enum { STEP = 256 }; /* positions that are summed before the next tap: what they touch stays in the first cache */
     static before nothing;
     geometry g = arrange(B, H, W);
     long offset[9], threads = omp_get_max_threads(), n = H * W, margin = (g.row + 3) / 2 * 2, most = I > O ? I : O;
     taps_of(&g, taps, offset);
     long per = (g.images * g.image + 31) / 32 * 32;  /* positions of a group */
     long at_once = 8192 / (per * threads) * threads; /* groups */
-    at_once = at_once < threads ? threads : at_once > g.groups ? g.groups : at_once;
+    if (at_once < threads) at_once = threads;
+    if (at_once > g.groups) at_once = g.groups;
     long length = (per * at_once + 63) / 64 * 64 + 32; /* an odd number of cache lines: rows meet in no cache set */
     long half = (per * at_once + 2 * margin) * 16, phase = I / 16 * half;
     size_t pairs_bytes = (size_t)phase * 4;
@@ -530,7 +540,7 @@ void backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H,
         size_t flat_bytes = g.size * most * 2;
         bf16 *flat = memset(room(0, flat_bytes), 0, flat_bytes), *start = flat + (g.row + 1) * PLANE;
         for (long from = 0; from < g.groups; from += at_once) {
-            long groups = g.groups - from < at_once ? g.groups - from : at_once, all = groups * per;
+            long groups = g.groups - from < at_once ? g.groups - from : at_once;
 #pragma omp for schedule(dynamic)
             for (long u = 0; u < groups; u++) {
                 long first = (from + u) * g.images, end = first + g.images < B ? first + g.images : B;
@@ -548,12 +558,11 @@ void backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H,
 #pragma omp for collapse(2) schedule(dynamic)
             for (long o = 0; o < O; o += 32)
                 for (long i = 0; i < I; i += 32)
-                    for (long p = 0; p < all; p += STEP)
-                        for (long t = 0; t < taps; t++) {
-                            long shift = margin + offset[t] / PLANE, odd = shift % 2;
-                            accumulate(d + o * length, length, pairs + odd * phase + i / 16 * half + (shift + odd) * 16, half,
-                                       p, p + STEP < all ? p + STEP : all, dw + (o * taps + t) * I + i, taps * I);
-                        }
+                    for (long t = 0; t < taps; t++) {
+                        long shift = margin + offset[t] / PLANE, odd = shift % 2;
+                        accumulate(d + o * length, length, pairs + odd * phase + i / 16 * half + (shift + odd) * 16, half,
+                                   groups * per, dw + (o * taps + t) * I + i, taps * I);
+                    }
         }
         _tile_release();
     }

@@ -339,6 +339,9 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     with processes(args.device) as ranks:
         found = _open(args, ranks.device)
+        if found.packaged:
+            copy = f"ddpm export {found.path.stem} --out FILE.safetensors"
+            raise InputError(f"{found.path.stem}: of the package, which stays as it is; calibrate a copy: `{copy}`")
         shown = ranks.first and not args.json
         images = _loader(args, found.preset, shown)("train")
         mse = evaluate.calibrate(found, images, args.n, ranks, args.batch_size, shown)
@@ -348,13 +351,33 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    check("--precision", args.stored, Literal["bf16", "float32"])
+
+    with _importing():
+        from ddpm.files import atomic, images
+        from ddpm.run import export
+        from ddpm.run.distributed import pick_device
+        from ddpm.run.generate import generate
+
+    out, device = export.check_out(args.out), pick_device(args.device)
+    found = _open(args, device)
+    exported = export.export(found, out, args.stored, args.data)
+    made = generate(
+        exported.denoiser.to(device), found.preset.shape, range(export.SAMPLES), device=device, progress=not args.json
+    )
+    images.save_many(out.with_suffix(".png"), made.permute(0, 2, 3, 1).numpy(), [])
+    atomic.write(out.with_suffix(".md"), export.card(found, exported, args.license))
+    about = {"out": str(out), **exported.about(), "bytes": out.stat().st_size}
+    print(json.dumps(about) if args.json else f"written: {out}, its card {out.with_suffix('.md')} and grid")
+    return 0
+
+
 def _paper(args: argparse.Namespace) -> int:
     names = ("table1", "table2", "table3", "table4", "fig5", "fig6", "fig7", "fig8", "fig9", "fig10", "neighbours")
     for name in args.names:
         check("NAME", name, Literal[names])
-    is_preset = args.run in PRESETS and not Path(args.run).exists()
-    if is_preset and args.names != ["table2"]:
-        raise InputError(f"--run {args.run}: a preset, which only table2 takes; want a run")
+    is_preset = args.names == ["table2"] and args.run in PRESETS and not Path(args.run).exists()
     check("--sampler", args.sampler, Literal["ancestral", "ddim"])
     _check_measuring(args)
     if "table2" in args.names:
@@ -522,6 +545,20 @@ def _parser() -> _Parser:
     _add_model(p, variance=False)
     p.set_defaults(run_command=_calibrate, variance=None)
 
+    p = commands.add_parser("export", help="one file of weights for others, with a card", allow_abbrev=False)
+    p.description = (
+        "Write the weights, rounded to bf16, and what it takes to load them to FILE.safetensors, their calibration "
+        "beside it, FILE.md, a card of what is known and was measured, and FILE.png, 64 samples."
+    )
+    p.add_argument("run", metavar="RUN", help=_RUN)
+    p.add_argument("--out", required=True, metavar="FILE", help="NAME.safetensors")
+    stored = "of the weights in the file: bf16, half the size, or float32 (bf16)"
+    p.add_argument("--precision", dest="stored", default="bf16", metavar="X", help=stored)
+    p.add_argument("--data", metavar="NAME", help="what others know the data set as (the run's, where a preset has it)")
+    p.add_argument("--license", metavar="ID", help="for the card, as apache-2.0 (none)")
+    _add_model(p, variance=False, precision=False)
+    p.set_defaults(run_command=_export, variance=None, precision="auto")
+
     p = commands.add_parser("paper", help="the paper's tables and figures for a run", allow_abbrev=False)
     p.description = (
         "Each NAME leaves NAME.csv or NAME.png, beside the paper's own numbers, and NAME.json, what they are of. "
@@ -573,7 +610,7 @@ def _parser() -> _Parser:
     return top
 
 
-_RUN = "a run folder, a checkpoint folder or a .safetensors file"
+_RUN = "a run folder, a checkpoint folder, a .safetensors file, or digits, the package's model"
 _OUT = "FILE.png, a grid; FILE.npz; or a folder"
 
 
@@ -582,13 +619,14 @@ def _add_sampler(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", **_number(int, None), help="network calls (ancestral: all levels; ddim: 50)")
 
 
-def _add_model(p: argparse.ArgumentParser, variance: bool = True) -> None:
+def _add_model(p: argparse.ArgumentParser, variance: bool = True, precision: bool = True) -> None:
     """Which weights of a run, how they are read and where they run."""
     p.add_argument("--weights", metavar="X", help="ema, the averaged weights, or raw (ema)")
     p.add_argument("--checkpoint", default="last", metavar="X", help="of a run: last, best or a step (last)")
     if variance:
         p.add_argument("--variance", metavar="X", help="fixed_large, fixed_small or calibrated (the run's)")
-    p.add_argument("--precision", default="auto", metavar="X", help="auto, float32 or bf16 (auto: the run's)")
+    if precision:
+        p.add_argument("--precision", default="auto", metavar="X", help="auto, float32 or bf16 (auto: the run's)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
 

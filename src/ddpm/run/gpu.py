@@ -38,7 +38,7 @@ def compile_stages(network: nn.Module, backend: str = "inductor") -> None:
 
     stages = [part for part in network.modules() if isinstance(part, Stage)]
     # All stages share one forward, and of one function Dynamo by default keeps 8 versions, then it stops compiling.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(stages))
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 2 * len(stages))
     for stage in stages:
         stage.compile(backend=backend, dynamic=False)
 
@@ -69,15 +69,15 @@ class Replayed:
 
     def _capture(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[], None]]:
         """The graph's x, timestep and output, and what runs it (torch's notes on CUDA semantics, "CUDA Graphs")."""
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
+        aside = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(aside):
             for _ in range(3):  # libraries choose their algorithms and workspaces
                 self.network(x, timestep)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream(x.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # thread_local: threads that pin memory or watch over other processes meanwhile do no harm
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             out: Tensor = self.network(x, timestep)
         return x, timestep, out, graph.replay
 

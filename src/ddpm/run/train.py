@@ -111,6 +111,7 @@ def train(preset: Preset, out: Path) -> Result:
             return mean
 
         def save(held_out: float | None) -> None:
+            watch.check(out, loss_sum)  # an image that cannot be read may come between a NaN and its report
             if not ranks.first:
                 return
             moments = {f"{key}.{n}": adam.state[p][key] for n, p in network.named_parameters() for key in _MOMENTS}

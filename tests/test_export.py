@@ -1,0 +1,279 @@
+"""Models for others: one file, its card, and the names of those that come with the package."""
+
+import importlib.resources
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import train
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import ddpm
+from ddpm.files import checkpoints, datasets
+from ddpm.presets import PRESETS
+from ddpm.run import export
+from ddpm.run.cli import main
+from ddpm.run.distributed import processes
+from ddpm.run.train import held_out_by_level
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_those_of_the_run_rounded(trained: Path, here: Path) -> None:
+    """bf16 on disk, and read as float32: the nearest bf16 of each; --precision float32 leaves every bit."""
+    original = load_file(trained / "checkpoints" / "00000030" / "ema.safetensors")
+    for options, kind in (([], torch.bfloat16), (["--precision", "float32"], torch.float32)):
+        assert main(["export", str(trained), "--out", "models/a.safetensors", *options]) == 0
+        stored = load_file("models/a.safetensors")
+        network = ddpm.load("models/a.safetensors").network
+        assert isinstance(network, torch.nn.Module)
+        read = network.state_dict()
+        assert stored.keys() == original.keys() == read.keys()
+        for name, value in original.items():
+            assert stored[name].dtype == kind
+            assert read[name].dtype == torch.float32
+            assert torch.equal(read[name], value.to(kind).float())
+
+
+def test_the_same_weights_give_the_same_bytes(trained: Path, here: Path) -> None:
+    """In another process, too, so that a hash is of the model; and an export of an export is the same model."""
+    words = [sys.executable, "-m", "ddpm.run.cli", "export", str(trained), "--out", "b.safetensors"]
+    assert main(["export", str(trained), "--out", "a.safetensors"]) == 0
+    subprocess.run(words, check=True, capture_output=True)
+    assert main(["export", "a.safetensors", "--out", "c.safetensors"]) == 0
+    assert len({file.read_bytes() for file in here.glob("*.safetensors")}) == 1
+
+
+def test_no_path_goes_along(here: Path) -> None:
+    """What data is called on one machine, and its device, are nobody else's business."""
+    preset = replace(PRESETS["cifar10"], data="/home/me/cifar", device="cuda:1")
+    assert (export.public(preset).data, export.public(preset).device) == ("", "auto")
+    assert export.public(preset, "uoft-cs/cifar10").data == "uoft-cs/cifar10"
+    assert export.public(PRESETS["cifar10"]).data == "uoft-cs/cifar10"
+    (here / "uoft-cs" / "cifar10").mkdir(parents=True)  # a copy of one's own, or something else
+    assert export.public(PRESETS["cifar10"]).data == ""
+
+
+def test_a_run_on_own_images(here: Path) -> None:
+    """Neither the file nor the card names the folder."""
+    digits = datasets.load("digits", (8, 8), 1).batch(range(40)).permute(0, 2, 3, 1).numpy()
+    ddpm.files.images.save_many("secret-place/", digits, [str(i) for i in range(40)])
+    assert train(here / "run", "--data", str(here / "secret-place"), "--channels", 1, "--steps", 2) == 0
+    assert main(["calibrate", "run", "-n", "2"]) == 0
+    assert main(["evaluate", "run", "-n", "2"]) == 0
+    assert main(["export", "run", "--out", "a.safetensors"]) == 0
+    assert "(2 images, own images, held out of train)" in Path("a.md").read_text()
+    assert all(str(here).encode() not in file.read_bytes() for file in here.glob("a.*"))
+    assert all(b"secret-place" not in file.read_bytes() for file in here.glob("a.*"))
+    with safe_open("a.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    assert json.loads(metadata["config"])["seed"] == 0
+    assert (metadata["step"], metadata["weights"], metadata["version"]) == ("2", "ema", ddpm.__version__)
+    assert "--data SOURCE" in Path("a.md").read_text()
+
+
+def test_the_card_says_what_was_measured(trained: Path, here: Path) -> None:
+    """Of the run, marked where the weights were rounded since, and of the file; nothing that was not measured."""
+    run = Path(shutil.copytree(trained, here / "run"))
+    options = ["--out", "a.safetensors", "--license", "apache-2.0"]
+    assert main(["export", str(run), *options]) == 0
+    before = Path("a.md").read_text()
+    assert "bits/dim" not in before
+    assert re.search(r"held-out L_simple, in training \| 0\.\d{4}", before)
+    assert "30 steps of 8 images: 240 images" in before
+    assert before.startswith('---\nlibrary_name: "ddpm"\nlicense: "apache-2.0"\n')
+    assert main(["evaluate", str(run), "-n", "2"]) == 0
+    assert main(["evaluate", "a.safetensors", "-n", "2", "--levels", "5"]) == 0
+    assert main(["export", str(run), *options]) == 0
+    text = Path("a.md").read_text()
+    assert re.search(
+        r"bits/dim, bound \(Eq\. 5\), fixed_large, before rounding \| \d+\.\d{4} ± .*2 images, digits", text
+    )
+    assert re.search(r"bits/dim, bound \(Eq\. 5\), 5 levels an image, fixed_large \| \d", text)
+    assert "fid" not in text
+    assert Path("a.png").is_file()
+
+
+def test_the_commands_of_the_card_make_the_model(trained: Path, here: Path) -> None:
+    """Run as they stand, but for the pictures and figures on the way, they give the same weights."""
+    assert main(["export", str(trained), "--out", "a.safetensors"]) == 0
+    commands = re.findall(r"^ddpm (.*)$", Path("a.md").read_text(), re.M)
+    (here / "again").mkdir()
+    for line in commands[:2]:
+        words = [f"again/{word}" if word in ("RUN", "a.safetensors") else word for word in line.split()]
+        assert main([*words, *(["--eval-images", "16", "--sample-every", "0"] if words[0] == "train" else [])]) == 0
+    stored, again = load_file("a.safetensors"), load_file("again/a.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in stored.items())
+
+
+def test_a_calibration_goes_along(trained: Path, here: Path) -> None:
+    """It says of which weights it was measured, and is taken; without one, an old one does not stay."""
+    run = Path(shutil.copytree(trained, here / "run"))
+    assert main(["calibrate", str(run), "-n", "4"]) == 0
+    original = checkpoints.open_checkpoint(run)
+    for source in (str(run), "a.safetensors"):
+        out = Path("b.safetensors" if source == "a.safetensors" else "a.safetensors")
+        assert main(["export", source, "--out", str(out)]) == 0
+        values = json.loads(checkpoints.calibration_file(out).read_text())
+        assert values["measured_on"] == original.sha256
+        assert "| calibration | of the weights before rounding, on 4 images, digits |" in Path("a.md").read_text()
+        exported = checkpoints.read_calibration(checkpoints.open_checkpoint(out))
+        assert exported is not None
+        assert torch.equal(exported[0], checkpoints.read_calibration(original)[0])  # type: ignore[index]
+    assert main(["export", str(trained), "--out", "a.safetensors"]) == 0
+    assert not Path("a.calibration.json").exists()
+    assert main(["calibrate", "a.safetensors", "-n", "4"]) == 0
+    own = Path("a.calibration.json").read_text()
+    assert main(["export", str(run), "--out", "a.safetensors"]) == 0
+    assert Path("a.calibration.json").read_text() == own
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["RUN", "--out", "a.pt"], "out a.pt: want a name that ends in .safetensors"),
+    (["RUN", "--out", ""], "want a name that ends in .safetensors"),
+    (["RUN", "--out", "folder.safetensors"], "out folder.safetensors: want a name"),
+    (["RUN", "--out", "words.txt/a.safetensors"], "words.txt: cannot write"),
+    (["RUN", "--out", "RUN/checkpoints/00000030/a.safetensors"], "within a checkpoint of a run"),
+    (["lone.safetensors", "--out", "lone.safetensors"], "the file that is read"),
+    (["RUN", "--out", "a.safetensors", "--precision", "fp16"], "--precision 'fp16': want bf16, float32"),
+    (["lone.safetensors", "--out", "a.safetensors", "--weights", "raw"], "holds the ema weights"),
+    (["RUN"], "--out: missing; want NAME.safetensors"),
+    (["nothing", "--out", "a.safetensors"], "nothing: no such file or folder"),
+]
+
+
+@pytest.mark.parametrize(("words", "reason"), MISTAKES)
+def test_mistakes(words: list[str], reason: str, trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, exit code 2, and nothing written."""
+    (here / "folder.safetensors").mkdir()
+    (here / "words.txt").write_text("words")
+    shutil.copy(trained / "checkpoints" / "00000030" / "ema.safetensors", here / "lone.safetensors")
+    before = {p: p.stat().st_mtime_ns for p in [*here.rglob("*"), *trained.rglob("*")]}
+    assert main(["export", *(re.sub("^RUN", str(trained), word) for word in words)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert reason in err
+    assert {p: p.stat().st_mtime_ns for p in [*here.rglob("*"), *trained.rglob("*")]} == before
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_sample_by_name_from_an_empty_folder(here: Path) -> None:
+    """What the README begins with."""
+    program = [sys.executable, "-m", "ddpm.run.cli", "sample", "digits", "-n", "4", "--steps", "20", "--out", "a.npz"]
+    subprocess.run(program, check=True, capture_output=True)
+    assert np.load("a.npz")["arr_0"].shape == (4, 8, 8, 1)
+    assert [p.name for p in here.iterdir()] == ["a.npz"]
+
+
+def test_what_lies_here_goes_first(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run, a file, or a folder that is neither: none is passed over for the package's model."""
+    assert ddpm.load("digits").schedule.T == 1000
+    shutil.copytree(trained, "digits")
+    assert ddpm.load("digits").schedule.T == 20
+    shutil.rmtree("digits")
+    shutil.copy(trained / "checkpoints" / "00000030" / "ema.safetensors", "digits")
+    assert ddpm.load("digits").schedule.T == 20
+    Path("digits").unlink()
+    Path("digits").mkdir()
+    assert main(["sample", "digits"]) == 2
+    assert "digits: not a run; want a run folder" in capsys.readouterr().err
+
+
+def test_what_is_accepted_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is none, and a path that only ends in one."""
+    for name in ("digit", "models/digits", "../digits"):
+        assert main(["sample", name]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(
+            f"ddpm: {name}: no such file or folder; want a run folder, a checkpoint folder or a .safe"
+        )
+        assert err.endswith("or a model of the package: digits\n")
+
+
+def folder(path: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in path.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "digits", "-n", "2", "--levels", "5"],
+        ["paper", "fig6", "--run", "digits", "-n", "1"],
+        ["interpolate", "digits", "a.png", "a.png", "-n", "2", "--t", "2"],
+    ],
+)
+def test_results_stay_out_of_the_package(words: list[str], here: Path) -> None:
+    """They go to ./ddpm-digits; the name means the same model afterwards."""
+    ddpm.files.images.save("a.png", np.zeros((8, 8, 1), np.uint8))
+    before = folder(checkpoints.MODELS)
+    assert main(words) == 0
+    assert folder(checkpoints.MODELS) == before
+    assert {p.name for p in here.iterdir()} <= {"a.png", "ddpm-digits", "interpolation.png"}
+    assert checkpoints.find(Path("digits")) == checkpoints.MODELS / "digits.safetensors"
+
+
+def test_its_calibration_is_read_and_not_replaced(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A codec's files are read by it, wherever they are; who wants another one calibrates a copy."""
+    assert ddpm.load("digits", variance="calibrated").schedule.T == 1000
+    before = folder(checkpoints.MODELS)
+    assert main(["calibrate", "digits", "-n", "1"]) == 2
+    assert "calibrate a copy: `ddpm export digits --out FILE.safetensors`" in capsys.readouterr().err
+    assert folder(checkpoints.MODELS) == before
+
+
+# -- the models that ship ----------------------------------------------------------------------------------------------
+
+
+def test_they_are_in_the_wheel(tmp_path: Path) -> None:
+    """Weights, calibration, card and grid; the weights in bf16 and at most 1 MB."""
+    hatchling = pytest.importorskip("hatchling.builders.wheel")
+    wheel = next(hatchling.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
+    inside = {item.filename: item.file_size for item in zipfile.ZipFile(wheel).infolist()}
+    for kind in ("safetensors", "calibration.json", "md", "png"):
+        assert f"ddpm/models/digits.{kind}" in inside
+        assert importlib.resources.files("ddpm").joinpath(f"models/digits.{kind}").is_file()
+    assert inside["ddpm/models/digits.safetensors"] < 1_000_000
+    assert sum(size for name, size in inside.items() if "models/" in name) < 1_100_000
+
+
+def test_cards_are_of_their_files() -> None:
+    """The hash, the size and the parameters that they state; and they are of the presets as they stand."""
+    for file in checkpoints.MODELS.glob("*.safetensors"):
+        found = checkpoints.open_checkpoint(file)
+        text = file.with_suffix(".md").read_text()
+        assert isinstance(found.denoiser.network, torch.nn.Module)
+        count = sum(p.numel() for p in found.denoiser.network.parameters())
+        for fact in (found.sha256, f"{file.stat().st_size:,} bytes", f"{count:,} parameters", f"{found.step:,} steps"):
+            assert fact in text
+        assert set(map(str, (v.dtype for v in load_file(file).values()))) == {"torch.bfloat16"}
+        assert found.preset.shape == PRESETS[file.stem].shape
+        assert found.preset.data == PRESETS[file.stem].data
+
+
+def test_the_digits_are_as_good_as_they_were() -> None:
+    """Held-out L_simple, which says soonest that weights and code have come apart: measured 0.2585."""
+    held_out = datasets.load_pair("digits", (8, 8), 1)[1]
+    with processes("cpu") as ranks:
+        levels = held_out_by_level(ddpm.load("digits"), held_out, len(held_out), ranks)
+    assert sum(levels) / len(levels) == pytest.approx(0.2585, abs=0.002)
