@@ -25,10 +25,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import peers
@@ -74,8 +77,9 @@ class Clock:
 # -- ours --------------------------------------------------------------------------------------------------------------
 
 
-def stop_after(log: Path, seconds: float) -> threading.Event:
-    """Ask this process to stop so long after the log's first step (at once where it is there); set the event to not."""
+@contextmanager
+def stopped_after(log: Path, seconds: float) -> Iterator[None]:
+    """Within it `train` is asked to stop so long after the log's first step (at once where it is there)."""
     quiet = threading.Event()
 
     def watch() -> None:
@@ -85,8 +89,15 @@ def stop_after(log: Path, seconds: float) -> threading.Event:
         if not quiet.wait(seconds):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
-    return quiet
+    thread = threading.Thread(target=watch)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # for one that comes when `train` listens no more
+    thread.start()
+    try:
+        yield
+    finally:
+        quiet.set()
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 def train_ours(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -95,14 +106,13 @@ def train_ours(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     preset = replace(PRESETS[args.preset], **settings, log_every=1, steps=10**9)
     run = folder / "run"
     clock = Clock(60 * args.minutes)
-    datasets.load_pair = functools.cache(datasets.load_pair)  # the second call has the images of the first
-    quiet = stop_after(run / "metrics.jsonl", args.probe)
-    step = training.train(preset, run).step
-    quiet.set()
-    more = clock.steps(peers.seconds_a_step(run))
-    quiet = stop_after(run / "metrics.jsonl", clock.left())
-    result = training.train(replace(preset, steps=step + more, log_every=50), run)
-    quiet.set()
+    once = functools.cache(datasets.load_pair)  # the second call has the images of the first
+    with patch.object(datasets, "load_pair", once):
+        with stopped_after(run / "metrics.jsonl", args.probe):
+            step = training.train(preset, run).step
+        more = clock.steps(peers.seconds_a_step(run))
+        with stopped_after(run / "metrics.jsonl", clock.left()):
+            result = training.train(replace(preset, steps=step + more, log_every=50), run)
     return {
         "seconds": clock.spent(),
         "steps": result.step,
