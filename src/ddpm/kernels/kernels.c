@@ -69,6 +69,7 @@ typedef struct {
     long groups, swish;
     uint64_t seed;
 } before;
+static const before nothing;
 
 /* Which of the 16 channels from c at `position` (counted over the batch) dropout keeps. */
 static inline __mmask16 kept(const before *f, long position, long c) {
@@ -193,21 +194,26 @@ INLINE void lay_plane(const bf16 *x, bf16 *plane, const geometry *g, long C, con
         }
 }
 
-/* y of image b [H W, C] into its place in planes `size` positions long; the padding is 0 already. */
-static void lay(const bf16 *x, bf16 *flat, const geometry *g, long C, const before *f, long b) {
-    OVER_PLANES(c, C) {
-        bf16 *plane = flat + c * g->size;
-        float scale[PLANE] __attribute__((aligned(64))), shift[PLANE] __attribute__((aligned(64)));
-        if (f->gamma) affine(f, b, c, C, scale, shift);
-        if (!f->gamma)
-            for (long i = 0; i < g->H; i++)
-                for (long j = 0; j < g->W; j++)
-                    _mm512_storeu_si512(plane + (i * g->row + j) * PLANE,
-                                        _mm512_loadu_si512(x + (i * g->W + j) * C + c));
-        else if (!f->swish) lay_plane(x, plane, g, C, f, b, c, scale, shift, 0, 0);
-        else if (f->keep == 1) lay_plane(x, plane, g, C, f, b, c, scale, shift, 1, 0);
-        else lay_plane(x, plane, g, C, f, b, c, scale, shift, 1, 1);
-    }
+/* One past the last image of group u. */
+static long end_of(const geometry *g, long u) { return (u + 1) * g->images < g->B ? (u + 1) * g->images : g->B; }
+
+/* y of the images x [B, H W, C] of group u into planes `size` positions long; the padding is 0 already. */
+static void lay(const bf16 *x, bf16 *start, const geometry *g, long C, const before *f, long u) {
+    for (long b = u * g->images; b < end_of(g, u); b++)
+        OVER_PLANES(c, C) {
+            const bf16 *from = x + b * g->H * g->W * C;
+            bf16 *plane = start + (b - u * g->images) * g->image * PLANE + c * g->size;
+            float scale[PLANE] __attribute__((aligned(64))), shift[PLANE] __attribute__((aligned(64)));
+            if (f->gamma) affine(f, b, c, C, scale, shift);
+            if (!f->gamma)
+                for (long i = 0; i < g->H; i++)
+                    for (long j = 0; j < g->W; j++)
+                        _mm512_storeu_si512(plane + (i * g->row + j) * PLANE,
+                                            _mm512_loadu_si512(from + (i * g->W + j) * C + c));
+            else if (!f->swish) lay_plane(from, plane, g, C, f, b, c, scale, shift, 0, 0);
+            else if (f->keep == 1) lay_plane(from, plane, g, C, f, b, c, scale, shift, 1, 0);
+            else lay_plane(from, plane, g, C, f, b, c, scale, shift, 1, 1);
+        }
 }
 
 /* A block of the product: 32 positions x 32 channels, and where it goes. */
@@ -307,7 +313,7 @@ void pack_transposed(const float *w, bf16 *out, long O, long I, long taps) {
 /* out[pixels of group u, channels from..to] of what lies in flat. */
 static void convolve(const bf16 *flat, const geometry *g, long u, const bf16 *w, long I, long O, long from, long to,
                      const long *offset, long taps, const float *bias, const float *add, const bf16 *residual, bf16 *out) {
-    long n = g->H * g->W, count = (g->B - u * g->images < g->images ? g->B - u * g->images : g->images) * n;
+    long n = g->H * g->W, count = (end_of(g, u) - u * g->images) * n;
     block blocks[2], *last = NULL;
     for (long o = from; o < to; o += 32)
         for (long m = 0; m < g->tiles; m += 2) {
@@ -341,8 +347,7 @@ void forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const f
 #pragma omp for collapse(2) schedule(dynamic)
         for (long u = 0; u < g.groups; u++)
             for (long part = 0; part < parts; part++) { /* more threads than groups: they share the channels */
-                for (long b = u * g.images; b < B && b < (u + 1) * g.images; b++)
-                    lay(x + b * H * W * I, flat + (g.row + 1 + (b - u * g.images) * g.image) * PLANE, &g, I, f, b);
+                lay(x, flat + (g.row + 1) * PLANE, &g, I, f, u);
                 long at = u * g.images * H * W * O;
                 convolve(flat + (g.row + 1) * PLANE, &g, u, w, I, O, blocks * part / parts * 32,
                          blocks * (part + 1) / parts * 32, offset, taps, bias, add, residual ? residual + at : NULL,
@@ -436,7 +441,6 @@ static void unnorm(bf16 *dy, const bf16 *x, bf16 *dx, bf16 *y, long n, long C, c
  * w: `pack` of the weights with o and i exchanged and the taps flipped. */
 void backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf16 *w, float *dgamma, float *dbeta,
                    float *dadd, long B, long H, long W, long I, long O, long taps, before *f) {
-    static before nothing;
     geometry g = arrange(B, H, W);
     long offset[9], n = H * W;
     taps_of(&g, taps, offset);
@@ -446,10 +450,10 @@ void backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf1
         bf16 *flat = memset(room(0, g.size * O * 2), 0, g.size * O * 2), *dy = room(1, g.images * n * I * 2);
 #pragma omp for schedule(dynamic)
         for (long u = 0; u < g.groups; u++) {
-            long first = u * g.images, end = first + g.images < B ? first + g.images : B;
+            long first = u * g.images, end = end_of(&g, u);
+            lay(dout, flat + (g.row + 1) * PLANE, &g, O, &nothing, u);
             for (long b = first; b < end; b++) {
                 const bf16 *d = dout + b * n * O;
-                lay(d, flat + (g.row + 1 + (b - first) * g.image) * PLANE, &g, O, &nothing, b);
                 OVER_PLANES(o, O) {
                     __m512 s[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
                     for (long p = 0; p < n; p++)
@@ -522,9 +526,8 @@ static void accumulate(const bf16 *a, long length, const bf16 *b, long half, lon
  * dout is transposed, y interleaved in pairs of positions; twice, as (0, 1), (2, 3).. and as
  * (-1, 0), (1, 2).., so that every tap begins with a pair. */
 void backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H, long W, long I, long O, long taps) {
-    static before nothing;
     geometry g = arrange(B, H, W);
-    long offset[9], threads = omp_get_max_threads(), n = H * W, margin = (g.row + 3) / 2 * 2, most = I > O ? I : O;
+    long offset[9], threads = omp_get_max_threads(), margin = (g.row + 3) / 2 * 2, most = I > O ? I : O;
     taps_of(&g, taps, offset);
     long per = (g.images * g.image + 31) / 32 * 32;  /* positions of a group */
     long at_once = 8192 / (per * threads) * threads; /* groups */
@@ -543,16 +546,13 @@ void backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H,
             long groups = g.groups - from < at_once ? g.groups - from : at_once;
 #pragma omp for schedule(dynamic)
             for (long u = 0; u < groups; u++) {
-                long first = (from + u) * g.images, end = first + g.images < B ? first + g.images : B;
-                if (end < first + g.images) memset(flat, 0, flat_bytes);
-                for (long b = first; b < end; b++)
-                    lay(y + b * n * I, start + (b - first) * g.image * PLANE, &g, I, &nothing, b);
+                if ((from + u + 1) * g.images > B) memset(flat, 0, flat_bytes); /* an image less than before */
+                lay(y, start, &g, I, &nothing, from + u);
                 for (long i = 0; i < I; i += 16)
                     for (long odd = 0; odd < 2; odd++)
                         interleave(start + i / 32 * 32 * g.size - odd * PLANE + i % 32,
                                    pairs + odd * phase + i / 16 * half + (margin + u * per) * 16, per);
-                for (long b = first; b < end; b++)
-                    lay(dout + b * n * O, start + (b - first) * g.image * PLANE, &g, O, &nothing, b);
+                lay(dout, start, &g, O, &nothing, from + u);
                 OVER_PLANES(o, O) transpose(start + o * g.size, d + o * length + u * per, per, length);
             }
 #pragma omp for collapse(2) schedule(dynamic)
