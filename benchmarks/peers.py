@@ -92,13 +92,14 @@ class Ours:
         self.weights = list(self.network.parameters())
         self.averaged = list(copy.deepcopy(self.network).requires_grad_(False).parameters())
         self.adam = torch.optim.Adam(self.weights, lr=preset.lr, fused=True)
+        self.draws = torch.Generator(device)
         self.n = 0
 
     def step(self, x0: Tensor, accumulate: int = 1) -> None:
-        keys = [noise.mix(0, self.n, i) for i in range(len(x0))]
-        t = torch.randint(1, self.preset.levels + 1, (len(x0),), generator=noise.generator(0, self.n))
-        eps = noise.normal(keys, x0.shape[1:]).to(x0.device, non_blocking=True)
+        t = losses.times(self.denoiser.schedule, len(x0), self.preset.times, noise.generator(0, self.n))
         t = t.to(x0.device, non_blocking=True)
+        self.draws.manual_seed(noise.mix(0, self.n))
+        eps = torch.randn(x0.shape, generator=self.draws, device=x0.device)
         for part in zip(*(whole.chunk(accumulate) for whole in (x0, t, eps)), strict=True):
             (losses.simple(self.denoiser, *part).mean() / accumulate).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.weights, 1.0)
