@@ -20,6 +20,7 @@ from ddpm.noise import per_image
 from ddpm.run import gpu
 from ddpm.run.cli import main
 from ddpm.run.generate import generate, progressive, trajectory
+from ddpm.samplers import Levels, named
 
 
 def sample(source: Path, out: Path, *options: Any) -> NDArray[np.uint8]:
@@ -203,9 +204,12 @@ def test_where_a_graph_can_be(trained: Path) -> None:
     assert gpu.replayed(denoiser, "cuda") is denoiser
 
 
-@pytest.mark.parametrize(("sampler", "steps", "eta"), [("ancestral", None, 0), ("ancestral", 7, 0), ("ddim", 6, 0.5)])
+@pytest.mark.parametrize(
+    ("sampler", "steps", "eta"),
+    [("ancestral", None, 0), ("ancestral", 7, 0), ("ddim", 6, 0.5), ("dpmpp_2m_sde", [3, 8, 11, 20], 0)],
+)
 def test_noise_drawn_ahead_is_what_the_sampler_asks_for(
-    sampler: str, steps: int | None, eta: float, trained: Path, monkeypatch: pytest.MonkeyPatch
+    sampler: str, steps: Levels | None, eta: float, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The levels given to `ahead` are those of the calls, in order, and none is left; here the device is the CPU."""
     denoiser, given, asked = ddpm.load(trained), list[int](), list[int]()
@@ -220,6 +224,6 @@ def test_noise_drawn_ahead_is_what_the_sampler_asks_for(
         return noise
 
     monkeypatch.setattr("ddpm.run.generate.ahead", ahead)
-    steps_made = list(trajectory(denoiser, (1, 8, 8), [0], sampler, steps, eta, "cuda"))
+    steps_made = list(trajectory(denoiser, (1, 8, 8), [0], named(sampler, eta), steps, "cuda"))
     assert asked == given
     assert steps_made[-1].t == 0

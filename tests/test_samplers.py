@@ -31,6 +31,7 @@ SHORT = schedule.linear(50, 2e-3, 0.4)
 LARGE = torch.cat([beta_tilde(SHORT)[:2], SHORT.beta[2:]])  # fixed_large's sigma_t^2
 TABLES = {"fixed_large": LARGE, "fixed_small": beta_tilde(SHORT)}
 N = 10_000
+ALL = {**samplers.SAMPLERS, "ddim eta 1": samplers.named("ddim", 1.0)}
 
 
 # For Gaussian data with its exact denoiser, the law of the samples is known.
@@ -231,24 +232,21 @@ def test_ddim_with_eta_1_is_ancestral_sampling(predict):
 # Finite data, seeds, and what the contract says.
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "ddim eta 1"])
+@pytest.mark.parametrize("sampler", ALL)
 def test_samples_of_finite_data_land_on_its_members(sampler):
     """Data of four images: every sample is one of them, each about equally often."""
     images = [[0.9, -0.8, 0.1, 0.3], [-0.7, 0.5, 0.6, -0.2], [0.1, 0.7, -0.9, 0.8], [-0.5, -0.6, -0.4, -0.9]]
     data = FiniteData(torch.tensor(images).double().view(4, 1, 2, 2))
     denoiser = Denoiser(network(data, SHORT, "eps"), SHORT, variance="fixed_small")
     noise = normal(4000, (1, 2, 2), seed=1)
-    if sampler == "ancestral":
-        x = last(samplers.ancestral(denoiser, noise(50), noise)).x
-    else:
-        x = last(samplers.ddim(denoiser, noise(50), 50, float(sampler.endswith("1")), noise)).x
+    x = last(ALL[sampler].run(denoiser, noise(50), noise, 50, None, None)).x
     away, member = (x[:, None] - data.images).flatten(2).abs().amax(2).min(1)
     assert away.max() < 1e-6
     assert chisquare(np.bincount(member.numpy(), minlength=4)).pvalue > 1e-4
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 5e-4)])
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "ddim eta 1"])
+@pytest.mark.parametrize("sampler", ALL)
 def test_an_image_depends_only_on_its_own_seed(sampler, dtype, tolerance):
     """Seven seeds in batches of 1, 3 and 7, and in another order: the same seven images, to the network's rounding.
 
@@ -259,9 +257,7 @@ def test_an_image_depends_only_on_its_own_seed(sampler, dtype, tolerance):
     def images(seeds):
         draws = per_image(seeds, (1, 8, 8))
         noise = lambda t: draws(t).to(dtype)  # noqa: E731
-        if sampler == "ancestral":
-            return last(samplers.ancestral(denoiser, noise(50), noise, steps=5)).x
-        return last(samplers.ddim(denoiser, noise(50), 5, float(sampler.endswith("1")), noise)).x
+        return last(ALL[sampler].run(denoiser, noise(50), noise, 5, None, None)).x
 
     seeds = [11, 7, 3, 1000, 0, 5, 2]
     whole = images(seeds)
@@ -279,7 +275,8 @@ def test_steps_come_in_order_and_report_x0():
     denoiser = Denoiser(network(correlated(), SHORT, "eps"), SHORT)
     x = noise(50)
     before = x.clone()
-    for steps in (list(samplers.ancestral(denoiser, x, noise, 5)), list(samplers.ddim(denoiser, x, 5))):
+    for sampler in ALL.values():
+        steps = list(sampler.run(denoiser, x, noise, 5, None, None))
         assert [step.t for step in steps] == [40, 30, 20, 10, 0]
         torch.testing.assert_close(steps[0].x0, denoiser(x, torch.tensor([50, 50])).x0)
         assert torch.equal(x, before)
@@ -295,9 +292,9 @@ def test_labels_reach_the_network():
         return torch.zeros_like(x)
 
     y, noise = torch.tensor([3, 4]), normal(2, (1, 2, 2))
-    last(samplers.ancestral(Denoiser(spy, SHORT), noise(50), noise, 3, y))
-    last(samplers.ddim(Denoiser(spy, SHORT), noise(50), 3, y=y))
-    assert len(told) == 6
+    for sampler in ALL.values():
+        last(sampler.run(Denoiser(spy, SHORT), noise(50), noise, 3, y, None))
+    assert len(told) == sum(sampler.calls(Denoiser(spy, SHORT), 3) for sampler in ALL.values())
     assert all(y is seen for seen in told)
 
 

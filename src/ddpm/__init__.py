@@ -1,6 +1,6 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the whole paper, on PyTorch.
 
-mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, ode, samplers,
+mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, ode, samplers, spacing,
               editing, metrics, unet, inception
 settings      presets: Preset, PRESETS, build
 files         load: a run folder or a checkpoint file -> Denoiser
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ddpm import presets as presets
     from ddpm import samplers as samplers
     from ddpm import schedule as schedule
+    from ddpm import spacing as spacing
     from ddpm import unet as unet
     from ddpm.denoiser import Denoiser as Denoiser
     from ddpm.denoiser import Estimate as Estimate
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "ode", "samplers", "editing",
-    "metrics", "unet", "presets",
+    "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "ode", "samplers", "spacing",
+    "editing", "metrics", "unet", "presets",
 }  # fmt: skip
 _NAMES = {
     "Schedule": "schedule",

@@ -1,19 +1,34 @@
-"""From noise to images: each sampler is a generator of Step(t, x, x0); the caller keeps what it wants."""
+"""From noise to images: each sampler is a generator of Step(t, x, x0); the caller keeps what it wants.
+
+Arguments that they share:
+
+    x      [B, C, H, W], x_T, standard normal, or x_t at the level t = start
+    steps  how many of the levels to visit, evenly, or which: rising, the last one `start` (see `spacing`)
+    noise  noise(t), the draw that makes x_t, shaped like x
+    y      int64 [B] class labels or None
+    start  the level that x is at (None: T)
+
+All but `ancestral` are solvers of one ODE (or its SDE), dx/dphi = cos phi eps^ - sin phi x0^ with cos^2 phi = abar, and
+differ in what they hold constant over a step. InputError where steps or start do not fit.
+"""
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ddpm.denoiser import Denoiser
+from ddpm.denoiser import Denoiser, Estimate
 from ddpm.errors import InputError
 from ddpm.noise import Noise
 
+Levels: TypeAlias = int | Sequence[int]
+
 
 class Step(NamedTuple):
-    """The state after one network call.
+    """The state after one step, which is one network call (heun and probability_flow: two).
 
     t   the level x is at now, T-1 .. 0
     x   [B, C, H, W] signal; the image where t = 0
@@ -25,20 +40,27 @@ class Step(NamedTuple):
     x0: Tensor
 
 
+def _estimate(denoiser: Denoiser, x: Tensor, t: int, y: Tensor | None) -> Estimate:
+    return denoiser(x, torch.full((len(x),), t, device=x.device), y)
+
+
+def _down(denoiser: Denoiser, steps: Levels, start: int | None) -> list[tuple[int, int]]:
+    """The steps (from level, to level), from `start` to 0."""
+    return list(pairwise([*denoiser.schedule.levels(steps, start)[::-1], 0]))
+
+
 @torch.no_grad()
 def ancestral(
     denoiser: Denoiser,
     x: Tensor,
     noise: Noise,
-    steps: int | None = None,
+    steps: Levels | None = None,
     y: Tensor | None = None,
     start: int | None = None,
 ) -> Iterator[Step]:
-    """Algorithm 2: x_{t-1} = mu_theta(x_t, t) + sigma_t z, z = 0 at t = 1.
+    """Algorithm 2: x_{t-1} = mu_theta(x_t, t) + sigma_t z, z = 0 at t = 1; steps None visits all levels.
 
-    x [B, C, H, W] is x_T, standard normal, or x_t at the level t = start; noise(t) is the draw that makes x_t; steps
-    is how many of the levels to visit, evenly (None: all); y int64 [B] class labels or None. Yields one Step a
-    network call.
+    On fewer levels it is the reverse process of those (`Denoiser.respace`).
 
     >>> from ddpm import schedule
     >>> from ddpm.noise import per_image
@@ -53,7 +75,7 @@ def ancestral(
     if len(levels) != start:
         denoiser = denoiser.respace(levels)
     for index in range(len(levels), 0, -1):
-        estimate = denoiser(x, torch.full((len(x),), index, device=x.device), y)
+        estimate = _estimate(denoiser, x, index, y)
         t = levels[index - 2] if index > 1 else 0  # the level that this step arrives at
         x = estimate.p.sample(noise(t)) if t > 0 else estimate.mean
         yield Step(t, x, estimate.x0)
@@ -63,18 +85,20 @@ def ancestral(
 def ddim(
     denoiser: Denoiser,
     x: Tensor,
-    steps: int = 50,
+    steps: Levels = 50,
     eta: float = 0.0,
     noise: Noise | None = None,
     y: Tensor | None = None,
     start: int | None = None,
+    sigma_hat: bool = False,
 ) -> Iterator[Step]:
     """DDIM (Song et al. 2021, Eq. 12): x_s = sqrt(abar_s) x0^ + sqrt(1 - abar_s - sigma^2) eps^ + sigma z.
 
     sigma^2 = eta^2 (1 - abar_s)/(1 - abar_t) (1 - abar_t/abar_s). eta 0 is deterministic and needs no noise; eta 1
-    has the posterior's variance. x [B, C, H, W] is x_T, or x_t at the level t = start; steps of the levels up to there
-    are visited, evenly, that one first. eps^ belongs to the clipped x0^, so that x_t stays their mixture. Yields one
-    Step a network call.
+    has the posterior's variance. sigma_hat: z is multiplied by sqrt(1 - abar_t/abar_s) instead, as in the last rows of
+    their Table 1. eps^ belongs to the clipped x0^, so that x_t stays their mixture.
+
+    With eta 0 this is Euler's method on the EDM form, d(x/alpha)/d(sigma/alpha) = eps^, and DPM-Solver++ of order 1.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
@@ -82,15 +106,260 @@ def ddim(
     >>> last.t, float(last.x.abs().max())
     (0, 0.0)
     """
-    if not 0 <= eta <= 1 or (eta > 0 and noise is None):
+    noisy = eta > 0 or sigma_hat
+    if not 0 <= eta <= 1 or (noisy and noise is None):
         raise InputError(f"eta {eta}: want 0 to 1, and noise where it is above 0")
-    levels = [0, *denoiser.schedule.levels(steps, start)]
     abar = denoiser.schedule.alpha_bar.tolist()
-    for s, t in zip(levels[-2::-1], levels[:0:-1], strict=True):
-        estimate = denoiser(x, torch.full((len(x),), t, device=x.device), y)
-        variance = eta**2 * (1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])
+    for t, s in _down(denoiser, steps, start):
+        estimate = _estimate(denoiser, x, t, y)
+        beta = 1 - abar[t] / abar[s]
+        variance = eta**2 * (1 - abar[s]) / (1 - abar[t]) * beta
         x = math.sqrt(abar[s]) * estimate.x0 + math.sqrt(1 - abar[s] - variance) * estimate.eps
-        if eta > 0 and s > 0:
+        if noisy and s > 0:
             assert noise is not None
-            x = x + math.sqrt(variance) * noise(s)
+            x = x + math.sqrt(beta if sigma_hat else variance) * noise(s)
         yield Step(s, x, estimate.x0)
+
+
+@torch.no_grad()
+def dpm_solver_pp(
+    denoiser: Denoiser, x: Tensor, steps: Levels = 20, order: int = 2, y: Tensor | None = None, start: int | None = None
+) -> Iterator[Step]:
+    """DPM-Solver++ multistep of order 1, 2 or 3 (Lu et al. 2022, Algorithm 2), one network call a step.
+
+    x_s = sigma_s/sigma_t x + alpha_s integral over lambda = 1/2 log-SNR of e^(lambda - lambda_s) x0^ (see `_integral`),
+    where x0^ is the polynomial through the last `order` estimates. The first steps have fewer, and the last ones, which
+    end where lambda is infinite, take fewer. Order 3 is exact for a parabola; the official code's and diffusers' has
+    half of its second derivative, and so converges with order 2 (shown in the tests).
+
+    >>> from ddpm import schedule
+    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
+    >>> *_, last = dpm_solver_pp(grey, torch.ones(1, 1, 4, 4), steps=5)
+    >>> last.t, float(last.x.abs().max())
+    (0, 0.0)
+    """
+    return _multistep(denoiser, x, steps, order, False, y, start)
+
+
+@torch.no_grad()
+def unipc(
+    denoiser: Denoiser, x: Tensor, steps: Levels = 20, order: int = 2, y: Tensor | None = None, start: int | None = None
+) -> Iterator[Step]:
+    """UniPC of order 1, 2 or 3 with B(h) = e^h - 1 (Zhao et al. 2023, Algorithms 5, 6), one network call a step.
+
+    DPM-Solver++, but each estimate also corrects the x that it was made at: the step to there is taken again with one
+    point more, which makes it an order better.
+
+    >>> from ddpm import schedule
+    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
+    >>> *_, last = unipc(grey, torch.ones(1, 1, 4, 4), steps=5)
+    >>> last.t, float(last.x.abs().max())
+    (0, 0.0)
+    """
+    return _multistep(denoiser, x, steps, order, True, y, start)
+
+
+@torch.no_grad()
+def _multistep(
+    denoiser: Denoiser, x: Tensor, steps: Levels, order: int, correct: bool, y: Tensor | None, start: int | None
+) -> Iterator[Step]:
+    if order not in (1, 2, 3):
+        raise InputError(f"order {order}: want 1, 2 or 3")
+    alpha, sigma, lam = _rates(denoiser, start)
+    points: list[tuple[float, Tensor]] = []  # (lambda, x0^), the newest first
+    down = _down(denoiser, steps, start)
+    before, corrected = 0, x  # the level that the last step came from, and x there
+
+    def step(s: int, points: Sequence[tuple[float, Tensor]]) -> Tensor:
+        return sigma[s] / sigma[before] * corrected + alpha[s] * _integral(points, lam[before], lam[s])
+
+    for i, (t, s) in enumerate(down):
+        new = lam[t], _estimate(denoiser, x, t, y).x0
+        if correct and i > 0:
+            x = step(t, [*points, new])
+        points = [new, *points][: min(order, len(down) - i)]
+        before, corrected = t, x
+        x = step(s, points)
+        yield Step(s, x, new[1])
+
+
+def _integral(points: Sequence[tuple[float, Tensor]], a: float, b: float) -> Tensor:
+    """integral over a..b of e^(lambda - b) P(lambda) dlambda, P the polynomial through points (lambda, x0^).
+
+    A line is taken at the middle, as in the papers. b may be infinite where there is but one point.
+    """
+    h = b - a
+    moments = [-math.expm1(-h)]  # of u = (lambda - a) / h to the power 0, 1, ..; by parts
+    if len(points) == 1:
+        return moments[0] * points[0][1]
+    if len(points) == 2:
+        moments.append(moments[0] / 2)
+    else:
+        for k in range(1, len(points)):
+            moments.append(1 - k * moments[-1] / h)
+    u = torch.tensor([(at - a) / h for at, _ in points], dtype=torch.float64)
+    weights = torch.linalg.solve(torch.vander(u, increasing=True).T, torch.tensor(moments, dtype=torch.float64))
+    return torch.stack([w * x0 for w, (_, x0) in zip(weights.tolist(), points, strict=True)]).sum(0)
+
+
+@torch.no_grad()
+def sde_dpm_solver_pp(
+    denoiser: Denoiser, x: Tensor, noise: Noise, steps: Levels = 20, y: Tensor | None = None, start: int | None = None
+) -> Iterator[Step]:
+    """SDE-DPM-Solver++ 2M (Lu et al. 2022, Appendix): the reverse SDE, whose noise takes away what errors there were.
+
+    x_s = sigma_s/sigma_t e^-h x + alpha_s (1 - e^-2h) x0^ + sigma_s sqrt(1 - e^-2h) z, h = lambda_s - lambda_t, with
+    x0^ from the line through the last two estimates, at the middle. With one estimate it is `ancestral` with
+    fixed_small.
+
+    >>> from ddpm import schedule
+    >>> from ddpm.noise import per_image
+    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
+    >>> noise = per_image([0], (1, 4, 4))
+    >>> *_, last = sde_dpm_solver_pp(grey, noise(1000), noise, steps=5)
+    >>> last.t, float(last.x.abs().max())
+    (0, 0.0)
+    """
+    alpha, sigma, lam = _rates(denoiser, start)
+    down = _down(denoiser, steps, start)
+    before: tuple[float, Tensor] | None = None
+    for t, s in down:
+        x0, h = _estimate(denoiser, x, t, y).x0, lam[s] - lam[t]
+        middle = x0
+        if before is not None and s > 0:
+            middle = x0 + h / 2 * (x0 - before[1]) / (lam[t] - before[0])
+        before = lam[t], x0
+        share = -math.expm1(-2 * h)
+        x = sigma[s] / sigma[t] * math.exp(-h) * x + alpha[s] * share * middle
+        if s > 0:
+            x = x + sigma[s] * math.sqrt(share) * noise(s)
+        yield Step(s, x, x0)
+
+
+@torch.no_grad()
+def heun(
+    denoiser: Denoiser, x: Tensor, steps: Levels = 20, y: Tensor | None = None, start: int | None = None
+) -> Iterator[Step]:
+    """Heun's method on the EDM form, d(x/alpha)/d(sigma/alpha) = eps^ (Karras et al. 2022, Algorithm 1).
+
+    Two network calls a step but for the last, which has none at level 0: 2 steps - 1.
+
+    >>> from ddpm import schedule
+    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
+    >>> *_, last = heun(grey, torch.ones(1, 1, 4, 4), steps=5)
+    >>> last.t, float(last.x.abs().max())
+    (0, 0.0)
+    """
+    alpha, sigma, _ = _rates(denoiser, start)
+    clock = [b / a for a, b in zip(alpha, sigma, strict=True)]
+    return _heun(denoiser, x, _down(denoiser, steps, start), alpha, clock, lambda at, t: at.eps, y)
+
+
+@torch.no_grad()
+def probability_flow(
+    denoiser: Denoiser, x: Tensor, steps: Levels = 20, y: Tensor | None = None, start: int | None = None
+) -> Iterator[Step]:
+    """Heun's method on dx/dphi = cos phi eps^ - sin phi x0^, cos^2 phi = abar: the map that `ode` gives the density of.
+
+    2 steps - 1 network calls, as for `heun`; from level T to 1 it is `ode.probability_flow` run backwards.
+
+    >>> from ddpm import schedule
+    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
+    >>> *_, last = probability_flow(grey, torch.ones(1, 1, 4, 4), steps=5)
+    >>> last.t, float(last.x.abs().max())
+    (0, 0.0)
+    """
+    cos, sin, _ = _rates(denoiser, start)
+    clock = [math.atan2(b, a) for a, b in zip(cos, sin, strict=True)]
+    slope = lambda at, t: cos[t] * at.eps - sin[t] * at.x0  # noqa: E731
+    return _heun(denoiser, x, _down(denoiser, steps, start), [1.0] * len(clock), clock, slope, y)
+
+
+@torch.no_grad()
+def _heun(
+    denoiser: Denoiser, x: Tensor, down: list[tuple[int, int]], scale: list[float], clock: list[float],
+    slope: Callable[[Estimate, int], Tensor], y: Tensor | None,
+) -> Iterator[Step]:  # fmt: skip
+    """d(x/scale)/dclock = slope of the estimate; the last step, to level 0, is x0^ itself."""
+    for t, s in down:
+        estimate = _estimate(denoiser, x, t, y)
+        if s == 0:
+            x = estimate.x0
+        else:
+            whole, first = clock[s] - clock[t], slope(estimate, t)
+            euler = scale[s] * (x / scale[t] + whole * first)
+            second = slope(_estimate(denoiser, euler, s, y), s)
+            x = scale[s] * (x / scale[t] + whole / 2 * (first + second))
+        yield Step(s, x, estimate.x0)
+
+
+def _rates(denoiser: Denoiser, start: int | None) -> tuple[list[float], list[float], list[float]]:
+    """alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t) and lambda_t = log(alpha_t / sigma_t), at 0..start."""
+    known = slice(start if start is None else start + 1)
+    abar, lam = denoiser.schedule.alpha_bar[known], denoiser.schedule.half_log_snr[known]
+    if abar[-1] == 0:
+        raise InputError("the schedule ends at alpha_bar 0, where x says nothing of x0; want ancestral or ddim")
+    return abar.sqrt().tolist(), (1 - abar).sqrt().tolist(), lam.tolist()
+
+
+Run: TypeAlias = Callable[[Denoiser, Tensor, Noise, Levels, Tensor | None, int | None], Iterator[Step]]
+"""(denoiser, x, noise, steps, y, start) -> its steps, what all samplers can be called as."""
+
+
+class Sampler(NamedTuple):
+    """A sampler by name, as programs take it.
+
+    steps  how many where none are asked for (None: all levels)
+    noisy  whether it draws noise on the way
+    twice  whether a step is two network calls, but for the last
+    """
+
+    run: Run
+    steps: int | None = 20
+    noisy: bool = False
+    twice: bool = False
+
+    def levels(self, denoiser: Denoiser, steps: Levels | None) -> list[int]:
+        """The levels it visits from the last one on; `steps` None is its own number of them."""
+        if steps is None:
+            steps = min(self.steps or denoiser.schedule.T, denoiser.schedule.T)
+        return denoiser.schedule.levels(steps)
+
+    def calls(self, denoiser: Denoiser, steps: Levels | None) -> int:
+        """How many network calls it makes from the last level on."""
+        visited = len(self.levels(denoiser, steps))
+        return 2 * visited - 1 if self.twice else visited
+
+
+SAMPLERS = {
+    "ancestral": Sampler(ancestral, None, noisy=True),
+    "ddim": Sampler(lambda d, x, noise, steps, y, start: ddim(d, x, steps, y=y, start=start), 50),
+    "dpmpp_2m": Sampler(lambda d, x, noise, steps, y, start: dpm_solver_pp(d, x, steps, 2, y, start)),
+    "dpmpp_3m": Sampler(lambda d, x, noise, steps, y, start: dpm_solver_pp(d, x, steps, 3, y, start)),
+    "dpmpp_2m_sde": Sampler(sde_dpm_solver_pp, noisy=True),
+    "unipc": Sampler(lambda d, x, noise, steps, y, start: unipc(d, x, steps, 2, y, start)),
+    "unipc_3": Sampler(lambda d, x, noise, steps, y, start: unipc(d, x, steps, 3, y, start)),
+    "heun": Sampler(lambda d, x, noise, steps, y, start: heun(d, x, steps, y, start), 10, twice=True),
+    "flow": Sampler(lambda d, x, noise, steps, y, start: probability_flow(d, x, steps, y, start), 10, twice=True),
+}
+
+
+def named(name: str, eta: float = 0.0, sigma_hat: bool = False) -> Sampler:
+    """The sampler of that name, with DDIM's settings; InputError for another name, and for those of another sampler.
+
+    >>> named("ddim", eta=1.0).noisy, named("heun").twice
+    (True, True)
+    """
+    if name not in SAMPLERS:
+        raise InputError(f"sampler {name!r}: want {', '.join(SAMPLERS)}")
+    if eta == 0 and not sigma_hat:
+        return SAMPLERS[name]
+    if name != "ddim":
+        raise InputError(f"{f'eta {eta}' if eta else 'sigma_hat'}: only the sampler ddim has it")
+
+    def run(
+        denoiser: Denoiser, x: Tensor, noise: Noise, steps: Levels, y: Tensor | None, start: int | None
+    ) -> Iterator[Step]:
+        return ddim(denoiser, x, steps, eta, noise, y, start, sigma_hat)
+
+    return SAMPLERS[name]._replace(run=run, noisy=True)

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -51,19 +52,29 @@ class Schedule:
         return beta
 
     @functools.cached_property
+    def half_log_snr(self) -> Tensor:
+        """lambda_t = log(sqrt(abar_t) / sqrt(1 - abar_t)), float64 [T+1], from inf down (Lu et al. 2022)."""
+        return self.alpha_bar.logit() / 2
+
+    @functools.cached_property
     def ends_in_noise(self) -> bool:
         """Whether abar_T = 0, so that nothing of x_0 is left at level T."""  # cached: reading it waits for a GPU
         return bool(self.alpha_bar[-1] == 0)
 
-    def levels(self, steps: int, start: int | None = None) -> list[int]:
-        """`steps` levels spread evenly over 1..start, rising, the last one `start` (None: T).
+    def levels(self, steps: int | Sequence[int], start: int | None = None) -> list[int]:
+        """`steps` levels spread evenly over 1..start, rising, the last one `start` (None: T); or those given, checked.
 
-        >>> linear(1000).levels(4), linear(1000).levels(4, start=500)
-        ([250, 500, 750, 1000], [125, 250, 375, 500])
+        >>> linear(1000).levels(4), linear(1000).levels(4, start=500), linear(1000).levels([1, 10, 1000])
+        ([250, 500, 750, 1000], [125, 250, 375, 500], [1, 10, 1000])
         """
         start = self.T if start is None else start
         if not 1 <= start <= self.T:
             raise InputError(f"start {start}: want a noise level, 1 to {self.T}")
+        if not isinstance(steps, int):
+            levels = [0, *steps]
+            if levels[-1] != start or any(s >= t for s, t in pairwise(levels)):
+                raise InputError(f"levels {levels[1:]}: want rising levels from 1 on, the last one {start}")
+            return levels[1:]
         if not 1 <= steps <= start:
             what = "the number of noise levels" if start == self.T else "the levels up to the one it starts at"
             raise InputError(f"steps {steps}: want 1 to {start}, {what}")

@@ -24,6 +24,7 @@ from ddpm.presets import PRESETS, Precision, Preset, check
 if TYPE_CHECKING:
     import torch
 
+    from ddpm.denoiser import Denoiser
     from ddpm.files import datasets, features
     from ddpm.files.checkpoints import Checkpoint
 
@@ -157,26 +158,27 @@ def _sample(args: argparse.Namespace) -> int:
     check("--seed", args.seed, int, 0)
     check("--batch-size", args.batch_size, int, 1)
     check("--eta", args.eta, float, 0, 1)
-    if args.eta and args.sampler != "ddim":
-        raise InputError(f"--eta {args.eta}: only --sampler ddim has it")
+    if (args.eta or args.sigma_hat) and args.sampler != "ddim":
+        raise InputError(f"{f'--eta {args.eta}' if args.eta else '--sigma-hat'}: only --sampler ddim has it")
 
     with _importing():
         from ddpm.files import images
         from ddpm.run.distributed import processes
-        from ddpm.run.generate import SAMPLERS, calls, generate, progressive
+        from ddpm.run.generate import generate, progressive
+        from ddpm.samplers import named
 
-    check("--sampler", args.sampler, Literal[SAMPLERS])
     if images.check_out(args.out) != "png" and args.progressive:
         raise InputError(f"--out {args.out}: --progressive makes one picture; want a .png")
     with processes(args.device) as ranks:
         found = _open(args, ranks.device)
         denoiser = found.denoiser
-        check("--steps", denoiser.schedule.T if args.steps is None else args.steps, int, 1, denoiser.schedule.T)
+        steps = _levels(args, denoiser)
+        sampler = named(args.sampler, args.eta, args.sigma_hat)
         mine = [args.seed + i for i in ranks.mine(args.n)]
         make = progressive if args.progressive else partial(generate, batch_size=args.batch_size)
         pictures = make(
-            denoiser, found.preset.shape, mine, args.sampler, args.steps, args.eta,
-            device=ranks.device, progress=ranks.first and not args.json,
+            denoiser, found.preset.shape, mine, sampler, steps, device=ranks.device,
+            progress=ranks.first and not args.json,
         )  # fmt: skip
         pictures = ranks.interleave(pictures, args.n)
         if args.progressive:
@@ -192,14 +194,34 @@ def _sample(args: argparse.Namespace) -> int:
                 "out": args.out,
                 "count": args.n,
                 **found.about(),
-                "sampler": args.sampler,
-                "steps": calls(denoiser, args.sampler, args.steps),
+                **_sampled(args, denoiser),
                 "seed": args.seed,
             }
             what = f"{args.n} image{'s' * (args.n != 1)}"
             summary = f"{what} of {found.path} (step {found.step:,}, {found.weights}) in {args.out}"
             print(json.dumps(about) if args.json else summary)
     return 0
+
+
+def _levels(args: argparse.Namespace, denoiser: "Denoiser") -> list[int]:
+    """The levels that --sampler, --steps and --spacing mean."""
+    from ddpm.samplers import SAMPLERS
+    from ddpm.spacing import SPACINGS
+
+    check("--sampler", args.sampler, Literal[tuple(SAMPLERS)])
+    sampler, T = SAMPLERS[args.sampler], denoiser.schedule.T
+    check("--spacing", args.spacing, Literal[tuple(SPACINGS)])
+    check("--steps", T if args.steps is None else args.steps, int, 1, T)
+    return SPACINGS[args.spacing](denoiser.schedule, len(sampler.levels(denoiser, args.steps)))
+
+
+def _sampled(args: argparse.Namespace, denoiser: "Denoiser") -> dict[str, Any]:
+    """How samples were made, as plain JSON values."""
+    from ddpm.samplers import SAMPLERS
+
+    levels = _levels(args, denoiser)
+    calls = SAMPLERS[args.sampler].calls(denoiser, levels)
+    return {"sampler": args.sampler, "spacing": args.spacing, "steps": len(levels), "network_calls": calls}
 
 
 def _loader(args: argparse.Namespace, preset: Preset, shown: bool) -> "Callable[[str], datasets.Images]":
@@ -262,19 +284,16 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"--features {args.features}: features of images; want those of samples too, --samples FILE.npz"
         )
 
-    if args.samples is None:
-        check("--sampler", args.sampler, Literal["ancestral", "ddim"])
-
     with _importing():
         from ddpm.files import atomic
         from ddpm.run import evaluate
         from ddpm.run.distributed import processes
-        from ddpm.run.generate import calls
 
     with processes(args.device) as ranks:
         found = _open(args, ranks.device)
         preset = found.preset
         shown = ranks.first and not args.json
+        steps = _levels(args, found.denoiser)
         load = _loader(args, preset, shown)
         out = _out(args, found.home / "evaluate" / f"{found.step:08d}-{found.weights}")
         cache = _out(args, found.home / "cache")
@@ -314,9 +333,9 @@ def _evaluate(args: argparse.Namespace) -> int:
                 made, source = evaluate.read_samples(Path(args.samples), preset.shape), {"samples_from": args.samples}
             else:
                 made = evaluate.samples(
-                    found, cache, ranks, args.n or 50_000, args.seed, args.sampler, args.steps, args.batch_size, shown
+                    found, cache, ranks, args.n or 50_000, args.seed, args.sampler, steps, args.batch_size, shown
                 )
-                source = {"sampler": args.sampler, "steps": calls(found.denoiser, args.sampler, args.steps)}
+                source = _sampled(args, found.denoiser)
             if ranks.first:
                 values = evaluate.quality(quality, made, load("train"), network, cache, args.seed, ranks.device, shown)
                 keep("quality", {**source, **values}, "train")
@@ -378,7 +397,6 @@ def _paper(args: argparse.Namespace) -> int:
     for name in args.names:
         check("NAME", name, Literal[names])
     is_preset = args.names == ["table2"] and args.run in PRESETS and not Path(args.run).exists()
-    check("--sampler", args.sampler, Literal["ancestral", "ddim"])
     _check_measuring(args)
     if "table2" in args.names:
         for name in ("samples", "steps", "variance", "checkpoint"):
@@ -405,8 +423,8 @@ def _paper(args: argparse.Namespace) -> int:
         def setup(found: "Checkpoint", out: Path, cache: Path) -> paper.Setup:
             return paper.Setup(
                 found, load, out, cache, ranks, network, named, split=args.split, n=args.n,
-                samples=None if args.samples is None else Path(args.samples), sampler=args.sampler, steps=args.steps,
-                seed=args.seed, batch_size=args.batch_size, progress=shown,
+                samples=None if args.samples is None else Path(args.samples), sampler=args.sampler,
+                steps=_levels(args, found.denoiser), seed=args.seed, batch_size=args.batch_size, progress=shown,
             )  # fmt: skip
 
         for name in args.names:
@@ -506,7 +524,8 @@ def _parser() -> _Parser:
     p.add_argument("--out", default="samples.png", help=f"{_OUT} (%(default)s)")
     p.add_argument("--seed", **_number(int, 0), help="of the first image; each next one has one more (%(default)s)")
     _add_sampler(p)
-    p.add_argument("--eta", **_number(float, 0.0), help="DDIM's noise, 0 to 1 (%(default)s)")
+    p.add_argument("--eta", **_number(float, 0.0), help="ddim's noise, 0 to 1 (%(default)s)")
+    p.add_argument("--sigma-hat", action="store_true", help="ddim's noise as in the last rows of its paper's Table 1")
     p.add_argument("--batch-size", **_number(int, 64), help="images at a time; changes no picture (%(default)s)")
     p.add_argument("--progressive", action="store_true", help="a row an image: x0^ on the way (Figure 6)")
     _add_model(p)
@@ -615,8 +634,12 @@ _OUT = "FILE.png, a grid; FILE.npz; or a folder"
 
 
 def _add_sampler(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--sampler", default="ancestral", metavar="X", help="ancestral (Algorithm 2) or ddim (ancestral)")
-    p.add_argument("--steps", **_number(int, None), help="network calls (ancestral: all levels; ddim: 50)")
+    names = "ancestral (Algorithm 2), ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, unipc_3, heun, flow (ancestral)"
+    p.add_argument("--sampler", default="ancestral", metavar="X", help=names)
+    steps = "levels visited (ancestral: all; ddim: 50; heun, flow: 10, with two network calls each; others: 20)"
+    p.add_argument("--steps", **_number(int, None), help=steps)
+    spacing = "which levels: uniform, quadratic, log_snr, karras (%(default)s)"
+    p.add_argument("--spacing", default="uniform", metavar="X", help=spacing)
 
 
 def _add_model(p: argparse.ArgumentParser, variance: bool = True, precision: bool = True) -> None:

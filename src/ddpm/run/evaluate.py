@@ -22,6 +22,7 @@ from ddpm.gaussian import bits_per_dim, q_sample
 from ddpm.run.distributed import Processes
 from ddpm.run.generate import generate
 from ddpm.run.gpu import replayed
+from ddpm.samplers import Levels
 
 _NLL, _CALIBRATION, _ODE, _SUBSET = 0xE7A1, 0xCA1B, 0x0DE, 0x5B5E7
 """Keys that keep the draws of these apart from others of the same seed."""
@@ -328,7 +329,7 @@ def samples(
     count: int,
     seed: int = 0,
     sampler: str = "ancestral",
-    steps: int | None = None,
+    steps: Levels | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:

@@ -95,7 +95,7 @@ class Setup:
     n: int | None = None
     samples: Path | None = None
     sampler: str = "ancestral"
-    steps: int | None = None
+    steps: samplers.Levels | None = None
     seed: int = 0
     batch_size: int = 64
     progress: bool = True
@@ -128,7 +128,12 @@ class Setup:
         """Where samples come from."""
         if self.samples is not None:
             return {"samples": self.samples.name}
-        return {"sampler": self.sampler, "steps": generate.calls(self.found.denoiser, self.sampler, self.steps)}
+        return self.sampled()
+
+    def sampled(self) -> dict[str, Any]:
+        """How samples are made."""
+        levels = samplers.named(self.sampler).levels(self.found.denoiser, self.steps)
+        return {"sampler": self.sampler, "steps": len(levels)}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -235,8 +240,7 @@ def fig6(s: Setup) -> None:
         s.found.denoiser, s.found.preset.shape, range(s.seed, s.seed + n), s.sampler, s.steps, columns=21,
         device=s.ranks.device, progress=s.progress,
     )  # fmt: skip
-    steps = generate.calls(s.found.denoiser, s.sampler, s.steps)
-    _picture(s, "fig6", strip, s.about(sampler=s.sampler, steps=steps))
+    _picture(s, "fig6", strip, s.about(**s.sampled()))
 
 
 def fig7(s: Setup) -> None:

@@ -1,0 +1,393 @@
+"""Fast samplers: the order they converge with, equality with diffusers step by step, and where they may look."""
+
+import math
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.schedulers import scheduling_dpmsolver_multistep
+from exact import (
+    PREDICTIONS,
+    correlated,
+    isotropic,
+    last,
+    network,
+    normal,
+    one_thread,  # noqa: F401
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.integrate import quad
+
+from ddpm import ode, samplers, schedule, spacing
+from ddpm.denoiser import Denoiser
+from ddpm.errors import InputError
+from ddpm.samplers import _integral
+from ddpm.schedule import Schedule
+
+PAPER = schedule.linear()
+SOLVERS = {  # and their orders
+    "ddim": (samplers.ddim, 1),
+    "dpm_solver_pp 1": (lambda *a, **k: samplers.dpm_solver_pp(*a, **k, order=1), 1),
+    "dpm_solver_pp 2": (samplers.dpm_solver_pp, 2),
+    "dpm_solver_pp 3": (lambda *a, **k: samplers.dpm_solver_pp(*a, **k, order=3), 3),
+    "unipc 1": (lambda *a, **k: samplers.unipc(*a, **k, order=1), 2),
+    "unipc 2": (samplers.unipc, 3),
+    "unipc 3": (lambda *a, **k: samplers.unipc(*a, **k, order=3), 4),
+    "heun": (samplers.heun, 2),
+    "probability_flow": (samplers.probability_flow, 2),
+}
+NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+# Order of convergence, for Gaussian data whose exact path is known.
+
+
+def even(steps):
+    """A schedule of levels from lambda = 1 to -1, evenly; its last step, to level 0, is another matter.
+
+    At both ends two steps are as short as the square of the others: multistep solvers take them with a lower order.
+    """
+    h = 2 / steps
+    short = [2 * h**2, h**2, 0]
+    inner = np.linspace(1 - h, -1 + h, steps - 1)
+    lam = torch.tensor([*[1 - d for d in short[::-1]], *inner, *[-1 + d for d in short]], dtype=torch.float64)
+    return Schedule(torch.cat([torch.ones(1).double(), torch.sigmoid(2 * lam)]), torch.arange(-1, len(lam)))
+
+
+def exact_path(data, s, x):
+    """x at level 1 where the ODE carries x from level T: in the data's axes, by the ratio of standard deviations."""
+    mean = data.mean.flatten()
+    values, vectors = torch.linalg.eigh(data.covariance)
+    a, b = s.alpha_bar[-1], s.alpha_bar[1]
+    ratio = ((b * values + 1 - b) / (a * values + 1 - a)).sqrt()
+    z = (x.flatten(1) - a.sqrt() * mean) @ vectors
+    return ((ratio * z) @ vectors.T + b.sqrt() * mean).view_as(x)
+
+
+def slope(sizes, errors):
+    """How fast log error falls with log steps, over the last half."""
+    n = len(sizes) // 2
+    return -np.polyfit(np.log(sizes[n:]), np.log(errors[n:]), 1)[0]
+
+
+def errors_of(solve, sizes, predict="v"):
+    data, errors = correlated(), []
+    for steps in sizes:
+        s = even(steps)
+        x = normal(8, (1, 2, 2))(0)
+        found = next(
+            step.x for step in solve(Denoiser(network(data, s, predict), s, predict, clip=False), x, s.T) if step.t == 1
+        )
+        errors.append((found - exact_path(data, s, x)).square().mean().sqrt().item())
+    return errors
+
+
+SIZES = (8, 16, 32, 64, 128, 256)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_each_solver_converges_with_its_order(name):
+    """Twice the steps, 2^-order of the error, from 32 to 256 steps."""
+    solve, order = SOLVERS[name]
+    errors = errors_of(solve, SIZES)
+    assert slope(SIZES, errors) == pytest.approx(order, abs=0.25)
+    assert errors[-1] < 0.02 * 32 ** (1 - order) < 1
+
+
+def diffusers_multistep(denoiser, x, steps):
+    """DPM-Solver++ 3M as diffusers steps it, on the levels of our schedule."""
+    s = denoiser.schedule
+    scheduler = on_levels(
+        DPMSolverMultistepScheduler, s, list(range(1, s.T + 1)), solver_order=3, prediction_type="v_prediction"
+    )
+    for timestep, t in zip(scheduler.timesteps, range(s.T, 0, -1), strict=True):
+        x = scheduler.step(denoiser.network(x, timestep.expand(len(x))), timestep, x, return_dict=False)[0]
+        yield samplers.Step(t - 1, x, x)
+
+
+@pytest.mark.usefixtures("_double")
+def test_the_third_order_of_diffusers_is_the_second():
+    """By intent ours differs: the official formula has half of the parabola's second derivative (see the docstring)."""
+    assert slope(SIZES, errors_of(diffusers_multistep, SIZES)) == pytest.approx(2, abs=0.25)
+
+
+def test_the_sde_solver_converges_in_law():
+    """For Gaussian data x_1 is linear in x_T and the noise: its variance, computed exactly, comes to the data's."""
+    data, errors = isotropic(), []
+    for steps in SIZES:
+        s = even(steps)
+        drives = s.T  # x_T, and the noise at levels T-1 .. 1: one image each has a single unit impulse
+        noise = lambda t: (torch.arange(drives + 1) == t).double().view(-1, 1, 1, 1).expand(-1, 2, 1, 1)  # noqa: B023, E731
+        denoiser = Denoiser(network(data, s, "v"), s, "v", clip=False)
+        x = next(step.x for step in samplers.sde_dpm_solver_pp(denoiser, noise(s.T), noise, s.T) if step.t == 1)
+        variance = (x[1:] - x[:1])[:, 0].square().sum().item()  # image 0 has no impulse: the mean
+        start = s.alpha_bar[-1] * 0.25 + 1 - s.alpha_bar[-1]
+        scale = (x[-1, 0] - x[0, 0]).square().item()
+        variance += scale * (start.item() - 1)  # x_T has the data's variance at T, not 1
+        b = s.alpha_bar[1].item()
+        errors.append(abs(variance - (b * 0.25 + 1 - b)))
+    assert slope(SIZES, errors) == pytest.approx(2, abs=0.3)
+
+
+@given(
+    st.lists(st.floats(-2, 0.5), min_size=1, max_size=4, unique_by=lambda u: round(u, 1)),
+    st.lists(st.floats(-2, 2), min_size=4, max_size=4),
+    st.floats(0.05, 3),
+)
+def test_the_integral_is_exact_for_polynomials(where, coefficients, h):
+    """One point: a constant; three and four: parabolas and cubics; two: the line's value in the middle."""
+    P = lambda u: sum(c * u**k for k, c in enumerate(coefficients[: len(where)]))  # noqa: E731
+    points = [(0.7 + u, torch.full((1,), P(u), dtype=torch.float64)) for u in where]
+    want = P(h / 2) * -math.expm1(-h) if len(where) == 2 else quad(lambda u: math.exp(u - h) * P(u), 0, h)[0]
+    assert _integral(points, 0.7, 0.7 + h).item() == pytest.approx(want, rel=1e-6, abs=1e-6)
+
+
+# Equality with diffusers, and of solvers with one another.
+
+
+def said(x, timestep, y=None):
+    """A network with something to say: float64, smooth, of x and timestep; x0^ leaves [-1, 1] now and then."""
+    k = (timestep.double() / 1000).view(-1, 1, 1, 1)
+    return (2 * x + 3 * k).sin() + 0.3 * x.flip(-1)
+
+
+class Double:
+    """torch, but its float32 is float64: diffusers' DPM-Solver takes x to float32."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def _double(monkeypatch):
+    monkeypatch.setattr(scheduling_dpmsolver_multistep, "torch", Double())
+
+
+def on_levels(kind, s, levels, **settings):
+    """A diffusers scheduler in float64 whose sigmas are those of our levels."""
+    scheduler = kind(num_train_timesteps=s.T, trained_betas=s.beta[1:].tolist(), final_sigmas_type="zero", **settings)
+    scheduler.set_timesteps(len(levels))
+    abar = s.alpha_bar[[*levels[::-1], 0]]
+    scheduler.sigmas = ((1 - abar) / abar).sqrt()
+    scheduler.timesteps = s.timestep[levels[::-1]]
+    return scheduler
+
+
+@pytest.mark.parametrize("spaced", spacing.SPACINGS)
+@pytest.mark.parametrize("predict", NAMES)
+@pytest.mark.parametrize(
+    ("sampler", "kind", "settings"),
+    [
+        ("dpm_solver_pp 1", DPMSolverMultistepScheduler, {"solver_order": 1}),
+        ("dpm_solver_pp 2", DPMSolverMultistepScheduler, {"solver_order": 2}),
+        ("unipc 1", UniPCMultistepScheduler, {"solver_order": 1}),
+        ("unipc 2", UniPCMultistepScheduler, {"solver_order": 2}),
+        ("unipc 3", UniPCMultistepScheduler, {"solver_order": 3}),
+    ],
+)
+@pytest.mark.usefixtures("_double")
+def test_multistep_solvers_equal_diffusers(sampler, kind, settings, predict, spaced):
+    """Every step of 12 of the paper's levels, to 1e-6: x, for three predictions and every spacing."""
+    levels = spacing.SPACINGS[spaced](PAPER, 12)
+    scheduler = on_levels(kind, PAPER, levels, prediction_type=NAMES[predict], **settings)
+    x = normal(3, (2, 4, 4))(1000)
+    ours = SOLVERS[sampler][0](Denoiser(said, PAPER, predict, clip=False), x, levels)
+    for step, timestep in zip(ours, scheduler.timesteps, strict=True):
+        x = scheduler.step(said(x, timestep.expand(3)), timestep, x, return_dict=False)[0]
+        torch.testing.assert_close(step.x, x, rtol=1e-6, atol=1e-6)
+    assert step.t == 0
+
+
+@pytest.mark.parametrize("predict", NAMES)
+@pytest.mark.usefixtures("_double")
+def test_sde_solver_equals_diffusers(predict):
+    levels = spacing.log_snr(PAPER, 12)
+    scheduler = on_levels(
+        DPMSolverMultistepScheduler, PAPER, levels, prediction_type=NAMES[predict], algorithm_type="sde-dpmsolver++"
+    )
+    noise = normal(3, (2, 4, 4))
+    x = noise(1000)
+    ours = samplers.sde_dpm_solver_pp(Denoiser(said, PAPER, predict, clip=False), x, noise, levels)
+    for step, timestep in zip(ours, scheduler.timesteps, strict=True):
+        out = said(x, timestep.expand(3))
+        x = scheduler.step(out, timestep, x, variance_noise=noise(step.t), return_dict=False)[0]
+        torch.testing.assert_close(step.x, x, rtol=1e-6, atol=1e-6)
+
+
+def test_heun_equals_diffusers():
+    """Two of its steps are one of ours; it holds x / alpha."""
+    levels = spacing.karras(PAPER, 12)
+    scheduler = HeunDiscreteScheduler(num_train_timesteps=1000, trained_betas=PAPER.beta[1:].tolist())
+    scheduler.set_timesteps(12)
+    abar = PAPER.alpha_bar[[*levels[::-1], 0]]
+    sigmas, t = ((1 - abar) / abar).sqrt(), PAPER.timestep[levels[::-1]]
+    scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+    scheduler.timesteps = torch.cat([t[:1], t[1:].repeat_interleave(2)])
+    alpha, x = PAPER.alpha_bar.sqrt(), normal(3, (2, 4, 4))(1000)
+    z = x / alpha[1000]
+    states = [
+        z := scheduler.step(said(scheduler.scale_model_input(z, now), now.expand(3)), now, z, return_dict=False)[0]
+        for now in scheduler.timesteps
+    ]
+    ours = list(samplers.heun(Denoiser(said, PAPER, clip=False), x, levels))
+    for step, z in zip(ours, [*states[1:-1:2], states[-1]], strict=True):
+        torch.testing.assert_close(step.x, alpha[step.t] * z, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_first_order_solvers_are_ddim(clip):
+    """Euler on the EDM form, DPM-Solver++ 1 and DDIM are one method; the SDE's first step is ancestral's."""
+    denoiser, noise = Denoiser(said, PAPER, clip=clip), normal(3, (2, 4, 4))
+    levels = spacing.quadratic(PAPER, 9)
+    ddim = list(samplers.ddim(denoiser, noise(1000), levels))
+    alpha = PAPER.alpha_bar.sqrt()
+    sigma = (1 - PAPER.alpha_bar).sqrt() / alpha
+    x, t = noise(1000), 1000
+    for a, b in zip(ddim, samplers.dpm_solver_pp(denoiser, noise(1000), levels, order=1), strict=True):
+        torch.testing.assert_close(a.x, b.x, rtol=1e-9, atol=1e-9)
+        eps = denoiser(x, torch.full((3,), t)).eps
+        x, t = alpha[a.t] * (x / alpha[t] + (sigma[a.t] - sigma[t]) * eps), a.t
+        torch.testing.assert_close(a.x, x, rtol=1e-9, atol=1e-9)
+    small = Denoiser(said, PAPER, variance="fixed_small", clip=clip)
+    one = next(samplers.ancestral(small, noise(1000), noise, levels))
+    other = next(samplers.sde_dpm_solver_pp(denoiser, noise(1000), noise, levels))
+    torch.testing.assert_close(one.x, other.x, rtol=1e-9, atol=1e-9)
+
+
+def test_probability_flow_is_the_map_of_the_likelihood():
+    """`ode` says of what it made of x_T exactly the density that the change of variables gives."""
+    s, data = even(100), isotropic()
+    denoiser = Denoiser(network(data, s, "v"), s, "v", clip=False)
+    x = torch.cat([torch.zeros(1, 2, 1, 1), torch.eye(2).view(2, 2, 1, 1), normal(3, (2, 1, 1))(0)]).double()
+    x1 = next(step.x for step in samplers.probability_flow(denoiser, x, s.T) if step.t == 1)
+    root = s.alpha_bar[1].sqrt()
+    stretched = torch.logdet((x1[1:3] - x1[0]).flatten(1) / root)  # of the linear map from x_T to x
+    want = (x.square() / 2 + math.log(2 * math.pi) / 2).flatten(1).sum(1) + stretched
+    found = ode.probability_flow(denoiser, x1 / root, torch.ones_like(x1))
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_reaches_the_data_with_every_prediction(name, predict):
+    """From the exact law at level T every image of 60 steps is within 2% of where the exact ODE ends."""
+    s, data = schedule.cosine(400), correlated()
+    x = normal(16, (1, 2, 2))(0)
+    levels = spacing.log_snr(s, 60)
+    out = last(SOLVERS[name][0](Denoiser(network(data, s, predict), s, predict, clip=False), x, levels)).x
+    want = exact_path(data, s, x)
+    assert (out - want).square().mean().sqrt() < (0.05 if SOLVERS[name][1] == 1 else 0.02)
+
+
+# Sigma-hat, spacings.
+
+
+def test_sigma_hat_adds_the_larger_noise():
+    """The direction of eta 1, and noise of variance 1 - abar_t / abar_s (Song et al. 2021, Section 5, sigma^)."""
+    noise, denoiser = normal(3, (2, 4, 4)), Denoiser(said, PAPER)
+    one = next(samplers.ddim(denoiser, noise(1000), 10, 1.0, noise))
+    hat = next(samplers.ddim(denoiser, noise(1000), 10, 1.0, noise, sigma_hat=True))
+    still = next(samplers.ddim(denoiser, noise(1000), 10, 1.0, lambda t: torch.zeros(3, 2, 4, 4)))
+    beta = 1 - PAPER.alpha_bar[1000] / PAPER.alpha_bar[900]
+    torch.testing.assert_close(hat.x - still.x, beta.sqrt() * noise(900))
+    assert (one.x - still.x).std() < (hat.x - still.x).std()
+
+
+@given(st.sampled_from(sorted(spacing.SPACINGS)), st.integers(1, 1000), st.data())
+def test_spacings_rise_and_end_at_the_start(name, steps, data):
+    start = data.draw(st.integers(steps, 1000))
+    for s in (PAPER, schedule.cosine()):
+        levels = spacing.SPACINGS[name](s, steps, start)
+        assert (len(levels), levels[-1]) == (steps, start)
+        assert s.levels(levels, start) == levels  # which checks that they rise within 1..start
+
+
+def test_spacings_are_those_of_diffusers():
+    """Karras and log-SNR levels where there is room: within one level of what diffusers rounds to."""
+    for name, flag in (("karras", "use_karras_sigmas"), ("log_snr", "use_lu_lambdas")):
+        scheduler = DPMSolverMultistepScheduler(trained_betas=PAPER.beta[1:].tolist(), **{flag: True})
+        scheduler.set_timesteps(12)
+        theirs = np.array(sorted(scheduler.timesteps.tolist())) + 1
+        assert np.abs(np.array(spacing.SPACINGS[name](PAPER, 12)) - theirs).max() <= 1
+
+
+@given(st.integers(1, 7), st.integers(0, 10**6))
+def test_optimised_spacing_is_the_cheapest(steps, seed):
+    """Against all subsets of seven levels."""
+    cost = torch.rand(8, 8, generator=torch.Generator().manual_seed(seed))
+    price = lambda levels: sum(cost[s, t].item() for s, t in pairwise([0, *levels]))  # noqa: E731
+    found = spacing.optimised(cost, steps)
+    assert (len(found), found[-1]) == (steps, 7)
+    assert price(found) == pytest.approx(min(price([*rest, 7]) for rest in combinations(range(1, 7), steps - 1)))
+
+
+def test_bound_cost_is_the_bound():
+    """For data of one variance the best one is exact: the costs of the whole chain are E sum_t L_t a dimension."""
+    s, data = schedule.linear(50, 2e-3, 0.4), isotropic()
+    mse = torch.stack([data.x0_covariance(a)[0, 0] for a in s.alpha_bar[1:]])
+    cost = spacing.bound_cost(s, mse)
+    chain = sum(cost[t - 1, t].item() for t in range(2, 51)) * data.D
+    assert chain == pytest.approx(data.bound_kl(s, data.variances(s)).sum().item(), rel=1e-9)
+    levels = [3, 10, 25, 50]
+    few = s.respace(levels)
+    part = sum(cost[a, b].item() for a, b in pairwise(levels)) * data.D
+    assert part == pytest.approx(data.bound_kl(few, data.variances(few)).sum().item(), rel=1e-9)
+    assert cost[0, 5].item() == pytest.approx(0.5 * math.log(2 * math.pi * math.e * (mse[4] * (255 / 2) ** 2 + 1 / 12)))
+
+
+def test_path_cost_is_the_error_of_one_step():
+    """By hand for three steps of a short path; nothing for a step of one level."""
+    s = schedule.linear(12, 2e-2, 0.5)
+    denoiser, x = Denoiser(said, s), normal(4, (2, 4, 4))(12).float()
+    cost = spacing.path_cost(denoiser, x)
+    path = {12: x, **{step.t: step.x for step in samplers.ddim(denoiser, x, 12)}}
+    for t, to in ((12, 7), (8, 1), (5, 0)):
+        estimate = denoiser(path[t], torch.full((4,), t))
+        there = s.alpha_bar[to].sqrt() * estimate.x0 + (1 - s.alpha_bar[to]).sqrt() * estimate.eps
+        assert cost[to, t].item() == pytest.approx((there - path[to]).square().mean().sqrt().item(), rel=1e-4)
+        assert cost[t - 1, t] < 1e-6
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda d, x: samplers.dpm_solver_pp(d, x, 5, order=4), "order 4: want 1, 2 or 3"),
+        (
+            lambda d, x: samplers.ddim(d, x, [5, 3, 1000]),
+            r"levels \[5, 3, 1000\]: want rising levels from 1 on, the last",
+        ),
+        (lambda d, x: samplers.unipc(d, x, [3, 5]), "the last one 1000"),
+        (lambda d, x: samplers.heun(d, x, 1001), "steps 1001: want 1 to 1000"),
+        (lambda d, x: samplers.ddim(d, x, 5, 0.5), "eta 0.5: want 0 to 1, and noise"),
+        (lambda d, x: samplers.ddim(d, x, 5, sigma_hat=True), "and noise where"),
+        (lambda d, x: iter([spacing.optimised(torch.ones(11, 11), 11)]), "steps 11: want 1 to 10"),
+    ],
+)
+def test_mistakes_are_named(call, words):
+    with pytest.raises(InputError, match=words):
+        last(call(Denoiser(said, PAPER), torch.zeros(1, 1, 4, 4)))
+
+
+def test_schedules_that_end_in_noise():
+    """Where alpha_bar ends at 0 the solvers in lambda say so, and start below it; ddim goes on."""
+    s = schedule.jsd(100)
+    denoiser, x = Denoiser(network(correlated(), s, "v"), s, "v"), normal(2, (1, 2, 2))(0)
+    for solve in (samplers.dpm_solver_pp, samplers.unipc, samplers.heun, samplers.probability_flow):
+        with pytest.raises(InputError, match="ends at alpha_bar 0"):
+            last(solve(denoiser, x, 5))
+        assert last(solve(denoiser, x, 5, start=99)).x.isfinite().all()
+    assert last(samplers.ddim(denoiser, x, 5)).x.isfinite().all()
+    with pytest.raises(InputError, match="no log-SNR; want uniform or quadratic"):
+        spacing.karras(s, 5)
