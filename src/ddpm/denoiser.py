@@ -1,5 +1,6 @@
 """What the network's output means: p_theta(x_{t-1} | x_t) and the estimate of x_0 (Section 3.2)."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -14,6 +15,35 @@ from ddpm.schedule import Schedule
 
 Prediction = Literal["eps", "x0", "mu", "v"]
 Variance = Literal["fixed_large", "fixed_small", "learned", "learned_range"]
+
+
+def _dynamic(x0: Tensor, p: float) -> Tensor:
+    """Dynamic thresholding: what sticks out of [-1, 1] in most pixels scales an image down rather than saturate it."""
+    s = torch.stack([image.abs().flatten().quantile(p) for image in x0]).clamp(min=1)
+    s = over(s.to(x0), x0)
+    return x0.clamp(-s, s) / s
+
+
+@dataclass(frozen=True, eq=False)
+class Guided:
+    """A network under classifier-free guidance, see `Denoiser.guided`; first and last are timesteps."""
+
+    network: Callable[..., Tensor]
+    scale: float
+    first: int
+    last: int
+    learned: bool
+
+    def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
+        inside = (timestep >= self.first) & (timestep <= self.last)
+        if y is None or self.scale == 1 or not inside.any():
+            return self.network(x, timestep, y)
+        labels = torch.cat([y, torch.full_like(y, -1)])
+        given, free = self.network(torch.cat([x, x]), torch.cat([timestep, timestep]), labels).chunk(2)
+        out = torch.where(inside.view(-1, 1, 1, 1), free + self.scale * (given - free), given)
+        if self.learned:
+            out = torch.cat([out.chunk(2, dim=1)[0], given.chunk(2, dim=1)[1]], dim=1)
+        return out
 
 
 @dataclass(frozen=True)
@@ -50,7 +80,9 @@ class Denoiser:
     variance  sigma_t^2: fixed_large, beta_t; fixed_small, beta~_t (both with beta~_2 at t = 1, as in the official
               code); learned, the last C channels are log sigma^2; learned_range, they run from log beta~_t at -1
               to log beta_t at 1 (Nichol & Dhariwal 2021); or a table of variances, float64 [T+1]
-    clip      x0^ goes through [-1, 1] before the mean is taken from it; with mu only the reported x0^ does
+    clip      x0^ goes through [-1, 1] before the mean is taken from it; with mu only the reported x0^ does. A float
+              p in (0, 1): dynamic thresholding (Saharia et al. 2022, Section 2.3), x0^ is clipped to [-s, s] and
+              divided by s, the larger of 1 and the p-quantile of an image's |x0^|
 
     The network may compute in any precision: what it returns is taken to x_t's dtype first.
     Raises InputError for a setting that does not exist, and for eps with a schedule that ends at abar_T = 0.
@@ -66,9 +98,11 @@ class Denoiser:
     schedule: Schedule
     predict: Prediction = "eps"
     variance: Variance | Tensor = "fixed_large"
-    clip: bool = True
+    clip: bool | float = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.clip, bool) and not 0 < self.clip < 1:
+            raise InputError(f"clip {self.clip}: want true, false, or a quantile between 0 and 1")
         if self.predict not in get_args(Prediction):
             raise InputError(f"predict {self.predict!r}: want {', '.join(get_args(Prediction))}")
         if isinstance(self.variance, Tensor):
@@ -147,7 +181,7 @@ class Denoiser:
                 x0 = (prediction - over(c_x, xt) * xt) / over(c_0, xt)
                 eps = (xt - signal * x0) / sigma
         if self.clip:
-            clipped = x0.clamp(-1, 1)
+            clipped = x0.clamp(-1, 1) if self.clip is True else _dynamic(x0, self.clip)
             eps = eps + signal / sigma * (x0 - clipped)
             x0 = clipped
         mean = prediction if self.predict == "mu" else q_posterior(self.schedule, x0, xt, t).mean
@@ -174,6 +208,28 @@ class Denoiser:
         if self.predict == "mu":
             raise InputError("respace: mu belongs to its own levels; want eps, x0 or v, or the ddim sampler")
         return replace(self, schedule=self.schedule.respace(levels))
+
+    def guided(self, scale: float, interval: tuple[int, int] | None = None) -> "Denoiser":
+        """The same with classifier-free guidance, where it is called with labels: two network calls in one batch.
+
+        prediction = without label + scale (with label - without), Eq. 6 of Ho & Salimans 2022 with scale = 1 + w: 1 is
+        none, and as all four predictions are linear in x0^ it is x0^ that is guided. Only at levels t of `interval`,
+        first and last (None: all), and one call elsewhere (Kynkäänniemi et al. 2024). A learned variance is that with
+        label. Raises InputError for a scale that is not finite and an interval that is not within 1..T.
+
+        >>> from ddpm import schedule
+        >>> labelled = Denoiser(lambda x, timestep, y: torch.full_like(x, 0.1) * y.view(-1, 1, 1, 1), schedule.linear())
+        >>> x, t, y = torch.zeros(1, 1, 2, 2), torch.tensor([500]), torch.tensor([3])
+        >>> round(float(labelled.guided(1.5).output(x, t, y)[0].mean()), 3)  # -0.1 + 1.5 (0.3 + 0.1)
+        0.5
+        """
+        first, last = interval or (1, self.schedule.T)
+        if not math.isfinite(scale):
+            raise InputError(f"guidance {scale}: want a finite number")
+        if not 1 <= first <= last <= self.schedule.T:
+            raise InputError(f"guidance interval {first}, {last}: want two levels in order, 1..{self.schedule.T}")
+        ends = self.schedule.timestep[[first, last]].tolist()
+        return replace(self, network=Guided(self.network, scale, ends[0], ends[1], self.learned))
 
     def to(self, device: torch.device | str) -> "Denoiser":
         """Network and tables on `device`; on one without float64 (mps) the tables stay where they are.

@@ -39,6 +39,9 @@ class Preset:
     flip: bool = _f(True, "mirror every other training image at random")
     image_column: str = _f("", "column of the images in a data set (empty: found)")
     label_column: str = _f("", "column of the labels in a data set (empty: found)")
+    classes: bool = _f(False, "learn the classes of the data set's labels, to sample one by its name")
+    class_names: tuple[str, ...] = _f((), "what they are called, as the data set says; one embedding each", resume=True)
+    label_dropout: float = _f(0.1, "share of labels not shown, so that guidance has a model without", 0, 1)
     skip_bad: bool = _f(False, "count images that cannot be read, and go on without them", resume=True)
 
     # network
@@ -140,10 +143,11 @@ def check(name: str, value: Any, kind: Any, least: float | None = None, most: fl
             raise InputError(f"{name} {value!r}: want {', '.join(map(str, get_args(kind)))}")
         return
     if get_origin(kind) is tuple:
-        if not isinstance(value, tuple) or not value:
+        element = get_args(kind)[0]
+        if not isinstance(value, tuple) or not (value or element is str):
             raise InputError(f"{name} {value!r}: want whole numbers with commas between")
         for one in value:
-            check(name, one, int, least, most)
+            check(name, one, element, least, most)
         return
     accepted = (int, float) if kind is float else kind
     finite = not isinstance(value, float) or value - value == 0
@@ -214,6 +218,7 @@ def build(preset: Preset) -> Denoiser:
         preset.blocks,
         preset.attention_levels,
         preset.dropout,
+        len(preset.class_names),
         patch=preset.patch,
         checkpointing=preset.checkpointing,
         bf16=preset.precision == "bf16",

@@ -176,6 +176,8 @@ class Patches(nn.Module):
 class UNet(nn.Module):
     """(x [B, C, H, W], timestep int64 [B], y int64 [B] or None) -> [B, out_channels, H, W].
 
+    y is each image's class, 0 .. classes - 1, or -1 for none; None is none for all.
+
     channels       C of the images
     out_channels   C, or 2C where the variance is learned; None: C
     width          channels of the first level, a multiple of 32
@@ -260,8 +262,10 @@ class UNet(nn.Module):
 
     def _forward(self, x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:
         time = self.time2(F.silu(self.time1(time_embedding(timestep, self.width).to(x.dtype))))  # [B, 4 width]
-        if self.label is not None and y is not None:
-            time = time + self.label(y)
+        if y is not None:
+            if self.label is None:
+                raise InputError("y: this network has no classes; want None")
+            time = time + torch.where(y[:, None] >= 0, self.label(y.clamp(min=0)), 0)
         time = F.silu(time)
 
         h = convolve(self.conv_in, x)

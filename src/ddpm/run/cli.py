@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ddpm.denoiser import Denoiser
     from ddpm.files import datasets, features
     from ddpm.files.checkpoints import Checkpoint
+    from ddpm.run.distributed import Processes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,6 +60,19 @@ def _size(text: str) -> tuple[int, ...]:
     return sides * 2 if len(sides) == 1 else sides
 
 
+def _interval(text: str) -> tuple[int, int]:
+    first, last = text.split(",")
+    return int(first), int(last)
+
+
+def _clip(text: str) -> bool | float:
+    if text in ("static", "none"):
+        return text == "static"
+    if not 0 < float(text) < 1:
+        raise ValueError
+    return float(text)
+
+
 def _as(kind: Any, wanted: str) -> Any:
     """A converter for argparse whose failure names the value and what would do."""
 
@@ -80,7 +94,7 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
     """An option for every field of Preset; what is not given stays the preset's."""
     hints = get_type_hints(Preset)
     for f in fields(Preset):
-        if f.name == "data":
+        if f.name in ("data", "class_names"):
             continue
         name, kind, text = f"--{f.name.replace('_', '-')}", hints[f.name], f.metadata["help"]
         extra: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
@@ -174,11 +188,12 @@ def _sample(args: argparse.Namespace) -> int:
         denoiser = found.denoiser
         steps = _levels(args, denoiser)
         sampler = named(args.sampler, args.eta, args.sigma_hat)
+        denoiser, y = _conditioned(args, found, ranks)
         mine = [args.seed + i for i in ranks.mine(args.n)]
         make = progressive if args.progressive else partial(generate, batch_size=args.batch_size)
         pictures = make(
             denoiser, found.preset.shape, mine, sampler, steps, device=ranks.device,
-            progress=ranks.first and not args.json,
+            progress=ranks.first and not args.json, y=y,
         )  # fmt: skip
         pictures = ranks.interleave(pictures, args.n)
         if args.progressive:
@@ -194,13 +209,45 @@ def _sample(args: argparse.Namespace) -> int:
                 "out": args.out,
                 "count": args.n,
                 **found.about(),
-                **_sampled(args, denoiser),
+                **_sampled(args, found.denoiser),
+                **{name: value for name in _CONDITIONS if (value := getattr(args, name)) is not None},
                 "seed": args.seed,
             }
             what = f"{args.n} image{'s' * (args.n != 1)}"
             summary = f"{what} of {found.path} (step {found.step:,}, {found.weights}) in {args.out}"
             print(json.dumps(about) if args.json else summary)
     return 0
+
+
+def _conditioned(
+    args: argparse.Namespace, found: "Checkpoint", ranks: "Processes"
+) -> tuple["Denoiser", "torch.Tensor | None"]:
+    """The model as --clip, --guidance and --guidance-interval want it, and this process's labels of --class."""
+    import torch
+
+    denoiser, names = found.denoiser, found.preset.class_names
+    if args.clip is not None:
+        denoiser = replace(denoiser, clip=args.clip)
+    if not args.classes:
+        for name in ("guidance", "guidance_interval"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')}: of nothing without --class NAME")
+        return denoiser, None
+    if not names:
+        raise InputError(f"--class {args.classes[0]}: {found.path} was not trained with --classes; want none")
+    wanted = names if args.classes == ["all"] and "all" not in names else args.classes
+    for name in wanted:
+        if name not in names:
+            raise InputError(f"--class {name!r}: want {', '.join(names)}, or all")
+    if args.guidance is None:
+        args.guidance = GUIDANCE
+    labels = torch.tensor([names.index(wanted[i % len(wanted)]) for i in ranks.mine(args.n)], dtype=torch.int64)
+    return denoiser.guided(args.guidance, args.guidance_interval), labels
+
+
+_CONDITIONS = ("classes", "guidance", "guidance_interval")
+GUIDANCE = 1.5
+"""Where a class is asked for and no --guidance is given."""
 
 
 def _levels(args: argparse.Namespace, denoiser: "Denoiser") -> list[int]:
@@ -524,6 +571,13 @@ def _parser() -> _Parser:
     p.add_argument("--out", default="samples.png", help=f"{_OUT} (%(default)s)")
     p.add_argument("--seed", **_number(int, 0), help="of the first image; each next one has one more (%(default)s)")
     _add_sampler(p)
+    one = "of a model trained with --classes: images of these in turn, or of all"
+    p.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help=one)
+    p.add_argument("--guidance", **_number(float, None), help=f"towards the class; 1 for none ({GUIDANCE})")
+    within = _as(_interval, "two levels as 100,900")
+    p.add_argument("--guidance-interval", type=within, metavar="N,N", help="first and last level of it (all)")
+    clip = "of x0^: static, to [-1, 1]; none; or the quantile of dynamic thresholding, as 0.995 (the run's)"
+    p.add_argument("--clip", type=_as(_clip, "static, none or a number between 0 and 1"), metavar="X", help=clip)
     p.add_argument("--eta", **_number(float, 0.0), help="ddim's noise, 0 to 1 (%(default)s)")
     p.add_argument("--sigma-hat", action="store_true", help="ddim's noise as in the last rows of its paper's Table 1")
     p.add_argument("--batch-size", **_number(int, 64), help="images at a time; changes no picture (%(default)s)")

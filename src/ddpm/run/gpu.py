@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ddpm.denoiser import Denoiser
+from ddpm.denoiser import Denoiser, Guided
 from ddpm.presets import Compile
 from ddpm.unet import Stage, UNet
 
@@ -47,39 +47,39 @@ class Replayed:
     """A UNet that samples, as a CUDA graph for each shape of x it is called with: one launch in place of hundreds.
 
     A graph reads the weights where they are: they may change in place, but not move. A call costs some 4 calls more the
-    first time. Labels go past the graphs.
+    first time.
     """
 
     def __init__(self, network: UNet) -> None:
         self.network = network
-        self._graphs: dict[torch.Size, tuple[Tensor, Tensor, Tensor, Callable[[], None]]] = {}
+        self._graphs: dict[tuple[torch.Size, bool], tuple[list[Tensor], Tensor, Callable[[], None]]] = {}
 
     def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
         """As the network: x float32 [B, C, H, W], timestep int64 [B], y int64 [B] or None -> [B, C or 2C, H, W]."""
-        if y is not None:
-            out: Tensor = self.network(x, timestep, y)
-            return out
-        if x.shape not in self._graphs:
-            self._graphs[x.shape] = self._capture(x.clone(), timestep.clone())
-        x_in, timestep_in, out, replay = self._graphs[x.shape]
-        x_in.copy_(x)
-        timestep_in.copy_(timestep)
+        given = [x, timestep] if y is None else [x, timestep, y]
+        key = x.shape, y is None
+        if key not in self._graphs:
+            self._graphs[key] = self._capture([tensor.clone() for tensor in given])
+        inputs, out, replay = self._graphs[key]
+        for there, tensor in zip(inputs, given, strict=True):
+            there.copy_(tensor)
         replay()
         return out.clone()  # the next replay writes into it
 
-    def _capture(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[], None]]:
-        """The graph's x, timestep and output, and what runs it (torch's notes on CUDA semantics, "CUDA Graphs")."""
-        aside = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(x.device))
+    def _capture(self, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor, Callable[[], None]]:
+        """The graph's inputs and output, and what runs it (torch's notes on CUDA semantics, "CUDA Graphs")."""
+        device = inputs[0].device
+        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(3):  # libraries choose their algorithms and workspaces
-                self.network(x, timestep)
-        torch.cuda.current_stream(x.device).wait_stream(aside)
+                self.network(*inputs)
+        torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # thread_local: threads that pin memory or watch over other processes meanwhile do no harm
         with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            out: Tensor = self.network(x, timestep)
-        return x, timestep, out, graph.replay
+            out: Tensor = self.network(*inputs)
+        return inputs, out, graph.replay
 
 
 def replayed(denoiser: Denoiser, device: torch.device | str) -> Denoiser:
@@ -88,6 +88,9 @@ def replayed(denoiser: Denoiser, device: torch.device | str) -> Denoiser:
     (Autocast keeps bf16 copies of weights that want gradients, in memory that is not the graph's.)
     """
     network = denoiser.network
+    if isinstance(network, Guided):
+        inner = replayed(replace(denoiser, network=network.network), device)
+        return replace(denoiser, network=replace(network, network=inner.network))
     if torch.device(device).type != "cuda" or not isinstance(network, UNet):
         return denoiser
     if network.training or any(p.requires_grad for p in network.parameters()):

@@ -67,6 +67,7 @@ def train(preset: Preset, out: Path) -> Result:
             image_column=preset.image_column or None, label_column=preset.label_column or None,
             skip_bad=preset.skip_bad, progress=ranks.first,
         )  # fmt: skip
+        preset = _named(preset, out, train_set)
         if ranks.first:
             _claim(out, stack)  # only now: a mistake in settings or data leaves no folder behind
 
@@ -101,7 +102,7 @@ def train(preset: Preset, out: Path) -> Result:
 
         def evaluate(stop: Callable[[], bool] = lambda: False) -> float | None:
             """Held-out L_simple, written to the log; None where the run is to stop."""
-            levels = held_out_by_level(evaluating, held_out_set, preset.eval_images, ranks, stop)
+            levels = held_out_by_level(evaluating, held_out_set, preset.eval_images, ranks, stop, preset.classes)
             if ranks.any(stop()):
                 return None
             mean = float(torch.tensor(levels).nanmean())
@@ -158,6 +159,7 @@ def train(preset: Preset, out: Path) -> Result:
             flips = datasets.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
             draws.manual_seed(noise.mix(preset.seed, step, _EPS))
             eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
+            y = _labels(train_set, preset, step, g, ranks) if preset.classes else None
             adam.param_groups[0]["lr"] = learning_rate(preset, step)
             for part in parts:
                 x0 = batch[part.start - parts[0].start : part.stop - parts[0].start]
@@ -167,7 +169,7 @@ def train(preset: Preset, out: Path) -> Result:
                 torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
                 last = part is parts[-1]
                 with nullcontext() if last or ranks.world == 1 else model.no_sync():  # type: ignore[operator]
-                    loss = objective(training, x0, t[part], eps[part])
+                    loss = objective(training, x0, t[part], eps[part], None if y is None else y[part])
                     loss = (loss * losses.weight(denoiser, t[part], preset.weighting)).mean() / len(parts)
                     loss.backward()  # type: ignore[no-untyped-call]
                 loss_sum += loss.detach()
@@ -201,9 +203,10 @@ def train(preset: Preset, out: Path) -> Result:
                 ended = ended or ranks.any(stop.signal is not None)  # a signal during the evaluation
             if not ended and preset.sample_every and (step % preset.sample_every == 0 or done):
                 mine = list(ranks.mine(preset.sample_count))
+                classes = torch.tensor(mine) % len(preset.class_names) if preset.classes else None
                 grid = generate(
                     evaluating, preset.shape, mine, "ddim", preset.sample_steps, device=ranks.device,
-                    stop=lambda: stop.signal is not None,
+                    stop=lambda: stop.signal is not None, y=classes,
                 )  # fmt: skip
                 grid = ranks.interleave(grid, preset.sample_count)
                 if not ranks.any(stop.signal is not None) and ranks.first:
@@ -252,12 +255,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 @torch.no_grad()
 @kernels.frozen()
 def held_out_by_level(
-    denoiser: Denoiser, held_out: datasets.Images, most: int, ranks: Processes, stop: Callable[[], bool] = lambda: False
-) -> list[float]:
+    denoiser: Denoiser, held_out: datasets.Images, most: int, ranks: Processes,
+    stop: Callable[[], bool] = lambda: False, labelled: bool = False,
+) -> list[float]:  # fmt: skip
     """L_simple of held-out images in BUCKETS equal ranges of t, lowest first; nan for a range that has no image.
 
     Image i has a level and a noise of its own, the same in every run and on any number of processes. Where `stop`
-    comes true it returns early, with the means of what it has.
+    comes true it returns early, with the means of what it has. labelled: the network is told their labels.
     """
     n, T = min(most, len(held_out)), denoiser.schedule.T
     t = 1 + (torch.randperm(n, generator=noise.generator(HELD_OUT_SEED)) * T + T // 2) // n
@@ -269,13 +273,34 @@ def held_out_by_level(
         rows = list(mine[start : start + 64])
         x0 = pixels.to_signal(held_out.batch(rows)).to(ranks.device)
         eps = noise.normal([noise.mix(HELD_OUT_SEED, i) for i in rows], x0.shape[1:]).to(ranks.device)
-        loss = losses.simple(denoiser, x0, t[rows].to(ranks.device), eps).double().cpu()
+        y = None if held_out.labels is None or not labelled else held_out.labels[rows].to(ranks.device)
+        loss = losses.simple(denoiser, x0, t[rows].to(ranks.device), eps, y).double().cpu()
         bucket = (t[rows] - 1) * BUCKETS // T
         sums[0].index_add_(0, bucket, loss)
         sums[1].index_add_(0, bucket, torch.ones_like(loss))
     total, count = ranks.total(sums)
     means: list[float] = (total / count).tolist()
     return means
+
+
+def _named(preset: Preset, out: Path, train_set: datasets.Images) -> Preset:
+    """The preset with the names of the classes, where it learns them; InputError where the images have no labels."""
+    if not preset.classes:
+        return preset
+    names = train_set.class_names
+    if names is None or train_set.labels is None:
+        raise InputError(f"classes: {train_set.name} has no labels; want folders of classes, or a column of labels")
+    if preset.class_names not in ((), names):
+        raise InputError(f"classes {', '.join(names)}: the run in {out} has {', '.join(preset.class_names)}")
+    return replace(preset, class_names=names)
+
+
+def _labels(train_set: datasets.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
+    """The batch's classes, int64 [batch_size], some of them -1: not shown (Ho & Salimans 2022, Algorithm 1)."""
+    assert train_set.labels is not None
+    y = train_set.labels[datasets.order(len(train_set), preset.seed, step, preset.batch_size)]
+    hidden = torch.rand(preset.batch_size, generator=g) < preset.label_dropout
+    return datasets.send(y.masked_fill(hidden, -1), ranks.device)
 
 
 def _parts(preset: Preset, ranks: Processes) -> list[slice]:
@@ -302,6 +327,7 @@ def _settle(preset: Preset, out: Path, ranks: Processes) -> Preset:
             raise InputError(f"{config}: cannot be read ({error}); want another --out") from error
         if preset.precision == "auto":
             preset = replace(preset, precision=old.precision)
+        preset = replace(preset, class_names=old.class_names)
         for f in fields(Preset):
             was, now = getattr(old, f.name), getattr(preset, f.name)
             moved = f.name == "data" and not Path(was).expanduser().exists()  # their fingerprint is compared later

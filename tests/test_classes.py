@@ -1,0 +1,288 @@
+"""Class labels: the network is told the right ones, guidance is its formula, `ddpm sample --class` asks for one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_same, tensors, train
+from diffusers import DDIMScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+import ddpm
+from ddpm import losses, schedule
+from ddpm.denoiser import Denoiser
+from ddpm.errors import InputError
+from ddpm.files.checkpoints import open_checkpoint
+from ddpm.run import gpu
+from ddpm.run.cli import main
+from ddpm.run.generate import generate
+from ddpm.unet import UNet
+
+S = schedule.linear()
+GREYS = {"black": 0, "grey": 128, "white": 255}
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of classes whose images say which they are of."""
+    root = tmp_path_factory.mktemp("classes")
+    for name, level in GREYS.items():
+        (root / name).mkdir()
+        for i in range(8):
+            Image.fromarray(np.full((8, 8), level, np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned these classes a little."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    options = ["--data", str(labelled), "--classes", "--size", "8", "--steps", "60", "--save-every", "30"]
+    assert train(out, *options, "--sample-every", "60") == 0
+    return out
+
+
+# The network.
+
+
+def unet(classes: int = 3) -> UNet:
+    torch.manual_seed(0)
+    network = UNet(1, width=32, multipliers=(1,), blocks=1, attention=(), classes=classes).eval()
+    for p in network.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    return network
+
+
+def test_no_label_is_minus_one() -> None:
+    """-1 for some is what None is for all; a class is its own; without classes a label is refused."""
+    network, x, t = unet(), torch.randn(4, 1, 8, 8), torch.tensor([5, 5, 5, 5])
+    free = network(x, t)
+    mixed = network(x, t, torch.tensor([-1, 0, 1, 2]))
+    torch.testing.assert_close(mixed[0], free[0])
+    assert (mixed[1:] - free[1:]).abs().amax((1, 2, 3)).min() > 1e-3
+    torch.testing.assert_close(network(x, t, torch.tensor([-1] * 4)), free)
+    for i in range(1, 4):
+        torch.testing.assert_close(network(x[i : i + 1], t[:1], torch.tensor([i - 1]))[0], mixed[i])
+    with pytest.raises(InputError, match="y: this network has no classes"):
+        unet(0)(x, t, torch.tensor([0, 0, 0, 0]))
+
+
+# Guidance.
+
+
+def told(x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
+    """A network with something to say about x, the level and the class."""
+    k = (timestep.double() / 1000).view(-1, 1, 1, 1)
+    label = 0 if y is None else (y.view(-1, 1, 1, 1) + 1).double()
+    return (2 * x + 3 * k).sin() + 0.3 * label * x.cos()
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "mu", "v"])
+@given(scale=st.floats(-2, 8), t=st.integers(1, 1000), seed=st.integers(0, 10**6))
+def test_guidance_is_linear_in_x0(predict: Any, scale: float, t: int, seed: int) -> None:
+    """x0^ = x0^(no label) + scale (x0^(label) - x0^(no label)), for whatever is predicted."""
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    at, y = torch.tensor([t, t]), torch.tensor([0, 2])
+    plain = Denoiser(told, S, predict, clip=False)
+    free, given_y = plain(x, at, torch.tensor([-1, -1])).x0, plain(x, at, y).x0
+    found = plain.guided(scale)(x, at, y).x0
+    tolerance = 1e-9 * (1 + float(free.abs().max() + given_y.abs().max()))
+    torch.testing.assert_close(found, free + scale * (given_y - free), rtol=1e-9, atol=tolerance)
+
+
+def test_guidance_only_within_its_interval() -> None:
+    """Elsewhere the prediction is the label's, and is asked for in one call of the batch's own size."""
+    sizes = []
+
+    def spy(x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:
+        sizes.append(len(x))
+        return told(x, timestep, y)
+
+    x, y = torch.randn(3, 1, 4, 4).double(), torch.tensor([0, 1, 2])
+    guided = Denoiser(spy, S).guided(3.0, (100, 900))
+    everywhere, plain = Denoiser(told, S).guided(3.0), Denoiser(told, S)
+    for t, inside in ((99, False), (100, True), (900, True), (901, False)):
+        at = torch.tensor([t] * 3)
+        want = everywhere if inside else plain
+        torch.testing.assert_close(guided(x, at, y).x0, want(x, at, y).x0)
+        assert sizes.pop() == (6 if inside else 3)
+    few = guided.respace([50, 500, 950])  # its levels are others, its interval is not
+    torch.testing.assert_close(few(x, torch.tensor([2] * 3), y).x0, everywhere(x, torch.tensor([500] * 3), y).x0)
+    torch.testing.assert_close(few(x, torch.tensor([3] * 3), y).x0, plain(x, torch.tensor([950] * 3), y).x0)
+    mixed = guided(x, torch.tensor([50, 500, 950]), y).x0
+    torch.testing.assert_close(mixed[1], everywhere(x, torch.tensor([500] * 3), y).x0[1])
+    torch.testing.assert_close(mixed[0], plain(x, torch.tensor([50] * 3), y).x0[0])
+    before = len(sizes)
+    guided(x, torch.tensor([500] * 3))
+    assert sizes[before:] == [3]  # no label, no guidance
+
+
+def test_a_learned_variance_is_not_guided() -> None:
+    """It stays the label's; guidance moves the mean only."""
+    both = lambda x, timestep, y=None: torch.cat([told(x, timestep, y), told(x, timestep, y).tanh()], 1)  # noqa: E731
+    plain = Denoiser(both, S, variance="learned_range", clip=False)
+    x, t, y = torch.randn(2, 1, 4, 4).double(), torch.tensor([700, 20]), torch.tensor([1, 2])
+    guided = plain.guided(4.0)
+    assert torch.equal(guided(x, t, y).log_variance, plain(x, t, y).log_variance)
+    assert not torch.equal(plain(x, t, y).log_variance, plain(x, t).log_variance)
+    assert (guided(x, t, y).x0 - plain(x, t, y).x0).abs().max() > 1e-3
+
+
+def test_guided_networks_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs reach the network inside, for both batches and with labels. (Here a replay is a call.)"""
+    captured = []
+
+    def capture(self: gpu.Replayed, inputs: list[Tensor]) -> Any:
+        captured.append([tuple(tensor.shape) for tensor in inputs])
+        out = torch.empty_like(inputs[0])
+        return inputs, out, lambda: out.copy_(self.network(*inputs))
+
+    monkeypatch.setattr(gpu.Replayed, "_capture", capture)
+    network = unet().requires_grad_(False)
+    plain = Denoiser(network, schedule.linear(20, 1e-3, 0.3)).guided(2.0, (5, 20))
+    graphed = gpu.replayed(plain, "cuda")
+    y = torch.tensor([0, 1, 2])
+    found, want = (generate(d, (1, 8, 8), range(3), y=y) for d in (graphed, plain))
+    assert torch.equal(found, want)
+    assert captured == [[(6, 1, 8, 8), (6,), (6,)], [(3, 1, 8, 8), (3,), (3,)]]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda d: d.guided(float("nan")), "guidance nan: want a finite number"),
+        (lambda d: d.guided(2.0, (0, 10)), "guidance interval 0, 10: want two levels in order, 1..1000"),
+        (lambda d: d.guided(2.0, (20, 10)), "guidance interval 20, 10"),
+        (lambda d: replace(d, clip=1.5), "clip 1.5: want true, false, or a quantile"),
+    ],
+)
+def test_mistakes_in_python(call: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        call(Denoiser(told, S))
+
+
+# Dynamic thresholding.
+
+
+@given(p=st.floats(0.5, 0.999), seed=st.integers(0, 10**6), scale=st.floats(0.1, 5))
+def test_dynamic_thresholding_equals_diffusers(p: float, seed: int, scale: float) -> None:
+    """x0^ of eps prediction, image by image; an image within [-1, 1] stays as it is."""
+    eps = scale * torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    eps[0] *= 1e-3
+    theirs = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=p, sample_max_value=1e9)
+    denoiser = Denoiser(lambda x, timestep, y: x, S, "x0", clip=p)
+    found = denoiser(eps, torch.tensor([500] * 3))
+    torch.testing.assert_close(found.x0, theirs._threshold_sample(eps), rtol=1e-9, atol=1e-9)
+    assert float(found.x0.abs().max()) <= 1
+    again = S.alpha_bar[500].sqrt() * found.x0 + (1 - S.alpha_bar[500]).sqrt() * found.eps
+    torch.testing.assert_close(again, eps)  # eps^ goes with the x0^ that is left
+
+
+# Programs.
+
+
+def test_labels_are_those_of_the_images(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the loss is given: the class that the picture shows, or -1 for about the share that is hidden."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def spy(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
+        assert y is not None
+        seen.append((x0.mean((1, 2, 3)), y))
+        return losses.simple(denoiser, x0, t, eps, y)
+
+    monkeypatch.setitem(losses.LOSSES, "simple", spy)
+    options = ["--data", str(labelled), "--classes", "--size", "8", "--label-dropout", "0.25", "--batch-size", "64"]
+    assert train(tmp_path / "run", *options, "--steps", 8, "--accumulate", 2) == 0
+    grey, y = (torch.cat(part) for part in zip(*seen, strict=True))
+    shown = y >= 0
+    level = torch.tensor([2 * v / 255 - 1 for v in GREYS.values()])
+    torch.testing.assert_close(grey[shown], level[y[shown]])
+    assert len(y) == 512
+    assert 0.18 < float((~shown).float().mean()) < 0.32
+    assert (y[~shown] == -1).all()
+
+
+def test_names_are_kept_and_asked_for(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--class gives images of that class, several in turn; all is each; the seed still is the image's."""
+    assert open_checkpoint(run).preset.class_names == tuple(GREYS)
+    assert (run / "samples" / "00000060.png").is_file()
+
+    def sample(*options: str) -> Any:
+        assert main(["sample", str(run), "--out", str(tmp_path / "a.npz"), *options]) == 0
+        return np.load(tmp_path / "a.npz")["arr_0"]
+
+    both = sample("-n", "4", "--class", "white", "black", "--guidance", "3")
+    white = sample("-n", "3", "--class", "white", "--guidance", "3")
+    assert np.abs(both[[0, 2]].astype(int) - white[[0, 2]].astype(int)).max() <= 1
+    assert both[[0, 2]].mean() > both[[1, 3]].mean()
+    every = sample("-n", "6", "--class", "all", "--guidance", "3")
+    alone = sample("-n", "1", "--seed", "5", "--class", "white", "--guidance", "3")
+    assert np.abs(every[5].astype(int) - alone[0].astype(int)).max() <= 1
+    assert np.abs(every.astype(int) - sample("-n", "6").astype(int)).max() > 1
+    capsys.readouterr()
+    sample("-n", "2", "--class", "grey", "--guidance-interval", "3,15", "--clip", "0.99", "--json")
+    about = json.loads(capsys.readouterr().out)
+    assert (about["classes"], about["guidance"], about["guidance_interval"]) == (["grey"], 1.5, [3, 15])
+
+
+def test_a_conditional_run_resumes_to_the_bit(run: Path, labelled: Path, tmp_path: Path) -> None:
+    """30 steps and 30 more are the 60; the names are asked for again, and are the same."""
+    out = tmp_path / "run"
+    options = ["--data", str(labelled), "--classes", "--size", "8", "--save-every", "30", "--sample-every", "60"]
+    assert train(out, *options, "--steps", 30) == 0
+    assert train(out, *options, "--steps", 60) == 0
+    assert_same(tensors(out, 60), tensors(run, 60))
+
+
+def test_an_unconditional_run_is_what_it_was(trained: Path, tmp_path: Path) -> None:
+    """--no-classes draws nothing more: the same bits; and class labels make another run of it."""
+    assert train(tmp_path / "run", "--steps", 20, "--save-every", 20, "--no-classes") == 0
+    assert_same(tensors(tmp_path / "run", 20), tensors(trained, 20))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("sample RUN --class yellow", "--class 'yellow': want black, grey, white, or all"),
+        ("sample RUN --guidance 2", "--guidance: of nothing without --class NAME"),
+        ("sample RUN --class grey --guidance-interval 5", "--guidance-interval: '5': want two levels as 100,900"),
+        (
+            "sample RUN --class grey --guidance-interval 5,25",
+            "guidance interval 5, 25: want two levels in order",
+        ),
+        ("sample RUN --class grey --clip 2", "--clip: '2': want static, none or a number between 0 and 1"),
+        ("sample OTHER --class grey", "was not trained with --classes"),
+        ("sample RUN --sigma-hat", "--sigma-hat: only --sampler ddim has it"),
+        ("sample RUN --sampler heun --spacing linear", "--spacing 'linear': want uniform, quadratic, log_snr, karras"),
+    ],
+)
+def test_mistakes(command: str, words: str, run: Path, trained: Path, capsys: Any, tmp_path: Path) -> None:
+    swapped = command.replace("RUN", str(run)).replace("OTHER", str(trained))
+    assert main([*swapped.split(), "--out", str(tmp_path / "a.png")]) == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "flat").mkdir()
+    for i in range(6):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / "flat" / f"{i}.png")
+    command = [*TINY, "--data", str(tmp_path / "flat"), "--size", "8", "--classes", "--out", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert "has no labels; want folders of classes, or a column of labels" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_in_python(run: Path) -> None:
+    """The denoiser that is loaded takes y; the classes' own colours come nearer with guidance."""
+    denoiser = ddpm.load(run)
+    y = torch.tensor([0, 2] * 8)
+    found = generate(denoiser.guided(4.0), (1, 8, 8), range(16), y=y).float().mean((1, 2, 3))
+    assert found[1::2].mean() > found[::2].mean() + 5
