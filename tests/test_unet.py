@@ -301,7 +301,7 @@ def test_position_image_and_time_matter():
 
 
 def test_class_labels():
-    """A label changes the output; without one, or in a network without classes, it does not."""
+    """A label changes the output; without one it is that of a network without classes."""
     net = randomised(small(classes=10))
     plain = small()
     plain.load_state_dict({k: v for k, v in net.state_dict().items() if k != "label.weight"})
@@ -309,7 +309,6 @@ def test_class_labels():
     with torch.no_grad():
         none, a, b = net(x, timestep), net(x, timestep, torch.tensor([0, 1])), net(x, timestep, torch.tensor([0, 9]))
         assert torch.equal(plain(x, timestep), none)
-        assert torch.equal(plain(x, timestep, torch.tensor([0, 9])), none)
     assert (a - none).abs().max() > 1e-2
     torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-5)
     assert (a[1] - b[1]).abs().max() > 1e-2
