@@ -47,7 +47,7 @@ def test_help_names_every_setting_and_preset(capsys: pytest.CaptureFixture[str])
     assert all(name in text.replace("\n", " ") for name in PRESETS)
 
 
-FIELDS = list(ddpm.Preset.__dataclass_fields__)
+FIELDS = [name for name in ddpm.Preset.__dataclass_fields__ if name != "class_names"]  # the data set says them
 
 
 def grey(path: Path, count: int = 4) -> None:
@@ -294,6 +294,30 @@ def test_interpolate(trained: Path, pictures: Path, capsys: pytest.CaptureFixtur
     assert main([*words, "--t", "21", "--out", str(pictures / "x.png")]) == 2
     assert capsys.readouterr().err.endswith("ddpm: t 21: want 0 to 20\n")
     assert not (pictures / "x.png").exists()
+
+
+def test_edit(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At t = 0 the image itself; higher, versions by seed; inverted, the image again, nearly."""
+    words = ["edit", str(trained), str(pictures / "a.png"), "--out", str(pictures / "out.npz")]
+    a = np.asarray(Image.open(pictures / "a.png"))[..., None]
+
+    def made(*more: str) -> Any:
+        assert main([*words, *more]) == 0
+        return np.load(pictures / "out.npz")["arr_0"].astype(int)
+
+    assert (made("--t", "0", "-n", "2") == a).all()
+    three = made("--t", "15", "-n", "3", "--sampler", "unipc", "--steps", "5")
+    assert np.abs(three[2] - made("--t", "15", "--seed", "2", "--sampler", "unipc", "--steps", "5")[0]).max() <= 1
+    assert (three[0] != three[1]).any()
+    assert np.abs(made("--t", "8", "--steps", "8", "--invert", "30")[0] - a).max() <= 1
+    for more, reason in (
+        (["--t", "21"], "t 21: want 0 to 20"),
+        (["--invert", "2", "--sampler", "ancestral"], "draws noise, which inversion knows nothing of; want ddim"),
+        (["--invert", "-1"], "--invert -1: want a whole number of at least 0"),
+        (["--class", "seven"], "was not trained with --classes"),
+    ):
+        assert main([*words, *more]) == 2
+        assert reason in capsys.readouterr().err
 
 
 def test_inpaint(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ SHORT = {
     "paper": "-n 1",
     "interpolate": "-n 3",
     "inpaint": "--resample 2",
+    "edit": "",
     "report": "",
     "export": "",
 }
@@ -53,6 +54,7 @@ def test_commands_leave_what_they_say(project):
     assert (project / "runs/mine/config.json").is_file()
     assert (project / "between.png").is_file()
     assert (project / "mended.png").is_file()
+    assert (project / "versions.png").is_file()
     assert {p.name for p in (project / "runs/digits/paper").iterdir()} > {
         "table4.csv",
         "fig5.png",

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import DDIMInverseScheduler
 from exact import (
     PREDICTIONS,
     FiniteData,
@@ -404,3 +405,91 @@ def test_wrong_shapes_are_refused():
 def test_wrong_ways_to_inpaint_are_refused(given, message):
     with pytest.raises(InputError, match=message):
         last(editing.inpaint(exact(DATA, SHORT), EPS, torch.ones(1), normal(2, (1, 2, 2)), **given))
+
+
+# SDEdit, inversion, and the other samplers.
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_redrawing_has_the_exact_law(predict):
+    """x_t ~ q(x_t | x_0), then the chain: its law from x_0; another level has another."""
+    x = last(editing.redraw(exact(DATA, SHORT, predict), A_END.expand(N, -1, -1, -1), 20, normal(N, (1, 2, 2)))).x
+    abar, table = SHORT.alpha_bar[20], beta_tilde(SHORT)
+    mean, covariance = decoded(DATA, SHORT, abar.sqrt() * A_END, 20, table)
+    slope = torch.stack([decoded(DATA, SHORT, e.view(1, 2, 2), 20, table)[0] for e in torch.eye(4).double()], 1)
+    slope = slope - decoded(DATA, SHORT, torch.zeros(1, 2, 2).double(), 20, table)[0][:, None]
+    law = mean, covariance + (1 - abar) * slope @ slope.T
+    assert z_score(x, *law) < 4.5
+    assert z_score(x, mean, covariance) > 6
+    again = last(editing.redraw(exact(DATA, SHORT, predict), A_END[None], 0, None)).x
+    assert torch.equal(again[0], A_END)
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_inversion_comes_back(predict):
+    """More iterations, nearer, to rounding; one is not enough (which is what the others are for)."""
+    s = schedule.cosine(200)
+    denoiser, x0 = exact(DATA, s, predict), torch.stack([A_END, B_END])
+    errors = []
+    for iterations in (1, 4, 40):
+        up = last(editing.invert(denoiser, x0, 20, 150, iterations))
+        assert up.t == 150
+        errors.append((last(samplers.ddim(denoiser, up.x, 20, start=150)).x - x0).abs().max().item())
+    assert errors[0] > 1e-2
+    assert errors[0] > 3 * errors[1]
+    assert errors[2] < 1e-9
+    levels = [1, 5, 20, 100]
+    up = last(editing.invert(denoiser, x0, levels, 100, 150)).x
+    torch.testing.assert_close(last(samplers.ddim(denoiser, up, levels, start=100)).x, x0, rtol=0, atol=1e-8)
+
+
+def test_one_iteration_is_diffusers_inversion():
+    s = schedule.linear(1000)
+    said = lambda x, timestep, y=None: (2 * x + timestep.view(-1, 1, 1, 1) / 400).sin()  # noqa: E731
+    theirs = DDIMInverseScheduler(trained_betas=s.beta[1:].tolist(), clip_sample=False, timestep_spacing="trailing")
+    theirs.alphas_cumprod, theirs.initial_alpha_cumprod = s.alpha_bar[1:], torch.ones((), dtype=torch.float64)
+    theirs.set_timesteps(20)
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for step, timestep in zip(editing.invert(Denoiser(said, s), x, 20), sorted(theirs.timesteps.tolist()), strict=True):
+        x = theirs.step(said(x, torch.tensor([timestep] * 2)), timestep, x, return_dict=False)[0]
+        torch.testing.assert_close(step.x, x, rtol=1e-6, atol=1e-6)
+        assert step.t == timestep + 1
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_every_sampler_edits(name):
+    """What is known stays; from one level the two that are deterministic agree with the exact path of the ODE."""
+    denoiser, run = exact(DATA, SHORT), samplers.SAMPLERS[name].run
+    noise = normal(3, (1, 2, 2))
+    x0, mask = A_END.expand(3, -1, -1, -1), torch.tensor([0, 1])
+    made = last(editing.inpaint(denoiser, x0, mask, noise, 10, 2, 2, run=run))
+    assert torch.equal(made.x[..., 0], x0[..., 0])
+    assert (made.x[0] - made.x[1]).abs().max() > 1e-3
+    steps = list(editing.redraw(denoiser, x0, 30, noise, [5, 20, 30], run=run))
+    assert [step.t for step in steps] == [20, 5, 0]
+    w = torch.tensor([0.0, 0.5, 1.0]).double()
+    between = last(editing.interpolate(denoiser, A_END, B_END, w, 20, *EPS, noise, 10, run=run)).x
+    shared = last(editing.share_latent(denoiser, mixed(SHORT, 0.5, 20), 20, noise, 10, run=run)).x
+    torch.testing.assert_close(shared[1], between[1])
+    if not samplers.SAMPLERS[name].noisy:
+        assert (shared - shared[:1]).abs().max() < 1e-12  # nothing but x_t decides
+
+
+def test_inpainting_by_ddim_steps_is_ddim_where_all_is_made():
+    denoiser, noise = exact(DATA, SHORT), normal(3, (1, 2, 2))
+    run = samplers.SAMPLERS["ddim"].run
+    free = editing.inpaint(denoiser, torch.zeros(3, 1, 2, 2).double(), torch.ones(1), noise, 10, resample=1, run=run)
+    torch.testing.assert_close(last(free).x, last(samplers.ddim(denoiser, noise(50), 10)).x)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda d: editing.redraw(d, A_END[None], 51, normal(1, (1, 2, 2))), "t 51: want 0 to 50"),
+        (lambda d: editing.invert(d, A_END[None], 10, iterations=0), "iterations 0: want at least 1"),
+        (lambda d: editing.invert(d, A_END[None], 10, 60), "start 60: want a noise level, 1 to 50"),
+    ],
+)
+def test_mistakes_in_redrawing(call, words):
+    with pytest.raises(InputError, match=words):
+        last(call(exact(DATA, SHORT)))

@@ -319,15 +319,16 @@ class Sampler(NamedTuple):
     noisy: bool = False
     twice: bool = False
 
-    def levels(self, denoiser: Denoiser, steps: Levels | None) -> list[int]:
-        """The levels it visits from the last one on; `steps` None is its own number of them."""
+    def levels(self, denoiser: Denoiser, steps: Levels | None, start: int | None = None) -> list[int]:
+        """The levels it visits from `start` (None: T) on; `steps` None is its own number of them."""
         if steps is None:
-            steps = min(self.steps or denoiser.schedule.T, denoiser.schedule.T)
-        return denoiser.schedule.levels(steps)
+            start = denoiser.schedule.T if start is None else start
+            steps = min(self.steps or start, start)
+        return denoiser.schedule.levels(steps, start)
 
-    def calls(self, denoiser: Denoiser, steps: Levels | None) -> int:
-        """How many network calls it makes from the last level on."""
-        visited = len(self.levels(denoiser, steps))
+    def calls(self, denoiser: Denoiser, steps: Levels | None, start: int | None = None) -> int:
+        """How many network calls it makes from `start` on."""
+        visited = len(self.levels(denoiser, steps, start))
         return 2 * visited - 1 if self.twice else visited
 
 

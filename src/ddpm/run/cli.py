@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ddpm.denoiser import Denoiser
     from ddpm.files import datasets, features
     from ddpm.files.checkpoints import Checkpoint
-    from ddpm.run.distributed import Processes
+    from ddpm.run.edit import Way
 
 
 class _Parser(argparse.ArgumentParser):
@@ -176,6 +176,8 @@ def _sample(args: argparse.Namespace) -> int:
         raise InputError(f"{f'--eta {args.eta}' if args.eta else '--sigma-hat'}: only --sampler ddim has it")
 
     with _importing():
+        import torch
+
         from ddpm.files import images
         from ddpm.run.distributed import processes
         from ddpm.run.generate import generate, progressive
@@ -188,8 +190,9 @@ def _sample(args: argparse.Namespace) -> int:
         denoiser = found.denoiser
         steps = _levels(args, denoiser)
         sampler = named(args.sampler, args.eta, args.sigma_hat)
-        denoiser, y = _conditioned(args, found, ranks)
+        denoiser, labels = _conditioned(args, found)
         mine = [args.seed + i for i in ranks.mine(args.n)]
+        y = torch.tensor([labels[i % len(labels)] for i in ranks.mine(args.n)]) if labels else None
         make = progressive if args.progressive else partial(generate, batch_size=args.batch_size)
         pictures = make(
             denoiser, found.preset.shape, mine, sampler, steps, device=ranks.device,
@@ -219,12 +222,8 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def _conditioned(
-    args: argparse.Namespace, found: "Checkpoint", ranks: "Processes"
-) -> tuple["Denoiser", "torch.Tensor | None"]:
-    """The model as --clip, --guidance and --guidance-interval want it, and this process's labels of --class."""
-    import torch
-
+def _conditioned(args: argparse.Namespace, found: "Checkpoint") -> tuple["Denoiser", list[int]]:
+    """The model as --clip, --guidance and --guidance-interval want it, and the classes of --class."""
     denoiser, names = found.denoiser, found.preset.class_names
     if args.clip is not None:
         denoiser = replace(denoiser, clip=args.clip)
@@ -232,7 +231,7 @@ def _conditioned(
         for name in ("guidance", "guidance_interval"):
             if getattr(args, name) is not None:
                 raise InputError(f"--{name.replace('_', '-')}: of nothing without --class NAME")
-        return denoiser, None
+        return denoiser, []
     if not names:
         raise InputError(f"--class {args.classes[0]}: {found.path} was not trained with --classes; want none")
     wanted = names if args.classes == ["all"] and "all" not in names else args.classes
@@ -241,8 +240,7 @@ def _conditioned(
             raise InputError(f"--class {name!r}: want {', '.join(names)}, or all")
     if args.guidance is None:
         args.guidance = GUIDANCE
-    labels = torch.tensor([names.index(wanted[i % len(wanted)]) for i in ranks.mine(args.n)], dtype=torch.int64)
-    return denoiser.guided(args.guidance, args.guidance_interval), labels
+    return denoiser.guided(args.guidance, args.guidance_interval), [names.index(name) for name in wanted]
 
 
 _CONDITIONS = ("classes", "guidance", "guidance_interval")
@@ -252,14 +250,15 @@ GUIDANCE = 1.5
 
 def _levels(args: argparse.Namespace, denoiser: "Denoiser") -> list[int]:
     """The levels that --sampler, --steps and --spacing mean."""
+    from ddpm.run.generate import visited
     from ddpm.samplers import SAMPLERS
     from ddpm.spacing import SPACINGS
 
     check("--sampler", args.sampler, Literal[tuple(SAMPLERS)])
-    sampler, T = SAMPLERS[args.sampler], denoiser.schedule.T
     check("--spacing", args.spacing, Literal[tuple(SPACINGS)])
-    check("--steps", T if args.steps is None else args.steps, int, 1, T)
-    return SPACINGS[args.spacing](denoiser.schedule, len(sampler.levels(denoiser, args.steps)))
+    if args.steps is not None:
+        check("--steps", args.steps, int, 1, denoiser.schedule.T)
+    return visited(denoiser, args.sampler, args.steps, args.spacing)
 
 
 def _sampled(args: argparse.Namespace, denoiser: "Denoiser") -> dict[str, Any]:
@@ -494,18 +493,35 @@ def _paper(args: argparse.Namespace) -> int:
     return 0
 
 
-def _edit(args: argparse.Namespace, edit: "Callable[[Checkpoint], torch.Tensor]") -> int:
-    """Open the model, edit, save: what interpolate and inpaint share."""
+def _edit(args: argparse.Namespace, edit: "Callable[[Checkpoint, Way], torch.Tensor]") -> int:
+    """Open the model, edit, save: what edit, interpolate and inpaint share."""
     from ddpm.files import images
     from ddpm.run.distributed import pick_device
+    from ddpm.run.edit import Way
 
     images.check_out(args.out)
     found = _open(args, pick_device(args.device))
-    made = edit(found).permute(0, 2, 3, 1).numpy()
+    _levels(args, found.denoiser)  # a mistake in them has the option's name
+    denoiser, labels = _conditioned(args, found)
+    way = Way(args.sampler, args.steps, args.spacing, tuple(labels))
+    made = edit(replace(found, denoiser=denoiser), way).permute(0, 2, 3, 1).numpy()
     images.save_many(args.out, made, [f"{i:03d}" for i in range(len(made))], columns=min(len(made), 16))
     about = {"out": args.out, "count": len(made), **found.about(), "seed": args.seed}
     print(json.dumps(about) if args.json else f"{len(made)} image{'s' * (len(made) != 1)} in {args.out}")
     return 0
+
+
+def _redraw(args: argparse.Namespace) -> int:
+    check("-n", args.n, int, 1, 10_000)
+    check("--seed", args.seed, int, 0)
+    check("--invert", args.invert, int, 0)
+
+    with _importing():
+        from ddpm.run.edit import redraw
+
+    given = args.image, args.n, args.t
+    shown = not args.json
+    return _edit(args, lambda found, way: redraw(found, *given, way, args.seed, args.invert, shown))
 
 
 def _interpolate(args: argparse.Namespace) -> int:
@@ -515,8 +531,8 @@ def _interpolate(args: argparse.Namespace) -> int:
     with _importing():
         from ddpm.run.edit import interpolate
 
-    given = (args.a, args.b, args.n, args.t, args.steps, args.seed)
-    return _edit(args, lambda found: interpolate(found, *given, progress=not args.json))
+    given = args.a, args.b, args.n, args.t
+    return _edit(args, lambda found, way: interpolate(found, *given, way, args.seed, not args.json))
 
 
 def _inpaint(args: argparse.Namespace) -> int:
@@ -529,8 +545,8 @@ def _inpaint(args: argparse.Namespace) -> int:
     with _importing():
         from ddpm.run.edit import inpaint
 
-    given = (args.image, args.mask, args.n, args.steps, args.jump, args.resample, args.seed)
-    return _edit(args, lambda found: inpaint(found, *given, progress=not args.json))
+    given, how = (args.image, args.mask, args.n), (args.jump, args.resample, args.seed, not args.json)
+    return _edit(args, lambda found, way: inpaint(found, *given, way, *how))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -571,13 +587,7 @@ def _parser() -> _Parser:
     p.add_argument("--out", default="samples.png", help=f"{_OUT} (%(default)s)")
     p.add_argument("--seed", **_number(int, 0), help="of the first image; each next one has one more (%(default)s)")
     _add_sampler(p)
-    one = "of a model trained with --classes: images of these in turn, or of all"
-    p.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help=one)
-    p.add_argument("--guidance", **_number(float, None), help=f"towards the class; 1 for none ({GUIDANCE})")
-    within = _as(_interval, "two levels as 100,900")
-    p.add_argument("--guidance-interval", type=within, metavar="N,N", help="first and last level of it (all)")
-    clip = "of x0^: static, to [-1, 1]; none; or the quantile of dynamic thresholding, as 0.995 (the run's)"
-    p.add_argument("--clip", type=_as(_clip, "static, none or a number between 0 and 1"), metavar="X", help=clip)
+    _add_conditions(p)
     p.add_argument("--eta", **_number(float, 0.0), help="ddim's noise, 0 to 1 (%(default)s)")
     p.add_argument("--sigma-hat", action="store_true", help="ddim's noise as in the last rows of its paper's Table 1")
     p.add_argument("--batch-size", **_number(int, 64), help="images at a time; changes no picture (%(default)s)")
@@ -648,6 +658,25 @@ def _parser() -> _Parser:
     _add_model(p)
     p.set_defaults(run_command=_paper)
 
+    p = commands.add_parser("edit", help="versions of an image, drawn anew from a level on", allow_abbrev=False)
+    p.description = (
+        "Noise the image to level t and let the reverse process make an image of it (SDEdit): the higher t is, the "
+        "freer. With --invert it is not noised but taken to the x_t that DDIM comes back from: without --class it "
+        "stays as it is, with one it becomes that class's."
+    )
+    p.add_argument("run", metavar="RUN", help=_RUN)
+    p.add_argument("image", metavar="IMAGE", help="an image file")
+    p.add_argument("-n", **_number(int, 1), help="how many versions (%(default)s)")
+    p.add_argument("--t", **_number(int, None), help="the level, 0 to T (half of T)")
+    inversions = "iterations of DDIM's inversion a level, 1 or more; 0: noise instead (%(default)s)"
+    p.add_argument("--invert", **_number(int, 0), help=inversions)
+    p.add_argument("--seed", **_number(int, 0), help="of the first version; each next one has one more (%(default)s)")
+    p.add_argument("--out", default="edited.png", help=f"{_OUT} (%(default)s)")
+    _add_sampler(p, "ddim")
+    _add_conditions(p)
+    _add_model(p)
+    p.set_defaults(run_command=_redraw)
+
     p = commands.add_parser("interpolate", help="images between two images (Figure 8)", allow_abbrev=False)
     p.description = "Noise both images to level t, mix them there, and let the reverse process make images of it."
     p.add_argument("run", metavar="RUN", help=_RUN)
@@ -655,9 +684,10 @@ def _parser() -> _Parser:
     p.add_argument("b", metavar="B", help="another image file")
     p.add_argument("-n", **_number(int, 11), help="images, the two ends among them (%(default)s)")
     p.add_argument("--t", **_number(int, None), help="the level, 0 to T: the higher, the freer (half of T)")
-    p.add_argument("--steps", **_number(int, None), help="network calls (all levels up to t)")
     p.add_argument("--seed", **_number(int, 0), help="of the noise (%(default)s)")
     p.add_argument("--out", default="interpolation.png", help=f"{_OUT} (%(default)s)")
+    _add_sampler(p)
+    _add_conditions(p)
     _add_model(p)
     p.set_defaults(run_command=_interpolate)
 
@@ -667,11 +697,12 @@ def _parser() -> _Parser:
     p.add_argument("image", metavar="IMAGE", help="an image file")
     p.add_argument("mask", metavar="MASK", help="an image file of the same shape: white is made, black is kept")
     p.add_argument("-n", **_number(int, 1), help="how many answers (%(default)s)")
-    p.add_argument("--steps", **_number(int, None), help="levels to visit (at most 250)")
     p.add_argument("--jump", **_number(int, None), help="levels to go up at a time when resampling (1/25 of --steps)")
     p.add_argument("--resample", **_number(int, 10), help="times each level is passed (%(default)s)")
     p.add_argument("--seed", **_number(int, 0), help="of the first answer; each next one has one more (%(default)s)")
     p.add_argument("--out", default="inpainted.png", help=f"{_OUT} (%(default)s)")
+    _add_sampler(p)
+    _add_conditions(p)
     _add_model(p)
     p.set_defaults(run_command=_inpaint)
 
@@ -687,9 +718,19 @@ _RUN = "a run folder, a checkpoint folder, a .safetensors file, or digits, the p
 _OUT = "FILE.png, a grid; FILE.npz; or a folder"
 
 
-def _add_sampler(p: argparse.ArgumentParser) -> None:
-    names = "ancestral (Algorithm 2), ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, unipc_3, heun, flow (ancestral)"
-    p.add_argument("--sampler", default="ancestral", metavar="X", help=names)
+def _add_conditions(p: argparse.ArgumentParser) -> None:
+    one = "of a model trained with --classes: images of these in turn, or of all"
+    p.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help=one)
+    p.add_argument("--guidance", **_number(float, None), help=f"towards the class; 1 for none ({GUIDANCE})")
+    within = _as(_interval, "two levels as 100,900")
+    p.add_argument("--guidance-interval", type=within, metavar="N,N", help="first and last level of it (all)")
+    clip = "of x0^: static, to [-1, 1]; none; or the quantile of dynamic thresholding, as 0.995 (the run's)"
+    p.add_argument("--clip", type=_as(_clip, "static, none or a number between 0 and 1"), metavar="X", help=clip)
+
+
+def _add_sampler(p: argparse.ArgumentParser, default: str = "ancestral") -> None:
+    names = "ancestral (Algorithm 2), ddim, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc, unipc_3, heun, flow (%(default)s)"
+    p.add_argument("--sampler", default=default, metavar="X", help=names)
     steps = "levels visited (ancestral: all; ddim: 50; heun, flow: 10, with two network calls each; others: 20)"
     p.add_argument("--steps", **_number(int, None), help=steps)
     spacing = "which levels: uniform, quadratic, log_snr, karras (%(default)s)"

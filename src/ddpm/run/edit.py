@@ -1,7 +1,7 @@
-"""Images edited by a model: between two files, and where a mask file is white."""
+"""Images edited by a model: drawn anew from a level on, between two files, and where a mask file is white."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,59 @@ from ddpm.files import images
 from ddpm.files.checkpoints import Checkpoint
 from ddpm.noise import mix, per_image
 from ddpm.presets import Preset
-from ddpm.samplers import Step
+from ddpm.run.generate import visited
+from ddpm.samplers import SAMPLERS, Step, named
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the reverse process goes down: a sampler by name, its levels as in `generate.visited`, and class labels."""
+
+    sampler: str = "ancestral"
+    steps: int | None = None
+    spacing: str = "uniform"
+    classes: tuple[int, ...] = ()
+
+    def levels(self, found: Checkpoint, start: int) -> list[int]:
+        """Those visited from `start` on; none at 0. InputError where there is no such level."""
+        if not 0 <= start <= (T := found.denoiser.schedule.T):
+            raise InputError(f"t {start}: want 0 to {T}")
+        return visited(found.denoiser, self.sampler, self.steps, self.spacing, start) if start else []
+
+    def labels(self, n: int, device: torch.device) -> Tensor | None:
+        """int64 [n]: the classes in turn, or None where there are none."""
+        turn = [self.classes[i % len(self.classes)] for i in range(n)] if self.classes else None
+        return None if turn is None else torch.tensor(turn, device=device)
+
+
+def redraw(
+    found: Checkpoint,
+    image: str | Path,
+    n: int = 1,
+    t: int | None = None,
+    way: Way = Way("ddim"),
+    seed: int = 0,
+    iterations: int = 0,
+    progress: bool = True,
+) -> Tensor:
+    """`n` versions of an image file made from its x_t (t None: T/2), uint8 [n, C, H, W].
+
+    x_t is drawn from q(x_t | x_0), a seed a version (SDEdit); with iterations > 0 it is the one that DDIM comes back
+    from, by so many iterations a level, without label. Raises InputError for a file that is no image, for t or steps
+    out of range, and for a sampler that draws noise where DDIM is inverted.
+    """
+    T, device = found.denoiser.schedule.T, found.denoiser.schedule.alpha_bar.device
+    t = T // 2 if t is None else t
+    x0 = pixels.to_signal(_read(image, found.preset)).to(device).expand(n, -1, -1, -1)
+    levels, y, run = way.levels(found, t), way.labels(n, device), named(way.sampler).run
+    noise = per_image([seed + i for i in range(n)], found.preset.shape, device)
+    if iterations == 0 or t == 0:
+        return _last(editing.redraw(found.denoiser, x0, t, noise, levels, y, run), progress)
+    if SAMPLERS[way.sampler].noisy:
+        quiet = ", ".join(name for name, sampler in SAMPLERS.items() if not sampler.noisy)
+        raise InputError(f"sampler {way.sampler}: draws noise, which inversion knows nothing of; want {quiet}")
+    *_, up = editing.invert(found.denoiser, x0, levels, t, iterations)
+    return _last(run(found.denoiser.unclipped(), up.x, noise, levels, y, t), progress)
 
 
 def interpolate(
@@ -24,7 +76,7 @@ def interpolate(
     b: str | Path,
     n: int = 11,
     t: int | None = None,
-    steps: int | None = None,
+    way: Way = Way(),
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
@@ -37,8 +89,11 @@ def interpolate(
     first, last = (pixels.to_signal(_read(path, found.preset)).to(device) for path in (a, b))
     eps_a, eps_b = per_image([mix(seed, 0), mix(seed, 1)], found.preset.shape, device)(T)
     noise = per_image([seed] * n, found.preset.shape, device)  # one for all, for a smooth change
-    weights = torch.linspace(0, 1, n)
-    return _last(editing.interpolate(found.denoiser, first, last, weights, t, eps_a, eps_b, noise, steps), progress)
+    weights, levels, y = torch.linspace(0, 1, n), way.levels(found, t), way.labels(n, device)
+    run = named(way.sampler).run
+    return _last(
+        editing.interpolate(found.denoiser, first, last, weights, t, eps_a, eps_b, noise, levels, y, run), progress
+    )
 
 
 def inpaint(
@@ -46,7 +101,7 @@ def inpaint(
     image: str | Path,
     mask: str | Path,
     n: int = 1,
-    steps: int | None = None,
+    way: Way = Way(),
     jump: int | None = None,
     resample: int = 10,
     seed: int = 0,
@@ -54,18 +109,23 @@ def inpaint(
 ) -> Tensor:
     """`n` versions of an image file with what is white in a mask file made anew (RePaint), uint8 [n, C, H, W].
 
-    steps: levels visited (None: 250, or all of fewer); jump: None, 1/25 of these. Raises InputError for files that are
-    no images, a mask that is not black and white or not of the image's size, and for settings out of range.
+    Of ancestral's levels 250 are visited where `way` says no number; jump None is 1/25 of those visited. Raises
+    InputError for files that are no images, a mask that is not black and white or not of the image's size, and for
+    settings out of range.
     """
     device = found.denoiser.schedule.alpha_bar.device
     x0 = pixels.to_signal(_read(image, found.preset)).to(device).expand(n, -1, -1, -1)
     made = _read_mask(mask, image, found.preset).to(device)
     noise = per_image([seed + i for i in range(n)], found.preset.shape, device)
-    steps = min(250, found.denoiser.schedule.T) if steps is None else steps
-    jump = max(1, steps // 25) if jump is None else jump
-    if steps == 1:  # there is nothing to go up to
+    T = found.denoiser.schedule.T
+    if way.sampler == "ancestral" and way.steps is None:
+        way = replace(way, steps=min(250, T))
+    levels, y = way.levels(found, T), way.labels(n, device)
+    jump = max(1, len(levels) // 25) if jump is None else jump
+    if len(levels) == 1:  # there is nothing to go up to
         resample = 1
-    return _last(editing.inpaint(found.denoiser, x0, made[None], noise, steps, jump, resample), progress)
+    run = named(way.sampler).run
+    return _last(editing.inpaint(found.denoiser, x0, made[None], noise, levels, jump, resample, y, run), progress)
 
 
 def _last(way: Iterator[Step], progress: bool) -> Tensor:

@@ -8,9 +8,26 @@ from tqdm import tqdm
 
 from ddpm import kernels, pixels
 from ddpm.denoiser import Denoiser
+from ddpm.errors import InputError
 from ddpm.noise import ahead, per_image
 from ddpm.run.gpu import replayed
 from ddpm.samplers import Levels, Sampler, Step, named
+from ddpm.spacing import SPACINGS
+
+
+def visited(
+    denoiser: Denoiser, sampler: str = "ancestral", steps: int | None = None, spacing: str = "uniform",
+    start: int | None = None,
+) -> list[int]:  # fmt: skip
+    """The levels that a sampler of that name visits from `start` (None: T) on, spaced by a function of SPACINGS.
+
+    >>> from ddpm import schedule
+    >>> visited(Denoiser(lambda x, timestep, y: x, schedule.linear()), "unipc", 4, "log_snr")
+    [1, 74, 604, 1000]
+    """
+    if spacing not in SPACINGS:
+        raise InputError(f"spacing {spacing!r}: want {', '.join(SPACINGS)}")
+    return SPACINGS[spacing](denoiser.schedule, len(named(sampler).levels(denoiser, steps, start)), start)
 
 
 def trajectory(
