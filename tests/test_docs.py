@@ -21,7 +21,7 @@ SHORT = {
     "paper": "-n 1",
     "interpolate": "-n 3",
     "inpaint": "--resample 2",
-    "edit": "",
+    "edit": "--t 40",
     "report": "",
     "export": "",
 }
