@@ -79,11 +79,12 @@ def test_equals_the_plain_path_in_float64(
         assert all(g is not None for g in grads)
         return [out.detach(), *(g for g in grads if g is not None)]
 
-    # Gradients of norms are sums over positions that may cancel, of terms of this size.
-    terms = float(conv.weight.detach().norm() * dout.float().norm() / c_out**0.5)
-    for ours, plain in zip(run(torch.float32), run(torch.float64), strict=True):
-        of_a_norm = normed and plain.shape == norm.bias.shape
-        assert (ours - plain).norm() < 4 * BF16 * max(float(plain.norm()), terms * of_a_norm)
+    # The output, and gradients of norms, are sums that may cancel, of terms of these sizes.
+    size = float(conv.weight.detach().norm()) / c_out**0.5
+    of_out, of_a_norm = size * (batch * height * width * c_out) ** 0.5, size * float(dout.float().norm())
+    for i, (ours, plain) in enumerate(zip(run(torch.float32), run(torch.float64), strict=True)):
+        terms = of_out if i == 0 else of_a_norm if normed and plain.shape == norm.bias.shape else 0.0
+        assert (ours - plain).norm() < 4 * BF16 * max(float(plain.norm()), terms)
 
 
 @needs

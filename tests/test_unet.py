@@ -10,7 +10,7 @@ from torch import nn
 
 from ddpm.errors import InputError
 from ddpm.presets import PRESETS, build
-from ddpm.unet import ResidualBlock, UNet, time_embedding
+from ddpm.unet import ResidualBlock, UNet, groups_of, time_embedding
 
 COUNTS = {"cifar10": 35_746_307, "celebahq256": 113_673_219, "lsun_bedroom_large": 255_677_955}
 
@@ -107,11 +107,8 @@ def their_state(ours, blocks):
 def their_model(net, width, multipliers, blocks, attention, **changes):
     """UNet2DModel configured as google/ddpm-cifar10-32 is, with our weights, every key accounted for.
 
-    It has 32 groups everywhere, as we do from width 128 on; narrower ones of ours are set to that here.
+    It has one number of groups for all norms, as we do.
     """
-    for layer in net.modules():
-        if isinstance(layer, nn.GroupNorm):
-            layer.num_groups = 32
     with_attention = ["Attn" if level in attention else "" for level in range(len(multipliers))]
     settings = {
         "in_channels": 3,
@@ -124,7 +121,7 @@ def their_model(net, width, multipliers, blocks, attention, **changes):
         "flip_sin_to_cos": False,
         "freq_shift": 1,
         "norm_eps": 1e-6,
-        "norm_num_groups": 32,
+        "norm_num_groups": groups_of(width),
         "attention_head_dim": None,
         "act_fn": "silu",
         "time_embedding_type": "positional",
@@ -201,7 +198,7 @@ def test_initialisation():
     net = UNet(3, width=64, multipliers=(1, 2), blocks=2, attention=(1,))
     for name, layer in net.named_modules():
         if isinstance(layer, nn.GroupNorm):
-            assert (layer.num_groups, layer.eps) == (min(32, layer.num_channels // 4), 1e-6)
+            assert (layer.num_groups, layer.eps) == (16, 1e-6)
             assert (layer.weight == 1).all()
             assert (layer.bias == 0).all()
         if not isinstance(layer, nn.Conv2d | nn.Linear):
@@ -222,7 +219,7 @@ def test_initialisation():
 
 def test_the_time_reaches_the_narrowest_levels():
     """With 32 groups of one channel the second norm would take away what the time embedding adds."""
-    block = randomised(ResidualBlock(32, 32, 128, 0.0))
+    block = randomised(ResidualBlock(32, 32, 128, 0.0, groups_of(32)))
     x, time = torch.randn(1, 32, 8, 8), torch.randn(2, 1, 128)
     with torch.no_grad():
         one, other = block(x, time[0]), block(x, time[1])

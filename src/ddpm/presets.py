@@ -174,9 +174,10 @@ PRESETS: dict[str, Preset] = {
     "lsun_cat": replace(_256, flip=False, steps=1_800_000),  # FID 19.75
     # Ours, for two CPU cores.
     "digits": Preset(
-        data="digits", size=(8, 8), channels=1, flip=False, width=32, multipliers=(1, 1), blocks=1, attention=(4,),
-        dropout=0.0, schedule="cosine", predict="v", times="stratified", steps=2800, batch_size=64, lr=2e-3, warmup=100,
-        cooldown=0.5, ema=0.999, ema_warmup=True, save_every=700, sample_every=700,
+        data="digits", size=(8, 8), channels=1, flip=False, classes=True, label_dropout=0.2, width=32,
+        multipliers=(1, 1), blocks=1, attention=(4,), dropout=0.0, schedule="cosine", predict="v", times="stratified",
+        steps=2800, batch_size=64, lr=2e-3, warmup=100, cooldown=0.5, ema=0.999, ema_warmup=True, save_every=700,
+        sample_every=700,
     ),
     "mnist": Preset(
         data="ylecun/mnist", size=(28, 28), channels=1, flip=False, width=32, multipliers=(1, 2, 2), attention=(7,),

@@ -41,13 +41,21 @@ def linear(c_in: int, c_out: int) -> nn.Linear:
     return layer
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm, eps 1e-6, of 32 groups, or so many that each has 4 channels.
+def groups_of(width: int) -> int:
+    """Groups of every norm of a network: 32, or so many that each has 4 channels at the first level.
 
     A group of one channel would take away what the time embedding adds to it (EDM's rule; the paper's networks have at
     least 4).
+
+    >>> groups_of(128), groups_of(32)
+    (32, 8)
     """
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    return min(32, width // 4)
+
+
+def norm(channels: int, groups: int) -> nn.GroupNorm:
+    """GroupNorm, eps 1e-6."""
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def convolve(
@@ -82,11 +90,11 @@ def time_embedding(timestep: Tensor, width: int) -> Tensor:
 class ResidualBlock(nn.Module):
     """Norm, swish, conv, + time, norm, swish, dropout, conv; + the input, through a 1x1 iff the channels change."""
 
-    def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float) -> None:
+    def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float, groups: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
+        self.norm1, self.conv1 = norm(c_in, groups), conv(c_in, c_out)
         self.time = linear(c_time, c_out)
-        self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, scale=1e-10)
+        self.norm2, self.conv2 = norm(c_out, groups), conv(c_out, c_out, scale=1e-10)
         self.dropout = dropout
         self.shortcut = conv(c_in, c_out, kernel=1) if c_in != c_out else None
 
@@ -110,9 +118,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention over the H W positions, one head, scale C^-0.5; + the input."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = norm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         for part in self.qkv.weight.data.chunk(3):  # three layers of the official code, held as one
             nn.init.xavier_uniform_(part)
@@ -152,10 +160,10 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """A residual block and the attention that may follow it."""
 
-    def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float, attention: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float, attention: bool, groups: int) -> None:
         super().__init__()
-        self.block = ResidualBlock(c_in, c_out, c_time, dropout)
-        self.attention = Attention(c_out) if attention else nn.Identity()
+        self.block = ResidualBlock(c_in, c_out, c_time, dropout, groups)
+        self.attention = Attention(c_out, groups) if attention else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         out: Tensor = self.attention(self.block(x, time))
@@ -223,8 +231,9 @@ class UNet(nn.Module):
         self.time1, self.time2 = linear(width, c_time), linear(c_time, c_time)
         self.label = nn.Embedding(classes, c_time) if classes else None
 
-        def stage(c_in: int, c_out: int, level: int) -> Stage:
-            return Stage(c_in, c_out, c_time, dropout, attention=level in attention)
+        def stage(c_in: int, c_out: int, level: int, attend: bool = False) -> Stage:
+            groups = groups_of(width if level >= 0 else STEP)
+            return Stage(c_in, c_out, c_time, dropout, attend or level in attention, groups)
 
         outer = width if patch == 1 else STEP
         self.conv_in = conv(channels, outer)
@@ -241,7 +250,8 @@ class UNet(nn.Module):
             if level < len(multipliers) - 1:
                 self.down.append(Downsample(c, c))
                 skips.append(c)
-        self.middle = nn.ModuleList([Stage(c, c, c_time, dropout, True), Stage(c, c, c_time, dropout, False)])
+        bottom = len(multipliers)
+        self.middle = nn.ModuleList([stage(c, c, bottom, attend=True), stage(c, c, bottom)])
         self.up = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for _ in range(blocks + 1):
@@ -251,7 +261,7 @@ class UNet(nn.Module):
         if patch > 1:
             self.up.append(Patches(c, outer))
             self.up.append(stage(outer + skips.pop(), c := outer, level=-1))
-        self.norm_out = norm(c)
+        self.norm_out = norm(c, groups_of(outer))
         self.conv_out = conv(c, out_channels or channels, scale=1e-10)
 
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:

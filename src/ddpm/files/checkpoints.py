@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import ddpm
 from ddpm.denoiser import Denoiser, Variance
 from ddpm.errors import InputError
-from ddpm.files import atomic
+from ddpm.files import atomic, hub
 from ddpm.likelihood import calibrated_variance
 from ddpm.presets import Preset, build, from_json, to_json
 
@@ -191,6 +191,7 @@ class Checkpoint:
     step: int
     weights: str
     path: Path
+    name: str = ""  # where it is another's: where its results go, ./ddpm-NAME
 
     @property
     def packaged(self) -> bool:
@@ -201,11 +202,12 @@ class Checkpoint:
     def home(self) -> Path:
         """Where results go: the run's folder; for a file that lies elsewhere, a folder of its name beside it.
 
-        Those of the package's model NAME go to ./ddpm-NAME, since ./NAME would be taken for a run from then on.
+        Those of the package's model NAME go to ./ddpm-NAME, since ./NAME would be taken for a run from then on, and so
+        do those of hf:OWNER/NAME and of a folder of diffusers.
         """
         path = self.path.absolute()
-        if self.packaged:
-            return Path(f"ddpm-{path.stem}")
+        if self.packaged or self.name:
+            return Path(f"ddpm-{self.name or path.stem}")
         checkpoints = path.parents[1]
         inside = checkpoints.name == "checkpoints" and (checkpoints.parent / "config.json").is_file()
         return checkpoints.parent if inside else path.with_suffix("")
@@ -294,7 +296,8 @@ def packaged(path: Path) -> Path:
 
 def _wanted() -> str:
     names = ", ".join(sorted(p.stem for p in MODELS.glob("*.safetensors")))
-    return f"want a run folder, a checkpoint folder or a .safetensors file; or a model of the package: {names}"
+    own = "want a run folder, a checkpoint folder or a .safetensors file"
+    return f"{own}; a model of the package: {names}; a folder of diffusers; or hf:OWNER/NAME"
 
 
 def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
@@ -341,8 +344,19 @@ def open_checkpoint(
     which      of a run: last, best (by held-out loss) or a step
     precision  the network's: float32, bf16, or None for the run's own
 
-    InputError where there is nothing to read or it is damaged.
+    path may also be hf:OWNER/NAME or a folder of diffusers. InputError where there is nothing to read or it is damaged.
     """
+    from ddpm.files import interop  # which writes checkpoints
+
+    name = ""
+    if hub.is_name(path):
+        name, path = str(path).rpartition("/")[2].partition("@")[0], hub.fetch(str(path))
+    if (folder := Path(path)).is_dir() and interop.is_diffusers(folder):
+        preset, state = interop.from_diffusers(folder)
+        if precision is not None:
+            preset = from_json({**to_json(preset), "precision": precision})
+        file, name = interop.weights_of(folder), name or folder.absolute().name
+        return Checkpoint(_filled(preset, state, folder), preset, 0, "ema", file, name)
     file = find(Path(path), which, weights)
     try:
         with safe_open(file, "pt") as opened:
@@ -354,16 +368,21 @@ def open_checkpoint(
     preset = from_json(json.loads(metadata["config"]))
     if precision is not None:
         preset = from_json({**to_json(preset), "precision": precision})
+    denoiser = _filled(preset, read_tensors(file), file)
+    return Checkpoint(denoiser, preset, int(metadata["step"]), metadata["weights"], file, name)
+
+
+def _filled(preset: Preset, state: Mapping[str, Tensor], path: Path) -> Denoiser:
+    """The preset's denoiser with these weights, in float32 (`ddpm export` may have rounded them), for evaluation."""
     with torch.device("meta"):  # no weights are drawn only to be replaced
         denoiser = build(preset)
     assert isinstance(denoiser.network, nn.Module)
     try:
-        stored = {name: value.float() for name, value in read_tensors(file).items()}  # `ddpm export` may round to bf16
-        denoiser.network.load_state_dict(stored, assign=True)
+        denoiser.network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     except RuntimeError as error:
-        raise InputError(f"{file}: its tensors are not those of its configuration") from error
+        raise InputError(f"{path}: its tensors are not those of its configuration") from error
     denoiser.network.eval().requires_grad_(False)
-    return Checkpoint(denoiser, preset, int(metadata["step"]), metadata["weights"], file)
+    return denoiser
 
 
 def load(
@@ -371,7 +390,8 @@ def load(
 ) -> Denoiser:
     """The denoiser of a run folder, a checkpoint folder or one weights file (.safetensors), ready to sample.
 
-    Or of a model that comes with the package, by its name, as digits; a file or folder of that name goes first.
+    Or of a model that comes with the package, by its name, as digits; a file or folder of that name goes first. Or of
+    a folder of diffusers (UNet2DModel), or of hf:OWNER/NAME, a model of either kind on the Hugging Face hub.
     weights is ema or raw; variance is fixed_large, fixed_small, calibrated (see `with_variance`), or None for the
     run's own. The network computes in the precision that it was trained in. Raises InputError where there is nothing
     to read or what there is is damaged.

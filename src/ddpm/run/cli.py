@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, 
 
 import ddpm
 from ddpm.errors import InputError, Stopped
-from ddpm.presets import PRESETS, Precision, Preset, check
+from ddpm.presets import PRESETS, Precision, Preset, check, to_json
 
 if TYPE_CHECKING:
     import torch
@@ -418,23 +419,50 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     check("--precision", args.stored, Literal["bf16", "float32"])
+    if (args.out is None) == (args.to is None):
+        raise InputError("--out, --to: want one of --out FILE.safetensors, --to diffusers DIR, --to hub OWNER/NAME")
+    kind, place = args.to or ("file", args.out)
+    check("--to", kind, Literal["file", "diffusers", "hub"])
 
     with _importing():
-        from ddpm.files import atomic, images
+        from ddpm.files import hub, interop
         from ddpm.run import export
         from ddpm.run.distributed import pick_device
-        from ddpm.run.generate import generate
 
-    out, device = export.check_out(args.out), pick_device(args.device)
+    device = pick_device(args.device)
+    if kind == "file":
+        export.check_out(place)
     found = _open(args, device)
-    exported = export.export(found, out, args.stored, args.data)
-    made = generate(
-        exported.denoiser.to(device), found.preset.shape, range(export.SAMPLES), device=device, progress=not args.json
-    )
-    images.save_many(out.with_suffix(".png"), made.permute(0, 2, 3, 1).numpy(), [])
-    atomic.write(out.with_suffix(".md"), export.card(found, exported, args.license))
-    about = {"out": str(out), **exported.about(), "bytes": out.stat().st_size}
-    print(json.dumps(about) if args.json else f"written: {out}, its card {out.with_suffix('.md')} and grid")
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "diffusers":
+            interop.to_diffusers(found, Path(place))
+        else:
+            out = Path(folder) / hub.MODEL if kind == "hub" else Path(place)
+            exported = export.export(found, out, args.stored, args.data)
+            export.illustrate(found, exported, device, args.license, not args.json)
+            if kind == "hub":
+                out.with_suffix(".md").rename(out.with_name("README.md"))
+                place = hub.push(out.parent, place, f"ddpm {ddpm.__version__}, step {found.step:,}")
+    about = {"out": str(place), "kind": kind, **found.about()}
+    card = f", its card {Path(place).with_suffix('.md')} and grid" if kind == "file" else ""
+    print(json.dumps(about) if args.json else f"written: {place}{card}")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    with _importing():
+        from ddpm.files import interop
+        from ddpm.run.export import check_out
+
+    out, source = check_out(args.out), Path(args.path)
+    preset, state = interop.read(source, _preset(args.preset) if args.preset else None)
+    preset = replace(preset, data=args.data or preset.data)
+    interop.save(out, preset, state, source.name)
+    parameters = sum(value.numel() for value in state.values())
+    about = {"out": str(out), "parameters": parameters, "preset": to_json(preset)}
+    words = f"{preset.predict}, {preset.schedule} schedule, {preset.variance}"
+    size = "x".join(map(str, preset.size))
+    print(json.dumps(about) if args.json else f"written: {out}, {parameters:,} parameters, {size}, {words}")
     return 0
 
 
@@ -631,16 +659,31 @@ def _parser() -> _Parser:
     p = commands.add_parser("export", help="one file of weights for others, with a card", allow_abbrev=False)
     p.description = (
         "Write the weights, rounded to bf16, and what it takes to load them to FILE.safetensors, their calibration "
-        "beside it, FILE.md, a card of what is known and was measured, and FILE.png, 64 samples."
+        "beside it, FILE.md, a card of what is known and was measured, and FILE.png, 64 samples. Or write a folder "
+        "that the pipelines of diffusers load, or put the model on the Hugging Face hub."
     )
     p.add_argument("run", metavar="RUN", help=_RUN)
-    p.add_argument("--out", required=True, metavar="FILE", help="NAME.safetensors")
+    p.add_argument("--out", metavar="FILE", help="NAME.safetensors")
+    p.add_argument("--to", nargs=2, metavar=("KIND", "PLACE"), help="diffusers DIR, or hub OWNER/NAME, instead")
     stored = "of the weights in the file: bf16, half the size, or float32 (bf16)"
     p.add_argument("--precision", dest="stored", default="bf16", metavar="X", help=stored)
     p.add_argument("--data", metavar="NAME", help="what others know the data set as (the run's, where a preset has it)")
     p.add_argument("--license", metavar="ID", help="for the card, as apache-2.0 (none)")
     _add_model(p, variance=False, precision=False)
     p.set_defaults(run_command=_export, variance=None, precision="auto")
+
+    p = commands.add_parser("import", help="a model of another package as one of ours", allow_abbrev=False)
+    p.description = (
+        "Write FILE.safetensors, which every command takes for a run, from a folder of diffusers (UNet2DModel and its "
+        "DDPM or DDIM scheduler) or a file of ermongroup/ddim's or pesser/pytorch_diffusion's weights. Every key, "
+        "shape and setting is accounted for; one that our network has not is refused by its name."
+    )
+    p.add_argument("path", metavar="PATH", help="a folder of diffusers; a .ckpt, .pt or .safetensors file of ddim")
+    p.add_argument("--out", required=True, metavar="FILE", help="NAME.safetensors")
+    p.add_argument("--preset", metavar="X", help="whose settings a file of ddim has (those that its shapes tell)")
+    p.add_argument("--data", metavar="SOURCE", help="the images that it was trained on, for evaluate")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.set_defaults(run_command=_import)
 
     p = commands.add_parser("paper", help="the paper's tables and figures for a run", allow_abbrev=False)
     p.description = (

@@ -14,7 +14,7 @@ import torch
 
 import ddpm
 from ddpm.errors import InputError
-from ddpm.files import atomic
+from ddpm.files import atomic, images
 from ddpm.files.checkpoints import (
     Checkpoint,
     calibration_file,
@@ -25,6 +25,7 @@ from ddpm.files.checkpoints import (
 )
 from ddpm.files.images import check_folder
 from ddpm.presets import PRESETS, Preset, to_json
+from ddpm.run.generate import generate
 
 Stored = Literal["bf16", "float32"]
 SAMPLES = 64
@@ -86,6 +87,19 @@ def export(found: Checkpoint, out: Path, stored: Stored = "bf16", data: str | No
     return exported
 
 
+def illustrate(
+    found: Checkpoint, exported: Checkpoint, device: torch.device, license: str | None = None, progress: bool = True
+) -> None:
+    """Write the card and a grid of samples beside the exported file; `found` is what it was exported from."""
+    preset = found.preset
+    classes = torch.arange(SAMPLES) % len(preset.class_names) if preset.classes else None
+    denoiser = exported.denoiser.to(device)
+    made = generate(denoiser, preset.shape, range(SAMPLES), device=device, progress=progress, y=classes)
+    columns = len(preset.class_names) if 1 < len(preset.class_names) <= 16 else None
+    images.save_many(exported.path.with_suffix(".png"), made.permute(0, 2, 3, 1).numpy(), [], columns=columns)
+    atomic.write(exported.path.with_suffix(".md"), card(found, exported, license))
+
+
 def _calibrated_itself(exported: Checkpoint) -> bool:
     """Whether `ddpm calibrate` measured these very weights, so that no calibration that is carried along is better."""
     try:
@@ -128,7 +142,7 @@ def card(found: Checkpoint, exported: Checkpoint, license: str | None = None) ->
     about = {
         "library_name": "ddpm",
         "license": license,
-        "tags": ["ddpm", "diffusion", "unconditional-image-generation"],
+        "tags": ["ddpm", "diffusion", *(() if preset.classes else ("unconditional-image-generation",))],
         "datasets": [preset.data] if "/" in preset.data else None,
     }
     front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in about.items() if value)
@@ -146,7 +160,8 @@ def card(found: Checkpoint, exported: Checkpoint, license: str | None = None) ->
         f"A denoising diffusion model (Ho, Jain, Abbeel 2020) of {size} {image} images, made and read by "
         f"ddpm {ddpm.__version__}.\n\n"
         f"![{SAMPLES} samples]({name}.png)\n\n"
-        f"Samples of seeds 0 to {SAMPLES - 1}, not chosen, by ancestral sampling with all {preset.levels:,} levels.\n\n"
+        f"Samples of seeds 0 to {SAMPLES - 1}, not chosen, by ancestral sampling with all {preset.levels:,} levels"
+        f"{', the classes in turn, without guidance' if preset.classes else ''}.\n\n"
         f"| | |\n|---|---|\n{rows}\n{measured}"
         f"## Limits\n\n{limits}\n\n"
         f"## Made by\n\n```sh\n{_commands(found, exported)}```\n"
@@ -166,6 +181,9 @@ def _facts(found: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, str]]
     levels = ", ".join(str(preset.width * m) for m in preset.multipliers)
     shape = f"channels {levels}, residual blocks a level {preset.blocks}"
     yield "network", f"{sum(p.numel() for p in network.parameters()):,} parameters; {shape}"
+    if preset.classes:
+        hidden = f"{preset.label_dropout:.0%} of them hidden in training"
+        yield "classes", f"{', '.join(preset.class_names)}; {hidden}"
     yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {preset.levels:,}, {preset.variance}"
     yield "weights", f"{exported.weights}, {stored}; {exported.path.stat().st_size:,} bytes"
     if read_calibration(exported):
