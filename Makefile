@@ -20,10 +20,10 @@ $(VENV)/.tested: $(VENV)/.installed
 
 demo: install
 	$(BIN)/ddpm train digits --out $(OUT)/run
-	$(BIN)/ddpm sample $(OUT)/run -n 64 --steps 250 --out $(OUT)/digits.png
+	$(BIN)/ddpm sample $(OUT)/run -n 100 --class all --steps 250 --out $(OUT)/digits.png
 	$(BIN)/ddpm sample $(OUT)/run -n 8 --steps 250 --progressive --out $(OUT)/progressive.png
-	$(BIN)/ddpm sample $(OUT)/run -n 200 --steps 250 --out $(OUT)/samples.npz
-	$(BIN)/python examples/digits_report.py $(OUT)/samples.npz
+	$(BIN)/ddpm sample $(OUT)/run -n 200 --class all --steps 250 --out $(OUT)/samples.npz
+	$(BIN)/python examples/digits_report.py $(OUT)/samples.npz --asked
 	@echo "pictures: $(OUT)/digits.png, $(OUT)/progressive.png"
 
 test: $(VENV)/.tested

@@ -1,10 +1,11 @@
 """How many generated digits does a classifier recognise that has only ever seen real ones?
 
-    python examples/digits_report.py SAMPLES.npz
+    python examples/digits_report.py SAMPLES.npz [--asked]
 
 The classifier has eleven classes: the ten digits, and real digits with their pixels shuffled, so that it can
 also say "not a digit". Prints the share to which it gives some digit a probability above 0.9: of the samples,
-of held-out real digits, and of uniform noise, which should be near 0.
+of held-out real digits, and of uniform noise, which should be near 0. With --asked the samples are those of
+`ddpm sample --class all`, 0 to 9 in turn: then also the share of them that are taken for the digit they should be.
 """
 
 import json
@@ -21,7 +22,7 @@ def flat(images: datasets.Images) -> np.ndarray:
     return images.batch(range(len(images))).flatten(1).numpy() / 255
 
 
-def report(samples: np.ndarray) -> dict[str, object]:
+def report(samples: np.ndarray, asked: bool = False) -> dict[str, object]:
     """The shares, for uint8 samples [N, 8, 8, 1], and how the samples spread over the ten classes."""
     train, test = datasets.load_pair("digits", (8, 8), 1)
     x, x_test = flat(train), flat(test)
@@ -37,7 +38,9 @@ def report(samples: np.ndarray) -> dict[str, object]:
         return round(float((digit(x).max(1) > 0.9).mean()), 4)
 
     generated = samples.reshape(len(samples), -1) / 255
+    right = digit(generated).argmax(1) == np.arange(len(samples)) % 10
     return {
+        **({"recognised_as_asked": round(float(right.mean()), 4)} if asked else {}),
         "count": len(samples),
         "samples_above_0.9": share(generated),
         "held_out_above_0.9": share(x_test),
@@ -49,4 +52,4 @@ def report(samples: np.ndarray) -> dict[str, object]:
 
 if __name__ == "__main__":
     with np.load(Path(sys.argv[1])) as file:
-        print(json.dumps(report(file["arr_0"])))
+        print(json.dumps(report(file["arr_0"], "--asked" in sys.argv)))

@@ -15,8 +15,8 @@ from torch import Tensor
 from ddpm.run.cli import main
 
 TINY = (
-    "train digits --width 32 --multipliers 1 --blocks 1 --attention 0 --levels 20 --schedule linear --predict eps "
-    "--batch-size 8 --lr 1e-3 --warmup 5 --ema 0.999 --ema-warmup --precision float32 --eval-images 16 "
+    "train digits --no-classes --width 32 --multipliers 1 --blocks 1 --attention 0 --levels 20 --schedule linear "
+    "--predict eps --batch-size 8 --lr 1e-3 --warmup 5 --ema 0.999 --ema-warmup --precision float32 --eval-images 16 "
     "--times uniform --cooldown 0 --log-every 1 --sample-every 0 --sample-count 4 --sample-steps 5"
 ).split()
 

@@ -89,13 +89,19 @@ def test_respaced_denoiser_is_exact_on_its_own_levels(predict):
         torch.testing.assert_close(mean, A @ xt[i].flatten() + b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("predict", "variance"),
-    [("mu", "fixed_large"), ("eps", "learned"), ("eps", SHORT.beta)],
-    ids=["mu", "learned", "table"],
-)
+@pytest.mark.parametrize("levels", [[1, 3, 20, 50], [7, 50]])
+def test_a_table_of_variances_is_respaced_to_the_exact_one(levels):
+    """Where all dimensions vary alike the true variances are a table, and those of the longer steps follow from it."""
+    data, short = isotropic(), SHORT.respace(levels)
+    table = data.variances(SHORT)
+    found = Denoiser(network(data, SHORT, "eps"), SHORT, "eps", table, clip=False).respace(levels).variance
+    torch.testing.assert_close(found[1:], data.variances(short)[1:], rtol=1e-9, atol=0)
+    assert (found[1:] - table[torch.tensor(levels)]).abs().max() > 1e-3  # which are others
+
+
+@pytest.mark.parametrize(("predict", "variance"), [("mu", "fixed_large"), ("eps", "learned")], ids=["mu", "learned"])
 def test_what_belongs_to_one_step_cannot_be_respaced(predict, variance):
-    """mu~, a learned variance and a table are of p(x_{t-1} | x_t): over longer steps they would be silently wrong."""
+    """mu~ and a learned variance are of p(x_{t-1} | x_t): over longer steps they would be silently wrong."""
     with pytest.raises(InputError, match="respace"):
         Denoiser(None, SHORT, predict, variance).respace([10, 50])
 

@@ -24,6 +24,7 @@ SHORT = {
     "edit": "--t 40",
     "report": "",
     "export": "",
+    "import": "",
 }
 
 
@@ -55,6 +56,7 @@ def test_commands_leave_what_they_say(project):
     assert (project / "between.png").is_file()
     assert (project / "mended.png").is_file()
     assert (project / "versions.png").is_file()
+    assert (project / "ours.safetensors").is_file()
     assert {p.name for p in (project / "runs/digits/paper").iterdir()} > {
         "table4.csv",
         "fig5.png",

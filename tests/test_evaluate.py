@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import likelihood, metrics, pixels, schedule
+from ddpm import gaussian, likelihood, metrics, pixels, schedule
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import checkpoints, datasets
@@ -44,7 +44,7 @@ def test_other_variances_follow_from_mse(predict, clip):
     first = Denoiser(wrong_network, SCHEDULE, predict, "fixed_large", clip)
     x0, noise = pixels_of(3), per_image(range(3), SHAPE)
     bound = likelihood.vlb(first, x0, noise)
-    table = likelihood.calibrated_variance(SCHEDULE, bound.mse.mean(0))
+    table = gaussian.calibrated_variance(SCHEDULE, bound.mse.mean(0))
     for variance in ("fixed_small", "fixed_large", table):
         other = replace(first, variance=variance)
         found, whole = likelihood.vlb_with_variance(bound, other, x0, noise), likelihood.vlb(other, x0, noise)
@@ -64,7 +64,7 @@ def test_the_calibrated_variance_is_the_best_scalar():
     denoiser = Denoiser(wrong_network, SCHEDULE, "x0")
     x0, noise = pixels_of(16), per_image(range(16), SHAPE)
     bound = likelihood.vlb(denoiser, x0, noise)
-    table = likelihood.calibrated_variance(SCHEDULE, bound.mse.mean(0))
+    table = gaussian.calibrated_variance(SCHEDULE, bound.mse.mean(0))
 
     def terms(factor):
         scaled = replace(denoiser, variance=table * factor)
@@ -193,7 +193,7 @@ def test_calibration_lowers_the_bound(own, tmp_path):
     found = nll(checkpoint, train, tmp_path / "after", count=64)["by_variance"]
     assert found["calibrated"] < min(found["fixed_large"], found["fixed_small"])
     table = checkpoints.load(own, variance="calibrated").variance
-    assert torch.equal(table[2:], likelihood.calibrated_variance(checkpoint.denoiser.schedule, mse)[2:])
+    assert torch.equal(table[2:], gaussian.calibrated_variance(checkpoint.denoiser.schedule, mse)[2:])
     assert checkpoints.load(own, variance="fixed_small").variance == "fixed_small"
 
 

@@ -156,7 +156,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["lone.safetensors", "--out", "lone.safetensors"], "the file that is read"),
     (["RUN", "--out", "a.safetensors", "--precision", "fp16"], "--precision 'fp16': want bf16, float32"),
     (["lone.safetensors", "--out", "a.safetensors", "--weights", "raw"], "holds the ema weights"),
-    (["RUN"], "--out: missing; want NAME.safetensors"),
+    (["RUN"], "--out, --to: want one of --out FILE.safetensors, --to diffusers DIR, --to hub OWNER/NAME"),
+    (["RUN", "--out", "a.safetensors", "--to", "hub", "a/b"], "--out, --to: want one of"),
+    (["RUN", "--to", "keras", "a"], "--to 'keras': want file, diffusers, hub"),
+    (["RUN", "--to", "hub", "a/b/c"], "a/b/c: want hf:OWNER/NAME"),
     (["nothing", "--out", "a.safetensors"], "nothing: no such file or folder"),
 ]
 
@@ -208,7 +211,7 @@ def test_what_is_accepted_is_named(here: Path, capsys: pytest.CaptureFixture[str
         assert err.startswith(
             f"ddpm: {name}: no such file or folder; want a run folder, a checkpoint folder or a .safe"
         )
-        assert err.endswith("or a model of the package: digits\n")
+        assert err.endswith("a model of the package: digits; a folder of diffusers; or hf:OWNER/NAME\n")
 
 
 def folder(path: Path) -> dict[Path, int]:
@@ -272,8 +275,8 @@ def test_cards_are_of_their_files() -> None:
 
 
 def test_the_digits_are_as_good_as_they_were() -> None:
-    """Held-out L_simple, which says soonest that weights and code have come apart: measured 0.2585."""
+    """Held-out L_simple, which says soonest that weights and code have come apart: measured 0.2039."""
     held_out = datasets.load_pair("digits", (8, 8), 1)[1]
     with processes("cpu") as ranks:
-        levels = held_out_by_level(ddpm.load("digits"), held_out, len(held_out), ranks)
-    assert sum(levels) / len(levels) == pytest.approx(0.2585, abs=0.002)
+        levels = held_out_by_level(ddpm.load("digits"), held_out, len(held_out), ranks, labelled=True)
+    assert sum(levels) / len(levels) == pytest.approx(0.2039, abs=0.002)

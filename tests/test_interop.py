@@ -25,13 +25,13 @@ from ddpm.files.checkpoints import Checkpoint, open_checkpoint
 from ddpm.files.interop import from_ddim, from_diffusers, to_diffusers, to_ours, to_theirs
 from ddpm.presets import PRESETS, Preset, build
 from ddpm.schedule import SCHEDULES
-from ddpm.unet import UNet
 
 CIFAR10, CELEBAHQ = PRESETS["cifar10"], PRESETS["celebahq256"]
 SMALL = Preset(
-    size=(4, 4), channels=1, width=128, multipliers=(1, 1), blocks=1, attention=(2,), dropout=0.0, levels=10,
+    size=(4, 4), channels=1, width=32, multipliers=(1, 1), blocks=1, attention=(2,), dropout=0.0, levels=10,
     beta_T=0.5, sample_steps=10,
 )  # fmt: skip
+WIDE = replace(SMALL, width=128)  # with ddim's 32 groups
 
 
 def drawn(shape, name, g):
@@ -228,7 +228,8 @@ def test_the_comparison_has_teeth(swap):
 
 
 SMALL_CONFIG = {
-    "block_out_channels": [128, 128], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "layers_per_block": 1,
+    "norm_num_groups": 8, "block_out_channels": [32, 32], "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "in_channels": 1, "out_channels": 1, "sample_size": 4,
 }  # fmt: skip
 
@@ -252,7 +253,7 @@ SMALL_CONFIG = {
             "channels": 4,
             "schedule": "warmup50",
         },
-        {"width": 160, "variance": "learned_range", "loss": "hybrid", "predict": "v"},
+        {"width": 96, "variance": "learned_range", "loss": "hybrid", "predict": "v"},
     ],
     ids=["rectangular", "three levels", "learned"],
 )
@@ -268,15 +269,15 @@ def test_there_and_back(changes, tmp_path):
     assert_same(state, found.denoiser.network.state_dict())
 
 
-def test_class_labels_go_out(tmp_path):
-    """As num_class_embeds."""
-    found = random_model(SMALL)
-    with torch.device("meta"):
-        net = UNet(1, width=128, multipliers=(1, 1), blocks=1, attention=(1,), classes=10)
-    label = torch.randn(10, 512, generator=torch.Generator().manual_seed(5))
-    net.load_state_dict(found.denoiser.network.state_dict() | {"label.weight": label}, assign=True)
-    found = replace(found, denoiser=replace(found.denoiser, network=net.eval().requires_grad_(False)))
-    model = UNet2DModel.from_pretrained(exported(found, tmp_path / "out"), subfolder="unet")
+def test_class_labels_go_out_and_come_in(tmp_path):
+    """As num_class_embeds, and back: the names are numbers then."""
+    found = random_model(replace(SMALL, classes=True, class_names=("cat", "dog", *"abcdefgh")))
+    net = found.denoiser.network
+    folder = exported(found, tmp_path / "out")
+    model = UNet2DModel.from_pretrained(folder, subfolder="unet")
+    back, state = from_diffusers(folder)
+    assert (back.classes, back.class_names) == (True, tuple("0123456789"))
+    assert_same(state, net.state_dict())
     x, timestep = inputs(SMALL)
     y, other = torch.tensor([3, 9]), torch.tensor([4, 9])
     assert apart(lambda *a: net(*a, y), lambda *a: model(*a, class_labels=y), x, timestep) < 1e-5
@@ -461,8 +462,8 @@ REFUSED = [
     ("unet", "down_block_types", ["DownBlock2D"], "each of 2 levels"),
     ("unet", "mid_block_type", None, 'want "UNetMidBlock2D"'),
     ("unet", "up_block_types", ["UpBlock2D", "AttnUpBlock2D"], "as on the way down"),
-    ("unet", "block_out_channels", [64, 128], "want at least 128"),
-    ("unet", "block_out_channels", [128, 192], "want multiples of the first"),
+    ("unet", "block_out_channels", [48, 96], "and that of 32"),
+    ("unet", "block_out_channels", [32, 48], "want multiples of the first"),
     ("unet", "block_out_channels", [], "want whole numbers"),
     ("unet", "layers_per_block", 0, "want a whole number of at least 1"),
     ("unet", "mid_block_scale_factor", 2, "want 1"),
@@ -472,13 +473,13 @@ REFUSED = [
     ("unet", "dropout", 1.5, "want a finite number"),
     ("unet", "act_fn", "gelu", 'want "silu"'),
     ("unet", "attention_head_dim", 8, "want null"),
-    ("unet", "norm_num_groups", 16, "want 32"),
-    ("unet", "attn_norm_num_groups", 16, "want null, 32"),
+    ("unet", "norm_num_groups", 16, "want 8, as ours has"),
+    ("unet", "attn_norm_num_groups", 16, "want 8, as ours has"),
     ("unet", "norm_eps", 1e-5, "want 1e-06"),
     ("unet", "resnet_time_scale_shift", "scale_shift", 'want "default"'),
     ("unet", "add_attention", False, "want true"),
     ("unet", "class_embed_type", "timestep", "want null"),
-    ("unet", "num_class_embeds", 10, "want null"),
+    ("unet", "num_class_embeds", -1, "want a whole number of at least 0"),
     ("unet", "window_size", 7, "a setting that we do not know"),
     ("scheduler", "_class_name", "PNDMScheduler", "want DDPMScheduler or DDIMScheduler"),
     ("scheduler", "num_train_timesteps", 0, "want a whole number of at least 1"),
@@ -546,7 +547,7 @@ JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | 
 ONE_VALUE = {
     "center_input_sample": False, "freq_shift": 1, "flip_sin_to_cos": False, "mid_block_type": "UNetMidBlock2D",
     "mid_block_scale_factor": 1, "downsample_padding": 0, "norm_eps": 1e-6, "resnet_time_scale_shift": "default",
-    "add_attention": True, "attention_head_dim": None, "class_embed_type": None, "num_class_embeds": None,
+    "add_attention": True, "attention_head_dim": None, "class_embed_type": None,
 }  # fmt: skip
 
 
@@ -578,7 +579,7 @@ def test_what_says_nothing_of_the_model_comes_in(small_folder, tmp_path):
     changes |= {"variance_type": "fixed_small_log", "_class_name": "DDIMScheduler", "set_alpha_to_one": True}
     folder = changed(small_folder, tmp_path / "changed", "scheduler", changes)
     assert from_diffusers(folder)[0] == replace(SMALL, variance="fixed_small")
-    changes = {"act_fn": "swish", "attn_norm_num_groups": 32, "sample_size": [4, 4], "num_train_timesteps": 1000}
+    changes = {"act_fn": "swish", "attn_norm_num_groups": 8, "sample_size": [4, 4], "num_train_timesteps": 1000}
     assert from_diffusers(changed(small_folder, tmp_path / "other", "unet", changes))[0] == SMALL
 
 
@@ -671,7 +672,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
     unet, scheduler = PUBLISHED | SMALL_CONFIG, SCHEDULER
     folder = as_published(tmp_path / "folder", unet, scheduler, {})
     shutil.copy(file, folder / "diffusion_pytorch_model.bin")
-    for call in (lambda: from_ddim(file, SMALL), lambda: interop.recognise(file), lambda: from_diffusers(folder)):
+    for call in (lambda: from_ddim(file, WIDE), lambda: interop.recognise(file), lambda: from_diffusers(folder)):
         with pytest.raises(InputError, match="not plain weights"):
             call()
     assert not ran.exists()
@@ -684,8 +685,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
     ("preset", "changes", "words"),
     [
         ({"patch": 2}, {}, "patch 2: .* want 1"),
-        ({"width": 64}, {}, "width 64: .* this network 16 to 32; want at least 128 channels"),
-        ({"width": 96, "multipliers": (1, 2)}, {}, "width 96: .* this network 24 to 32"),
+        ({}, {"clip": 0.99}, "clip 0.99: .* want static or none"),
         ({"multipliers": (2, 2)}, {}, r"multipliers \(2, 2\): .* want 1 first"),
         ({"predict": "mu"}, {}, "predict mu: .* eps, x0, v"),
         ({"variance": "learned", "loss": "vlb"}, {}, "variance learned: .* want fixed_large, fixed_small or learned_r"),
@@ -826,7 +826,7 @@ def test_the_cifar10_network_of_ddim_comes_in(tmp_path):
     ],
 )
 def test_other_networks_of_ddim(changes, tmp_path):
-    preset = replace(SMALL, **changes)
+    preset = replace(WIDE, **changes)
     model = ddim_model(preset)
     save_file(model.state, tmp_path / "model.safetensors")
     assert apart(network(preset, from_ddim(tmp_path / "model.safetensors", preset)), model, *inputs(preset)) < 1e-5
@@ -837,18 +837,18 @@ def test_other_networks_of_ddim(changes, tmp_path):
 )
 def test_the_comparison_with_ddim_has_teeth(a, b, tmp_path):
     """Negative control: two layers exchanged."""
-    model = ddim_model(SMALL)
+    model = ddim_model(WIDE)
     names = {f"mid.{x}.{leaf}": f"mid.{y}.{leaf}" for x, y in ((a, b), (b, a)) for leaf in ("weight", "bias")}
     torch.save({name: model.state[names.get(name, name)] for name in model.state}, tmp_path / "model.pt")
-    assert apart(network(SMALL, from_ddim(tmp_path / "model.pt", SMALL)), model, *inputs(SMALL)) > 1e-3
+    assert apart(network(WIDE, from_ddim(tmp_path / "model.pt", WIDE)), model, *inputs(WIDE)) > 1e-3
 
 
 def test_training_checkpoints_of_ddim(tmp_path):
     """[model, optimizer, epoch, step, average]: the average, else the model; with "module." or without."""
-    raw, average = ddim_model(SMALL).state, Ddim(SMALL)
+    raw, average = ddim_model(WIDE).state, Ddim(WIDE)
     average.g.manual_seed(4)
     with torch.no_grad():
-        average(*inputs(SMALL))
+        average(*inputs(WIDE))
     wrapped = {f"module.{name}": value for name, value in raw.items()}
     adam = torch.optim.Adam([p := nn.Parameter(torch.zeros(3))])
     p.sum().backward()
@@ -866,7 +866,7 @@ def test_training_checkpoints_of_ddim(tmp_path):
         torch.save(saved, file, _use_new_zipfile_serialization=number % 2 == 0)
         assert interop.recognise(file) == "ddim"
         assert_same(interop.read_ddim(file), expected)
-        assert_same(from_ddim(file, SMALL), to_ours(expected, SMALL, "ddim"))
+        assert_same(from_ddim(file, WIDE), to_ours(expected, WIDE, "ddim"))
 
 
 @pytest.mark.parametrize(
@@ -883,7 +883,7 @@ def test_training_checkpoints_of_ddim(tmp_path):
 def test_other_files_are_not_ddims(saved, words, tmp_path):
     file = tmp_path / "model.pt"
     torch.save(saved, file)
-    for call in (lambda: from_ddim(file, SMALL), lambda: interop.recognise(file)):
+    for call in (lambda: from_ddim(file, WIDE), lambda: interop.recognise(file)):
         with pytest.raises(InputError, match=f"^{file}: {words}"):
             call()
 
@@ -897,16 +897,16 @@ def test_damaged_files_of_ddim(tmp_path):
     for size in (0, 1, 20, len(data) // 2, len(data) - 1):
         file.write_bytes(data[:size])
         with pytest.raises(InputError, match="not plain weights"):
-            from_ddim(file, SMALL)
+            from_ddim(file, WIDE)
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(InputError, match="not a whole safetensors file"):
-        from_ddim(tmp_path / "model.safetensors", SMALL)
+        from_ddim(tmp_path / "model.safetensors", WIDE)
 
 
 def test_the_preset_must_be_of_the_weights(tmp_path):
     """What ddim has not, and a network of another shape."""
     file = tmp_path / "model.pt"
-    torch.save(ddim_model(SMALL).state, file)
+    torch.save(ddim_model(WIDE).state, file)
     for changes, words in (
         ({"patch": 2}, "patch 2: .* want 1"),
         ({"width": 64}, "width 64: .* want at least 128"),
@@ -915,7 +915,7 @@ def test_the_preset_must_be_of_the_weights(tmp_path):
         ({"attention": (4, 2)}, "down.0.attn.0.norm.weight is missing; want \\[128\\]"),
     ):
         with pytest.raises(InputError, match=f"^{file}: {words}"):
-            from_ddim(file, replace(SMALL, **changes))
+            from_ddim(file, replace(WIDE, **changes))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "celebahq256", "lsun_bedroom_large"])
@@ -970,7 +970,7 @@ def test_what_is_not_of_the_preset_is_not_saved(tmp_path):
     for wrong, words in (
         ({k: v for k, v in state.items() if k != "time1.bias"}, "time1.bias: missing"),
         (state | {"x": state["time1.bias"]}, "x: not of the network of this preset"),
-        (state | {"time1.bias": state["time1.weight"]}, r"time1.bias of shape \[512, 128\]: want \[512\]"),
+        (state | {"time1.bias": state["time1.weight"]}, r"time1.bias of shape \[128, 32\]: want \[128\]"),
     ):
         with pytest.raises(InputError, match=words):
             interop.save(file, SMALL, wrong, "")

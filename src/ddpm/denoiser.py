@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from ddpm import kernels
 from ddpm.errors import InputError
-from ddpm.gaussian import Gaussian, at, beta_tilde, over, posterior_coefficients, q_posterior
+from ddpm.gaussian import (
+    Gaussian,
+    at,
+    beta_tilde,
+    calibrated_variance,
+    implied_mse,
+    over,
+    posterior_coefficients,
+    q_posterior,
+)
 from ddpm.schedule import Schedule
 
 Prediction = Literal["eps", "x0", "mu", "v"]
@@ -194,20 +203,23 @@ class Denoiser:
     def respace(self, levels: Sequence[int]) -> "Denoiser":
         """The same on fewer levels, rising within 1..T.
 
-        Raises InputError for what holds for one step of its own T levels only: mu, a learned variance (learned_range
-        goes by the levels that there are), a table of variances.
+        A table of variances becomes the one of the same errors of x0^ (`gaussian.implied_mse`), and learned_range goes
+        by the levels that there are. Raises InputError for what holds for one step of its own T levels only: mu, and
+        variance learned.
 
         >>> from ddpm import schedule
         >>> Denoiser(lambda x, timestep, y: x, schedule.linear()).respace([500, 1000]).schedule.T
         2
         """
-        if isinstance(self.variance, Tensor):
-            raise InputError("respace: a variance table belongs to its own levels; want fixed_large or fixed_small")
         if self.variance == "learned":
             raise InputError("respace: variance learned belongs to its own levels; want learned_range or a fixed one")
         if self.predict == "mu":
             raise InputError("respace: mu belongs to its own levels; want eps, x0 or v, or the ddim sampler")
-        return replace(self, schedule=self.schedule.respace(levels))
+        schedule, variance = self.schedule.respace(levels), self.variance
+        if isinstance(variance, Tensor):
+            mse = implied_mse(self.schedule, variance)[torch.tensor(levels) - 1]
+            variance = calibrated_variance(schedule, mse)
+        return replace(self, schedule=schedule, variance=variance)
 
     def guided(self, scale: float, interval: tuple[int, int] | None = None) -> "Denoiser":
         """The same with classifier-free guidance, where it is called with labels: two network calls in one batch.

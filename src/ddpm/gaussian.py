@@ -125,6 +125,44 @@ def q_posterior(schedule: Schedule, x0: Tensor, xt: Tensor, t: Tensor) -> Gaussi
     return Gaussian(mean, over(at(beta_tilde(schedule), t).log(), xt))
 
 
+def calibrated_variance(schedule: Schedule, mse: Tensor, first: float | None = None) -> Tensor:
+    """sigma_t^2 = beta~_t + c_0^2 mse_t: the scalar variance of the least bound (Bao et al. 2022), float64 [T+1].
+
+    mse [T] is the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, measured on training images; c_0 is what multiplies
+    x_0 in mu~_t (Eq. 7). At t = 1 the posterior's own variance is Eq. 7's 0, so sigma_1^2 = mse_1, the best for a
+    density; for Eq. 13's bins less is best where errors are small, and more where few are large: `first` replaces it.
+
+    >>> from ddpm import schedule
+    >>> s = schedule.linear()
+    >>> bool((calibrated_variance(s, torch.zeros(1000))[2:] == beta_tilde(s)[2:]).all())
+    True
+    """
+    t = torch.arange(1, schedule.T + 1)
+    c_0, _ = posterior_coefficients(schedule, t)
+    variance = torch.zeros_like(schedule.alpha_bar)
+    variance[1:] = c_0**2 * mse.to(variance)
+    variance[2:] += beta_tilde(schedule)[2:]
+    if first is not None:
+        variance[1] = first
+    return variance
+
+
+def implied_mse(schedule: Schedule, variance: Tensor) -> Tensor:
+    """The mse_t, float64 [T], that a table sigma_t^2 [T+1] is the `calibrated_variance` of; at t = 1 sigma_1^2 itself.
+
+    It is what x0^'s error would be, and so what the table says at other levels. 0 where the table is below beta~_t.
+
+    >>> from ddpm import schedule
+    >>> s, mse = schedule.linear(), torch.linspace(1e-3, 0.3, 1000, dtype=torch.float64)
+    >>> torch.allclose(implied_mse(s, calibrated_variance(s, mse)), mse)
+    True
+    """
+    c_0, _ = posterior_coefficients(schedule, torch.arange(1, schedule.T + 1))
+    variance, tilde = variance.to(c_0)[1:], beta_tilde(schedule)[1:].clone()
+    tilde[0] = 0
+    return ((variance - tilde) / c_0**2).clamp(min=0)
+
+
 def total(x: Tensor) -> Tensor:
     """The sum over all dimensions but the first: [B, ...] -> [B]."""
     return x.flatten(1).sum(1)

@@ -22,7 +22,6 @@ from ddpm.gaussian import (
     total,
 )
 from ddpm.noise import Noise
-from ddpm.schedule import Schedule
 
 
 def _log_cdf(z: Tensor) -> Tensor:
@@ -139,28 +138,6 @@ def vlb(denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -
         terms[:, level - 1], estimate = term(denoiser, x0, xt, t, y)
         mse[:, level - 1] = (x0 - estimate.x0).square().flatten(1).mean(1)
     return Bound(prior(denoiser, x0), terms[:, 1:], terms[:, 0], mse, x0[0].numel())
-
-
-def calibrated_variance(schedule: Schedule, mse: Tensor, first: float | None = None) -> Tensor:
-    """sigma_t^2 = beta~_t + c_0^2 mse_t: the scalar variance of the least bound (Bao et al. 2022), float64 [T+1].
-
-    mse [T] is the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, measured on training images; c_0 is what multiplies
-    x_0 in mu~_t (Eq. 7). At t = 1 the posterior's own variance is Eq. 7's 0, so sigma_1^2 = mse_1, the best for a
-    density; for Eq. 13's bins less is best where errors are small, and more where few are large: `first` replaces it.
-
-    >>> from ddpm import schedule
-    >>> s = schedule.linear()
-    >>> bool((calibrated_variance(s, torch.zeros(1000))[2:] == beta_tilde(s)[2:]).all())
-    True
-    """
-    t = torch.arange(1, schedule.T + 1)
-    c_0, _ = posterior_coefficients(schedule, t)
-    variance = torch.zeros_like(schedule.alpha_bar)
-    variance[1:] = c_0**2 * mse.to(variance)
-    variance[2:] += beta_tilde(schedule)[2:]
-    if first is not None:
-        variance[1] = first
-    return variance
 
 
 def decoder_cost(x0: Tensor, mean: Tensor, variances: Tensor) -> Tensor:

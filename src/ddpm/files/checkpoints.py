@@ -30,7 +30,7 @@ import ddpm
 from ddpm.denoiser import Denoiser, Variance
 from ddpm.errors import InputError
 from ddpm.files import atomic, hub
-from ddpm.likelihood import calibrated_variance
+from ddpm.gaussian import calibrated_variance
 from ddpm.presets import Preset, build, from_json, to_json
 
 Weights = Literal["ema", "raw"]

@@ -8,8 +8,6 @@ from ddpm.errors import InputError
 from ddpm.files.images import one_line
 
 PREFIX = "hf:"
-MODEL = "model.safetensors"
-"""What a model of ours is called there; its calibration and card are beside it."""
 
 
 def is_name(path: str | Path) -> bool:
@@ -41,7 +39,8 @@ def fetch(name: str) -> Path:
             safe = any(file.rfilename.endswith(".safetensors") for file in about.siblings or [])
             weights = "*.safetensors" if safe else "*.bin"
             folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", weights]))
-    return folder / MODEL if (folder / MODEL).is_file() else folder
+    files = [] if (folder / "config.json").exists() or (folder / "unet").exists() else [*folder.glob("*.safetensors")]
+    return files[0] if len(files) == 1 else folder
 
 
 def push(folder: Path, name: str, message: str) -> str:

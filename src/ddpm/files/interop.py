@@ -400,8 +400,8 @@ def _architecture(unet: Mapping[str, Any]) -> dict[str, Any]:
     check("block_out_channels", widths, tuple[int, ...], 1)
     check("layers_per_block", unet["layers_per_block"], int, 1)
     check("dropout", unet["dropout"], float, 0, 0.99)
-    if any(width % widths[0] for width in widths):
-        raise InputError(f"block_out_channels {list(widths)}: want multiples of the first")
+    if widths[0] % 32 or any(width % widths[0] for width in widths):
+        raise InputError(f"block_out_channels {list(widths)}: want multiples of the first, and that of 32")
     kinds = unet["down_block_types"]
     if (
         not isinstance(kinds, list)

@@ -161,7 +161,7 @@ def _open(args: argparse.Namespace, device: "torch.device", run: Path | None = N
     found = open_checkpoint(run or args.run, args.weights or "ema", args.checkpoint, precision)
     if args.weights and found.weights != args.weights:
         raise InputError(f"--weights {args.weights}: {found.path} holds the {found.weights} weights; want the run")
-    if precision is None and found.preset.precision != pick_precision("auto", device):
+    if precision is None and found.preset.precision == "bf16" and pick_precision("auto", device) != "bf16":
         found = open_checkpoint(found.path, precision="float32")  # where bf16 would only be slow
     if args.variance is not None:
         found = with_variance(found, args.variance)
@@ -437,7 +437,7 @@ def _export(args: argparse.Namespace) -> int:
         if kind == "diffusers":
             interop.to_diffusers(found, Path(place))
         else:
-            out = Path(folder) / hub.MODEL if kind == "hub" else Path(place)
+            out = Path(folder) / f"{place.rpartition('/')[2]}.safetensors" if kind == "hub" else Path(place)
             exported = export.export(found, out, args.stored, args.data)
             export.illustrate(found, exported, device, args.license, not args.json)
             if kind == "hub":
@@ -757,7 +757,10 @@ def _parser() -> _Parser:
     return top
 
 
-_RUN = "a run folder, a checkpoint folder, a .safetensors file, or digits, the package's model"
+_RUN = (
+    "a run folder, a checkpoint folder, a .safetensors file, digits, the package's model, a folder of diffusers, or "
+    "hf:OWNER/NAME on the hub"
+)
 _OUT = "FILE.png, a grid; FILE.npz; or a folder"
 
 

@@ -29,7 +29,7 @@ from ddpm.run.generate import generate
 
 Stored = Literal["bf16", "float32"]
 SAMPLES = 64
-"""Images of the card's grid; their seeds are 0, 1, and so on."""
+"""Images of the card's grid, of classes as many of each as fit; their seeds are 0, 1, and so on."""
 
 
 def check_out(out: str | Path) -> Path:
@@ -91,13 +91,19 @@ def illustrate(
     found: Checkpoint, exported: Checkpoint, device: torch.device, license: str | None = None, progress: bool = True
 ) -> None:
     """Write the card and a grid of samples beside the exported file; `found` is what it was exported from."""
-    preset = found.preset
-    classes = torch.arange(SAMPLES) % len(preset.class_names) if preset.classes else None
-    denoiser = exported.denoiser.to(device)
-    made = generate(denoiser, preset.shape, range(SAMPLES), device=device, progress=progress, y=classes)
-    columns = len(preset.class_names) if 1 < len(preset.class_names) <= 16 else None
+    preset, classes = found.preset, len(found.preset.class_names)
+    n, denoiser = _shown(preset), exported.denoiser.to(device)
+    y = torch.arange(n) % classes if classes else None
+    made = generate(denoiser, preset.shape, range(n), device=device, progress=progress, y=y)
+    columns = classes if 1 < classes <= 16 else None
     images.save_many(exported.path.with_suffix(".png"), made.permute(0, 2, 3, 1).numpy(), [], columns=columns)
     atomic.write(exported.path.with_suffix(".md"), card(found, exported, license))
+
+
+def _shown(preset: Preset) -> int:
+    """How many images the grid has."""
+    classes = len(preset.class_names) or 1
+    return max(SAMPLES // classes, 1) * classes
 
 
 def _calibrated_itself(exported: Checkpoint) -> bool:
@@ -137,7 +143,7 @@ def card(found: Checkpoint, exported: Checkpoint, license: str | None = None) ->
     found is what was exported: of a run its metrics.jsonl and evaluate/ are read, and evaluate/ beside the exported
     file, where `ddpm evaluate FILE` leaves its figures.
     """
-    file, preset = exported.path, exported.preset
+    file, preset, shown = exported.path, exported.preset, _shown(exported.preset)
     name = file.stem
     about = {
         "library_name": "ddpm",
@@ -159,8 +165,8 @@ def card(found: Checkpoint, exported: Checkpoint, license: str | None = None) ->
         f"---\n{front}---\n\n# {name}\n\n"
         f"A denoising diffusion model (Ho, Jain, Abbeel 2020) of {size} {image} images, made and read by "
         f"ddpm {ddpm.__version__}.\n\n"
-        f"![{SAMPLES} samples]({name}.png)\n\n"
-        f"Samples of seeds 0 to {SAMPLES - 1}, not chosen, by ancestral sampling with all {preset.levels:,} levels"
+        f"![{shown} samples]({name}.png)\n\n"
+        f"Samples of seeds 0 to {shown - 1}, not chosen, by ancestral sampling with all {preset.levels:,} levels"
         f"{', the classes in turn, without guidance' if preset.classes else ''}.\n\n"
         f"| | |\n|---|---|\n{rows}\n{measured}"
         f"## Limits\n\n{limits}\n\n"
@@ -258,8 +264,9 @@ def _commands(found: Checkpoint, exported: Checkpoint) -> str:
             words += [f"--{option}", str(value) or "SOURCE"]  # only a data set may have no name
     of = [] if found.step == preset.steps else ["--checkpoint", str(found.step)]
     of += [] if exported.weights == "ema" else ["--weights", exported.weights]
+    of_classes = " --class all --guidance 1" if preset.classes else ""
     return (
         f"{shlex.join(words)}\n"
         f"{shlex.join(['ddpm', 'export', 'RUN', *of, '--out', f'{name}.safetensors'])}\n"
-        f"ddpm sample {name}.safetensors -n {SAMPLES} --out {name}.png\n"
+        f"ddpm sample {name}.safetensors -n {_shown(preset)}{of_classes} --out {name}.png\n"
     )

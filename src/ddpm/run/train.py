@@ -289,7 +289,9 @@ def _named(preset: Preset, out: Path, train_set: datasets.Images) -> Preset:
         return preset
     names = train_set.class_names
     if names is None or train_set.labels is None:
-        raise InputError(f"classes: {train_set.name} has no labels; want folders of classes, or a column of labels")
+        raise InputError(
+            f"classes: {train_set.name} has no labels; want folders of classes, a column of labels, or --no-classes"
+        )
     if preset.class_names not in ((), names):
         raise InputError(f"classes {', '.join(names)}: the run in {out} has {', '.join(preset.class_names)}")
     return replace(preset, class_names=names)

@@ -1,0 +1,127 @@
+"""Sample quality against network calls: each sampler and spacing on one model, as a table and a plot.
+
+    python benchmarks/samplers.py MODEL OUT --quality cifar_quality.py [--samples 2000] [--only NAME ...] [--calls 5 10]
+
+PROGRAM takes an .npz of samples and prints `FRD x  RS y`. The seeds are the same for all. A row is SAMPLER SPACING; of
+the spacings, `bound` is the cheapest by the bound's terms (`ddpm calibrate` must have measured the model; ancestral
+then takes the calibrated variance of those levels) and `path` by the error of DDIM's steps along 16 paths of all
+levels, both by dynamic programme. What was measured is kept in OUT, and the same command goes on. Leaves samplers.json,
+.md and .png there.
+"""
+
+import argparse
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from machine import header
+from recipe import quality
+from torch import Tensor
+
+from ddpm import spacing
+from ddpm.denoiser import Denoiser
+from ddpm.files import atomic, plots
+from ddpm.files.checkpoints import Checkpoint, open_checkpoint, read_calibration, with_variance
+from ddpm.noise import per_image
+from ddpm.run.generate import generate
+from ddpm.samplers import SAMPLERS
+
+CALLS = (5, 10, 20, 50, 100)
+ROWS = [
+    "ancestral uniform", "ancestral quadratic", "ancestral bound", "ddim uniform", "ddim quadratic", "ddim log_snr",
+    "ddim karras", "ddim path", "dpmpp_2m uniform", "dpmpp_2m log_snr", "dpmpp_2m karras", "dpmpp_3m log_snr",
+    "dpmpp_2m_sde karras", "unipc uniform", "unipc log_snr", "unipc karras", "unipc path", "unipc_3 karras",
+    "heun karras", "flow karras",
+]  # fmt: skip
+PAPER = {  # of DDIM, CIFAR-10, FID (Song et al. 2021, Table 1)
+    "paper, DDIM": {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16, 1000: 4.04},
+    "paper, DDPM's sampler": {10: 367.43, 20: 133.37, 50: 32.72, 100: 9.99, 1000: 3.17},
+}
+
+
+class Model:
+    """A checkpoint and what the optimised spacings want to know of it."""
+
+    def __init__(self, found: Checkpoint) -> None:
+        self.found, self.denoiser = found, found.denoiser
+
+    @cache  # noqa: B019
+    def costs(self, how: str) -> Tensor:
+        if how == "path":
+            noise = per_image(range(1 << 41, (1 << 41) + 16), self.found.preset.shape)
+            return spacing.path_cost(self.denoiser, noise(self.denoiser.schedule.T))
+        measured = read_calibration(self.found)
+        if measured is None:
+            raise SystemExit(f"{self.found.path} is not calibrated; run `ddpm calibrate` on it first")
+        return spacing.bound_cost(self.denoiser.schedule, measured[0])
+
+    def prepared(self, how: str, steps: int) -> tuple[Denoiser, list[int]]:
+        """The denoiser and the levels of a spacing."""
+        if how in spacing.SPACINGS:
+            return self.denoiser, spacing.SPACINGS[how](self.denoiser.schedule, steps)
+        levels = spacing.optimised(self.costs(how), steps)
+        return self.denoiser if how == "path" else with_variance(self.found, "calibrated").denoiser, levels
+
+
+def table(results: list[dict], calls: list[int], key: str) -> str:
+    """A row a sampler and spacing, a column a number of calls."""
+    lines = [f"| {key} by network calls | {' | '.join(map(str, calls))} |", "|---|" + "---|" * len(calls)]
+    for row in dict.fromkeys(result["row"] for result in results):
+        found = {result["calls"]: f"{result[key]:.2f}" for result in results if result["row"] == row}
+        lines.append(f"| {row} | {' | '.join(found.get(n, '') for n in calls)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--quality", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--only", nargs="+", default=ROWS, choices=ROWS, metavar="NAME")
+    parser.add_argument("--calls", nargs="+", type=int, default=[*CALLS])
+    parser.add_argument("--commit", default="unknown")
+    args = parser.parse_args()
+
+    model = Model(open_checkpoint(args.model))
+    for calls in args.calls:
+        for row in args.only:
+            name, how = row.split()
+            sampler, file = SAMPLERS[name], args.out / f"{row.replace(' ', '-')}-{calls}.json"
+            steps = (calls + 1) // 2 if sampler.twice else calls
+            if file.is_file():
+                continue
+            denoiser, levels = model.prepared(how, steps)
+            made = generate(denoiser, model.found.preset.shape, range(args.samples), sampler, levels, progress=True)
+            samples = args.out / "samples.npz"
+            with atomic.whole(samples) as part, part.open("wb") as open_file:
+                np.savez(open_file, made.permute(0, 2, 3, 1).numpy())
+            about = {"row": row, "calls": calls, "network_calls": sampler.calls(denoiser, levels), "levels": levels}
+            atomic.write_json(file, about | quality(args.quality, samples) | {"samples": args.samples})
+            print(row, calls, json.loads(file.read_text())["FRD"], flush=True)
+
+    results = [json.loads(file.read_text()) for file in sorted(args.out.glob("*-*.json"))]
+    best: dict[str, float] = {}  # within 20 calls
+    for r in results:
+        if r["calls"] <= 20:
+            best[r["row"]] = min(r["FRD"], best.get(r["row"], r["FRD"]))
+    results.sort(key=lambda r: (best.get(r["row"], 1e9), r["row"], r["calls"]))
+    shown = sorted({r["calls"] for r in results})
+    settings = f"- {args.model}: {model.found.path.name}, SHA-256 {model.found.sha256}; {args.samples} samples a figure"
+    text = f"{header(args.commit, 'one run each')}\n{settings}\n\n{table(results, shown, 'FRD')}"
+    paper = [{"row": row, "calls": n, "FID": v} for row, values in PAPER.items() for n, v in values.items()]
+    text += f"\nThe paper of DDIM, with its network, FID:\n\n{table(paper, sorted({p['calls'] for p in paper}), 'FID')}"
+    atomic.write(args.out / "samplers.md", text)
+    atomic.write_json(args.out / "samplers.json", results)
+    lines = {
+        row: tuple(zip(*[(r["calls"], r["FRD"]) for r in results if r["row"] == row], strict=True))
+        for row in sorted(best, key=best.__getitem__)[:7]
+    }
+    panel = plots.Panel("Sample quality", lines, "network calls", "FRD", log_x=True, log_y=True)
+    atomic.write(args.out / "samplers.png", plots.draw([panel]))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
