@@ -16,11 +16,13 @@ from torch import nn
 import ddpm
 from ddpm.files import checkpoints
 from ddpm.files import images as pictures
+from ddpm.files.checkpoints import open_checkpoint
 from ddpm.noise import per_image
 from ddpm.run import gpu
 from ddpm.run.cli import main
 from ddpm.run.generate import generate, progressive, trajectory
-from ddpm.samplers import Levels, named
+from ddpm.samplers import SAMPLERS, Levels, named
+from ddpm.spacing import SPACINGS
 
 
 def sample(source: Path, out: Path, *options: Any) -> NDArray[np.uint8]:
@@ -226,3 +228,18 @@ def test_noise_drawn_ahead_is_what_the_sampler_asks_for(
     steps_made = list(trajectory(denoiser, (1, 8, 8), [0], named(sampler, eta), steps, "cuda"))
     assert asked == given
     assert steps_made[-1].t == 0
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_batch_changes_no_picture(sampler: str) -> None:
+    """The digits model in batches of 1, 7 and 64: to 1e-5 before rounding, and so the same pixels."""
+    denoiser = open_checkpoint("digits", precision="float32").denoiser
+    steps = SPACINGS["log_snr"](denoiser.schedule, 5)
+    whole = generate(denoiser, (1, 8, 8), range(64), sampler, steps, batch_size=64)
+    for n, size in ((21, 7), (3, 1)):
+        found = generate(denoiser, (1, 8, 8), range(n), sampler, steps, batch_size=size)
+        assert (found == whole[: len(found)]).float().mean() >= 0.999
+        assert (found.int() - whole[: len(found)].int()).abs().max() <= 1
+    way = [trajectory(denoiser, (1, 8, 8), seeds, sampler, steps) for seeds in (range(7), [3])]
+    for many, one in zip(*way, strict=True):
+        torch.testing.assert_close(many.x[3:4], one.x, rtol=0, atol=1e-5)
