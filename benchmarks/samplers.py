@@ -25,7 +25,7 @@ from ddpm.files import atomic, plots
 from ddpm.files.checkpoints import Checkpoint, open_checkpoint, read_calibration, with_variance
 from ddpm.noise import per_image
 from ddpm.run.generate import generate
-from ddpm.samplers import SAMPLERS
+from ddpm.samplers import SAMPLERS, ddim
 
 CALLS = (5, 10, 20, 50, 100)
 ROWS = [
@@ -49,8 +49,9 @@ class Model:
     @cache  # noqa: B019
     def costs(self, how: str) -> Tensor:
         if how == "path":
-            noise = per_image(range(1 << 41, (1 << 41) + 16), self.found.preset.shape)
-            return spacing.path_cost(self.denoiser, noise(self.denoiser.schedule.T))
+            s = self.denoiser.schedule
+            x = per_image(range(1 << 41, (1 << 41) + 16), self.found.preset.shape)(s.T)
+            return spacing.path_cost(s, x, ddim(self.denoiser, x, s.T))
         measured = read_calibration(self.found)
         if measured is None:
             raise SystemExit(f"{self.found.path} is not calibrated; run `ddpm calibrate` on it first")

@@ -348,7 +348,7 @@ def test_path_cost_is_the_error_of_one_step():
     """By hand for three steps of a short path; nothing for a step of one level."""
     s = schedule.linear(12, 2e-2, 0.5)
     denoiser, x = Denoiser(said, s), normal(4, (2, 4, 4))(12).float()
-    cost = spacing.path_cost(denoiser, x)
+    cost = spacing.path_cost(s, x, samplers.ddim(denoiser, x, 12))
     path = {12: x, **{step.t: step.x for step in samplers.ddim(denoiser, x, 12)}}
     for t, to in ((12, 7), (8, 1), (5, 0)):
         estimate = denoiser(path[t], torch.full((4,), t))

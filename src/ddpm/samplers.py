@@ -3,7 +3,7 @@
 Arguments that they share:
 
     x      [B, C, H, W], x_T, standard normal, or x_t at the level t = start
-    steps  how many of the levels to visit, evenly, or which: rising, the last one `start` (see `spacing`)
+    steps  how many of the levels to visit, evenly, or which: rising, the last one `start`, as `spacing` gives them
     noise  noise(t), the draw that makes x_t, shaped like x
     y      int64 [B] class labels or None
     start  the level that x is at (None: T)
@@ -23,6 +23,7 @@ from torch import Tensor
 from ddpm.denoiser import Denoiser, Estimate
 from ddpm.errors import InputError
 from ddpm.noise import Noise
+from ddpm.spacing import SPACINGS
 
 Levels: TypeAlias = int | Sequence[int]
 
@@ -309,22 +310,28 @@ Run: TypeAlias = Callable[[Denoiser, Tensor, Noise, Levels, Tensor | None, int |
 class Sampler(NamedTuple):
     """A sampler by name, as programs take it.
 
-    steps  how many where none are asked for (None: all levels)
-    noisy  whether it draws noise on the way
-    twice  whether a step is two network calls, but for the last
+    steps    how many where none are asked for (None: all levels)
+    spacing  of these, by its name in SPACINGS: solvers in log-SNR want it evenly; heun on uniform levels would take most
+             of sigma/alpha in its first step, and what the network errs there a thousandfold
+    noisy    whether it draws noise on the way
+    twice    whether a step is two network calls, but for the last
     """
 
     run: Run
     steps: int | None = 20
+    spacing: str = "log_snr"
     noisy: bool = False
     twice: bool = False
 
     def levels(self, denoiser: Denoiser, steps: Levels | None, start: int | None = None) -> list[int]:
-        """The levels it visits from `start` (None: T) on; `steps` None is its own number of them."""
+        """The levels it visits from `start` (None: T) on: those given, or so many (None: its own number), spaced."""
+        schedule = denoiser.schedule
         if steps is None:
-            start = denoiser.schedule.T if start is None else start
-            steps = min(self.steps or start, start)
-        return denoiser.schedule.levels(steps, start)
+            most = schedule.T if start is None else start
+            steps = min(self.steps or most, most)
+        return (
+            SPACINGS[self.spacing](schedule, steps, start) if isinstance(steps, int) else schedule.levels(steps, start)
+        )
 
     def calls(self, denoiser: Denoiser, steps: Levels | None, start: int | None = None) -> int:
         """How many network calls it makes from `start` on."""
@@ -333,14 +340,14 @@ class Sampler(NamedTuple):
 
 
 SAMPLERS = {
-    "ancestral": Sampler(ancestral, None, noisy=True),
-    "ddim": Sampler(lambda d, x, noise, steps, y, start: ddim(d, x, steps, y=y, start=start), 50),
+    "ancestral": Sampler(ancestral, None, "uniform", noisy=True),
+    "ddim": Sampler(lambda d, x, noise, steps, y, start: ddim(d, x, steps, y=y, start=start), 50, "uniform"),
     "dpmpp_2m": Sampler(lambda d, x, noise, steps, y, start: dpm_solver_pp(d, x, steps, 2, y, start)),
     "dpmpp_3m": Sampler(lambda d, x, noise, steps, y, start: dpm_solver_pp(d, x, steps, 3, y, start)),
     "dpmpp_2m_sde": Sampler(sde_dpm_solver_pp, noisy=True),
     "unipc": Sampler(lambda d, x, noise, steps, y, start: unipc(d, x, steps, 2, y, start)),
     "unipc_3": Sampler(lambda d, x, noise, steps, y, start: unipc(d, x, steps, 3, y, start)),
-    "heun": Sampler(lambda d, x, noise, steps, y, start: heun(d, x, steps, y, start), 10, twice=True),
+    "heun": Sampler(lambda d, x, noise, steps, y, start: heun(d, x, steps, y, start), 10, "karras", twice=True),
     "flow": Sampler(lambda d, x, noise, steps, y, start: probability_flow(d, x, steps, y, start), 10, twice=True),
 }
 

@@ -4,14 +4,13 @@ Every sampler takes such a list for its `steps`; a number alone is `uniform`.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from ddpm import pixels
-from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.samplers import ddim
 from ddpm.schedule import Schedule
 
 
@@ -127,25 +126,25 @@ def bound_cost(schedule: Schedule, mse: Tensor) -> Tensor:
     return cost
 
 
-@torch.no_grad()
-def path_cost(denoiser: Denoiser, x: Tensor, y: Tensor | None = None) -> Tensor:
+def path_cost(schedule: Schedule, x: Tensor, path: Iterable[tuple[int, Tensor, Tensor]]) -> Tensor:
     """How far a DDIM step from t to s misses the path that all levels together take, float64 [T+1, T+1] as cost[s, t].
 
-    x [B, C, H, W] is x_T; the error is the root mean square over images and dimensions of x_s in signal units. Errors
-    are taken as if each came whole into the image, so that the sum bounds what `optimised` makes small. T network
-    calls; memory for T times x and its estimate.
+    x [B, C, H, W] is x_T, path the Steps (t, x, x0) of `ddim` from there through all levels. The error is the root mean
+    square over images and dimensions of x_s in signal units; they are taken as if each came whole into the image, so
+    that the sum bounds what `optimised` makes small. Memory for T times x and x0.
 
-    >>> from ddpm import schedule
-    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(20, 1e-3, 0.6), predict="x0")
-    >>> float(path_cost(grey, torch.randn(2, 1, 4, 4)).max()) < 1e-6  # every step is exact
+    >>> from ddpm import Denoiser, samplers, schedule
+    >>> s, x = schedule.linear(20, 1e-3, 0.6), torch.randn(2, 1, 4, 4)
+    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), s, predict="x0")
+    >>> float(path_cost(s, x, samplers.ddim(grey, x, 20)).max()) < 1e-6  # every step is exact
     True
     """
-    T = denoiser.schedule.T
-    signal, sigma = denoiser.schedule.alpha_bar.sqrt().cpu(), (1 - denoiser.schedule.alpha_bar).sqrt().cpu()
+    T = schedule.T
+    signal, sigma = schedule.alpha_bar.sqrt().cpu(), (1 - schedule.alpha_bar).sqrt().cpu()
     xs, x0s = torch.zeros(T + 1, x.numel()), torch.zeros(T + 1, x.numel())
     xs[T] = x.flatten()
-    for step in ddim(denoiser, x, T, y=y):
-        xs[step.t], x0s[step.t + 1] = step.x.flatten().cpu(), step.x0.flatten().cpu()
+    for t, xt, x0 in path:
+        xs[t], x0s[t + 1] = xt.flatten().cpu(), x0.flatten().cpu()
     cost = torch.zeros(T + 1, T + 1, dtype=torch.float64)
     for t in range(1, T + 1):
         eps = (xs[t] - signal[t] * x0s[t]) / sigma[t]

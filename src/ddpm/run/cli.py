@@ -256,7 +256,8 @@ def _levels(args: argparse.Namespace, denoiser: "Denoiser") -> list[int]:
     from ddpm.spacing import SPACINGS
 
     check("--sampler", args.sampler, Literal[tuple(SAMPLERS)])
-    check("--spacing", args.spacing, Literal[tuple(SPACINGS)])
+    if args.spacing is not None:
+        check("--spacing", args.spacing, Literal[tuple(SPACINGS)])
     if args.steps is not None:
         check("--steps", args.steps, int, 1, denoiser.schedule.T)
     return visited(denoiser, args.sampler, args.steps, args.spacing)
@@ -268,7 +269,8 @@ def _sampled(args: argparse.Namespace, denoiser: "Denoiser") -> dict[str, Any]:
 
     levels = _levels(args, denoiser)
     calls = SAMPLERS[args.sampler].calls(denoiser, levels)
-    return {"sampler": args.sampler, "spacing": args.spacing, "steps": len(levels), "network_calls": calls}
+    spaced = args.spacing or SAMPLERS[args.sampler].spacing
+    return {"sampler": args.sampler, "spacing": spaced, "steps": len(levels), "network_calls": calls}
 
 
 def _loader(args: argparse.Namespace, preset: Preset, shown: bool) -> "Callable[[str], datasets.Images]":
@@ -779,8 +781,8 @@ def _add_sampler(p: argparse.ArgumentParser, default: str = "ancestral") -> None
     p.add_argument("--sampler", default=default, metavar="X", help=names)
     steps = "levels visited (ancestral: all; ddim: 50; heun, flow: 10, with two network calls each; others: 20)"
     p.add_argument("--steps", **_number(int, None), help=steps)
-    spacing = "which levels: uniform, quadratic, log_snr, karras (%(default)s)"
-    p.add_argument("--spacing", default="uniform", metavar="X", help=spacing)
+    spacing = "which levels: uniform, quadratic, log_snr, karras (ancestral, ddim: uniform; heun: karras; or log_snr)"
+    p.add_argument("--spacing", metavar="X", help=spacing)
 
 
 def _add_model(p: argparse.ArgumentParser, variance: bool = True, precision: bool = True) -> None:

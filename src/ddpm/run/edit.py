@@ -25,7 +25,7 @@ class Way:
 
     sampler: str = "ancestral"
     steps: int | None = None
-    spacing: str = "uniform"
+    spacing: str | None = None
     classes: tuple[int, ...] = ()
 
     def levels(self, found: Checkpoint, start: int) -> list[int]:

@@ -16,18 +16,21 @@ from ddpm.spacing import SPACINGS
 
 
 def visited(
-    denoiser: Denoiser, sampler: str = "ancestral", steps: int | None = None, spacing: str = "uniform",
+    denoiser: Denoiser, sampler: str = "ancestral", steps: int | None = None, spacing: str | None = None,
     start: int | None = None,
 ) -> list[int]:  # fmt: skip
-    """The levels that a sampler of that name visits from `start` (None: T) on, spaced by a function of SPACINGS.
+    """The levels that a sampler of that name visits from `start` (None: T) on; steps or spacing None are its own.
 
     >>> from ddpm import schedule
-    >>> visited(Denoiser(lambda x, timestep, y: x, schedule.linear()), "unipc", 4, "log_snr")
+    >>> visited(Denoiser(lambda x, timestep, y: x, schedule.linear()), "unipc", 4)
     [1, 74, 604, 1000]
     """
-    if spacing not in SPACINGS:
-        raise InputError(f"spacing {spacing!r}: want {', '.join(SPACINGS)}")
-    return SPACINGS[spacing](denoiser.schedule, len(named(sampler).levels(denoiser, steps, start)), start)
+    how = named(sampler)
+    if spacing is not None:
+        if spacing not in SPACINGS:
+            raise InputError(f"spacing {spacing!r}: want {', '.join(SPACINGS)}")
+        how = how._replace(spacing=spacing)
+    return how.levels(denoiser, steps, start)
 
 
 def trajectory(
