@@ -27,7 +27,7 @@ demo: install
 	@echo "pictures: $(OUT)/digits.png, $(OUT)/progressive.png"
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

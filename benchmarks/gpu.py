@@ -122,7 +122,7 @@ def sampling_makers(preset: Preset, count: int, device: torch.device, steps: int
     def ours() -> record.Case:
         own = peers.Ours(preset, "bf16", device)
         own.network.eval()
-        return partial(generate, own.denoiser, preset.shape, range(count), "ddim", steps, 0.0, count, device)
+        return partial(generate, own.denoiser, preset.shape, range(count), "ddim", steps, count, device)
 
     def theirs(settings: dict[str, Any]) -> record.Case:
         loop = peers.Theirs(peers.paper_network(preset), device, **settings)

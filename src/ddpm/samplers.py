@@ -311,8 +311,8 @@ class Sampler(NamedTuple):
     """A sampler by name, as programs take it.
 
     steps    how many where none are asked for (None: all levels)
-    spacing  of these, by its name in SPACINGS: solvers in log-SNR want it evenly; heun on uniform levels would take most
-             of sigma/alpha in its first step, and what the network errs there a thousandfold
+    spacing  of these, by its name in SPACINGS: solvers in log-SNR want it evenly; heun on uniform levels would take
+             most of sigma/alpha in its first step, and what the network errs there a thousandfold
     noisy    whether it draws noise on the way
     twice    whether a step is two network calls, but for the last
     """
