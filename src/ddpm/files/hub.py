@@ -43,16 +43,23 @@ def fetch(name: str) -> Path:
     return files[0] if len(files) == 1 else folder
 
 
-def push(folder: Path, name: str, message: str) -> str:
-    """Put the files of `folder` there, making the model's place if need be; its address.
+def create(name: str) -> None:
+    """Make the model's place, if it is not there; before the work, since it needs the hub and one's leave.
 
     Raises InputError, one line, where the hub cannot be reached or does not let one.
     """
     from huggingface_hub import HfApi
 
+    with _told(name, "the hub cannot be reached"):
+        HfApi().create_repo(name.removeprefix(PREFIX), exist_ok=True)
+
+
+def push(folder: Path, name: str, message: str) -> str:
+    """Put the files of `folder` into the place that `create` made; its address. Raises what `create` raises."""
+    from huggingface_hub import HfApi
+
     repo = name.removeprefix(PREFIX)
     with _told(name, "the hub cannot be reached"):
-        HfApi().create_repo(repo, exist_ok=True)
         HfApi().upload_folder(folder_path=folder, repo_id=repo, commit_message=message)
     return f"{HfApi().endpoint}/{repo}"
 

@@ -435,6 +435,8 @@ def _export(args: argparse.Namespace) -> int:
     if kind == "file":
         export.check_out(place)
     found = _open(args, device)
+    if kind == "hub":
+        hub.create(place)
     with tempfile.TemporaryDirectory() as folder:
         if kind == "diffusers":
             interop.to_diffusers(found, Path(place))
