@@ -139,15 +139,20 @@ def path_cost(schedule: Schedule, x: Tensor, path: Iterable[tuple[int, Tensor, T
     >>> float(path_cost(s, x, samplers.ddim(grey, x, 20)).max()) < 1e-6  # every step is exact
     True
     """
-    T = schedule.T
-    signal, sigma = schedule.alpha_bar.sqrt().cpu(), (1 - schedule.alpha_bar).sqrt().cpu()
-    xs, x0s = torch.zeros(T + 1, x.numel()), torch.zeros(T + 1, x.numel())
+    T, N = schedule.T, x.numel()
+    xs, x0s = torch.zeros(T + 1, N, dtype=torch.float64), torch.zeros(T + 1, N, dtype=torch.float64)
     xs[T] = x.flatten()
     for t, xt, x0 in path:
-        xs[t], x0s[t + 1] = xt.flatten().cpu(), x0.flatten().cpu()
-    cost = torch.zeros(T + 1, T + 1, dtype=torch.float64)
-    for t in range(1, T + 1):
-        eps = (xs[t] - signal[t] * x0s[t]) / sigma[t]
-        there = signal[:t, None] * x0s[t] + sigma[:t, None] * eps
-        cost[:t, t] = (there - xs[:t]).double().square().mean(1).sqrt()
-    return cost
+        xs[t], x0s[t + 1] = xt.flatten(), x0.flatten()
+    signal, sigma = schedule.alpha_bar.sqrt().cpu()[:, None], (1 - schedule.alpha_bar).sqrt().cpu()[:, None]
+    eps = torch.zeros_like(xs)
+    eps[1:] = (xs[1:] - signal[1:] * x0s[1:]) / sigma[1:]
+    # |signal_s x0_t + sigma_s eps_t - x_s|^2 multiplied out, s down and t across
+    ends = signal**2 * _dots(x0s, x0s) + sigma**2 * _dots(eps, eps) + 2 * signal * sigma * _dots(x0s, eps)
+    mixed = signal * (xs @ x0s.T) + sigma * (xs @ eps.T)
+    return ((ends - 2 * mixed + _dots(xs, xs)[:, None]).clamp(min=0) / N).sqrt().triu(1)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """The products of rows, [T, N] -> [T]."""
+    return (a * b).sum(1)
