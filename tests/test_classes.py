@@ -19,6 +19,7 @@ import ddpm
 from ddpm import losses, schedule
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
+from ddpm.files import interop
 from ddpm.files.checkpoints import open_checkpoint
 from ddpm.run import gpu
 from ddpm.run.cli import main
@@ -253,15 +254,26 @@ def test_a_conditional_run_resumes_to_the_bit(run: Path, labelled: Path, tmp_pat
         ),
         ("sample RUN --class grey --clip 2", "--clip: '2': want static, none or a number between 0 and 1"),
         ("sample OTHER --class grey", "was not trained with --classes"),
+        ("edit RUN IMAGE --t -1", "t -1: want 0 to 20"),
+        ("edit RUN IMAGE --invert 2 -n 2", "n 2: inversion has one answer for a class; want 1 at most"),
+        ("edit RUN IMAGE --invert 2 --clip static", "--clip: not with --invert"),
+        ("sample NEVER --class grey --guidance 2", "never was without a label; want 1, none"),
         ("sample RUN --sigma-hat", "--sigma-hat: only --sampler ddim has it"),
         ("sample RUN --sampler heun --spacing linear", "--spacing 'linear': want uniform, quadratic, log_snr, karras"),
     ],
 )
 def test_mistakes(command: str, words: str, run: Path, trained: Path, capsys: Any, tmp_path: Path) -> None:
-    swapped = command.replace("RUN", str(run)).replace("OTHER", str(trained))
-    assert main([*swapped.split(), "--out", str(tmp_path / "a.png")]) == 2
+    preset = replace(open_checkpoint(run).preset, label_dropout=0.0)
+    network = open_checkpoint(run).denoiser.network
+    assert isinstance(network, UNet)
+    interop.save(tmp_path / "never.safetensors", preset, network.state_dict(), "the run, as if it had no dropout")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "image.png")
+    before = sorted(tmp_path.iterdir())
+    places = {"RUN": run, "OTHER": trained, "NEVER": tmp_path / "never.safetensors", "IMAGE": tmp_path / "image.png"}
+    given = [str(places.get(word, word)) for word in command.split()]
+    assert main([*given, "--out", str(tmp_path / "a.png")]) == 2
     assert words in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_images_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,3 +292,27 @@ def test_in_python(run: Path) -> None:
     y = torch.tensor([0, 2] * 8)
     found = generate(denoiser.guided(4.0), (1, 8, 8), range(16), y=y).float().mean((1, 2, 3))
     assert found[1::2].mean() > found[::2].mean() + 5
+
+
+def test_guided_moves_what_it_guides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`to` reaches the network inside, and what comes back still guides it."""
+    moved = []
+    monkeypatch.setattr(UNet, "to", lambda self, device, **_: moved.append((self, device)))
+    network = unet()
+    guided = Denoiser(network, schedule.linear(20, 1e-3, 0.3)).guided(2.0).to("cpu")
+    assert moved == [(network, "cpu")]
+    assert (guided.network.network, guided.network.scale) == (network, 2.0)  # type: ignore[attr-defined]
+
+
+def test_classes_that_cannot_be_learned(labelled: Path, tmp_path: Path, capsys: Any) -> None:
+    """Named where no training image has them; label_dropout 1 is refused."""
+    for name in GREYS:
+        for i in range(8):
+            target = tmp_path / "set" / ("test" if name == "white" else "train") / name / f"{i}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((labelled / name / f"{i}.png").read_bytes())
+    options = ["--data", str(tmp_path / "set"), "--classes", "--size", "8", "--steps", "2"]
+    assert train(tmp_path / "run", *options) == 0
+    assert "classes without a training image, which cannot be learned: white" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"label_dropout 1\.0: no label would be shown"):
+        replace(ddpm.PRESETS["digits"], label_dropout=1.0)

@@ -89,6 +89,33 @@ def test_a_folder_of_diffusers_is_a_model(trained: Path, here: Path, capsys: pyt
     assert main(["evaluate", "theirs", "--data", "digits", "-n", "2", "--levels", "3", "--json"]) == 0
 
 
+def test_what_a_folder_of_diffusers_is_refused(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It stays as it is, and says its settings itself; other settings are another model."""
+    assert main(["export", str(trained), "--to", "diffusers", "theirs"]) == 0
+    before = open_checkpoint("theirs").sha256
+    for words, reason in (
+        (
+            ["calibrate", "theirs", "--data", "digits"],
+            "theirs: another's, which stays as it is; calibrate a copy: `ddpm im",
+        ),
+        (["export", "theirs", "--out", "a.safetensors"], "`ddpm import` makes one of our files of it"),
+        (["import", "theirs", "--preset", "cifar10", "--out", "a.safetensors"], "want no --preset"),
+        (["sample", "theirs", "--checkpoint", "5"], "checkpoint '5': theirs is one model"),
+        (["evaluate", "theirs"], "--data: this model names no data set; want --data SOURCE"),
+        (
+            ["export", str(trained), "--to", "diffusers", "new", "--license", "mit"],
+            "--license mit: not for --to diffusers",
+        ),
+        (["export", str(trained), "--to", "diffusers", "theirs"], "out theirs: is there already"),
+    ):
+        assert main(words) == 2
+        assert reason in capsys.readouterr().err
+    assert {p.name for p in here.iterdir()} == {"theirs"}
+    file = Path("theirs/scheduler/scheduler_config.json")
+    file.write_text(file.read_text().replace("epsilon", "v_prediction"))
+    assert open_checkpoint("theirs").sha256 != before
+
+
 def test_there_and_back_by_the_hub(trained: Path, here: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     """--to hub leaves weights, card and grid; hf:OWNER/NAME is that model wherever a run is asked for."""
     want = sample(str(trained))

@@ -300,6 +300,8 @@ def test_sigma_hat_adds_the_larger_noise():
     beta = 1 - PAPER.alpha_bar[1000] / PAPER.alpha_bar[900]
     torch.testing.assert_close(hat.x - still.x, beta.sqrt() * noise(900))
     assert (one.x - still.x).std() < (hat.x - still.x).std()
+    again = next(samplers.ddim(denoiser, noise(1000), 10, 0.0, noise, sigma_hat=True))
+    assert torch.equal(again.x, hat.x)  # it is of eta 1
 
 
 @given(st.sampled_from(sorted(spacing.SPACINGS)), st.integers(1, 1000), st.data())
@@ -389,5 +391,5 @@ def test_schedules_that_end_in_noise():
             last(solve(denoiser, x, 5))
         assert last(solve(denoiser, x, 5, start=99)).x.isfinite().all()
     assert last(samplers.ddim(denoiser, x, 5)).x.isfinite().all()
-    with pytest.raises(InputError, match="no log-SNR; want uniform or quadratic"):
+    with pytest.raises(InputError, match="no log-SNR; want ancestral or ddim"):
         spacing.karras(s, 5)

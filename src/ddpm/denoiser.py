@@ -219,6 +219,7 @@ class Denoiser:
         if isinstance(variance, Tensor):
             mse = implied_mse(self.schedule, variance)[torch.tensor(levels) - 1]
             variance = calibrated_variance(schedule, mse)
+            variance[1] = variance[1] if mse[0] > 0 else beta_tilde(schedule)[1]  # a density needs some
         return replace(self, schedule=schedule, variance=variance)
 
     def guided(self, scale: float, interval: tuple[int, int] | None = None) -> "Denoiser":
@@ -249,6 +250,9 @@ class Denoiser:
         Where tensor cores or our kernels want it, convolutions have channels-last weights, which their inputs and
         outputs follow. Shapes, and files, are the same.
         """
+        if isinstance(self.network, Guided):
+            inner = replace(self, network=self.network.network).to(device)
+            return replace(inner, network=replace(self.network, network=inner.network))
         if isinstance(self.network, nn.Module):
             ours = torch.device(device).type == "cpu" and getattr(self.network, "bf16", False) and kernels.ready()
             last = ours or torch.device(device).type == "cuda"

@@ -112,6 +112,8 @@ class Preset:
             raise InputError(f"variance {self.variance}: loss simple does not train it; want loss hybrid or vlb")
         if self.weighting != "none" and (self.loss != "simple" or self.predict == "mu"):
             raise InputError(f"weighting {self.weighting}: is of L_simple for eps, x0 or v; want loss simple, no mu")
+        if self.classes and self.label_dropout == 1:
+            raise InputError("label_dropout 1.0: no label would be shown; want less, or --no-classes")
         if self.predict == "eps" and self.schedule == "jsd":
             raise InputError("predict eps: says nothing of x_0 at jsd's last level; want x0, mu or v")
         if self.batch_size % self.accumulate:

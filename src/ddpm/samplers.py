@@ -96,8 +96,9 @@ def ddim(
     """DDIM (Song et al. 2021, Eq. 12): x_s = sqrt(abar_s) x0^ + sqrt(1 - abar_s - sigma^2) eps^ + sigma z.
 
     sigma^2 = eta^2 (1 - abar_s)/(1 - abar_t) (1 - abar_t/abar_s). eta 0 is deterministic and needs no noise; eta 1
-    has the posterior's variance. sigma_hat: z is multiplied by sqrt(1 - abar_t/abar_s) instead, as in the last rows of
-    their Table 1. eps^ belongs to the clipped x0^, so that x_t stays their mixture.
+    has the posterior's variance. sigma_hat, which is of eta 1 whatever was given: z alone is multiplied by
+    sqrt(1 - abar_t/abar_s) instead, as in the last rows of their Table 1. eps^ belongs to the clipped x0^, so that x_t
+    stays their mixture.
 
     With eta 0 this is Euler's method on the EDM form, d(x/alpha)/d(sigma/alpha) = eps^, and DPM-Solver++ of order 1.
 
@@ -107,7 +108,8 @@ def ddim(
     >>> last.t, float(last.x.abs().max())
     (0, 0.0)
     """
-    noisy = eta > 0 or sigma_hat
+    eta = 1.0 if sigma_hat else eta
+    noisy = eta > 0
     if not 0 <= eta <= 1 or (noisy and noise is None):
         raise InputError(f"eta {eta}: want 0 to 1, and noise where it is above 0")
     abar = denoiser.schedule.alpha_bar.tolist()

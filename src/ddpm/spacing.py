@@ -44,7 +44,7 @@ def log_snr(schedule: Schedule, steps: int, start: int | None = None) -> list[in
     """
     start = schedule.levels(steps, start)[-1]
     first, last = schedule.half_log_snr[[1, start]].tolist()
-    return _nearest(schedule, torch.linspace(last, first, steps, dtype=torch.float64).flip(0))
+    return _nearest(schedule, torch.linspace(last, first, steps, dtype=torch.float64).flip(0), start)
 
 
 def karras(schedule: Schedule, steps: int, start: int | None = None, rho: float = 7.0) -> list[int]:
@@ -56,18 +56,19 @@ def karras(schedule: Schedule, steps: int, start: int | None = None, rho: float 
     """
     start = schedule.levels(steps, start)[-1]
     first, last = (-schedule.half_log_snr[[1, start]] / rho).exp().tolist()
-    return _nearest(schedule, -rho * torch.linspace(last, first, steps, dtype=torch.float64).flip(0).log())
+    return _nearest(schedule, -rho * torch.linspace(last, first, steps, dtype=torch.float64).flip(0).log(), start)
 
 
 SPACINGS = {"uniform": uniform, "quadratic": quadratic, "log_snr": log_snr, "karras": karras}
 
 
-def _nearest(schedule: Schedule, wanted: Tensor) -> list[int]:
-    """The levels nearest to `wanted` in 1/2 log-SNR, falling, each once; the last is a level's and stays."""
+def _nearest(schedule: Schedule, wanted: Tensor, start: int) -> list[int]:
+    """The levels nearest to `wanted` in 1/2 log-SNR, falling, each once, the last one `start`."""
     if not wanted.isfinite().all():
-        raise InputError("spacing: the schedule ends at alpha_bar 0, which has no log-SNR; want uniform or quadratic")
+        raise InputError(
+            "spacing: the schedule ends at alpha_bar 0, which has no log-SNR; want ancestral or ddim on uniform levels"
+        )
     clock = schedule.half_log_snr[1:].cpu()
-    start = int((clock - wanted[-1]).abs().argmin()) + 1
     nearest = (clock - wanted[:, None]).abs().argmin(1) + 1
     nearest[-1] = start
     return _distinct(nearest, start)

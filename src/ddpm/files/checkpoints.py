@@ -192,6 +192,7 @@ class Checkpoint:
     weights: str
     path: Path
     name: str = ""  # where it is another's: where its results go, ./ddpm-NAME
+    foreign: bool = False  # of diffusers, whose settings lie in other files than the weights
 
     @property
     def packaged(self) -> bool:
@@ -214,8 +215,10 @@ class Checkpoint:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The SHA-256 of the weights file."""
-        return file_sha256(self.path)
+        """The SHA-256 of the weights file, of one of diffusers with what it was read as."""
+        digest = file_sha256(self.path)
+        settings = json.dumps(to_json(replace(self.preset, precision="auto")), sort_keys=True)
+        return _sha256((digest + settings).encode()) if self.foreign else digest
 
     def about(self) -> dict[str, Any]:
         """What results of this model are of, as plain JSON values."""
@@ -355,8 +358,10 @@ def open_checkpoint(
         preset, state = interop.from_diffusers(folder)
         if precision is not None:
             preset = from_json({**to_json(preset), "precision": precision})
+        if which != "last":
+            raise InputError(f"checkpoint {which!r}: {path} is one model; want a run to choose from")
         file, name = interop.weights_of(folder), name or folder.absolute().name
-        return Checkpoint(_filled(preset, state, folder), preset, 0, "ema", file, name)
+        return Checkpoint(_filled(preset, state, folder), preset, 0, "ema", file, name, foreign=True)
     file = find(Path(path), which, weights)
     try:
         with safe_open(file, "pt") as opened:
@@ -365,11 +370,14 @@ def open_checkpoint(
         raise InputError(f"{file}: not a whole safetensors file ({error}); {_wanted()}") from error
     if "config" not in metadata or metadata.get("weights") not in ("ema", "raw"):
         raise InputError(f"{file}: not a checkpoint of ddpm; want ema.safetensors or raw.safetensors of a run")
-    preset = from_json(json.loads(metadata["config"]))
+    try:
+        preset, step = from_json(json.loads(metadata["config"])), int(metadata["step"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: its configuration is damaged ({error})") from error
     if precision is not None:
         preset = from_json({**to_json(preset), "precision": precision})
     denoiser = _filled(preset, read_tensors(file), file)
-    return Checkpoint(denoiser, preset, int(metadata["step"]), metadata["weights"], file, name)
+    return Checkpoint(denoiser, preset, step, metadata["weights"], file, name)
 
 
 def _filled(preset: Preset, state: Mapping[str, Tensor], path: Path) -> Denoiser:

@@ -21,6 +21,7 @@ import ddpm
 from ddpm.errors import InputError
 from ddpm.files import atomic
 from ddpm.files.checkpoints import Checkpoint, read_tensors, save_tensors
+from ddpm.files.images import check_folder
 from ddpm.presets import PRESETS, Preset, build, check, to_json
 from ddpm.schedule import SCHEDULES
 from ddpm.unet import groups_of
@@ -241,8 +242,7 @@ def to_diffusers(found: Checkpoint, folder: Path) -> None:
     assert isinstance(denoiser.network, nn.Module)
     with _of(found.path):
         _exportable(found)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"out {folder}: is there already; want a new folder or an empty one")
+    check_out(folder)
     state = denoiser.network.state_dict()
     tensors = to_theirs({name: value.float() for name, value in state.items()}, preset, "diffusers")
     label = state.get("label.weight")
@@ -286,6 +286,13 @@ def to_diffusers(found: Checkpoint, folder: Path) -> None:
         atomic.sync(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def check_out(folder: Path) -> None:
+    """InputError where `to_diffusers` could not write there; to be called before the work."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"out {folder}: is there already; want a new folder or an empty one")
+    check_folder(folder.absolute().parent)
 
 
 def _exportable(found: Checkpoint) -> None:
@@ -543,7 +550,7 @@ def shape_of(state: Mapping[str, Tensor]) -> Preset:
     """
     levels = range(_count(state, "down.{}.block.0.conv1.weight"))
     blocks = _count(state, "down.0.block.{}.conv1.weight")
-    if "conv_in.weight" not in state or not blocks:
+    if "conv_in.weight" not in state or state["conv_in.weight"].ndim != 4 or not blocks:
         raise InputError("no weights of ddim's network; want conv_in.weight, down.0.block.0.conv1.weight and so on")
     width, channels = state["conv_in.weight"].shape[:2]
     with_attention = [level for level in levels if f"down.{level}.attn.0.q.weight" in state]
@@ -626,8 +633,12 @@ def read(path: Path, preset: Preset | None = None) -> tuple[Preset, dict[str, Te
     Raises InputError where it is neither, or not what our network has.
     """
     if recognise(path) == "diffusers":
+        if preset is not None:
+            raise InputError(f"{path}: a folder of diffusers says its settings itself; want no --preset")
         return from_diffusers(path)
-    preset = shape_of(read_ddim(path)) if preset is None else preset
+    if preset is None:
+        with _of(path):
+            preset = shape_of(read_ddim(path))
     return preset, from_ddim(path, preset)
 
 

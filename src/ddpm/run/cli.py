@@ -162,7 +162,9 @@ def _open(args: argparse.Namespace, device: "torch.device", run: Path | None = N
     if args.weights and found.weights != args.weights:
         raise InputError(f"--weights {args.weights}: {found.path} holds the {found.weights} weights; want the run")
     if precision is None and found.preset.precision == "bf16" and pick_precision("auto", device) != "bf16":
-        found = open_checkpoint(found.path, precision="float32")  # where bf16 would only be slow
+        found = open_checkpoint(
+            run or args.run, args.weights or "ema", args.checkpoint, "float32"
+        )  # where bf16 would only be slow
     if args.variance is not None:
         found = with_variance(found, args.variance)
     return replace(found, denoiser=found.denoiser.to(device))
@@ -181,6 +183,7 @@ def _sample(args: argparse.Namespace) -> int:
 
         from ddpm.files import images
         from ddpm.run.distributed import processes
+        from ddpm.run.export import columns_of
         from ddpm.run.generate import generate, progressive
         from ddpm.samplers import named
 
@@ -193,7 +196,8 @@ def _sample(args: argparse.Namespace) -> int:
         sampler = named(args.sampler, args.eta, args.sigma_hat)
         denoiser, labels = _conditioned(args, found)
         mine = [args.seed + i for i in ranks.mine(args.n)]
-        y = torch.tensor([labels[i % len(labels)] for i in ranks.mine(args.n)]) if labels else None
+        turn = [labels[i % len(labels)] for i in ranks.mine(args.n)] if labels else None
+        y = None if turn is None else torch.tensor(turn, dtype=torch.int64)
         make = progressive if args.progressive else partial(generate, batch_size=args.batch_size)
         pictures = make(
             denoiser, found.preset.shape, mine, sampler, steps, device=ranks.device,
@@ -207,7 +211,7 @@ def _sample(args: argparse.Namespace) -> int:
         else:
             if ranks.first:
                 names = [f"{args.seed + i:06d}" for i in range(args.n)]
-                images.save_many(args.out, pictures.permute(0, 2, 3, 1).numpy(), names)
+                images.save_many(args.out, pictures.permute(0, 2, 3, 1).numpy(), names, columns_of(len(labels)))
         if ranks.first:
             about = {
                 "out": args.out,
@@ -215,6 +219,7 @@ def _sample(args: argparse.Namespace) -> int:
                 **found.about(),
                 **_sampled(args, found.denoiser),
                 **{name: value for name in _CONDITIONS if (value := getattr(args, name)) is not None},
+                "eta": 1.0 if args.sigma_hat else args.eta,
                 "seed": args.seed,
             }
             what = f"{args.n} image{'s' * (args.n != 1)}"
@@ -239,12 +244,15 @@ def _conditioned(args: argparse.Namespace, found: "Checkpoint") -> tuple["Denois
     for name in wanted:
         if name not in names:
             raise InputError(f"--class {name!r}: want {', '.join(names)}, or all")
+    free = found.preset.label_dropout > 0 or found.foreign  # whether it knows what to do without a label
     if args.guidance is None:
-        args.guidance = GUIDANCE
+        args.guidance = GUIDANCE if free else 1.0
+    if args.guidance != 1 and not free:
+        raise InputError(f"--guidance {args.guidance}: {found.path} never was without a label; want 1, none")
     return denoiser.guided(args.guidance, args.guidance_interval), [names.index(name) for name in wanted]
 
 
-_CONDITIONS = ("classes", "guidance", "guidance_interval")
+_CONDITIONS = ("classes", "guidance", "guidance_interval", "clip", "sigma_hat")
 GUIDANCE = 1.5
 """Where a class is asked for and no --guidance is given."""
 
@@ -252,6 +260,12 @@ GUIDANCE = 1.5
 def _levels(args: argparse.Namespace, denoiser: "Denoiser") -> list[int]:
     """The levels that --sampler, --steps and --spacing mean."""
     from ddpm.run.generate import visited
+
+    _check_sampler(args, denoiser.schedule.T)
+    return visited(denoiser, args.sampler, args.steps, args.spacing)
+
+
+def _check_sampler(args: argparse.Namespace, T: int) -> None:
     from ddpm.samplers import SAMPLERS
     from ddpm.spacing import SPACINGS
 
@@ -259,8 +273,7 @@ def _levels(args: argparse.Namespace, denoiser: "Denoiser") -> list[int]:
     if args.spacing is not None:
         check("--spacing", args.spacing, Literal[tuple(SPACINGS)])
     if args.steps is not None:
-        check("--steps", args.steps, int, 1, denoiser.schedule.T)
-    return visited(denoiser, args.sampler, args.steps, args.spacing)
+        check("--steps", args.steps, int, 1, T)
 
 
 def _sampled(args: argparse.Namespace, denoiser: "Denoiser") -> dict[str, Any]:
@@ -276,6 +289,9 @@ def _sampled(args: argparse.Namespace, denoiser: "Denoiser") -> dict[str, Any]:
 def _loader(args: argparse.Namespace, preset: Preset, shown: bool) -> "Callable[[str], datasets.Images]":
     """split -> its images as training took or held them out, each loaded once; the run's where no --data is given."""
     from ddpm.files import datasets
+
+    if not (args.data or preset.data):
+        raise InputError("--data: this model names no data set; want --data SOURCE")
 
     @functools.cache
     def load(split: str) -> datasets.Images:
@@ -407,9 +423,9 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     with processes(args.device) as ranks:
         found = _open(args, ranks.device)
-        if found.packaged:
-            copy = f"ddpm export {found.path.stem} --out FILE.safetensors"
-            raise InputError(f"{found.path.stem}: of the package, which stays as it is; calibrate a copy: `{copy}`")
+        if found.packaged or found.name:
+            copy = f"ddpm {'import' if found.foreign else 'export'} {args.run} --out FILE.safetensors"
+            raise InputError(f"{args.run}: another's, which stays as it is; calibrate a copy: `{copy}`")
         shown = ranks.first and not args.json
         images = _loader(args, found.preset, shown)("train")
         mse = evaluate.calibrate(found, images, args.n, ranks, args.batch_size, shown)
@@ -420,11 +436,16 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    check("--precision", args.stored, Literal["bf16", "float32"])
+    check("--precision", args.stored or "bf16", Literal["bf16", "float32"])
     if (args.out is None) == (args.to is None):
         raise InputError("--out, --to: want one of --out FILE.safetensors, --to diffusers DIR, --to hub OWNER/NAME")
     kind, place = args.to or ("file", args.out)
-    check("--to", kind, Literal["file", "diffusers", "hub"])
+    if args.to:
+        check("--to", kind, Literal["diffusers", "hub"])
+    for name in ("precision", "data", "license"):
+        if kind == "diffusers" and (value := getattr(args, "stored" if name == "precision" else name)) is not None:
+            raise InputError(f"--{name} {value}: not for --to diffusers, whose folders hold float32 and no card")
+    args.stored = args.stored or "bf16"
 
     with _importing():
         from ddpm.files import hub, interop
@@ -434,6 +455,8 @@ def _export(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     if kind == "file":
         export.check_out(place)
+    elif kind == "diffusers":
+        interop.check_out(Path(place))
     found = _open(args, device)
     if kind == "hub":
         hub.create(place)
@@ -533,7 +556,7 @@ def _edit(args: argparse.Namespace, edit: "Callable[[Checkpoint, Way], torch.Ten
 
     images.check_out(args.out)
     found = _open(args, pick_device(args.device))
-    _levels(args, found.denoiser)  # a mistake in them has the option's name
+    _check_sampler(args, found.denoiser.schedule.T)
     denoiser, labels = _conditioned(args, found)
     way = Way(args.sampler, args.steps, args.spacing, tuple(labels))
     made = edit(replace(found, denoiser=denoiser), way).permute(0, 2, 3, 1).numpy()
@@ -547,6 +570,8 @@ def _redraw(args: argparse.Namespace) -> int:
     check("-n", args.n, int, 1, 10_000)
     check("--seed", args.seed, int, 0)
     check("--invert", args.invert, int, 0)
+    if args.invert and args.clip is not None:
+        raise InputError("--clip: not with --invert, which comes back without clipping")
 
     with _importing():
         from ddpm.run.edit import redraw
@@ -621,7 +646,9 @@ def _parser() -> _Parser:
     _add_sampler(p)
     _add_conditions(p)
     p.add_argument("--eta", **_number(float, 0.0), help="ddim's noise, 0 to 1 (%(default)s)")
-    p.add_argument("--sigma-hat", action="store_true", help="ddim's noise as in the last rows of its paper's Table 1")
+    p.add_argument(
+        "--sigma-hat", action="store_true", help="ddim with eta 1 and the noise of the last rows of its Table 1"
+    )
     p.add_argument("--batch-size", **_number(int, 64), help="images at a time; changes no picture (%(default)s)")
     p.add_argument("--progressive", action="store_true", help="a row an image: x0^ on the way (Figure 6)")
     _add_model(p)
@@ -670,7 +697,7 @@ def _parser() -> _Parser:
     p.add_argument("--out", metavar="FILE", help="NAME.safetensors")
     p.add_argument("--to", nargs=2, metavar=("KIND", "PLACE"), help="diffusers DIR, or hub OWNER/NAME, instead")
     stored = "of the weights in the file: bf16, half the size, or float32 (bf16)"
-    p.add_argument("--precision", dest="stored", default="bf16", metavar="X", help=stored)
+    p.add_argument("--precision", dest="stored", metavar="X", help=stored)
     p.add_argument("--data", metavar="NAME", help="what others know the data set as (the run's, where a preset has it)")
     p.add_argument("--license", metavar="ID", help="for the card, as apache-2.0 (none)")
     _add_model(p, variance=False, precision=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm import editing, pixels
+from ddpm import editing, kernels, pixels
 from ddpm.errors import InputError
 from ddpm.files import images
 from ddpm.files.checkpoints import Checkpoint
@@ -30,14 +30,15 @@ class Way:
 
     def levels(self, found: Checkpoint, start: int) -> list[int]:
         """Those visited from `start` on; none at 0. InputError where there is no such level."""
-        if not 0 <= start <= (T := found.denoiser.schedule.T):
+        T = found.denoiser.schedule.T
+        if not 0 <= start <= T:
             raise InputError(f"t {start}: want 0 to {T}")
         return visited(found.denoiser, self.sampler, self.steps, self.spacing, start) if start else []
 
     def labels(self, n: int, device: torch.device) -> Tensor | None:
         """int64 [n]: the classes in turn, or None where there are none."""
         turn = [self.classes[i % len(self.classes)] for i in range(n)] if self.classes else None
-        return None if turn is None else torch.tensor(turn, device=device)
+        return None if turn is None else torch.tensor(turn, dtype=torch.int64, device=device)
 
 
 def redraw(
@@ -61,13 +62,18 @@ def redraw(
     x0 = pixels.to_signal(_read(image, found.preset)).to(device).expand(n, -1, -1, -1)
     levels, y, run = way.levels(found, t), way.labels(n, device), named(way.sampler).run
     noise = per_image([seed + i for i in range(n)], found.preset.shape, device)
-    if iterations == 0 or t == 0:
+    if iterations == 0:
         return _last(editing.redraw(found.denoiser, x0, t, noise, levels, y, run), progress)
     if SAMPLERS[way.sampler].noisy:
         quiet = ", ".join(name for name, sampler in SAMPLERS.items() if not sampler.noisy)
         raise InputError(f"sampler {way.sampler}: draws noise, which inversion knows nothing of; want {quiet}")
-    *_, up = editing.invert(found.denoiser, x0, levels, t, iterations)
-    return _last(run(found.denoiser.unclipped(), up.x, noise, levels, y, t), progress)
+    if n > max(len(way.classes), 1):
+        raise InputError(f"n {n}: inversion has one answer for a class; want {max(len(way.classes), 1)} at most")
+    if t == 0:
+        return pixels.to_pixels(x0).cpu()
+    with kernels.frozen():
+        *_, up = editing.invert(found.denoiser, x0[:1], levels, t, iterations)
+    return _last(run(found.denoiser.unclipped(), up.x.expand_as(x0), noise, levels, y, t), progress)
 
 
 def interpolate(
@@ -128,6 +134,7 @@ def inpaint(
     return _last(editing.inpaint(found.denoiser, x0, made[None], noise, levels, jump, resample, y, run), progress)
 
 
+@kernels.frozen()
 def _last(way: Iterator[Step], progress: bool) -> Tensor:
     *_, last = tqdm(way, unit="call", desc="editing", disable=None if progress else True, leave=False)
     return pixels.to_pixels(last.x).cpu()

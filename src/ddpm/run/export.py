@@ -60,6 +60,8 @@ def export(found: Checkpoint, out: Path, stored: Stored = "bf16", data: str | No
     1e-5 bits/dim).
     Returns the model as it is read from `out`. Raises InputError where `out` is the file that is read.
     """
+    if found.foreign:
+        raise InputError(f"{found.path}: of diffusers; `ddpm import` makes one of our files of it")
     original = open_checkpoint(found.path)  # as it was trained; `found` may run otherwise
     if out.exists() and out.samefile(original.path):
         raise InputError(f"out {out}: the file that is read; want another name")
@@ -95,9 +97,15 @@ def illustrate(
     n, denoiser = _shown(preset), exported.denoiser.to(device)
     y = torch.arange(n) % classes if classes else None
     made = generate(denoiser, preset.shape, range(n), device=device, progress=progress, y=y)
-    columns = classes if 1 < classes <= 16 else None
-    images.save_many(exported.path.with_suffix(".png"), made.permute(0, 2, 3, 1).numpy(), [], columns=columns)
+    images.save_many(
+        exported.path.with_suffix(".png"), made.permute(0, 2, 3, 1).numpy(), [], columns=columns_of(classes)
+    )
     atomic.write(exported.path.with_suffix(".md"), card(found, exported, license))
+
+
+def columns_of(classes: int) -> int | None:
+    """Of a grid of so many classes in turn: one each, where they are not too many."""
+    return classes if 1 < classes <= 16 else None
 
 
 def _shown(preset: Preset) -> int:

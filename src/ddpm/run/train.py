@@ -203,7 +203,7 @@ def train(preset: Preset, out: Path) -> Result:
                 ended = ended or ranks.any(stop.signal is not None)  # a signal during the evaluation
             if not ended and preset.sample_every and (step % preset.sample_every == 0 or done):
                 mine = list(ranks.mine(preset.sample_count))
-                classes = torch.tensor(mine) % len(preset.class_names) if preset.classes else None
+                classes = torch.tensor(mine, dtype=torch.int64) % len(preset.class_names) if preset.classes else None
                 grid = generate(
                     evaluating, preset.shape, mine, "ddim", preset.sample_steps, device=ranks.device,
                     stop=lambda: stop.signal is not None, y=classes,
@@ -294,6 +294,9 @@ def _named(preset: Preset, out: Path, train_set: datasets.Images) -> Preset:
         )
     if preset.class_names not in ((), names):
         raise InputError(f"classes {', '.join(names)}: the run in {out} has {', '.join(preset.class_names)}")
+    shown = set(train_set.labels.tolist())
+    if unseen := [name for i, name in enumerate(names) if i not in shown]:
+        warnings.warn(f"classes without a training image, which cannot be learned: {', '.join(unseen)}", stacklevel=2)
     return replace(preset, class_names=names)
 
 
