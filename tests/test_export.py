@@ -158,7 +158,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["lone.safetensors", "--out", "a.safetensors", "--weights", "raw"], "holds the ema weights"),
     (["RUN"], "--out, --to: want one of --out FILE.safetensors, --to diffusers DIR, --to hub OWNER/NAME"),
     (["RUN", "--out", "a.safetensors", "--to", "hub", "a/b"], "--out, --to: want one of"),
-    (["RUN", "--to", "keras", "a"], "--to 'keras': want file, diffusers, hub"),
+    (["RUN", "--to", "keras", "a"], "--to 'keras': want diffusers, hub"),
     (["RUN", "--to", "hub", "a/b/c"], "a/b/c: want hf:OWNER/NAME"),
     (["nothing", "--out", "a.safetensors"], "nothing: no such file or folder"),
 ]
