@@ -143,7 +143,10 @@ def test_the_published_cifar10_network_comes_in(tmp_path):
     g = torch.Generator().manual_seed(1)
     model.load_state_dict({name: drawn(p.shape, name, g) for name, p in model.named_parameters()}, assign=True)
     folder = as_published(tmp_path / "ddpm-cifar10-32", PUBLISHED, SCHEDULER, model.state_dict())
-    assert any(name.endswith(".proj_attn.bias") for name in torch.load(folder / "diffusion_pytorch_model.bin"))
+    assert any(
+        name.endswith(".proj_attn.bias")
+        for name in torch.load(folder / "diffusion_pytorch_model.bin", weights_only=True)
+    )
     assert interop.recognise(folder) == "diffusers"
     preset, state = from_diffusers(folder)
     assert preset == replace(CIFAR10, data="", dropout=0.0)  # which the published configuration does not say

@@ -68,13 +68,14 @@ def invert(
     """
     if iterations < 1:
         raise InputError(f"iterations {iterations}: want at least 1")
+    denoiser = denoiser.unclipped()
     abar, x = denoiser.schedule.alpha_bar.tolist(), x0
     for s, level in pairwise([0, *denoiser.schedule.levels(steps, t)]):
         at, guess = torch.full((len(x),), level, device=x.device), x
         if abar[level] == 0:
             raise InputError("the schedule ends at alpha_bar 0, where x says nothing of x0; want t below T")
         for _ in range(iterations):
-            estimate = denoiser.unclipped()(guess, at, y)
+            estimate = denoiser(guess, at, y)
             ratio = math.sqrt(abar[level] / abar[s])
             guess = ratio * (x - math.sqrt(1 - abar[s]) * estimate.eps) + math.sqrt(1 - abar[level]) * estimate.eps
         x = guess

@@ -162,9 +162,8 @@ def _open(args: argparse.Namespace, device: "torch.device", run: Path | None = N
     if args.weights and found.weights != args.weights:
         raise InputError(f"--weights {args.weights}: {found.path} holds the {found.weights} weights; want the run")
     if precision is None and found.preset.precision == "bf16" and pick_precision("auto", device) != "bf16":
-        found = open_checkpoint(
-            run or args.run, args.weights or "ema", args.checkpoint, "float32"
-        )  # where bf16 would only be slow
+        # where bf16 would only be slow
+        found = open_checkpoint(run or args.run, args.weights or "ema", args.checkpoint, "float32")
     if args.variance is not None:
         found = with_variance(found, args.variance)
     return replace(found, denoiser=found.denoiser.to(device))
@@ -179,12 +178,10 @@ def _sample(args: argparse.Namespace) -> int:
         raise InputError(f"{f'--eta {args.eta}' if args.eta else '--sigma-hat'}: only --sampler ddim has it")
 
     with _importing():
-        import torch
-
         from ddpm.files import images
         from ddpm.run.distributed import processes
         from ddpm.run.export import columns_of
-        from ddpm.run.generate import generate, progressive
+        from ddpm.run.generate import generate, in_turn, progressive
         from ddpm.samplers import named
 
     if images.check_out(args.out) != "png" and args.progressive:
@@ -196,8 +193,7 @@ def _sample(args: argparse.Namespace) -> int:
         sampler = named(args.sampler, args.eta, args.sigma_hat)
         denoiser, labels = _conditioned(args, found)
         mine = [args.seed + i for i in ranks.mine(args.n)]
-        turn = [labels[i % len(labels)] for i in ranks.mine(args.n)] if labels else None
-        y = None if turn is None else torch.tensor(turn, dtype=torch.int64)
+        y = in_turn(labels, ranks.mine(args.n))
         make = progressive if args.progressive else partial(generate, batch_size=args.batch_size)
         pictures = make(
             denoiser, found.preset.shape, mine, sampler, steps, device=ranks.device,

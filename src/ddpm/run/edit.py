@@ -15,7 +15,7 @@ from ddpm.files import images
 from ddpm.files.checkpoints import Checkpoint
 from ddpm.noise import mix, per_image
 from ddpm.presets import Preset
-from ddpm.run.generate import visited
+from ddpm.run.generate import in_turn, visited
 from ddpm.samplers import SAMPLERS, Step, named
 
 
@@ -37,8 +37,8 @@ class Way:
 
     def labels(self, n: int, device: torch.device) -> Tensor | None:
         """int64 [n]: the classes in turn, or None where there are none."""
-        turn = [self.classes[i % len(self.classes)] for i in range(n)] if self.classes else None
-        return None if turn is None else torch.tensor(turn, dtype=torch.int64, device=device)
+        y = in_turn(self.classes, range(n))
+        return None if y is None else y.to(device)
 
 
 def redraw(

@@ -25,7 +25,7 @@ from ddpm.files.checkpoints import (
 )
 from ddpm.files.images import check_folder
 from ddpm.presets import PRESETS, Preset, to_json
-from ddpm.run.generate import generate
+from ddpm.run.generate import generate, in_turn
 
 Stored = Literal["bf16", "float32"]
 SAMPLES = 64
@@ -95,7 +95,7 @@ def illustrate(
     """Write the card and a grid of samples beside the exported file; `found` is what it was exported from."""
     preset, classes = found.preset, len(found.preset.class_names)
     n, denoiser = _shown(preset), exported.denoiser.to(device)
-    y = torch.arange(n) % classes if classes else None
+    y = in_turn(range(classes), range(n))
     made = generate(denoiser, preset.shape, range(n), device=device, progress=progress, y=y)
     images.save_many(
         exported.path.with_suffix(".png"), made.permute(0, 2, 3, 1).numpy(), [], columns=columns_of(classes)

@@ -33,6 +33,15 @@ def visited(
     return how.levels(denoiser, steps, start)
 
 
+def in_turn(classes: Sequence[int], places: Sequence[int]) -> Tensor | None:
+    """The labels int64 [len(places)] of images at these places of a row where the classes take turns; None of none.
+
+    >>> in_turn([7, 3], range(5))
+    tensor([7, 3, 7, 3, 7])
+    """
+    return torch.tensor([classes[i % len(classes)] for i in places], dtype=torch.int64) if classes else None
+
+
 def trajectory(
     denoiser: Denoiser,
     shape: Sequence[int],

@@ -31,7 +31,7 @@ from ddpm.files import atomic, checkpoints, datasets, images
 from ddpm.presets import Preset, build, from_json, to_json
 from ddpm.run import ema
 from ddpm.run.distributed import Processes, pick_precision, processes, threads
-from ddpm.run.generate import generate
+from ddpm.run.generate import generate, in_turn
 from ddpm.run.gpu import compile_stages, pick_compile
 
 BUCKETS = 10
@@ -203,7 +203,7 @@ def train(preset: Preset, out: Path) -> Result:
                 ended = ended or ranks.any(stop.signal is not None)  # a signal during the evaluation
             if not ended and preset.sample_every and (step % preset.sample_every == 0 or done):
                 mine = list(ranks.mine(preset.sample_count))
-                classes = torch.tensor(mine, dtype=torch.int64) % len(preset.class_names) if preset.classes else None
+                classes = in_turn(range(len(preset.class_names)), mine)
                 grid = generate(
                     evaluating, preset.shape, mine, "ddim", preset.sample_steps, device=ranks.device,
                     stop=lambda: stop.signal is not None, y=classes,
