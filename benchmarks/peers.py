@@ -96,7 +96,9 @@ class Ours:
         self.n = 0
 
     def step(self, x0: Tensor, accumulate: int = 1) -> None:
-        t = losses.times(self.denoiser.schedule, len(x0), self.preset.times, noise.generator(0, self.n))
+        t = losses.times(
+            self.denoiser.schedule, len(x0), self.preset.times, noise.generator(0, self.n), self.preset.predict
+        )
         t = t.to(x0.device, non_blocking=True)
         self.draws.manual_seed(noise.mix(0, self.n))
         eps = torch.randn(x0.shape, generator=self.draws, device=x0.device)

@@ -38,6 +38,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # which noise levels are trained, and how
     "times-uniform": {"times": "uniform"},
     "times-lognormal": {"times": "lognormal"},
+    "times-bound": {"times": "bound"},
+    "bound-eps": {"times": "bound", "predict": "eps"},
+    "bound-linear": {"times": "bound", "schedule": "linear"},
+    "bound-patch-1": {"times": "bound", "patch": 1, "width": 32, "multipliers": (1, 2, 4)},
     "predict-eps": {"predict": "eps"},
     "predict-x0": {"predict": "x0"},
     "schedule-linear": {"schedule": "linear"},
@@ -92,7 +96,7 @@ def bits(found: Checkpoint, data: tuple[datasets.Images, datasets.Images], args:
     """Bits/dim of held-out images, the standard error, and the same with the variance calibrated on training images."""
     alone = Processes(0, 1, torch.device("cpu"))
     few = evaluate.nll_sampled(found, data[1], args.levels, alone, args.nll_images)
-    evaluate.calibrate(found, data[0], args.calibrate, alone)
+    evaluate.calibrate(found, data[0], args.calibrate, alone, codec=0)
     best = evaluate.nll_sampled(with_variance(found, "calibrated"), data[1], args.levels, alone, args.nll_images)
     names = {"bits_per_dim": few["bits_per_dim"], "bits_calibrated": best["bits_per_dim"]}
     return names | {"bits_error": few["standard_error"], "bits_calibrated_error": best["standard_error"]}

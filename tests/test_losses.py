@@ -1,6 +1,7 @@
 """Training losses: by hand, against the bound, where gradients go, and whether they are finite."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -230,6 +231,27 @@ def test_stratified_times_say_nothing_of_the_place():
     """Of two images any one may have the lower level: which part of 1..T an image is given is drawn each time."""
     first, second = draws("stratified", 2).unbind(1)
     assert (first < second).double().mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+def test_bound_times_make_the_mean_of_squared_errors_the_bound(predict):
+    """Where the network's error is 1 in every dimension, L_1 .. L_{T-1} are the weights (the exact KL of Eq. 6-7)."""
+    s = schedule.cosine()
+    x0, eps, t = torch.zeros(999, 1, 2, 2).double(), torch.zeros(999, 1, 2, 2).double(), torch.arange(2, 1001)
+    xt = q_sample(s, x0, t, eps)
+    truth = Denoiser(lambda x, timestep, y: torch.zeros_like(x), s, predict, "fixed_small", clip=False)
+    off = replace(truth, network=lambda x, timestep, y: torch.full_like(x, 1e-3))
+    exact = likelihood.term(off, x0, xt, t)[0] / 4 / 1e-6  # nats a dimension for a squared error of 1
+    found = losses.bound_weight(s, predict)
+    assert torch.allclose(found[1:], exact, rtol=1e-6)
+    t = losses.times(s, 200_000, "bound", generator(0), predict)
+    share = torch.bincount(t, minlength=1001)[1:] / 200_000
+    assert (share - found / found.sum()).abs().max() < 2 / 200_000 + 1e-9
+
+
+def test_bound_times_of_mu_are_refused():
+    with pytest.raises(InputError, match="times bound"):
+        losses.times(PAPER, 4, "bound", generator(0), "mu")
 
 
 @pytest.mark.parametrize("s", [PAPER, schedule.cosine(), schedule.jsd()], ids=["linear", "cosine", "jsd"])

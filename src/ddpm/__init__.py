@@ -4,7 +4,9 @@ mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, o
               editing, metrics, unet, inception
 settings      presets: Preset, PRESETS, build
 files         load: a run folder or a checkpoint file -> Denoiser
-programs      run.train, run.generate, run.evaluate, run.paper, run.report, run.cli
+codec         codec.compress, decompress, pictures; load_codec: a calibrated model -> codec.Model
+programs      run.train, run.generate, run.evaluate, run.paper, run.report, run.compress,
+              run.cli
 
 Modules load when they are first used, so that `ddpm --help` does not wait for torch.
 
@@ -17,6 +19,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddpm import codec as codec
     from ddpm import denoiser as denoiser
     from ddpm import editing as editing
     from ddpm import gaussian as gaussian
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from ddpm.presets import PRESETS as PRESETS
     from ddpm.presets import Preset as Preset
     from ddpm.presets import build as build
+    from ddpm.run.compress import load_codec as load_codec
     from ddpm.schedule import Schedule as Schedule
     from ddpm.unet import UNet as UNet
 
@@ -46,7 +50,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "ode", "samplers", "spacing",
-    "editing", "metrics", "unet", "presets",
+    "editing", "metrics", "unet", "presets", "codec",
 }  # fmt: skip
 _NAMES = {
     "Schedule": "schedule",
@@ -58,6 +62,7 @@ _NAMES = {
     "PRESETS": "presets",
     "build": "presets",
     "load": "files.checkpoints",
+    "load_codec": "run.compress",
     "InputError": "errors",
 }
 __all__ = ["__version__", *sorted(_MODULES), *sorted(_NAMES)]

@@ -66,8 +66,9 @@ class Preset:
     clip: bool = _f(True, "clip the estimate of x_0 to [-1, 1] when sampling and evaluating")
     loss: Literal["simple", "vlb", "hybrid"] = _f("simple", "L_simple (Eq. 14), the true bound (Eq. 5), or both")
     weighting: Literal["none", "min_snr", "p2"] = _f("none", "what L_simple weighs at each noise level")
-    times: Literal["uniform", "stratified", "lognormal"] = _f(
-        "uniform", "levels of a batch: independent; spread evenly; evenly by quantiles of a log-normal noise level"
+    times: Literal["uniform", "stratified", "lognormal", "bound"] = _f(
+        "uniform",
+        "levels of a batch: independent; spread evenly; evenly by quantiles of a log-normal sigma, or of the bound",
     )
 
     # optimisation

@@ -75,15 +75,15 @@ def convolve(
     return x if residual is None else residual + x
 
 
-def time_embedding(timestep: Tensor, width: int) -> Tensor:
-    """Sinusoids of the integer timestep [B] -> float32 [B, width]: sines, then cosines, at 1 .. 1e-4 radians a level.
+def time_embedding(timestep: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sinusoids of the integer timestep [B] -> [B, width]: sines, then cosines, at 1 .. 1e-4 radians a level.
 
     >>> time_embedding(torch.tensor([0]), 4).tolist()
     [[0.0, 0.0, 1.0, 1.0]]
     """
     half = width // 2
-    frequency = torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, device=timestep.device))
-    angle = timestep.float()[:, None] * frequency
+    frequency = torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, dtype=dtype, device=timestep.device))
+    angle = timestep.to(dtype)[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -271,7 +271,13 @@ class UNet(nn.Module):
             return self._forward(x, timestep, y).to(x.dtype)
 
     def _forward(self, x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:
-        time = self.time2(F.silu(self.time1(time_embedding(timestep, self.width).to(x.dtype))))  # [B, 4 width]
+        time = self.time2(
+            F.silu(
+                self.time1(
+                    time_embedding(timestep, self.width, torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+                )
+            )
+        )  # [B, 4 width]
         if y is not None:
             if self.label is None:
                 raise InputError("y: this network has no classes; want None")

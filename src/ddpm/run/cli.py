@@ -25,6 +25,7 @@ from ddpm.presets import PRESETS, Precision, Preset, check, to_json
 if TYPE_CHECKING:
     import torch
 
+    from ddpm.codec import Model
     from ddpm.denoiser import Denoiser
     from ddpm.files import datasets, features
     from ddpm.files.checkpoints import Checkpoint
@@ -411,6 +412,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     check("-n", args.n, int, 1)
     check("--batch-size", args.batch_size, int, 1)
+    check("--codec", args.codec, int, 0)
 
     with _importing():
         from ddpm.files.checkpoints import calibration_file
@@ -424,7 +426,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             raise InputError(f"{args.run}: another's, which stays as it is; calibrate a copy: `{copy}`")
         shown = ranks.first and not args.json
         images = _loader(args, found.preset, shown)("train")
-        mse = evaluate.calibrate(found, images, args.n, ranks, args.batch_size, shown)
+        mse = evaluate.calibrate(found, images, args.n, ranks, args.batch_size, shown, args.codec)
         if ranks.first:
             about = {"run": str(found.path), "data": images.name, "count": min(args.n, len(images)), "levels": len(mse)}
             _say(args, about, f"{calibration_file(found.path)}; --variance calibrated takes it")
@@ -602,6 +604,92 @@ def _inpaint(args: argparse.Namespace) -> int:
     return _edit(args, lambda found, way: inpaint(found, *given, way, *how))
 
 
+def _codec(args: argparse.Namespace) -> "Model":
+    """The codec of the command's model; --precision is of the local profile."""
+    from ddpm.run.compress import load_codec
+    from ddpm.run.distributed import pick_device
+
+    check("--precision", args.precision, Precision)
+    precision = None if args.precision == "auto" else args.precision
+    return load_codec(args.run, pick_device(args.device), precision, args.checkpoint)
+
+
+def _compress(args: argparse.Namespace) -> int:
+    check("--profile", args.profile, Literal["portable", "local"])
+    check("--seed", args.seed, int, 0)
+    given = [
+        name for name, value in (("--bits-per-dim", args.bits_per_dim), ("--psnr", args.psnr)) if value is not None
+    ]
+    if args.lossless and given:
+        raise InputError(f"--lossless, {given[0]}: want one of the two")
+    if args.archive and (given or args.whole):
+        raise InputError(f"--archive: not with {given[0] if given else '--whole'}; an archive is lossless, in tiles")
+    out = Path(args.out)
+    if out.is_dir() and args.archive:
+        raise InputError(f"--out {out}: a folder; want the name of a file")
+
+    with _importing():
+        from ddpm.files import images
+        from ddpm.run.compress import compress
+
+    images.check_folder(out if len(args.images) > 1 and not args.archive else out.absolute().parent)
+    settings = {"bits": args.chunk_bits, "local": args.profile == "local", "seed": args.seed}
+    if not args.archive:
+        settings |= {"bits_per_dim": args.bits_per_dim, "psnr": args.psnr, "whole": args.whole}
+    paths = [Path(path) for path in args.images]
+    made = compress(_codec(args), paths, out, args.archive, not args.json, **settings)
+    if args.json:
+        print(json.dumps(made))
+    for about in [] if args.json else made:
+        print(f"{about['file']}: {about['bytes']:,} bytes, {about['bits_per_dim']:.3f} bits/dim")
+    return 0
+
+
+def _decompress(args: argparse.Namespace) -> int:
+    if args.at is not None:
+        check("--at", args.at, int, 1)
+
+    with _importing():
+        from ddpm.codec import archive
+        from ddpm.files import images
+        from ddpm.run.compress import decompress, read
+
+    path, out = Path(args.file), Path(args.out)
+    if read(path)[:3] == archive.MAGIC:
+        if images.check_out(out) != "folder":
+            raise InputError(f"--out {out}: {path} is an archive; want a folder")
+    elif out.suffix.lower() != ".png" or images.check_out(out) != "png":
+        raise InputError(f"--out {out}: want the name of a PNG")
+    about = decompress(_codec(args), path, out, args.at)
+    if args.json:
+        print(json.dumps(about))
+    elif about["exact"]:
+        count = "the picture" if about["images"] == 1 else f"{about['images']} pictures"
+        print(f"{out}: {count}, exactly as before")
+    else:
+        early = "" if about["whole"] else "; the file goes on, or ended early"
+        print(f"{out}: what {about['groups']} groups show{early}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    with _importing():
+        from ddpm.run.compress import inspect
+
+    about = inspect(Path(args.file), None if args.run is None else _codec(args))
+    if args.json:
+        print(json.dumps(about))
+        return 0
+    groups = about.pop("by_group", [])
+    for name, value in about.items():
+        print(f"{name}: {value}")
+    if groups:
+        print("levels       chunks    bits  RMSE before, grey levels")
+    for g in groups:
+        print(f"{g.t:>4} -> {g.s:<4} {g.chunks:>6}  {g.bits:>6.1f}  {g.rmse:.2f}")
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     with _importing():
         from ddpm.run.report import report
@@ -679,9 +767,49 @@ def _parser() -> _Parser:
     p.add_argument("run", metavar="RUN", help=_RUN)
     p.add_argument("--data", metavar="SOURCE", help="images (those of the run)")
     p.add_argument("-n", **_number(int, 500), help="training images, every level of each (%(default)s)")
+    coded = "of them the codec's tables are counted on, 0 for no codec (%(default)s)"
+    p.add_argument("--codec", **_number(int, 32), help=coded)
     p.add_argument("--batch-size", **_number(int, 64), help="images at a time (%(default)s)")
     _add_model(p, variance=False)
     p.set_defaults(run_command=_calibrate, variance=None)
+
+    p = commands.add_parser(
+        "compress", help="pictures to files by the model: lossless, progressive", allow_abbrev=False
+    )
+    p.description = (
+        "Write pictures as files that `ddpm decompress` reads with the same model: exact ones, and of any first bytes "
+        "of them the best picture these give (Algorithms 3 and 4). The model has to be calibrated."
+    )
+    p.add_argument("run", metavar="RUN", help=_RUN)
+    p.add_argument("images", metavar="IMAGE", nargs="+", help="an image file, 8-bit grey or RGB, of any size")
+    p.add_argument("--out", required=True, metavar="FILE", help="a file; a folder for several without --archive")
+    p.add_argument("--lossless", action="store_true", help="every pixel exactly (that is so without the next two)")
+    p.add_argument("--bits-per-dim", **_number(float, None), help="stop before a file takes more of each H W C numbers")
+    p.add_argument("--psnr", **_number(float, None), help="stop at so many decibels")
+    p.add_argument("--archive", action="store_true", help="all in one file, at about the model's bound")
+    profiles = "portable, decodes everywhere, or local, faster, decodes on this kind of machine only (%(default)s)"
+    p.add_argument("--profile", default="portable", metavar="X", help=profiles)
+    p.add_argument("--chunk-bits", **_number(int, None), help="K: more is smaller and slower, as calibrated (the most)")
+    p.add_argument("--whole", action="store_true", help="a picture as one tile of its own size, not of the model's")
+    p.add_argument("--seed", **_number(int, 0), help="of the shared noise (%(default)s)")
+    _add_codec(p)
+    p.set_defaults(run_command=_compress)
+
+    p = commands.add_parser("decompress", help="a file of `ddpm compress` to a PNG", allow_abbrev=False)
+    p.description = "Read a file of `ddpm compress` with the same model; a file cut short gives what its bytes show."
+    p.add_argument("run", metavar="RUN", help=_RUN)
+    p.add_argument("file", metavar="FILE", help="of `ddpm compress`")
+    p.add_argument("--out", required=True, metavar="PNG", help="NAME.png, for an archive a folder")
+    p.add_argument("--at", **_number(int, None), help="read only the first N bytes")
+    _add_codec(p)
+    p.set_defaults(run_command=_decompress)
+
+    p = commands.add_parser("inspect", help="what a file of `ddpm compress` holds", allow_abbrev=False)
+    p.description = "Print a file's header; with --run also what each group takes, and the error that it takes away."
+    p.add_argument("file", metavar="FILE", help="of `ddpm compress`")
+    p.add_argument("--run", metavar="RUN", help="its model")
+    _add_codec(p)
+    p.set_defaults(run_command=_inspect)
 
     p = commands.add_parser("export", help="one file of weights for others, with a card", allow_abbrev=False)
     p.description = (
@@ -818,6 +946,14 @@ def _add_model(p: argparse.ArgumentParser, variance: bool = True, precision: boo
         p.add_argument("--variance", metavar="X", help="fixed_large, fixed_small or calibrated (the run's)")
     if precision:
         p.add_argument("--precision", default="auto", metavar="X", help="auto, float32 or bf16 (auto: the run's)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_codec(p: argparse.ArgumentParser) -> None:
+    """Which weights the codec takes, and where they run."""
+    p.add_argument("--checkpoint", default="last", metavar="X", help="of a run: last, best or a step (last)")
+    p.add_argument("--precision", default="auto", metavar="X", help="in the local profile: auto, float32, bf16 (auto)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
 

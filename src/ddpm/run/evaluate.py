@@ -19,6 +19,7 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, checkpoints, datasets, features, plots
 from ddpm.files.images import DEEP
 from ddpm.gaussian import bits_per_dim, q_sample
+from ddpm.run import compress
 from ddpm.run.distributed import Processes
 from ddpm.run.generate import generate
 from ddpm.run.gpu import replayed
@@ -108,31 +109,36 @@ def calibrate(
     ranks: Processes,
     batch_size: int = 64,
     progress: bool = True,
+    codec: int = 32,
 ) -> Tensor:
     """mse_t, the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, over `count` images to train on: float64 [T].
 
     Kept beside the weights, where likelihood, samplers and codec find it, with the sigma_1^2 of least L_0 on the same
-    images, to 6%. Raises InputError where the variance that is best does not follow: mu prediction, and a network that
-    gives its own.
+    images, to 6%, and with the codec's tables, counted while it codes `codec` of them (0: no codec). Raises InputError
+    where the variance that is best does not follow: mu prediction, and a network that gives its own.
     """
     denoiser = found.denoiser
     if denoiser.learned or denoiser.predict == "mu":
         why = "gives its own variance" if denoiser.learned else "predicts mu, whose error is not that of x0^"
         raise InputError(f"{found.path}: the network {why}; want eps, x0 or v and a fixed variance")
     chosen = subset(images, count)
-    total = torch.zeros(denoiser.schedule.T, dtype=torch.float64)
+    T = denoiser.schedule.T
+    each = [torch.zeros(0, T, dtype=torch.float64)]
     variances = torch.logspace(-7, 0, 141, dtype=torch.float64)  # a grey level is 6e-5
     cost = torch.zeros_like(variances)
     for _, rows, x0 in _batches(images, chosen, ranks, batch_size, "calibrating", progress):
         draws = _draws(0, rows, 0, _CALIBRATION, x0.shape[1:])
-        total += likelihood.vlb(denoiser, x0, draws).mse.sum(0).cpu()
+        each.append(likelihood.vlb(denoiser, x0, draws).mse.cpu())
         first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
         mean = denoiser(q_sample(denoiser.schedule, x0.double(), first, draws(1).to(x0.device).double()), first).mean
         cost += likelihood.decoder_cost(x0, mean, variances.to(x0.device)).cpu()
-    mse, sigma = ranks.total(total) / len(chosen), float(variances[ranks.total(cost).argmin()])
+    mine = torch.cat(each)
+    mse, sigma = ranks.total(mine.sum(0)) / len(chosen), float(variances[ranks.total(cost).argmin()])
     if ranks.first:
         about = {"data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": len(chosen)}
         checkpoints.save_calibration(found, mse, sigma, {**about, "precision": found.preset.precision})
+        if codec:
+            compress.calibrate(found, mine, images.batch(torch.tensor(chosen[:codec])), progress)
     return mse
 
 

@@ -155,7 +155,7 @@ def train(preset: Preset, out: Path) -> Result:
             # device; a CPU's generator takes 32 bits of the seed, so that of a million steps some share their noise:
             # with other images and levels, which does no harm.
             g = noise.generator(preset.seed, step, _BATCH)
-            t = datasets.send(losses.times(schedule, preset.batch_size, preset.times, g), ranks.device)
+            t = datasets.send(losses.times(schedule, preset.batch_size, preset.times, g, preset.predict), ranks.device)
             flips = datasets.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
             draws.manual_seed(noise.mix(preset.seed, step, _EPS))
             eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)

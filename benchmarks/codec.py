@@ -1,0 +1,278 @@
+"""The codec on test images: bytes beside the model's own bound and beside PNG, WebP and JPEG XL, and seconds.
+
+    python benchmarks/codec.py MODEL --data SOURCE [--images 200] [--parts single archive lossy time]
+
+single    lossless files of one image each, portable: bits/dim by file size, by stage, against L of Eq. 5 of the same
+          images from exact draws (variance calibrated); every file is read back by another process, with other threads
+archive   all images in one file: the first ones and the others apart
+lossy     RMSE of every prefix of those files against bytes, beside JPEG, WebP and JPEG XL of the same bytes
+time      seconds an image by profile and K, interleaved, and where they go
+
+JPEG XL is there where pillow-jxl-plugin is. Each part leaves its figures under --work, and the same command goes on.
+"""
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddpm import codec, likelihood, pixels
+from ddpm.codec import archive, picture
+from ddpm.files import atomic, datasets, plots
+from ddpm.files.checkpoints import open_checkpoint, with_variance
+from ddpm.noise import per_image
+from ddpm.run.compress import load_codec
+
+PARTS = ["single", "archive", "lossy", "time"]
+SHARES = np.array([0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0])  # of a lossless file
+
+
+@cache
+def loaded(args: argparse.Namespace) -> tuple[codec.Model, Tensor]:
+    """The model and its test images uint8 [n, C, H, W]."""
+    model = load_codec(args.model)
+    c, h, w = model.shape
+    data = datasets.load(args.data, (h, w), c, split="test")
+    return model, data.batch(torch.arange(min(args.images, len(data))))
+
+
+def bits_per_dim(size: float, images: Tensor) -> float:
+    return 8 * size / images[0].numel()
+
+
+def bound(args: argparse.Namespace) -> dict[str, float]:
+    """L of Eq. 5, bits/dim over the images, from exact draws: all of it, and L_0."""
+    found = with_variance(open_checkpoint(args.model), "calibrated")
+    _, images = loaded(args)
+    total = np.zeros(3)
+    for first in range(0, len(images), 50):
+        x0 = pixels.to_signal(images[first : first + 50])
+        b = likelihood.vlb(found.denoiser, x0, per_image(range(first, first + len(x0)), x0.shape[1:]))
+        parts = (b.prior + b.kl.sum(1) + b.decoder, b.decoder, b.prior)
+        total += [float(part.sum()) for part in parts]
+    whole, decoder, prior = total / len(images) / images[0].numel() / np.log(2)
+    return {"bound": whole, "L_0": decoder, "L_T": prior}
+
+
+def files(args: argparse.Namespace) -> list[bytes]:
+    """Lossless portable files of the images, made once."""
+    model, images = loaded(args)
+    folder = args.work / "files"
+    made = []
+    for i, image in enumerate(images.permute(0, 2, 3, 1).contiguous().numpy()):
+        file = folder / f"{i:04d}.ddpm"
+        if not file.exists():
+            atomic.write(file, codec.compress(model, image))
+        made.append(file.read_bytes())
+    return made
+
+
+def read_back(args: argparse.Namespace) -> int:
+    """How many files another process, with another number of threads and hash seed, reads back exactly."""
+    code = (
+        "import sys, numpy as np, torch; torch.set_num_threads(int(sys.argv[4]))\n"
+        "from pathlib import Path; from ddpm import codec; from ddpm.run.compress import load_codec\n"
+        "model, right = load_codec(sys.argv[1]), np.load(sys.argv[2])\n"
+        "made = sorted(Path(sys.argv[3]).glob('*.ddpm'))\n"
+        "print(sum(np.array_equal(codec.decompress(model, f.read_bytes()), x) for f, x in zip(made, right)))\n"
+    )
+    _, images = loaded(args)
+    right = args.work / "right.npy"
+    np.save(right, images.permute(0, 2, 3, 1).numpy())
+    other = "1" if torch.get_num_threads() > 1 else "2"
+    words = [sys.executable, "-c", code, args.model, str(right), str(args.work / "files"), other]
+    done = subprocess.run(words, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def encoded(image: np.ndarray[Any, Any], kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(out, kind, **options)
+    return out.getvalue()
+
+
+def others() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Lossless formats: Pillow's name and options at their best."""
+    found = {"PNG": ("PNG", {"optimize": True}), "WebP": ("WebP", {"lossless": True, "quality": 100, "method": 6})}
+    if importlib.util.find_spec("pillow_jxl"):
+        import pillow_jxl  # type: ignore[import-not-found]  # noqa: F401
+
+        found["JPEG XL"] = ("JXL", {"lossless": True, "effort": 9})
+    return found
+
+
+def single(args: argparse.Namespace) -> dict[str, Any]:
+    model, images = loaded(args)
+    made = files(args)
+    found: dict[str, Any] = {"images": len(images), "read_back": read_back(args), **bound(args)}
+    sizes = np.array([len(data) for data in made])
+    found["file"] = bits_per_dim(sizes.mean(), images)
+    found["standard_error"] = bits_per_dim(sizes.std() / len(sizes) ** 0.5, images)
+    headers = [codec.read_header(data) for data in made]
+    found["container"] = bits_per_dim(np.mean([begin + h.trailer for h, begin in headers]), images)
+    stages = [list(picture.spent(model, data)) for data in made[:50]]
+    found["pixels"] = np.mean([rows[-1].bits for rows in stages]) / images[0].numel()
+    found["groups"] = np.mean([sum(r.bits for r in rows[:-1]) for rows in stages]) / images[0].numel()
+    found["restarts"] = sum(h.seed for h, _ in headers)
+    for name, (kind, options) in others().items():
+        plain = [len(encoded(x, kind, **options)) for x in images.permute(0, 2, 3, 1).contiguous().numpy()]
+        found[name] = bits_per_dim(np.mean(plain), images)
+    return found
+
+
+def archived(args: argparse.Namespace) -> dict[str, Any]:
+    model, images = loaded(args)
+    pictures = list(images.permute(0, 2, 3, 1).contiguous().numpy())
+    local = args.archive_profile == "local"
+    start = time.monotonic()
+    data = archive.compress(model, pictures, local=local)
+    middle = time.monotonic()
+    back = list(archive.decompress(model, data))
+    end = time.monotonic()
+    assert all(np.array_equal(a, b) for a, (_, b) in zip(pictures, back, strict=True))
+    contents, _ = archive.read_contents(data)
+    rest = (contents.stack - contents.ground) / (contents.pictures - contents.files)
+    return {
+        "profile": args.archive_profile, "images": len(images), "bytes": len(data), "first": contents.files,
+        "whole": bits_per_dim(len(data) / len(images), images), "others": bits_per_dim(rest, images), **bound(args),
+        "encode_seconds": (middle - start) / len(images), "decode_seconds": (end - middle) / len(images),
+    }  # fmt: skip
+
+
+def rmse(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    return float(np.mean((a.astype(float) - b) ** 2))
+
+
+def lossy(args: argparse.Namespace) -> dict[str, Any]:
+    """Root mean squared error over all images against bytes, for prefixes of the files and for the others' settings."""
+    model, images = loaded(args)
+    right = images.permute(0, 2, 3, 1).contiguous().numpy()[: args.lossy_images]
+    made = files(args)[: len(right)]
+    ours = []
+    for share in SHARES:
+        cut = [max(codec.read_header(data)[1], round(share * len(data))) for data in made]
+        shown = [codec.decompress(model, data, at=n) for data, n in zip(made, cut, strict=True)]
+        ours.append((np.mean(cut), np.mean([rmse(a, b) for a, b in zip(shown, right, strict=True)]) ** 0.5))
+    curves: dict[str, list[tuple[float, float]]] = {"ours": ours}
+    kinds = {"JPEG": "JPEG", "WebP": "WebP"} | ({"JPEG XL": "JXL"} if "JPEG XL" in others() else {})
+    for name, kind in kinds.items():
+        points = []
+        for quality in (1, 5, 10, 20, 35, 50, 70, 85, 95):
+            data = [encoded(x, kind, quality=quality) for x in right]
+            mode = "RGB" if right.shape[3] == 3 else "L"
+            shown = [np.asarray(Image.open(io.BytesIO(d)).convert(mode)) for d in data]
+            error = np.mean([rmse(a.reshape(b.shape), b) for a, b in zip(shown, right, strict=True)])
+            points.append((float(np.mean([len(d) for d in data])), float(error) ** 0.5))
+        curves[name] = points
+    ends = [list(codec.pictures(model, data)) for data in made[:8]]
+    strip = [np.stack([seen[round(s * (len(seen) - 1))].image for s in np.linspace(0, 1, 12)]) for seen in ends]
+    np.save(args.work / "strip.npy", np.concatenate(strip))
+    return {"images": len(right), "curves": curves}
+
+
+def timed(args: argparse.Namespace) -> dict[str, Any]:
+    model, images = loaded(args)
+    image = images[0].permute(1, 2, 0).contiguous().numpy()
+    cases: dict[str, record.Case] = {}
+    sizes = {}
+    for local in (False, True):
+        for bits in sorted(model.tables):
+            name = f"{'local' if local else 'portable'} K {bits}"
+            data = codec.compress(model, image, bits=bits, local=local)
+            sizes[name] = bits_per_dim(len(data), images)
+            cases[f"encode {name}"] = lambda bits=bits, local=local: codec.compress(
+                model, image, bits=bits, local=local
+            )  # type: ignore[misc]
+            cases[f"decode {name}"] = lambda data=data: codec.decompress(model, data)  # type: ignore[misc]
+    found = record.interleave(cases, args.repeats, args.seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "seconds": found,
+        "bits_per_dim_of_this_image": sizes,
+        "peak_MiB": peak,
+        "groups": {str(bits): len(tables.groups) for bits, tables in model.tables.items()},
+    }
+
+
+def report(found: dict[str, Any], args: argparse.Namespace) -> str:
+    text = []
+    if s := found.get("single"):
+        over = s["file"] / s["bound"] - 1
+        text += [
+            f"## Lossless files of one image, {s['images']} images\n",
+            f"{s['read_back']} of {s['images']} read back exactly by another process with another number of threads.\n",
+            record.table(
+                ["bits/dim", ""],
+                [["bound (exact draws, calibrated variance)", f"{s['bound']:.3f}"], ["of it L_0", f"{s['L_0']:.3f}"],
+                 ["**our file**", f"**{s['file']:.3f}** ± {s['standard_error']:.3f}"],
+                 ["of it groups", f"{s['groups']:.3f}"], ["of it pixels", f"{s['pixels']:.3f}"],
+                 ["of it header and checksums", f"{s['container']:.3f}"], ["over the bound", f"{over:.1%}"],
+                 *[[name, f"{s[name]:.3f}"] for name in ("PNG", "WebP", "JPEG XL") if name in s]],
+            ),
+        ]  # fmt: skip
+    if a := found.get("archive"):
+        over = a["others"] / a["bound"] - 1
+        text += [
+            f"\n## Archive of {a['images']} images, {a['profile']} profile\n",
+            f"{a['whole']:.3f} bits/dim by file size. The first {a['first']} are files of their own; the others take "
+            f"{a['others']:.3f}, {over:.1%} over the bound of {a['bound']:.3f}. {a['encode_seconds']:.2f} s an image "
+            f"to write, {a['decode_seconds']:.2f} s to read.",
+        ]
+    if curve := found.get("lossy"):
+        rows = [[name, f"{size:.0f}", f"{error:.1f}"] for name, c in curve["curves"].items() for size, error in c]
+        text += [f"\n## RMSE against bytes, {curve['images']} images\n", record.table(["", "bytes", "RMSE"], rows)]
+    if t := found.get("time"):
+        rows = []
+        for name, bits in t["bits_per_dim_of_this_image"].items():
+            spent = [str(record.spread(t["seconds"][f"{way} {name}"])) for way in ("encode", "decode")]
+            rows.append([name, t["groups"][name.split()[-1]], *spent, f"{bits:.3f}"])
+        header = ["", "groups", "encode, s", "decode, s", "bits/dim of this image"]
+        text += ["\n## Seconds a picture\n", record.table(header, rows), f"\nPeak memory {t['peak_MiB']:.0f} MiB."]
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = record.parser(__doc__, repeats=5, seconds=0)
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="SOURCE with a test split")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--lossy-images", type=int, default=50)
+    parser.add_argument("--archive-profile", choices=["portable", "local"], default="local")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--work", type=Path, default=Path(__file__).parent / "cache" / "codec", help="(%(default)s)")
+    parser.add_argument("--name", default="codec", help="of the record (%(default)s)")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    what = {"single": single, "archive": archived, "lossy": lossy, "time": timed}
+    with record.measuring(args):
+        for part in args.parts:
+            file = args.work / f"{part}.json"
+            if not file.exists():
+                print(part, file=sys.stderr, flush=True)
+                atomic.write_json(file, what[part](args))
+    found = {p: json.loads((args.work / f"{p}.json").read_text()) for p in PARTS if (args.work / f"{p}.json").exists()}
+    name = args.name
+    del args.work, args.name
+    path = record.write(name, "The codec: bytes, errors and seconds", args, {"results": found}, report(found, args))
+    if "lossy" in found:
+        curves = {label: list(zip(*points, strict=True)) for label, points in found["lossy"]["curves"].items()}
+        panel = plots.Panel("Error against bytes", curves, "bytes an image", "RMSE, grey levels", log_x=True)
+        atomic.write(path.with_suffix(".png"), plots.draw([panel]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""A lossless and progressive image codec from a DDPM: Algorithms 3 and 4 as real bytes."""
+
+from ddpm.codec.entropy import Damaged
+from ddpm.codec.picture import Header, Model, Picture, compress, decompress, pictures, read_header
+
+__all__ = ["Damaged", "Header", "Model", "Picture", "compress", "decompress", "pictures", "read_header"]

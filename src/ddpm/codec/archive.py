@@ -1,0 +1,428 @@
+"""Many pictures in one file, each at nearly the bound: bits-back coding in Bit-Swap's order (Kingma et al. 2019).
+
+    pop x_1 ~ q(.|x_0), push x_0; pop x_{t+1} ~ q(.|x_t), push x_t by p(.|x_{t+1}); at last push x_T
+
+What is popped is not lost: the decoder, which goes the same way back, puts it where it was. The first pictures of an
+archive are coded as files of their own, and it is their bytes that are popped first: so nothing is wasted, and an
+archive stands alone.
+
+    bytes   what
+    3       "DPA"
+    1       version << 4 | local << 1
+    1       K of the first pictures
+    4       which model: the first of SHA-256 over its weights and tables
+    varints pictures, those of them that are files, length of the sizes and names, of the files, of the stack
+    2       local only: where it was written
+    1       CRC-8 of all of that
+    ...     sizes and names, deflated JSON; the stack: words of 4 bytes
+    8       CRC-32 of all pixels, CRC-32 of all of that
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import constriction
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ddpm import pixels
+from ddpm.codec import entropy, picture, progressive
+from ddpm.codec.entropy import Damaged
+from ddpm.codec.picture import Header, Image, Model
+from ddpm.codec.plan import Group, Tables
+from ddpm.codec.progressive import Array, Predict, Undecided
+from ddpm.errors import InputError
+
+MAGIC, VERSION = b"DPA", 1
+_OFFSETS = 16  # places of a mean between two points of the grid
+_FINE = 4  # points of the grid a standard deviation of q(x_t | x_s)
+_REACH = 8  # standard deviations to each side; beyond them a symbol says how far
+_FAR = 20  # bits of that distance
+
+_ATTEMPTS = entropy.frequencies([60, 1, 1, 1, 1, 1, 1, 1])  # how often a tile took so many
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class GridNormal:
+    """N(mean, sigma^2) on the multiples of delta, by tables of integers: one for each of 17 places of the mean."""
+
+    sigma: float
+    delta: float
+
+    @cached_property
+    def window(self) -> int:
+        return math.ceil(_REACH * self.sigma / self.delta) + 1
+
+    @cached_property
+    def tables(self) -> list[Any]:
+        W = self.window
+        edges = np.arange(-W, W + 2) - 0.5
+        edges[0], edges[-1] = -np.inf, np.inf
+        found = []
+        for place in range(_OFFSETS + 1):
+            offset = place / _OFFSETS - 0.5
+            mass = np.diff(entropy.cdf((edges - offset) * (self.delta / self.sigma)))
+            found.append(entropy.categorical(entropy.frequencies(mass)))
+        return found
+
+    def split(self, mean: Array) -> tuple[Integers, Integers]:
+        """The grid's point next to the mean, and which table."""
+        centre = np.rint(mean / self.delta)
+        return centre.astype(np.int64), np.rint((mean / self.delta - centre + 0.5) * _OFFSETS).astype(np.int64)
+
+
+class Empty(Exception):
+    """More was popped than there was."""
+
+
+class Stack:
+    """Last in, first out, over constriction's ANS coder: what `pop` takes, `push` of the same puts back to the bit.
+
+    >>> stack, normal, mean = Stack(bytes(range(256)) * 4), GridNormal(1.0, 0.25), np.linspace(-3, 3, 50)
+    >>> k = stack.pop(mean, normal)
+    >>> stack.push(k, mean, normal)
+    >>> stack.unseal() == bytes(range(256)) * 4
+    True
+    """
+
+    def __init__(self, data: bytes, sealed: bool = False) -> None:
+        """Of any bytes, a multiple of 4; or, sealed, of what `words` gave."""
+        numbers = np.frombuffer(data, "<u4").astype(np.uint32)
+        self._coder = constriction.stream.stack.AnsCoder(numbers, seal=not sealed)
+
+    def copy(self) -> "Stack":
+        other = Stack(b"")
+        other._coder = self._coder.clone()
+        return other
+
+    def become(self, other: "Stack") -> None:
+        self._coder = other._coder
+
+    def words(self) -> bytes:
+        return self._coder.get_compressed().astype("<u4").tobytes()  # type: ignore[no-any-return]
+
+    def unseal(self) -> bytes:
+        """The bytes that it was made of, when everything that was pushed is popped and the other way round."""
+        try:
+            return self._coder.get_compressed(unseal=True).astype("<u4").tobytes()  # type: ignore[no-any-return]
+        except AssertionError as error:
+            raise Damaged(
+                "stack: does not end as it began; this machine's network differs from the writer's"
+            ) from error
+
+    def _filled(self) -> None:
+        if self._coder.num_words() < 3:
+            raise Empty
+
+    def pop(self, mean: Array, normal: GridNormal) -> Integers:
+        """Points of the grid, int64 like mean [m], drawn from N(mean, sigma^2) by what the stack holds."""
+        centre, place = normal.split(mean)
+        away = np.empty(len(mean), np.int64)
+        for i, table in enumerate(normal.tables):
+            here = place == i
+            if here.any():
+                away[here] = self._coder.decode(table, int(here.sum())) - normal.window
+                self._filled()
+        for i in np.flatnonzero(np.abs(away) == normal.window):
+            away[i] += np.sign(away[i]) * self.pop_bits(_FAR)
+        return centre + away
+
+    def push(self, k: Integers, mean: Array, normal: GridNormal) -> None:
+        centre, place = normal.split(mean)
+        away = k - centre
+        near = np.clip(away, -normal.window, normal.window)
+        for i in np.flatnonzero(np.abs(near) == normal.window)[::-1]:
+            distance = abs(int(away[i])) - normal.window
+            if distance >> _FAR:
+                raise Empty  # no number of bits will do
+            self.push_bits(distance, _FAR)
+        for i, table in reversed(list(enumerate(normal.tables))):
+            here = place == i
+            if here.any():
+                self._coder.encode_reverse((near[here] + normal.window).astype(np.int32), table)
+
+    def pop_bits(self, bits: int) -> int:
+        value = int(self._coder.decode(constriction.stream.model.Uniform(1 << bits)))
+        self._filled()
+        return value
+
+    def push_bits(self, value: int, bits: int) -> None:
+        self._coder.encode_reverse(int(value), constriction.stream.model.Uniform(1 << bits))
+
+    def pop_each(self, frequency: Integers) -> NDArray[np.int32]:
+        """Symbols [m], each of its own frequencies [m, n]."""
+        return np.asarray(self._coder.decode(constriction.stream.model.Categorical(perfect=False), frequency - 1.0))
+
+    def push_each(self, symbols: NDArray[np.integer], frequency: Integers) -> None:
+        chosen = np.ascontiguousarray(symbols, np.int32)
+        self._coder.encode_reverse(chosen, constriction.stream.model.Categorical(perfect=False), frequency - 1.0)
+
+
+class Link(NamedTuple):
+    """Between x_s and x_t: the grid of x_t, q(x_t | x_s) and p(x_s | x_t), whose grid is that of x_s."""
+
+    group: Group
+    signal: float
+    q: GridNormal
+    p: GridNormal
+
+
+def _links(chain: Tables) -> tuple[list[Link], GridNormal]:
+    """From data to noise: the first from x_0 to x_1, which has no p; and N(0, 1) on the last grid."""
+    found: list[Link] = []
+    delta = 1.0
+    for group in (chain.last, *reversed(chain.groups)):
+        b = 1 - group.abar_t / group.abar_s
+        before, delta = delta, math.sqrt(b) / _FINE
+        p = GridNormal(math.sqrt(group.variance(0)) if group.s else 1.0, before)
+        found.append(Link(group, math.sqrt(group.abar_t / group.abar_s), GridNormal(math.sqrt(b), delta), p))
+    return found, GridNormal(1.0, delta)
+
+
+class Coder:
+    """One tile uint8 [C, H, W] onto a stack and off it again; `push` and `pop` are mirror images."""
+
+    def __init__(self, chain: Tables, predict: Predict, shape: Sequence[int]) -> None:
+        self.chain, self.predict, self.shape = chain, predict, shape
+        self.links, self.prior = _links(chain)
+
+    def _x0(self, k: Integers, link: Link) -> tuple[Array, Array]:
+        """x_t of its points, and x0^ of it, flat."""
+        x = k * link.q.delta
+        return x, self.predict(x.reshape(1, *self.shape), link.group.t).ravel()
+
+    def _mean(self, x: Array, x0: Array, group: Group) -> Array:
+        c_0, c_x, _ = group.coefficients
+        mean: Array = c_x * x + c_0 * x0
+        return mean
+
+    def push(self, stack: Stack, tile: Image) -> None:
+        first, *others = self.links
+        true = pixels.to_signal(torch.from_numpy(tile)).double().numpy().ravel()
+        k = stack.pop(first.signal * true, first.q)
+        x, x0 = self._x0(k, first)
+        scale = progressive.scale_of(float(np.mean((true - x0) ** 2)), self.chain.last)
+        stack.push_each(tile.ravel(), self.chain.pixel_frequencies(x0, scale))
+        stack.push_each(np.array([self.chain.scale_symbol(scale)]), self.chain.scale_frequency[None])
+        for link in others:
+            before, x_before = k, x
+            k = stack.pop(link.signal * x_before, link.q)
+            x, x0 = self._x0(k, link)
+            stack.push(before, self._mean(x, x0, link.group), link.p)
+        stack.push(k, np.zeros(len(k)), self.prior)
+
+    def pop(self, stack: Stack) -> Image:
+        first, *others = self.links
+        k = stack.pop(np.zeros(math.prod(self.shape)), self.prior)
+        for link, lower in zip(reversed(others), reversed(self.links[:-1]), strict=True):
+            x, x0 = self._x0(k, link)
+            after = k
+            k = stack.pop(self._mean(x, x0, link.group), link.p)
+            stack.push(after, link.signal * (k * lower.q.delta), link.q)
+        _, x0 = self._x0(k, first)
+        scale = self.chain.scale_of_symbol(int(stack.pop_each(self.chain.scale_frequency[None])[0]))
+        tile = stack.pop_each(self.chain.pixel_frequencies(x0, scale)).astype(np.uint8)
+        true = pixels.to_signal(torch.from_numpy(tile)).double().numpy()
+        stack.push(k, first.signal * true, first.q)
+        return tile.reshape(self.shape)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+class Contents(NamedTuple):
+    """An archive's header.
+
+    pictures  how many
+    files     those of them that are files of their own, at the stack's ground
+    about     length of the sizes and names, bytes
+    ground    length of the files
+    stack     length of the stack
+    """
+
+    local: bool
+    bits: int
+    identity: bytes
+    pictures: int
+    files: int
+    about: int
+    ground: int
+    stack: int
+    where: bytes
+
+    def to_bytes(self) -> bytes:
+        numbers = b"".join(picture.varint(n) for n in (self.pictures, self.files, self.about, self.ground, self.stack))
+        text = MAGIC + bytes([VERSION << 4 | self.local << 1, self.bits]) + self.identity + numbers + self.where
+        return text + picture.crc8(text)
+
+
+def read_contents(data: bytes) -> tuple[Contents, int]:
+    """An archive's header and how many bytes it takes. Raises Damaged for what is none."""
+    flags, kind, identity, numbers, where, end = picture.read_start(data, MAGIC, VERSION)
+    if flags & 13:
+        raise Damaged("header: of an archive with flags that this release does not know")
+    found = Contents(bool(flags & 2), kind, identity, *numbers, where)
+    if not 1 <= found.files <= found.pictures <= picture.MOST_PIXELS or found.stack % 4:
+        raise Damaged("header: damaged; want the file as it was written")
+    return found, end
+
+
+def compress(
+    model: Model, images: Sequence[Image], names: Sequence[str] = (), bits: int | None = None, local: bool = False,
+    seed: int = 0, tick: Callable[[int], object] = lambda done: None,
+) -> bytes:  # fmt: skip
+    """Pictures uint8 [H, W, C] to one lossless archive, at about the model's bound once there are some ten.
+
+    names are kept beside them; bits and local as for `picture.compress`; tick hears how many are done. Raises
+    InputError where the model has no tables for archives, or none of the pictures.
+    """
+    if model.chain is None:
+        raise InputError("archive: the model has no tables for one; calibrate it again")
+    if not images or len(names) not in (0, len(images)):
+        raise InputError(f"archive: {len(images)} pictures with {len(names)} names; want at least one, and a name each")
+    files: list[bytes] = []
+    while len(files) < len(images):
+        files.append(picture.compress(model, images[len(files)], bits=bits, local=local, seed=seed))
+        tick(len(files))
+        stack = _stacked(model, files, images[len(files) :], local, seed, lambda done: tick(len(files) + done))
+        if stack is not None:
+            break
+    else:
+        stack = Stack(_ground(files))
+    about = zlib.compress(json.dumps([_sizes(images), list(names)], separators=(",", ":")).encode(), 9)
+    words = stack.words()
+    chosen = picture.read_header(files[0])[0].bits
+    contents = Contents(
+        local, chosen, model.identity, len(images), len(files), len(about), sum(map(len, files)), len(words),
+        model.where if local else b"",
+    )  # fmt: skip
+    data = contents.to_bytes() + about + words + _sum(images).to_bytes(4, "big")
+    return data + zlib.crc32(data).to_bytes(4, "big")
+
+
+def _sizes(images: Sequence[Image]) -> list[list[int]]:
+    """Runs of [count, height, width, channels]."""
+    runs: list[list[int]] = []
+    for image in images:
+        if runs and runs[-1][1:] == list(image.shape):
+            runs[-1][0] += 1
+        else:
+            runs.append([1, *image.shape])
+    return runs
+
+
+def _sum(images: Sequence[Image]) -> int:
+    found = 0
+    for image in images:
+        found = zlib.crc32(image.tobytes(), found)
+    return found
+
+
+def _ground(files: Sequence[bytes]) -> bytes:
+    """The files one after the other, filled up to words."""
+    joined = b"".join(files)
+    return joined + bytes(-len(joined) % 4)
+
+
+def _coder(model: Model, local: bool, check: bool) -> Coder:
+    assert model.chain is not None
+    return Coder(model.chain, model.predictor(local, check), model.shape)
+
+
+def _stacked(
+    model: Model, files: Sequence[bytes], images: Sequence[Image], local: bool, seed: int, tick: Callable[[int], object]
+) -> Stack | None:
+    """The stack with all images on it; None where the files are too few bits to begin with."""
+    stack, coder = Stack(_ground(files)), _coder(model, local, check=True)
+    for done, image in enumerate(images):
+        for tile in picture.cut(image, _header(model, image.shape, local), model).pixels:
+            try:
+                _push(stack, coder, tile)
+            except Empty:
+                return None
+        tick(done + 1)
+    return stack
+
+
+def _push(stack: Stack, coder: Coder, tile: Image) -> None:
+    """The tile, again with other bits on top where an x0^ lies too near a rounding boundary, and how often."""
+    for attempt in range(len(_ATTEMPTS)):
+        trial = stack.copy()
+        if attempt:
+            trial.push_bits(attempt * 40503 & 0xFFFF, 16)
+        try:
+            coder.push(trial, tile)
+        except Undecided:
+            continue
+        trial.push_each(np.array([attempt]), _ATTEMPTS[None])
+        stack.become(trial)
+        return
+    raise InputError(f"archive: x0^ lies too near a rounding boundary {len(_ATTEMPTS)} times; want the local profile")
+
+
+def _pop(stack: Stack, coder: Coder) -> Image:
+    attempt = int(stack.pop_each(_ATTEMPTS[None])[0])
+    tile = coder.pop(stack)
+    if attempt:
+        stack.pop_bits(16)
+    return tile
+
+
+def _header(model: Model, shape: Sequence[int], local: bool) -> Header:
+    height, width, channels = shape
+    return Header(width, height, channels, 0, True, local, False, model.identity, 0, 0, 0)
+
+
+def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
+    """Every picture of an archive with its name ("" where it has none), the first one first.
+
+    Raises Damaged as `picture.decompress` does; pictures come only when all are read and their checksum agrees.
+    """
+    contents, begin = read_contents(data)
+    if contents.identity != model.identity:
+        raise Damaged(f"of model {contents.identity.hex()}; this one is {model.identity.hex()}, weights and tables")
+    expected = begin + contents.about + contents.stack + 8
+    if len(data) != expected:
+        what = "more than the archive has" if len(data) > expected else "missing; an archive cannot be read in part"
+        raise Damaged(f"{len(data)} bytes: {abs(len(data) - expected)} {what}")
+    if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "big"):
+        raise Damaged("checksum of the file does not agree: bits were changed; want the file as it was written")
+    if model.chain is None:
+        raise InputError("archive: the model has no tables for one; calibrate it again")
+    try:
+        text = zlib.decompressobj().decompress(data[begin : begin + contents.about], 1 << 26)
+        runs, names = json.loads(text)
+        shapes = [tuple(run[1:]) for run in runs for _ in range(run[0])]
+    except (zlib.error, ValueError, TypeError) as error:
+        raise Damaged("sizes and names: damaged; want the file as it was written") from error
+    stack = Stack(data[begin + contents.about : -8], sealed=True)
+    coder = _coder(model, contents.local, check=False)
+    images: list[Image] = []
+    try:
+        for shape in reversed(shapes[contents.files :]):
+            header = _header(model, shape, contents.local)
+            tiles = [
+                _pop(stack, coder) for _ in range(len(picture.cut(np.zeros(shape, np.uint8), header, model).pixels))
+            ]
+            images.append(picture.join(np.stack(tiles[::-1]), header, model))
+    except Empty as error:
+        raise Damaged("stack: ends too early; this machine's network differs from the writer's") from error
+    ground = stack.unseal()
+    first: list[Image] = []
+    for _ in range(contents.files):
+        head, start = picture.read_header(ground)
+        length = start + head.length + head.trailer
+        first.append(picture.decompress(model, ground[:length]))
+        ground = ground[length:]
+    images = first + images[::-1]
+    if _sum(images) != int.from_bytes(data[-8:-4], "big"):
+        raise Damaged("pixels: not those that were written; this machine's network differs from the writer's")
+    yield from zip(names or [""] * len(images), images, strict=True)

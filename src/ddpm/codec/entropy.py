@@ -1,0 +1,158 @@
+"""Symbols to bytes and back: a range coder over integer frequencies, first in, first out.
+
+constriction's range coder is underneath. Every distribution is a table of positive integers that sums to 2^24, so the
+bytes do not depend on how anybody rounds a float. The first bytes of a message decode to its first symbols.
+"""
+
+import functools
+import hashlib
+import math
+from typing import Any
+
+import constriction
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ddpm.errors import InputError
+
+model, queue = constriction.stream.model, constriction.stream.queue
+
+BITS = 24
+"""Frequencies sum to 2^24: the resolution of a probability."""
+_WORD = 4  # bytes that constriction writes at a time
+_PHI = "ccce9177"
+_STEPS = 256  # entries of the table of Phi a standard deviation
+_REACH = 8  # standard deviations; beyond them Phi is 0 or 1
+
+
+class Damaged(InputError):
+    """The bytes are not what an encoder wrote."""
+
+
+def frequencies(weights: ArrayLike) -> NDArray[np.int64]:
+    """Integers of at least 1 that sum to 2^24, in proportion to non-negative integers [..., n] to 2^-24.
+
+    >>> frequencies([3, 1, 0]).tolist()
+    [12582911, 4194305, 0]
+    """
+    weights = np.asarray(weights, np.int64)
+    edges = np.zeros((*weights.shape[:-1], weights.shape[-1] + 1), np.int64)
+    edges[..., 1:] = weights.cumsum(-1)
+    if not (weights >= 0).all() or not (0 < edges[..., -1]).all() or edges.max() > 1 << 38:
+        raise ValueError("weights: want non-negative integers that sum to 1 .. 2^38")
+    n = weights.shape[-1]
+    scaled = edges * ((1 << BITS) - n) // edges[..., -1:]
+    found: NDArray[np.int64] = np.diff(scaled) + 1
+    return found
+
+
+def categorical(frequency: NDArray[np.int64]) -> model.Categorical:
+    """constriction's, which gives n symbols 1 each, and the rest of 2^24 in proportion: so exactly `frequency`."""
+    return model.Categorical((frequency - 1).astype(np.float64), perfect=False)
+
+
+class Encoder:
+    """Symbols in, bytes out; `Decoder` takes the same calls in the same order.
+
+    >>> encoder = Encoder()
+    >>> encoder.put(2, frequencies([1, 1, 6]))
+    >>> encoder.put_bits(300, 9)
+    >>> decoder = Decoder(encoder.finish())
+    >>> decoder.get(frequencies([1, 1, 6])), decoder.get_bits(9)
+    (2, 300)
+    """
+
+    def __init__(self) -> None:
+        self._coder = queue.RangeEncoder()
+        self.bits = 0.0
+        """What the symbols so far take, -log2 of their probabilities."""
+
+    def put(self, symbol: int, frequency: NDArray[np.int64]) -> None:
+        """A symbol 0 .. n - 1 of frequencies [n]."""
+        self._coder.encode(int(symbol), categorical(frequency))
+        self.bits += BITS - math.log2(frequency[symbol])
+
+    def put_bits(self, value: int, bits: int) -> None:
+        """A number 0 .. 2^bits - 1, all equally likely; bits 0 .. 23."""
+        if bits:
+            self._coder.encode(int(value), model.Uniform(1 << bits))
+        self.bits += bits
+
+    def put_each(self, symbols: NDArray[np.integer], frequency: NDArray[np.int64]) -> None:
+        """Symbols [m], each of its own frequencies, [m, n]."""
+        if len(symbols):
+            self._coder.encode(
+                np.ascontiguousarray(symbols, np.int32), model.Categorical(perfect=False), (frequency - 1.0)
+            )
+        chosen = np.take_along_axis(frequency, np.asarray(symbols, np.int64)[:, None], 1)
+        self.bits += float((BITS - np.log2(chosen)).sum())
+
+    def finish(self) -> bytes:
+        """The fewest bytes that, with zeros behind them, decode to the symbols."""
+        words, (lower, extent) = self._coder.pos()
+        size = _WORD * (words + 2)  # what is written, and the two words of the state
+        some = self._coder.get_compressed().astype(">u4").tobytes()  # a number that decodes to the symbols
+        number = int.from_bytes(some.ljust(size, b"\0")[:size], "big")
+        written = number >> 64
+        low = (written << 64) + lower
+        if low > number:  # a carry that is still to come
+            low -= 1 << 64
+        for length in range(size + 1):
+            unit = 8 * (size - length)
+            shortest = -(-low >> unit)
+            if shortest << unit < low + extent:
+                return shortest.to_bytes(length, "big")
+        raise AssertionError("no number within the coder's interval")
+
+
+class Decoder:
+    """Bytes in, symbols out; behind the last byte it reads `fill`, 0 or 255, without end.
+
+    Raises Damaged where no encoder writes such bytes.
+    """
+
+    def __init__(self, data: bytes, fill: int = 0) -> None:
+        padded = data + bytes([fill]) * (64 + -len(data) % _WORD)
+        self._coder = queue.RangeDecoder(np.frombuffer(padded, ">u4").astype(np.uint32))
+
+    def get(self, frequency: NDArray[np.int64]) -> int:
+        return int(self._decoded(categorical(frequency)))
+
+    def get_bits(self, bits: int) -> int:
+        return int(self._decoded(model.Uniform(1 << bits))) if bits else 0
+
+    def get_each(self, frequency: NDArray[np.int64]) -> NDArray[np.int32]:
+        if not len(frequency):
+            return np.zeros(0, np.int32)
+        return np.asarray(self._decoded(model.Categorical(perfect=False), frequency - 1.0))
+
+    def _decoded(self, *distribution: Any) -> Any:
+        try:
+            return self._coder.decode(*distribution)
+        except AssertionError as error:  # constriction's, of a number that lies behind every symbol
+            raise Damaged("payload: no encoder writes such bytes; want the file as it was written") from error
+
+
+@functools.cache
+def _phi() -> NDArray[np.int64]:
+    """Phi(i / 256 - 8) of 2^32, i = 0 .. 4096, checked to be what every platform has; falls nowhere, ends at 2^32."""
+    half = [round(math.erfc(i / _STEPS / math.sqrt(2)) * (1 << 31)) for i in range(_STEPS * _REACH, -1, -1)]
+    table = np.array([*half, *((1 << 32) - v for v in reversed(half[:-1]))], "<i8")
+    table[0], table[-1] = 0, 1 << 32
+    found = hashlib.sha256(table.tobytes()).hexdigest()[: len(_PHI)]
+    if found != _PHI:
+        raise RuntimeError(f"normal distribution function of {found} instead of {_PHI}: this platform rounds otherwise")
+    return table
+
+
+def cdf(z: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Phi(z) of 2^32, integers, from a table with lines between: float64 arithmetic that IEEE 754 fixes to the bit.
+
+    >>> cdf(np.array([-np.inf, 0.0, 1.0, np.inf])) / 2**32
+    array([0.        , 0.5       , 0.84134475, 1.        ])
+    """
+    place = np.clip(z, -_REACH, _REACH) * _STEPS + _STEPS * _REACH
+    i = np.minimum(place, 2 * _STEPS * _REACH - 1).astype(np.int64)
+    low = _phi()[i]
+    found: NDArray[np.int64] = low + ((_phi()[i + 1] - low) * (place - i)).astype(np.int64)
+    return found

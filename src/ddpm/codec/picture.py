@@ -1,0 +1,463 @@
+"""One picture in one file: header, a stream whose every prefix is a picture, checksums.
+
+bytes   what
+3       "DPC"
+1       version << 4 | whole << 2 | local << 1 | lossless
+1       K << 2 | channels
+4       which model: the first of SHA-256 over its weights and tables
+varints width, height, seed, groups, length of the payload
+2       local only: where it was written
+1       CRC-8 of all of that
+length  the payload: of each group, of each tile, its scale and its indices; last the pixels of a lossless file
+7       lossless only: of x after a quarter, a half, three quarters of the groups, a byte each; CRC-32 of the pixels
+4       CRC-32 of all of that
+"""
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ddpm import pixels
+from ddpm.codec import progressive
+from ddpm.codec.entropy import Damaged, Decoder, Encoder
+from ddpm.codec.plan import Group, Tables
+from ddpm.codec.progressive import Array, Predictor, Symbols, Undecided
+from ddpm.denoiser import Denoiser
+from ddpm.errors import InputError
+
+MAGIC, VERSION = b"DPC", 1
+MOST_PIXELS = 1 << 24
+"""Larger pictures are refused, both ways: a damaged header cannot ask for any amount of memory."""
+_TRIES = 64  # seeds before an image is given up
+Image = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser and its codec's tables, as `ddpm.load_codec` opens them.
+
+    shape     [C, H, W] it was trained on: larger pictures are cut into tiles of it
+    tables    by K
+    identity  4 bytes over weights and tables, which every file carries
+    chain     tables for archives
+    factor    H and W of what the network takes divide by it
+    where     2 bytes that name machine, device and release, for the local profile
+    exact     the same denoiser with its network in float64, for the portable profile
+    """
+
+    denoiser: Denoiser
+    exact: Denoiser
+    shape: tuple[int, int, int]
+    tables: Mapping[int, Tables]
+    identity: bytes
+    chain: Tables | None = None
+    factor: int = 1
+    where: bytes = b"\0\0"
+
+    def predictor(self, local: bool, check: bool = False) -> Predictor:
+        return Predictor(self.denoiser if local else self.exact, not local, check)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before its payload."""
+
+    width: int
+    height: int
+    channels: int
+    bits: int
+    lossless: bool
+    local: bool
+    whole: bool
+    identity: bytes
+    seed: int
+    groups: int
+    length: int
+    where: bytes = b""
+
+    def to_bytes(self) -> bytes:
+        flags = VERSION << 4 | self.whole << 2 | self.local << 1 | self.lossless
+        numbers = b"".join(map(varint, (self.width, self.height, self.seed, self.groups, self.length)))
+        text = MAGIC + bytes([flags, self.bits << 2 | self.channels]) + self.identity + numbers + self.where
+        return text + crc8(text)
+
+    @property
+    def trailer(self) -> int:
+        """Bytes behind the payload."""
+        return 11 if self.lossless else 4
+
+
+def varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def crc8(data: bytes) -> bytes:
+    return bytes([zlib.crc32(data) & 255])
+
+
+def read_start(data: bytes, magic: bytes, version: int) -> tuple[int, int, bytes, list[int], bytes, int]:
+    """What both kinds of file begin with: flags, the byte behind, identity, five numbers, where, and the length."""
+    if not data:
+        raise Damaged("0 bytes: want a file of `ddpm compress`")
+    if data[:3] != magic[: len(data)]:
+        raise Damaged(f"starts with {data[:3]!r}: not a file of `ddpm compress`, which starts with {magic!r}")
+    short = Damaged(f"{len(data)} bytes: ends within its header; want the whole file or a longer part of it")
+    if len(data) < 9:
+        raise short
+    flags, kind, at = data[3], data[4], 9
+    if flags >> 4 != version:
+        raise Damaged(f"version {flags >> 4}: this release reads version {version}")
+    numbers = []
+    for _ in range(5):
+        value = shift = 0
+        while True:
+            if at >= len(data):
+                raise short
+            value |= (data[at] & 127) << shift
+            shift, at = shift + 7, at + 1
+            if data[at - 1] < 128:
+                break
+            if shift > 35:
+                raise Damaged("header: damaged (a number without end); want the file as it was written")
+        numbers.append(value)
+    end = at + (2 if flags & 2 else 0)
+    if end >= len(data):
+        raise short
+    if crc8(data[:end]) != data[end : end + 1]:
+        raise Damaged("header: damaged (its check byte does not agree); want the file as it was written")
+    return flags, kind, data[5:9], numbers, data[at:end], end + 1
+
+
+def read_header(data: bytes) -> tuple[Header, int]:
+    """The header and how many bytes it takes. Raises Damaged for what is none, or of another version.
+
+    >>> header = Header(32, 32, 3, 12, True, False, False, b"abcd", 0, 40, 1500)
+    >>> read_header(header.to_bytes())[0] == header
+    True
+    """
+    flags, kind, identity, (width, height, seed, groups, length), where, end = read_start(data, MAGIC, VERSION)
+    lossless, local, whole = (bool(flags & bit) for bit in (1, 2, 4))
+    header = Header(width, height, kind & 3, kind >> 2, lossless, local, whole, identity, seed, groups, length, where)
+    if flags & 8 or header.channels not in (1, 3) or not 1 <= width * height <= MOST_PIXELS:
+        raise Damaged(
+            f"header: {width}x{height} of {header.channels} channels; want 1 to {MOST_PIXELS:,} pixels, 1 or 3"
+        )
+    return header, end
+
+
+# -- a picture and its tiles -------------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """A picture cut up: uint8 [n, C, H, W], what of it is picture, and what of that the last stage has to say."""
+
+    pixels: Image
+    real: NDArray[np.bool_]
+    said: NDArray[np.bool_]
+
+
+def _grid(header: Header, model: Model) -> tuple[int, int, int, int, int]:
+    """C, H, W of a tile, tiles down and across."""
+    c, h, w = model.shape
+    if header.whole:
+        f = model.factor
+        return c, -(-header.height // f) * f, -(-header.width // f) * f, 1, 1
+    return c, h, w, -(-header.height // h), -(-header.width // w)
+
+
+def cut(image: Image, header: Header, model: Model) -> Tiles:
+    """[H, W, C] to tiles: edges filled up, grey repeated for a network of colours, colours as tiles for one of grey."""
+    c, h, w, down, across = _grid(header, model)
+    grey = header.channels == 1 and c == 3
+    planes = np.repeat(image, 3, axis=2) if grey else image
+    fill = [(0, down * h - header.height), (0, across * w - header.width), (0, 0)]
+
+    def tiled(a: NDArray[np.generic]) -> NDArray[np.generic]:
+        parts = a.reshape(down, h, across, w, -1, c).transpose(0, 2, 4, 5, 1, 3)
+        return np.ascontiguousarray(parts.reshape(-1, c, h, w))
+
+    real = tiled(np.pad(np.ones(planes.shape, bool), fill)).astype(bool)
+    said = real.copy()
+    said[:, 1:] &= not grey
+    return Tiles(tiled(np.pad(planes, fill)).astype(np.uint8), real, said)
+
+
+def join(tiles: Image, header: Header, model: Model) -> Image:
+    """What `cut` cut up, [n, C, H, W] to [H, W, C]."""
+    c, h, w, down, across = _grid(header, model)
+    parts = tiles.reshape(down, across, -1, c, h, w).transpose(0, 4, 1, 5, 2, 3)
+    image = parts.reshape(down * h, across * w, -1)[: header.height, : header.width]
+    return np.ascontiguousarray(image[..., : header.channels])
+
+
+def _real(header: Header, model: Model) -> Tiles:
+    """The tiles of a picture that is not known yet."""
+    return cut(np.zeros((header.height, header.width, header.channels), np.uint8), header, model)
+
+
+def _dims(real: NDArray[np.bool_]) -> list[int]:
+    return [int(there.sum()) for there in real]
+
+
+# -- encoding ----------------------------------------------------------------------------------------------------------
+
+
+def compress(
+    model: Model,
+    image: Image,
+    bits_per_dim: float | None = None,
+    psnr: float | None = None,
+    bits: int | None = None,
+    local: bool = False,
+    whole: bool = False,
+    seed: int = 0,
+) -> bytes:
+    """A picture uint8 [H, W, C], C of 1 or 3, to a file that `decompress` reads with the same model.
+
+    Lossless, unless bits_per_dim gives the most bits the file may take for each of H W C numbers, or psnr the decibels
+    at which to stop; where these are no less than it takes, lossless all the same. bits is K, one of the model's tables (None: the largest): twice 2^K takes about twice the time and
+    saves bits. local is faster by the network's own precision, and decodes where it was written only; whole codes a
+    picture as one tile of its own size. Raises InputError for another picture and settings out of range.
+    """
+    header = _header(model, image, bits_per_dim, psnr, bits, local, whole, seed)
+    for attempt in range(seed, seed + _TRIES):
+        try:
+            return _compress(model, image, replace(header, seed=attempt), bits_per_dim, psnr)
+        except Undecided:
+            continue
+    raise InputError(f"image: x0^ lies too near a rounding boundary with {_TRIES} seeds; want the local profile")
+
+
+def _header(
+    model: Model, image: Image, bits_per_dim: float | None, psnr: float | None, bits: int | None, local: bool,
+    whole: bool, seed: int,
+) -> Header:  # fmt: skip
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+        raise InputError(f"image {image.dtype} {list(image.shape)}: want uint8 [H, W, C], C of 1 or 3")
+    height, width, channels = image.shape
+    if not 1 <= height * width <= MOST_PIXELS:
+        raise InputError(f"image {width}x{height}: want 1 to {MOST_PIXELS:,} pixels")
+    if bits_per_dim is not None and psnr is not None:
+        raise InputError("bits_per_dim, psnr: want one of the two")
+    for name, value in (("bits_per_dim", bits_per_dim), ("psnr", psnr)):
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} {value}: want a positive number")
+    if not 0 <= seed < 1 << 31:
+        raise InputError(f"seed {seed}: want 0 to {(1 << 31) - 1}")
+    chosen = max(model.tables) if bits is None else bits
+    if chosen not in model.tables:
+        raise InputError(f"bits {bits}: the model is calibrated for {', '.join(map(str, sorted(model.tables)))}")
+    lossless = bits_per_dim is None and psnr is None
+    where = model.where if local else b""
+    return Header(width, height, channels, chosen, lossless, local, whole, model.identity, seed, 0, 0, where)
+
+
+def _compress(model: Model, image: Image, header: Header, bits_per_dim: float | None, psnr: float | None) -> bytes:
+    tables = model.tables[header.bits]
+    tiles = cut(image, header, model)
+    true = pixels.to_signal(torch.from_numpy(tiles.pixels)).double().numpy()
+    state = progressive.start(tables, true.shape, header.seed)
+    predict = model.predictor(header.local, check=True)
+    most = math.inf if bits_per_dim is None else bits_per_dim * image.size / 8
+    sent: list[Symbols] = []
+    price = Encoder()  # what it takes so far
+    dims = _dims(tiles.real)
+
+    def step(number: int, group: Group, x0: Array) -> bool:
+        before = list(state.scales)
+        if psnr is not None and _psnr(_shown(x0, header, model), image) >= psnr:
+            return False
+        sent.append(progressive.encode_group(state, group, x0, true, tiles.real, tables, header.seed))
+        progressive.put_group(price, tables, group, sent[-1], before, dims)
+        return price.bits / 8 <= most
+
+    x0 = progressive.run(predict, tables, state, step)
+    if len(sent) == len(tables.groups) and (psnr is None or _psnr(_shown(x0, header, model), image) < psnr):
+        data = _written(replace(header, lossless=True), tables, sent, tiles, x0, state.sums, image)
+        if len(data) <= most:
+            return data
+    while True:
+        data = _written(header, tables, sent, tiles)
+        if len(data) <= most:
+            return data
+        if not sent:
+            least = 8 * len(data) / image.size
+            raise InputError(f"bits_per_dim {bits_per_dim}: an empty file of this picture takes {least:.3g}; want more")
+        sent.pop()
+
+
+def _written(
+    header: Header, tables: Tables, sent: Sequence[Symbols], tiles: Tiles, x0: Array | None = None,
+    sums: Sequence[int] = (), image: Image | None = None,
+) -> bytes:  # fmt: skip
+    """The file: groups, and the pixels where there is x0^ to code them by."""
+    encoder = Encoder()
+    before = [0] * len(tiles.real)
+    for group, symbols in zip(tables.groups, sent, strict=False):
+        progressive.put_group(encoder, tables, group, symbols, before, _dims(tiles.real))
+        before = symbols.scales
+    trailer = b""
+    if x0 is not None and image is not None:
+        progressive.put_pixels(encoder, tables, tiles.pixels, x0, before, tiles.said)
+        trailer = bytes(sums[i] & 255 if sums else 0 for i in _checked(len(sums))) + zlib.crc32(
+            image.tobytes()
+        ).to_bytes(4, "big")
+    payload = encoder.finish()
+    data = replace(header, groups=len(sent), length=len(payload)).to_bytes() + payload + trailer
+    return data + zlib.crc32(data).to_bytes(4, "big")
+
+
+def _checked(groups: int) -> list[int]:
+    """After which groups a lossless file has a checksum of x."""
+    return [groups * quarter // 4 for quarter in (1, 2, 3)]
+
+
+def _psnr(a: Image, b: Image) -> float:
+    mse = float(np.mean((a.astype(np.float64) - b) ** 2))
+    return 10 * math.log10(255**2 / mse) if mse else math.inf
+
+
+def _shown(x0: Array, header: Header, model: Model) -> Image:
+    """x0^ as a picture (Eq. 15)."""
+    return join(pixels.to_pixels(torch.from_numpy(x0)).numpy(), header, model)
+
+
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """What so much of a file shows.
+
+    groups  coded groups that it took
+    image   uint8 [H, W, C]
+    exact   whether it is the picture itself, bit for bit
+    whole   whether it is all that the file has
+    """
+
+    groups: int
+    image: Image
+    exact: bool
+    whole: bool
+
+
+def decompress(model: Model, data: bytes, at: int | None = None) -> Image:
+    """The picture uint8 [H, W, C] of a file, or the best one of its first `at` bytes.
+
+    Raises Damaged for a file of another model, with flipped bits or with more bytes than it should have, and where
+    this machine's network differs too much from the writer's: a wrong picture is never taken for a lossless one. A
+    file that ends early gives what its whole groups show.
+    """
+    *_, last = pictures(model, data, at)
+    return last.image
+
+
+def pictures(model: Model, data: bytes, at: int | None = None) -> Iterator[Picture]:
+    """What `decompress` returns, as it gets better: first noise's x0^, then one picture a group, last the exact one."""
+    header, begin = read_header(data)
+    if header.identity != model.identity:
+        raise Damaged(f"of model {header.identity.hex()}; this one is {model.identity.hex()}, weights and tables")
+    if header.bits not in model.tables:
+        raise Damaged(f"header: K {header.bits}; the model is calibrated for {sorted(model.tables)}")
+    tables = model.tables[header.bits]
+    expected = begin + header.length + header.trailer
+    if len(data) > expected:
+        raise Damaged(f"{len(data)} bytes: {len(data) - expected} more than the file has; want it as it was written")
+    if len(data) == expected and zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "big"):
+        raise Damaged("checksum of the file does not agree: bits were changed; want the file as it was written")
+    if header.groups > len(tables.groups) or (header.lossless and header.groups != len(tables.groups)):
+        raise Damaged(f"header: {header.groups} groups; the model has {len(tables.groups)}")
+    if at is not None and at < begin:
+        raise InputError(f"at {at}: want at least the header, {begin} bytes")
+    complete = len(data) == expected and (at is None or at >= begin + header.length)
+    yield from _pictures(model, header, tables, data[begin:at] if at is not None else data[begin:], complete)
+
+
+def _pictures(model: Model, header: Header, tables: Tables, rest: bytes, complete: bool) -> Iterator[Picture]:
+    tiles = _real(header, model)
+    payload, trailer = rest[: header.length], rest[header.length :]
+    if complete:
+        decoder = Decoder(payload)
+        sent = list(_groups(decoder, header, tables, tiles.real))
+    else:
+        sent = _certain(payload, header, tables, tiles.real)
+    state = progressive.start(tables, tiles.pixels.shape, header.seed)
+    checks = dict(zip(_checked(header.groups), trailer, strict=False)) if complete and header.lossless else {}
+    elsewhere = f"; it was written in the {'local' if header.local else 'portable'} profile"
+
+    def step(number: int, group: Group, x0: Array) -> bool:
+        if number == len(sent):
+            return False
+        progressive.decode_group(state, group, x0, sent[number], tiles.real, tables, header.seed)
+        if checks.get(number, state.sums[-1] & 255) != state.sums[-1] & 255:
+            raise Damaged(f"group {number + 1}: this machine's network gives another x than the writer's" + elsewhere)
+        return True
+
+    exact = complete and header.lossless
+    for number, x0 in progressive.walk(model.predictor(header.local), tables, state, step):
+        last = number == len(sent)
+        yield Picture(number, _shown(x0, header, model), False, last and complete and not exact)
+    if exact:
+        image = join(progressive.get_pixels(decoder, tables, x0, state.scales, tiles.said), header, model)
+        if zlib.crc32(image.tobytes()) != int.from_bytes(trailer[3:7], "big"):
+            raise Damaged("pixels: not those that were written; this machine's network differs too much" + elsewhere)
+        yield Picture(len(sent), image, True, True)
+
+
+def _groups(decoder: Decoder, header: Header, tables: Tables, real: NDArray[np.bool_]) -> Iterator[Symbols]:
+    before, dims = [0] * len(real), _dims(real)
+    for group in tables.groups[: header.groups]:
+        symbols = progressive.get_group(decoder, tables, group, before, dims)
+        before = symbols.scales
+        yield symbols
+
+
+def _certain(payload: bytes, header: Header, tables: Tables, real: NDArray[np.bool_]) -> list[Symbols]:
+    """The groups that the first bytes of a payload determine: they are the same whatever follows."""
+    sent: list[Symbols] = []
+    low, high = (_groups(Decoder(payload, fill), header, tables, real) for fill in (0, 255))
+    try:
+        for a, b in zip(low, high, strict=True):
+            if a.scales != b.scales or any((i != j).any() for i, j in zip(a.indices, b.indices, strict=True)):
+                break
+            sent.append(a)
+    except Damaged:  # beyond the last bytes anything may stand
+        pass
+    return sent
+
+
+class Spent(NamedTuple):
+    """What one group of a file takes and where it leads: from level t to s, with so many bits in so many chunks."""
+
+    t: int
+    s: int
+    chunks: int
+    bits: float
+    rmse: float
+
+
+def spent(model: Model, data: bytes) -> Iterator[Spent]:
+    """What each group of a whole file takes; rmse of x0^ before it is from the file's last picture, in grey levels."""
+    header, begin = read_header(data)
+    tables = model.tables[header.bits]
+    seen = list(pictures(model, data))
+    real = _real(header, model).real
+    price, before, taken = Encoder(), [0] * len(real), 0.0
+    sent = _groups(Decoder(data[begin : begin + header.length]), header, tables, real)
+    for number, (group, symbols) in enumerate(zip(tables.groups, sent, strict=False)):
+        progressive.put_group(price, tables, group, symbols, before, _dims(real))
+        rmse = float(np.sqrt(np.mean((seen[number].image.astype(float) - seen[-1].image) ** 2)))
+        yield Spent(group.t, group.s, sum(map(len, symbols.indices)), price.bits - taken, rmse)
+        before, taken = symbols.scales, price.bits
+    if header.lossless:
+        rmse = float(np.sqrt(np.mean((seen[-2].image.astype(float) - seen[-1].image) ** 2)))
+        yield Spent(tables.levels[-1], 0, 0, 8 * header.length - taken, rmse)

@@ -1,0 +1,240 @@
+"""What a model's codec is set to once, on training images: groups of levels, their variances, integer histograms.
+
+All of it is a function of the model alone and stands beside the weights, so that neither side of the codec ever reads
+a probability from the other's network.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddpm import pixels
+from ddpm.codec import entropy
+from ddpm.errors import InputError
+from ddpm.schedule import Schedule
+
+PAD = 2
+"""Candidates of a chunk are 2^(K + PAD) for a divergence of K bits."""
+SCALES = range(-12, 20)
+"""An image's error over the mean one's, in half octaves."""
+SPREADS = range(-5, 2)
+"""Standard deviations of the parts of the last stage's mixture over that of the image's errors, in octaves."""
+_LOADS = 4
+"""Classes of how full a chunk is."""
+_MIXTURE = 64  # the mixture's weights sum to it
+
+
+@dataclass(frozen=True)
+class Group:
+    """The step from x_t to x_s, s < t, as one: q(x_s | x_t, x_0) of Eq. 6-7 between these two levels.
+
+    mse is E|x_0 - x0^(x_t)|^2 / D of training images.
+    """
+
+    t: int
+    s: int
+    abar_t: float
+    abar_s: float
+    mse: float
+
+    @cached_property
+    def coefficients(self) -> tuple[float, float, float]:
+        """c_0, c_x and beta~: mu~ = c_0 x_0 + c_x x_t  (Eq. 7)."""
+        a2 = self.abar_t / self.abar_s
+        b, left = 1 - a2, 1 - self.abar_t
+        return math.sqrt(self.abar_s) * b / left, math.sqrt(a2) * (1 - self.abar_s) / left, b * (1 - self.abar_s) / left
+
+    def error(self, scale: int) -> float:
+        """The image's mean squared error: mse 2^(scale / 2)."""
+        return self.mse * math.ldexp(math.sqrt(2) if scale % 2 else 1.0, scale // 2)
+
+    def variance(self, scale: int) -> float:
+        """The prior's, of the least divergence: beta~ + c_0^2 error (Bao et al. 2022)."""
+        c_0, _, variance_q = self.coefficients
+        return variance_q + c_0**2 * self.error(scale)
+
+    def divergence(self, scale: int) -> float:
+        """KL(q || p) a dimension where the error is what `scale` says, in bits."""
+        _, _, variance_q = self.coefficients
+        return 0.5 * math.log2(self.variance(scale) / variance_q)
+
+    def chunks(self, scale: int, dims: int, bits: int) -> tuple[int, int]:
+        """How many chunks of at most `bits` = K bits, and the class of how full they are."""
+        whole = round(self.divergence(scale) * 2**20) * dims  # rounded: not to hang on a logarithm's last bit
+        chunks = max(1, min(dims, -(-whole // (bits << 20))))
+        return chunks, min(_LOADS - 1, whole * _LOADS // (chunks * bits << 20))
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One setting of a model's codec.
+
+    bits       K, the divergence of a chunk; the encoder weighs 2^(K + 2) candidates for each
+    levels     T = levels[0] > .. > levels[-1]: x is coded at each in turn, and from the last the pixels
+    alpha_bar  of these levels
+    mse        E|x_0 - x0^|^2 / D of training images at these levels
+    scales     counts of each change of the scale between groups, -31 .. 31
+    buckets    counts of floor(log2(index + 1)), for each class of how full a chunk is
+    spread     weights of the pixels' mixture, of 64
+    """
+
+    bits: int
+    levels: tuple[int, ...]
+    alpha_bar: tuple[float, ...]
+    mse: tuple[float, ...]
+    scales: tuple[int, ...]
+    buckets: tuple[tuple[int, ...], ...]
+    spread: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """InputError for what no calibration writes."""
+        levels, abar, width = self.levels, self.alpha_bar, self.bits + PAD + 1
+        good = (
+            2 <= self.bits <= 20 and len(levels) == len(abar) == len(self.mse) >= 1
+            and all(s < t for t, s in pairwise(levels)) and levels[-1] >= 1
+            and all(0 < a < b for a, b in zip(abar, [*abar[1:], 1.0], strict=True))
+            and all(0 < e < math.inf for e in self.mse)
+            and len(self.scales) == 2 * len(SCALES) - 1 and [len(b) for b in self.buckets] == [width] * _LOADS
+            and min(min(self.scales), *map(min, self.buckets), *self.spread) >= 0
+            and len(self.spread) == len(SPREADS) and sum(self.spread) == _MIXTURE
+        )  # fmt: skip
+        if not good:
+            raise InputError("codec tables: not what `ddpm calibrate` writes; calibrate again")
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        steps = zip(self.levels, self.levels[1:], self.alpha_bar, self.alpha_bar[1:], self.mse, strict=False)
+        return tuple(Group(*step) for step in steps)
+
+    @cached_property
+    def last(self) -> Group:
+        """The step from the last level to the image, of which only the error is used."""
+        return Group(self.levels[-1], 0, self.alpha_bar[-1], 1.0, self.mse[-1])
+
+    @cached_property
+    def scale_frequency(self) -> NDArray[np.int64]:
+        return entropy.frequencies([16 * n + 1 for n in self.scales])
+
+    @staticmethod
+    def scale_symbol(scale: int, before: int = 0) -> int:
+        return scale - before + len(SCALES) - 1
+
+    @staticmethod
+    def scale_of_symbol(symbol: int, before: int = 0) -> int:
+        """Raises Damaged where there is no such scale."""
+        scale = symbol + before - len(SCALES) + 1
+        if scale not in SCALES:
+            raise entropy.Damaged("payload: no encoder writes such bytes; want the file as it was written")
+        return scale
+
+    @cached_property
+    def bucket_frequency(self) -> NDArray[np.int64]:
+        return entropy.frequencies([[16 * n + 1 for n in counts] for counts in self.buckets])
+
+    def pixel_frequencies(self, x0: NDArray[np.float64], scale: int) -> NDArray[np.int64]:
+        """Frequencies of the 256 grey levels under Eq. 13 with a mixture of Gaussians, x0^ [m] -> int64 [m, 256]."""
+        _, lower, _ = pixels.bins(torch.zeros((), dtype=torch.float64))
+        sigma = math.sqrt(self.last.error(scale))
+        edges = np.zeros((len(x0), 257), np.int64)
+        edges[:, 256] = _MIXTURE << 32
+        for spread, weight in zip(SPREADS, self.spread, strict=True):
+            if weight:
+                z = (lower[1:].numpy() - x0[:, None]) / math.ldexp(sigma, spread)
+                edges[:, 1:256] += weight * entropy.cdf(z)
+        return entropy.frequencies(np.diff(edges))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bits": self.bits, "levels": self.levels, "alpha_bar": self.alpha_bar, "mse": self.mse,
+            "scales": self.scales, "buckets": self.buckets, "spread": self.spread,
+        }  # fmt: skip
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Tables":
+        """Raises InputError, KeyError or TypeError for what is not `to_json`'s."""
+        lists = {key: tuple(values[key]) for key in ("levels", "alpha_bar", "mse", "scales", "spread")}
+        return Tables(int(values["bits"]), buckets=tuple(tuple(row) for row in values["buckets"]), **lists)
+
+
+def levels(
+    schedule: Schedule, mse: Tensor, dims: int, bits: int | None, gain: float = 0.0, group_bits: float = 4.0
+) -> list[int]:
+    """The levels of least cost, falling from T, by dynamic programme over all groupings.
+
+    mse float64 [n, T] of n images; dims = D. A group from t to s costs its KL, what a chunk's index takes above it, and
+    `group_bits` for its scale and the network call. The pixels from level t cost the entropy of errors of mse_t, less
+    `gain` bits a dimension that the mixture takes off. bits None: of a chain for bits-back, which has no indices.
+
+    >>> from ddpm import schedule
+    >>> found = levels(schedule.linear(), torch.linspace(1e-4, 0.3, 1000).expand(2, -1).double(), 3072, 12)
+    >>> found[0], found == sorted(found, reverse=True)
+    (1000, True)
+    """
+    T = schedule.T
+    snr = (2 * schedule.half_log_snr).exp()
+    cost = torch.full((T + 1,), math.inf, dtype=torch.float64)  # cheapest from level t to the image
+    after = torch.zeros(T + 1, dtype=torch.int64)
+    for t in range(1, T + 1):
+        error = mse[:, t - 1, None]
+        pixel = 0.5 * (2 * math.pi * math.e * (error / pixels.BIN**2 + 1 / 12)).log2().mean() - gain
+        cost[t] = dims * max(float(pixel), 0.05)
+        if t > 1:
+            kl = dims * 0.5 * ((snr[1:t] - snr[t]) * error).log1p() / math.log(2)  # [n, t - 1]
+            if bits is not None:
+                chunks = (kl / bits).clamp(min=1)
+                kl = kl + chunks * (kl / chunks + 1).log2()  # an index takes about KL + log2(KL + 1)
+            steps = kl.mean(0) + group_bits + cost[1:t]
+            least = int(steps.argmin())
+            if steps[least] < cost[t]:
+                cost[t], after[t] = steps[least], least + 1
+    path = [T]
+    while after[path[-1]] > 0:
+        path.append(int(after[path[-1]]))
+    return path
+
+
+def empty(schedule: Schedule, mse: Tensor, chosen: Sequence[int], bits: int) -> Tables:
+    """Tables before anything was coded: flat histograms, one Gaussian. mse [n, T], chosen levels as `levels` gives."""
+    at = torch.tensor(chosen)
+    flat = (tuple([1] * (bits + PAD + 1)),) * _LOADS
+    around = tuple(1000 >> min(10, 3 * abs(change)) for change in range(1 - len(SCALES), len(SCALES)))
+    one = tuple(_MIXTURE * (spread == 0) for spread in SPREADS)
+    abar, error = schedule.alpha_bar[at].tolist(), mse.mean(0)[at - 1].tolist()
+    return Tables(bits, tuple(chosen), tuple(abar), tuple(error), around, flat, one)
+
+
+def masses(residuals: NDArray[np.float64], sigmas: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What each of `SPREADS` gives to a grey level that is `residuals` [m] from the mean, [len(SPREADS), m]."""
+    half = pixels.BIN / 2
+    mass = np.empty((len(SPREADS), len(residuals)))
+    for row, spread in zip(mass, SPREADS, strict=True):
+        sigma = sigmas * 2.0**spread
+        row[:] = (entropy.cdf((residuals + half) / sigma) - entropy.cdf((residuals - half) / sigma)) / 2.0**32
+    return mass + 1e-9
+
+
+def mixture(residuals: NDArray[np.float64], sigmas: NDArray[np.float64]) -> tuple[int, ...]:
+    """Weights of `SPREADS` that suit residuals [m] of errors sigmas [m], by expectation-maximisation; integers of 64.
+
+    The mass of each component is that of a grey level's bin, as when coding.
+
+    >>> mixture(np.linspace(-1, 1, 101) * 0.01, np.full(101, 0.01))[0]
+    0
+    """
+    mass = masses(residuals, sigmas)
+    weights = np.full(len(SPREADS), 1 / len(SPREADS))
+    for _ in range(100):
+        share = weights[:, None] * mass
+        weights = (share / share.sum(0)).mean(1)
+    whole = np.floor(weights * _MIXTURE).astype(int)
+    for i in np.argsort(whole - weights * _MIXTURE)[: _MIXTURE - whole.sum()]:  # the largest remainders
+        whole[i] += 1
+    return tuple(whole.tolist())

@@ -1,0 +1,227 @@
+"""Algorithms 3 and 4 of the paper by reverse-channel coding: x_T, group by group, and the pixels given the last x.
+
+`Transmitter` and `receive` are mirror images around `_advance`: the encoder goes on from the x that the decoder will
+have. Arrays are float64 [n, C, H, W], n tiles of one picture; the arithmetic beside the network is NumPy's, one
+operation at a time, so that IEEE 754 fixes every bit of it.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddpm import pixels
+from ddpm.codec import reverse, shared
+from ddpm.codec.entropy import Damaged, Decoder, Encoder
+from ddpm.codec.plan import PAD, SCALES, Group, Tables
+from ddpm.denoiser import Denoiser
+
+Array = NDArray[np.float64]
+_START, _FILL = 201, 202  # what a stream of shared randomness is for
+_GRID = 1024
+"""x0^ is a multiple of 2^-10 before anybody uses it."""
+_MARGIN = 1e-10
+"""How much float64 networks may differ between machines."""
+
+
+class Undecided(Exception):
+    """Another machine might round this x0^ to another multiple of 2^-10; another seed will not be as close."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """x0^(x_t), clipped and on a grid of 2^-10, so that both sides have the same one.
+
+    careful  one tile at a time, in float64, as the portable profile wants it
+    check    raise Undecided where rounding hangs on less than 1e-10
+    """
+
+    denoiser: Denoiser
+    careful: bool
+    check: bool = False
+
+    @torch.no_grad()
+    def __call__(self, x: Array, level: int) -> Array:
+        xt = torch.from_numpy(x)
+        parts = xt.split(1 if self.careful else 64)
+        x0 = torch.cat([self._estimate(part, level) for part in parts]).numpy().clip(-1, 1) * _GRID
+        if self.check and self.careful and (np.abs(x0 - np.floor(x0) - 0.5) < _MARGIN * _GRID).any():
+            raise Undecided
+        snapped: Array = np.rint(x0) / _GRID
+        return snapped
+
+    def _estimate(self, x: Tensor, level: int) -> Tensor:
+        x = x if self.careful else x.float()
+        t = torch.full((len(x),), level)
+        device = self.denoiser.schedule.alpha_bar.device
+        return self.denoiser(x.to(device), t.to(device)).x0.double().cpu()
+
+
+Predict = Callable[[Array, int], Array]
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """What is sent of one group: for each tile its scale and the indices of its chunks."""
+
+    scales: list[int]
+    indices: list[NDArray[np.int64]]
+
+
+@dataclass
+class State:
+    """Where both sides are after `done` groups: x at the next level, the scales said last, and checksums of x."""
+
+    x: Array
+    scales: list[int]
+    done: int = 0
+    sums: list[int] = field(default_factory=list)
+
+
+def start(tables: Tables, shape: Sequence[int], seed: int) -> State:
+    """x_T of n tiles, from shared noise."""
+    n, *one = shape
+    x = [shared.normals(int(np.prod(one)), _START, seed, tile).astype(np.float64).reshape(one) for tile in range(n)]
+    return State(np.stack(x), [0] * n)
+
+
+def _advance(
+    state: State, group: Group, x0: Array, sent: Symbols, real: NDArray[np.bool_], tables: Tables, seed: int
+) -> None:
+    """x_s = mu_p + sqrt(variance_p) z, from what was sent; where nothing is real, z is shared noise."""
+    c_0, c_x, _ = group.coefficients
+    for tile, (scale, indices) in enumerate(zip(sent.scales, sent.indices, strict=True)):
+        there, keys = real[tile], (seed, tile, group.t)
+        z = np.empty(there.shape)
+        z[there] = reverse.draw(indices, int(there.sum()), tables.bits + PAD, *keys)
+        z[~there] = shared.normals(int((~there).sum()), _FILL, *keys)
+        mean = c_x * state.x[tile] + c_0 * x0[tile]
+        state.x[tile] = mean + np.sqrt(group.variance(scale)) * z
+    state.scales = list(sent.scales)
+    state.done += 1
+    state.sums.append(zlib.crc32(state.x.astype("<f8").tobytes()))
+
+
+def scale_of(error: float, group: Group) -> int:
+    """The scale that says this mean squared error best."""
+    nearest = round(2 * float(np.log2(max(error, 1e-30) / group.mse)))
+    return min(max(nearest, SCALES[0]), SCALES[-1])
+
+
+def encode_group(
+    state: State, group: Group, x0: Array, true: Array, real: NDArray[np.bool_], tables: Tables, seed: int
+) -> Symbols:
+    """Draw x_s ~ q(x_s | x_t, x_0) by reverse-channel coding, and go there; `true` is x_0, `x0` is x0^."""
+    c_0, _, variance_q = group.coefficients
+    sent = Symbols([], [])
+    for tile, there in enumerate(real):
+        residual = (true[tile] - x0[tile])[there]
+        scale = scale_of(float(np.mean(residual**2)), group)
+        chunks, _ = group.chunks(scale, len(residual), tables.bits)
+        variance_p = group.variance(scale)
+        mean = c_0 * residual / np.sqrt(variance_p)
+        keys = (seed, tile, group.t)
+        sent.scales.append(scale)
+        sent.indices.append(reverse.choose(mean, variance_q / variance_p, chunks, tables.bits + PAD, *keys))
+    _advance(state, group, x0, sent, real, tables, seed)
+    return sent
+
+
+def decode_group(
+    state: State, group: Group, x0: Array, sent: Symbols, real: NDArray[np.bool_], tables: Tables, seed: int
+) -> None:
+    """Go where the encoder went."""
+    _advance(state, group, x0, sent, real, tables, seed)
+
+
+# -- symbols to bits ---------------------------------------------------------------------------------------------------
+
+
+def put_scale(encoder: Encoder, tables: Tables, scale: int, before: int) -> None:
+    encoder.put(tables.scale_symbol(scale, before), tables.scale_frequency)
+
+
+def get_scale(decoder: Decoder, tables: Tables, before: int) -> int:
+    return tables.scale_of_symbol(decoder.get(tables.scale_frequency), before)
+
+
+def put_group(
+    encoder: Encoder, tables: Tables, group: Group, sent: Symbols, before: Sequence[int], dims: Sequence[int]
+) -> None:
+    """The symbols of a group; `before` are the scales of the group before, `dims` the tiles' real dimensions."""
+    for scale, indices, last, count in zip(sent.scales, sent.indices, before, dims, strict=True):
+        put_scale(encoder, tables, scale, last)
+        _, load = group.chunks(scale, count, tables.bits)
+        for index in indices.tolist():
+            bucket = (index + 1).bit_length() - 1
+            encoder.put(bucket, tables.bucket_frequency[load])
+            encoder.put_bits(index + 1 - (1 << bucket), bucket)
+
+
+def get_group(decoder: Decoder, tables: Tables, group: Group, before: Sequence[int], dims: Sequence[int]) -> Symbols:
+    sent = Symbols([], [])
+    for last, count in zip(before, dims, strict=True):
+        scale = get_scale(decoder, tables, last)
+        chunks, load = group.chunks(scale, count, tables.bits)
+        indices = np.empty(chunks, np.int64)
+        for i in range(chunks):
+            bucket = decoder.get(tables.bucket_frequency[load])
+            indices[i] = (1 << bucket) + decoder.get_bits(bucket) - 1
+            if indices[i] >= 1 << (tables.bits + PAD):
+                raise Damaged("payload: no encoder writes such bytes; want the file as it was written")
+        sent.scales.append(scale)
+        sent.indices.append(indices)
+    return sent
+
+
+def put_pixels(
+    encoder: Encoder,
+    tables: Tables,
+    image: NDArray[np.uint8],
+    x0: Array,
+    before: Sequence[int],
+    real: NDArray[np.bool_],
+) -> list[int]:
+    """The pixels uint8 [n, C, H, W] given x0^ at the last level (L_0, Eq. 13); their scales."""
+    true = pixels.to_signal(torch.from_numpy(image)).double().numpy()
+    scales = []
+    for tile, there in enumerate(real):
+        scale = scale_of(float(np.mean((true[tile] - x0[tile])[there] ** 2)), tables.last)
+        put_scale(encoder, tables, scale, before[tile])
+        encoder.put_each(image[tile][there], tables.pixel_frequencies(x0[tile][there], scale))
+        scales.append(scale)
+    return scales
+
+
+def get_pixels(
+    decoder: Decoder, tables: Tables, x0: Array, before: Sequence[int], real: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
+    image = np.zeros(real.shape, np.uint8)
+    for tile, there in enumerate(real):
+        scale = get_scale(decoder, tables, before[tile])
+        image[tile][there] = decoder.get_each(tables.pixel_frequencies(x0[tile][there], scale))
+    return image
+
+
+Do = Callable[[int, Group, Array], bool]
+"""Do the group of this number from this x0^; False: not, and no more."""
+
+
+def walk(predict: Predict, tables: Tables, state: State, step: Do) -> Iterator[tuple[int, Array]]:
+    """x0^ after every group: yields (groups done, x0^), then calls `step` to do the next, until it says False."""
+    for number, group in enumerate(tables.groups):
+        x0 = predict(state.x, group.t)
+        yield number, x0
+        if not step(number, group, x0):
+            return
+    yield len(tables.groups), predict(state.x, tables.levels[-1])
+
+
+def run(predict: Predict, tables: Tables, state: State, step: Do) -> Array:
+    """`walk` to its end; the last x0^."""
+    *_, (_, x0) = walk(predict, tables, state, step)
+    return x0

@@ -1,0 +1,74 @@
+"""Randomness that the encoder and the decoder share: functions of integers, the same on every platform.
+
+Philox, counter-based, gives 16 bits at a time, and a table of 65,536 quantiles makes each a normal draw. No draw is
+taken from a library's own normals, which may change between releases and devices.
+"""
+
+import functools
+import hashlib
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.noise import mix
+
+_QUANTILES = "1ea009ce"  # the first digits of the table's SHA-256
+
+
+@functools.cache
+def quantiles() -> NDArray[np.float32]:
+    """The 65,536 standard normal quantiles of (i + 1/2) / 2^16, each a multiple of 2^-12; float32, rising.
+
+    Rounded so, they do not depend on the last bit of a platform's logarithm; that they are the right ones is checked.
+
+    >>> table = quantiles()
+    >>> len(table), float(table[0]), float(table[32768]), bool((table == -table[::-1]).all())
+    (65536, -4.324951171875, 0.0, True)
+    """
+    upper = [round(NormalDist().inv_cdf((i + 0.5) / 65536) * 4096) for i in range(32768, 65536)]
+    table = np.array([-value for value in reversed(upper)] + upper, dtype="<i2")
+    found = hashlib.sha256(table.tobytes()).hexdigest()[: len(_QUANTILES)]
+    if found != _QUANTILES:
+        raise RuntimeError(f"normal quantiles of {found} instead of {_QUANTILES}: this platform rounds otherwise")
+    return table.astype(np.float32) / 4096
+
+
+def bits16(count: int, *keys: int, first: int = 0) -> NDArray[np.uint16]:
+    """`count` draws of 16 bits, uint16, of the stream that `keys` names; from draw 16 `first` on, at once.
+
+    >>> bool((bits16(40, 1, 2)[16:] == bits16(24, 1, 2, first=1)).all())
+    True
+    """
+    philox = np.random.Philox(key=mix(*keys), counter=first)
+    raw: NDArray[np.uint16] = philox.random_raw(-(-count // 4)).astype("<u8").view("<u2")
+    return raw[:count]
+
+
+def normals(count: int, *keys: int, first: int = 0) -> NDArray[np.float32]:
+    """`count` standard normal draws, float32, of the stream that `keys` names; `first` as in `bits16`.
+
+    >>> z = normals(100_000, 7)
+    >>> abs(float(z.mean())) < 0.01, abs(float(z.std()) - 1) < 0.01
+    (True, True)
+    """
+    return quantiles()[bits16(count, *keys, first=first)]
+
+
+def permutation(count: int, *keys: int) -> NDArray[np.int64]:
+    """0 .. count - 1 in an order that `keys` names.
+
+    >>> sorted(permutation(5, 3)) == [0, 1, 2, 3, 4]
+    True
+    """
+    philox = np.random.Philox(key=mix(*keys))
+    return np.argsort(philox.random_raw(count), kind="stable")
+
+
+def signs(count: int, *keys: int) -> NDArray[np.float32]:
+    """`count` of 1 and -1, float32.
+
+    >>> set(signs(100, 3).tolist()) == {1.0, -1.0}
+    True
+    """
+    return (bits16(count, *keys) & 1).astype(np.float32) * 2 - 1

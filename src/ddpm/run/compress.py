@@ -1,0 +1,184 @@
+"""The codec and files: models with their tables, pictures to files of `ddpm compress` and back."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm import kernels
+from ddpm.codec import Model, archive, fit, picture
+from ddpm.codec.plan import Tables
+from ddpm.errors import InputError
+from ddpm.files import atomic, images
+from ddpm.files.checkpoints import Checkpoint, calibration_file, open_checkpoint, read_calibration
+from ddpm.presets import Precision
+
+BITS = (8, 12, 14)
+"""K that `ddpm calibrate` makes tables for, from fast to small."""
+_SUFFIX = ".ddpm"
+
+
+def calibrate(found: Checkpoint, mse: Tensor, some: Tensor, progress: bool = True) -> None:
+    """The codec's tables from errors mse [n, T] and images uint8 [m, C, H, W], kept with the calibration."""
+    file = calibration_file(found.path)
+    values = json.loads(file.read_text())
+    with tqdm(desc="setting the codec", unit="group", disable=None if progress else True) as bar:
+        made = [fit.fit(found.denoiser, mse, some, bits, lambda _: bar.update()) for bits in BITS]
+        chain = fit.fit_chain(found.denoiser, mse, some)
+    values["codec"] = {"tables": [tables.to_json() for tables in made], "chain": chain.to_json()}
+    atomic.write_json(file, values)
+
+
+def load_codec(
+    path: str | Path, device: torch.device | str = "cpu", precision: Precision | None = None, which: str = "last"
+) -> Model:
+    """The codec of a calibrated model, by what `ddpm.load` takes: for `ddpm.codec.compress` and `decompress`.
+
+    precision is the network's in the local profile (None: the run's own). Raises InputError where there is no model or
+    its codec's tables are not there; `ddpm calibrate` makes them.
+
+    >>> import numpy as np
+    >>> from ddpm import codec
+    >>> model = load_codec("digits")
+    >>> grey = np.full((8, 8, 1), 128, np.uint8)
+    >>> data = codec.compress(model, grey, bits=8)
+    >>> bool((codec.decompress(model, data) == grey).all())
+    True
+    """
+    found = open_checkpoint(path, which=which, precision=precision)
+    read_calibration(found)  # says what is wrong with the file, if anything
+    try:
+        codec = json.loads(calibration_file(found.path).read_text())["codec"]
+        tables = {t.bits: t for t in map(Tables.from_json, codec["tables"])}
+        chain = Tables.from_json(codec["chain"])
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        kind = str(error) if isinstance(error, InputError) else "it has none"
+        raise InputError(f"{path}: no tables for the codec ({kind}); make them with `ddpm calibrate`") from error
+    exact = open_checkpoint(path, which=which, precision="float32").denoiser
+    exact.network.double()  # type: ignore[attr-defined]
+    settings = json.dumps([t.to_json() for t in (*tables.values(), chain)], sort_keys=True)
+    denoiser = found.denoiser.to(device)
+    channels, height, width = found.preset.shape
+    return Model(
+        denoiser, exact.to(device), (channels, height, width), tables,
+        hashlib.sha256((found.sha256 + settings).encode()).digest()[:4],
+        chain, 2 ** (exact.network.levels - 1), _here(found, denoiser.schedule.alpha_bar.device),
+    )  # fmt: skip
+
+
+def _here(found: Checkpoint, device: torch.device) -> bytes:
+    """Two bytes that name what the local profile hangs on: the machine's kind, the device, the release of torch."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    about = [device.type, name, torch.__version__, found.preset.precision, kernels.ready()]
+    return hashlib.sha256(json.dumps(about).encode()).digest()[:2]
+
+
+def read_image(path: str | Path) -> picture.Image:
+    """An image file as uint8 [H, W, C], C of 1 or 3, with nothing lost. InputError for more than that holds."""
+    image = images.read(path)
+    channels, deep = images.native(image), image.info.get("deep") or image.mode.startswith(("I", "F"))
+    if deep or channels == 4:
+        what = "more than 8 bits a channel" if deep else "transparency"
+        raise InputError(f"{path}: has {what}, which the codec would lose; want 8-bit grey or RGB")
+    if image.mode not in ("1", "L", "P", "RGB"):
+        raise InputError(f"{path}: mode {image.mode}; want 8-bit grey or RGB")
+    pixels = np.asarray(images.convert(image, channels, str(path), notes={}))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def compress(
+    model: Model, paths: Sequence[Path], out: Path, archived: bool = False, progress: bool = True, **settings: Any
+) -> list[dict[str, Any]]:
+    """Image files to one file each, or to one archive; what came of each. `settings` are `codec.compress`'s.
+
+    out is a file for one image or an archive, and a folder for more. Everything is read before anything is written.
+    """
+    found = [read_image(path) for path in paths]
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{twice}: the name of two images; want names that differ")
+    bar = tqdm(total=len(found), desc="compressing", unit="image", disable=None if progress else True)
+    with bar:
+        if archived:
+            data = archive.compress(model, found, names, tick=lambda done: bar.update(done - bar.n), **settings)
+            atomic.write(out, data)
+            return [_about(str(out), data, sum(image.size for image in found), len(found))]
+        written = []
+        for name, image in zip(names, found, strict=True):
+            data = picture.compress(model, image, **settings)
+            target = out if len(found) == 1 and not out.is_dir() else out / f"{name}{_SUFFIX}"
+            atomic.write(target, data)
+            written.append(_about(str(target), data, image.size, 1))
+            bar.update()
+    return written
+
+
+def _about(name: str, data: bytes, dims: int, count: int) -> dict[str, Any]:
+    return {"file": name, "images": count, "bytes": len(data), "bits_per_dim": round(8 * len(data) / dims, 4)}
+
+
+def decompress(model: Model, path: Path, out: Path, at: int | None = None) -> dict[str, Any]:
+    """A file of `compress` to a PNG, or an archive to a folder of them; what came of it."""
+    data = read(path)
+    if not model_agrees(model, data):
+        warn = f"{path}: written in the local profile on another machine, device or release; it may not decode here"
+        tqdm.write(f"warning: {warn}")
+    if data[:3] == archive.MAGIC:
+        if at is not None:
+            raise InputError(f"--at {at}: {path} is an archive, which cannot be read in part")
+        made = list(archive.decompress(model, data))
+        width = len(str(len(made)))
+        for number, (name, image) in enumerate(made):
+            images.save(out / f"{_safe(name) or f'{number:0{width}d}'}.png", image)
+        return {"out": str(out), "images": len(made), "exact": True}
+    *_, last = picture.pictures(model, data, at)
+    images.save(out, last.image)
+    return {"out": str(out), "images": 1, "exact": last.exact, "groups": last.groups, "whole": last.whole}
+
+
+def _safe(name: str) -> str:
+    """A name out of a file, which may try to leave the folder."""
+    return "".join(c if c.isalnum() or c in "-_. " else "_" for c in name).strip(". ")[:200]
+
+
+def model_agrees(model: Model, data: bytes) -> bool:
+    """Whether a file was written here, or in the portable profile, where it does not matter."""
+    header, _ = archive.read_contents(data) if data[:3] == archive.MAGIC else picture.read_header(data)
+    return not header.local or header.where == model.where
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a file; InputError where there is none."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}, want a file of `ddpm compress`") from error
+
+
+def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
+    """What a file says of itself; with its model, what each group takes and shows."""
+    data = read(path)
+    if data[:3] == archive.MAGIC:
+        contents, size = archive.read_contents(data)
+        values = {**contents._asdict(), "identity": contents.identity.hex(), "where": contents.where.hex()}
+        return {"file": str(path), "kind": "archive", "bytes": len(data), "header_bytes": size, **values}
+    header, size = picture.read_header(data)
+    about: dict[str, Any] = {
+        "file": str(path), "kind": "lossless" if header.lossless else "lossy", "bytes": len(data),
+        "bits_per_dim": round(8 * len(data) / (header.width * header.height * header.channels), 4),
+        "width": header.width, "height": header.height, "channels": header.channels,
+        "profile": "local" if header.local else "portable", "tiles_of": "picture" if header.whole else "model",
+        "chunk_bits": header.bits, "model": header.identity.hex(), "seed": header.seed, "groups": header.groups,
+        "header_bytes": size, "payload_bytes": header.length, "checksum_bytes": header.trailer,
+    }  # fmt: skip
+    if model is not None:
+        about["by_group"] = list(picture.spent(model, data))
+    return about

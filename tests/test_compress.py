@@ -1,0 +1,175 @@
+"""`ddpm compress`, `decompress` and `inspect` on the package's digits, as somebody at a terminal uses them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ddpm
+from ddpm import codec
+from ddpm.files import datasets, images
+from ddpm.run import compress
+from ddpm.run.cli import main
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ddpm.load_codec("digits")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Four digits of the test set as files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, image in enumerate(datasets.load("digits", (8, 8), 1, split="test").batch([0, 1, 2, 3])):
+        images.save(folder / f"digit{i}.png", image.permute(1, 2, 0).numpy())
+    return folder
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def fresh(*words, threads=1, seed="1", cwd="/"):
+    """A command in a process of its own, elsewhere."""
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "ddpm.run.cli", *map(str, words)]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("profile", ["portable", "local"])
+def test_a_fresh_process_with_other_threads_reads_it_back(pictures, tmp_path, profile):
+    file, out = tmp_path / "a.ddpm", tmp_path / "a.png"
+    words = ["compress", "digits", pictures / "digit0.png", "--out", file, "--profile", profile, "--chunk-bits", 8]
+    assert fresh(*words, threads=1, seed="2").returncode == 0
+    done = fresh("decompress", "digits", file, "--out", out, threads=2, seed="3")
+    assert done.returncode == 0, done.stderr
+    assert "exactly as before" in done.stdout
+    assert np.array_equal(pixels(out), pixels(pictures / "digit0.png"))
+
+
+def test_several_pictures_go_to_a_folder_and_an_archive_to_a_file(pictures, tmp_path, capsys):
+    paths = [str(pictures / f"digit{i}.png") for i in range(4)]
+    assert main(["compress", "digits", *paths, "--out", str(tmp_path / "files"), "--chunk-bits", "8", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert [about["file"] for about in made] == [str(tmp_path / "files" / f"digit{i}.ddpm") for i in range(4)]
+    assert all(about["bytes"] == os.path.getsize(about["file"]) for about in made)
+    archive = str(tmp_path / "all.ddpm")
+    assert main(["compress", "digits", *paths, "--archive", "--out", archive, "--chunk-bits", "8"]) == 0
+    assert main(["decompress", "digits", archive, "--out", str(tmp_path / "back")]) == 0
+    for i in range(4):
+        assert np.array_equal(pixels(tmp_path / "back" / f"digit{i}.png"), pixels(paths[i]))
+    capsys.readouterr()
+    assert main(["inspect", archive, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] == 4
+
+
+def test_part_of_a_file_and_what_it_holds(pictures, tmp_path, capsys):
+    file, out = tmp_path / "a.ddpm", tmp_path / "a.png"
+    assert main(["compress", "digits", str(pictures / "digit1.png"), "--out", str(file), "--chunk-bits", "8"]) == 0
+    capsys.readouterr()
+    assert main(["decompress", "digits", str(file), "--out", str(out), "--at", "40"]) == 0
+    assert "the file goes on" in capsys.readouterr().out
+    assert main(["inspect", str(file), "--run", "digits"]) == 0
+    said = capsys.readouterr().out
+    assert "kind: lossless" in said
+    assert "1000 ->" in said
+    assert main(["inspect", str(file), "--run", "digits", "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["bytes"] == about["header_bytes"] + about["payload_bytes"] + about["checksum_bytes"]
+
+
+def test_lossy_by_rate_and_by_psnr(pictures, tmp_path):
+    source = pictures / "digit2.png"
+    for option in (["--bits-per-dim", "6"], ["--psnr", "18"]):
+        file, out = tmp_path / "a.ddpm", tmp_path / "a.png"
+        assert main(["compress", "digits", str(source), "--out", str(file), "--chunk-bits", "8", *option]) == 0
+        assert main(["decompress", "digits", str(file), "--out", str(out)]) == 0
+        assert out.stat().st_size
+        assert file.stat().st_size * 8 / 64 <= 6.5
+
+
+def saved(folder, name, mode, size=(8, 8)):
+    path = folder / name
+    Image.new(mode, size).save(path)
+    return path
+
+
+def test_mistakes_are_one_line(pictures, tmp_path, capsys, model):
+    good, file = str(pictures / "digit0.png"), tmp_path / "a.ddpm"
+    file.write_bytes(codec.compress(model, compress.read_image(good), bits=8))
+    rgba, deep = str(saved(tmp_path, "rgba.png", "RGBA")), str(saved(tmp_path, "deep.png", "I;16"))
+    (tmp_path / "junk.ddpm").write_bytes(b"junk")
+    (tmp_path / "empty.ddpm").write_bytes(b"")
+    new = str(tmp_path / "new.ddpm")
+    png = str(tmp_path / "new.png")
+    cases = [
+        (["compress", "digits", rgba, "--out", new], "transparency"),
+        (["compress", "digits", deep, "--out", new], "more than 8 bits"),
+        (["compress", "digits", "nowhere.png", "--out", new], "nowhere.png"),
+        (["compress", "nothing", good, "--out", new], "nothing: no such file or folder"),
+        (["compress", "digits", good, "--out", new, "--chunk-bits", "9"], "bits 9: the model is calibrated for 8,"),
+        (["compress", "digits", good, "--out", new, "--profile", "fast"], "portable"),
+        (["compress", "digits", good, "--out", new, "--lossless", "--psnr", "30"], "--lossless, --psnr"),
+        (["compress", "digits", good, "--out", new, "--archive", "--psnr", "30"], "--archive"),
+        (["compress", "digits", good, "--out", new, "--bits-per-dim", "0.001"], "want more"),
+        (["compress", "digits", good, good, "--out", str(tmp_path / "two")], "the name of two images"),
+        (["decompress", "digits", str(tmp_path / "junk.ddpm"), "--out", png], "not a file of `ddpm compress`"),
+        (["decompress", "digits", str(tmp_path / "empty.ddpm"), "--out", png], "0 bytes"),
+        (["decompress", "digits", str(tmp_path / "no.ddpm"), "--out", png], "no such file"),
+        (["decompress", "digits", str(file), "--out", str(tmp_path / "a.jpg")], "PNG"),
+        (["decompress", "digits", str(file), "--out", png, "--at", "3"], "at 3: want at least the header"),
+        (["inspect", good], "not a file of `ddpm compress`"),
+    ]
+    for words, message in cases:
+        assert main(words) == 2, words
+        said = capsys.readouterr().err
+        assert message in said, said
+        assert said.count("\n") == 1, said
+    assert not os.path.exists(new)
+    assert not os.path.exists(png)
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_model_without_tables_says_what_to_do(trained, pictures, tmp_path, capsys):
+    words = ["compress", str(trained), str(pictures / "digit0.png"), "--out", str(tmp_path / "a.ddpm")]
+    assert main(words) == 2
+    assert "make them with `ddpm calibrate`" in capsys.readouterr().err
+
+
+def test_a_file_of_another_machine_is_warned_of(pictures, tmp_path, capsys, model, monkeypatch):
+    file, out = tmp_path / "a.ddpm", tmp_path / "a.png"
+    words = ["compress", "digits", str(pictures / "digit0.png"), "--out", str(file), "--profile", "local"]
+    assert main([*words, "--chunk-bits", "8"]) == 0
+    monkeypatch.setattr(compress, "_here", lambda *_: b"??")
+    capsys.readouterr()
+    assert main(["decompress", "digits", str(file), "--out", str(out)]) == 0
+    assert "written in the local profile on another machine" in "".join(capsys.readouterr())
+
+
+def test_colour_and_large_pictures_by_a_model_of_small_grey_ones(tmp_path):
+    rng = np.random.default_rng(0)
+    source, file, out = (tmp_path / name for name in ("a.png", "a.ddpm", "b.png"))
+    images.save(source, rng.integers(0, 17, (19, 13, 3), np.uint8) * 15)
+    assert main(["compress", "digits", str(source), "--out", str(file), "--chunk-bits", "8"]) == 0
+    assert main(["decompress", "digits", str(file), "--out", str(out)]) == 0
+    assert np.array_equal(pixels(source), pixels(out))
+
+
+def test_one_tile_or_many_and_threads_make_one_portable_file(model, pictures):
+    image = compress.read_image(pictures / "digit3.png")
+    import torch
+
+    one = codec.compress(model, image, bits=8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert codec.compress(model, image, bits=8) == one
+    finally:
+        torch.set_num_threads(threads)
+    many = np.concatenate([image, image], axis=1)
+    assert np.array_equal(codec.decompress(model, codec.compress(model, many, bits=8)), many)
