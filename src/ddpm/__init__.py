@@ -4,7 +4,7 @@ mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, o
               editing, metrics, unet, inception
 settings      presets: Preset, PRESETS, build
 files         load: a run folder or a checkpoint file -> Denoiser
-codec         codec.compress, decompress, pictures; load_codec: a calibrated model -> codec.Model
+codec         codec.compress, codec.decompress, codec.pictures; load_codec: a calibrated model -> codec.Model
 programs      run.train, run.generate, run.evaluate, run.paper, run.report, run.compress,
               run.cli
 

@@ -64,13 +64,13 @@ class GridNormal:
     @cached_property
     def tables(self) -> list[Any]:
         W = self.window
-        edges = np.arange(-W, W + 2) - 0.5
+        edges: Array = np.arange(-W, W + 2).astype(np.float64) - 0.5
         edges[0], edges[-1] = -np.inf, np.inf
         found = []
         for place in range(_OFFSETS + 1):
             offset = place / _OFFSETS - 0.5
-            mass = np.diff(entropy.cdf((edges - offset) * (self.delta / self.sigma)))
-            found.append(entropy.categorical(entropy.frequencies(mass)))
+            below = entropy.cdf((edges - offset) * (self.delta / self.sigma))
+            found.append(entropy.categorical(entropy.frequencies(below[1:] - below[:-1])))
         return found
 
     def split(self, mean: Array) -> tuple[Integers, Integers]:
@@ -131,16 +131,16 @@ class Stack:
             if here.any():
                 away[here] = self._coder.decode(table, int(here.sum())) - normal.window
                 self._filled()
-        for i in np.flatnonzero(np.abs(away) == normal.window):
-            away[i] += np.sign(away[i]) * self.pop_bits(_FAR)
+        for far in np.flatnonzero(np.abs(away) == normal.window):
+            away[far] += np.sign(away[far]) * self.pop_bits(_FAR)
         return centre + away
 
     def push(self, k: Integers, mean: Array, normal: GridNormal) -> None:
         centre, place = normal.split(mean)
         away = k - centre
         near = np.clip(away, -normal.window, normal.window)
-        for i in np.flatnonzero(np.abs(near) == normal.window)[::-1]:
-            distance = abs(int(away[i])) - normal.window
+        for far in np.flatnonzero(np.abs(near) == normal.window)[::-1]:
+            distance = abs(int(away[far])) - normal.window
             if distance >> _FAR:
                 raise Empty  # no number of bits will do
             self.push_bits(distance, _FAR)
@@ -196,7 +196,7 @@ class Coder:
 
     def _x0(self, k: Integers, link: Link) -> tuple[Array, Array]:
         """x_t of its points, and x0^ of it, flat."""
-        x = k * link.q.delta
+        x: Array = k.astype(np.float64) * link.q.delta
         return x, self.predict(x.reshape(1, *self.shape), link.group.t).ravel()
 
     def _mean(self, x: Array, x0: Array, group: Group) -> Array:
@@ -226,7 +226,7 @@ class Coder:
             x, x0 = self._x0(k, link)
             after = k
             k = stack.pop(self._mean(x, x0, link.group), link.p)
-            stack.push(after, link.signal * (k * lower.q.delta), link.q)
+            stack.push(after, link.signal * (k.astype(np.float64) * lower.q.delta), link.q)
         _, x0 = self._x0(k, first)
         scale = self.chain.scale_of_symbol(int(stack.pop_each(self.chain.scale_frequency[None])[0]))
         tile = stack.pop_each(self.chain.pixel_frequencies(x0, scale)).astype(np.uint8)
@@ -269,7 +269,8 @@ def read_contents(data: bytes) -> tuple[Contents, int]:
     flags, kind, identity, numbers, where, end = picture.read_start(data, MAGIC, VERSION)
     if flags & 13:
         raise Damaged("header: of an archive with flags that this release does not know")
-    found = Contents(bool(flags & 2), kind, identity, *numbers, where)
+    pictures, files, about, ground, stack = numbers
+    found = Contents(bool(flags & 2), kind, identity, pictures, files, about, ground, stack, where)
     if not 1 <= found.files <= found.pictures <= picture.MOST_PIXELS or found.stack % 4:
         raise Damaged("header: damaged; want the file as it was written")
     return found, end

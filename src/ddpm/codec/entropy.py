@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ddpm.errors import InputError
 
-model, queue = constriction.stream.model, constriction.stream.queue
+model: Any = constriction.stream.model
+queue: Any = constriction.stream.queue
 
 BITS = 24
 """Frequencies sum to 2^24: the resolution of a probability."""
@@ -46,7 +47,7 @@ def frequencies(weights: ArrayLike) -> NDArray[np.int64]:
     return found
 
 
-def categorical(frequency: NDArray[np.int64]) -> model.Categorical:
+def categorical(frequency: NDArray[np.int64]) -> Any:
     """constriction's, which gives n symbols 1 each, and the rest of 2^24 in proportion: so exactly `frequency`."""
     return model.Categorical((frequency - 1).astype(np.float64), perfect=False)
 
@@ -89,12 +90,12 @@ class Encoder:
 
     def finish(self) -> bytes:
         """The fewest bytes that, with zeros behind them, decode to the symbols."""
-        words, (lower, extent) = self._coder.pos()
-        size = _WORD * (words + 2)  # what is written, and the two words of the state
+        words, (lower, extent) = self._coder.pos()  # integers
+        size = _WORD * (int(words) + 2)  # what is written, and the two words of the state
         some = self._coder.get_compressed().astype(">u4").tobytes()  # a number that decodes to the symbols
         number = int.from_bytes(some.ljust(size, b"\0")[:size], "big")
         written = number >> 64
-        low = (written << 64) + lower
+        low = (written << 64) + int(lower)
         if low > number:  # a carry that is still to come
             low -= 1 << 64
         for length in range(size + 1):

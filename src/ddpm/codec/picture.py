@@ -225,9 +225,10 @@ def compress(
     """A picture uint8 [H, W, C], C of 1 or 3, to a file that `decompress` reads with the same model.
 
     Lossless, unless bits_per_dim gives the most bits the file may take for each of H W C numbers, or psnr the decibels
-    at which to stop; where these are no less than it takes, lossless all the same. bits is K, one of the model's tables (None: the largest): twice 2^K takes about twice the time and
-    saves bits. local is faster by the network's own precision, and decodes where it was written only; whole codes a
-    picture as one tile of its own size. Raises InputError for another picture and settings out of range.
+    at which to stop; lossless all the same where it takes no more. bits is K, one of the model's tables (None: the
+    largest): more takes longer and saves bytes. local is faster by the network's own precision, and decodes where it
+    was written only; whole codes a picture as one tile of its own size. Raises InputError for another picture and
+    settings out of range.
     """
     header = _header(model, image, bits_per_dim, psnr, bits, local, whole, seed)
     for attempt in range(seed, seed + _TRIES):

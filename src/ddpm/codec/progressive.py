@@ -47,7 +47,7 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, x: Array, level: int) -> Array:
         xt = torch.from_numpy(x)
-        parts = xt.split(1 if self.careful else 64)
+        parts = torch.split(xt, 1 if self.careful else 64)
         x0 = torch.cat([self._estimate(part, level) for part in parts]).numpy().clip(-1, 1) * _GRID
         if self.check and self.careful and (np.abs(x0 - np.floor(x0) - 0.5) < _MARGIN * _GRID).any():
             raise Undecided

@@ -31,7 +31,7 @@ def quantiles() -> NDArray[np.float32]:
     found = hashlib.sha256(table.tobytes()).hexdigest()[: len(_QUANTILES)]
     if found != _QUANTILES:
         raise RuntimeError(f"normal quantiles of {found} instead of {_QUANTILES}: this platform rounds otherwise")
-    return table.astype(np.float32) / 4096
+    return table.astype(np.float32) / np.float32(4096)
 
 
 def bits16(count: int, *keys: int, first: int = 0) -> NDArray[np.uint16]:

@@ -19,8 +19,9 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, images
 from ddpm.files.checkpoints import Checkpoint, calibration_file, open_checkpoint, read_calibration
 from ddpm.presets import Precision
+from ddpm.unet import UNet
 
-BITS = (8, 12, 14)
+BITS = (8, 12, 16)
 """K that `ddpm calibrate` makes tables for, from fast to small."""
 _SUFFIX = ".ddpm"
 
@@ -62,7 +63,8 @@ def load_codec(
         kind = str(error) if isinstance(error, InputError) else "it has none"
         raise InputError(f"{path}: no tables for the codec ({kind}); make them with `ddpm calibrate`") from error
     exact = open_checkpoint(path, which=which, precision="float32").denoiser
-    exact.network.double()  # type: ignore[attr-defined]
+    assert isinstance(exact.network, UNet)
+    exact.network.double()
     settings = json.dumps([t.to_json() for t in (*tables.values(), chain)], sort_keys=True)
     denoiser = found.denoiser.to(device)
     channels, height, width = found.preset.shape
