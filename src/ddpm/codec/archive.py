@@ -159,7 +159,7 @@ class Stack:
 
     def pop_each(self, frequency: Integers) -> NDArray[np.int32]:
         """Symbols [m], each of its own frequencies [m, n]."""
-        return np.asarray(self._coder.decode(constriction.stream.model.Categorical(perfect=False), frequency - 1.0))
+        return np.array(self._coder.decode(constriction.stream.model.Categorical(perfect=False), frequency - 1.0))
 
     def push_each(self, symbols: NDArray[np.integer], frequency: Integers) -> None:
         chosen = np.ascontiguousarray(symbols, np.int32)
@@ -206,12 +206,9 @@ class Coder:
 
     def push(self, stack: Stack, tile: Image) -> None:
         first, *others = self.links
-        true = pixels.to_signal(torch.from_numpy(tile)).double().numpy().ravel()
-        k = stack.pop(first.signal * true, first.q)
+        k = stack.pop(first.signal * _signal(tile), first.q)
         x, x0 = self._x0(k, first)
-        scale = progressive.scale_of(float(np.mean((true - x0) ** 2)), self.chain.last)
-        stack.push_each(tile.ravel(), self.chain.pixel_frequencies(x0, scale))
-        stack.push_each(np.array([self.chain.scale_symbol(scale)]), self.chain.scale_frequency[None])
+        self._push_pixels(stack, tile[None], x0.reshape(1, *self.shape))
         for link in others:
             before, x_before = k, x
             k = stack.pop(link.signal * x_before, link.q)
@@ -228,11 +225,35 @@ class Coder:
             k = stack.pop(self._mean(x, x0, link.group), link.p)
             stack.push(after, link.signal * (k.astype(np.float64) * lower.q.delta), link.q)
         _, x0 = self._x0(k, first)
+        tile: Image = self._pop_pixels(stack, x0.reshape(1, *self.shape))[0]
+        stack.push(k, first.signal * _signal(tile), first.q)
+        return tile
+
+    def _push_pixels(self, stack: Stack, tile: Image, x0: Array) -> None:
+        said = np.ones(tile.shape, bool)
+        scales = progressive.pixel_scales(self.chain, tile, x0, said)
+        found: list[tuple[Image, Integers]] = []
+
+        def keep(frequency: Integers, at: Any) -> Image:
+            symbols: Image = tile[at]
+            found.append((symbols, frequency))
+            return symbols
+
+        progressive.pixel_walk(self.chain, x0, scales, said, keep)
+        for symbols, frequency in reversed(found):
+            stack.push_each(symbols, frequency)
+        stack.push_each(np.array([self.chain.scale_symbol(scales[0])]), self.chain.scale_frequency[None])
+
+    def _pop_pixels(self, stack: Stack, x0: Array) -> Image:
         scale = self.chain.scale_of_symbol(int(stack.pop_each(self.chain.scale_frequency[None])[0]))
-        tile = stack.pop_each(self.chain.pixel_frequencies(x0, scale)).astype(np.uint8)
-        true = pixels.to_signal(torch.from_numpy(tile)).double().numpy()
-        stack.push(k, first.signal * true, first.q)
-        return tile.reshape(self.shape)
+        said = np.ones(x0.shape, bool)
+        return progressive.pixel_walk(self.chain, x0, [scale], said, lambda frequency, at: stack.pop_each(frequency))
+
+
+def _signal(tile: Image) -> Array:
+    """x_0, flat."""
+    true: Array = pixels.to_signal(torch.from_numpy(tile)).double().numpy().ravel()
+    return true
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------

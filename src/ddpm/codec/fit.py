@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm import noise, pixels
-from ddpm.codec import plan, progressive
-from ddpm.codec.plan import SCALES, SPREADS, Group, Tables
+from ddpm.codec import plan, progressive, residual
+from ddpm.codec.plan import SCALES, Group, Tables
 from ddpm.codec.progressive import Array, Predictor
 from ddpm.denoiser import Denoiser
 from ddpm.gaussian import q_sample
@@ -25,72 +24,79 @@ def fit(
 ) -> Tables:
     """Tables for chunks of `bits` = K, from errors mse float64 [n, T] and images uint8 [m, C, H, W] to train on.
 
-    The pixels' mixture takes off a part of what one Gaussian costs, which is known only once there are residuals: so a
-    first plan, on a quarter of the images, serves to make the second. tick hears of every group that was coded.
+    tick hears of every group that was coded.
     """
-    dims = images[0].numel()
-    some = images[: max(1, len(images) // 4)]
-    first = _coded(denoiser, _planned(denoiser, mse, dims, bits, 0.0), some, tick)
-    _, residuals, sigmas = first
-    weights = np.array(plan.mixture(residuals, sigmas)) / 64
-    gaussian = _entropy(residuals, sigmas, np.array([spread == 0 for spread in SPREADS]))
-    gain = max(0.0, gaussian - _entropy(residuals, sigmas, weights))
-    return _coded(denoiser, _planned(denoiser, mse, dims, bits, gain), images, tick)[0]
-
-
-def fit_chain(denoiser: Denoiser, mse: Tensor, images: Tensor) -> Tables:
-    """Tables for archives, whose x_t are exact draws of q; arguments as for `fit`."""
-    dims = images[0].numel()
-    chosen = plan.levels(denoiser.schedule, mse, dims, None, group_bits=_CALL * dims)
-    tables = plan.empty(denoiser.schedule, mse, chosen, 8)
-    true, t = pixels.to_signal(images).double(), torch.full((len(images),), chosen[-1])
-    eps = noise.normal(range(len(images)), true.shape[1:], _CHAIN).to(true)
-    xt = q_sample(denoiser.schedule.to("cpu"), true, t, eps).numpy()
-    residuals = true.numpy() - Predictor(denoiser, careful=False)(xt, chosen[-1])
-    scales = [progressive.scale_of(float(np.mean(r**2)), tables.last) for r in residuals]
-    counts = np.bincount([tables.scale_symbol(scale) for scale in scales], minlength=2 * len(SCALES) - 1)
-    sigmas = np.sqrt([tables.last.error(scale) for scale in scales]).repeat(dims)
-    return replace(tables, scales=tuple(counts.tolist()), spread=plan.mixture(residuals.ravel(), sigmas))
-
-
-def _planned(denoiser: Denoiser, mse: Tensor, dims: int, bits: int, gain: float) -> Tables:
-    chosen = plan.levels(denoiser.schedule, mse, dims, bits, gain)
-    return plan.empty(denoiser.schedule, mse, chosen, bits)
-
-
-def _entropy(residuals: Array, sigmas: Array, weights: NDArray[np.float64]) -> float:
-    """Bits a residual under a mixture of `SPREADS`."""
-    return float(-np.log2(weights @ plan.masses(residuals, sigmas)).mean())
-
-
-def _coded(
-    denoiser: Denoiser, tables: Tables, images: Tensor, tick: Callable[[int], object]
-) -> tuple[Tables, Array, Array]:
-    """Code the images; the tables with what was counted, and the last stage's residuals and their sigma."""
+    dims, channels = images[0].numel(), images.shape[1]
+    chosen = plan.levels(denoiser.schedule, mse, dims, bits, gains(denoiser, images))
+    tables = plan.empty(denoiser.schedule, mse, chosen, bits, channels)
     true = pixels.to_signal(images).double().numpy()
     real = np.ones(true.shape, bool)
     scales = np.zeros(2 * len(SCALES) - 1, np.int64)
-    buckets = np.zeros((len(tables.buckets), tables.bits + plan.PAD + 1), np.int64)
+    buckets = np.zeros((len(tables.buckets), bits + plan.PAD + 1), np.int64)
     state = progressive.start(tables, true.shape, 0)
-    dims = images[0].numel()
 
     def step(number: int, group: Group, x0: Array) -> bool:
         before = list(state.scales)
         sent = progressive.encode_group(state, group, x0, true, real, tables, 0)
         for scale, indices, last in zip(sent.scales, sent.indices, before, strict=True):
             scales[tables.scale_symbol(scale, last)] += 1
-            _, load = group.chunks(scale, dims, tables.bits)
+            _, load = group.chunks(scale, dims, bits)
             np.add.at(buckets[load], np.frexp(indices + 1.0)[1] - 1, 1)
         tick(number + 1)
         return True
 
     x0 = progressive.run(Predictor(denoiser, careful=False), tables, state, step)
-    sigmas = np.empty_like(true)
-    for tile, residual in enumerate(true - x0):
-        scale = progressive.scale_of(float(np.mean(residual**2)), tables.last)
-        scales[tables.scale_symbol(scale, state.scales[tile])] += 1
-        sigmas[tile] = math.sqrt(tables.last.error(scale))
-    residuals, flat = (true - x0).ravel(), sigmas.ravel()
-    spread = plan.mixture(residuals, flat)
-    counts = tuple(map(tuple, buckets.tolist()))
-    return replace(tables, scales=tuple(scales.tolist()), buckets=counts, spread=spread), residuals, flat
+    tables, last = _pixels(tables, true - x0)
+    for scale, before in zip(last, state.scales, strict=True):
+        scales[tables.scale_symbol(scale, before)] += 1
+    return replace(tables, scales=tuple(scales.tolist()), buckets=tuple(map(tuple, buckets.tolist())))
+
+
+def fit_chain(denoiser: Denoiser, mse: Tensor, images: Tensor) -> Tables:
+    """Tables for archives, whose x_t are exact draws of q; arguments as for `fit`."""
+    dims, channels = images[0].numel(), images.shape[1]
+    chosen = plan.levels(denoiser.schedule, mse, dims, None, gains(denoiser, images), _CALL * dims)
+    tables = plan.empty(denoiser.schedule, mse, chosen, 8, channels)
+    tables, last = _pixels(tables, _errors(denoiser, images, chosen[-1]))
+    counts = np.bincount([tables.scale_symbol(scale) for scale in last], minlength=2 * len(SCALES) - 1)
+    return replace(tables, scales=tuple(counts.tolist()))
+
+
+def gains(denoiser: Denoiser, images: Tensor) -> Array:
+    """What prediction and mixture take off the entropy of Gaussian errors at each level, bits a dimension, [T].
+
+    Measured at levels that double from 1 on, up to T/4, and between them taken along a line in log t.
+    """
+    T = denoiser.schedule.T
+    levels = [t for t in (1 << i for i in range(20)) if t <= max(1, T // 4)]
+    found = []
+    for t in levels:
+        errors = _errors(denoiser, images, t)
+        sigma = np.sqrt((errors**2).mean((1, 2, 3), keepdims=True)) + 1e-9
+        left = residual.left(residual.fit(errors / sigma), errors)
+        rest = np.sqrt((left**2).mean((1, 2, 3), keepdims=True)) + 1e-9
+        spread = np.array(plan.mixture(left.ravel(), np.broadcast_to(rest, left.shape).ravel()))
+        coded = -np.log2(spread / spread.sum() @ plan.masses(left.ravel(), np.broadcast_to(rest, left.shape).ravel()))
+        gaussian = 0.5 * np.log2(2 * math.pi * math.e * (sigma**2 / pixels.BIN**2 + 1 / 12))
+        found.append(float(gaussian.mean() - coded.mean()))
+    return np.interp(np.log(np.arange(1, T + 1)), np.log(levels), found)
+
+
+def _errors(denoiser: Denoiser, images: Tensor, t: int) -> Array:
+    """x_0 - x0^ of exact draws of x_t."""
+    true = pixels.to_signal(images).double()
+    eps = noise.normal(range(len(images)), true.shape[1:], _CHAIN, t).to(true)
+    xt = q_sample(denoiser.schedule.to("cpu"), true, torch.full((len(images),), t), eps).numpy()
+    errors: Array = true.numpy() - Predictor(denoiser, careful=False)(xt, t)
+    return errors
+
+
+def _pixels(tables: Tables, errors: Array) -> tuple[Tables, list[int]]:
+    """The tables with prediction and mixture that suit these errors of the last level, and each image's scale."""
+    sigma = np.sqrt((errors**2).mean((1, 2, 3), keepdims=True)) + 1e-9
+    weights = residual.fit(errors / sigma)
+    left = residual.left(weights, errors)
+    tables = replace(tables, weights=weights, mse=(*tables.mse[:-1], float((left**2).mean()) + 1e-12))
+    scales = [progressive.scale_of(float(np.mean(part**2)), tables.last) for part in left]
+    sigmas = np.sqrt([tables.last.error(scale) for scale in scales]).repeat(left[0].size)
+    return replace(tables, spread=plan.mixture(left.ravel(), sigmas)), scales

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm import pixels
-from ddpm.codec import entropy
+from ddpm.codec import entropy, residual
 from ddpm.errors import InputError
 from ddpm.schedule import Schedule
 
@@ -84,6 +84,9 @@ class Tables:
     scales     counts of each change of the scale between groups, -31 .. 31
     buckets    counts of floor(log2(index + 1)), for each class of how full a chunk is
     spread     weights of the pixels' mixture, of 64
+    weights    of the prediction of each channel's error from those before (`residual`)
+
+    The last mse is that of the pixels' errors after this prediction.
     """
 
     bits: int
@@ -93,6 +96,7 @@ class Tables:
     scales: tuple[int, ...]
     buckets: tuple[tuple[int, ...], ...]
     spread: tuple[int, ...]
+    weights: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
         """InputError for what no calibration writes."""
@@ -105,6 +109,8 @@ class Tables:
             and len(self.scales) == 2 * len(SCALES) - 1 and [len(b) for b in self.buckets] == [width] * _LOADS
             and min(min(self.scales), *map(min, self.buckets), *self.spread) >= 0
             and len(self.spread) == len(SPREADS) and sum(self.spread) == _MIXTURE
+            and [len(w) for w in self.weights] == residual.counts(len(self.weights))
+            and all(abs(x) < 1e3 for w in self.weights for x in w)
         )  # fmt: skip
         if not good:
             raise InputError("codec tables: not what `ddpm calibrate` writes; calibrate again")
@@ -139,42 +145,44 @@ class Tables:
     def bucket_frequency(self) -> NDArray[np.int64]:
         return entropy.frequencies([[16 * n + 1 for n in counts] for counts in self.buckets])
 
-    def pixel_frequencies(self, x0: NDArray[np.float64], scale: int) -> NDArray[np.int64]:
-        """Frequencies of the 256 grey levels under Eq. 13 with a mixture of Gaussians, x0^ [m] -> int64 [m, 256]."""
+    def pixel_frequencies(self, mean: NDArray[np.float64], sigma: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Of the 256 grey levels under Eq. 13 with a mixture of Gaussians: mean, sigma [m] -> int64 [m, 256]."""
         _, lower, _ = pixels.bins(torch.zeros((), dtype=torch.float64))
-        sigma = math.sqrt(self.last.error(scale))
-        edges = np.zeros((len(x0), 257), np.int64)
+        away = lower[1:].numpy() - mean[:, None]
+        edges = np.zeros((len(mean), 257), np.int64)
         edges[:, 256] = _MIXTURE << 32
         for spread, weight in zip(SPREADS, self.spread, strict=True):
             if weight:
-                z = (lower[1:].numpy() - x0[:, None]) / math.ldexp(sigma, spread)
-                edges[:, 1:256] += weight * entropy.cdf(z)
+                edges[:, 1:256] += weight * entropy.cdf(away / np.ldexp(sigma, spread)[:, None])
         return entropy.frequencies(np.diff(edges))
 
     def to_json(self) -> dict[str, Any]:
         return {
             "bits": self.bits, "levels": self.levels, "alpha_bar": self.alpha_bar, "mse": self.mse,
-            "scales": self.scales, "buckets": self.buckets, "spread": self.spread,
+            "scales": self.scales, "buckets": self.buckets, "spread": self.spread, "weights": self.weights,
         }  # fmt: skip
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "Tables":
         """Raises InputError, KeyError or TypeError for what is not `to_json`'s."""
         lists = {key: tuple(values[key]) for key in ("levels", "alpha_bar", "mse", "scales", "spread")}
-        return Tables(int(values["bits"]), buckets=tuple(tuple(row) for row in values["buckets"]), **lists)
+        buckets, weights = (tuple(map(tuple, values[key])) for key in ("buckets", "weights"))
+        return Tables(int(values["bits"]), buckets=buckets, weights=weights, **lists)
 
 
 def levels(
-    schedule: Schedule, mse: Tensor, dims: int, bits: int | None, gain: float = 0.0, group_bits: float = 4.0
+    schedule: Schedule, mse: Tensor, dims: int, bits: int | None, gain: NDArray[np.float64], group_bits: float = 4.0
 ) -> list[int]:
     """The levels of least cost, falling from T, by dynamic programme over all groupings.
 
     mse float64 [n, T] of n images; dims = D. A group from t to s costs its KL, what a chunk's index takes above it, and
     `group_bits` for its scale and the network call. The pixels from level t cost the entropy of errors of mse_t, less
-    `gain` bits a dimension that the mixture takes off. bits None: of a chain for bits-back, which has no indices.
+    gain[t - 1] bits a dimension that prediction and mixture take off. bits None: of a chain for bits-back, without
+    indices.
 
     >>> from ddpm import schedule
-    >>> found = levels(schedule.linear(), torch.linspace(1e-4, 0.3, 1000).expand(2, -1).double(), 3072, 12)
+    >>> error = torch.linspace(1e-4, 0.3, 1000).double()
+    >>> found = levels(schedule.linear(), error.expand(2, -1), 3072, 12, np.zeros(1000))
     >>> found[0], found == sorted(found, reverse=True)
     (1000, True)
     """
@@ -184,7 +192,7 @@ def levels(
     after = torch.zeros(T + 1, dtype=torch.int64)
     for t in range(1, T + 1):
         error = mse[:, t - 1, None]
-        pixel = 0.5 * (2 * math.pi * math.e * (error / pixels.BIN**2 + 1 / 12)).log2().mean() - gain
+        pixel = 0.5 * (2 * math.pi * math.e * (error / pixels.BIN**2 + 1 / 12)).log2().mean() - gain[t - 1]
         cost[t] = dims * max(float(pixel), 0.05)
         if t > 1:
             kl = dims * 0.5 * ((snr[1:t] - snr[t]) * error).log1p() / math.log(2)  # [n, t - 1]
@@ -201,14 +209,15 @@ def levels(
     return path
 
 
-def empty(schedule: Schedule, mse: Tensor, chosen: Sequence[int], bits: int) -> Tables:
+def empty(schedule: Schedule, mse: Tensor, chosen: Sequence[int], bits: int, channels: int) -> Tables:
     """Tables before anything was coded: flat histograms, one Gaussian. mse [n, T], chosen levels as `levels` gives."""
+    nothing = tuple((0.0,) * count for count in residual.counts(channels))
     at = torch.tensor(chosen)
     flat = (tuple([1] * (bits + PAD + 1)),) * _LOADS
     around = tuple(1000 >> min(10, 3 * abs(change)) for change in range(1 - len(SCALES), len(SCALES)))
     one = tuple(_MIXTURE * (spread == 0) for spread in SPREADS)
     abar, error = schedule.alpha_bar[at].tolist(), mse.mean(0)[at - 1].tolist()
-    return Tables(bits, tuple(chosen), tuple(abar), tuple(error), around, flat, one)
+    return Tables(bits, tuple(chosen), tuple(abar), tuple(error), around, flat, one, nothing)
 
 
 def masses(residuals: NDArray[np.float64], sigmas: NDArray[np.float64]) -> NDArray[np.float64]:

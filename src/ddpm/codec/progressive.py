@@ -8,6 +8,7 @@ operation at a time, so that IEEE 754 fixes every bit of it.
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm import pixels
-from ddpm.codec import reverse, shared
+from ddpm.codec import residual, reverse, shared
 from ddpm.codec.entropy import Damaged, Decoder, Encoder
 from ddpm.codec.plan import PAD, SCALES, Group, Tables
 from ddpm.denoiser import Denoiser
@@ -178,33 +179,47 @@ def get_group(decoder: Decoder, tables: Tables, group: Group, before: Sequence[i
     return sent
 
 
+def pixel_scales(tables: Tables, image: NDArray[np.uint8], x0: Array, said: NDArray[np.bool_]) -> list[int]:
+    """Of each tile, the scale of what prediction leaves of its errors."""
+    true = pixels.to_signal(torch.from_numpy(image)).double().numpy()
+    left = residual.left(tables.weights, np.where(said, true - x0, 0.0))
+    return [scale_of(float(np.mean(part[there] ** 2)), tables.last) for part, there in zip(left, said, strict=True)]
+
+
+def pixel_walk(
+    tables: Tables, x0: Array, scales: Sequence[int], said: NDArray[np.bool_], symbols: residual.Symbols
+) -> NDArray[np.uint8]:
+    """The pixels uint8 [n, C, H, W] given x0^ at the last level (L_0, Eq. 13), as `symbols` puts or gets them."""
+    sigma = np.sqrt([tables.last.error(scale) for scale in scales])
+    return residual.walk(tables.weights, x0, sigma, said, tables.pixel_frequencies, symbols)
+
+
 def put_pixels(
     encoder: Encoder,
     tables: Tables,
     image: NDArray[np.uint8],
     x0: Array,
     before: Sequence[int],
-    real: NDArray[np.bool_],
-) -> list[int]:
-    """The pixels uint8 [n, C, H, W] given x0^ at the last level (L_0, Eq. 13); their scales."""
-    true = pixels.to_signal(torch.from_numpy(image)).double().numpy()
-    scales = []
-    for tile, there in enumerate(real):
-        scale = scale_of(float(np.mean((true[tile] - x0[tile])[there] ** 2)), tables.last)
-        put_scale(encoder, tables, scale, before[tile])
-        encoder.put_each(image[tile][there], tables.pixel_frequencies(x0[tile][there], scale))
-        scales.append(scale)
-    return scales
+    said: NDArray[np.bool_],
+) -> None:
+    """Scales and pixels of all tiles; `before` are the scales of the last group."""
+    scales = pixel_scales(tables, image, x0, said)
+    for scale, last in zip(scales, before, strict=True):
+        put_scale(encoder, tables, scale, last)
+
+    def put(frequency: NDArray[np.int64], at: Any) -> NDArray[np.uint8]:
+        encoder.put_each(image[at], frequency)
+        found: NDArray[np.uint8] = image[at]
+        return found
+
+    pixel_walk(tables, x0, scales, said, put)
 
 
 def get_pixels(
-    decoder: Decoder, tables: Tables, x0: Array, before: Sequence[int], real: NDArray[np.bool_]
+    decoder: Decoder, tables: Tables, x0: Array, before: Sequence[int], said: NDArray[np.bool_]
 ) -> NDArray[np.uint8]:
-    image = np.zeros(real.shape, np.uint8)
-    for tile, there in enumerate(real):
-        scale = get_scale(decoder, tables, before[tile])
-        image[tile][there] = decoder.get_each(tables.pixel_frequencies(x0[tile][there], scale))
-    return image
+    scales = [get_scale(decoder, tables, last) for last in before]
+    return pixel_walk(tables, x0, scales, said, lambda frequency, at: decoder.get_each(frequency))
 
 
 Do = Callable[[int, Group, Array], bool]
