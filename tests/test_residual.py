@@ -1,0 +1,81 @@
+"""The last stage of the codec: prediction of errors from those before, the same on both sides."""
+
+import numpy as np
+import pytest
+
+from ddpm.codec import residual
+
+
+def correlated_errors(n=6, channels=3, size=12, seed=0):
+    """Errors [n, C, H, W] in which neighbours and colours go together."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=(n, channels, size + 1, size + 1))
+    field = base[..., 1:, 1:] + 0.8 * base[..., :-1, 1:] + 0.8 * base[..., 1:, :-1]
+    field[:, 1:] += 0.7 * field[:, :1]
+    return field / 40
+
+
+def test_prediction_takes_off_what_goes_together_and_nothing_else():
+    errors = correlated_errors()
+    left = residual.left(residual.fit(errors), errors)
+    assert (left**2).mean() < 0.7 * (errors**2).mean()
+    white = np.random.default_rng(1).normal(size=(6, 3, 12, 12))
+    assert (residual.left(residual.fit(white), white) ** 2).mean() == pytest.approx((white**2).mean(), rel=0.03)
+
+
+def test_prediction_knows_only_what_is_before():
+    """An error that changes changes no prediction of those before it: x + 2 y less, or a colour before it there."""
+    errors = correlated_errors(n=1)
+    weights = residual.fit(errors)
+    predicted = errors - residual.left(weights, errors)
+    changed = errors.copy()
+    changed[0, 1, 5, 6] += 1
+    moved = np.argwhere(predicted != changed - residual.left(weights, changed))
+    assert len(moved)
+    for _, channel, y, x in moved:
+        assert (x + 2 * y, channel) > (6 + 2 * 5, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 4), (1, 1, 3, 9), (3, 3, 7, 2)])
+def test_both_sides_walk_the_same_way(shape):
+    """The frequencies that the decoder is given are those that the encoder had, to the last, and none is left out."""
+    rng = np.random.default_rng(0)
+    image, x0 = rng.integers(0, 256, shape, np.uint8), rng.uniform(-1, 1, shape)
+    said = rng.random(shape) < 0.7
+    weights = tuple(tuple(rng.normal(size=count) / 9) for count in residual.counts(shape[1]))
+    sigma = np.ones(shape[0])
+    sent = []
+
+    def put(frequency, at):
+        sent.append((frequency, image[at]))
+        return image[at]
+
+    def means(mean, sigma):
+        return np.stack([mean, sigma], 1)
+
+    residual.walk(weights, x0, sigma, said, means, put)
+    queue = iter(sent)
+
+    def get(frequency, at):
+        expected, symbols = next(queue)
+        assert np.array_equal(frequency, expected)
+        return symbols
+
+    found = residual.walk(weights, x0, sigma, said, means, get)
+    assert np.array_equal(found[said], image[said])
+    assert sum(len(symbols) for _, symbols in sent) == said.sum()
+
+
+def test_walking_predicts_what_left_says():
+    errors = correlated_errors(n=2, size=6)
+    image = np.rint((errors + 1) * 127.5).astype(np.uint8)
+    x0 = image / 127.5 - 1 - errors
+    weights = residual.fit(errors)
+    seen = np.zeros(errors.shape)
+
+    def put(mean, at):
+        seen[at] = mean[:, 0]
+        return image[at]
+
+    residual.walk(weights, x0, np.ones(2), np.ones(errors.shape, bool), lambda mean, sigma: mean[:, None], put)
+    assert np.allclose(image / 127.5 - 1 - seen, residual.left(weights, errors), atol=1e-12)
