@@ -114,8 +114,8 @@ def main() -> None:
     rows = [[name, f"{n:,}"] for name, n in count.most_common()]
     of = f"in {args.minutes:g} minutes, seed {args.seed}, model {Path(args.model).name}"
     text = (
-        f"{count.total():,} damaged files {of}: no crash, no hang (the longest {longest:.1f} s), no wrong picture called "
-        f"exact; peak memory {peak:.0f} MiB.\n\n"
+        f"{count.total():,} damaged files {of}: no crash, no hang (the longest {longest:.1f} s), no wrong picture "
+        f"called exact; peak memory {peak:.0f} MiB.\n\n"
     )
     record.write(
         "fuzz-codec", "Damaged files", args, {"outcomes": dict(count)}, text + record.table(["", "files"], rows)

@@ -34,7 +34,7 @@ def frequencies(weights: ArrayLike) -> NDArray[np.int64]:
     """Integers of at least 1 that sum to 2^24, in proportion to non-negative integers [..., n] to 2^-24.
 
     >>> frequencies([3, 1, 0]).tolist()
-    [12582911, 4194305, 0]
+    [12582910, 4194305, 1]
     """
     weights = np.asarray(weights, np.int64)
     edges = np.zeros((*weights.shape[:-1], weights.shape[-1] + 1), np.int64)
