@@ -758,11 +758,12 @@ def _parser() -> _Parser:
     p.set_defaults(run_command=_evaluate)
 
     p = commands.add_parser(
-        "calibrate", help="measure each level's best variance on training images", allow_abbrev=False
+        "calibrate", help="measure the best variances, and the codec's tables, on training images", allow_abbrev=False
     )
     p.description = (
         "Measure the error of x0^ at every level on training images, and keep it beside the weights: evaluate then "
-        "also reports the bound with the variance that follows, and --variance calibrated takes it."
+        "also reports the bound with the variance that follows, --variance calibrated takes it, and `ddpm compress` "
+        "has the tables that it needs."
     )
     p.add_argument("run", metavar="RUN", help=_RUN)
     p.add_argument("--data", metavar="SOURCE", help="images (those of the run)")
