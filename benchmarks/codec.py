@@ -42,13 +42,17 @@ PARTS = ["single", "archive", "lossy", "time", "photos"]
 SHARES = np.array([0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0])  # of a lossless file
 
 
-@cache
 def loaded(args: argparse.Namespace) -> tuple[codec.Model, Tensor]:
     """The model and its test images uint8 [n, C, H, W]."""
-    model = load_codec(args.model)
+    return _loaded(args.model, args.data, args.images)
+
+
+@cache
+def _loaded(path: str, source: str, images: int) -> tuple[codec.Model, Tensor]:
+    model = load_codec(path)
     c, h, w = model.shape
-    data = datasets.load(args.data, (h, w), c, split="test")
-    return model, data.batch(torch.arange(min(args.images, len(data))))
+    data = datasets.load(source, (h, w), c, split="test")
+    return model, data.batch(torch.arange(min(images, len(data))))
 
 
 def bits_per_dim(size: float, images: Tensor) -> float:
