@@ -118,6 +118,7 @@ def test_mistakes_are_one_line(pictures, tmp_path, capsys, model):
         (["compress", "digits", good, "--out", new, "--archive", "--psnr", "30"], "--archive"),
         (["compress", "digits", good, "--out", new, "--bits-per-dim", "0.001"], "want more"),
         (["compress", "digits", good, good, "--out", str(tmp_path / "two")], "the name of two images"),
+        (["compress", "digits", good, deep, "--out", new], "want a folder, or --archive"),
         (["decompress", "digits", str(tmp_path / "junk.ddpm"), "--out", png], "not a file of `ddpm compress`"),
         (["decompress", "digits", str(tmp_path / "empty.ddpm"), "--out", png], "0 bytes"),
         (["decompress", "digits", str(tmp_path / "no.ddpm"), "--out", png], "no such file"),

@@ -627,6 +627,8 @@ def _compress(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.is_dir() and args.archive:
         raise InputError(f"--out {out}: a folder; want the name of a file")
+    if len(args.images) > 1 and not args.archive and out.suffix and not out.is_dir():
+        raise InputError(f"--out {out}: {len(args.images)} images; want a folder, or --archive for one file")
 
     with _importing():
         from ddpm.files import images
