@@ -188,7 +188,7 @@ def test_calibration_lowers_the_bound(own, tmp_path):
     checkpoint = open_checkpoint(own)
     train = datasets.load("digits", (8, 8), 1)
     assert "calibrated" not in nll(checkpoint, train, tmp_path / "before", count=2)["by_variance"]
-    mse = evaluate.calibrate(checkpoint, train, 64, ALONE, progress=False)
+    mse = evaluate.calibrate(checkpoint, train, 64, ALONE, progress=False, codec=0)
     assert mse.shape == (20,)
     found = nll(checkpoint, train, tmp_path / "after", count=64)["by_variance"]
     assert found["calibrated"] < min(found["fixed_large"], found["fixed_small"])
@@ -233,7 +233,7 @@ def test_the_first_variance_is_the_best_for_bins(own):
     assert variances[cost.argmin()] < mse
 
     checkpoint = open_checkpoint(own)
-    evaluate.calibrate(checkpoint, datasets.load("digits", (8, 8), 1), 16, ALONE, progress=False)
+    evaluate.calibrate(checkpoint, datasets.load("digits", (8, 8), 1), 16, ALONE, progress=False, codec=0)
     table = checkpoints.load(own, variance="calibrated").variance
     train = datasets.load("digits", (8, 8), 1)
     rows = evaluate.subset(train, 16)
