@@ -128,7 +128,8 @@ def test_what_is_encoded_is_decoded_in_hardly_more_bits(message):
     data, bits = encoded(message)
     assert same(Decoder(data), message) == len(message)
     assert 8 * len(data) < bits + 8 + 0.1
-    assert data == b"" or same(Decoder(data[:-1]), message) < len(message)  # no byte too many
+    if 8 * len(data) > bits - 48:  # fewer are not written, that a decoder may know what a message can say
+        assert data == b"" or same(Decoder(data[:-1]), message) < len(message)  # no byte too many
 
 
 @given(messages(), st.data())
@@ -144,6 +145,12 @@ def test_zeros_and_ones_behind_a_prefix_agree_on_symbols_that_are_right(message,
         if not np.array_equal(*pair):
             break
         assert np.array_equal(pair[0], value)
+
+
+def test_few_bytes_cannot_say_much():
+    decoder, table = Decoder(b"\x00"), frequencies([3, 1])
+    with pytest.raises(Damaged, match="more than it has bytes for"):
+        [decoder.get(table) for _ in range(1000)]
 
 
 def test_cdf_is_the_normal_distribution_function():
@@ -310,16 +317,15 @@ def test_noise_costs_what_noise_costs(model):
 
 
 def test_every_prefix_decodes_and_more_bytes_show_more(model):
-    images = hwc(draws(6, seed=3))
-    shares = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
-    error = np.zeros(len(shares))
-    for image in images:
+    lengths = (16, 18, 20, 22, 24, 40, 90, 1000)
+    error = np.zeros(len(lengths))
+    for image in hwc(draws(8, seed=3)):
         data = codec.compress(model, image, bits=10)
-        for i, share in enumerate(shares):
-            found = codec.decompress(model, data[: max(30, int(share * len(data)))])
+        for i, length in enumerate(lengths):
+            found = codec.decompress(model, data[:length])
             error[i] += np.mean((found.astype(float) - image) ** 2)
     assert (np.diff(error) <= 0).all()
-    assert error[-1] < error[-2] < error[0]
+    assert (np.diff(error[:4]) < 0).all()
     assert error[-1] == 0
 
 

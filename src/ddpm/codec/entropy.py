@@ -89,7 +89,7 @@ class Encoder:
         self.bits += float((BITS - np.log2(chosen)).sum())
 
     def finish(self) -> bytes:
-        """The fewest bytes that, with zeros behind them, decode to the symbols."""
+        """The fewest bytes that, with zeros behind them, decode to the symbols; not below what they take by 7 bytes."""
         words, (lower, extent) = self._coder.pos()  # integers
         size = _WORD * (int(words) + 2)  # what is written, and the two words of the state
         some = self._coder.get_compressed().astype(">u4").tobytes()  # a number that decodes to the symbols
@@ -98,7 +98,7 @@ class Encoder:
         low = (written << 64) + int(lower)
         if low > number:  # a carry that is still to come
             low -= 1 << 64
-        for length in range(size + 1):
+        for length in range(max(0, int(self.bits / 8) - 7), size + 1):
             unit = 8 * (size - length)
             shortest = -(-low >> unit)
             if shortest << unit < low + extent:
@@ -109,23 +109,35 @@ class Encoder:
 class Decoder:
     """Bytes in, symbols out; behind the last byte it reads `fill`, 0 or 255, without end.
 
-    Raises Damaged where no encoder writes such bytes.
+    Raises Damaged where no encoder writes such bytes, and where symbols take more than there is by 64 bits: so few
+    bytes cannot ask for much work.
     """
 
     def __init__(self, data: bytes, fill: int = 0) -> None:
         padded = data + bytes([fill]) * (64 + -len(data) % _WORD)
         self._coder = queue.RangeDecoder(np.frombuffer(padded, ">u4").astype(np.uint32))
+        self._left = 8.0 * len(data) + 64
 
     def get(self, frequency: NDArray[np.int64]) -> int:
-        return int(self._decoded(categorical(frequency)))
+        symbol = int(self._decoded(categorical(frequency)))
+        self._spend(BITS - math.log2(frequency[symbol]))
+        return symbol
 
     def get_bits(self, bits: int) -> int:
+        self._spend(bits)
         return int(self._decoded(model.Uniform(1 << bits))) if bits else 0
 
     def get_each(self, frequency: NDArray[np.int64]) -> NDArray[np.int32]:
         if not len(frequency):
             return np.zeros(0, np.int32)
-        return np.asarray(self._decoded(model.Categorical(perfect=False), frequency - 1.0))
+        symbols = np.array(self._decoded(model.Categorical(perfect=False), frequency - 1.0))
+        self._spend(float((BITS - np.log2(np.take_along_axis(frequency, symbols[:, None].astype(np.int64), 1))).sum()))
+        return symbols
+
+    def _spend(self, bits: float) -> None:
+        self._left -= bits
+        if self._left < 0:
+            raise Damaged("payload: says more than it has bytes for; want the file as it was written")
 
     def _decoded(self, *distribution: Any) -> Any:
         try:
