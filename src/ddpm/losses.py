@@ -106,8 +106,8 @@ def bound_weight(schedule: Schedule, predict: Prediction) -> Tensor:
 
     >>> from ddpm import schedule
     >>> s = schedule.linear()
-    >>> bool(torch.allclose(bound_weight(s, "eps")[1:], (s.half_log_snr[1:-1] - s.half_log_snr[2:]), rtol=0.2))
-    True
+    >>> f"{bound_weight(s, 'eps')[499]:.4f}", f"{s.half_log_snr[499] - s.half_log_snr[500]:.4f}"
+    ('0.0055', '0.0055')
     """
     if predict == "mu":
         raise InputError("times bound: is of eps, x0 and v prediction; want uniform or stratified for mu")
