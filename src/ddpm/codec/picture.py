@@ -398,7 +398,7 @@ def _pictures(model: Model, header: Header, tables: Tables, rest: bytes, complet
     def step(number: int, group: Group, x0: Array) -> bool:
         if number == len(sent):
             return False
-        progressive.decode_group(state, group, x0, sent[number], tiles.real, tables, header.seed)
+        progressive.advance(state, group, x0, sent[number], tiles.real, tables, header.seed)
         if checks.get(number, state.sums[-1] & 255) != state.sums[-1] & 255:
             raise Damaged(f"group {number + 1}: this machine's network gives another x than the writer's" + elsewhere)
         return True

@@ -1,8 +1,8 @@
 """Algorithms 3 and 4 of the paper by reverse-channel coding: x_T, group by group, and the pixels given the last x.
 
-`Transmitter` and `receive` are mirror images around `_advance`: the encoder goes on from the x that the decoder will
-have. Arrays are float64 [n, C, H, W], n tiles of one picture; the arithmetic beside the network is NumPy's, one
-operation at a time, so that IEEE 754 fixes every bit of it.
+`encode_group` draws and both sides `advance`: so the encoder goes on from the x that the decoder will have. Arrays are
+float64 [n, C, H, W], n tiles of one picture; the arithmetic beside the network is NumPy's, one operation at a time, so
+that IEEE 754 fixes every bit of it.
 """
 
 import zlib
@@ -90,7 +90,7 @@ def start(tables: Tables, shape: Sequence[int], seed: int) -> State:
     return State(np.stack(x), [0] * n)
 
 
-def _advance(
+def advance(
     state: State, group: Group, x0: Array, sent: Symbols, real: NDArray[np.bool_], tables: Tables, seed: int
 ) -> None:
     """x_s = mu_p + sqrt(variance_p) z, from what was sent; where nothing is real, z is shared noise."""
@@ -128,15 +128,8 @@ def encode_group(
         keys = (seed, tile, group.t)
         sent.scales.append(scale)
         sent.indices.append(reverse.choose(mean, variance_q / variance_p, chunks, tables.bits + PAD, *keys))
-    _advance(state, group, x0, sent, real, tables, seed)
+    advance(state, group, x0, sent, real, tables, seed)
     return sent
-
-
-def decode_group(
-    state: State, group: Group, x0: Array, sent: Symbols, real: NDArray[np.bool_], tables: Tables, seed: int
-) -> None:
-    """Go where the encoder went."""
-    _advance(state, group, x0, sent, real, tables, seed)
 
 
 # -- symbols to bits ---------------------------------------------------------------------------------------------------
