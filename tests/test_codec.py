@@ -67,8 +67,10 @@ def hwc(images):
 def model():
     denoiser = Denoiser(network, SCHEDULE, predict="x0")
     error = mse().expand(2, -1)
-    tables = {bits: fit.fit(denoiser, error, draws(16, seed=1), bits) for bits in (6, 10)}
-    chain = fit.fit_chain(denoiser, error, draws(16, seed=1))
+    images = draws(16, seed=1)
+    gain = fit.gains(denoiser, images)
+    tables = {bits: fit.fit(denoiser, error, images, gain, bits) for bits in (6, 10)}
+    chain = fit.fit_chain(denoiser, error, images, gain)
     return codec.Model(denoiser, denoiser, SHAPE, tables, b"test", chain, factor=4)
 
 
@@ -292,7 +294,7 @@ def test_grey_network_codes_colours_as_three_tiles():
     )
     error = torch.stack([data.x0_covariance(a).trace() / 16 for a in SCHEDULE.alpha_bar[1:]]).expand(2, -1)
     images = pixels.to_pixels(data.sample(8, torch.Generator().manual_seed(0)))
-    model = codec.Model(grey, grey, (1, 4, 4), {6: fit.fit(grey, error, images, 6)}, b"grey")
+    model = codec.Model(grey, grey, (1, 4, 4), {6: fit.fit(grey, error, images, fit.gains(grey, images), 6)}, b"grey")
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     assert np.array_equal(codec.decompress(model, codec.compress(model, image)), image)
 

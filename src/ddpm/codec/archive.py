@@ -28,10 +28,8 @@ from typing import Any, NamedTuple
 
 import constriction
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ddpm import pixels
 from ddpm.codec import entropy, picture, progressive
 from ddpm.codec.entropy import Damaged
 from ddpm.codec.picture import Header, Image, Model
@@ -206,7 +204,7 @@ class Coder:
 
     def push(self, stack: Stack, tile: Image) -> None:
         first, *others = self.links
-        k = stack.pop(first.signal * _signal(tile), first.q)
+        k = stack.pop(first.signal * progressive.signal(tile).ravel(), first.q)
         x, x0 = self._x0(k, first)
         self._push_pixels(stack, tile[None], x0.reshape(1, *self.shape))
         for link in others:
@@ -226,7 +224,7 @@ class Coder:
             stack.push(after, link.signal * (k.astype(np.float64) * lower.q.delta), link.q)
         _, x0 = self._x0(k, first)
         tile: Image = self._pop_pixels(stack, x0.reshape(1, *self.shape))[0]
-        stack.push(k, first.signal * _signal(tile), first.q)
+        stack.push(k, first.signal * progressive.signal(tile).ravel(), first.q)
         return tile
 
     def _push_pixels(self, stack: Stack, tile: Image, x0: Array) -> None:
@@ -248,12 +246,6 @@ class Coder:
         scale = self.chain.scale_of_symbol(int(stack.pop_each(self.chain.scale_frequency[None])[0]))
         said = np.ones(x0.shape, bool)
         return progressive.pixel_walk(self.chain, x0, [scale], said, lambda frequency, at: stack.pop_each(frequency))
-
-
-def _signal(tile: Image) -> Array:
-    """x_0, flat."""
-    true: Array = pixels.to_signal(torch.from_numpy(tile)).double().numpy().ravel()
-    return true
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -311,10 +303,11 @@ def compress(
     if not images or len(names) not in (0, len(images)):
         raise InputError(f"archive: {len(images)} pictures with {len(names)} names; want at least one, and a name each")
     files: list[bytes] = []
+    coder = _coder(model, local, check=True)
     while len(files) < len(images):
         files.append(picture.compress(model, images[len(files)], bits=bits, local=local, seed=seed))
         tick(len(files))
-        stack = _stacked(model, files, images[len(files) :], local, seed, lambda done: tick(len(files) + done))
+        stack = _stacked(model, coder, files, images[len(files) :], local, lambda done: tick(len(files) + done))
         if stack is not None:
             break
     else:
@@ -360,10 +353,11 @@ def _coder(model: Model, local: bool, check: bool) -> Coder:
 
 
 def _stacked(
-    model: Model, files: Sequence[bytes], images: Sequence[Image], local: bool, seed: int, tick: Callable[[int], object]
-) -> Stack | None:
+    model: Model, coder: Coder, files: Sequence[bytes], images: Sequence[Image], local: bool,
+    tick: Callable[[int], object],
+) -> Stack | None:  # fmt: skip
     """The stack with all images on it; None where the files are too few bits to begin with."""
-    stack, coder = Stack(_ground(files)), _coder(model, local, check=True)
+    stack = Stack(_ground(files))
     for done, image in enumerate(images):
         for tile in picture.cut(image, _header(model, image.shape, local), model).pixels:
             try:

@@ -20,14 +20,15 @@ _CALL = 5e-4  # bits a dimension that a level more of an archive's chain has to 
 
 
 def fit(
-    denoiser: Denoiser, mse: Tensor, images: Tensor, bits: int, tick: Callable[[int], object] = lambda groups: None
-) -> Tables:
+    denoiser: Denoiser, mse: Tensor, images: Tensor, gain: Array, bits: int,
+    tick: Callable[[int], object] = lambda groups: None,
+) -> Tables:  # fmt: skip
     """Tables for chunks of `bits` = K, from errors mse float64 [n, T] and images uint8 [m, C, H, W] to train on.
 
-    tick hears of every group that was coded.
+    gain is what `gains` makes of these images; tick hears of every group that was coded.
     """
     dims, channels = images[0].numel(), images.shape[1]
-    chosen = plan.levels(denoiser.schedule, mse, dims, bits, gains(denoiser, images))
+    chosen = plan.levels(denoiser.schedule, mse, dims, bits, gain)
     tables = plan.empty(denoiser.schedule, mse, chosen, bits, channels)
     true = pixels.to_signal(images).double().numpy()
     real = np.ones(true.shape, bool)
@@ -52,10 +53,10 @@ def fit(
     return replace(tables, scales=tuple(scales.tolist()), buckets=tuple(map(tuple, buckets.tolist())))
 
 
-def fit_chain(denoiser: Denoiser, mse: Tensor, images: Tensor) -> Tables:
+def fit_chain(denoiser: Denoiser, mse: Tensor, images: Tensor, gain: Array) -> Tables:
     """Tables for archives, whose x_t are exact draws of q; arguments as for `fit`."""
     dims, channels = images[0].numel(), images.shape[1]
-    chosen = plan.levels(denoiser.schedule, mse, dims, None, gains(denoiser, images), _CALL * dims)
+    chosen = plan.levels(denoiser.schedule, mse, dims, None, gain, _CALL * dims)
     tables = plan.empty(denoiser.schedule, mse, chosen, 8, channels)
     tables, last = _pixels(tables, _errors(denoiser, images, chosen[-1]))
     counts = np.bincount([tables.scale_symbol(scale) for scale in last], minlength=2 * len(SCALES) - 1)

@@ -266,7 +266,7 @@ def _header(
 def _compress(model: Model, image: Image, header: Header, bits_per_dim: float | None, psnr: float | None) -> bytes:
     tables = model.tables[header.bits]
     tiles = cut(image, header, model)
-    true = pixels.to_signal(torch.from_numpy(tiles.pixels)).double().numpy()
+    true = progressive.signal(tiles.pixels)
     state = progressive.start(tables, true.shape, header.seed)
     predict = model.predictor(header.local, check=True)
     most = math.inf if bits_per_dim is None else bits_per_dim * image.size / 8

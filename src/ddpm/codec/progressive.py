@@ -75,12 +75,17 @@ class Symbols:
 
 @dataclass
 class State:
-    """Where both sides are after `done` groups: x at the next level, the scales said last, and checksums of x."""
+    """Where both sides are: x at the next level, the scales said last, and a checksum of x after each group."""
 
     x: Array
     scales: list[int]
-    done: int = 0
     sums: list[int] = field(default_factory=list)
+
+
+def signal(image: NDArray[np.uint8]) -> Array:
+    """x_0 of pixels, of their shape."""
+    x0: Array = pixels.to_signal(torch.from_numpy(image)).double().numpy()
+    return x0
 
 
 def start(tables: Tables, shape: Sequence[int], seed: int) -> State:
@@ -103,7 +108,6 @@ def advance(
         mean = c_x * state.x[tile] + c_0 * x0[tile]
         state.x[tile] = mean + np.sqrt(group.variance(scale)) * z
     state.scales = list(sent.scales)
-    state.done += 1
     state.sums.append(zlib.crc32(state.x.astype("<f8").tobytes()))
 
 
@@ -174,8 +178,7 @@ def get_group(decoder: Decoder, tables: Tables, group: Group, before: Sequence[i
 
 def pixel_scales(tables: Tables, image: NDArray[np.uint8], x0: Array, said: NDArray[np.bool_]) -> list[int]:
     """Of each tile, the scale of what prediction leaves of its errors."""
-    true = pixels.to_signal(torch.from_numpy(image)).double().numpy()
-    left = residual.left(tables.weights, np.where(said, true - x0, 0.0))
+    left = residual.left(tables.weights, np.where(said, signal(image) - x0, 0.0))
     return [scale_of(float(np.mean(part[there] ** 2)), tables.last) for part, there in zip(left, said, strict=True)]
 
 

@@ -30,9 +30,10 @@ def calibrate(found: Checkpoint, mse: Tensor, some: Tensor, progress: bool = Tru
     """The codec's tables from errors mse [n, T] and images uint8 [m, C, H, W], kept with the calibration."""
     file = calibration_file(found.path)
     values = json.loads(file.read_text())
+    gain = fit.gains(found.denoiser, some)
     with tqdm(desc="setting the codec", unit="group", disable=None if progress else True) as bar:
-        made = [fit.fit(found.denoiser, mse, some, bits, lambda _: bar.update()) for bits in BITS]
-        chain = fit.fit_chain(found.denoiser, mse, some)
+        made = [fit.fit(found.denoiser, mse, some, gain, bits, lambda _: bar.update()) for bits in BITS]
+        chain = fit.fit_chain(found.denoiser, mse, some, gain)
     values["codec"] = {"tables": [tables.to_json() for tables in made], "chain": chain.to_json()}
     atomic.write_json(file, values)
 
