@@ -316,3 +316,21 @@ def test_classes_that_cannot_be_learned(labelled: Path, tmp_path: Path, capsys: 
     assert "classes without a training image, which cannot be learned: white" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"label_dropout 1\.0: no label would be shown"):
         replace(ddpm.PRESETS["digits"], label_dropout=1.0)
+
+
+def test_evaluate_measures_samples_of_classes(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """--class and --guidance make the samples that are scored, those of `ddpm sample`; they score nothing else."""
+    (tmp_path / "mine.py").write_text("def rows(x):\n    return x.reshape(len(x), -1)[:, :4].astype(float)\n")
+    asked = ["--class", "all", "--guidance", "3", "--sampler", "ddim", "--steps", "3", "-n", "8", "--json"]
+    features = ["--metrics", "fid", "--features", f"{tmp_path}/mine.py:rows"]
+    assert main(["evaluate", str(run), *asked, *features]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["classes"], found["guidance"], found["samples"]) == (["all"], 3.0, 8)
+    assert main(["sample", str(run), *asked, "--out", str(tmp_path / "s.npz")]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--samples", str(tmp_path / "s.npz"), *features, "--json"]) == 0
+    same = json.loads(capsys.readouterr().out)
+    assert same["frechet_distance"] == pytest.approx(found["frechet_distance"])
+    for wrong in (["--metrics", "nll"], ["--samples", str(tmp_path / "s.npz"), *features]):
+        assert main(["evaluate", str(run), "--class", "black", *wrong]) == 2
+        assert "--class black: of samples that are made here" in capsys.readouterr().err

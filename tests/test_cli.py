@@ -360,9 +360,15 @@ def test_calibrate_and_use_it(trained: Path, tmp_path: Path, capsys: pytest.Capt
     """Measured once, kept beside the weights; sample and evaluate take it; before, it is one line that says how."""
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     sample = ["sample", str(run), "-n", "2", "--variance", "calibrated", "--out", str(tmp_path / "a.npz")]
-    assert main(sample) == 2
-    assert "not calibrated; run `ddpm calibrate`" in capsys.readouterr().err
+    spaced = [*sample[:4], "--spacing", "bound", "--steps", "5", "--out", str(tmp_path / "c.npz"), "--json"]
+    for asked in (sample, spaced):
+        assert main(asked) == 2
+        assert "not calibrated; run `ddpm calibrate`" in capsys.readouterr().err
     assert main(["calibrate", str(run), "-n", "8"]) == 0
+    capsys.readouterr()
+    assert main(spaced) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["spacing"], made["steps"], made["network_calls"]) == ("bound", 5, 5)
     assert main(sample) == 0
     assert main([*sample[:-1], str(tmp_path / "b.npz"), "--variance", "fixed_large"]) == 0
     assert (np.load(tmp_path / "a.npz")["arr_0"] != np.load(tmp_path / "b.npz")["arr_0"]).any()

@@ -295,6 +295,32 @@ def test_samples_are_kept(checkpoint, tmp_path, monkeypatch):
     assert not torch.equal(evaluate.samples(checkpoint, tmp_path, ALONE, 7, 4, "ddim", 5, 3, progress=False), whole)
 
 
+def test_samples_of_classes_are_kept_apart(tmp_path):
+    """In turn over the whole, not over a part; with another guidance, clip or class they are others."""
+    found = open_checkpoint("digits")
+    plain, guided = found.denoiser, found.denoiser.guided(2.0)
+
+    def samples(denoiser, classes=()):
+        asked = replace(found, denoiser=denoiser)
+        return evaluate.samples(asked, tmp_path, ALONE, 5, 3, "ddim", 3, 2, progress=False, classes=classes)
+
+    whole = samples(guided, [4, 0])
+    y = torch.tensor([4, 0, 4, 0, 4])
+    assert torch.equal(whole, generate.generate(guided, (1, 8, 8), range(3, 8), "ddim", 3, y=y))
+    within = found.denoiser.guided(2.0, (1, 500))
+    settings = [
+        (guided, [4, 0]),
+        (guided, [0, 4]),
+        (within, [4, 0]),
+        (plain, [4, 0]),
+        (plain, []),
+        (replace(plain, clip=False), []),
+    ]
+    seen = [samples(*one).numpy().tobytes() for one in settings]
+    assert len(set(seen)) == len(settings)
+    assert len(list(tmp_path.glob("samples-*"))) == len(settings)
+
+
 def test_features_from_files(tmp_path, capsys, trained):
     """Scores of two files of features are those of the features."""
     random = np.random.default_rng(0)

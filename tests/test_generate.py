@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from PIL import Image
 from torch import nn
 
 import ddpm
+from ddpm.errors import InputError
 from ddpm.files import checkpoints
 from ddpm.files import images as pictures
-from ddpm.files.checkpoints import open_checkpoint
+from ddpm.files.checkpoints import open_checkpoint, read_calibration
 from ddpm.noise import per_image
 from ddpm.run import gpu
 from ddpm.run.cli import main
-from ddpm.run.generate import generate, progressive, trajectory
+from ddpm.run.generate import generate, progressive, trajectory, visited
 from ddpm.samplers import SAMPLERS, Levels, named
-from ddpm.spacing import SPACINGS
+from ddpm.spacing import SPACINGS, bound_cost
 
 
 def sample(source: Path, out: Path, *options: Any) -> NDArray[np.uint8]:
@@ -203,6 +205,26 @@ def test_where_a_graph_can_be(trained: Path) -> None:
     assert gpu.replayed(denoiser, "cuda") is denoiser
     denoiser.network.eval().requires_grad_(True)
     assert gpu.replayed(denoiser, "cuda") is denoiser
+
+
+def test_the_spacing_of_the_bound_is_the_cheapest() -> None:
+    """Of 2 and 3 levels from the whole schedule's end, and from a level within: none of all choices costs less."""
+    found = open_checkpoint("digits")
+    measured = read_calibration(found)
+    assert measured is not None
+    cost = bound_cost(found.denoiser.schedule, measured[0])
+
+    def bits(levels: list[int]) -> float:
+        return sum(float(cost[s, t]) for s, t in pairwise([0, *levels]))
+
+    for steps, start in ((2, None), (3, 90), (1, 40), (90, 90)):
+        levels = visited(found, "ddim", steps, "bound", start)
+        assert (len(levels), levels[-1]) == (steps, start or 1000)
+        others = combinations(range(1, levels[-1]), steps - 1)
+        assert bits(levels) == min(bits([*some, levels[-1]]) for some in others)
+    assert len(visited(found, "heun", spaced="bound")) == 10
+    with pytest.raises(InputError, match="spacing 'even': want uniform, quadratic, log_snr, karras, bound"):
+        visited(found, "ddim", 5, "even")
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def _sample(args: argparse.Namespace) -> int:
     with processes(args.device) as ranks:
         found = _open(args, ranks.device)
         denoiser = found.denoiser
-        steps = _levels(args, denoiser)
+        steps = _levels(args, found)
         sampler = named(args.sampler, args.eta, args.sigma_hat)
         denoiser, labels = _conditioned(args, found)
         mine = [args.seed + i for i in ranks.mine(args.n)]
@@ -214,8 +214,8 @@ def _sample(args: argparse.Namespace) -> int:
                 "out": args.out,
                 "count": args.n,
                 **found.about(),
-                **_sampled(args, found.denoiser),
-                **{name: value for name in _CONDITIONS if (value := getattr(args, name)) is not None},
+                **_sampled(args, found),
+                **_conditions(args),
                 "eta": 1.0 if args.sigma_hat else args.eta,
                 "seed": args.seed,
             }
@@ -249,36 +249,41 @@ def _conditioned(args: argparse.Namespace, found: "Checkpoint") -> tuple["Denois
     return denoiser.guided(args.guidance, args.guidance_interval), [names.index(name) for name in wanted]
 
 
-_CONDITIONS = ("classes", "guidance", "guidance_interval", "clip", "sigma_hat")
+def _conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given, as plain JSON values."""
+    names = ("classes", "guidance", "guidance_interval", "clip", "sigma_hat")
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
 GUIDANCE = 1.5
 """Where a class is asked for and no --guidance is given."""
 
 
-def _levels(args: argparse.Namespace, denoiser: "Denoiser") -> list[int]:
+def _levels(args: argparse.Namespace, found: "Checkpoint") -> list[int]:
     """The levels that --sampler, --steps and --spacing mean."""
     from ddpm.run.generate import visited
 
-    _check_sampler(args, denoiser.schedule.T)
-    return visited(denoiser, args.sampler, args.steps, args.spacing)
+    _check_sampler(args, found.denoiser.schedule.T)
+    return visited(found, args.sampler, args.steps, args.spacing)
 
 
 def _check_sampler(args: argparse.Namespace, T: int) -> None:
+    from ddpm.run.generate import SPACED
     from ddpm.samplers import SAMPLERS
-    from ddpm.spacing import SPACINGS
 
     check("--sampler", args.sampler, Literal[tuple(SAMPLERS)])
     if args.spacing is not None:
-        check("--spacing", args.spacing, Literal[tuple(SPACINGS)])
+        check("--spacing", args.spacing, Literal[SPACED])
     if args.steps is not None:
         check("--steps", args.steps, int, 1, T)
 
 
-def _sampled(args: argparse.Namespace, denoiser: "Denoiser") -> dict[str, Any]:
+def _sampled(args: argparse.Namespace, found: "Checkpoint") -> dict[str, Any]:
     """How samples were made, as plain JSON values."""
     from ddpm.samplers import SAMPLERS
 
-    levels = _levels(args, denoiser)
-    calls = SAMPLERS[args.sampler].calls(denoiser, levels)
+    levels = _levels(args, found)
+    calls = SAMPLERS[args.sampler].calls(found.denoiser, levels)
     spaced = args.spacing or SAMPLERS[args.sampler].spacing
     return {"sampler": args.sampler, "spacing": spaced, "steps": len(levels), "network_calls": calls}
 
@@ -340,6 +345,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     check("--ode-steps", args.ode_steps, int, 2)
     _check_measuring(args)
     quality = [metric for metric in args.metrics if metric not in ("nll", "ode")]
+    if args.classes and (args.samples is not None or not quality):
+        raise InputError(f"--class {args.classes[0]}: of samples that are made here, for fid, is, kid, pr; want none")
     of_files = args.features is not None and args.features.endswith(".npz")
     if of_files and quality and args.samples is None:
         raise InputError(
@@ -355,7 +362,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         found = _open(args, ranks.device)
         preset = found.preset
         shown = ranks.first and not args.json
-        steps = _levels(args, found.denoiser)
+        steps = _levels(args, found)
+        denoiser, classes = _conditioned(args, found)
+        found = replace(found, denoiser=denoiser)
         load = _loader(args, preset, shown)
         out = _out(args, found.home / "evaluate" / f"{found.step:08d}-{found.weights}")
         cache = _out(args, found.home / "cache")
@@ -395,9 +404,10 @@ def _evaluate(args: argparse.Namespace) -> int:
                 made, source = evaluate.read_samples(Path(args.samples), preset.shape), {"samples_from": args.samples}
             else:
                 made = evaluate.samples(
-                    found, cache, ranks, args.n or 50_000, args.seed, args.sampler, steps, args.batch_size, shown
-                )
-                source = _sampled(args, found.denoiser)
+                    found, cache, ranks, args.n or 50_000, args.seed, args.sampler, steps, args.batch_size, shown,
+                    classes,
+                )  # fmt: skip
+                source = {**_sampled(args, found), **_conditions(args)}
             if ranks.first:
                 values = evaluate.quality(quality, made, load("train"), network, cache, args.seed, ranks.device, shown)
                 keep("quality", {**source, **values}, "train")
@@ -523,7 +533,7 @@ def _paper(args: argparse.Namespace) -> int:
             return paper.Setup(
                 found, load, out, cache, ranks, network, named, split=args.split, n=args.n,
                 samples=None if args.samples is None else Path(args.samples), sampler=args.sampler,
-                steps=_levels(args, found.denoiser), seed=args.seed, batch_size=args.batch_size, progress=shown,
+                steps=_levels(args, found), seed=args.seed, batch_size=args.batch_size, progress=shown,
             )  # fmt: skip
 
         for name in args.names:
@@ -755,6 +765,7 @@ def _parser() -> _Parser:
     p.add_argument("--levels", **_number(int, None), help="estimate nll from so many levels an image (all levels)")
     p.add_argument("--ode-steps", **_number(int, 100), help="levels that the ODE's solver visits (%(default)s)")
     _add_measuring(p)
+    _add_conditions(p)
     p.add_argument("--out", metavar="DIR", help="folder for tables (RUN/evaluate/STEP-WEIGHTS)")
     _add_model(p)
     p.set_defaults(run_command=_evaluate)
@@ -937,7 +948,10 @@ def _add_sampler(p: argparse.ArgumentParser, default: str = "ancestral") -> None
     p.add_argument("--sampler", default=default, metavar="X", help=names)
     steps = "levels visited (ancestral: all; ddim: 50; heun, flow: 10, with two network calls each; others: 20)"
     p.add_argument("--steps", **_number(int, None), help=steps)
-    spacing = "which levels: uniform, quadratic, log_snr, karras (ancestral, ddim: uniform; heun: karras; or log_snr)"
+    spacing = (
+        "which levels: uniform, quadratic, log_snr, karras, or bound, those of the least bits for this model, once "
+        "calibrated (ancestral, ddim: uniform; heun: karras; others: log_snr)"
+    )
     p.add_argument("--spacing", metavar="X", help=spacing)
 
 

@@ -33,7 +33,7 @@ class Way:
         T = found.denoiser.schedule.T
         if not 0 <= start <= T:
             raise InputError(f"t {start}: want 0 to {T}")
-        return visited(found.denoiser, self.sampler, self.steps, self.spacing, start) if start else []
+        return visited(found, self.sampler, self.steps, self.spacing, start) if start else []
 
     def labels(self, n: int, device: torch.device) -> Tensor | None:
         """int64 [n]: the classes in turn, or None where there are none."""

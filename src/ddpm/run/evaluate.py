@@ -14,14 +14,14 @@ from tqdm import tqdm
 import ddpm
 from ddpm import kernels, likelihood, metrics, noise, pixels
 from ddpm import ode as probability_flow
-from ddpm.denoiser import Denoiser
+from ddpm.denoiser import Denoiser, Guided
 from ddpm.errors import InputError
 from ddpm.files import atomic, checkpoints, datasets, features, plots
 from ddpm.files.images import DEEP
 from ddpm.gaussian import bits_per_dim, q_sample
 from ddpm.run import compress
 from ddpm.run.distributed import Processes
-from ddpm.run.generate import generate
+from ddpm.run.generate import generate, in_turn
 from ddpm.run.gpu import replayed
 from ddpm.samplers import Levels
 
@@ -166,7 +166,7 @@ def nll(
     denoiser, shape = found.denoiser, found.preset.shape
     rows, variants = subset(images, count), _variants(found)
     tables = [_variance(d) for d in (denoiser, *variants.values())]
-    key = [found.sha256, found.preset.precision, images.fingerprint, draws, seed, [*variants], tables]
+    key = [found.sha256, found.preset.precision, images.fingerprint, draws, seed, [*variants], tables, denoiser.clip]
     folder = _folder(cache, "nll", key)
 
     def make(places: slice) -> dict[str, Tensor]:
@@ -338,12 +338,17 @@ def samples(
     steps: Levels | None = None,
     batch_size: int = 64,
     progress: bool = True,
+    classes: Sequence[int] = (),
 ) -> Tensor:
     """The images of seeds `seed` .. `seed` + count - 1, uint8 [count, C, H, W]; on other processes than the first none.
 
+    classes are labels that they have in turn; none: no label.
     What is made is kept under `cache`, so that the same call goes on where it stopped, and split over processes.
     """
-    key = [found.sha256, found.preset.precision, seed, sampler, steps, _variance(found.denoiser)]
+    guidance = found.denoiser.network
+    guided = [guidance.scale, guidance.first, guidance.last] if isinstance(guidance, Guided) else []
+    about = [seed, sampler, steps, _variance(found.denoiser), found.denoiser.clip, [*classes], guided]
+    key = [found.sha256, found.preset.precision, *about]
     folder = _folder(cache, "samples", key)
     denoiser = replayed(found.denoiser, ranks.device)  # once for all parts
 
@@ -352,6 +357,7 @@ def samples(
         made = generate(
             denoiser, found.preset.shape, seeds, sampler, steps,
             batch_size=batch_size, device=ranks.device, progress=progress,
+            y=in_turn(classes, range(rows.start, rows.stop)),
         )  # fmt: skip
         return {"images": made}
 

@@ -6,31 +6,42 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm import kernels, pixels
+from ddpm import kernels, pixels, spacing
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
+from ddpm.files.checkpoints import Checkpoint, read_calibration
 from ddpm.noise import ahead, per_image
 from ddpm.run.gpu import replayed
 from ddpm.samplers import Levels, Sampler, Step, named
-from ddpm.spacing import SPACINGS
+
+SPACED = (*spacing.SPACINGS, "bound")
+"""How levels are chosen, by name: `bound` is `spacing.optimised` for this model."""
 
 
 def visited(
-    denoiser: Denoiser, sampler: str = "ancestral", steps: int | None = None, spacing: str | None = None,
+    found: Checkpoint, sampler: str = "ancestral", steps: int | None = None, spaced: str | None = None,
     start: int | None = None,
 ) -> list[int]:  # fmt: skip
-    """The levels that a sampler of that name visits from `start` (None: T) on; steps or spacing None are its own.
+    """The levels that a sampler of that name visits from `start` (None: T) on; steps or `spaced`, of SPACED, None are
+    its own.
 
-    >>> from ddpm import schedule
-    >>> visited(Denoiser(lambda x, timestep, y: x, schedule.linear()), "unipc", 4)
-    [1, 74, 604, 1000]
+    Raises InputError for what there is not, and for `bound` where the model is not calibrated.
+
+    >>> from ddpm.files.checkpoints import open_checkpoint
+    >>> visited(open_checkpoint("digits"), "unipc", 4), len(visited(open_checkpoint("digits"), "ddim", 4, "bound"))
+    ([1, 477, 995, 1000], 4)
     """
     how = named(sampler)
-    if spacing is not None:
-        if spacing not in SPACINGS:
-            raise InputError(f"spacing {spacing!r}: want {', '.join(SPACINGS)}")
-        how = how._replace(spacing=spacing)
-    return how.levels(denoiser, steps, start)
+    if spaced is not None and spaced not in SPACED:
+        raise InputError(f"spacing {spaced!r}: want {', '.join(SPACED)}")
+    if spaced != "bound":
+        return (how if spaced is None else how._replace(spacing=spaced)).levels(found.denoiser, steps, start)
+    measured = read_calibration(found)
+    if measured is None:
+        raise InputError(f"spacing bound: {found.path} is not calibrated; run `ddpm calibrate` on it first")
+    levels = how.levels(found.denoiser, steps, start)
+    cost = spacing.bound_cost(found.denoiser.schedule, measured[0])[: levels[-1] + 1, : levels[-1] + 1]
+    return spacing.optimised(cost, len(levels))
 
 
 def in_turn(classes: Sequence[int], places: Sequence[int]) -> Tensor | None:
