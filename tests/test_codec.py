@@ -14,7 +14,7 @@ from scipy import stats
 
 from ddpm import codec, pixels, schedule
 from ddpm.codec import archive, entropy, fit, picture, plan, progressive, reverse, shared
-from ddpm.codec.entropy import Damaged, Decoder, Encoder, frequencies
+from ddpm.codec.entropy import Certain, Damaged, Decoder, Encoder, Ends, frequencies
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 
@@ -135,18 +135,23 @@ def test_what_is_encoded_is_decoded_in_hardly_more_bits(message):
 
 
 @given(messages(), st.data())
-def test_zeros_and_ones_behind_a_prefix_agree_on_symbols_that_are_right(message, data):
-    text, _ = encoded(message)
+def test_what_is_certain_of_a_prefix_is_right(message, data):
+    text, bits = encoded(message)
     cut = text[: data.draw(st.integers(0, len(text)))]
-    low, high = Decoder(cut, 0), Decoder(cut, 255)
+    decoder, taken = Certain(cut), 0.0
     for kind, value, table in message:
         try:
-            pair = [{"one": d.get, "bits": d.get_bits, "each": d.get_each}[kind](table) for d in (low, high)]
-        except Damaged:
+            found = {"one": decoder.get, "bits": decoder.get_bits, "each": decoder.get_each}[kind](table)
+        except Ends:
             break
-        if not np.array_equal(*pair):
+        said = np.atleast_1d(value)[: len(np.atleast_1d(found))]
+        assert np.array_equal(np.atleast_1d(found), said)
+        if len(said) < np.size(value):
             break
-        assert np.array_equal(pair[0], value)
+        taken += encoded([(kind, value, table)])[1]
+    else:
+        taken = bits
+    assert taken >= min(bits, 8 * len(cut) - 8) - 24 * 2  # and nearly all that the bytes can say is said
 
 
 def test_few_bytes_cannot_say_much():
@@ -335,7 +340,7 @@ def test_every_length_of_one_file_gives_a_picture_or_says_why_not(model):
     image = hwc(draws(1, seed=4))[0]
     data = codec.compress(model, image, bits=6)
     _, begin = codec.read_header(data)
-    groups = []
+    groups, known, error = [], [], []
     for length in range(len(data)):
         if length < begin:
             with pytest.raises(Damaged):
@@ -343,11 +348,20 @@ def test_every_length_of_one_file_gives_a_picture_or_says_why_not(model):
         else:
             *_, last = codec.pictures(model, data[:length])
             groups.append(last.groups)
+            known.append(last.pixels)
+            error.append(np.mean((last.image.astype(float) - image) ** 2))
+            assert (last.image == image).sum() >= last.pixels
             assert not last.exact
             assert not last.whole
     assert groups == sorted(groups)
     assert groups[0] == 0
-    assert groups[-1] >= len(model.tables[6].groups) - 1
+    assert groups[-1] == len(model.tables[6].groups)
+    assert known == sorted(known)
+    assert known[0] == 0
+    assert known[-1] == image.size
+    in_pixels = [e for e, group in zip(error, groups, strict=True) if group == groups[-1]]
+    assert (np.diff(in_pixels) <= 0).mean() > 0.8  # they are the true ones instead of x0^'s
+    assert in_pixels[-1] == 0
     *_, last = codec.pictures(model, data, at=begin + 40)
     assert last.groups == groups[40]
 
@@ -408,6 +422,29 @@ def test_random_payload_decodes_to_a_sample(model):
     assert (along < 5 * VALUES[-4:]).all()
     across = ((x @ VECTORS[:, :100]) ** 2).mean()
     assert across < 0.5 * along.min()  # smooth where the field is
+
+
+def test_walks_that_go_together_come_to_what_they_come_to_alone(model):
+    """Some end early, some are of another size; a level is one call for all of a size that are there."""
+    images = [*hwc(draws(3, seed=8)), ADVERSARIAL["noise"], np.full((9, 20, 3), 90, np.uint8)]
+    each = replace(model, batches=True)
+    for options in ({}, {"psnr": 20.0}, {"bits_per_dim": 4.0}):
+        alone = [codec.compress(model, image, bits=6, local=True, **options) for image in images]
+        assert list(codec.compress_each(each, images, bits=6, local=True, **options)) == alone
+        assert list(codec.compress_each(model, images, bits=6, local=True, **options)) == alone
+    assert list(codec.compress_each(each, images[:1], bits=6)) == [codec.compress(model, images[0], bits=6)]
+
+    calls = []
+    tables = model.tables[6]
+    walks = [progressive.walk(tables, progressive.start(tables, (n, 1, 2, 2), 0), lambda *_: True) for n in (1, 3)]
+
+    def predict(x, level):
+        calls.append((len(x), level))
+        return x
+
+    first, second = progressive.answer(predict, walks)
+    assert (first.shape, second.shape) == ((1, 1, 2, 2), (3, 1, 2, 2))
+    assert calls == [(4, level) for level in tables.levels]
 
 
 def test_swapped_payloads_swap_pictures(model):

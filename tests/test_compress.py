@@ -161,6 +161,18 @@ def test_colour_and_large_pictures_by_a_model_of_small_grey_ones(tmp_path):
     assert np.array_equal(pixels(source), pixels(out))
 
 
+def test_pictures_that_share_network_calls_are_the_same_files(pictures):
+    """Batch 1 and 4, in the local profile, where the machine's kernels promise the same bits in any batch."""
+    model = ddpm.load_codec("digits", precision="bf16")
+    if not model.batches:
+        pytest.skip("no kernels of ours on this machine")
+    found = [compress.read_image(pictures / f"digit{i}.png") for i in range(4)]
+    files = list(codec.compress_each(model, found, bits=8, local=True))
+    assert files == [codec.compress(model, image, bits=8, local=True) for image in found]
+    for file, image in zip(files, found, strict=True):
+        assert np.array_equal(codec.decompress(model, file), image)
+
+
 def test_one_tile_or_many_and_threads_make_one_portable_file(model, pictures):
     image = compress.read_image(pictures / "digit3.png")
     import torch

@@ -1,6 +1,16 @@
 """A lossless and progressive image codec from a DDPM: Algorithms 3 and 4 as real bytes."""
 
 from ddpm.codec.entropy import Damaged
-from ddpm.codec.picture import Header, Model, Picture, compress, decompress, pictures, read_header
+from ddpm.codec.picture import Header, Model, Picture, compress, compress_each, decompress, pictures, read_header
 
-__all__ = ["Damaged", "Header", "Model", "Picture", "compress", "decompress", "pictures", "read_header"]
+__all__ = [
+    "Damaged",
+    "Header",
+    "Model",
+    "Picture",
+    "compress",
+    "compress_each",
+    "decompress",
+    "pictures",
+    "read_header",
+]

@@ -7,7 +7,8 @@ bytes do not depend on how anybody rounds a float. The first bytes of a message 
 import functools
 import hashlib
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
 
 import constriction
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ddpm.errors import InputError
 
+T = TypeVar("T")
 model: Any = constriction.stream.model
 queue: Any = constriction.stream.queue
 
@@ -144,6 +146,51 @@ class Decoder:
             return self._coder.decode(*distribution)
         except AssertionError as error:  # constriction's, of a number that lies behind every symbol
             raise Damaged("payload: no encoder writes such bytes; want the file as it was written") from error
+
+
+class Ends(Exception):
+    """What comes next hangs on bytes that are not there."""
+
+
+class Certain:
+    """`Decoder` of a message's first bytes: what they say whatever follows, and then Ends.
+
+    >>> encoder, flat = Encoder(), frequencies([1, 1, 1, 1])
+    >>> for symbol in (3, 0, 2, 2, 1, 3, 0, 1):
+    ...     encoder.put(symbol, flat)
+    >>> Certain(encoder.finish()[:1]).get_each(np.stack([flat] * 8)).tolist()
+    [3, 0, 2, 2]
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._decoders = Decoder(data, 0), Decoder(data, 255)
+
+    def get(self, frequency: NDArray[np.int64]) -> int:
+        return self._same(lambda decoder: decoder.get(frequency))
+
+    def get_bits(self, bits: int) -> int:
+        return self._same(lambda decoder: decoder.get_bits(bits))
+
+    def get_each(self, frequency: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The symbols [m], or fewer: those before the first that is not certain, which is the end."""
+        low, high = self._both(lambda decoder: decoder.get_each(frequency))
+        return low[: np.append(low == high, False).argmin()]
+
+    def _same(self, get: Callable[[Decoder], int]) -> int:
+        low, high = self._both(get)
+        if low != high:
+            raise Ends
+        return low
+
+    def _both(self, get: Callable[[Decoder], T]) -> tuple[T, T]:
+        try:
+            low, high = map(get, self._decoders)
+        except Damaged as error:  # behind the last byte anything may stand
+            raise Ends from error
+        return low, high
+
+
+Source: TypeAlias = Decoder | Certain
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def fit(
         tick(number + 1)
         return True
 
-    x0 = progressive.run(Predictor(denoiser, careful=False), tables, state, step)
+    [x0] = progressive.answer(Predictor(denoiser, careful=False), [progressive.walk(tables, state, step)])
     tables, last = _pixels(tables, true - x0)
     for scale, before in zip(last, state.scales, strict=True):
         scales[tables.scale_symbol(scale, before)] += 1

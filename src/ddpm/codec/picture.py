@@ -16,16 +16,17 @@ length  the payload: of each group, of each tile, its scale and its indices; las
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm import pixels
+from ddpm import kernels, pixels
 from ddpm.codec import progressive
-from ddpm.codec.entropy import Damaged, Decoder, Encoder
+from ddpm.codec.entropy import Certain, Damaged, Decoder, Encoder, Ends, Source
 from ddpm.codec.plan import Group, Tables
 from ddpm.codec.progressive import Array, Predictor, Symbols, Undecided
 from ddpm.denoiser import Denoiser
@@ -35,6 +36,7 @@ MAGIC, VERSION = b"DPC", 1
 MOST_PIXELS = 1 << 24
 """Larger pictures are refused, both ways: a damaged header cannot ask for any amount of memory."""
 _TRIES = 64  # seeds before an image is given up
+_TOGETHER = 16  # images whose network calls are one
 Image = NDArray[np.uint8]
 
 
@@ -49,6 +51,8 @@ class Model:
     factor    H and W of what the network takes divide by it
     where     2 bytes that name machine, device and release, for the local profile
     exact     the same denoiser with its network in float64, for the portable profile
+    batches   whether denoiser's x0^ is the same in any batch, to the bit
+    packed    weights as our kernels read them, once they were
     """
 
     denoiser: Denoiser
@@ -59,9 +63,11 @@ class Model:
     chain: Tables | None = None
     factor: int = 1
     where: bytes = b"\0\0"
+    batches: bool = False
+    packed: kernels.Packed = field(default_factory=dict, repr=False)
 
     def predictor(self, local: bool, check: bool = False) -> Predictor:
-        return Predictor(self.denoiser if local else self.exact, not local, check)
+        return Predictor(self.denoiser if local else self.exact, not local, check, self.packed)
 
 
 @dataclass(frozen=True)
@@ -231,12 +237,28 @@ def compress(
     settings out of range.
     """
     header = _header(model, image, bits_per_dim, psnr, bits, local, whole, seed)
+    predict = model.predictor(local, check=True)
     for attempt in range(seed, seed + _TRIES):
-        try:
-            return _compress(model, image, replace(header, seed=attempt), bits_per_dim, psnr)
-        except Undecided:
-            continue
+        with suppress(Undecided):
+            [data] = progressive.answer(
+                predict, [_walk(model, image, replace(header, seed=attempt), bits_per_dim, psnr)]
+            )
+            return data
     raise InputError(f"image: x0^ lies too near a rounding boundary with {_TRIES} seeds; want the local profile")
+
+
+def compress_each(model: Model, images: Sequence[Image], **settings: Any) -> Iterator[bytes]:
+    """What `compress` makes of each, to the bit: in the local profile 16 share the network's calls, where they may."""
+    if not (settings.get("local") and model.batches):
+        yield from (compress(model, image, **settings) for image in images)
+        return
+    given = {"bits_per_dim": None, "psnr": None, "bits": None, "whole": False, "seed": 0, **settings}
+    for start in range(0, len(images), _TOGETHER):
+        some = images[start : start + _TOGETHER]
+        headers = [_header(model, image, **given) for image in some]
+        limits = given["bits_per_dim"], given["psnr"]
+        walks = [_walk(model, image, header, *limits) for image, header in zip(some, headers, strict=True)]
+        yield from progressive.answer(model.predictor(True), walks)
 
 
 def _header(
@@ -263,12 +285,14 @@ def _header(
     return Header(width, height, channels, chosen, lossless, local, whole, model.identity, seed, 0, 0, where)
 
 
-def _compress(model: Model, image: Image, header: Header, bits_per_dim: float | None, psnr: float | None) -> bytes:
+def _walk(
+    model: Model, image: Image, header: Header, bits_per_dim: float | None, psnr: float | None
+) -> progressive.Walk[bytes]:
+    """To the file of an image."""
     tables = model.tables[header.bits]
     tiles = cut(image, header, model)
     true = progressive.signal(tiles.pixels)
     state = progressive.start(tables, true.shape, header.seed)
-    predict = model.predictor(header.local, check=True)
     most = math.inf if bits_per_dim is None else bits_per_dim * image.size / 8
     sent: list[Symbols] = []
     price = Encoder()  # what it takes so far
@@ -282,7 +306,7 @@ def _compress(model: Model, image: Image, header: Header, bits_per_dim: float | 
         progressive.put_group(price, tables, group, sent[-1], before, dims)
         return price.bits / 8 <= most
 
-    x0 = progressive.run(predict, tables, state, step)
+    x0 = yield from progressive.walk(tables, state, step)
     if len(sent) == len(tables.groups) and (psnr is None or _psnr(_shown(x0, header, model), image) < psnr):
         data = _written(replace(header, lossless=True), tables, sent, tiles, x0, state.sums, image)
         if len(data) <= most:
@@ -340,12 +364,14 @@ class Picture(NamedTuple):
     """What so much of a file shows.
 
     groups  coded groups that it took
+    pixels  of H W C numbers, how many are the picture's own, and not x0^'s
     image   uint8 [H, W, C]
     exact   whether it is the picture itself, bit for bit
     whole   whether it is all that the file has
     """
 
     groups: int
+    pixels: int
     image: Image
     exact: bool
     whole: bool
@@ -356,7 +382,7 @@ def decompress(model: Model, data: bytes, at: int | None = None) -> Image:
 
     Raises Damaged for a file of another model, with flipped bits or with more bytes than it should have, and where
     this machine's network differs too much from the writer's: a wrong picture is never taken for a lossless one. A
-    file that ends early gives what its whole groups show.
+    file that ends early gives what its whole groups show, and those pixels that are there.
     """
     *_, last = pictures(model, data, at)
     return last.image
@@ -386,11 +412,10 @@ def pictures(model: Model, data: bytes, at: int | None = None) -> Iterator[Pictu
 def _pictures(model: Model, header: Header, tables: Tables, rest: bytes, complete: bool) -> Iterator[Picture]:
     tiles = _real(header, model)
     payload, trailer = rest[: header.length], rest[header.length :]
-    if complete:
-        decoder = Decoder(payload)
-        sent = list(_groups(decoder, header, tables, tiles.real))
-    else:
-        sent = _certain(payload, header, tables, tiles.real)
+    decoder = Decoder(payload) if complete else Certain(payload)
+    sent: list[Symbols] = []
+    with suppress(Ends):
+        sent.extend(_groups(decoder, header, tables, tiles.real))
     state = progressive.start(tables, tiles.pixels.shape, header.seed)
     checks = dict(zip(_checked(header.groups), trailer, strict=False)) if complete and header.lossless else {}
     elsewhere = f"; it was written in the {'local' if header.local else 'portable'} profile"
@@ -403,37 +428,33 @@ def _pictures(model: Model, header: Header, tables: Tables, rest: bytes, complet
             raise Damaged(f"group {number + 1}: this machine's network gives another x than the writer's" + elsewhere)
         return True
 
-    exact = complete and header.lossless
-    for number, x0 in progressive.walk(model.predictor(header.local), tables, state, step):
+    predict, walk = model.predictor(header.local), progressive.walk(tables, state, step)
+    asked = next(walk)
+    for number in range(len(sent) + 1):
+        x0 = predict(*asked)
         last = number == len(sent)
-        yield Picture(number, _shown(x0, header, model), False, last and complete and not exact)
-    if exact:
-        image = join(progressive.get_pixels(decoder, tables, x0, state.scales, tiles.said), header, model)
-        if zlib.crc32(image.tobytes()) != int.from_bytes(trailer[3:7], "big"):
-            raise Damaged("pixels: not those that were written; this machine's network differs too much" + elsewhere)
-        yield Picture(len(sent), image, True, True)
+        yield Picture(number, 0, _shown(x0, header, model), False, last and complete and not header.lossless)
+        with suppress(StopIteration):
+            asked = walk.send(x0)
+    if not header.lossless or len(sent) < header.groups:
+        return
+    if isinstance(decoder, Certain):
+        some, count = progressive.get_some_pixels(decoder, tables, x0, state.scales, tiles.said)
+        if count:
+            yield Picture(len(sent), count, join(some, header, model), False, False)
+        return
+    image = join(progressive.get_pixels(decoder, tables, x0, state.scales, tiles.said), header, model)
+    if zlib.crc32(image.tobytes()) != int.from_bytes(trailer[3:7], "big"):
+        raise Damaged("pixels: not those that were written; this machine's network differs too much" + elsewhere)
+    yield Picture(len(sent), image.size, image, True, True)
 
 
-def _groups(decoder: Decoder, header: Header, tables: Tables, real: NDArray[np.bool_]) -> Iterator[Symbols]:
+def _groups(decoder: Source, header: Header, tables: Tables, real: NDArray[np.bool_]) -> Iterator[Symbols]:
     before, dims = [0] * len(real), _dims(real)
     for group in tables.groups[: header.groups]:
         symbols = progressive.get_group(decoder, tables, group, before, dims)
         before = symbols.scales
         yield symbols
-
-
-def _certain(payload: bytes, header: Header, tables: Tables, real: NDArray[np.bool_]) -> list[Symbols]:
-    """The groups that the first bytes of a payload determine: they are the same whatever follows."""
-    sent: list[Symbols] = []
-    low, high = (_groups(Decoder(payload, fill), header, tables, real) for fill in (0, 255))
-    try:
-        for a, b in zip(low, high, strict=True):
-            if a.scales != b.scales or any((i != j).any() for i, j in zip(a.indices, b.indices, strict=True)):
-                break
-            sent.append(a)
-    except Damaged:  # beyond the last bytes anything may stand
-        pass
-    return sent
 
 
 class Spent(NamedTuple):

@@ -6,22 +6,24 @@ that IEEE 754 fixes every bit of it.
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm import pixels
+from ddpm import kernels, pixels
 from ddpm.codec import residual, reverse, shared
-from ddpm.codec.entropy import Damaged, Decoder, Encoder
+from ddpm.codec.entropy import Certain, Damaged, Encoder, Ends, Source
 from ddpm.codec.plan import PAD, SCALES, Group, Tables
 from ddpm.denoiser import Denoiser
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 _START, _FILL = 201, 202  # what a stream of shared randomness is for
 _GRID = 1024
 """x0^ is a multiple of 2^-10 before anybody uses it."""
@@ -39,17 +41,20 @@ class Predictor:
 
     careful  one tile at a time, in float64, as the portable profile wants it
     check    raise Undecided where rounding hangs on less than 1e-10
+    packed   the network's weights as our kernels read them, which do not change any more
     """
 
     denoiser: Denoiser
     careful: bool
     check: bool = False
+    packed: kernels.Packed = field(default_factory=dict)
 
     @torch.no_grad()
     def __call__(self, x: Array, level: int) -> Array:
         xt = torch.from_numpy(x)
-        parts = torch.split(xt, 1 if self.careful else 64)
-        x0 = torch.cat([self._estimate(part, level) for part in parts]).numpy().clip(-1, 1) * _GRID
+        with kernels.frozen(self.packed):
+            parts = [self._estimate(part, level) for part in torch.split(xt, 1 if self.careful else 64)]
+        x0 = torch.cat(parts).numpy().clip(-1, 1) * _GRID
         if self.check and self.careful and (np.abs(x0 - np.floor(x0) - 0.5) < _MARGIN * _GRID).any():
             raise Undecided
         snapped: Array = np.rint(x0) / _GRID
@@ -143,7 +148,7 @@ def put_scale(encoder: Encoder, tables: Tables, scale: int, before: int) -> None
     encoder.put(tables.scale_symbol(scale, before), tables.scale_frequency)
 
 
-def get_scale(decoder: Decoder, tables: Tables, before: int) -> int:
+def get_scale(decoder: Source, tables: Tables, before: int) -> int:
     return tables.scale_of_symbol(decoder.get(tables.scale_frequency), before)
 
 
@@ -160,7 +165,7 @@ def put_group(
             encoder.put_bits(index + 1 - (1 << bucket), bucket)
 
 
-def get_group(decoder: Decoder, tables: Tables, group: Group, before: Sequence[int], dims: Sequence[int]) -> Symbols:
+def get_group(decoder: Source, tables: Tables, group: Group, before: Sequence[int], dims: Sequence[int]) -> Symbols:
     sent = Symbols([], [])
     for last, count in zip(before, dims, strict=True):
         scale = get_scale(decoder, tables, last)
@@ -212,27 +217,61 @@ def put_pixels(
 
 
 def get_pixels(
-    decoder: Decoder, tables: Tables, x0: Array, before: Sequence[int], said: NDArray[np.bool_]
+    decoder: Source, tables: Tables, x0: Array, before: Sequence[int], said: NDArray[np.bool_]
 ) -> NDArray[np.uint8]:
     scales = [get_scale(decoder, tables, last) for last in before]
     return pixel_walk(tables, x0, scales, said, lambda frequency, at: decoder.get_each(frequency))
 
 
+def get_some_pixels(
+    decoder: Certain, tables: Tables, x0: Array, before: Sequence[int], said: NDArray[np.bool_]
+) -> tuple[NDArray[np.uint8], int]:
+    """x0^ as pixels, in them as many of the true ones as the bytes determine; and how many."""
+    image: NDArray[np.uint8] = pixels.to_pixels(torch.from_numpy(x0)).numpy()
+    count = 0
+
+    def get(frequency: NDArray[np.int64], at: tuple[Any, int, Any, Any]) -> NDArray[np.integer]:
+        nonlocal count
+        found, (tile, channel, y, x) = decoder.get_each(frequency), at
+        sure = slice(len(found))
+        image[tile[sure], channel, y[sure], x[sure]] = found
+        count += len(found)
+        if len(found) < len(frequency):
+            raise Ends
+        return found
+
+    with suppress(Ends):
+        pixel_walk(tables, x0, [get_scale(decoder, tables, last) for last in before], said, get)
+    return image, count
+
+
 Do = Callable[[int, Group, Array], bool]
 """Do the group of this number from this x0^; False: not, and no more."""
+Walk: TypeAlias = Generator[tuple[Array, int], Array, T]
+"""Asks for x0^ of (x, level), again and again, and comes to something."""
 
 
-def walk(predict: Predict, tables: Tables, state: State, step: Do) -> Iterator[tuple[int, Array]]:
-    """x0^ after every group: yields (groups done, x0^), then calls `step` to do the next, until it says False."""
+def walk(tables: Tables, state: State, step: Do) -> Walk[Array]:
+    """Asks for x0^ before every group, and calls `step` to do it, until it says False; comes to the last x0^."""
     for number, group in enumerate(tables.groups):
-        x0 = predict(state.x, group.t)
-        yield number, x0
+        x0 = yield state.x, group.t
         if not step(number, group, x0):
-            return
-    yield len(tables.groups), predict(state.x, tables.levels[-1])
+            return x0
+    return (yield state.x, tables.levels[-1])
 
 
-def run(predict: Predict, tables: Tables, state: State, step: Do) -> Array:
-    """`walk` to its end; the last x0^."""
-    *_, (_, x0) = walk(predict, tables, state, step)
-    return x0
+def answer(predict: Predict, walks: Sequence[Walk[T]]) -> list[T]:
+    """What each comes to. They go on together: all that ask at one level, of one size, are one call of `predict`."""
+    found: dict[int, T] = {}
+    asked = {i: next(walk) for i, walk in enumerate(walks)}
+    while asked:
+        first, level = next(iter(asked.values()))
+        some = [i for i, (x, t) in asked.items() if t == level and x.shape[1:] == first.shape[1:]]
+        x0 = predict(np.concatenate([asked[i][0] for i in some]), level)
+        for i, part in zip(some, np.split(x0, np.cumsum([len(asked[i][0]) for i in some])[:-1]), strict=True):
+            try:
+                asked[i] = walks[i].send(part)
+            except StopIteration as end:
+                found[i] = end.value
+                del asked[i]
+    return [found[i] for i in range(len(walks))]

@@ -119,18 +119,19 @@ def _call(name: str, *args: Tensor | _Before | int | None) -> None:
     getattr(library, name)(*plain)
 
 
-_Packed: TypeAlias = dict[tuple[int, str], tuple[Tensor, Tensor]]  # weights, and what _pack made of them
-_frozen: ContextVar[_Packed | None] = ContextVar("_frozen", default=None)
+Packed: TypeAlias = dict[tuple[int, str], tuple[Tensor, Tensor]]
+"""Weights, and what `_pack` made of them."""
+_frozen: ContextVar[Packed | None] = ContextVar("_frozen", default=None)
 
 
 @contextmanager
-def frozen() -> Iterator[None]:
-    """Weights do not change inside, so that each is packed once and not in every call.
+def frozen(packed: Packed | None = None) -> Iterator[None]:
+    """Weights do not change inside, so that each is packed once and not in every call; kept in `packed`, if given.
 
     Left to the caller because torch cannot tell: fused optimisers and foreach functions leave a tensor's version as is.
     """
-    packed = _frozen.get()
-    token = _frozen.set({} if packed is None else packed)
+    outer = _frozen.get()
+    token = _frozen.set(packed if packed is not None else {} if outer is None else outer)
     try:
         yield
     finally:

@@ -680,7 +680,8 @@ def _decompress(args: argparse.Namespace) -> int:
         print(f"{out}: {count}, exactly as before")
     else:
         early = "" if about["whole"] else "; the file goes on, or ended early"
-        print(f"{out}: what {about['groups']} groups show{early}")
+        some = f" and {about['pixels']:,} of the pixels' numbers" if about["pixels"] else ""
+        print(f"{out}: what {about['groups']} groups{some} show{early}")
     return 0
 
 

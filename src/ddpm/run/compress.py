@@ -68,11 +68,13 @@ def load_codec(
     exact.network.double()
     settings = json.dumps([t.to_json() for t in (*tables.values(), chain)], sort_keys=True)
     denoiser = found.denoiser.to(device)
+    place = denoiser.schedule.alpha_bar.device
     channels, height, width = found.preset.shape
     return Model(
         denoiser, exact.to(device), (channels, height, width), tables,
         hashlib.sha256((found.sha256 + settings).encode()).digest()[:4],
-        chain, 2 ** (exact.network.levels - 1), _here(found, denoiser.schedule.alpha_bar.device),
+        chain, 2 ** (exact.network.levels - 1), _here(found, place),
+        place.type == "cpu" and found.preset.precision == "bf16" and kernels.ready(),
     )  # fmt: skip
 
 
@@ -115,8 +117,7 @@ def compress(
             atomic.write(out, data)
             return [_about(str(out), data, sum(image.size for image in found), len(found))]
         written = []
-        for name, image in zip(names, found, strict=True):
-            data = picture.compress(model, image, **settings)
+        for name, image, data in zip(names, found, picture.compress_each(model, found, **settings), strict=True):
             target = out if len(found) == 1 and not out.is_dir() else out / f"{name}{_SUFFIX}"
             atomic.write(target, data)
             written.append(_about(str(target), data, image.size, 1))
@@ -144,7 +145,8 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None) -> di
         return {"out": str(out), "images": len(made), "exact": True}
     *_, last = picture.pictures(model, data, at)
     images.save(out, last.image)
-    return {"out": str(out), "images": 1, "exact": last.exact, "groups": last.groups, "whole": last.whole}
+    about = {name: value for name, value in last._asdict().items() if name != "image"}
+    return {"out": str(out), "images": 1, **about}
 
 
 def _safe(name: str) -> str:
