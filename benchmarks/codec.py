@@ -3,11 +3,15 @@
     python benchmarks/codec.py MODEL --data SOURCE [--images 200] [--parts single archive lossy time]
 
 single    lossless files of one image each, portable: bits/dim by file size, by stage, against L of Eq. 5 of the same
-          images from exact draws (variance calibrated); every file is read back by another process, with other threads
+          images from exact draws (variance calibrated); every file is read back by another process, with other threads,
+          and by another --python, where there is one with the package and other releases around it
 archive   all images in one file: the first ones and the others apart
-lossy     RMSE of every prefix of those files against bytes, beside JPEG, WebP and JPEG XL of the same bytes
+lossy     RMSE of every prefix of those files against bytes, beside the bound's own rate and distortion, the paper's
+          Table 4, and JPEG, WebP and JPEG XL of the same bytes
 time      seconds an image by profile and K, interleaved, and where they go
 photos    256x256 of three photographs that scikit-learn and matplotlib bring, in tiles, local, the fastest K
+
+--shape 28x28x1 takes other images than those of the model's own shape; there is no bound of these.
 
 JPEG XL is there where pillow-jxl-plugin is. Each part leaves its figures under --work, and the same command goes on.
 """
@@ -31,26 +35,33 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm import codec, likelihood, pixels
-from ddpm.codec import archive, picture
+from ddpm import codec, kernels, likelihood, pixels
+from ddpm.codec import archive, picture, progressive, residual, reverse
 from ddpm.files import atomic, datasets, plots
 from ddpm.files.checkpoints import open_checkpoint, with_variance
 from ddpm.noise import per_image
 from ddpm.run.compress import load_codec
+from ddpm.run.paper import TABLE_4
 
 PARTS = ["single", "archive", "lossy", "time", "photos"]
+PLACES = [
+    (progressive.Predictor, "__call__", "network"), (reverse, "choose", "choosing"), (reverse, "draw", "chosen rows"),
+    (residual, "walk", "pixels"), (picture, "_written", "bytes"), (progressive, "get_group", "bytes"),
+]  # fmt: skip
 SHARES = np.array([0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0])  # of a lossless file
 
 
 def loaded(args: argparse.Namespace) -> tuple[codec.Model, Tensor]:
     """The model and its test images uint8 [n, C, H, W]."""
-    return _loaded(args.model, args.data, args.images)
+    return _loaded(args.model, args.data, args.images, args.shape)
 
 
 @cache
-def _loaded(path: str, source: str, images: int) -> tuple[codec.Model, Tensor]:
+def _loaded(path: str, source: str, images: int, shape: str | None) -> tuple[codec.Model, Tensor]:
     model = load_codec(path)
     c, h, w = model.shape
+    if shape:
+        h, w, c = map(int, shape.split("x"))
     data = datasets.load(source, (h, w), c, split="test")
     return model, data.batch(torch.arange(min(images, len(data))))
 
@@ -59,18 +70,31 @@ def bits_per_dim(size: float, images: Tensor) -> float:
     return 8 * size / images[0].numel()
 
 
-def bound(args: argparse.Namespace) -> dict[str, float]:
-    """L of Eq. 5, bits/dim over the images, from exact draws: all of it, and L_0."""
-    found = with_variance(open_checkpoint(args.model), "calibrated")
-    _, images = loaded(args)
-    total = np.zeros(3)
-    for first in range(0, len(images), 50):
-        x0 = pixels.to_signal(images[first : first + 50])
-        b = likelihood.vlb(found.denoiser, x0, per_image(range(first, first + len(x0)), x0.shape[1:]))
-        parts = (b.prior + b.kl.sum(1) + b.decoder, b.decoder, b.prior)
-        total += [float(part.sum()) for part in parts]
-    whole, decoder, prior = total / len(images) / images[0].numel() / np.log(2)
-    return {"bound": whole, "L_0": decoder, "L_T": prior}
+def bound(args: argparse.Namespace) -> dict[str, Any]:
+    """L of Eq. 5, bits/dim over the images, from exact draws: all of it, and L_0.
+
+    And `curve`, from level T on, over the first images: bytes that x_t has cost, and the root mean squared error of
+    x0^ from it. Nothing for images of another shape than the model's.
+    """
+    model, images = loaded(args)
+    file = args.work / "bound.json"
+    if images.shape[1:] != model.shape:
+        return {}
+    if not file.exists():
+        found = with_variance(open_checkpoint(args.model), "calibrated")
+        few, terms, errors = min(args.lossy_images, len(images)), [], []
+        with kernels.frozen():
+            for first in range(0, len(images), 50):
+                x0 = pixels.to_signal(images[first : first + 50])
+                b = likelihood.vlb(found.denoiser, x0, per_image(range(first, first + len(x0)), x0.shape[1:]))
+                terms.append(torch.cat([b.prior[:, None], b.kl.flip(1), b.decoder[:, None]], dim=1) / np.log(2))
+                errors.append(b.mse.flip(1))
+        bits, error = torch.cat(terms), torch.cat(errors)[:few].mean(0).sqrt() / pixels.BIN
+        whole, rate = bits.mean(0) / images[0].numel(), bits[:few].mean(0)[:-1].cumsum(0) / 8
+        values = {"bound": float(whole.sum()), "L_0": float(whole[-1]), "L_T": float(whole[0])}
+        atomic.write_json(file, values | {"curve": list(zip(rate.tolist(), error.tolist(), strict=True))})
+    values = json.loads(file.read_text())
+    return dict(values)
 
 
 def files(args: argparse.Namespace) -> list[bytes]:
@@ -86,22 +110,24 @@ def files(args: argparse.Namespace) -> list[bytes]:
     return made
 
 
-def read_back(args: argparse.Namespace) -> int:
-    """How many files another process, with another number of threads and hash seed, reads back exactly."""
+def read_back(args: argparse.Namespace, python: str = sys.executable) -> tuple[int, str]:
+    """How many files another process, with other threads and hash seed, reads back exactly; and its releases."""
     code = (
         "import sys, numpy as np, torch; torch.set_num_threads(int(sys.argv[4]))\n"
         "from pathlib import Path; from ddpm import codec; from ddpm.run.compress import load_codec\n"
         "model, right = load_codec(sys.argv[1]), np.load(sys.argv[2])\n"
         "made = sorted(Path(sys.argv[3]).glob('*.ddpm'))\n"
         "print(sum(np.array_equal(codec.decompress(model, f.read_bytes()), x) for f, x in zip(made, right)))\n"
+        "print(f'Python {sys.version.split()[0]}, numpy {np.__version__}, torch {torch.__version__}')\n"
     )
     _, images = loaded(args)
     right = args.work / "right.npy"
     np.save(right, images.permute(0, 2, 3, 1).numpy())
     other = "1" if torch.get_num_threads() > 1 else "2"
-    words = [sys.executable, "-c", code, args.model, str(right), str(args.work / "files"), other]
+    words = [python, "-c", code, args.model, str(right), str(args.work / "files"), other]
     done = subprocess.run(words, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    count, releases = done.stdout.splitlines()
+    return int(count), releases
 
 
 def encoded(image: np.ndarray[Any, Any], kind: str, **options: Any) -> bytes:
@@ -123,7 +149,10 @@ def others() -> dict[str, tuple[str, dict[str, Any]]]:
 def single(args: argparse.Namespace) -> dict[str, Any]:
     model, images = loaded(args)
     made = files(args)
-    found: dict[str, Any] = {"images": len(images), "read_back": read_back(args), **bound(args)}
+    found: dict[str, Any] = {"images": len(images), "read_back": read_back(args)[0], **bound(args)}
+    found.pop("curve", None)
+    if args.python:
+        found["elsewhere"] = read_back(args, args.python)
     sizes = np.array([len(data) for data in made])
     found["file"] = bits_per_dim(sizes.mean(), images)
     found["standard_error"] = bits_per_dim(sizes.std() / len(sizes) ** 0.5, images)
@@ -150,10 +179,11 @@ def archived(args: argparse.Namespace) -> dict[str, Any]:
     end = time.monotonic()
     assert all(np.array_equal(a, b) for a, (_, b) in zip(pictures, back, strict=True))
     contents, _ = archive.read_contents(data)
+    limits = {name: value for name, value in bound(args).items() if name != "curve"}
     rest = (contents.stack - contents.ground) / (contents.pictures - contents.files)
     return {
         "profile": args.archive_profile, "images": len(images), "bytes": len(data), "first": contents.files,
-        "whole": bits_per_dim(len(data) / len(images), images), "others": bits_per_dim(rest, images), **bound(args),
+        "whole": bits_per_dim(len(data) / len(images), images), "others": bits_per_dim(rest, images), **limits,
         "encode_seconds": (middle - start) / len(images), "decode_seconds": (end - middle) / len(images),
     }  # fmt: skip
 
@@ -173,6 +203,12 @@ def lossy(args: argparse.Namespace) -> dict[str, Any]:
         shown = [codec.decompress(model, data, at=n) for data, n in zip(made, cut, strict=True)]
         ours.append((np.mean(cut), np.mean([rmse(a, b) for a, b in zip(shown, right, strict=True)]) ** 0.5))
     curves: dict[str, list[tuple[float, float]]] = {"ours": ours}
+    if limit := bound(args).get("curve"):
+        rates = [rate for rate, _ in limit]
+        wanted = [min(range(len(rates)), key=lambda i: abs(rates[i] - size)) for size, _ in ours]
+        curves["the bound of this model"] = [limit[i] for i in sorted(set(wanted))]
+    if right.shape[1:] == (32, 32, 3):
+        curves["the paper's Table 4, a bound"] = [(rate * right[0].size / 8, error) for rate, error in TABLE_4.values()]
     kinds = {"JPEG": "JPEG", "WebP": "WebP"} | ({"JPEG XL": "JXL"} if "JPEG XL" in others() else {})
     for name, kind in kinds.items():
         points = []
@@ -204,9 +240,16 @@ def timed(args: argparse.Namespace) -> dict[str, Any]:
             )  # type: ignore[misc]
             cases[f"decode {name}"] = lambda data=data: codec.decompress(model, data)  # type: ignore[misc]
     found = record.interleave(cases, args.repeats, args.seconds)
+    spent = {}
+    for name, case in cases.items():
+        parts = record.Parts()
+        with parts.timing(*PLACES), parts("the rest"):
+            case()
+        spent[name] = parts.seconds
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "seconds": found,
+        "spent": spent,
         "bits_per_dim_of_this_image": sizes,
         "peak_MiB": peak,
         "groups": {str(bits): len(tables.groups) for bits, tables in model.tables.items()},
@@ -244,16 +287,25 @@ def photos(args: argparse.Namespace) -> dict[str, Any]:
 def report(found: dict[str, Any], args: argparse.Namespace) -> str:
     text = []
     if s := found.get("single"):
-        over = s["file"] / s["bound"] - 1
+        limit, over = [], []
+        if "bound" in s:
+            limit = [
+                ["bound (exact draws, calibrated variance)", f"{s['bound']:.3f}"],
+                ["of it L_0", f"{s['L_0']:.3f}"],
+            ]
+            over = [["over the bound", f"{s['file'] / s['bound'] - 1:.1%}"]]
+        read = f"{s['read_back']} of {s['images']} read back exactly by another process with another number of threads"
+        if "elsewhere" in s:
+            count, releases = s["elsewhere"]
+            read += f"; {count} by another installation, {releases}"
         text += [
             f"## Lossless files of one image, {s['images']} images\n",
-            f"{s['read_back']} of {s['images']} read back exactly by another process with another number of threads.\n",
+            f"{read}.\n",
             record.table(
                 ["bits/dim", ""],
-                [["bound (exact draws, calibrated variance)", f"{s['bound']:.3f}"], ["of it L_0", f"{s['L_0']:.3f}"],
-                 ["**our file**", f"**{s['file']:.3f}** ± {s['standard_error']:.3f}"],
+                [*limit, ["**our file**", f"**{s['file']:.3f}** ± {s['standard_error']:.3f}"],
                  ["of it groups", f"{s['groups']:.3f}"], ["of it pixels", f"{s['pixels']:.3f}"],
-                 ["of it header and checksums", f"{s['container']:.3f}"], ["over the bound", f"{over:.1%}"],
+                 ["of it header and checksums", f"{s['container']:.3f}"], *over,
                  *[[name, f"{s[name]:.3f}"] for name in ("PNG", "WebP", "JPEG XL") if name in s]],
             ),
         ]  # fmt: skip
@@ -283,6 +335,9 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> str:
             rows.append([name, t["groups"][name.split()[-1]], *spent, f"{bits:.3f}"])
         header = ["", "groups", "encode, s", "decode, s", "bits/dim of this image"]
         text += ["\n## Seconds a picture\n", record.table(header, rows), f"\nPeak memory {t['peak_MiB']:.0f} MiB."]
+        parts = list(dict.fromkeys(part for seconds in t["spent"].values() for part in seconds))
+        rows = [[name, *(f"{seconds.get(part, 0):.2f}" for part in parts)] for name, seconds in t["spent"].items()]
+        text += ["\nWhere they go, in one more run of each:\n", record.table(["seconds", *parts], rows)]
     return "\n".join(text)
 
 
@@ -294,6 +349,8 @@ def main() -> None:
     parser.add_argument("--lossy-images", type=int, default=50)
     parser.add_argument("--archive-profile", choices=["portable", "local"], default="local")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--shape", metavar="HxWxC", help="of the images, where not the model's")
+    parser.add_argument("--python", metavar="PATH", help="another interpreter with ddpm, to read the files back")
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "cache" / "codec", help="(%(default)s)")
     parser.add_argument("--name", default="codec", help="of the record (%(default)s)")
     args = parser.parse_args()
