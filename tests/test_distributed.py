@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, assert_close, losses, metrics, steps, tensors, train
 
 from ddpm.run.cli import main
-from ddpm.run.distributed import Processes, pick_device, pick_precision, threads
+from ddpm.run.distributed import Processes, opened, pick_device, pick_precision, threads
 
 PROGRAM = """
 import json, os, sys, torch
@@ -193,6 +193,18 @@ def test_a_device_is_one_that_there_is() -> None:
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     assert pick_precision("auto", torch.device("mps")) == "float32"
     assert pick_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+def test_a_bf16_model_runs_in_float32_where_bf16_would_only_be_slow(monkeypatch):
+    """digits is of bf16: so by default, elsewhere float32, and what is asked for anyway; so with its codec."""
+    import ddpm
+
+    for fast, expected in ((True, "bf16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"amx_bf16": fast})
+        found = opened("digits", torch.device("cpu"))
+        assert found.preset.precision == expected
+        assert ddpm.load_codec("digits").denoiser.network.bf16 == (expected == "bf16")
+        assert opened("digits", torch.device("cpu"), precision="bf16").preset.precision == "bf16"
 
 
 def test_small_layers_have_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,18 +153,15 @@ def _preset(name: str) -> Preset:
 
 def _open(args: argparse.Namespace, device: "torch.device", run: Path | None = None) -> "Checkpoint":
     """The model of a run (None: of the command's) that --checkpoint, --weights, --precision and --variance mean."""
-    from ddpm.files.checkpoints import open_checkpoint, with_variance
-    from ddpm.run.distributed import pick_precision
+    from ddpm.files.checkpoints import with_variance
+    from ddpm.run.distributed import opened
 
     check("--weights", args.weights or "ema", Literal["ema", "raw"])
     check("--precision", args.precision, Precision)
     precision = None if args.precision == "auto" else args.precision
-    found = open_checkpoint(run or args.run, args.weights or "ema", args.checkpoint, precision)
+    found = opened(run or args.run, device, args.weights or "ema", args.checkpoint, precision)
     if args.weights and found.weights != args.weights:
         raise InputError(f"--weights {args.weights}: {found.path} holds the {found.weights} weights; want the run")
-    if precision is None and found.preset.precision == "bf16" and pick_precision("auto", device) != "bf16":
-        # where bf16 would only be slow
-        found = open_checkpoint(run or args.run, args.weights or "ema", args.checkpoint, "float32")
     if args.variance is not None:
         found = with_variance(found, args.variance)
     return replace(found, denoiser=found.denoiser.to(device))

@@ -19,6 +19,7 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, images
 from ddpm.files.checkpoints import Checkpoint, calibration_file, open_checkpoint, read_calibration
 from ddpm.presets import Precision
+from ddpm.run.distributed import opened
 from ddpm.unet import UNet
 
 BITS = (8, 12, 16)
@@ -54,7 +55,7 @@ def load_codec(
     >>> bool((codec.decompress(model, data) == grey).all())
     True
     """
-    found = open_checkpoint(path, which=which, precision=precision)
+    found = opened(path, torch.device(device), which=which, precision=precision)
     read_calibration(found)  # says what is wrong with the file, if anything
     try:
         codec = json.loads(calibration_file(found.path).read_text())["codec"]

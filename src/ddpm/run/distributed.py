@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ddpm.errors import InputError
+from ddpm.files.checkpoints import Checkpoint, Weights, open_checkpoint
 from ddpm.presets import Precision
 
 
@@ -84,6 +86,17 @@ def pick_precision(name: Precision, device: torch.device) -> Precision:
     if device.type == "cpu":
         return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
     return "float32"
+
+
+def opened(
+    path: str | Path, device: torch.device, weights: Weights = "ema", which: str = "last",
+    precision: Precision | None = None,
+) -> Checkpoint:  # fmt: skip
+    """`open_checkpoint` for a device: in float32 where bf16 would only be slow, unless `precision` is given."""
+    found = open_checkpoint(path, weights, which, precision)
+    if precision is None and found.preset.precision == "bf16" and pick_precision("auto", device) != "bf16":
+        return open_checkpoint(path, weights, which, "float32")
+    return found
 
 
 @contextmanager
