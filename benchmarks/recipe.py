@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "times-bound": {"times": "bound"},
     "bound-eps": {"times": "bound", "predict": "eps"},
     "bound-linear": {"times": "bound", "schedule": "linear"},
+    "bound-lr-double": {"times": "bound", "lr": lambda p: 2 * p.lr},
     "bound-patch-1": {"times": "bound", "patch": 1, "width": 32, "multipliers": (1, 2, 4)},
     "predict-eps": {"predict": "eps"},
     "predict-x0": {"predict": "x0"},
