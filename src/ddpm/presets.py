@@ -196,6 +196,11 @@ PRESETS: dict[str, Preset] = {
         schedule="cosine", predict="v", times="stratified", steps=20_000, batch_size=64, lr=2e-3, warmup=200,
         cooldown=0.5, ema=0.999, ema_warmup=True, save_every=1000, sample_every=1000,
     ),
+    "cifar10_likelihood": Preset(
+        data="uoft-cs/cifar10", width=32, multipliers=(1, 2, 4), blocks=1, attention=(8,), dropout=0.0,
+        schedule="cosine", predict="v", times="bound", steps=20_000, batch_size=64, lr=2e-3, warmup=200,
+        cooldown=0.5, ema=0.999, ema_warmup=True, save_every=1000, sample_every=1000,
+    ),
 }  # fmt: skip
 
 
