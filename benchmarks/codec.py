@@ -9,6 +9,7 @@ archive   all images in one file: the first ones and the others apart
 lossy     RMSE of every prefix of those files against bytes, beside the bound's own rate and distortion, the paper's
           Table 4, and JPEG, WebP and JPEG XL of the same bytes
 time      seconds an image by profile and K, interleaved, and where they go
+training  the bound of images that were trained on and of test images, from a few levels of each
 photos    256x256 of three photographs that scikit-learn and matplotlib bring, in tiles, local, the fastest K
 
 --shape 28x28x1 takes other images than those of the model's own shape; there is no bound of these.
@@ -40,10 +41,12 @@ from ddpm.codec import archive, picture, progressive, residual, reverse
 from ddpm.files import atomic, datasets, plots
 from ddpm.files.checkpoints import open_checkpoint, with_variance
 from ddpm.noise import per_image
+from ddpm.run import evaluate
 from ddpm.run.compress import load_codec
+from ddpm.run.distributed import Processes
 from ddpm.run.paper import TABLE_4
 
-PARTS = ["single", "archive", "lossy", "time", "photos"]
+PARTS = ["single", "archive", "lossy", "time", "training", "photos"]
 PLACES = [
     (progressive.Predictor, "__call__", "network"), (reverse, "choose", "choosing"), (reverse, "draw", "chosen rows"),
     (residual, "walk", "pixels"), (picture, "_written", "bytes"), (progressive, "get_group", "bytes"),
@@ -256,6 +259,17 @@ def timed(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def training(args: argparse.Namespace) -> dict[str, Any]:
+    """A model that knows its training images by heart would code them in fewer bits than others."""
+    found = with_variance(open_checkpoint(args.model), "calibrated")
+    c, h, w = found.preset.shape
+    alone = Processes(0, 1, torch.device("cpu"))
+    return {
+        split: evaluate.nll_sampled(found, datasets.load(args.data, (h, w), c, split=split), 20, alone, count)
+        for split, count in (("test", 500), ("train", 1000))
+    }
+
+
 def photographs() -> dict[str, np.ndarray[Any, Any]]:
     """The middle 256x256 of each, uint8."""
     from matplotlib import cbook
@@ -320,6 +334,15 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> str:
     if curve := found.get("lossy"):
         rows = [[name, f"{size:.0f}", f"{error:.1f}"] for name, c in curve["curves"].items() for size, error in c]
         text += [f"\n## RMSE against bytes, {curve['images']} images\n", record.table(["", "bytes", "RMSE"], rows)]
+    if t := found.get("training"):
+        test, train = t["test"], t["train"]
+        more = test["bits_per_dim"] - train["bits_per_dim"]
+        error = (test["standard_error"] ** 2 + train["standard_error"] ** 2) ** 0.5
+        text += [
+            "\n## Images that were trained on\n",
+            f"The bound of {train['count']} training images is {train['bits_per_dim']:.3f} bits/dim, of "
+            f"{test['count']} test images {test['bits_per_dim']:.3f}: {more:.3f} ± {error:.3f} more.",
+        ]
     if p := found.get("photos"):
         names = [name for name in ("ours", "PNG", "WebP", "JPEG XL") if name in next(iter(p.values()))]
         rows = [
@@ -355,7 +378,8 @@ def main() -> None:
     parser.add_argument("--name", default="codec", help="of the record (%(default)s)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    what = {"single": single, "archive": archived, "lossy": lossy, "time": timed, "photos": photos}
+    what = {"single": single, "archive": archived, "lossy": lossy, "time": timed}
+    what |= {"training": training, "photos": photos}
     with record.measuring(args):
         for part in args.parts:
             file = args.work / f"{part}.json"

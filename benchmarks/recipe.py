@@ -32,6 +32,7 @@ from ddpm.run.distributed import Processes
 from ddpm.run.generate import generate
 from ddpm.run.train import train
 
+PAPER = {"predict": "eps", "schedule": "linear", "times": "uniform", "cooldown": 0.0}
 # What each row changes; a function of the preset where the change is relative to it.
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -48,6 +49,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "schedule-linear": {"schedule": "linear"},
     "weighting-min_snr": {"weighting": "min_snr"},
     "weighting-p2": {"weighting": "p2"},
+    # the paper's recipe for the same network, by L_simple and by L (Table 2)
+    "paper": PAPER,
+    "paper-L": {**PAPER, "loss": "vlb"},
     # optimisation
     "lr-double": {"lr": lambda p: 2 * p.lr},
     "lr-half": {"lr": lambda p: p.lr / 2},
