@@ -364,6 +364,10 @@ def test_every_length_of_one_file_gives_a_picture_or_says_why_not(model):
     assert in_pixels[-1] == 0
     *_, last = codec.pictures(model, data, at=begin + 40)
     assert last.groups == groups[40]
+    header, _ = codec.read_header(data)
+    for at in range(begin + header.length - 2, len(data) + 2):  # the checksums behind the payload say nothing more
+        *_, last = codec.pictures(model, data, at=at)
+        assert last.exact == np.array_equal(last.image, image) == (at >= begin + header.length)
 
 
 def test_pictures_get_better_and_the_last_is_exact(model):
@@ -447,6 +451,19 @@ def test_walks_that_go_together_come_to_what_they_come_to_alone(model):
     assert calls == [(4, level) for level in tables.levels]
 
 
+def test_a_part_of_a_file_from_elsewhere_shows_no_wrong_pixels(model, drift):
+    """With the whole file the checksums of x tell; of a local file's first bytes only x0^ is taken."""
+    image = hwc(draws(1, seed=9))[0]
+    data = codec.compress(model, image, bits=6, local=True)
+    *_, last = codec.pictures(model, data[:-20])
+    assert last.pixels > 50
+    drift["size"] = 1e-2
+    *_, last = codec.pictures(replace(model, where=b"??"), data[:-20])
+    assert (last.groups, last.pixels) == (len(model.tables[6].groups), 0)
+    with pytest.raises(Damaged, match="another x than the writer's"):
+        codec.decompress(model, data, at=len(data) - 20)
+
+
 def test_swapped_payloads_swap_pictures(model):
     a, b = hwc(draws(2, seed=9))
     files = [codec.compress(model, image, bits=6, bits_per_dim=2.5) for image in (a, b)]
@@ -466,13 +483,41 @@ def test_every_flipped_bit_is_seen(model):
             codec.decompress(model, bytes(flipped))
 
 
-@given(st.binary(max_size=60), st.booleans())
-def test_no_bytes_crash_it(model, data, headed):
-    start = codec.compress(model, ADVERSARIAL["one pixel"], bits=6)[:9] if headed else b""
+HEADERS = st.builds(
+    codec.Header, st.integers(0, 40), st.integers(0, 40), st.integers(0, 3), st.sampled_from([5, 6, 10]), st.booleans(),
+    st.booleans(), st.booleans(), st.sampled_from([b"test", b"else"]), st.integers(0, 1 << 30), st.integers(0, 99),
+    st.integers(0, 300), st.just(b""),
+)  # fmt: skip
+
+
+@given(st.none() | HEADERS, st.binary(max_size=300), st.booleans())
+@settings(max_examples=200)
+def test_no_bytes_crash_it(model, header, data, whole):
+    """Nothing, any header with any payload cut or whole with a right checksum: a picture of its size, or one line."""
+    if header is not None:
+        if header.local:
+            header = replace(header, where=model.where)
+        if whole:
+            header = replace(header, length=len(data))
+            data = data + bytes(header.trailer - 4)
+        data = header.to_bytes() + data
+        if whole:
+            data += picture.zlib.crc32(data).to_bytes(4, "big")
     try:
-        codec.decompress(model, start + data)
+        found = codec.decompress(model, data)
     except InputError:
-        pass
+        return
+    assert header is not None
+    assert found.shape == (header.height, header.width, header.channels)
+
+
+def test_sizes_that_ask_for_too_much_are_refused_before_anything_is_made(model):
+    """Within the number of pixels, but nearly all of the tiles lies outside."""
+    header = codec.Header(1, 1 << 24, 3, 6, False, False, False, b"test", 0, 3, 9)
+    with pytest.raises(InputError, match=r"1x16777216: 2,097,152 tiles of 402,653,184 values"):
+        codec.decompress(model, header.to_bytes())
+    with pytest.raises(InputError, match="want 1 to 16,777,216 pixels"):
+        codec.decompress(model, replace(header, width=2).to_bytes())
 
 
 def test_files_of_others_are_refused(model):
@@ -557,6 +602,9 @@ def test_what_a_file_spends_is_the_file(model):
     assert sum(row.bits for row in rows) == pytest.approx(8 * header.length)
     assert [row.t for row in rows] == list(model.tables[6].levels)
     assert rows[0].rmse > rows[-1].rmse
+    for cut in (data[:-1], data[:40]):
+        with pytest.raises(Damaged, match="cut short"):
+            list(picture.spent(model, cut))
 
 
 # -- archives ----------------------------------------------------------------------------------------------------------
@@ -626,6 +674,32 @@ def test_archive_with_wrong_bytes_is_refused(model, archived):
     for wrong in (data[:-1], data + b"x", data[:20], b""):
         with pytest.raises(InputError):
             list(archive.decompress(model, wrong))
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "", "{}", "[]", "[[], []]", "[[[]], []]", "[[{}], []]", "[[[1, 8]], []]", "[[[2, 8, 8, 3]], 5]",
+        "[[[2, 0, 8, 3]], []]", "[[[2, -8, -8, 3]], []]", "[[[2, 8, 8, 2]], []]", "[[[2, 8, 8, 3, 1]], []]",
+        "[[[1000000000000, 8, 8, 3]], []]", "[[[1, 8, 8, 3]], []]", "[[[true, 8, 8, 3], [1, 8, 8, 3]], []]",
+        "[[[2, 100000, 100000, 3]], []]", '[[[2, 8, 8, 3]], ["a"]]', '[[[2, 8, 8, 3]], ["a", 7]]',
+        "[[[2, 8.0, 8, 3]], []]", '[["2883"], []]',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stack", [bytes(4), bytes(range(64)), b""])
+def test_archive_of_somebody_who_knows_the_format_is_refused(model, about, stack):
+    """All lengths and checksums are right, but the sizes and names are not, or there is nothing on the stack."""
+    text = picture.zlib.compress(about.encode())
+    contents = archive.Contents(False, 6, b"test", 2, 1, len(text), 100, len(stack), b"")
+    data = contents.to_bytes() + text + stack + bytes(4)
+    with pytest.raises(Damaged):
+        list(archive.decompress(model, data + picture.zlib.crc32(data).to_bytes(4, "big")))
+
+
+def test_archive_checks_every_picture_first(model):
+    images = hwc(draws(3, seed=17))
+    with pytest.raises(InputError, match=r"float64 \[8, 8, 3\]: want uint8"):
+        archive.compress(model, [*images, images[0] / 255], bits=6)
 
 
 def test_archive_sees_drift(model, archived, drift):

@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from exact import one_thread  # noqa: F401
 from torch import nn
 
+from ddpm import kernels
 from ddpm.errors import InputError
 from ddpm.presets import PRESETS, build
 from ddpm.unet import ResidualBlock, UNet, groups_of, time_embedding
@@ -385,3 +386,17 @@ def test_float64_input_is_taken_to_the_weights():
     x, timestep = inputs(1, 3, 8, 8)
     assert torch.equal(net(x.double(), timestep), net(x, timestep))
     assert net.double()(x, timestep).dtype == torch.float64
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_one_timestep_stands_for_all(bf16):
+    """And a batch of 64 is then to the bit what each image is alone, where our kernels run: the codec needs that."""
+    net = randomised(small(width=128, attention=(1,), bf16=bf16)).eval()
+    x = inputs(64, 3, 8, 8)[0]
+    t = torch.tensor([300])
+    with torch.no_grad():
+        whole = net(x, t)
+        torch.testing.assert_close(whole, net(x, t.expand(64)), rtol=0, atol=0.05 if bf16 else 1e-4)
+        if bf16 and kernels.ready():
+            for i in (0, 17, 63):
+                assert torch.equal(net(x[i : i + 1], t)[0], whole[i])

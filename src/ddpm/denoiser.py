@@ -171,7 +171,7 @@ class Denoiser:
                 return over(at(table, t).log(), xt)
 
     def __call__(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Estimate:
-        """The estimate at x_t [B, C, H, W], t int64 [B] in 1..T; y int64 [B] class labels, if the network has them."""
+        """The estimate at x_t [B, C, H, W], t int64 [B] in 1..T, or [1] for all; y int64 [B] labels, if it has them."""
         prediction, raw_variance = self.output(xt, t, y)
         abar = at(self.schedule.alpha_bar, t)
         signal, sigma = over(abar.sqrt(), xt), over((1 - abar).sqrt(), xt)

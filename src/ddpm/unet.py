@@ -62,7 +62,7 @@ def convolve(
     layer: nn.Conv2d, x: Tensor, norm: nn.GroupNorm | None = None, swish: bool = False, dropout: float = 0.0,
     add: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """layer(dropout(swish(norm(x)))) + add + residual: x [B, c_in, H, W], add [B, c_out], the rest [B, c_out, H, W]."""
+    """layer(dropout(swish(norm(x)))) + add + residual, [B, c_out, H, W]; x [B, c_in, H, W], add [B or 1, c_out]."""
     if kernels.usable(x, layer):
         return kernels.convolution(x, layer, norm, swish, dropout, add, residual)
     if norm is not None:
@@ -182,7 +182,7 @@ class Patches(nn.Module):
 
 
 class UNet(nn.Module):
-    """(x [B, C, H, W], timestep int64 [B], y int64 [B] or None) -> [B, out_channels, H, W].
+    """(x [B, C, H, W], timestep int64 [B], or [1] for all, y int64 [B] or None) -> [B, out_channels, H, W].
 
     y is each image's class, 0 .. classes - 1, or -1 for none; None is none for all.
 

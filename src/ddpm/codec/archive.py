@@ -302,6 +302,8 @@ def compress(
         raise InputError("archive: the model has no tables for one; calibrate it again")
     if not images or len(names) not in (0, len(images)):
         raise InputError(f"archive: {len(images)} pictures with {len(names)} names; want at least one, and a name each")
+    for image in images:
+        picture.checked(model, image)
     files: list[bytes] = []
     coder = _coder(model, local, check=True)
     while len(files) < len(images):
@@ -332,6 +334,22 @@ def _sizes(images: Sequence[Image]) -> list[list[int]]:
         else:
             runs.append([1, *image.shape])
     return runs
+
+
+def _sizes_and_names(found: Any, pictures: int) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Shapes and names out of the JSON of an archive. ValueError or TypeError for what no archive has."""
+    runs, names = found
+    shapes: list[tuple[int, ...]] = []
+    for count, *shape in runs:
+        height, width, channels = shape
+        whole = all(type(n) is int and n >= 1 for n in (count, *shape))
+        good = whole and channels in (1, 3) and height * width <= picture.MOST_PIXELS
+        if not good or len(shapes) + count > pictures:
+            raise ValueError
+        shapes += [tuple(shape)] * count
+    if len(shapes) != pictures or len(names) not in (0, pictures) or not all(type(name) is str for name in names):
+        raise ValueError
+    return shapes, names
 
 
 def _sum(images: Sequence[Image]) -> int:
@@ -415,11 +433,10 @@ def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
         raise InputError("archive: the model has no tables for one; calibrate it again")
     try:
         text = zlib.decompressobj().decompress(data[begin : begin + contents.about], 1 << 26)
-        runs, names = json.loads(text)
-        shapes = [tuple(run[1:]) for run in runs for _ in range(run[0])]
+        shapes, names = _sizes_and_names(json.loads(text), contents.pictures)
+        stack = Stack(data[begin + contents.about : -8], sealed=True)
     except (zlib.error, ValueError, TypeError) as error:
-        raise Damaged("sizes and names: damaged; want the file as it was written") from error
-    stack = Stack(data[begin + contents.about : -8], sealed=True)
+        raise Damaged("sizes, names or stack: damaged; want the file as it was written") from error
     coder = _coder(model, contents.local, check=False)
     images: list[Image] = []
     try:

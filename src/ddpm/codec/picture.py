@@ -35,8 +35,9 @@ from ddpm.errors import InputError
 MAGIC, VERSION = b"DPC", 1
 MOST_PIXELS = 1 << 24
 """Larger pictures are refused, both ways: a damaged header cannot ask for any amount of memory."""
+_MOST_VALUES = 1 << 26  # of all tiles, with what of them lies outside
 _TRIES = 64  # seeds before an image is given up
-_TOGETHER = 16  # images whose network calls are one
+_TOGETHER = 16  # tiles, after which no more pictures share network calls
 Image = NDArray[np.uint8]
 
 
@@ -177,8 +178,12 @@ def _grid(header: Header, model: Model) -> tuple[int, int, int, int, int]:
     c, h, w = model.shape
     if header.whole:
         f = model.factor
-        return c, -(-header.height // f) * f, -(-header.width // f) * f, 1, 1
-    return c, h, w, -(-header.height // h), -(-header.width // w)
+        h, w = -(-header.height // f) * f, -(-header.width // f) * f
+    down, across = -(-header.height // h), -(-header.width // w)
+    if (values := down * h * across * w * max(c, header.channels)) > _MOST_VALUES:
+        size = f"{header.width}x{header.height}: {down * across:,} tiles of {values:,} values in all"
+        raise InputError(f"picture {size}; want at most {_MOST_VALUES:,}")
+    return c, h, w, down, across
 
 
 def cut(image: Image, header: Header, model: Model) -> Tiles:
@@ -248,28 +253,27 @@ def compress(
 
 
 def compress_each(model: Model, images: Sequence[Image], **settings: Any) -> Iterator[bytes]:
-    """What `compress` makes of each, to the bit: in the local profile 16 share the network's calls, where they may."""
+    """What `compress` makes of each, to the bit; in the local profile some share network calls, where they may."""
     if not (settings.get("local") and model.batches):
         yield from (compress(model, image, **settings) for image in images)
         return
     given = {"bits_per_dim": None, "psnr": None, "bits": None, "whole": False, "seed": 0, **settings}
-    for start in range(0, len(images), _TOGETHER):
-        some = images[start : start + _TOGETHER]
-        headers = [_header(model, image, **given) for image in some]
-        limits = given["bits_per_dim"], given["psnr"]
-        walks = [_walk(model, image, header, *limits) for image, header in zip(some, headers, strict=True)]
-        yield from progressive.answer(model.predictor(True), walks)
+    walks: list[progressive.Walk[bytes]] = []
+    tiles = 0
+    for i, image in enumerate(images):
+        header = _header(model, image, **given)
+        walks.append(_walk(model, image, header, given["bits_per_dim"], given["psnr"]))
+        _, _, _, down, across = _grid(header, model)
+        tiles += down * across
+        if tiles >= _TOGETHER or i == len(images) - 1:
+            yield from progressive.answer(model.predictor(True), walks)
+            walks, tiles = [], 0
 
 
 def _header(
     model: Model, image: Image, bits_per_dim: float | None, psnr: float | None, bits: int | None, local: bool,
     whole: bool, seed: int,
 ) -> Header:  # fmt: skip
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
-        raise InputError(f"image {image.dtype} {list(image.shape)}: want uint8 [H, W, C], C of 1 or 3")
-    height, width, channels = image.shape
-    if not 1 <= height * width <= MOST_PIXELS:
-        raise InputError(f"image {width}x{height}: want 1 to {MOST_PIXELS:,} pixels")
     if bits_per_dim is not None and psnr is not None:
         raise InputError("bits_per_dim, psnr: want one of the two")
     for name, value in (("bits_per_dim", bits_per_dim), ("psnr", psnr)):
@@ -282,7 +286,18 @@ def _header(
         raise InputError(f"bits {bits}: the model is calibrated for {', '.join(map(str, sorted(model.tables)))}")
     lossless = bits_per_dim is None and psnr is None
     where = model.where if local else b""
+    height, width, channels = checked(model, image)
     return Header(width, height, channels, chosen, lossless, local, whole, model.identity, seed, 0, 0, where)
+
+
+def checked(model: Model, image: Image) -> tuple[int, int, int]:
+    """Height, width and channels of a picture that the codec takes; InputError for another."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+        raise InputError(f"image {image.dtype} {list(image.shape)}: want uint8 [H, W, C], C of 1 or 3")
+    height, width, channels = image.shape
+    if not 1 <= height * width <= MOST_PIXELS:
+        raise InputError(f"image {width}x{height}: want 1 to {MOST_PIXELS:,} pixels")
+    return height, width, channels
 
 
 def _walk(
@@ -307,7 +322,8 @@ def _walk(
         return price.bits / 8 <= most
 
     x0 = yield from progressive.walk(tables, state, step)
-    if len(sent) == len(tables.groups) and (psnr is None or _psnr(_shown(x0, header, model), image) < psnr):
+    fits = price.bits / 8 <= most  # and x0^ is of the last group
+    if fits and len(sent) == len(tables.groups) and (psnr is None or _psnr(_shown(x0, header, model), image) < psnr):
         data = _written(replace(header, lossless=True), tables, sent, tiles, x0, state.sums, image)
         if len(data) <= most:
             return data
@@ -382,7 +398,8 @@ def decompress(model: Model, data: bytes, at: int | None = None) -> Image:
 
     Raises Damaged for a file of another model, with flipped bits or with more bytes than it should have, and where
     this machine's network differs too much from the writer's: a wrong picture is never taken for a lossless one. A
-    file that ends early gives what its whole groups show, and those pixels that are there.
+    file that ends early gives what its whole groups show, and those pixels that are there: without the checksums of its
+    end, which nobody has, it is taken on trust that this machine's network agrees.
     """
     *_, last = pictures(model, data, at)
     return last.image
@@ -405,19 +422,23 @@ def pictures(model: Model, data: bytes, at: int | None = None) -> Iterator[Pictu
         raise Damaged(f"header: {header.groups} groups; the model has {len(tables.groups)}")
     if at is not None and at < begin:
         raise InputError(f"at {at}: want at least the header, {begin} bytes")
-    complete = len(data) == expected and (at is None or at >= begin + header.length)
-    yield from _pictures(model, header, tables, data[begin:at] if at is not None else data[begin:], complete)
+    end = begin + header.length
+    complete = len(data) == expected and (at is None or at >= end)
+    payload = data[begin : end if at is None else min(at, end)]
+    yield from _pictures(model, header, tables, payload, data[end:] if len(data) == expected else b"", complete)
 
 
-def _pictures(model: Model, header: Header, tables: Tables, rest: bytes, complete: bool) -> Iterator[Picture]:
+def _pictures(
+    model: Model, header: Header, tables: Tables, payload: bytes, trailer: bytes, complete: bool
+) -> Iterator[Picture]:
+    """Of a payload, or of its first bytes; `trailer` is empty where the file itself is cut."""
     tiles = _real(header, model)
-    payload, trailer = rest[: header.length], rest[header.length :]
     decoder = Decoder(payload) if complete else Certain(payload)
     sent: list[Symbols] = []
     with suppress(Ends):
         sent.extend(_groups(decoder, header, tables, tiles.real))
     state = progressive.start(tables, tiles.pixels.shape, header.seed)
-    checks = dict(zip(_checked(header.groups), trailer, strict=False)) if complete and header.lossless else {}
+    checks = dict(zip(_checked(header.groups), trailer, strict=False)) if header.lossless else {}
     elsewhere = f"; it was written in the {'local' if header.local else 'portable'} profile"
 
     def step(number: int, group: Group, x0: Array) -> bool:
@@ -439,6 +460,8 @@ def _pictures(model: Model, header: Header, tables: Tables, rest: bytes, complet
     if not header.lossless or len(sent) < header.groups:
         return
     if isinstance(decoder, Certain):
+        if header.local and header.where != model.where and not trailer:
+            return  # another x0^, other pixels
         some, count = progressive.get_some_pixels(decoder, tables, x0, state.scales, tiles.said)
         if count:
             yield Picture(len(sent), count, join(some, header, model), False, False)
@@ -472,6 +495,8 @@ def spent(model: Model, data: bytes) -> Iterator[Spent]:
     header, begin = read_header(data)
     tables = model.tables[header.bits]
     seen = list(pictures(model, data))
+    if not seen[-1].whole:
+        raise Damaged(f"{len(data)} bytes: cut short; want the whole file")
     real = _real(header, model).real
     price, before, taken = Encoder(), [0] * len(real), 0.0
     sent = _groups(Decoder(data[begin : begin + header.length]), header, tables, real)

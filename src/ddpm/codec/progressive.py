@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddpm import kernels, pixels
 from ddpm.codec import residual, reverse, shared
-from ddpm.codec.entropy import Certain, Damaged, Encoder, Ends, Source
+from ddpm.codec.entropy import Certain, Damaged, Decoder, Encoder, Ends, Source
 from ddpm.codec.plan import PAD, SCALES, Group, Tables
 from ddpm.denoiser import Denoiser
 
@@ -62,7 +62,7 @@ class Predictor:
 
     def _estimate(self, x: Tensor, level: int) -> Tensor:
         x = x if self.careful else x.float()
-        t = torch.full((len(x),), level)
+        t = torch.tensor([level])  # one time embedding: its matrix products may differ in another batch
         device = self.denoiser.schedule.alpha_bar.device
         return self.denoiser(x.to(device), t.to(device)).x0.double().cpu()
 
@@ -217,7 +217,7 @@ def put_pixels(
 
 
 def get_pixels(
-    decoder: Source, tables: Tables, x0: Array, before: Sequence[int], said: NDArray[np.bool_]
+    decoder: Decoder, tables: Tables, x0: Array, before: Sequence[int], said: NDArray[np.bool_]
 ) -> NDArray[np.uint8]:
     scales = [get_scale(decoder, tables, last) for last in before]
     return pixel_walk(tables, x0, scales, said, lambda frequency, at: decoder.get_each(frequency))

@@ -19,6 +19,7 @@ Frequencies = Callable[[Array, Array], NDArray[np.int64]]
 """(mean [m], sigma [m]) -> frequencies of the 256 grey levels [m, 256]."""
 Symbols = Callable[[NDArray[np.int64], Any], NDArray[np.integer]]
 """Frequencies [m, 256] of the pixels at an index, to those pixels [m]: puts them, or gets them."""
+_AT_ONCE = 1 << 14  # pixels whose frequencies are held
 _ABOVE = ((0, -1), (-1, 0), (-1, -1), (-1, 1))
 """The neighbours that are known, down and right: left, above, and both diagonals above."""
 
@@ -87,9 +88,9 @@ def walk(
     From left and top, x + 2 y at a time: so of all that a pixel is predicted from, both sides have it.
     """
     centre = pixels.bins(torch.zeros((), dtype=torch.float64))[0].numpy()
-    n, channels, height, width = x0.shape
+    _, channels, height, width = x0.shape
     image = np.zeros(x0.shape, np.uint8)
-    errors = np.zeros((n, channels, height + 2, width + 2))
+    errors = np.zeros((len(x0), channels, height + 2, width + 2))
     for wave in range(width + 2 * height - 2):
         y = np.arange(max(0, -(-(wave - width + 1) // 2)), min(height, wave // 2 + 1))
         x = wave - 2 * y
@@ -98,9 +99,11 @@ def walk(
             if not there.any():
                 continue
             tile, place = np.nonzero(there)
-            at = (tile, channel, y[place], x[place])
-            predicted = _predicted(weights[channel], _known(errors, channel, y, x))
-            found = symbols(frequencies(x0[at] + predicted[there], sigma[tile]), at)
-            image[at] = found
-            errors[tile, channel, y[place] + 1, x[place] + 1] = centre[found] - x0[at]
+            predicted = _predicted(weights[channel], _known(errors, channel, y, x))[there]
+            for some in range(0, len(tile), _AT_ONCE):
+                n, p, mean = (a[some : some + _AT_ONCE] for a in (tile, place, predicted))
+                at = (n, channel, y[p], x[p])
+                found = symbols(frequencies(x0[at] + mean, sigma[n]), at)
+                image[at] = found
+                errors[n, channel, y[p] + 1, x[p] + 1] = centre[found] - x0[at]
     return image

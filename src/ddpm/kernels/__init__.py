@@ -233,9 +233,9 @@ def convolution(
 ) -> Tensor:
     """layer(dropout(swish(norm(x)))) + add + residual, as `unet.convolve`, bfloat16; where it is `usable`.
 
-    x [B, I, H, W], add [B, O], residual and result [B, O, H, W]; norm, add and residual want channels in multiples of
-    32, swish a norm, and dropout both. What each image comes to depends on nothing else, to the bit: not on the batch
-    or the number of threads.
+    x [B, I, H, W], add [B or 1, O], residual and result [B, O, H, W]; norm, add and residual want channels in
+    multiples of 32, swish a norm, and dropout both. What each image comes to depends on nothing else, to the bit: not
+    on the batch or the number of threads.
     """
     channels = ([] if norm is None else [x.shape[1]]) + (
         [] if add is None and residual is None else [len(layer.weight)]
@@ -243,6 +243,8 @@ def convolution(
     assert all(count % PLANE == 0 for count in channels)
     assert norm is not None or not swish
     assert swish or not dropout
+    if add is not None:
+        add = add.expand(len(x), -1)
     gamma, beta, groups, eps = None, None, 1, 0.0
     if norm is not None:
         gamma, beta, groups, eps = norm.weight, norm.bias, norm.num_groups, norm.eps

@@ -376,7 +376,8 @@ def _evaluate(args: argparse.Namespace) -> int:
                 atomic.write_json(out / f"{name}.json", {**about, **values})
             done[name] = values
 
-        about = {**found.about(), "seed": args.seed}
+        clipped = {} if args.clip is None else {"clip": args.clip}
+        about = {**found.about(), **clipped, "seed": args.seed}
         if "nll" in args.metrics and args.levels is None:
             values = evaluate.nll(
                 found, load(args.split), out, cache, ranks, args.n, args.draws, args.seed, args.batch_size, shown
@@ -696,7 +697,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if groups:
         print("levels       chunks    bits  RMSE before, grey levels")
     for g in groups:
-        print(f"{g.t:>4} -> {g.s:<4} {g.chunks:>6}  {g.bits:>6.1f}  {g.rmse:.2f}")
+        print(f"{g['t']:>4} -> {g['s']:<4} {g['chunks']:>6}  {g['bits']:>6.1f}  {g['rmse']:.2f}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ def load_codec(
 ) -> Model:
     """The codec of a calibrated model, by what `ddpm.load` takes: for `ddpm.codec.compress` and `decompress`.
 
-    precision is the network's in the local profile (None: the run's own). Raises InputError where there is no model or
-    its codec's tables are not there; `ddpm calibrate` makes them.
+    precision is the network's in the local profile (None: the run's own, but float32 where bf16 would only be slow).
+    mps has no float64: there it runs on the CPU. Raises InputError where there is no model or its codec's tables are
+    not there; `ddpm calibrate` makes them.
 
     >>> import numpy as np
     >>> from ddpm import codec
@@ -55,7 +57,8 @@ def load_codec(
     >>> bool((codec.decompress(model, data) == grey).all())
     True
     """
-    found = opened(path, torch.device(device), which=which, precision=precision)
+    device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+    found = opened(path, device, which=which, precision=precision)
     read_calibration(found)  # says what is wrong with the file, if anything
     try:
         codec = json.loads(calibration_file(found.path).read_text())["codec"]
@@ -135,14 +138,18 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None) -> di
     data = read(path)
     if not model_agrees(model, data):
         warn = f"{path}: written in the local profile on another machine, device or release; it may not decode here"
-        tqdm.write(f"warning: {warn}")
+        tqdm.write(f"warning: {warn}", file=sys.stderr)
     if data[:3] == archive.MAGIC:
         if at is not None:
             raise InputError(f"--at {at}: {path} is an archive, which cannot be read in part")
         made = list(archive.decompress(model, data))
-        width = len(str(len(made)))
+        taken: set[str] = set()
         for number, (name, image) in enumerate(made):
-            images.save(out / f"{_safe(name) or f'{number:0{width}d}'}.png", image)
+            safe = _safe(name)
+            if not safe or safe.casefold() in taken:  # as two names may look on some file system
+                safe = f"{safe}{number:0{len(str(len(made)))}d}"
+            taken.add(safe.casefold())
+            images.save(out / f"{safe}.png", image)
         return {"out": str(out), "images": len(made), "exact": True}
     *_, last = picture.pictures(model, data, at)
     images.save(out, last.image)
@@ -186,5 +193,5 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
         "header_bytes": size, "payload_bytes": header.length, "checksum_bytes": header.trailer,
     }  # fmt: skip
     if model is not None:
-        about["by_group"] = list(picture.spent(model, data))
+        about["by_group"] = [row._asdict() for row in picture.spent(model, data)]
     return about

@@ -227,11 +227,13 @@ def _kind(model: Checkpoint) -> set[torch.dtype]:
 
 def _figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The figures of one file of evaluate/, each with what it is of."""
+    names = ("classes", "guidance", "guidance_interval", "clip")
+    asked = "".join(f", {name.replace('_', ' ')} {values[name]}" for name in names if name in values)
     if "bits_per_dim" in values:
         how = "ODE" if "bits_per_dim_decoder" in values else "bound (Eq. 5)"
         levels = f", {values['levels']} levels an image" if "levels" in values else ""
         error = values["standard_error"]
-        of = f"{values['count']:,} images, {values['data']}, {values['split']}"
+        of = f"{values['count']:,} images, {values['data']}, {values['split']}{asked}"
         figure = f"{values['bits_per_dim']:.4f}" + (f" ± {error:.4f}" if error else "")
         yield f"bits/dim, {how}{levels}, {values['variance']}", f"{figure} ({of})"
         for variance, bits in values.get("by_variance", {}).items():
@@ -239,9 +241,9 @@ def _figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield f"bits/dim, {how}, {variance}", f"{bits:.4f} ({of})"
     if "samples" in values:
         how = f"{values['sampler']}, {values['steps']} steps, " if "sampler" in values else ""
-        of = f"{values['samples']:,} samples, {how}features {values['features']}"
-        names = ("fid", "frechet_distance", "inception_score", "kid", "precision", "recall")
-        yield from ((name, f"{values[name]:.4g} ({of})") for name in names if name in values)
+        of = f"{values['samples']:,} samples, {how}features {values['features']}{asked}"
+        scores = ("fid", "frechet_distance", "inception_score", "kid", "precision", "recall")
+        yield from ((name, f"{values[name]:.4g} ({of})") for name in scores if name in values)
 
 
 def _logged(found: Checkpoint, key: str) -> tuple[int, float] | None:
