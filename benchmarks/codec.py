@@ -108,7 +108,7 @@ def files(args: argparse.Namespace) -> list[bytes]:
     for i, image in enumerate(images.permute(0, 2, 3, 1).contiguous().numpy()):
         file = folder / f"{i:04d}.ddpm"
         if not file.exists():
-            atomic.write(file, codec.compress(model, image))
+            atomic.write(file, codec.compress(model, image, bits=args.bits))
         made.append(file.read_bytes())
     return made
 
@@ -154,6 +154,7 @@ def single(args: argparse.Namespace) -> dict[str, Any]:
     made = files(args)
     found: dict[str, Any] = {"images": len(images), "read_back": read_back(args)[0], **bound(args)}
     found.pop("curve", None)
+    found["bits"] = codec.read_header(made[0])[0].bits
     if args.python:
         found["elsewhere"] = read_back(args, args.python)
     sizes = np.array([len(data) for data in made])
@@ -313,7 +314,7 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> str:
             count, releases = s["elsewhere"]
             read += f"; {count} by another installation, {releases}"
         text += [
-            f"## Lossless files of one image, {s['images']} images\n",
+            f"## Lossless files of one image, {s['images']} images, K = {s['bits']}\n",
             f"{read}.\n",
             record.table(
                 ["bits/dim", ""],
@@ -372,6 +373,7 @@ def main() -> None:
     parser.add_argument("--lossy-images", type=int, default=50)
     parser.add_argument("--archive-profile", choices=["portable", "local"], default="local")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--bits", type=int, help="K of the single files (the most)")
     parser.add_argument("--shape", metavar="HxWxC", help="of the images, where not the model's")
     parser.add_argument("--python", metavar="PATH", help="another interpreter with ddpm, to read the files back")
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "cache" / "codec", help="(%(default)s)")
