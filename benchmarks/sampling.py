@@ -18,9 +18,9 @@ import peers
 import record
 import torch
 
-import ddpm.files.checkpoints
 import ddpm.files.images
 import ddpm.noise
+import ddpm.run.distributed
 import ddpm.run.generate
 from ddpm import pixels
 from ddpm.denoiser import Denoiser
@@ -39,7 +39,7 @@ PLACES = [
     (Denoiser, "__call__", "denoiser (from the network's output to mean and variance)"),
     (pixels, "to_pixels", "conversion to uint8"),
     (ddpm.files.images, "save_many", "saving"),
-    (ddpm.files.checkpoints, "open_checkpoint", "loading the checkpoint"),
+    (ddpm.run.distributed, "opened", "loading the checkpoint"),
     (ddpm.run.generate, "generate", "sampler"),
 ]
 

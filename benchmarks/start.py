@@ -33,8 +33,8 @@ def child(command: list[str]) -> None:
     start = time.perf_counter()
     import record
 
-    import ddpm.files.checkpoints
     import ddpm.noise
+    import ddpm.run.distributed
     import ddpm.run.generate
     import ddpm.run.train as training
     from ddpm.files import datasets, images
@@ -46,7 +46,7 @@ def child(command: list[str]) -> None:
         (datasets, "load_pair", "data"),
         (torch.optim.Adam, "__init__", "making Adam, which imports torch._dynamo"),
         (training, "build", "network"),
-        (ddpm.files.checkpoints, "open_checkpoint", "network and weights"),
+        (ddpm.run.distributed, "opened", "network and weights"),
         (ddpm.run.generate, "generate", "sampling"),
         (images, "save_many", "saving"),
     ]

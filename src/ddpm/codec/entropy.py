@@ -159,7 +159,7 @@ class Certain:
     >>> for symbol in (3, 0, 2, 2, 1, 3, 0, 1):
     ...     encoder.put(symbol, flat)
     >>> Certain(encoder.finish()[:1]).get_each(np.stack([flat] * 8)).tolist()
-    [3, 0, 2, 2]
+    [3, 0, 2]
     """
 
     def __init__(self, data: bytes) -> None:
