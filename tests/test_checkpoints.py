@@ -295,3 +295,10 @@ def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as opened:
         found: dict[str, str] = opened.metadata()
     return found
+
+
+def test_weights_may_be_read_by_whom_other_files_may(trained: Path, tmp_path: Path) -> None:
+    """safetensors makes files for their owner only; those of ours are as any file that the user makes."""
+    (tmp_path / "any").touch()
+    checkpoints.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode

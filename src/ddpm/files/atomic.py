@@ -25,7 +25,10 @@ def whole(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # as the user's files are; some libraries make theirs for the owner only
         yield part
+        part.chmod(mode)
         sync(part)
         part.replace(path)
     finally:
