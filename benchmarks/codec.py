@@ -6,6 +6,7 @@ single    lossless files of one image each, portable: bits/dim by file size, by 
           images from exact draws (variance calibrated); every file is read back by another process, with other threads,
           and by another --python, where there is one with the package and other releases around it
 archive   all images in one file: the first ones and the others apart
+others    the same images by PNG, WebP and JPEG XL, a file each
 lossy     RMSE of every prefix of those files against bytes, beside the bound's own rate and distortion, the paper's
           Table 4, and JPEG, WebP and JPEG XL of the same bytes
 time      seconds an image by profile and K, interleaved, and where they go
@@ -46,7 +47,7 @@ from ddpm.run.compress import load_codec
 from ddpm.run.distributed import Processes
 from ddpm.run.paper import TABLE_4
 
-PARTS = ["single", "archive", "lossy", "time", "training", "photos"]
+PARTS = ["single", "archive", "others", "lossy", "time", "training", "photos"]
 ALL, STRIDE = 32, 16
 """Levels of the bound that all images have a draw of, and one in how many of the others."""
 PLACES = [
@@ -165,6 +166,15 @@ def others() -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
+def other_formats(args: argparse.Namespace) -> dict[str, Any]:
+    _, images = loaded(args)
+    found: dict[str, Any] = {"images": len(images)}
+    for name, (kind, options) in others().items():
+        plain = [len(encoded(x, kind, **options)) for x in images.permute(0, 2, 3, 1).contiguous().numpy()]
+        found[name] = bits_per_dim(np.mean(plain), images)
+    return found
+
+
 def single(args: argparse.Namespace) -> dict[str, Any]:
     model, images = loaded(args)
     made = files(args)
@@ -181,10 +191,7 @@ def single(args: argparse.Namespace) -> dict[str, Any]:
     found["pixels"] = np.mean([rows[-1].bits for rows in stages]) / images[0].numel()
     found["groups"] = np.mean([sum(r.bits for r in rows[:-1]) for rows in stages]) / images[0].numel()
     found["restarts"] = sum(h.seed for h, _ in headers)
-    for name, (kind, options) in others().items():
-        plain = [len(encoded(x, kind, **options)) for x in images.permute(0, 2, 3, 1).contiguous().numpy()]
-        found[name] = bits_per_dim(np.mean(plain), images)
-    return found
+    return found | {name: value for name, value in other_formats(args).items() if name != "images"}
 
 
 def archived(args: argparse.Namespace) -> dict[str, Any]:
@@ -351,6 +358,9 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> str:
             f"{a['others']:.3f}, {over:.1%} over the bound of {a['bound']:.3f}. {a['encode_seconds']:.2f} s an image "
             f"to write, {a['decode_seconds']:.2f} s to read.",
         ]
+    if o := found.get("others"):
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in o.items() if name != "images")
+        text += [f"\nThe first {o['images']} images by others, bits/dim, a file each: {figures}."]
     if curve := found.get("lossy"):
         rows = [[name, f"{size:.0f}", f"{error:.1f}"] for name, c in curve["curves"].items() for size, error in c]
         text += [f"\n## RMSE against bytes, {curve['images']} images\n", record.table(["", "bytes", "RMSE"], rows)]
@@ -402,7 +412,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     what = {"single": single, "archive": archived, "lossy": lossy, "time": timed}
-    what |= {"training": training, "photos": photos}
+    what |= {"training": training, "photos": photos, "others": other_formats}
     with record.measuring(args):
         for part in args.parts:
             file = args.work / f"{part}.json"
