@@ -78,6 +78,10 @@ def test_names_that_would_be_one_file_become_two(model, pictures, tmp_path):
     assert sorted(os.listdir(tmp_path / "back")) == sorted(names)
     for name, image in zip(names, found, strict=True):
         assert np.array_equal(pixels(tmp_path / "back" / name), image.squeeze())
+    data = archive.compress(model, found[:3], ["A2", "a", "A"], bits=8)  # what the third would become is taken, too
+    (tmp_path / "some.ddpm").write_bytes(data)
+    assert main(["decompress", "digits", str(tmp_path / "some.ddpm"), "--out", str(tmp_path / "some")]) == 0
+    assert sorted(os.listdir(tmp_path / "some")) == ["A2.png", "A22.png", "a.png"]
 
 
 def test_part_of_a_file_and_what_it_holds(pictures, tmp_path, capsys):

@@ -303,7 +303,7 @@ def compress(
     if not images or len(names) not in (0, len(images)):
         raise InputError(f"archive: {len(images)} pictures with {len(names)} names; want at least one, and a name each")
     for image in images:
-        picture.checked(model, image)
+        picture.checked(image)
     files: list[bytes] = []
     coder = _coder(model, local, check=True)
     while len(files) < len(images):

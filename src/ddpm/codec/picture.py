@@ -257,12 +257,11 @@ def compress_each(model: Model, images: Sequence[Image], **settings: Any) -> Ite
     if not (settings.get("local") and model.batches):
         yield from (compress(model, image, **settings) for image in images)
         return
-    given = {"bits_per_dim": None, "psnr": None, "bits": None, "whole": False, "seed": 0, **settings}
     walks: list[progressive.Walk[bytes]] = []
     tiles = 0
     for i, image in enumerate(images):
-        header = _header(model, image, **given)
-        walks.append(_walk(model, image, header, given["bits_per_dim"], given["psnr"]))
+        header = _header(model, image, **settings)
+        walks.append(_walk(model, image, header, settings.get("bits_per_dim"), settings.get("psnr")))
         _, _, _, down, across = _grid(header, model)
         tiles += down * across
         if tiles >= _TOGETHER or i == len(images) - 1:
@@ -271,8 +270,8 @@ def compress_each(model: Model, images: Sequence[Image], **settings: Any) -> Ite
 
 
 def _header(
-    model: Model, image: Image, bits_per_dim: float | None, psnr: float | None, bits: int | None, local: bool,
-    whole: bool, seed: int,
+    model: Model, image: Image, bits_per_dim: float | None = None, psnr: float | None = None, bits: int | None = None,
+    local: bool = False, whole: bool = False, seed: int = 0,
 ) -> Header:  # fmt: skip
     if bits_per_dim is not None and psnr is not None:
         raise InputError("bits_per_dim, psnr: want one of the two")
@@ -286,11 +285,11 @@ def _header(
         raise InputError(f"bits {bits}: the model is calibrated for {', '.join(map(str, sorted(model.tables)))}")
     lossless = bits_per_dim is None and psnr is None
     where = model.where if local else b""
-    height, width, channels = checked(model, image)
+    height, width, channels = checked(image)
     return Header(width, height, channels, chosen, lossless, local, whole, model.identity, seed, 0, 0, where)
 
 
-def checked(model: Model, image: Image) -> tuple[int, int, int]:
+def checked(image: Image) -> tuple[int, int, int]:
     """Height, width and channels of a picture that the codec takes; InputError for another."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
         raise InputError(f"image {image.dtype} {list(image.shape)}: want uint8 [H, W, C], C of 1 or 3")

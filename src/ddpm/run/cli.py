@@ -211,7 +211,7 @@ def _sample(args: argparse.Namespace) -> int:
                 "out": args.out,
                 "count": args.n,
                 **found.about(),
-                **_sampled(args, found),
+                **_sampled(args, found, steps),
                 **_conditions(args),
                 "eta": 1.0 if args.sigma_hat else args.eta,
                 "seed": args.seed,
@@ -275,11 +275,10 @@ def _check_sampler(args: argparse.Namespace, T: int) -> None:
         check("--steps", args.steps, int, 1, T)
 
 
-def _sampled(args: argparse.Namespace, found: "Checkpoint") -> dict[str, Any]:
+def _sampled(args: argparse.Namespace, found: "Checkpoint", levels: Sequence[int]) -> dict[str, Any]:
     """How samples were made, as plain JSON values."""
     from ddpm.samplers import SAMPLERS
 
-    levels = _levels(args, found)
     calls = SAMPLERS[args.sampler].calls(found.denoiser, levels)
     spaced = args.spacing or SAMPLERS[args.sampler].spacing
     return {"sampler": args.sampler, "spacing": spaced, "steps": len(levels), "network_calls": calls}
@@ -405,7 +404,7 @@ def _evaluate(args: argparse.Namespace) -> int:
                     found, cache, ranks, args.n or 50_000, args.seed, args.sampler, steps, args.batch_size, shown,
                     classes,
                 )  # fmt: skip
-                source = {**_sampled(args, found), **_conditions(args)}
+                source = {**_sampled(args, found, steps), **_conditions(args)}
             if ranks.first:
                 values = evaluate.quality(quality, made, load("train"), network, cache, args.seed, ranks.device, shown)
                 keep("quality", {**source, **values}, "train")

@@ -146,7 +146,7 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None) -> di
         taken: set[str] = set()
         for number, (name, image) in enumerate(made):
             safe = _safe(name)
-            if not safe or safe.casefold() in taken:  # as two names may look on some file system
+            while not safe or safe.casefold() in taken:  # as two names may look on some file system
                 safe = f"{safe}{number:0{len(str(len(made)))}d}"
             taken.add(safe.casefold())
             images.save(out / f"{safe}.png", image)
