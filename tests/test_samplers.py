@@ -245,12 +245,12 @@ def test_samples_of_finite_data_land_on_its_members(sampler):
     assert chisquare(np.bincount(member.numpy(), minlength=4)).pvalue > 1e-4
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 5e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
 @pytest.mark.parametrize("sampler", ALL)
 def test_an_image_depends_only_on_its_own_seed(sampler, dtype, tolerance):
     """Seven seeds in batches of 1, 3 and 7, and in another order: the same seven images, to the network's rounding.
 
-    (In float32 a convolution rounds differently in another batch, and 1/sqrt(abar_T) = 200 makes 1e-7 visible.)
+    (In float32 a convolution rounds differently in another batch, and 1/sqrt(abar_T) = 200 makes 1e-6 visible.)
     """
     denoiser = Denoiser(randomised_unet().to(dtype), SHORT)
 
