@@ -131,10 +131,12 @@ def files(args: argparse.Namespace) -> list[bytes]:
     return made
 
 
-def read_back(args: argparse.Namespace, folder: str, right: np.ndarray[Any, Any], python: str) -> tuple[int, str]:
+def read_back(
+    args: argparse.Namespace, folder: str, right: np.ndarray[Any, Any], python: str
+) -> tuple[int, str, float]:
     """How many files of a folder another process, with other threads and hash seed, reads back exactly as `right`.
 
-    And what releases it has.
+    And what releases it has, and its seconds. What was read once is kept.
     """
     code = (
         "import sys, numpy as np, torch; torch.set_num_threads(int(sys.argv[4]))\n"
@@ -144,18 +146,21 @@ def read_back(args: argparse.Namespace, folder: str, right: np.ndarray[Any, Any]
         "print(sum(np.array_equal(codec.decompress(model, f.read_bytes()), x) for f, x in zip(made, right)))\n"
         "print(f'Python {sys.version.split()[0]}, numpy {np.__version__}, torch {torch.__version__}')\n"
     )
-    about = args.work / f"{folder}-{Path(python).name if python != sys.executable else 'here'}.json"
+    where = "here" if python == sys.executable else "elsewhere"
+    about = args.work / f"{folder}-{len(right)}-{where}.json"
     if about.exists():
-        count, releases = json.loads(about.read_text())
-        return count, releases
+        count, releases, seconds = json.loads(about.read_text())
+        return count, releases, seconds
+    start = time.monotonic()
     file = args.work / f"{folder}.npy"
     np.save(file, right)
     other = "1" if torch.get_num_threads() > 1 else "2"
     words = [python, "-c", code, args.model, str(file), str(args.work / folder), other]
     done = subprocess.run(words, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
     count, releases = done.stdout.splitlines()
-    atomic.write_json(about, [int(count), releases])
-    return int(count), releases
+    found = int(count), releases, time.monotonic() - start
+    atomic.write_json(about, found)
+    return found
 
 
 def encoded(image: np.ndarray[Any, Any], kind: str, **options: Any) -> bytes:
@@ -191,7 +196,7 @@ def single(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"images": len(images), "read_back": back, **bound(args)}
     found["bits"] = codec.read_header(made[0])[0].bits
     if args.python:
-        found["elsewhere"] = read_back(args, "files", right, args.python)
+        found["elsewhere"] = read_back(args, "files", right, args.python)[:2]
     sizes = np.array([len(data) for data in made])
     found["file"] = bits_per_dim(sizes.mean(), images)
     found["standard_error"] = bits_per_dim(sizes.std() / len(sizes) ** 0.5, images)
@@ -330,9 +335,8 @@ def photos(args: argparse.Namespace) -> dict[str, Any]:
         atomic.write(args.work / "photos" / f"{i}.ddpm", data)
         for other, (kind, options) in others().items():
             rows[name][other] = 8 * len(encoded(image, kind, **options)) / image.size
-    start = time.monotonic()
-    back, _ = read_back(args, "photos", np.stack(list(some.values())), sys.executable)
-    return {"rows": rows, "read_back": back, "decode_seconds": (time.monotonic() - start) / len(some)}
+    back, _, seconds = read_back(args, "photos", np.stack(list(some.values())), sys.executable)
+    return {"rows": rows, "read_back": back, "decode_seconds": seconds / len(some)}
 
 
 def report(found: dict[str, Any], args: argparse.Namespace) -> str:
