@@ -121,7 +121,7 @@ def sampling_makers(preset: Preset, count: int, device: torch.device, steps: int
 
     def ours() -> record.Case:
         own = peers.Ours(preset, "bf16", device)
-        own.network.eval()
+        own.network.eval().requires_grad_(False)  # or it is not replayed
         return partial(generate, own.denoiser, preset.shape, range(count), "ddim", steps, count, device)
 
     def theirs(settings: dict[str, Any]) -> record.Case:
@@ -136,7 +136,8 @@ def measured(
     makers: dict[str, Any], count: int, work: float, rate: float, device: torch.device, args: argparse.Namespace
 ) -> tuple[dict[str, Any], str]:
     """JSON and a table; `work` is FLOP an image, `rate` the card's FLOP a second."""
-    cases, memory, failed = fitting(makers, device)
+    wanted = {name: make for name, make in makers.items() if name in args.only or name not in DIFFUSERS}
+    cases, memory, failed = fitting(wanted, device)
     found = record.interleave(cases, args.repeats, args.seconds, partial(wait, device))
     ours = next(name for name in found if name.startswith("ours"))
     rows, values = [], dict[str, Any](failed=failed, memory=memory, seconds=found)
@@ -158,6 +159,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="images (the paper's)")
     parser.add_argument("--sampling-batch", type=int, default=64, help="images (%(default)s)")
     parser.add_argument("--sampling-steps", type=int, default=50, help="of DDIM (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=DIFFUSERS, default=list(DIFFUSERS), metavar="CASE", help="(all)")
     parser.add_argument("--steps", type=int, default=30, help="timed, of each `ddpm train` (%(default)s)")
     args = parser.parse_args()
     if not torch.cuda.is_available():

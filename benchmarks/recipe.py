@@ -25,10 +25,10 @@ from machine import header
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.files import atomic, datasets
-from ddpm.files.checkpoints import Checkpoint, open_checkpoint, with_variance
+from ddpm.files.checkpoints import Checkpoint, with_variance
 from ddpm.presets import PRESETS, Preset, build
 from ddpm.run import evaluate
-from ddpm.run.distributed import Processes
+from ddpm.run.distributed import Processes, opened, pick_device
 from ddpm.run.generate import generate
 from ddpm.run.train import train
 
@@ -99,22 +99,28 @@ def quality(program: Path, samples: Path) -> dict[str, float]:
 
 def bits(found: Checkpoint, data: tuple[datasets.Images, datasets.Images], args: argparse.Namespace) -> dict[str, Any]:
     """Bits/dim of held-out images, the standard error, and the same with the variance calibrated on training images."""
-    alone = Processes(0, 1, torch.device("cpu"))
-    few = evaluate.nll_sampled(found, data[1], args.levels, alone, args.nll_images)
-    evaluate.calibrate(found, data[0], args.calibrate, alone, codec=0)
-    best = evaluate.nll_sampled(with_variance(found, "calibrated"), data[1], args.levels, alone, args.nll_images)
+    alone = Processes(0, 1, pick_device(args.device))
+    there = replace(found, denoiser=found.denoiser.to(alone.device))
+    few = evaluate.nll_sampled(there, data[1], args.levels, alone, args.nll_images)
+    evaluate.calibrate(there, data[0], args.calibrate, alone, codec=0)
+    best = with_variance(found, "calibrated")
+    best = replace(best, denoiser=best.denoiser.to(alone.device))
+    best = evaluate.nll_sampled(best, data[1], args.levels, alone, args.nll_images)
     names = {"bits_per_dim": few["bits_per_dim"], "bits_calibrated": best["bits_per_dim"]}
     return names | {"bits_error": few["standard_error"], "bits_calibrated_error": best["standard_error"]}
 
 
 def measure(run: Path, data: tuple[datasets.Images, datasets.Images], args: argparse.Namespace) -> dict[str, Any]:
     """What a trained run came to, plain JSON values."""
-    found = open_checkpoint(run)
+    device = pick_device(args.device)
+    found = opened(run, device)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     training, held_out = ([line for line in log if key in line] for key in ("loss", "held_out"))
     samples = run / f"samples-{found.step}-{args.samples}.npz"
     if not samples.is_file():
-        made = generate(found.denoiser, found.preset.shape, range(args.samples), "ddim", CALLS, progress=True)
+        shape, size = found.preset.shape, args.batch_size
+        denoiser = found.denoiser.to(device)
+        made = generate(denoiser, shape, range(args.samples), "ddim", CALLS, size, device, progress=True)
         with atomic.whole(samples) as part, part.open("wb") as file:
             np.savez(file, made.permute(0, 2, 3, 1).numpy())
     result = {
@@ -162,10 +168,12 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=5, help="an image, that the bound is estimated from")
     parser.add_argument("--nll-images", type=int, default=500)
     parser.add_argument("--calibrate", type=int, default=16, help="images, all levels of each")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch-size", type=int, default=64, help="of samples; of training it is the preset's")
     parser.add_argument("--commit", default="unknown")
     args = parser.parse_args()
 
-    base = replace(PRESETS[args.preset], data=args.data, save_every=500, keep=1, sample_every=0)
+    base = replace(PRESETS[args.preset], data=args.data, save_every=500, keep=1, sample_every=0, device=args.device)
     data = datasets.load_pair(base.data, base.size, base.channels)
     for seed in args.seeds:
         for name in args.only:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from machine import header
 from recipe import quality
 from torch import Tensor
@@ -22,8 +23,9 @@ from torch import Tensor
 from ddpm import spacing
 from ddpm.denoiser import Denoiser
 from ddpm.files import atomic, plots
-from ddpm.files.checkpoints import Checkpoint, open_checkpoint, read_calibration, with_variance
+from ddpm.files.checkpoints import Checkpoint, read_calibration, with_variance
 from ddpm.noise import per_image
+from ddpm.run.distributed import opened, pick_device
 from ddpm.run.generate import generate
 from ddpm.samplers import SAMPLERS, ddim
 
@@ -34,6 +36,10 @@ ROWS = [
     "dpmpp_2m_sde karras", "unipc uniform", "unipc log_snr", "unipc karras", "unipc path", "unipc_3 karras",
     "heun karras", "flow karras",
 ]  # fmt: skip
+SHOWN = [  # in the plot
+    "unipc path", "unipc uniform", "dpmpp_2m uniform", "ddim path", "ddim uniform", "ancestral bound",
+    "ancestral uniform",
+]  # fmt: skip
 PAPER = {  # of DDIM, CIFAR-10, FID (Song et al. 2021, Table 1)
     "paper, DDIM": {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16, 1000: 4.04},
     "paper, DDPM's sampler": {10: 367.43, 20: 133.37, 50: 32.72, 100: 9.99, 1000: 3.17},
@@ -43,14 +49,14 @@ PAPER = {  # of DDIM, CIFAR-10, FID (Song et al. 2021, Table 1)
 class Model:
     """A checkpoint and what the optimised spacings want to know of it."""
 
-    def __init__(self, found: Checkpoint) -> None:
-        self.found, self.denoiser = found, found.denoiser
+    def __init__(self, found: Checkpoint, device: torch.device) -> None:
+        self.found, self.denoiser, self.device = found, found.denoiser.to(device), device
 
     @cache  # noqa: B019
     def costs(self, how: str) -> Tensor:
         if how == "path":
             s = self.denoiser.schedule
-            x = per_image(range(1 << 41, (1 << 41) + 16), self.found.preset.shape)(s.T)
+            x = per_image(range(1 << 41, (1 << 41) + 16), self.found.preset.shape, self.device)(s.T)
             return spacing.path_cost(s, x, ddim(self.denoiser, x, s.T))
         measured = read_calibration(self.found)
         if measured is None:
@@ -62,7 +68,9 @@ class Model:
         if how in spacing.SPACINGS:
             return self.denoiser, spacing.SPACINGS[how](self.denoiser.schedule, steps)
         levels = spacing.optimised(self.costs(how), steps)
-        return self.denoiser if how == "path" else with_variance(self.found, "calibrated").denoiser, levels
+        if how == "path":
+            return self.denoiser, levels
+        return with_variance(self.found, "calibrated").denoiser.to(self.device), levels
 
 
 def table(results: list[dict], calls: list[int], key: str) -> str:
@@ -82,10 +90,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--only", nargs="+", default=ROWS, choices=ROWS, metavar="NAME")
     parser.add_argument("--calls", nargs="+", type=int, default=[*CALLS])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--commit", default="unknown")
     args = parser.parse_args()
 
-    model = Model(open_checkpoint(args.model))
+    device = pick_device(args.device)
+    model = Model(opened(args.model, device), device)
     for calls in args.calls:
         for row in args.only:
             name, how = row.split()
@@ -94,12 +105,15 @@ def main() -> None:
             if file.is_file():
                 continue
             denoiser, levels = model.prepared(how, steps)
-            made = generate(denoiser, model.found.preset.shape, range(args.samples), sampler, levels, progress=True)
-            samples = args.out / "samples.npz"
+            made = generate(
+                denoiser, model.found.preset.shape, range(args.samples), sampler, levels, args.batch_size, device, True
+            )
+            samples = file.with_suffix(".npz")
             with atomic.whole(samples) as part, part.open("wb") as open_file:
                 np.savez(open_file, made.permute(0, 2, 3, 1).numpy())
             about = {"row": row, "calls": calls, "network_calls": sampler.calls(denoiser, levels), "levels": levels}
             atomic.write_json(file, about | quality(args.quality, samples) | {"samples": args.samples})
+            samples.unlink()
             print(row, calls, json.loads(file.read_text())["FRD"], flush=True)
 
     results = [json.loads(file.read_text()) for file in sorted(args.out.glob("*-*.json"))]
@@ -117,7 +131,8 @@ def main() -> None:
     atomic.write_json(args.out / "samplers.json", results)
     lines = {
         row: tuple(zip(*[(r["calls"], r["FRD"]) for r in results if r["row"] == row], strict=True))
-        for row in sorted(best, key=best.__getitem__)[:7]
+        for row in SHOWN
+        if row in best
     }
     panel = plots.Panel("Sample quality", lines, "network calls", "FRD", log_x=True, log_y=True)
     atomic.write(args.out / "samplers.png", plots.draw([panel]))

@@ -245,7 +245,7 @@ def test_gpu_flops_are_those_of_a_convolution_counted_by_hand(monkeypatch):
 
 
 def test_gpu_measurements_on_the_cpu(tiny):
-    args = argparse.Namespace(repeats=1, seconds=0)
+    args = argparse.Namespace(repeats=1, seconds=0, only=list(gpu.DIFFUSERS))
 
     def fails():
         raise RuntimeError("out of memory\nat line 2")

@@ -5,6 +5,7 @@ Shapes: images [B, C, H, W], time embedding [B, 4 width].
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -73,6 +74,13 @@ def convolve(
     if add is not None:
         x = x + add[:, :, None, None]
     return x if residual is None else residual + x
+
+
+def _exact() -> AbstractContextManager[None]:
+    """float32 convolutions that are not TensorFloat-32, so that a seed gives one image on every device."""
+    now = torch.backends.cudnn
+    keep = {"enabled": now.enabled, "benchmark": now.benchmark, "deterministic": now.deterministic}
+    return now.flags(**keep, allow_tf32=False)
 
 
 def time_embedding(timestep: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -267,7 +275,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
         check_size(x.shape[-2:], self.levels)
         x = x.to(self.conv_in.weight.dtype)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        exact = x.device.type == "cuda" and not self.bf16
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16), _exact() if exact else nullcontext():
             return self._forward(x, timestep, y).to(x.dtype)
 
     def _forward(self, x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:

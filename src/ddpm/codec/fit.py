@@ -27,9 +27,9 @@ def fit(
 
     gain is what `gains` makes of these images; tick hears of every group that was coded.
     """
-    dims, channels = images[0].numel(), images.shape[1]
-    chosen = plan.levels(denoiser.schedule, mse, dims, bits, gain)
-    tables = plan.empty(denoiser.schedule, mse, chosen, bits, channels)
+    dims, channels, schedule = images[0].numel(), images.shape[1], denoiser.schedule.to("cpu")
+    chosen = plan.levels(schedule, mse, dims, bits, gain)
+    tables = plan.empty(schedule, mse, chosen, bits, channels)
     true = pixels.to_signal(images).double().numpy()
     real = np.ones(true.shape, bool)
     scales = np.zeros(2 * len(SCALES) - 1, np.int64)
@@ -55,9 +55,9 @@ def fit(
 
 def fit_chain(denoiser: Denoiser, mse: Tensor, images: Tensor, gain: Array) -> Tables:
     """Tables for archives, whose x_t are exact draws of q; arguments as for `fit`."""
-    dims, channels = images[0].numel(), images.shape[1]
-    chosen = plan.levels(denoiser.schedule, mse, dims, None, gain, _CALL * dims)
-    tables = plan.empty(denoiser.schedule, mse, chosen, 8, channels)
+    dims, channels, schedule = images[0].numel(), images.shape[1], denoiser.schedule.to("cpu")
+    chosen = plan.levels(schedule, mse, dims, None, gain, _CALL * dims)
+    tables = plan.empty(schedule, mse, chosen, 8, channels)
     tables, last = _pixels(tables, _errors(denoiser, images, chosen[-1]))
     counts = np.bincount([tables.scale_symbol(scale) for scale in last], minlength=2 * len(SCALES) - 1)
     return replace(tables, scales=tuple(counts.tolist()))
