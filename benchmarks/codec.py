@@ -52,8 +52,9 @@ PARTS = ["single", "archive", "others", "lossy", "time", "training", "photos"]
 ALL, STRIDE = 32, 16
 """Levels of the bound that all images have a draw of, and one in how many of the others."""
 PLACES = [
-    (progressive.Predictor, "__call__", "network"), (reverse, "choose", "choosing"), (reverse, "draw", "chosen rows"),
-    (residual, "walk", "pixels"), (picture, "_written", "bytes"), (progressive, "get_group", "bytes"),
+    (progressive.Predictor, "__call__", "network"), (reverse, "_log_weights", "weighing"),
+    (reverse, "draw", "chosen rows"), (residual, "walk", "pixels"), (picture, "_written", "bytes"),
+    (progressive, "get_group", "bytes"),
 ]  # fmt: skip
 SHARES = np.array([0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0])  # of a lossless file
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from exact import GaussianData
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -74,6 +74,36 @@ def model():
     tables = {bits: fit.fit(denoiser, error, images, gain, bits) for bits in (6, 10)}
     chain = fit.fit_chain(denoiser, error, images, gain)
     return codec.Model(denoiser, denoiser, SHAPE, tables, b"test", chain, factor=4)
+
+
+BANDS = {"_NEAR": 0.02, "_BANDED": 12}
+
+
+@pytest.fixture(scope="module")
+def in_bands():
+    """The same, with tables of a few large groups; those of `model` say too little at a time to be coded in bands."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in BANDS.items():
+            patch.setattr(plan, name, value)
+        patch.setattr(plan, "levels", lambda *_: [1000, 500, 250, 150, 100, 70, 45, 30, 18, 10, 5])
+        denoiser = Denoiser(network, SCHEDULE, predict="x0")
+        images = draws(16, seed=1)
+        error, gain = mse().expand(2, -1), fit.gains(denoiser, images)
+        tables = {bits: fit.fit(denoiser, error, images, gain, bits) for bits in (6, 10)}
+        assert sum(group.banded(D) for group in tables[10].groups) == 5
+    return codec.Model(denoiser, denoiser, SHAPE, tables, b"band", factor=4)
+
+
+@pytest.fixture
+def banded(in_bands, monkeypatch):
+    for name, value in BANDS.items():
+        monkeypatch.setattr(plan, name, value)
+    return in_bands
+
+
+@pytest.fixture(params=["model", "banded"])
+def either(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -179,18 +209,29 @@ def test_normals_are_normal_and_reached_at_random():
     assert not np.array_equal(shared.normals(16, 5), shared.normals(16, 6))
 
 
-def drawn(pad, bits=4, dims=6, count=1500):
+def ordered(race, bits, *keys):
+    return reverse.winner(race, bits, *keys)
+
+
+def picked(race, bits, *keys):
+    return reverse.Picker(b"", *keys).pick(race)
+
+
+def drawn(take, pad, bits=4, dims=6, count=1500):
     """Draws at a divergence of `bits` from N(0, 1), by 2^(bits + pad) candidates, standardised by the target."""
     variance = 0.5
     base = dims / 2 * (variance - 1 - math.log(variance)) / math.log(2)
     mean = np.full(dims, math.sqrt(2 * math.log(2) * (bits - base) / dims))
-    keys = [(seed, 0, 1) for seed in range(count)]
-    z = np.stack([reverse.draw(reverse.choose(mean, variance, 1, bits + pad, *k), dims, bits + pad, *k) for k in keys])
-    return (z - mean) / math.sqrt(variance)
+    z = []
+    for keys in ((seed, 0, 1) for seed in range(count)):
+        [race] = reverse.races(mean, variance, 1, bits + pad, *keys)
+        z.append(reverse.draw(np.array([take(race, bits + pad, *keys)]), dims, bits + pad, *keys))
+    return (np.stack(z) - mean) / math.sqrt(variance)
 
 
-def test_a_coded_draw_is_of_the_target_with_enough_candidates_and_not_with_too_few():
-    good, bad = drawn(pad=7), drawn(pad=0)
+@pytest.mark.parametrize("take", [ordered, picked])
+def test_a_coded_draw_is_of_the_target_with_enough_candidates_and_not_with_too_few(take):
+    good, bad = drawn(take, pad=7), drawn(take, pad=0)
     n = good.size
     assert abs(good.mean()) < 4.5 / math.sqrt(n)
     assert abs(good.var() - 1) < 4.5 * math.sqrt(2 / n)
@@ -211,19 +252,100 @@ def test_a_draw_takes_every_dimension_from_one_place(dims, chunks, seed):
     assert 1 <= (z != other).sum() <= -(-dims // chunks)
 
 
-def test_choosing_in_blocks_is_choosing_at_once(monkeypatch):
+def test_weighing_in_blocks_is_weighing_at_once(monkeypatch):
     mean = np.random.default_rng(0).normal(size=50)
-    whole = reverse.choose(mean, 0.7, 3, 10, 1, 2)
+    whole = list(reverse.races(mean, 0.7, 3, 10, 1, 2))
     monkeypatch.setattr(reverse, "_HELD", 1 << 10)
-    assert np.array_equal(whole, reverse.choose(mean, 0.7, 3, 10, 1, 2))
+    for a, b in zip(whole, reverse.races(mean, 0.7, 3, 10, 1, 2), strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_chances_are_the_weights():
+    """By 2^24 whole parts: of q / p at the candidates, as float64 has it; none below 2^-20 of the largest is taken."""
+    mean, variance, bits, keys = np.random.default_rng(0).normal(size=20), 0.6, 8, (3, 4)
+    [race] = reverse.races(mean, variance, 1, bits, *keys)
+    z = np.stack([reverse.draw(np.array([i]), 20, bits, *keys) for i in range(1 << bits)])
+    log_w = (z**2 / 2 - (z - mean) ** 2 / (2 * variance)).sum(1)
+    w = np.exp(log_w - log_w.max())
+    found = np.zeros(1 << bits)
+    found[race.candidates] = race.frequency / 2**24
+    assert np.abs(found - w / w.sum()).max() < 0.01 * found.max()
+    assert set(np.flatnonzero(w > 2**-19)) <= set(race.candidates) <= set(np.flatnonzero(w > 2**-21))
+
+
+# -- candidates picked by a message ------------------------------------------------------------------------------------
+
+RACES = st.lists(st.lists(st.integers(0, 1 << 20), min_size=1, max_size=9).filter(sum), max_size=60)
+
+
+@given(RACES, st.binary(max_size=200), st.integers(0, 1 << 40))
+def test_picks_say_what_they_were_picked_by(weights, message, key):
+    """The message as far as it was used, whatever the chances; the rest was not read."""
+    picker = reverse.Picker(message, key)
+    slots = []
+    for some in weights:
+        kept = np.flatnonzero(some)
+        race = reverse.Race(kept, frequencies(np.array(some)[kept]))
+        slots.append(race.slot(picker.pick(race)))
+    back = reverse.returned(picker.state, slots, key)
+    used = picker.used
+    assert back[: len(used)] == used
+    assert not back[len(used) :].strip(b"\0")
+    bits = sum(24 - math.log2(chance) for chance, _ in slots)
+    assert abs(8 * len(back) - bits - 32) < 9
+
+
+@given(RACES.filter(len), st.binary(min_size=50, max_size=50), st.integers(0, (1 << 40) - 1))
+def test_another_state_or_pick_is_noticed_or_says_something_else(weights, message, wrong):
+    picker = reverse.Picker(message, 1)
+    slots = []
+    for some in weights:
+        kept = np.flatnonzero(some)
+        race = reverse.Race(kept, frequencies(np.array(some)[kept]))
+        slots.append(race.slot(picker.pick(race)))
+    if wrong != picker.state:
+        try:
+            assert reverse.returned(wrong, slots, 1) != reverse.returned(picker.state, slots, 1)
+        except Damaged:
+            pass
+    with pytest.raises(Damaged, match="a candidate that no encoder takes"):
+        race.slot(99)
+
+
+@given(st.binary(min_size=1, max_size=40), st.integers(0, 60))
+def test_known_bits_are_of_the_pixels_and_leave_the_rest_open(values, count):
+    pixel = np.frombuffer(values, np.uint8)
+    text = progressive.low_bits(pixel)[:count]
+    low, which = progressive.known_bits(text, len(pixel))
+    assert np.array_equal(pixel & which, low)
+    assert sum(int(w).bit_count() for w in which) == min(8 * len(text), 8 * len(pixel))
+    even = np.full((len(pixel), 256), 1 << 16, np.int64)
+    found = progressive.left_open(even, low, which)
+    assert (found.sum(1) == 1 << 24).all()
+    assert (found[np.arange(len(pixel)), pixel] >= (1 << 16) * 0.99).all()
+    possible = (np.arange(256) & which[:, None]) == low[:, None]
+    assert (found[~possible] <= 1).all() or not which.any()
+
+
+def test_lent_bits_come_back(banded, monkeypatch):
+    """A file whose indices say pixels, too, is smaller, by some of the bits that picked, and as exact."""
+    images = hwc(draws(6, seed=9))
+    lending = [codec.compress(banded, image) for image in images]
+    assert all(np.array_equal(codec.decompress(banded, a), b) for a, b in zip(lending, images, strict=True))
+    monkeypatch.setattr(picture, "_lends", lambda tiles, tables: False)
+    plain = [codec.compress(banded, image) for image in images]
+    assert all(np.array_equal(codec.decompress(banded, a), b) for a, b in zip(plain, images, strict=True))
+    saved = [len(a) - len(b) for a, b in zip(plain, lending, strict=True)]
+    assert 4 < np.mean(saved) < 30
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
-def test_plan_is_the_cheapest_of_all_groupings():
+@pytest.mark.parametrize("most", [0.2, 8e-3])
+def test_plan_is_the_cheapest_of_all_groupings(most):
     s = schedule.linear(9, 1e-3, 0.6)
-    error = torch.linspace(1e-4, 0.2, 9).double().expand(3, -1) * torch.tensor([[0.5], [1.0], [2.0]]).double()
+    error = torch.linspace(1e-4, most, 9).double().expand(3, -1) * torch.tensor([[0.5], [1.0], [2.0]]).double()
     snr = s.alpha_bar / (1 - s.alpha_bar)
 
     def cost(path):
@@ -231,18 +353,21 @@ def test_plan_is_the_cheapest_of_all_groupings():
         for t, lower in pairwise(path):
             kl = 500 * 0.5 * torch.log2(1 + (snr[lower] - snr[t]) * error[:, t - 1])
             chunks = (kl / 12).clamp(min=1)
-            total += float((kl + chunks * torch.log2(kl / chunks + 1)).mean()) + 4
+            above = chunks * torch.log2(kl / chunks + 1)
+            if error[:, t - 1].mean() < 4e-3:  # in bands, where there is enough to say
+                above = torch.where(kl < 40, above, 3 * chunks.clamp(min=3))
+            total += float((kl + above).mean()) + 4
         last = error[:, path[-1] - 1] * 127.5**2 + 1 / 12
         return total + 500 * max(0.05, float((0.5 * torch.log2(2 * math.pi * math.e * last)).mean()))
 
     paths = [[9, *(t for t in range(8, 0, -1) if chosen >> t & 1)] for chosen in range(0, 512, 2)]
-    assert plan.levels(s, error, 500, 12, np.zeros(9)) == min(paths, key=cost)
+    assert plan.levels(s, error, 500, 12, np.zeros(9), 4.0) == min(paths, key=cost)
 
 
 def test_tables_come_back_from_json_and_damaged_ones_are_refused(model):
     values = model.tables[6].to_json()
     assert plan.Tables.from_json(values) == model.tables[6]
-    for key, wrong in (("levels", [3, 5]), ("mse", [-1.0]), ("bits", 60), ("spread", [64]), ("buckets", [[1]])):
+    for key, wrong in (("levels", [3, 5]), ("mse", [-1.0]), ("bits", 60), ("spread", [64]), ("scales", [1])):
         with pytest.raises(InputError, match="calibrate again"):
             plan.Tables.from_json({**values, key: wrong})
 
@@ -277,17 +402,17 @@ ADVERSARIAL = {
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
 @pytest.mark.parametrize("local", [False, True])
-def test_adversarial_images_come_back(model, name, local):
+def test_adversarial_images_come_back(either, name, local):
     image = ADVERSARIAL[name]
-    assert np.array_equal(codec.decompress(model, codec.compress(model, image, bits=6, local=local)), image)
+    assert np.array_equal(codec.decompress(either, codec.compress(either, image, bits=6, local=local)), image)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 3]), st.booleans(), st.integers(0, 1 << 30))
-@settings(max_examples=15)
-def test_any_size_of_grey_and_colour_comes_back(model, height, width, channels, whole, seed):
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_size_of_grey_and_colour_comes_back(either, height, width, channels, whole, seed):
     image = np.random.default_rng(seed).integers(100, 140, (height, width, channels), np.uint8)
-    data = codec.compress(model, image, bits=6, whole=whole, seed=seed)
-    assert np.array_equal(codec.decompress(model, data), image)
+    data = codec.compress(either, image, bits=6, whole=whole, seed=seed)
+    assert np.array_equal(codec.decompress(either, data), image)
     assert codec.read_header(data)[0].width == width
 
 
@@ -322,30 +447,30 @@ def test_noise_costs_what_noise_costs(model):
     assert 8 * len(codec.compress(model, image, bits=6)) >= 8 * image.size
 
 
-def test_every_prefix_decodes_and_more_bytes_show_more(model):
+def test_every_prefix_decodes_and_more_bytes_show_more(either):
     lengths = (16, 18, 20, 22, 24, 40, 90, 1000)
     error = np.zeros(len(lengths))
     for image in hwc(draws(8, seed=3)):
-        data = codec.compress(model, image, bits=10)
+        data = codec.compress(either, image, bits=10)
         for i, length in enumerate(lengths):
-            found = codec.decompress(model, data[:length])
+            found = codec.decompress(either, data[:length])
             error[i] += np.mean((found.astype(float) - image) ** 2)
     assert (np.diff(error) <= 0).all()
     assert (np.diff(error[:4]) < 0).all()
     assert error[-1] == 0
 
 
-def test_every_length_of_one_file_gives_a_picture_or_says_why_not(model):
+def test_every_length_of_one_file_gives_a_picture_or_says_why_not(either):
     image = hwc(draws(1, seed=4))[0]
-    data = codec.compress(model, image, bits=6)
+    data = codec.compress(either, image, bits=6)
     _, begin = codec.read_header(data)
     groups, known, error = [], [], []
     for length in range(len(data)):
         if length < begin:
             with pytest.raises(Damaged):
-                codec.decompress(model, data[:length])
+                codec.decompress(either, data[:length])
         else:
-            *_, last = codec.pictures(model, data[:length])
+            *_, last = codec.pictures(either, data[:length])
             groups.append(last.groups)
             known.append(last.pixels)
             error.append(np.mean((last.image.astype(float) - image) ** 2))
@@ -354,24 +479,24 @@ def test_every_length_of_one_file_gives_a_picture_or_says_why_not(model):
             assert not last.whole
     assert groups == sorted(groups)
     assert groups[0] == 0
-    assert groups[-1] == len(model.tables[6].groups)
+    assert groups[-1] == len(either.tables[6].groups)
     assert known == sorted(known)
     assert known[0] == 0
     assert known[-1] == image.size
     in_pixels = [e for e, group in zip(error, groups, strict=True) if group == groups[-1]]
     assert (np.diff(in_pixels) <= 0).mean() > 0.8  # they are the true ones instead of x0^'s
     assert in_pixels[-1] == 0
-    *_, last = codec.pictures(model, data, at=begin + 40)
+    *_, last = codec.pictures(either, data, at=begin + 40)
     assert last.groups == groups[40]
     header, _ = codec.read_header(data)
     for at in range(begin + header.length - 2, len(data) + 2):  # the checksums behind the payload say nothing more
-        *_, last = codec.pictures(model, data, at=at)
+        *_, last = codec.pictures(either, data, at=at)
         assert last.exact == np.array_equal(last.image, image) == (at >= begin + header.length)
 
 
-def test_pictures_get_better_and_the_last_is_exact(model):
+def test_pictures_get_better_and_the_last_is_exact(either):
     image = hwc(draws(1, seed=5))[0]
-    seen = list(codec.pictures(model, codec.compress(model, image, bits=10)))
+    seen = list(codec.pictures(either, codec.compress(either, image, bits=10)))
     error = [np.mean((p.image.astype(float) - image) ** 2) for p in seen]
     assert error[-1] == 0
     assert error[-2] < error[len(error) // 2] < error[0]
@@ -407,15 +532,15 @@ def reheaded(data, payload):
     return text + picture.zlib.crc32(text).to_bytes(4, "big")
 
 
-def test_random_payload_decodes_to_a_sample(model):
+def test_random_payload_decodes_to_a_sample(either):
     """A codec that hides the picture elsewhere, or whose model is not a model, fails here."""
     image = hwc(draws(1, seed=8))[0]
-    data = codec.compress(model, image, bits=6)
+    data = codec.compress(either, image, bits=6)
     rng = np.random.default_rng(0)
     samples = []
     for _ in range(24):
         try:
-            samples.append(codec.decompress(model, reheaded(data, rng.bytes(400))))
+            samples.append(codec.decompress(either, reheaded(data, rng.bytes(400))))
         except Damaged:  # a scale out of range
             continue
     assert len(samples) > 8
@@ -472,31 +597,31 @@ def test_swapped_payloads_swap_pictures(model):
         assert np.mean((found - expected) ** 2) < 0.2 * np.mean((found - other) ** 2)
 
 
-def test_every_flipped_bit_is_seen(model):
-    data = codec.compress(model, hwc(draws(1, seed=10))[0], bits=6)
+def test_every_flipped_bit_is_seen(either):
+    data = codec.compress(either, hwc(draws(1, seed=10))[0], bits=6)
     rng = np.random.default_rng(0)
     for bit in rng.choice(8 * len(data), min(200, 8 * len(data)), replace=False):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << (bit % 8)
         with pytest.raises(InputError):
-            codec.decompress(model, bytes(flipped))
+            codec.decompress(either, bytes(flipped))
 
 
 HEADERS = st.builds(
     codec.Header, st.integers(0, 40), st.integers(0, 40), st.integers(0, 3), st.sampled_from([5, 6, 10]), st.booleans(),
-    st.booleans(), st.booleans(), st.sampled_from([b"test", b"else"]), st.integers(0, 1 << 30), st.integers(0, 99),
-    st.integers(0, 300), st.just(b""),
+    st.booleans(), st.booleans(), st.sampled_from([b"test", b"band", b"else"]), st.integers(0, 1 << 30),
+    st.integers(0, 99), st.integers(0, 300), st.just(b""),
 )  # fmt: skip
 
 
 @given(st.none() | HEADERS, st.binary(max_size=300), st.booleans())
 @example(codec.Header(3, 4, 3, 6, False, False, True, b"test", 0, 1, 9), b"", False)  # one tile of its own size
-@settings(max_examples=200)
-def test_no_bytes_crash_it(model, header, data, whole):
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_bytes_crash_it(either, header, data, whole):
     """Nothing, any header with any payload cut or whole with a right checksum: a picture of its size, or one line."""
     if header is not None:
         if header.local:
-            header = replace(header, where=model.where)
+            header = replace(header, where=either.where)
         if whole:
             header = replace(header, length=len(data))
             data = data + bytes(header.trailer - 4)
@@ -504,7 +629,7 @@ def test_no_bytes_crash_it(model, header, data, whole):
         if whole:
             data += picture.zlib.crc32(data).to_bytes(4, "big")
     try:
-        found = codec.decompress(model, data)
+        found = codec.decompress(either, data)
     except InputError:
         return
     assert header is not None
@@ -557,21 +682,21 @@ def test_wrong_settings_are_refused(model, image, options, message):
         codec.compress(model, image, **options)
 
 
-def test_a_little_drift_decodes_and_more_is_seen(model, drift):
+def test_a_little_drift_decodes_and_more_is_seen(either, drift):
     images = hwc(draws(4, seed=11))
-    files = [codec.compress(model, image, bits=6) for image in images]
+    files = [codec.compress(either, image, bits=6) for image in images]
     drift["size"] = 1e-11
     for data, image in zip(files, images, strict=True):
-        assert np.array_equal(codec.decompress(model, data), image)
+        assert np.array_equal(codec.decompress(either, data), image)
     drift["size"] = 1e-3
     for data in files:
         with pytest.raises(Damaged, match=r"another x|not those that were written"):
-            codec.decompress(model, data)
+            codec.decompress(either, data)
 
 
-def test_a_rounding_that_hangs_on_the_last_bits_takes_another_seed(model, monkeypatch):
+def test_a_rounding_that_hangs_on_the_last_bits_takes_another_seed(either, monkeypatch):
     image = hwc(draws(1, seed=12))[0]
-    assert codec.read_header(codec.compress(model, image, bits=6))[0].seed == 0
+    assert codec.read_header(codec.compress(either, image, bits=6))[0].seed == 0
     real, calls = progressive.Predictor.__call__, []
 
     def undecided(self, x, level):
@@ -581,9 +706,9 @@ def test_a_rounding_that_hangs_on_the_last_bits_takes_another_seed(model, monkey
         return real(self, x, level)
 
     monkeypatch.setattr(progressive.Predictor, "__call__", undecided)
-    data = codec.compress(model, image, bits=6)
+    data = codec.compress(either, image, bits=6)
     assert codec.read_header(data)[0].seed == 3
-    assert np.array_equal(codec.decompress(model, data), image)
+    assert np.array_equal(codec.decompress(either, data), image)
 
 
 def test_undecided_is_about_the_grid():
@@ -595,16 +720,16 @@ def test_undecided_is_about_the_grid():
     assert (progressive.Predictor(far, careful=True, check=True)(np.zeros((1, 1, 1, 2)), 5) == 101 / 1024).all()
 
 
-def test_what_a_file_spends_is_the_file(model):
-    data = codec.compress(model, hwc(draws(1, seed=13))[0], bits=6)
+def test_what_a_file_spends_is_the_file(either):
+    data = codec.compress(either, hwc(draws(1, seed=13))[0], bits=6)
     header, _ = codec.read_header(data)
-    rows = list(picture.spent(model, data))
+    rows = list(picture.spent(either, data))
     assert sum(row.bits for row in rows) == pytest.approx(8 * header.length)
-    assert [row.t for row in rows] == list(model.tables[6].levels)
+    assert [row.t for row in rows] == list(either.tables[6].levels)
     assert rows[0].rmse > rows[-1].rmse
     for cut in (data[:-1], data[:40]):
         with pytest.raises(Damaged, match="cut short"):
-            list(picture.spent(model, cut))
+            list(picture.spent(either, cut))
 
 
 # -- archives ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from ddpm.denoiser import Denoiser
 from ddpm.gaussian import q_sample
 
 _CHAIN = 301  # what a draw is for
+_SCALE = 2.0  # bits that a group's scale takes, ..
+_GROUP = 1 / 512  # .. and bits a dimension that a group more has to save beside them
 _CALL = 5e-4  # bits a dimension that a level more of an archive's chain has to save
 
 
@@ -28,21 +30,23 @@ def fit(
     gain is what `gains` makes of these images; tick hears of every group that was coded.
     """
     dims, channels, schedule = images[0].numel(), images.shape[1], denoiser.schedule.to("cpu")
-    chosen = plan.levels(schedule, mse, dims, bits, gain)
+    chosen = plan.levels(schedule, mse, dims, bits, gain, _SCALE + _GROUP * dims)
     tables = plan.empty(schedule, mse, chosen, bits, channels)
     true = pixels.to_signal(images).double().numpy()
     real = np.ones(true.shape, bool)
     scales = np.zeros(2 * len(SCALES) - 1, np.int64)
     buckets = np.zeros((len(tables.buckets), bits + plan.PAD + 1), np.int64)
     state = progressive.start(tables, true.shape, 0)
+    pickers = progressive.pickers(images.numpy(), real, 0, lend=False)
 
     def step(number: int, group: Group, x0: Array) -> bool:
         before = list(state.scales)
-        sent = progressive.encode_group(state, group, x0, true, real, tables, 0)
+        sent = progressive.encode_group(state, group, x0, true, real, tables, 0, pickers)
         for scale, indices, last in zip(sent.scales, sent.indices, before, strict=True):
             scales[tables.scale_symbol(scale, last)] += 1
-            _, load = group.chunks(scale, dims, bits)
-            np.add.at(buckets[load], np.frexp(indices + 1.0)[1] - 1, 1)
+            if not group.banded(dims):
+                load = group.chunks(scale, dims, bits).load
+                np.add.at(buckets[load], np.frexp(indices[0] + 1.0)[1] - 1, 1)
         tick(number + 1)
         return True
 

@@ -29,6 +29,7 @@ from ddpm.codec import progressive
 from ddpm.codec.entropy import Certain, Damaged, Decoder, Encoder, Ends, Source
 from ddpm.codec.plan import Group, Tables
 from ddpm.codec.progressive import Array, Predictor, Symbols, Undecided
+from ddpm.codec.reverse import Picker
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 
@@ -36,6 +37,7 @@ MAGIC, VERSION = b"DPC", 1
 MOST_PIXELS = 1 << 24
 """Larger pictures are refused, both ways: a damaged header cannot ask for any amount of memory."""
 _MOST_VALUES = 1 << 26  # of all tiles, with what of them lies outside
+_MOST_LENT = 1 << 22  # values
 _TRIES = 64  # seeds before an image is given up
 _TOGETHER = 16  # tiles, after which no more pictures share network calls
 Image = NDArray[np.uint8]
@@ -216,8 +218,10 @@ def _real(header: Header, model: Model) -> Tiles:
     return cut(np.zeros((header.height, header.width, header.channels), np.uint8), header, model)
 
 
-def _dims(real: NDArray[np.bool_]) -> list[int]:
-    return [int(there.sum()) for there in real]
+def _lends(tiles: Tiles, tables: Tables) -> bool:
+    """Whether low bits of pixels pick candidates: not of a large picture, of which all x0^ would have to be kept."""
+    _, *tile = tiles.pixels.shape
+    return tiles.pixels.size <= _MOST_LENT and any(group.banded(math.prod(tile)) for group in tables.groups)
 
 
 # -- encoding ----------------------------------------------------------------------------------------------------------
@@ -308,22 +312,22 @@ def _walk(
     true = progressive.signal(tiles.pixels)
     state = progressive.start(tables, true.shape, header.seed)
     most = math.inf if bits_per_dim is None else bits_per_dim * image.size / 8
+    pickers = progressive.pickers(tiles.pixels, tiles.said, header.seed, _lends(tiles, tables))
     sent: list[Symbols] = []
     price = Encoder()  # what it takes so far
-    dims = _dims(tiles.real)
 
     def step(number: int, group: Group, x0: Array) -> bool:
         before = list(state.scales)
         if psnr is not None and _psnr(_shown(x0, header, model), image) >= psnr:
             return False
-        sent.append(progressive.encode_group(state, group, x0, true, tiles.real, tables, header.seed))
-        progressive.put_group(price, tables, group, sent[-1], before, dims)
+        sent.append(progressive.encode_group(state, group, x0, true, tiles.real, tables, header.seed, pickers))
+        progressive.put_group(price, tables, group, sent[-1], before, tiles.real)
         return price.bits / 8 <= most
 
     x0 = yield from progressive.walk(tables, state, step)
     fits = price.bits / 8 <= most  # and x0^ is of the last group
     if fits and len(sent) == len(tables.groups) and (psnr is None or _psnr(_shown(x0, header, model), image) < psnr):
-        data = _written(replace(header, lossless=True), tables, sent, tiles, x0, state.sums, image)
+        data = _written(replace(header, lossless=True), tables, sent, tiles, x0, state.sums, image, pickers)
         if len(data) <= most:
             return data
     while True:
@@ -338,17 +342,18 @@ def _walk(
 
 def _written(
     header: Header, tables: Tables, sent: Sequence[Symbols], tiles: Tiles, x0: Array | None = None,
-    sums: Sequence[int] = (), image: Image | None = None,
+    sums: Sequence[int] = (), image: Image | None = None, pickers: Sequence[Sequence[Picker]] = (),
 ) -> bytes:  # fmt: skip
     """The file: groups, and the pixels where there is x0^ to code them by."""
     encoder = Encoder()
     before = [0] * len(tiles.real)
     for group, symbols in zip(tables.groups, sent, strict=False):
-        progressive.put_group(encoder, tables, group, symbols, before, _dims(tiles.real))
+        progressive.put_group(encoder, tables, group, symbols, before, tiles.real)
         before = symbols.scales
     trailer = b""
     if x0 is not None and image is not None:
-        progressive.put_pixels(encoder, tables, tiles.pixels, x0, before, tiles.said)
+        lending = pickers if _lends(tiles, tables) else None
+        progressive.put_pixels(encoder, tables, tiles.pixels, x0, before, tiles.said, lending)
         trailer = bytes(sums[i] & 255 if sums else 0 for i in _checked(len(sums))) + zlib.crc32(
             image.tobytes()
         ).to_bytes(4, "big")
@@ -437,12 +442,16 @@ def _pictures(
     with suppress(Ends):
         sent.extend(_groups(decoder, header, tables, tiles.real))
     state = progressive.start(tables, tiles.pixels.shape, header.seed)
+    told: list[progressive.Told] = []
+    keep = header.lossless and _lends(tiles, tables)
     checks = dict(zip(_checked(header.groups), trailer, strict=False)) if header.lossless else {}
     elsewhere = f"; it was written in the {'local' if header.local else 'portable'} profile"
 
     def step(number: int, group: Group, x0: Array) -> bool:
         if number == len(sent):
             return False
+        if keep:
+            told.append(progressive.Told(group, x0, sent[number]))
         progressive.advance(state, group, x0, sent[number], tiles.real, tables, header.seed)
         if checks.get(number, state.sums[-1] & 255) != state.sums[-1] & 255:
             raise Damaged(f"group {number + 1}: this machine's network gives another x than the writer's" + elsewhere)
@@ -458,23 +467,28 @@ def _pictures(
             asked = walk.send(x0)
     if not header.lossless or len(sent) < header.groups:
         return
-    if isinstance(decoder, Certain):
-        if header.local and header.where != model.where and not trailer:
-            return  # another x0^, other pixels
-        some, count = progressive.get_some_pixels(decoder, tables, x0, state.scales, tiles.said)
+    if not complete and header.local and header.where != model.where and not trailer:
+        return  # another x0^, other pixels
+
+    def lent(tile: int, band: int, state: int, known: Image) -> bytes:
+        true = progressive.signal(np.where(tiles.said[tile], known, known[:1]))  # grey stands for all colours
+        return progressive.lent(told, true, tiles.real, tables, header.seed, tile, band, state)
+
+    some, count = progressive.get_pixels(decoder, tables, x0, state.scales, tiles.said, lent if keep else None)
+    image = join(some, header, model)
+    if not complete:
         if count:
-            yield Picture(len(sent), count, join(some, header, model), False, False)
+            yield Picture(len(sent), count, image, False, False)
         return
-    image = join(progressive.get_pixels(decoder, tables, x0, state.scales, tiles.said), header, model)
     if zlib.crc32(image.tobytes()) != int.from_bytes(trailer[3:7], "big"):
         raise Damaged("pixels: not those that were written; this machine's network differs too much" + elsewhere)
     yield Picture(len(sent), image.size, image, True, True)
 
 
 def _groups(decoder: Source, header: Header, tables: Tables, real: NDArray[np.bool_]) -> Iterator[Symbols]:
-    before, dims = [0] * len(real), _dims(real)
+    before = [0] * len(real)
     for group in tables.groups[: header.groups]:
-        symbols = progressive.get_group(decoder, tables, group, before, dims)
+        symbols = progressive.get_group(decoder, tables, group, before, real)
         before = symbols.scales
         yield symbols
 
@@ -500,9 +514,11 @@ def spent(model: Model, data: bytes) -> Iterator[Spent]:
     price, before, taken = Encoder(), [0] * len(real), 0.0
     sent = _groups(Decoder(data[begin : begin + header.length]), header, tables, real)
     for number, (group, symbols) in enumerate(zip(tables.groups, sent, strict=False)):
-        progressive.put_group(price, tables, group, symbols, before, _dims(real))
+        progressive.put_group(price, tables, group, symbols, before, real)
         rmse = float(np.sqrt(np.mean((seen[number].image.astype(float) - seen[-1].image) ** 2)))
-        yield Spent(group.t, group.s, sum(map(len, symbols.indices)), price.bits - taken, rmse)
+        yield Spent(
+            group.t, group.s, sum(len(some) for tile in symbols.indices for some in tile), price.bits - taken, rmse
+        )
         before, taken = symbols.scales, price.bits
     if header.lossless:
         rmse = float(np.sqrt(np.mean((seen[-2].image.astype(float) - seen[-1].image) ** 2)))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +22,28 @@ from ddpm.errors import InputError
 from ddpm.schedule import Schedule
 
 PAD = 2
-"""Candidates of a chunk are 2^(K + PAD) for a divergence of K bits."""
+"""Candidates of a chunk are 2^(k + PAD) for a divergence of k bits, at most K."""
+MOST_BITS = 16
+"""The largest K: 2^18 rows of 64 are what both sides hold."""
+_BANDED = 40  # bits of a whole tile from which a group is coded in bands,
+_NEAR = 4e-3  # .. where the mean squared error is below this, eight grey levels
+_LOST = 3.0  # bits of a chunk there that do not come back, with what its samples fall short
+_LOADS = 4
+"""Classes of how full a chunk is."""
 SCALES = range(-12, 20)
 """An image's error over the mean one's, in half octaves."""
 SPREADS = range(-5, 2)
 """Standard deviations of the parts of the last stage's mixture over that of the image's errors, in octaves."""
-_LOADS = 4
-"""Classes of how full a chunk is."""
 _MIXTURE = 64  # the mixture's weights sum to it
+
+
+class Chunks(NamedTuple):
+    """How many chunks of at most K bits; the bits of an index that is as long as the divergence wants it; and the class
+    of how full a chunk is."""
+
+    number: int
+    bits: int
+    load: int
 
 
 @dataclass(frozen=True)
@@ -66,23 +80,28 @@ class Group:
         _, _, variance_q = self.coefficients
         return 0.5 * math.log2(self.variance(scale) / variance_q)
 
-    def chunks(self, scale: int, dims: int, bits: int) -> tuple[int, int]:
-        """How many chunks of at most `bits` = K bits, and the class of how full they are."""
+    def banded(self, size: int) -> bool:
+        """Whether a tile of so many values is coded in bands, whose candidates low bits of pixels pick."""
+        return self.mse < _NEAR and round(self.divergence(0) * 2**20) * size >= _BANDED << 20
+
+    def chunks(self, scale: int, dims: int, bits: int) -> Chunks:
+        """What so many dimensions are coded in, for `bits` = K."""
         whole = round(self.divergence(scale) * 2**20) * dims  # rounded: not to hang on a logarithm's last bit
-        chunks = max(1, min(dims, -(-whole // (bits << 20))))
-        return chunks, min(_LOADS - 1, whole * _LOADS // (chunks * bits << 20))
+        number = max(1, min(dims, -(-whole // (bits << 20))))
+        each = min(bits, -(-whole // (number << 20))) + PAD
+        return Chunks(number, each, min(_LOADS - 1, whole * _LOADS // (number * bits << 20)))
 
 
 @dataclass(frozen=True)
 class Tables:
     """One setting of a model's codec.
 
-    bits       K, the divergence of a chunk; the encoder weighs 2^(K + 2) candidates for each
+    bits       K, the most divergence of a chunk; the encoder weighs up to 2^(K + PAD) candidates for each
     levels     T = levels[0] > .. > levels[-1]: x is coded at each in turn, and from the last the pixels
     alpha_bar  of these levels
     mse        E|x_0 - x0^|^2 / D of training images at these levels
     scales     counts of each change of the scale between groups, -31 .. 31
-    buckets    counts of floor(log2(index + 1)), for each class of how full a chunk is
+    buckets    counts of floor(log2(index + 1)) where there are no bands, for each class of how full a chunk is
     spread     weights of the pixels' mixture, of 64
     weights    of the prediction of each channel's error from those before (`residual`)
 
@@ -102,7 +121,7 @@ class Tables:
         """InputError for what no calibration writes."""
         levels, abar, width = self.levels, self.alpha_bar, self.bits + PAD + 1
         good = (
-            2 <= self.bits <= 20 and len(levels) == len(abar) == len(self.mse) >= 1
+            2 <= self.bits <= MOST_BITS and len(levels) == len(abar) == len(self.mse) >= 1
             and all(s < t for t, s in pairwise(levels)) and levels[-1] >= 1
             and all(0 < a < b for a, b in zip(abar, [*abar[1:], 1.0], strict=True))
             and all(0 < e < math.inf for e in self.mse)
@@ -171,7 +190,7 @@ class Tables:
 
 
 def levels(
-    schedule: Schedule, mse: Tensor, dims: int, bits: int | None, gain: NDArray[np.float64], group_bits: float = 4.0
+    schedule: Schedule, mse: Tensor, dims: int, bits: int | None, gain: NDArray[np.float64], group_bits: float
 ) -> list[int]:
     """The levels of least cost, falling from T, by dynamic programme over all groupings.
 
@@ -182,7 +201,7 @@ def levels(
 
     >>> from ddpm import schedule
     >>> error = torch.linspace(1e-4, 0.3, 1000).double()
-    >>> found = levels(schedule.linear(), error.expand(2, -1), 3072, 12, np.zeros(1000))
+    >>> found = levels(schedule.linear(), error.expand(2, -1), 3072, 12, np.zeros(1000), 4.0)
     >>> found[0], found == sorted(found, reverse=True)
     (1000, True)
     """
@@ -197,8 +216,7 @@ def levels(
         if t > 1:
             kl = dims * 0.5 * ((snr[1:t] - snr[t]) * error).log1p() / math.log(2)  # [n, t - 1]
             if bits is not None:
-                chunks = (kl / bits).clamp(min=1)
-                kl = kl + chunks * (kl / chunks + 1).log2()  # an index takes about KL + log2(KL + 1)
+                kl = kl + _above(kl, bits, float(error.mean()) < _NEAR)
             steps = kl.mean(0) + group_bits + cost[1:t]
             least = int(steps.argmin())
             if steps[least] < cost[t]:
@@ -207,6 +225,13 @@ def levels(
     while after[path[-1]] > 0:
         path.append(int(after[path[-1]]))
     return path
+
+
+def _above(kl: Tensor, bits: int, near: bool) -> Tensor:
+    """What indices take above a divergence: about log2(KL + 1) a chunk; in bands most of it comes back, not all."""
+    chunks = (kl / bits).clamp(min=1)
+    ordered = chunks * (kl / chunks + 1).log2()
+    return torch.where(kl < _BANDED, ordered, _LOST * chunks.clamp(min=3)) if near else ordered
 
 
 def empty(schedule: Schedule, mse: Tensor, chosen: Sequence[int], bits: int, channels: int) -> Tables:

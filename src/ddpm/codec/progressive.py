@@ -1,14 +1,20 @@
-"""Algorithms 3 and 4 of the paper by reverse-channel coding: x_T, group by group, and the pixels given the last x.
+"""Algorithms 3 and 4 of the paper by minimal random coding: x_T, group by group, and the pixels given the last x.
 
 `encode_group` draws and both sides `advance`: so the encoder goes on from the x that the decoder will have. Arrays are
 float64 [n, C, H, W], n tiles of one picture; the arithmetic beside the network is NumPy's, one operation at a time, so
 that IEEE 754 fixes every bit of it.
+
+From where a group has much to say on, every tile is coded in bands of rows. What picks the candidates of a band are
+the low bits of the pixels of the next: once a band's pixels are read, `lent` tells them, and of the next band's pixels
+only what they leave open has to be said. So an index takes hardly more than the divergence, as with bits-back coding,
+but within one picture. The last band's come to nothing.
 """
 
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -18,13 +24,14 @@ from torch import Tensor
 
 from ddpm import kernels, pixels
 from ddpm.codec import residual, reverse, shared
-from ddpm.codec.entropy import Certain, Damaged, Decoder, Encoder, Ends, Source
+from ddpm.codec.entropy import Damaged, Encoder, Ends, Source, frequencies
 from ddpm.codec.plan import PAD, SCALES, Group, Tables
+from ddpm.codec.reverse import STATE, Picker
 from ddpm.denoiser import Denoiser
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
-_START, _FILL = 201, 202  # what a stream of shared randomness is for
+_START, _FILL, _PICKS = 201, 202, 203  # what a stream of shared randomness is for
 _GRID = 1024
 """x0^ is a multiple of 2^-10 before anybody uses it."""
 _MARGIN = 1e-10
@@ -72,10 +79,10 @@ Predict = Callable[[Array, int], Array]
 
 @dataclass(frozen=True)
 class Symbols:
-    """What is sent of one group: for each tile its scale and the indices of its chunks."""
+    """What is sent of one group: for each tile its scale and the indices of the chunks of each of its bands."""
 
     scales: list[int]
-    indices: list[NDArray[np.int64]]
+    indices: list[list[NDArray[np.int64]]]
 
 
 @dataclass
@@ -100,16 +107,41 @@ def start(tables: Tables, shape: Sequence[int], seed: int) -> State:
     return State(np.stack(x), [0] * n)
 
 
+def bands(height: int) -> list[slice]:
+    """Rows from the top, fewer and fewer.
+
+    >>> [(band.start, band.stop) for band in bands(32)]
+    [(0, 13), (13, 22), (22, 27), (27, 30), (30, 32)]
+    """
+    ends = [0, *dict.fromkeys(n for n in (-(-height * share // 20) for share in (8, 14, 17, 19, 20)) if n)]
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
+def parts(there: NDArray[np.bool_], group: Group | None = None) -> list[NDArray[np.bool_]]:
+    """What of `there` [C, H, W] lies in each band; all of it in one part for a group without bands."""
+    if group and not group.banded(there.size):
+        return [there]
+    found = []
+    for band in bands(there.shape[1]):
+        part = np.zeros_like(there)
+        part[:, band] = there[:, band]
+        found.append(part)
+    return found
+
+
 def advance(
     state: State, group: Group, x0: Array, sent: Symbols, real: NDArray[np.bool_], tables: Tables, seed: int
 ) -> None:
     """x_s = mu_p + sqrt(variance_p) z, from what was sent; where nothing is real, z is shared noise."""
     c_0, c_x, _ = group.coefficients
     for tile, (scale, indices) in enumerate(zip(sent.scales, sent.indices, strict=True)):
-        there, keys = real[tile], (seed, tile, group.t)
-        z = np.empty(there.shape)
-        z[there] = reverse.draw(indices, int(there.sum()), tables.bits + PAD, *keys)
-        z[~there] = shared.normals(int((~there).sum()), _FILL, *keys)
+        z = np.empty(real[tile].shape)
+        for band, (part, some) in enumerate(zip(parts(real[tile], group), indices, strict=True)):
+            if dims := int(part.sum()):
+                bits = index_bits(group, scale, part, tables)
+                z[part] = reverse.draw(some, dims, bits, seed, tile, group.t, band)
+        there = real[tile]
+        z[~there] = shared.normals(int((~there).sum()), _FILL, seed, tile, group.t)
         mean = c_x * state.x[tile] + c_0 * x0[tile]
         state.x[tile] = mean + np.sqrt(group.variance(scale)) * z
     state.scales = list(sent.scales)
@@ -122,23 +154,111 @@ def scale_of(error: float, group: Group) -> int:
     return min(max(nearest, SCALES[0]), SCALES[-1])
 
 
-def encode_group(
-    state: State, group: Group, x0: Array, true: Array, real: NDArray[np.bool_], tables: Tables, seed: int
-) -> Symbols:
-    """Draw x_s ~ q(x_s | x_t, x_0) by reverse-channel coding, and go there; `true` is x_0, `x0` is x0^."""
+def index_bits(group: Group, scale: int, part: NDArray[np.bool_], tables: Tables) -> int:
+    """Of a part's indices: as many as there may be, or in bands, where all of them are paid for, as it takes."""
+    if not group.banded(part.size):
+        return tables.bits + PAD
+    return group.chunks(scale, int(part.sum()), tables.bits).bits
+
+
+def races(
+    group: Group, scale: int, true: Array, x0: Array, part: NDArray[np.bool_], tables: Tables, *keys: int
+) -> Iterator[reverse.Race]:
+    """Of the chunks of a band: what may be taken for x_s ~ q(x_s | x_t, x_0); `true` is x_0, `x0` is x0^."""
+    if not part.any():
+        return
     c_0, _, variance_q = group.coefficients
+    chunks = group.chunks(scale, int(part.sum()), tables.bits).number
+    variance_p = group.variance(scale)
+    mean = c_0 * (true - x0)[part] / np.sqrt(variance_p)
+    yield from reverse.races(mean, variance_q / variance_p, chunks, index_bits(group, scale, part, tables), *keys)
+
+
+def encode_group(
+    state: State, group: Group, x0: Array, true: Array, real: NDArray[np.bool_], tables: Tables, seed: int,
+    pickers: Sequence[Sequence[Picker]],
+) -> Symbols:  # fmt: skip
+    """Draw x_s ~ q(x_s | x_t, x_0) and go there; `pickers` are those of each tile's bands."""
     sent = Symbols([], [])
     for tile, there in enumerate(real):
-        residual = (true[tile] - x0[tile])[there]
-        scale = scale_of(float(np.mean(residual**2)), group)
-        chunks, _ = group.chunks(scale, len(residual), tables.bits)
-        variance_p = group.variance(scale)
-        mean = c_0 * residual / np.sqrt(variance_p)
-        keys = (seed, tile, group.t)
+        scale = scale_of(float(np.mean((true[tile] - x0[tile])[there] ** 2)), group)
         sent.scales.append(scale)
-        sent.indices.append(reverse.choose(mean, variance_q / variance_p, chunks, tables.bits + PAD, *keys))
+        sent.indices.append([])
+        banded = group.banded(there.size)
+        for band, part in enumerate(parts(there, group)):
+            keys = (seed, tile, group.t, band)
+            chances = races(group, scale, true[tile], x0[tile], part, tables, *keys)
+            if banded:
+                chosen = [pickers[tile][band].pick(race) for race in chances]
+            else:
+                chosen = [reverse.winner(race, tables.bits + PAD, *keys, i) for i, race in enumerate(chances)]
+            sent.indices[-1].append(np.array(chosen, np.int64))
     advance(state, group, x0, sent, real, tables, seed)
     return sent
+
+
+# -- low bits that pick ------------------------------------------------------------------------------------------------
+
+
+def pickers(image: NDArray[np.uint8], said: NDArray[np.bool_], seed: int, lend: bool) -> list[list[Picker]]:
+    """Of each tile's bands: by the pixels [n, C, H, W] of the next band, where they `lend`, or by shared randomness."""
+    found = []
+    for tile, (pixel, there) in enumerate(zip(image, said, strict=True)):
+        _, *after = parts(there)
+        messages = [low_bits(pixel[part]) if lend else b"" for part in after]
+        found.append([Picker(text, _PICKS, seed, tile, band) for band, text in enumerate([*messages, b""])])
+    return found
+
+
+def low_bits(pixel: NDArray[np.uint8]) -> bytes:
+    """The bits of pixels [m], the lowest of all of them first."""
+    return np.packbits(pixel >> np.arange(8, dtype=np.uint8)[:, None] & 1).tobytes()
+
+
+def known_bits(text: bytes, count: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Of `count` pixels, those bits that `text` begins with of `low_bits`, and which these are, uint8 [count].
+
+    >>> pixel = np.array([200, 77, 3], np.uint8)
+    >>> known_bits(low_bits(pixel)[:1], 3)
+    (array([0, 1, 3], dtype=uint8), array([7, 7, 3], dtype=uint8))
+    """
+    bits = np.unpackbits(np.frombuffer(text, np.uint8))[: 8 * count]
+    there = np.arange(8 * count) < len(bits)
+    bits = np.concatenate([bits, np.zeros(8 * count - len(bits), np.uint8)])
+    place = np.arange(8, dtype=np.uint8)[:, None]
+    return tuple(np.bitwise_or.reduce(a.reshape(8, count).astype(np.uint8) << place) for a in (bits, there))
+
+
+class Told:
+    """Of a group: x0^ before it, and what was sent. x0^ is held in 1024ths, as 16 bits."""
+
+    def __init__(self, group: Group, x0: Array, sent: Symbols) -> None:
+        self.group, self.sent, self._x0 = group, sent, np.rint(x0 * _GRID).astype(np.int16)
+
+    def x0(self, tile: int) -> Array:
+        """[C, H, W]."""
+        x0: Array = self._x0[tile] / _GRID
+        return x0
+
+
+def lent(
+    told: Sequence[Told],
+    true: Array,
+    real: NDArray[np.bool_],
+    tables: Tables,
+    seed: int,
+    tile: int,
+    band: int,
+    state: int,
+) -> bytes:
+    """The message that the picks of a tile's band were made by, once its pixels are known, x_0 [C, H, W] of which."""
+    slots = []
+    part = parts(real[tile])[band]
+    for one in (one for one in told if one.group.banded(part.size)):
+        scale, indices = one.sent.scales[tile], one.sent.indices[tile][band].tolist()
+        chances = races(one.group, scale, true, one.x0(tile), part, tables, seed, tile, one.group.t, band)
+        slots += [race.slot(index) for race, index in zip(chances, indices, strict=True)]
+    return reverse.returned(state, slots, _PICKS, seed, tile, band)
 
 
 # -- symbols to bits ---------------------------------------------------------------------------------------------------
@@ -153,31 +273,40 @@ def get_scale(decoder: Source, tables: Tables, before: int) -> int:
 
 
 def put_group(
-    encoder: Encoder, tables: Tables, group: Group, sent: Symbols, before: Sequence[int], dims: Sequence[int]
+    encoder: Encoder, tables: Tables, group: Group, sent: Symbols, before: Sequence[int], real: NDArray[np.bool_]
 ) -> None:
-    """The symbols of a group; `before` are the scales of the group before, `dims` the tiles' real dimensions."""
-    for scale, indices, last, count in zip(sent.scales, sent.indices, before, dims, strict=True):
+    """The symbols of a group; `before` are the scales of the group before."""
+    for scale, indices, last, there in zip(sent.scales, sent.indices, before, real, strict=True):
         put_scale(encoder, tables, scale, last)
-        _, load = group.chunks(scale, count, tables.bits)
-        for index in indices.tolist():
-            bucket = (index + 1).bit_length() - 1
-            encoder.put(bucket, tables.bucket_frequency[load])
-            encoder.put_bits(index + 1 - (1 << bucket), bucket)
+        for some, part in zip(indices, parts(there, group), strict=True):
+            chunks = group.chunks(scale, int(part.sum()), tables.bits)
+            for index in some.tolist():
+                if group.banded(there.size):
+                    encoder.put_bits(index, chunks.bits)
+                else:
+                    bucket = (index + 1).bit_length() - 1
+                    encoder.put(bucket, tables.bucket_frequency[chunks.load])
+                    encoder.put_bits(index + 1 - (1 << bucket), bucket)
 
 
-def get_group(decoder: Source, tables: Tables, group: Group, before: Sequence[int], dims: Sequence[int]) -> Symbols:
+def get_group(decoder: Source, tables: Tables, group: Group, before: Sequence[int], real: NDArray[np.bool_]) -> Symbols:
     sent = Symbols([], [])
-    for last, count in zip(before, dims, strict=True):
+    for last, there in zip(before, real, strict=True):
         scale = get_scale(decoder, tables, last)
-        chunks, load = group.chunks(scale, count, tables.bits)
-        indices = np.empty(chunks, np.int64)
-        for i in range(chunks):
-            bucket = decoder.get(tables.bucket_frequency[load])
-            indices[i] = (1 << bucket) + decoder.get_bits(bucket) - 1
-            if indices[i] >= 1 << (tables.bits + PAD):
-                raise Damaged("payload: no encoder writes such bytes; want the file as it was written")
         sent.scales.append(scale)
-        sent.indices.append(indices)
+        sent.indices.append([])
+        for part in parts(there, group):
+            chunks = group.chunks(scale, int(part.sum()), tables.bits)
+            some = np.empty(chunks.number if part.any() else 0, np.int64)
+            for i in range(len(some)):
+                if group.banded(there.size):
+                    some[i] = decoder.get_bits(chunks.bits)
+                else:
+                    bucket = decoder.get(tables.bucket_frequency[chunks.load])
+                    some[i] = (1 << bucket) + decoder.get_bits(bucket) - 1
+                    if some[i] >= 1 << (tables.bits + PAD):
+                        raise Damaged("payload: no encoder writes such bytes; want the file as it was written")
+            sent.indices[-1].append(some)
     return sent
 
 
@@ -188,22 +317,52 @@ def pixel_scales(tables: Tables, image: NDArray[np.uint8], x0: Array, said: NDAr
 
 
 def pixel_walk(
-    tables: Tables, x0: Array, scales: Sequence[int], said: NDArray[np.bool_], symbols: residual.Symbols
-) -> NDArray[np.uint8]:
-    """The pixels uint8 [n, C, H, W] given x0^ at the last level (L_0, Eq. 13), as `symbols` puts or gets them."""
+    tables: Tables, x0: Array, scales: Sequence[int], said: NDArray[np.bool_], symbols: residual.Symbols,
+    image: NDArray[np.uint8] | None = None, rows: slice | None = None,
+) -> NDArray[np.uint8]:  # fmt: skip
+    """The pixels uint8 [n, C, H, W] given x0^ at the last level (L_0, Eq. 13), as `symbols` puts or gets them.
+
+    Of some rows only, where image has those above.
+    """
     sigma = np.sqrt([tables.last.error(scale) for scale in scales])
-    return residual.walk(tables.weights, x0, sigma, said, tables.pixel_frequencies, symbols)
+    return residual.walk(tables.weights, x0, sigma, said, tables.pixel_frequencies, symbols, image, rows)
+
+
+def left_open(frequency: NDArray[np.int64], low: NDArray[np.uint8], which: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Frequencies [m, 256] of pixels of which some bits are known."""
+    if not which.any():
+        return frequency
+    agree = (np.arange(256, dtype=np.uint8) & which[:, None]) == low[:, None]
+    return frequencies(np.where(agree, frequency, 0))
+
+
+Lend = Callable[[int, int], bytes]
+"""What a tile's band's picks say of the low bits of the next band's pixels; puts, or gets, what it takes to tell."""
+
+
+def _band_by_band(
+    tables: Tables, x0: Array, scales: Sequence[int], said: NDArray[np.bool_], image: NDArray[np.uint8],
+    symbols: residual.Symbols, lend: Lend | None,
+) -> None:  # fmt: skip
+    """All pixels, into `image`; of all bands but the first, only what the band before leaves open."""
+    low, which = np.zeros_like(image), np.zeros_like(image)
+
+    def opened(frequency: NDArray[np.int64], at: Any) -> NDArray[np.integer]:
+        return symbols(left_open(frequency, low[at], which[at]), at)
+
+    for band, rows in enumerate(bands(image.shape[2])):
+        for tile, there in enumerate(said if band and lend else []):
+            part = parts(there)[band]
+            if lend and part.any():
+                low[tile][part], which[tile][part] = known_bits(lend(tile, band - 1), int(part.sum()))
+        pixel_walk(tables, x0, scales, said, opened, image, rows)
 
 
 def put_pixels(
-    encoder: Encoder,
-    tables: Tables,
-    image: NDArray[np.uint8],
-    x0: Array,
-    before: Sequence[int],
-    said: NDArray[np.bool_],
-) -> None:
-    """Scales and pixels of all tiles; `before` are the scales of the last group."""
+    encoder: Encoder, tables: Tables, image: NDArray[np.uint8], x0: Array, before: Sequence[int],
+    said: NDArray[np.bool_], pickers: Sequence[Sequence[Picker]] | None,
+) -> None:  # fmt: skip
+    """Scales and pixels of all tiles; `before` are the last group's scales, `pickers` None where nothing is lent."""
     scales = pixel_scales(tables, image, x0, said)
     for scale, last in zip(scales, before, strict=True):
         put_scale(encoder, tables, scale, last)
@@ -213,36 +372,45 @@ def put_pixels(
         found: NDArray[np.uint8] = image[at]
         return found
 
-    pixel_walk(tables, x0, scales, said, put)
+    def lend(tile: int, band: int) -> bytes:
+        assert pickers is not None
+        picker = pickers[tile][band]
+        encoder.put_bits(picker.state >> STATE // 2, STATE // 2)
+        encoder.put_bits(picker.state & (1 << STATE // 2) - 1, STATE // 2)
+        return picker.used
+
+    _band_by_band(tables, x0, scales, said, np.zeros_like(image), put, None if pickers is None else lend)
 
 
 def get_pixels(
-    decoder: Decoder, tables: Tables, x0: Array, before: Sequence[int], said: NDArray[np.bool_]
-) -> NDArray[np.uint8]:
-    scales = [get_scale(decoder, tables, last) for last in before]
-    return pixel_walk(tables, x0, scales, said, lambda frequency, at: decoder.get_each(frequency))
+    source: Source, tables: Tables, x0: Array, before: Sequence[int], said: NDArray[np.bool_],
+    lent: Callable[[int, int, int, NDArray[np.uint8]], bytes] | None,
+) -> tuple[NDArray[np.uint8], int]:  # fmt: skip
+    """x0^ as pixels, in them as many of the true ones as the bytes determine; and how many.
 
-
-def get_some_pixels(
-    decoder: Certain, tables: Tables, x0: Array, before: Sequence[int], said: NDArray[np.bool_]
-) -> tuple[NDArray[np.uint8], int]:
-    """x0^ as pixels, in them as many of the true ones as the bytes determine; and how many."""
-    image: NDArray[np.uint8] = pixels.to_pixels(torch.from_numpy(x0)).numpy()
-    count = 0
+    lent is of (tile, band, state, pixels so far); None where nothing is.
+    """
+    image, done = np.zeros(x0.shape, np.uint8), np.zeros(x0.shape, bool)
 
     def get(frequency: NDArray[np.int64], at: tuple[Any, int, Any, Any]) -> NDArray[np.integer]:
-        nonlocal count
-        found, (tile, channel, y, x) = decoder.get_each(frequency), at
+        found, (tile, channel, y, x) = source.get_each(frequency), at
         sure = slice(len(found))
         image[tile[sure], channel, y[sure], x[sure]] = found
-        count += len(found)
+        done[tile[sure], channel, y[sure], x[sure]] = True
         if len(found) < len(frequency):
             raise Ends
         return found
 
+    def lend(tile: int, band: int) -> bytes:
+        assert lent is not None
+        state = source.get_bits(STATE // 2) << STATE // 2 | source.get_bits(STATE // 2)
+        return lent(tile, band, state, image[tile])
+
     with suppress(Ends):
-        pixel_walk(tables, x0, [get_scale(decoder, tables, last) for last in before], said, get)
-    return image, count
+        scales = [get_scale(source, tables, last) for last in before]
+        _band_by_band(tables, x0, scales, said, image, get, None if lent is None else lend)
+    shown: NDArray[np.uint8] = np.where(done, image, pixels.to_pixels(torch.from_numpy(x0)).numpy())
+    return shown, int(done.sum())
 
 
 Do = Callable[[int, Group, Array], bool]

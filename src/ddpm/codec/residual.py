@@ -81,18 +81,23 @@ def left(weights: tuple[tuple[float, ...], ...], errors: Array) -> Array:
 
 def walk(
     weights: tuple[tuple[float, ...], ...], x0: Array, sigma: Array, said: NDArray[np.bool_],
-    frequencies: Frequencies, symbols: Symbols,
+    frequencies: Frequencies, symbols: Symbols, image: NDArray[np.uint8] | None = None, rows: slice | None = None,
 ) -> NDArray[np.uint8]:  # fmt: skip
     """The pixels uint8 [n, C, H, W], as `symbols` puts or gets them, where they are `said`; x0 is x0^, sigma [n].
 
-    From left and top, x + 2 y at a time: so of all that a pixel is predicted from, both sides have it.
+    From left and top, x + 2 y at a time: so of all that a pixel is predicted from, both sides have it. With `rows` only
+    these, into `image`, which has those above.
     """
     centre = pixels.bins(torch.zeros((), dtype=torch.float64))[0].numpy()
     _, channels, height, width = x0.shape
-    image = np.zeros(x0.shape, np.uint8)
+    top, bottom = (rows.start, rows.stop) if rows else (0, height)
+    if image is None:
+        image = np.zeros(x0.shape, np.uint8)
     errors = np.zeros((len(x0), channels, height + 2, width + 2))
-    for wave in range(width + 2 * height - 2):
-        y = np.arange(max(0, -(-(wave - width + 1) // 2)), min(height, wave // 2 + 1))
+    above = np.s_[:, :, :top]
+    errors[:, :, 1 : top + 1, 1:-1] = np.where(said[above], centre[image[above]] - x0[above], 0.0)
+    for wave in range(2 * top, width + 2 * bottom - 2):
+        y = np.arange(max(top, -(-(wave - width + 1) // 2)), min(bottom, wave // 2 + 1))
         x = wave - 2 * y
         for channel in range(channels):
             there = said[:, channel, y, x]

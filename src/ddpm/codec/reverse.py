@@ -1,39 +1,67 @@
 """Reverse-channel coding: a draw from a Gaussian that only the encoder knows, by the index of a shared candidate.
 
-Ordered random coding (Theis & Ahmed 2022). There is one table of normals, 2^bits rows of 64; a candidate is a row of it
-for every 64 of a chunk's dimensions, each block of them counting from another row, with an order and signs of the
-chunk's own. So one small table serves all, and all chunks of a group are weighed by one matrix product, where drawing
-anew would take most of the time. The decoder draws the chosen rows alone.
+Of N candidates from p the encoder takes one with probability in proportion to w = q / p. With ordered random coding
+(`winner`) its index is small where the divergence is: about KL + log2(KL + 1) bits. With minimal random coding (Havasi
+et al. 2019, which the paper names) it takes log2 N, a few more than the divergence, but these are not lost where the
+encoder tosses no coin and lets bits of something else that it has to send pick the candidate (`Picker`): who knows q
+too, in the end, sees from the pick what they were (`returned`).
+
+There is one table of normals, 2^bits rows of 64; a candidate is a row of it for every 64 of a chunk's dimensions, each
+block of them counting from another row, with an order and signs of the chunk's own. So one small table serves all, and
+all chunks of a group are weighed by one matrix product. The decoder draws the chosen rows alone. Weights are integers
+all along, float64 holding them exactly, so that they are the same on every machine.
 """
 
 import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.codec import shared
+from ddpm.codec.entropy import BITS, Damaged, frequencies
 from ddpm.noise import mix
 
-_ROWS, _SIGNS, _ORDER, _FIRST, _RACE = 101, 102, 103, 104, 105  # what a stream of shared randomness is for
+_ROWS, _SIGNS, _ORDER, _FIRST, _RACE, _COINS = 101, 102, 103, 104, 105, 106  # what a stream of shared randomness is for
 WIDTH = 64
 """Dimensions of a row."""
-_HELD = 1 << 24  # weights that are held at a time
+_HELD = 1 << 23  # weights that are held at a time
+_LOG2_E = 1.4426950408889634
+_UNIT = 4096  # a normal is so many parts of 1 ..
+_SLOPE = 1024  # .. what it is multiplied by of so many ..
+_STEPS = 256  # .. and log2 w is looked up in so many
+_LEAST = 20  # candidates of less than 2^-20 of the largest weight are never taken
+_POWERS = "5d599a99"
+
+Integers = NDArray[np.int64]
+
+
+@functools.cache
+def _powers() -> Integers:
+    """2^(20 - i / 256) for i = 0 .. 255, checked to be what every platform has."""
+    table = np.array([round(2.0 ** (_LEAST - i / _STEPS)) for i in range(_STEPS)], "<i8")
+    found = hashlib.sha256(table.tobytes()).hexdigest()[: len(_POWERS)]
+    if found != _POWERS:
+        raise RuntimeError(f"powers of two of {found} instead of {_POWERS}: this platform rounds otherwise")
+    return table
 
 
 def _row(number: int) -> NDArray[np.float32]:
     return shared.normals(WIDTH, _ROWS, first=number * (WIDTH // 16))  # Philox counts in 16 draws
 
 
-@functools.lru_cache(maxsize=2)
-def _table(bits: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """All rows as columns, float32 [64, 2^bits], and the sums of squares of their first 0 .. 64, [65, 2^bits]."""
-    rows = shared.normals(WIDTH << bits, _ROWS).reshape(-1, WIDTH).T
-    squares = np.zeros((WIDTH + 1, 1 << bits), np.float32)
+@functools.lru_cache(maxsize=32)
+def _table(bits: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """All rows as columns, [64, 2^bits], in 4096ths, and the sums of squares of their first 0 .. 64, [65, 2^bits]."""
+    rows = shared.normals(WIDTH << bits, _ROWS).reshape(-1, WIDTH).T.astype(np.float64) * _UNIT
+    squares = np.zeros((WIDTH + 1, 1 << bits))
     np.cumsum(rows * rows, axis=0, out=squares[1:])
-    return np.ascontiguousarray(rows), squares
+    return np.ascontiguousarray(rows), np.floor(squares / _UNIT)
 
 
-def _layout(dims: int, chunks: int, keys: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _layout(dims: int, chunks: int, keys: tuple[int, ...]) -> tuple[Integers, NDArray[np.float32]]:
     """Which dimension stands where in each chunk, int64 [chunks, blocks, 64], and its sign; 0 where there is none."""
     width = -(-dims // chunks)
     blocks = -(-width // WIDTH)
@@ -46,14 +74,14 @@ def _layout(dims: int, chunks: int, keys: tuple[int, ...]) -> tuple[NDArray[np.i
     return place.reshape(chunks, blocks, WIDTH), sign.reshape(chunks, blocks, WIDTH)
 
 
-def _first(shape: tuple[int, ...], bits: int, keys: tuple[int, ...]) -> NDArray[np.int64]:
-    """The row that index 0 means, for every block: small indices win, and should not be the same rows every time."""
+def _first(shape: tuple[int, ...], bits: int, keys: tuple[int, ...]) -> Integers:
+    """The row that index 0 means, for every block: equal indices should not be the same rows every time."""
     halves = shared.bits16(2 * int(np.prod(shape)), _FIRST, *keys).astype(np.int64).reshape(2, *shape)
-    first: NDArray[np.int64] = (halves[0] << 16 | halves[1]) & ((1 << bits) - 1)
+    first: Integers = (halves[0] << 16 | halves[1]) & ((1 << bits) - 1)
     return first
 
 
-def draw(indices: NDArray[np.int64], dims: int, bits: int, *keys: int) -> NDArray[np.float64]:
+def draw(indices: Integers, dims: int, bits: int, *keys: int) -> NDArray[np.float64]:
     """The normals z, float64 [dims], that `indices` [chunks] below 2^bits name; keys: of the image and the group.
 
     >>> draw(np.array([3, 0]), 5, 10, 1, 2).shape
@@ -67,40 +95,136 @@ def draw(indices: NDArray[np.int64], dims: int, bits: int, *keys: int) -> NDArra
     return z
 
 
-def choose(mean: NDArray[np.float64], variance: float, chunks: int, bits: int, *keys: int) -> NDArray[np.int64]:
-    """Indices int64 [chunks], below 2^bits, whose `draw` is nearly N(mean, variance): mean [dims], variance in (0, 1].
+class Race(NamedTuple):
+    """The candidates of a chunk that have a chance, rising, and their chances, of 2^24."""
 
-    The larger 2^bits is beside 2^KL of a chunk, the nearer; an index is small where the divergence from N(0, 1) is.
+    candidates: Integers
+    frequency: Integers
 
-    >>> mean = np.full(8, 2.0)
-    >>> abs(float(draw(choose(mean, 0.5, 4, 12, 7), 8, 12, 7).mean()) - 2) < 1
+    def slot(self, index: int) -> tuple[int, int]:
+        """The chance of a candidate, and of all before it. Raises Damaged where it has none."""
+        i = int(np.searchsorted(self.candidates, index))
+        if i == len(self.candidates) or self.candidates[i] != index:
+            raise Damaged("payload: a candidate that no encoder takes; want the file as it was written")
+        return int(self.frequency[i]), int(self.frequency[:i].sum())
+
+
+def races(mean: NDArray[np.float64], variance: float, chunks: int, bits: int, *keys: int) -> Iterator[Race]:
+    """Of each chunk, whose candidates stand for N(mean, variance): mean [dims], variance in (0, 1].
+
+    The larger 2^bits is beside 2^KL of a chunk, the nearer is the `draw` of one that is taken by its chance.
+
+    >>> picker = Picker(b"", 7)
+    >>> taken = [picker.pick(race) for race in races(np.full(64, 2.0), 0.5, 16, 14, 7)]
+    >>> abs(float(draw(np.array(taken), 64, 14, 7).mean()) - 2) < 0.4
     True
     """
     place, sign = _layout(len(mean), chunks, keys)
     first = _first(place.shape[:2], bits, keys)
     # log w = -|z - m|^2 / (2 rho^2) + |z|^2 / 2, but for a constant: z . m / rho^2 + |z|^2 (1 - 1 / rho^2) / 2
-    slope = (np.where(sign != 0, mean[place], 0.0) * sign / variance).astype(np.float32)
-    curve = np.float32((1 - 1 / variance) / 2)
-    rows, squares = _table(bits)
-    race = np.random.Generator(np.random.Philox(key=mix(_RACE, *keys)))
-    index = np.empty(chunks, np.int64)
+    most = float(1 << 15)
+    slope = np.where(sign != 0, mean[place], 0.0) * sign / variance * (_LOG2_E * _SLOPE)
+    slope = np.rint(slope.clip(-most, most))
+    curve = max(np.rint((1 - 1 / variance) / 2 * (_LOG2_E * _SLOPE)), -most * 32)
     some = max(1, _HELD // (place.shape[1] << bits))  # chunks at a time
     for begin in range(0, chunks, some):
-        part = slope[begin : begin + some]
-        products = (part.reshape(-1, WIDTH) @ rows).reshape(*part.shape[:2], -1)  # [some, blocks, 2^bits]
-        for i, blocks in enumerate(products, begin):
-            log_w = np.zeros(1 << bits, np.float32)
-            for block, there, start in zip(blocks, sign[i], first[i], strict=True):
-                block += curve * squares[np.count_nonzero(there)]
-                log_w[: len(log_w) - start] += block[start:]
-                log_w[len(log_w) - start :] += block[:start]
-            index[i] = _winner(log_w, race)
-    return index
+        part = np.s_[begin : begin + some]
+        for log_w in _log_weights(slope[part], curve, sign[part], first[part], bits):
+            below = (log_w.max() - log_w) / (_UNIT * _SLOPE // _STEPS)
+            candidates = np.flatnonzero(below < _LEAST * _STEPS)
+            steps = below[candidates].astype(np.int64)
+            yield Race(candidates, frequencies(_powers()[steps % _STEPS] >> steps // _STEPS))
 
 
-def _winner(log_w: NDArray[np.float32], race: np.random.Generator) -> int:
-    """argmin T_n / w_n with arrivals T_n = sum Exp(1) N / (N - i): the ordered exponentials of N runners."""
-    total = len(log_w)
-    waits = race.standard_exponential(total, np.float32) / np.arange(total, 0, -1).astype(np.float32)
-    arrivals = np.log(np.cumsum(waits, out=waits), out=waits)
-    return int((arrivals - log_w).argmin())
+def _log_weights(
+    slope: NDArray[np.float64], curve: float, sign: NDArray[np.float32], first: Integers, bits: int
+) -> NDArray[np.float64]:
+    """log2 w of all candidates of some chunks, [chunks, 2^bits], whole numbers; but for a constant of each chunk."""
+    rows, squares = _table(bits)
+    products = (slope.reshape(-1, WIDTH) @ rows).reshape(*slope.shape[:2], -1)  # [chunks, blocks, 2^bits]
+    log_w = np.zeros((len(slope), 1 << bits))
+    for total, blocks, signs, starts in zip(log_w, products, sign, first, strict=True):
+        for block, there, start in zip(blocks, signs, starts, strict=True):
+            block += curve * squares[np.count_nonzero(there)]
+            total[: len(total) - start] += block[start:]
+            total[len(total) - start :] += block[:start]
+    return log_w
+
+
+def winner(race: Race, bits: int, *keys: int) -> int:
+    """A candidate by its chance, and a small one of 2^bits where it can be: ordered random coding (Theis & Ahmed 2022).
+
+    argmin T_n / w_n with arrivals T_n = sum Exp(1) N / (N - i): the ordered exponentials of N runners.
+    """
+    total = 1 << bits
+    runners = np.random.Generator(np.random.Philox(key=mix(_RACE, *keys)))
+    arrivals = np.cumsum(runners.standard_exponential(total) / np.arange(total, 0, -1))[race.candidates]
+    return int(race.candidates[(arrivals / race.frequency).argmin()])
+
+
+# -- coins that are somebody's message ---------------------------------------------------------------------------------
+
+_PAGE = 512  # random bytes that are made at a time
+_LOW = 1 << 32  # the state of a Picker is of 2^32 .. 2^40 - 1
+STATE = 40
+"""Bits of a state."""
+
+
+class Picker:
+    """Takes candidates by the bits of a message, and then by shared random ones: range ANS, a byte at a time.
+
+    >>> race = Race(np.arange(4), frequencies([1, 2, 3, 4]))
+    >>> picker = Picker(b"whatever", 5)
+    >>> taken = [picker.pick(race) for _ in range(40)]
+    >>> returned(picker.state, [race.slot(index) for index in taken], 5)[:8]
+    b'whatever'
+    """
+
+    def __init__(self, message: bytes, *keys: int) -> None:
+        self._message, self._keys, self._next = message, keys, 4
+        self.state = _LOW | int.from_bytes(_whitened(message, 0, 4, keys), "big")
+
+    def pick(self, race: Race) -> int:
+        """One of the candidates."""
+        slot = self.state & (1 << BITS) - 1
+        ends = np.cumsum(race.frequency)
+        i = int(np.searchsorted(ends, slot, "right"))
+        chance = int(race.frequency[i])
+        self.state = chance * (self.state >> BITS) + slot - int(ends[i]) + chance
+        while self.state < _LOW:
+            [byte] = _whitened(self._message, self._next, 1, self._keys)
+            self.state, self._next = self.state << 8 | byte, self._next + 1
+        return int(race.candidates[i])
+
+    @property
+    def used(self) -> bytes:
+        """The message as far as it has picked."""
+        return self._message[: self._next]
+
+
+def _whitened(message: bytes, begin: int, count: int, keys: tuple[int, ...]) -> bytes:
+    """Some bytes of a message that goes on with zeros, made random: a flat picture's bits would not pick by chance."""
+    part = message[begin : begin + count].ljust(count, b"\0")
+    return bytes(byte ^ _page(at // _PAGE, keys)[at % _PAGE] for at, byte in enumerate(part, begin))
+
+
+@functools.lru_cache(maxsize=64)
+def _page(number: int, keys: tuple[int, ...]) -> bytes:
+    return shared.bits16(_PAGE // 2, _COINS, *keys, number).astype("<u2").tobytes()
+
+
+def returned(state: int, slots: Sequence[tuple[int, int]], *keys: int) -> bytes:
+    """The message as far as it was used, with what followed it, from the slots of what a `Picker` took.
+
+    Raises Damaged where none would have taken these and ended in this state.
+    """
+    out = bytearray()
+    for chance, start in reversed(slots):
+        while state >= chance << 16:
+            out.append(state & 255)
+            state >>= 8
+        state = (state // chance << BITS) + state % chance + start
+    if state >> 32 != 1:
+        raise Damaged("payload: picks that no encoder makes; want the file as it was written")
+    out += (state - _LOW).to_bytes(4, "little")
+    return _whitened(bytes(reversed(out)), 0, len(out), keys)

@@ -23,7 +23,7 @@ from ddpm.presets import Precision
 from ddpm.run.distributed import opened
 from ddpm.unet import UNet
 
-BITS = (8, 12, 16)
+BITS = (8, 12, 14)
 """K that `ddpm calibrate` makes tables for, from fast to small."""
 _SUFFIX = ".ddpm"
 
