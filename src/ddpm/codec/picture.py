@@ -450,7 +450,7 @@ def _pictures(
     def step(number: int, group: Group, x0: Array) -> bool:
         if number == len(sent):
             return False
-        if keep:
+        if keep and group.banded(x0[0].size):
             told.append(progressive.Told(group, x0, sent[number]))
         progressive.advance(state, group, x0, sent[number], tiles.real, tables, header.seed)
         if checks.get(number, state.sums[-1] & 255) != state.sums[-1] & 255:
@@ -472,7 +472,12 @@ def _pictures(
 
     def lent(tile: int, band: int, state: int, known: Image) -> bytes:
         true = progressive.signal(np.where(tiles.said[tile], known, known[:1]))  # grey stands for all colours
-        return progressive.lent(told, true, tiles.real, tables, header.seed, tile, band, state)
+        try:
+            return progressive.lent(told, true, tiles.real, tables, header.seed, tile, band, state)
+        except Damaged:
+            if complete:
+                raise
+            raise Ends from None  # of a file that is cut short what there is before is shown
 
     some, count = progressive.get_pixels(decoder, tables, x0, state.scales, tiles.said, lent if keep else None)
     image = join(some, header, model)
@@ -506,8 +511,8 @@ class Spent(NamedTuple):
 def spent(model: Model, data: bytes) -> Iterator[Spent]:
     """What each group of a whole file takes; rmse of x0^ before it is from the file's last picture, in grey levels."""
     header, begin = read_header(data)
-    tables = model.tables[header.bits]
     seen = list(pictures(model, data))
+    tables = model.tables[header.bits]
     if not seen[-1].whole:
         raise Damaged(f"{len(data)} bytes: cut short; want the whole file")
     real = _real(header, model).real

@@ -22,7 +22,7 @@ from ddpm.errors import InputError
 from ddpm.schedule import Schedule
 
 PAD = 2
-"""Candidates of a chunk are 2^(k + PAD) for a divergence of k bits, at most K."""
+"""Candidates of a chunk are 2^(K + PAD), or in bands 2^(k + PAD) for a divergence of k bits, at most K."""
 MOST_BITS = 16
 """The largest K: 2^18 rows of 64 are what both sides hold."""
 _BANDED = 40  # bits of a whole tile from which a group is coded in bands,
@@ -73,7 +73,7 @@ class Group:
     def variance(self, scale: int) -> float:
         """The prior's, of the least divergence: beta~ + c_0^2 error (Bao et al. 2022)."""
         c_0, _, variance_q = self.coefficients
-        return variance_q + c_0**2 * self.error(scale)
+        return variance_q + c_0 * c_0 * self.error(scale)  # not c_0**2, which is a library's
 
     def divergence(self, scale: int) -> float:
         """KL(q || p) a dimension where the error is what `scale` says, in bits."""
@@ -228,7 +228,10 @@ def levels(
 
 
 def _above(kl: Tensor, bits: int, near: bool) -> Tensor:
-    """What indices take above a divergence: about log2(KL + 1) a chunk; in bands most of it comes back, not all."""
+    """What indices take above a divergence: about log2(KL + 1) a chunk; most of it comes back in bands, not all.
+
+    (Of these there are several, and so of chunks.)
+    """
     chunks = (kl / bits).clamp(min=1)
     ordered = chunks * (kl / chunks + 1).log2()
     return torch.where(kl < _BANDED, ordered, _LOST * chunks.clamp(min=3)) if near else ordered

@@ -1,4 +1,4 @@
-"""Algorithms 3 and 4 of the paper by minimal random coding: x_T, group by group, and the pixels given the last x.
+"""Algorithms 3 and 4 of the paper by reverse-channel coding: x_T, group by group, and the pixels given the last x.
 
 `encode_group` draws and both sides `advance`: so the encoder goes on from the x that the decoder will have. Arrays are
 float64 [n, C, H, W], n tiles of one picture; the arithmetic beside the network is NumPy's, one operation at a time, so
@@ -111,9 +111,9 @@ def bands(height: int) -> list[slice]:
     """Rows from the top, fewer and fewer.
 
     >>> [(band.start, band.stop) for band in bands(32)]
-    [(0, 13), (13, 22), (22, 27), (27, 30), (30, 32)]
+    [(0, 13), (13, 23), (23, 28), (28, 31), (31, 32)]
     """
-    ends = [0, *dict.fromkeys(n for n in (-(-height * share // 20) for share in (8, 14, 17, 19, 20)) if n)]
+    ends = [0, *dict.fromkeys(-(-height * share // 20) for share in (8, 14, 17, 19, 20))]
     return [slice(*pair) for pair in pairwise(ends)]
 
 
@@ -220,7 +220,7 @@ def known_bits(text: bytes, count: int) -> tuple[NDArray[np.uint8], NDArray[np.u
 
     >>> pixel = np.array([200, 77, 3], np.uint8)
     >>> known_bits(low_bits(pixel)[:1], 3)
-    (array([0, 1, 3], dtype=uint8), array([7, 7, 3], dtype=uint8))
+    (array([0, 5, 3], dtype=uint8), array([7, 7, 3], dtype=uint8))
     """
     bits = np.unpackbits(np.frombuffer(text, np.uint8))[: 8 * count]
     there = np.arange(8 * count) < len(bits)
@@ -230,7 +230,7 @@ def known_bits(text: bytes, count: int) -> tuple[NDArray[np.uint8], NDArray[np.u
 
 
 class Told:
-    """Of a group: x0^ before it, and what was sent. x0^ is held in 1024ths, as 16 bits."""
+    """Of a group in bands: x0^ before it, and what was sent. x0^ is held in 1024ths, as 16 bits."""
 
     def __init__(self, group: Group, x0: Array, sent: Symbols) -> None:
         self.group, self.sent, self._x0 = group, sent, np.rint(x0 * _GRID).astype(np.int16)
@@ -254,7 +254,7 @@ def lent(
     """The message that the picks of a tile's band were made by, once its pixels are known, x_0 [C, H, W] of which."""
     slots = []
     part = parts(real[tile])[band]
-    for one in (one for one in told if one.group.banded(part.size)):
+    for one in told:
         scale, indices = one.sent.scales[tile], one.sent.indices[tile][band].tolist()
         chances = races(one.group, scale, true, one.x0(tile), part, tables, seed, tile, one.group.t, band)
         slots += [race.slot(index) for race, index in zip(chances, indices, strict=True)]

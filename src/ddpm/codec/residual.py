@@ -94,8 +94,8 @@ def walk(
     if image is None:
         image = np.zeros(x0.shape, np.uint8)
     errors = np.zeros((len(x0), channels, height + 2, width + 2))
-    above = np.s_[:, :, :top]
-    errors[:, :, 1 : top + 1, 1:-1] = np.where(said[above], centre[image[above]] - x0[above], 0.0)
+    above = np.s_[:, :, max(top - 1, 0) : top]
+    errors[:, :, 1:-1, 1:-1][above] = np.where(said[above], centre[image[above]] - x0[above], 0.0)
     for wave in range(2 * top, width + 2 * bottom - 2):
         y = np.arange(max(top, -(-(wave - width + 1) // 2)), min(bottom, wave // 2 + 1))
         x = wave - 2 * y

@@ -8,8 +8,8 @@ too, in the end, sees from the pick what they were (`returned`).
 
 There is one table of normals, 2^bits rows of 64; a candidate is a row of it for every 64 of a chunk's dimensions, each
 block of them counting from another row, with an order and signs of the chunk's own. So one small table serves all, and
-all chunks of a group are weighed by one matrix product. The decoder draws the chosen rows alone. Weights are integers
-all along, float64 holding them exactly, so that they are the same on every machine.
+all chunks of a group are weighed by a few matrix products. Who only draws takes the chosen rows alone. Weights are
+integers all along, float64 holding them exactly, so that they are the same on every machine.
 """
 
 import functools
@@ -126,7 +126,7 @@ def races(mean: NDArray[np.float64], variance: float, chunks: int, bits: int, *k
     slope = np.where(sign != 0, mean[place], 0.0) * sign / variance * (_LOG2_E * _SLOPE)
     slope = np.rint(slope.clip(-most, most))
     curve = max(np.rint((1 - 1 / variance) / 2 * (_LOG2_E * _SLOPE)), -most * 32)
-    some = max(1, _HELD // (place.shape[1] << bits))  # chunks at a time
+    some = max(1, _HELD >> bits)  # chunks at a time
     for begin in range(0, chunks, some):
         part = np.s_[begin : begin + some]
         for log_w in _log_weights(slope[part], curve, sign[part], first[part], bits):
@@ -141,13 +141,13 @@ def _log_weights(
 ) -> NDArray[np.float64]:
     """log2 w of all candidates of some chunks, [chunks, 2^bits], whole numbers; but for a constant of each chunk."""
     rows, squares = _table(bits)
-    products = (slope.reshape(-1, WIDTH) @ rows).reshape(*slope.shape[:2], -1)  # [chunks, blocks, 2^bits]
     log_w = np.zeros((len(slope), 1 << bits))
-    for total, blocks, signs, starts in zip(log_w, products, sign, first, strict=True):
-        for block, there, start in zip(blocks, signs, starts, strict=True):
-            block += curve * squares[np.count_nonzero(there)]
-            total[: len(total) - start] += block[start:]
-            total[len(total) - start :] += block[:start]
+    for block in range(slope.shape[1]):
+        products = slope[:, block] @ rows  # [chunks, 2^bits]
+        for total, product, there, start in zip(log_w, products, sign[:, block], first[:, block], strict=True):
+            product += curve * squares[np.count_nonzero(there)]
+            total[: len(total) - start] += product[start:]
+            total[len(total) - start :] += product[:start]
     return log_w
 
 
