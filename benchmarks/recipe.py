@@ -100,11 +100,13 @@ def quality(program: Path, samples: Path) -> dict[str, float]:
 def bits(found: Checkpoint, data: tuple[datasets.Images, datasets.Images], args: argparse.Namespace) -> dict[str, Any]:
     """Bits/dim of held-out images, the standard error, and the same with the variance calibrated on training images."""
     alone = Processes(0, 1, pick_device(args.device))
-    there = replace(found, denoiser=found.denoiser.to(alone.device))
-    few = evaluate.nll_sampled(there, data[1], args.levels, alone, args.nll_images)
-    evaluate.calibrate(there, data[0], args.calibrate, alone, codec=0)
-    best = with_variance(found, "calibrated")
-    best = replace(best, denoiser=best.denoiser.to(alone.device))
+
+    def there(one: Checkpoint) -> Checkpoint:
+        return replace(one, denoiser=one.denoiser.to(alone.device))
+
+    few = evaluate.nll_sampled(there(found), data[1], args.levels, alone, args.nll_images)
+    evaluate.calibrate(there(found), data[0], args.calibrate, alone, codec=0)
+    best = there(with_variance(found, "calibrated"))
     best = evaluate.nll_sampled(best, data[1], args.levels, alone, args.nll_images)
     names = {"bits_per_dim": few["bits_per_dim"], "bits_calibrated": best["bits_per_dim"]}
     return names | {"bits_error": few["standard_error"], "bits_calibrated_error": best["standard_error"]}

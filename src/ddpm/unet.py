@@ -76,8 +76,8 @@ def convolve(
     return x if residual is None else residual + x
 
 
-def _exact() -> AbstractContextManager[None]:
-    """float32 convolutions that are not TensorFloat-32, so that a seed gives one image on every device."""
+def exact_convolutions() -> AbstractContextManager[None]:
+    """Within it CUDA's float32 convolutions are not TensorFloat-32, so that a seed is one image on every device."""
     now = torch.backends.cudnn
     keep = {"enabled": now.enabled, "benchmark": now.benchmark, "deterministic": now.deterministic}
     return now.flags(**keep, allow_tf32=False)
@@ -276,7 +276,10 @@ class UNet(nn.Module):
         check_size(x.shape[-2:], self.levels)
         x = x.to(self.conv_in.weight.dtype)
         exact = x.device.type == "cuda" and not self.bf16
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16), _exact() if exact else nullcontext():
+        with (
+            torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16),
+            exact_convolutions() if exact else nullcontext(),
+        ):
             return self._forward(x, timestep, y).to(x.dtype)
 
     def _forward(self, x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:

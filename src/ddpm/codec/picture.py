@@ -312,7 +312,8 @@ def _walk(
     true = progressive.signal(tiles.pixels)
     state = progressive.start(tables, true.shape, header.seed)
     most = math.inf if bits_per_dim is None else bits_per_dim * image.size / 8
-    pickers = progressive.pickers(tiles.pixels, tiles.said, header.seed, _lends(tiles, tables))
+    lends = _lends(tiles, tables)
+    pickers = progressive.pickers(tiles.pixels, tiles.said, header.seed, lends)
     sent: list[Symbols] = []
     price = Encoder()  # what it takes so far
 
@@ -327,7 +328,9 @@ def _walk(
     x0 = yield from progressive.walk(tables, state, step)
     fits = price.bits / 8 <= most  # and x0^ is of the last group
     if fits and len(sent) == len(tables.groups) and (psnr is None or _psnr(_shown(x0, header, model), image) < psnr):
-        data = _written(replace(header, lossless=True), tables, sent, tiles, x0, state.sums, image, pickers)
+        data = _written(
+            replace(header, lossless=True), tables, sent, tiles, x0, state.sums, image, pickers if lends else None
+        )
         if len(data) <= most:
             return data
     while True:
@@ -342,7 +345,7 @@ def _walk(
 
 def _written(
     header: Header, tables: Tables, sent: Sequence[Symbols], tiles: Tiles, x0: Array | None = None,
-    sums: Sequence[int] = (), image: Image | None = None, pickers: Sequence[Sequence[Picker]] = (),
+    sums: Sequence[int] = (), image: Image | None = None, pickers: Sequence[Sequence[Picker]] | None = None,
 ) -> bytes:  # fmt: skip
     """The file: groups, and the pixels where there is x0^ to code them by."""
     encoder = Encoder()
@@ -352,8 +355,7 @@ def _written(
         before = symbols.scales
     trailer = b""
     if x0 is not None and image is not None:
-        lending = pickers if _lends(tiles, tables) else None
-        progressive.put_pixels(encoder, tables, tiles.pixels, x0, before, tiles.said, lending)
+        progressive.put_pixels(encoder, tables, tiles.pixels, x0, before, tiles.said, pickers)
         trailer = bytes(sums[i] & 255 if sums else 0 for i in _checked(len(sums))) + zlib.crc32(
             image.tobytes()
         ).to_bytes(4, "big")

@@ -278,10 +278,11 @@ def put_group(
     """The symbols of a group; `before` are the scales of the group before."""
     for scale, indices, last, there in zip(sent.scales, sent.indices, before, real, strict=True):
         put_scale(encoder, tables, scale, last)
+        banded = group.banded(there.size)
         for some, part in zip(indices, parts(there, group), strict=True):
             chunks = group.chunks(scale, int(part.sum()), tables.bits)
             for index in some.tolist():
-                if group.banded(there.size):
+                if banded:
                     encoder.put_bits(index, chunks.bits)
                 else:
                     bucket = (index + 1).bit_length() - 1
@@ -295,11 +296,12 @@ def get_group(decoder: Source, tables: Tables, group: Group, before: Sequence[in
         scale = get_scale(decoder, tables, last)
         sent.scales.append(scale)
         sent.indices.append([])
+        banded = group.banded(there.size)
         for part in parts(there, group):
             chunks = group.chunks(scale, int(part.sum()), tables.bits)
             some = np.empty(chunks.number if part.any() else 0, np.int64)
             for i in range(len(some)):
-                if group.banded(there.size):
+                if banded:
                     some[i] = decoder.get_bits(chunks.bits)
                 else:
                     bucket = decoder.get(tables.bucket_frequency[chunks.load])
@@ -351,10 +353,11 @@ def _band_by_band(
         return symbols(left_open(frequency, low[at], which[at]), at)
 
     for band, rows in enumerate(bands(image.shape[2])):
-        for tile, there in enumerate(said if band and lend else []):
-            part = parts(there)[band]
-            if lend and part.any():
-                low[tile][part], which[tile][part] = known_bits(lend(tile, band - 1), int(part.sum()))
+        if band and lend:
+            for tile, there in enumerate(said):
+                part = parts(there)[band]
+                if part.any():
+                    low[tile][part], which[tile][part] = known_bits(lend(tile, band - 1), int(part.sum()))
         pixel_walk(tables, x0, scales, said, opened, image, rows)
 
 

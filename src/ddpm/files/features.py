@@ -33,6 +33,7 @@ from ddpm.files.checkpoints import file_sha256
 from ddpm.files.images import one_line
 from ddpm.inception import SIDE, Inception
 from ddpm.metrics import Moments, moments, softmax
+from ddpm.unet import exact_convolutions
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -154,7 +155,7 @@ def _exact(device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("highest")
             stack.callback(torch.set_float32_matmul_precision, before)
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+            stack.enter_context(exact_convolutions())
         yield
 
 
