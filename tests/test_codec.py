@@ -1,5 +1,6 @@
 """The codec on an exact denoiser: a Gaussian random field, whose entropy is known in closed form."""
 
+import json
 import math
 from contextlib import suppress
 from dataclasses import replace
@@ -760,20 +761,24 @@ def test_what_a_file_spends_is_the_file(either):
 def test_stack_gives_back_what_it_was(seed, sigma, fine):
     rng = np.random.default_rng(seed)
     bottom = rng.bytes(4000)
-    stack, normal = archive.Stack(bottom), archive.GridNormal(sigma, sigma / fine)
+    stack, normal = archive.Stack(), archive.GridNormal(sigma, sigma / fine)
+    stack.push_bytes(bottom)
     mean = rng.normal(size=100) * 3
     k = stack.pop(mean, normal)
     far = np.where(np.arange(100) % 17 == 0, k + 3000, k)  # beyond the table
     stack.push(far, mean, normal)
     assert np.array_equal(stack.pop(mean, normal), far)
     stack.push(k, mean, normal)
-    assert stack.unseal() == bottom
+    assert stack.pop_bytes() == bottom
+    assert stack.empty()
 
 
 def test_what_is_popped_is_normal():
     normal, rng = archive.GridNormal(0.7, 0.1), np.random.default_rng(0)
     mean = rng.normal(size=5000)
-    z = (archive.Stack(rng.bytes(40_000)).pop(mean, normal) * 0.1 + rng.uniform(-0.05, 0.05, 5000) - mean) / 0.7
+    stack = archive.Stack()
+    stack.push_bytes(rng.bytes(40_000))
+    z = (stack.pop(mean, normal) * 0.1 + rng.uniform(-0.05, 0.05, 5000) - mean) / 0.7
     assert stats.kstest(z, "norm").pvalue > 1e-3
 
 
@@ -794,11 +799,11 @@ def test_archive_comes_back(model, archived):
 def test_archive_is_at_the_entropy_but_for_its_first_pictures(model, archived):
     images, _, data = archived
     contents, _ = archive.read_contents(data)
-    rest = 8 * (contents.stack - contents.ground) / D / (contents.pictures - contents.files)
+    rest = 8 * (contents.stack - contents.file_bytes) / D / (contents.pictures - contents.files)
     assert rest < 1.04 * limit()
     single = np.mean([len(codec.compress(model, image, bits=10)) for image in images[:6]])
-    assert contents.ground == sum(len(codec.compress(model, i, bits=10)) for i in images[: contents.files])
-    assert 8 * (contents.stack - contents.ground) / 8 / (contents.pictures - contents.files) < single
+    assert contents.file_bytes == sum(len(codec.compress(model, i, bits=10)) for i in images[: contents.files])
+    assert 8 * (contents.stack - contents.file_bytes) / 8 / (contents.pictures - contents.files) < single
 
 
 def test_archive_of_one_picture_and_of_many_sizes(model):
@@ -839,6 +844,67 @@ def test_archive_of_somebody_who_knows_the_format_is_refused(model, about, stack
     data = contents.to_bytes() + text + stack + bytes(4)
     with pytest.raises(Damaged):
         list(archive.decompress(model, data + picture.zlib.crc32(data).to_bytes(4, "big")))
+
+
+def handmade(model, shape, stack):
+    """An archive of one picture of which only the stack may be wrong."""
+    about, words = picture.zlib.compress(json.dumps([[[1, *shape]], []]).encode()), stack.words()
+    contents = archive.Contents(False, 6, model.identity, 1, 1, len(about), 0, len(words), b"")
+    data = contents.to_bytes() + about + words + bytes(4)
+    return data + picture.zlib.crc32(data).to_bytes(4, "big")
+
+
+def test_archive_whose_stack_is_wrong_is_refused(model):
+    """Of somebody who knows the format: every length and checksum of the file itself is right."""
+    (image,) = hwc(draws(1, seed=18))
+    file = codec.compress(model, image, bits=6)
+
+    def flagged(stack):
+        stack.push_each(np.array([archive._FILE]), archive._ATTEMPTS[None])
+        return stack
+
+    def stacked(data):
+        stack = archive.Stack()
+        stack.push_bytes(data)
+        return flagged(stack)
+
+    long, more = archive.Stack(), archive.Stack()
+    long.push_bytes(bytes(range(99)))
+    long.push_bits(7, 16)
+    long.push_bits(65535, 16)
+    more.push_bytes(b"left over")
+    more.push_bytes(file)
+    middle = stacked(np.random.default_rng(0).bytes(4000))
+    tile = picture.cut(image, archive._header(model, image.shape, False), model).pixels[0]
+    archive._push(middle, archive._coder(model, False, check=True), tile)
+    cases = [
+        (image.shape, flagged(long), "more bytes than there are"),
+        (image.shape, flagged(more), "does not end as it began"),
+        ((9, 8, 3), stacked(file), "another size"),
+        (image.shape, stacked(b"no file at all, but of some length"), "not a file of"),
+        ((8, 16, 3), middle, "in the middle of a picture"),
+    ]
+    for shape, stack, message in cases:
+        with pytest.raises(Damaged, match=message):
+            list(archive.decompress(model, handmade(model, shape, stack)))
+
+
+def test_archive_takes_a_picture_as_a_file_wherever_the_stack_will_not_do(model, monkeypatch):
+    images, push, calls = hwc(draws(12, seed=19)), archive.Coder.push, []
+
+    def never(self, stack, tile):
+        calls.append(tile)
+        if np.array_equal(tile, images[9].transpose(2, 0, 1)):
+            raise progressive.Undecided
+        push(self, stack, tile)
+
+    monkeypatch.setattr(archive.Coder, "push", never)
+    data = archive.compress(model, images, bits=6)
+    contents, _ = archive.read_contents(data)
+    assert contents.files < 10 < len(calls)
+    monkeypatch.undo()
+    found = list(archive.decompress(model, data))
+    assert all(np.array_equal(a, b) for a, (_, b) in zip(images, found, strict=True))
 
 
 def test_archive_checks_every_picture_first(model):

@@ -2,14 +2,14 @@
 
     pop x_1 ~ q(.|x_0), push x_0; pop x_{t+1} ~ q(.|x_t), push x_t by p(.|x_{t+1}); at last push x_T
 
-What is popped is not lost: the decoder, which goes the same way back, puts it where it was. The first pictures of an
-archive are coded as files of their own, and it is their bytes that are popped first: so nothing is wasted, and an
-archive stands alone.
+What is popped is not lost: the decoder, which goes the same way back, puts it where it was. A picture that finds too
+little to pop, as the first ones do, is coded as a file of its own, whose bytes are pushed for the next ones to pop: so
+nothing is wasted, and an archive stands alone.
 
     bytes   what
     3       "DPA"
     1       version << 4 | local << 1
-    1       K of the first pictures
+    1       K of the files
     4       which model: the first of SHA-256 over its weights and tables
     varints pictures, those of them that are files, length of the sizes and names, of the files, of the stack
     2       local only: where it was written
@@ -37,13 +37,15 @@ from ddpm.codec.plan import Group, Tables
 from ddpm.codec.progressive import Array, Predict, Undecided
 from ddpm.errors import InputError
 
-MAGIC, VERSION = b"DPA", 1
+MAGIC, VERSION = b"DPA", 2
+_BYTE = constriction.stream.model.Uniform(256)
 _OFFSETS = 16  # places of a mean between two points of the grid
 _FINE = 4  # points of the grid a standard deviation of q(x_t | x_s)
 _REACH = 8  # standard deviations to each side; beyond them a symbol says how far
 _FAR = 20  # bits of that distance
 
-_ATTEMPTS = entropy.frequencies([60, 1, 1, 1, 1, 1, 1, 1])  # how often a tile took so many
+_FILE = 7
+_ATTEMPTS = entropy.frequencies([60, 1, 1, 1, 1, 1, 1, 1])  # how many a tile took; _FILE: the picture is a file
 
 Integers = NDArray[np.int64]
 
@@ -84,20 +86,21 @@ class Empty(Exception):
 class Stack:
     """Last in, first out, over constriction's ANS coder: what `pop` takes, `push` of the same puts back to the bit.
 
-    >>> stack, normal, mean = Stack(bytes(range(256)) * 4), GridNormal(1.0, 0.25), np.linspace(-3, 3, 50)
+    >>> stack, normal, mean = Stack(), GridNormal(1.0, 0.25), np.linspace(-3, 3, 50)
+    >>> stack.push_bytes(bytes(range(256)))
     >>> k = stack.pop(mean, normal)
     >>> stack.push(k, mean, normal)
-    >>> stack.unseal() == bytes(range(256)) * 4
-    True
+    >>> stack.pop_bytes() == bytes(range(256)), stack.empty()
+    (True, True)
     """
 
-    def __init__(self, data: bytes, sealed: bool = False) -> None:
-        """Of any bytes, a multiple of 4; or, sealed, of what `words` gave."""
-        numbers = np.frombuffer(data, "<u4").astype(np.uint32)
-        self._coder = constriction.stream.stack.AnsCoder(numbers, seal=not sealed)
+    def __init__(self, words: bytes = b"") -> None:
+        """Empty, or of what `words` gave."""
+        numbers = np.frombuffer(words, "<u4").astype(np.uint32)
+        self._coder = constriction.stream.stack.AnsCoder(numbers)
 
     def copy(self) -> "Stack":
-        other = Stack(b"")
+        other = Stack()
         other._coder = self._coder.clone()
         return other
 
@@ -107,14 +110,8 @@ class Stack:
     def words(self) -> bytes:
         return self._coder.get_compressed().astype("<u4").tobytes()  # type: ignore[no-any-return]
 
-    def unseal(self) -> bytes:
-        """The bytes that it was made of, when everything that was pushed is popped and the other way round."""
-        try:
-            return self._coder.get_compressed(unseal=True).astype("<u4").tobytes()  # type: ignore[no-any-return]
-        except AssertionError as error:
-            raise Damaged(
-                "stack: does not end as it began; this machine's network differs from the writer's"
-            ) from error
+    def empty(self) -> bool:
+        return bool(self._coder.is_empty())
 
     def _filled(self) -> None:
         if self._coder.num_words() < 3:
@@ -154,6 +151,18 @@ class Stack:
 
     def push_bits(self, value: int, bits: int) -> None:
         self._coder.encode_reverse(int(value), constriction.stream.model.Uniform(1 << bits))
+
+    def pop_bytes(self) -> bytes:
+        """Raises Damaged for more of them than the stack has."""
+        length = self.pop_bits(16) << 16 | self.pop_bits(16)
+        if length > 4 * self._coder.num_words():
+            raise Damaged("stack: of a picture with more bytes than there are")
+        return self._coder.decode(_BYTE, length).astype(np.uint8).tobytes()  # type: ignore[no-any-return]
+
+    def push_bytes(self, data: bytes) -> None:
+        self._coder.encode_reverse(np.frombuffer(data, np.uint8).astype(np.int32), _BYTE)
+        self.push_bits(len(data) & 0xFFFF, 16)
+        self.push_bits(len(data) >> 16, 16)
 
     def pop_each(self, frequency: Integers) -> NDArray[np.int32]:
         """Symbols [m], each of its own frequencies [m, n]."""
@@ -254,11 +263,11 @@ class Coder:
 class Contents(NamedTuple):
     """An archive's header.
 
-    pictures  how many
-    files     those of them that are files of their own, at the stack's ground
-    about     length of the sizes and names, bytes
-    ground    length of the files
-    stack     length of the stack
+    pictures    how many
+    files       those of them that are files of their own
+    about       length of the sizes and names, bytes
+    file_bytes  length of the files, which are on the stack
+    stack       length of the stack
     """
 
     local: bool
@@ -267,12 +276,12 @@ class Contents(NamedTuple):
     pictures: int
     files: int
     about: int
-    ground: int
+    file_bytes: int
     stack: int
     where: bytes
 
     def to_bytes(self) -> bytes:
-        numbers = b"".join(picture.varint(n) for n in (self.pictures, self.files, self.about, self.ground, self.stack))
+        numbers = b"".join(map(picture.varint, (self.pictures, self.files, self.about, self.file_bytes, self.stack)))
         text = MAGIC + bytes([VERSION << 4 | self.local << 1, self.bits]) + self.identity + numbers + self.where
         return text + picture.crc8(text)
 
@@ -282,8 +291,8 @@ def read_contents(data: bytes) -> tuple[Contents, int]:
     flags, kind, identity, numbers, where, end = picture.read_start(data, MAGIC, VERSION)
     if flags & 13:
         raise Damaged("header: of an archive with flags that this release does not know")
-    pictures, files, about, ground, stack = numbers
-    found = Contents(bool(flags & 2), kind, identity, pictures, files, about, ground, stack, where)
+    pictures, files, about, file_bytes, stack = numbers
+    found = Contents(bool(flags & 2), kind, identity, pictures, files, about, file_bytes, stack, where)
     if not 1 <= found.files <= found.pictures <= picture.MOST_PIXELS or found.stack % 4:
         raise Damaged("header: damaged; want the file as it was written")
     return found, end
@@ -304,16 +313,19 @@ def compress(
         raise InputError(f"archive: {len(images)} pictures with {len(names)} names; want at least one, and a name each")
     for image in images:
         picture.checked(image)
+    coder, stack = _coder(model, local, check=True), Stack()
     files: list[bytes] = []
-    coder = _coder(model, local, check=True)
-    while len(files) < len(images):
-        files.append(picture.compress(model, images[len(files)], bits=bits, local=local, seed=seed))
-        tick(len(files))
-        stack = _stacked(model, coder, files, images[len(files) :], local, lambda done: tick(len(files) + done))
-        if stack is not None:
-            break
-    else:
-        stack = Stack(_ground(files))
+    for done, image in enumerate(images):
+        trial = stack.copy()
+        try:
+            for tile in picture.cut(image, _header(model, image.shape, local), model).pixels:
+                _push(trial, coder, tile)
+            stack = trial
+        except (Empty, Undecided):
+            files.append(picture.compress(model, image, bits=bits, local=local, seed=seed))
+            stack.push_bytes(files[-1])
+            stack.push_each(np.array([_FILE]), _ATTEMPTS[None])
+        tick(done + 1)
     about = zlib.compress(json.dumps([_sizes(images), list(names)], separators=(",", ":")).encode(), 9)
     words = stack.words()
     chosen = picture.read_header(files[0])[0].bits
@@ -359,36 +371,14 @@ def _sum(images: Sequence[Image]) -> int:
     return found
 
 
-def _ground(files: Sequence[bytes]) -> bytes:
-    """The files one after the other, filled up to words."""
-    joined = b"".join(files)
-    return joined + bytes(-len(joined) % 4)
-
-
 def _coder(model: Model, local: bool, check: bool) -> Coder:
     assert model.chain is not None
     return Coder(model.chain, model.predictor(local, check), model.shape)
 
 
-def _stacked(
-    model: Model, coder: Coder, files: Sequence[bytes], images: Sequence[Image], local: bool,
-    tick: Callable[[int], object],
-) -> Stack | None:  # fmt: skip
-    """The stack with all images on it; None where the files are too few bits to begin with."""
-    stack = Stack(_ground(files))
-    for done, image in enumerate(images):
-        for tile in picture.cut(image, _header(model, image.shape, local), model).pixels:
-            try:
-                _push(stack, coder, tile)
-            except Empty:
-                return None
-        tick(done + 1)
-    return stack
-
-
 def _push(stack: Stack, coder: Coder, tile: Image) -> None:
     """The tile, again with other bits on top where an x0^ lies too near a rounding boundary, and how often."""
-    for attempt in range(len(_ATTEMPTS)):
+    for attempt in range(_FILE):
         trial = stack.copy()
         if attempt:
             trial.push_bits(attempt * 40503 & 0xFFFF, 16)
@@ -399,15 +389,22 @@ def _push(stack: Stack, coder: Coder, tile: Image) -> None:
         trial.push_each(np.array([attempt]), _ATTEMPTS[None])
         stack.become(trial)
         return
-    raise InputError(f"archive: x0^ lies too near a rounding boundary {len(_ATTEMPTS)} times; want the local profile")
+    raise Undecided
 
 
-def _pop(stack: Stack, coder: Coder) -> Image:
-    attempt = int(stack.pop_each(_ATTEMPTS[None])[0])
-    tile = coder.pop(stack)
-    if attempt:
-        stack.pop_bits(16)
-    return tile
+def _pop(stack: Stack, coder: Coder, tiles: int) -> NDArray[np.uint8] | bytes:
+    """A picture's tiles [n, C, H, W], or its file."""
+    found: list[Image] = []
+    while len(found) < tiles:
+        attempt = int(stack.pop_each(_ATTEMPTS[None])[0])
+        if attempt == _FILE:
+            if found:
+                raise Damaged("stack: a file in the middle of a picture")
+            return stack.pop_bytes()
+        found.append(coder.pop(stack))
+        if attempt:
+            stack.pop_bits(16)
+    return np.stack(found[::-1])
 
 
 def _header(model: Model, shape: Sequence[int], local: bool) -> Header:
@@ -434,28 +431,26 @@ def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
     try:
         text = zlib.decompressobj().decompress(data[begin : begin + contents.about], 1 << 26)
         shapes, names = _sizes_and_names(json.loads(text), contents.pictures)
-        stack = Stack(data[begin + contents.about : -8], sealed=True)
+        stack = Stack(data[begin + contents.about : -8])
     except (zlib.error, ValueError, TypeError) as error:
         raise Damaged("sizes, names or stack: damaged; want the file as it was written") from error
     coder = _coder(model, contents.local, check=False)
     images: list[Image] = []
     try:
-        for shape in reversed(shapes[contents.files :]):
+        for shape in reversed(shapes):
             header = _header(model, shape, contents.local)
-            tiles = [
-                _pop(stack, coder) for _ in range(len(picture.cut(np.zeros(shape, np.uint8), header, model).pixels))
-            ]
-            images.append(picture.join(np.stack(tiles[::-1]), header, model))
+            found = _pop(stack, coder, len(picture.cut(np.zeros(shape, np.uint8), header, model).pixels))
+            if isinstance(found, bytes):
+                images.append(picture.decompress(model, found))
+            else:
+                images.append(picture.join(found, header, model))
+            if images[-1].shape != shape:
+                raise Damaged("stack: a picture of another size than it should have")
     except Empty as error:
         raise Damaged("stack: ends too early; this machine's network differs from the writer's") from error
-    ground = stack.unseal()
-    first: list[Image] = []
-    for _ in range(contents.files):
-        head, start = picture.read_header(ground)
-        length = start + head.length + head.trailer
-        first.append(picture.decompress(model, ground[:length]))
-        ground = ground[length:]
-    images = first + images[::-1]
+    if not stack.empty():
+        raise Damaged("stack: does not end as it began; this machine's network differs from the writer's")
+    images.reverse()
     if _sum(images) != int.from_bytes(data[-8:-4], "big"):
         raise Damaged("pixels: not those that were written; this machine's network differs from the writer's")
     yield from zip(names or [""] * len(images), images, strict=True)
