@@ -7,7 +7,7 @@ a probability from the other's network.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -35,6 +35,14 @@ SCALES = range(-12, 20)
 SPREADS = range(-5, 2)
 """Standard deviations of the parts of the last stage's mixture over that of the image's errors, in octaves."""
 _MIXTURE = 64  # the mixture's weights sum to it
+
+
+@cache
+def _between() -> NDArray[np.float64]:
+    """Where one grey level's bin ends and the next one begins, [255]."""
+    _, lower, _ = pixels.bins(torch.zeros((), dtype=torch.float64))
+    edges: NDArray[np.float64] = lower[1:].numpy()
+    return edges
 
 
 class Chunks(NamedTuple):
@@ -166,13 +174,11 @@ class Tables:
 
     def pixel_frequencies(self, mean: NDArray[np.float64], sigma: NDArray[np.float64]) -> NDArray[np.int64]:
         """Of the 256 grey levels under Eq. 13 with a mixture of Gaussians: mean, sigma [m] -> int64 [m, 256]."""
-        _, lower, _ = pixels.bins(torch.zeros((), dtype=torch.float64))
-        away = lower[1:].numpy() - mean[:, None]
+        spreads, weights = np.array([pair for pair in zip(SPREADS, self.spread, strict=True) if pair[1]]).T
+        sigmas = np.ldexp(sigma, spreads[:, None])[..., None]  # [parts, m, 1]
         edges = np.zeros((len(mean), 257), np.int64)
+        edges[:, 1:256] = np.tensordot(weights, entropy.cdf((_between() - mean[:, None]) / sigmas), 1)
         edges[:, 256] = _MIXTURE << 32
-        for spread, weight in zip(SPREADS, self.spread, strict=True):
-            if weight:
-                edges[:, 1:256] += weight * entropy.cdf(away / np.ldexp(sigma, spread)[:, None])
         return entropy.frequencies(np.diff(edges))
 
     def to_json(self) -> dict[str, Any]:

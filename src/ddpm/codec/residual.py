@@ -19,7 +19,7 @@ Frequencies = Callable[[Array, Array], NDArray[np.int64]]
 """(mean [m], sigma [m]) -> frequencies of the 256 grey levels [m, 256]."""
 Symbols = Callable[[NDArray[np.int64], Any], NDArray[np.integer]]
 """Frequencies [m, 256] of the pixels at an index, to those pixels [m]: puts them, or gets them."""
-_AT_ONCE = 1 << 14  # pixels whose frequencies are held
+_AT_ONCE = 1 << 12  # pixels whose frequencies are held
 _ABOVE = ((0, -1), (-1, 0), (-1, -1), (-1, 1))
 """The neighbours that are known, down and right: left, above, and both diagonals above."""
 

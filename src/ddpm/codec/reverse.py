@@ -126,7 +126,7 @@ def races(mean: NDArray[np.float64], variance: float, chunks: int, bits: int, *k
     slope = np.where(sign != 0, mean[place], 0.0) * sign / variance * (_LOG2_E * _SLOPE)
     slope = np.rint(slope.clip(-most, most))
     curve = max(np.rint((1 - 1 / variance) / 2 * (_LOG2_E * _SLOPE)), -most * 32)
-    some = max(1, _HELD >> bits)  # chunks at a time
+    some = max(1, _HELD // (place.shape[1] << bits))  # chunks at a time
     for begin in range(0, chunks, some):
         part = np.s_[begin : begin + some]
         for log_w in _log_weights(slope[part], curve, sign[part], first[part], bits):
@@ -142,9 +142,9 @@ def _log_weights(
     """log2 w of all candidates of some chunks, [chunks, 2^bits], whole numbers; but for a constant of each chunk."""
     rows, squares = _table(bits)
     log_w = np.zeros((len(slope), 1 << bits))
-    for block in range(slope.shape[1]):
-        products = slope[:, block] @ rows  # [chunks, 2^bits]
-        for total, product, there, start in zip(log_w, products, sign[:, block], first[:, block], strict=True):
+    products = (slope.reshape(-1, WIDTH) @ rows).reshape(*first.shape, -1)  # at once: the table is long
+    for total, *blocks in zip(log_w, products, sign, first, strict=True):
+        for product, there, start in zip(*blocks, strict=True):
             product += curve * squares[np.count_nonzero(there)]
             total[: len(total) - start] += product[start:]
             total[len(total) - start :] += product[:start]
