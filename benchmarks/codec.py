@@ -220,11 +220,13 @@ def archived(args: argparse.Namespace) -> dict[str, Any]:
     data = archive.compress(model, list(right))
     encode = time.monotonic() - start
     atomic.write(args.work / "archive" / "all.ddpm", data)
+    for stale in args.work.glob("archive-*.json"):
+        stale.unlink()
     back, _, decode = read_back(args, "archive", right, sys.executable)
     contents, _ = archive.read_contents(data)
     rest = (contents.stack - contents.file_bytes) / (contents.pictures - contents.files)
     return {
-        "images": len(images), "bytes": len(data), "first": contents.files,
+        "images": len(images), "bytes": len(data), "files": contents.files,
         "whole": bits_per_dim(len(data) / len(images), images), "others": bits_per_dim(rest, images), **bound(args),
         "encode_seconds": encode / len(images), "decode_seconds": decode / len(images), "read_back": back,
     }  # fmt: skip
@@ -370,7 +372,7 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> str:
         over = a["others"] / a["bound"] - 1
         text += [
             f"\n## Archive of {a['images']} images, portable profile\n",
-            f"{a['whole']:.3f} bits/dim by file size. The first {a['first']} are files of their own; the others take "
+            f"{a['whole']:.3f} bits/dim by file size. {a['files']} of them are files of their own; the others take "
             f"{a['others']:.3f}, {over:.1%} over the bound of {a['bound']:.3f}. {a['encode_seconds']:.2f} s an image "
             f"to write, {a['decode_seconds']:.2f} s to read. {a['read_back']} read back exactly by another process, "
             "with another number of threads and hash seed.",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
@@ -255,11 +256,22 @@ def test_a_draw_takes_every_dimension_from_one_place(dims, chunks, seed):
 
 
 def test_weighing_in_blocks_is_weighing_at_once(monkeypatch):
-    mean = np.random.default_rng(0).normal(size=50)
+    mean = np.random.default_rng(0).normal(size=500)
     whole = list(reverse.races(mean, 0.7, 3, 10, 1, 2))
     monkeypatch.setattr(reverse, "_HELD", 1 << 10)
     for a, b in zip(whole, reverse.races(mean, 0.7, 3, 10, 1, 2), strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_weighing_a_wide_chunk_takes_little_memory():
+    list(reverse.races(np.zeros(64), 0.9, 1, 12, 1))  # the table
+    tracemalloc.start()
+    try:
+        list(reverse.races(np.full(200_000, 1e-3), 0.999, 1, 12, 1))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 48 << 20  # all products at once would be 98 MiB
 
 
 def test_chances_are_the_weights():
@@ -833,7 +845,7 @@ def test_archive_with_wrong_bytes_is_refused(model, archived):
         "[[[2, 0, 8, 3]], []]", "[[[2, -8, -8, 3]], []]", "[[[2, 8, 8, 2]], []]", "[[[2, 8, 8, 3, 1]], []]",
         "[[[1000000000000, 8, 8, 3]], []]", "[[[1, 8, 8, 3]], []]", "[[[true, 8, 8, 3], [1, 8, 8, 3]], []]",
         "[[[2, 100000, 100000, 3]], []]", '[[[2, 8, 8, 3]], ["a"]]', '[[[2, 8, 8, 3]], ["a", 7]]',
-        "[[[2, 8.0, 8, 3]], []]", '[["2883"], []]',
+        "[[[2, 8.0, 8, 3]], []]", '[["2883"], []]', "[" * 100_000,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stack", [bytes(4), bytes(range(64)), b""])
@@ -846,10 +858,10 @@ def test_archive_of_somebody_who_knows_the_format_is_refused(model, about, stack
         list(archive.decompress(model, data + picture.zlib.crc32(data).to_bytes(4, "big")))
 
 
-def handmade(model, shape, stack):
+def handmade(model, shape, stack, file_bytes=0):
     """An archive of one picture of which only the stack may be wrong."""
     about, words = picture.zlib.compress(json.dumps([[[1, *shape]], []]).encode()), stack.words()
-    contents = archive.Contents(False, 6, model.identity, 1, 1, len(about), 0, len(words), b"")
+    contents = archive.Contents(False, 6, model.identity, 1, 1, len(about), file_bytes, len(words), b"")
     data = contents.to_bytes() + about + words + bytes(4)
     return data + picture.zlib.crc32(data).to_bytes(4, "big")
 
@@ -880,13 +892,28 @@ def test_archive_whose_stack_is_wrong_is_refused(model):
     cases = [
         (image.shape, flagged(long), "more bytes than there are"),
         (image.shape, flagged(more), "does not end as it began"),
-        ((9, 8, 3), stacked(file), "another size"),
+        ((9, 8, 3), stacked(file), "of another size"),
+        (image.shape, stacked(codec.compress(model, image, bits=6, psnr=20)), "not whole and lossless"),
+        (image.shape, stacked(file[:-20]), "not whole and lossless"),
         (image.shape, stacked(b"no file at all, but of some length"), "not a file of"),
         ((8, 16, 3), middle, "in the middle of a picture"),
+        (image.shape, stacked(file), "of other files than"),
     ]
     for shape, stack, message in cases:
         with pytest.raises(Damaged, match=message):
             list(archive.decompress(model, handmade(model, shape, stack)))
+    with pytest.raises(Damaged, match="pixels: not those that were written"):  # all is right but the last checksum
+        list(archive.decompress(model, handmade(model, image.shape, stacked(file), len(file))))
+
+
+@pytest.mark.parametrize("zeros", range(6))
+def test_stack_of_bytes_that_end_in_zeros(zeros):
+    for length in range(24, 32):
+        data, stack = bytes([1] * length + [0] * zeros), archive.Stack()
+        stack.push_bytes(data)
+        again = archive.Stack(stack.words())
+        assert again.pop_bytes() == data
+        assert again.empty()
 
 
 def test_archive_takes_a_picture_as_a_file_wherever_the_stack_will_not_do(model, monkeypatch):
@@ -908,15 +935,28 @@ def test_archive_takes_a_picture_as_a_file_wherever_the_stack_will_not_do(model,
 
 
 def test_archive_checks_every_picture_first(model):
-    images = hwc(draws(3, seed=17))
+    images, done = hwc(draws(3, seed=17)), []
     with pytest.raises(InputError, match=r"float64 \[8, 8, 3\]: want uint8"):
-        archive.compress(model, [*images, images[0] / 255], bits=6)
+        archive.compress(model, [*images, images[0] / 255], bits=6, tick=done.append)
+    with pytest.raises(InputError, match=r"9000000x1: 1,125,000 tiles"):
+        archive.compress(model, [*images, np.zeros((1, 9_000_000, 3), np.uint8)], bits=6, tick=done.append)
+    assert not done
+
+
+def test_archive_of_the_local_profile(model):
+    images = hwc(draws(8, seed=20))
+    data = archive.compress(model, images, bits=6, local=True)
+    contents, _ = archive.read_contents(data)
+    assert contents.local
+    assert contents.files < len(images)
+    found = list(archive.decompress(model, data))
+    assert all(np.array_equal(a, b) for a, (_, b) in zip(images, found, strict=True))
 
 
 def test_archive_sees_drift(model, archived, drift):
     *_, data = archived
     drift["size"] = 1e-3
-    with pytest.raises(Damaged):
+    with pytest.raises(Damaged, match="network differs from the writer's"):
         list(archive.decompress(model, data))
 
 

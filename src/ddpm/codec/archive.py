@@ -4,7 +4,8 @@
 
 What is popped is not lost: the decoder, which goes the same way back, puts it where it was. A picture that finds too
 little to pop, as the first ones do, is coded as a file of its own, whose bytes are pushed for the next ones to pop: so
-nothing is wasted, and an archive stands alone.
+nothing is wasted, and an archive stands alone. On top of each tile lies how many attempts it took, on top of a picture
+that is a file _FILE, its length in twice 16 bits, and its bytes.
 
     bytes   what
     3       "DPA"
@@ -46,6 +47,8 @@ _FAR = 20  # bits of that distance
 
 _FILE = 7
 _ATTEMPTS = entropy.frequencies([60, 1, 1, 1, 1, 1, 1, 1])  # how many a tile took; _FILE: the picture is a file
+
+_DIFFERS = "this machine's network differs from the writer's"
 
 Integers = NDArray[np.int64]
 
@@ -155,8 +158,8 @@ class Stack:
     def pop_bytes(self) -> bytes:
         """Raises Damaged for more of them than the stack has."""
         length = self.pop_bits(16) << 16 | self.pop_bits(16)
-        if length > 4 * self._coder.num_words():
-            raise Damaged("stack: of a picture with more bytes than there are")
+        if length > 4 * self._coder.num_words() + 4:  # zeros at the very bottom take no word
+            raise Damaged("a file with more bytes than there are")
         return self._coder.decode(_BYTE, length).astype(np.uint8).tobytes()  # type: ignore[no-any-return]
 
     def push_bytes(self, data: bytes) -> None:
@@ -312,7 +315,7 @@ def compress(
     if not images or len(names) not in (0, len(images)):
         raise InputError(f"archive: {len(images)} pictures with {len(names)} names; want at least one, and a name each")
     for image in images:
-        picture.checked(image)
+        picture.grid(_header(model, picture.checked(image), local), model)
     coder, stack = _coder(model, local, check=True), Stack()
     files: list[bytes] = []
     for done, image in enumerate(images):
@@ -392,19 +395,29 @@ def _push(stack: Stack, coder: Coder, tile: Image) -> None:
     raise Undecided
 
 
-def _pop(stack: Stack, coder: Coder, tiles: int) -> NDArray[np.uint8] | bytes:
-    """A picture's tiles [n, C, H, W], or its file."""
+def _pop(stack: Stack, coder: Coder, model: Model, header: Header) -> tuple[Image, int]:
+    """A picture, and how many bytes its file has, 0 where it is none."""
+    c, _, _, down, across = picture.grid(header, model)
     found: list[Image] = []
-    while len(found) < tiles:
+    for tile in range(down * across * (header.channels if c == 1 else 1)):
         attempt = int(stack.pop_each(_ATTEMPTS[None])[0])
         if attempt == _FILE:
-            if found:
-                raise Damaged("stack: a file in the middle of a picture")
-            return stack.pop_bytes()
+            if tile:
+                raise Damaged("a file in the middle of a picture")
+            data = stack.pop_bytes()
+            return _of_file(model, data, header), len(data)
         found.append(coder.pop(stack))
         if attempt:
             stack.pop_bits(16)
-    return np.stack(found[::-1])
+    return picture.join(np.stack(found[::-1]), header, model), 0
+
+
+def _of_file(model: Model, data: bytes, wanted: Header) -> Image:
+    header, begin = picture.read_header(data)
+    same = (header.height, header.width, header.channels) == (wanted.height, wanted.width, wanted.channels)
+    if not same or not header.lossless or len(data) != begin + header.length + header.trailer:
+        raise Damaged("a file that is not whole and lossless, or of another size")
+    return picture.decompress(model, data)
 
 
 def _header(model: Model, shape: Sequence[int], local: bool) -> Header:
@@ -432,25 +445,24 @@ def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
         text = zlib.decompressobj().decompress(data[begin : begin + contents.about], 1 << 26)
         shapes, names = _sizes_and_names(json.loads(text), contents.pictures)
         stack = Stack(data[begin + contents.about : -8])
-    except (zlib.error, ValueError, TypeError) as error:
+    except (zlib.error, ValueError, TypeError, RecursionError) as error:
         raise Damaged("sizes, names or stack: damaged; want the file as it was written") from error
     coder = _coder(model, contents.local, check=False)
-    images: list[Image] = []
+    images, sizes = list[Image](), list[int]()
     try:
         for shape in reversed(shapes):
-            header = _header(model, shape, contents.local)
-            found = _pop(stack, coder, len(picture.cut(np.zeros(shape, np.uint8), header, model).pixels))
-            if isinstance(found, bytes):
-                images.append(picture.decompress(model, found))
-            else:
-                images.append(picture.join(found, header, model))
-            if images[-1].shape != shape:
-                raise Damaged("stack: a picture of another size than it should have")
+            image, size = _pop(stack, coder, model, _header(model, shape, contents.local))
+            images.append(image)
+            sizes.append(size)
+        if not stack.empty():
+            raise Damaged("does not end as it began")
     except Empty as error:
-        raise Damaged("stack: ends too early; this machine's network differs from the writer's") from error
-    if not stack.empty():
-        raise Damaged("stack: does not end as it began; this machine's network differs from the writer's")
+        raise Damaged(f"stack: ends too early; {_DIFFERS}") from error
+    except Damaged as error:
+        raise Damaged(f"stack: {error}; or {_DIFFERS}") from error
+    if (sum(map(bool, sizes)), sum(sizes)) != (contents.files, contents.file_bytes):
+        raise Damaged("header: of other files than are on the stack")
     images.reverse()
     if _sum(images) != int.from_bytes(data[-8:-4], "big"):
-        raise Damaged("pixels: not those that were written; this machine's network differs from the writer's")
+        raise Damaged(f"pixels: not those that were written; {_DIFFERS}")
     yield from zip(names or [""] * len(images), images, strict=True)

@@ -175,8 +175,8 @@ class Tiles(NamedTuple):
     said: NDArray[np.bool_]
 
 
-def _grid(header: Header, model: Model) -> tuple[int, int, int, int, int]:
-    """C, H, W of a tile, tiles down and across."""
+def grid(header: Header, model: Model) -> tuple[int, int, int, int, int]:
+    """C, H, W of a tile, tiles down and across. Raises InputError for too large a picture."""
     c, h, w = model.shape
     if header.whole:
         f = model.factor
@@ -190,7 +190,7 @@ def _grid(header: Header, model: Model) -> tuple[int, int, int, int, int]:
 
 def cut(image: Image, header: Header, model: Model) -> Tiles:
     """[H, W, C] to tiles: edges filled up, grey repeated for a network of colours, colours as tiles for one of grey."""
-    c, h, w, down, across = _grid(header, model)
+    c, h, w, down, across = grid(header, model)
     grey = header.channels == 1 and c == 3
     planes = np.repeat(image, 3, axis=2) if grey else image
     fill = [(0, down * h - header.height), (0, across * w - header.width), (0, 0)]
@@ -207,7 +207,7 @@ def cut(image: Image, header: Header, model: Model) -> Tiles:
 
 def join(tiles: Image, header: Header, model: Model) -> Image:
     """What `cut` cut up, [n, C, H, W] to [H, W, C]."""
-    c, h, w, down, across = _grid(header, model)
+    c, h, w, down, across = grid(header, model)
     parts = tiles.reshape(down, across, -1, c, h, w).transpose(0, 4, 1, 5, 2, 3)
     image = parts.reshape(down * h, across * w, -1)[: header.height, : header.width]
     return np.ascontiguousarray(image[..., : header.channels])
@@ -266,7 +266,7 @@ def compress_each(model: Model, images: Sequence[Image], **settings: Any) -> Ite
     for i, image in enumerate(images):
         header = _header(model, image, **settings)
         walks.append(_walk(model, image, header, settings.get("bits_per_dim"), settings.get("psnr")))
-        _, _, _, down, across = _grid(header, model)
+        _, _, _, down, across = grid(header, model)
         tiles += down * across
         if tiles >= _TOGETHER or i == len(images) - 1:
             yield from progressive.answer(model.predictor(True), walks)

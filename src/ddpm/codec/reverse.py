@@ -27,7 +27,7 @@ from ddpm.noise import mix
 _ROWS, _SIGNS, _ORDER, _FIRST, _RACE, _COINS = 101, 102, 103, 104, 105, 106  # what a stream of shared randomness is for
 WIDTH = 64
 """Dimensions of a row."""
-_HELD = 1 << 23  # weights that are held at a time
+_HELD = 1 << 21  # weights that are held at a time
 _LOG2_E = 1.4426950408889634
 _UNIT = 4096  # a normal is so many parts of 1 ..
 _SLOPE = 1024  # .. what it is multiplied by of so many ..
@@ -126,7 +126,7 @@ def races(mean: NDArray[np.float64], variance: float, chunks: int, bits: int, *k
     slope = np.where(sign != 0, mean[place], 0.0) * sign / variance * (_LOG2_E * _SLOPE)
     slope = np.rint(slope.clip(-most, most))
     curve = max(np.rint((1 - 1 / variance) / 2 * (_LOG2_E * _SLOPE)), -most * 32)
-    some = max(1, _HELD // (place.shape[1] << bits))  # chunks at a time
+    some = max(1, _HELD >> bits)  # chunks at a time
     for begin in range(0, chunks, some):
         part = np.s_[begin : begin + some]
         for log_w in _log_weights(slope[part], curve, sign[part], first[part], bits):
@@ -141,13 +141,18 @@ def _log_weights(
 ) -> NDArray[np.float64]:
     """log2 w of all candidates of some chunks, [chunks, 2^bits], whole numbers; but for a constant of each chunk."""
     rows, squares = _table(bits)
-    log_w = np.zeros((len(slope), 1 << bits))
-    products = (slope.reshape(-1, WIDTH) @ rows).reshape(*first.shape, -1)  # at once: the table is long
-    for total, *blocks in zip(log_w, products, sign, first, strict=True):
-        for product, there, start in zip(*blocks, strict=True):
-            product += curve * squares[np.count_nonzero(there)]
-            total[: len(total) - start] += product[start:]
-            total[len(total) - start :] += product[:start]
+    chunks, blocks = first.shape
+    log_w = np.zeros((chunks, 1 << bits))
+    some = max(1, _HELD // (chunks << bits))  # blocks at a time, not one by one: the table is long
+    for begin in range(0, blocks, some):
+        part = np.s_[:, begin : begin + some]
+        products = (slope[part].reshape(-1, WIDTH) @ rows).reshape(chunks, -1, 1 << bits)
+        for total, *each in zip(log_w, products, sign[part], first[part], strict=True):
+            for product, there, start in zip(*each, strict=True):
+                product += curve * squares[np.count_nonzero(there)]
+                total[: len(total) - start] += product[start:]
+                total[len(total) - start :] += product[:start]
+        del products  # before there are the next ones
     return log_w
 
 
