@@ -77,8 +77,11 @@ def main() -> None:
     images = [np.kron(x, np.ones((7, 7, 1), np.uint8))[: s[0], : s[1]] for x, s in zip(small, shapes, strict=True)]
     files = [codec.compress(model, x, bits=bits, local=local) for x in images for local in (False, True)]
     files += [codec.compress(model, x, bits=bits, psnr=18.0) for x in images]
-    files.append(archive.compress(model, [x for x in images for _ in range(2)], bits=bits, local=True))
-    known = {x.tobytes() for x in images}
+    c, h, w = model.shape
+    noise = list(rng.integers(0, 256, (3, h, w, c), np.uint8))  # for the stack, so that the others are not files
+    files += [archive.compress(model, [*noise, *images], bits=bits, local=local) for local in (False, True)]
+    assert all(archive.read_contents(data)[0].files < len(noise) + len(images) for data in files[-2:])
+    known = {x.tobytes() for x in [*noise, *images]}
     resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
     count: Counter[str] = Counter()
     longest, end = 0.0, time.monotonic() + 60 * args.minutes
@@ -89,7 +92,7 @@ def main() -> None:
             data = mended(data)
         if data in files:
             continue
-        signal.alarm(60)
+        signal.alarm(120)
         start = time.monotonic()
         try:
             if data[:3] == archive.MAGIC:
