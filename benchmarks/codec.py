@@ -373,9 +373,9 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> str:
         text += [
             f"\n## Archive of {a['images']} images, portable profile\n",
             f"{a['whole']:.3f} bits/dim by file size. {a['files']} of them are files of their own; the others take "
-            f"{a['others']:.3f}, {over:+.1%} against the bound of {a['bound']:.3f}. {a['encode_seconds']:.2f} s an image "
-            f"to write, {a['decode_seconds']:.2f} s to read. {a['read_back']} read back exactly by another process, "
-            "with another number of threads and hash seed.",
+            f"{a['others']:.3f}, {over:+.1%} against the bound of {a['bound']:.3f}. {a['encode_seconds']:.2f} s an "
+            f"image to write, {a['decode_seconds']:.2f} s to read. {a['read_back']} read back exactly by another "
+            "process, with another number of threads and hash seed.",
         ]
     if o := found.get("others"):
         figures = ", ".join(f"{name} {value:.3f}" for name, value in o.items() if name != "images")
