@@ -4,8 +4,8 @@
 
 What is popped is not lost: the decoder, which goes the same way back, puts it where it was. A picture that finds too
 little to pop, as the first ones do, is coded as a file of its own, whose bytes are pushed for the next ones to pop: so
-nothing is wasted, and an archive stands alone. On top of each tile lies how many attempts it took, on top of a picture
-that is a file _FILE, its length in twice 16 bits, and its bytes.
+nothing is wasted, and an archive stands alone. On top of each tile lies how many attempts it took, and 16 bits
+below it if any; on top of a picture that is a file lie _FILE, its length in twice 16 bits, and its bytes.
 
     bytes   what
     3       "DPA"

@@ -172,9 +172,14 @@ class Tables:
     def bucket_frequency(self) -> NDArray[np.int64]:
         return entropy.frequencies([[16 * n + 1 for n in counts] for counts in self.buckets])
 
+    @cached_property
+    def _mixture(self) -> NDArray[np.int64]:
+        """Octaves and weights of the parts that weigh anything, [2, parts]."""
+        return np.array([pair for pair in zip(SPREADS, self.spread, strict=True) if pair[1]]).T
+
     def pixel_frequencies(self, mean: NDArray[np.float64], sigma: NDArray[np.float64]) -> NDArray[np.int64]:
         """Of the 256 grey levels under Eq. 13 with a mixture of Gaussians: mean, sigma [m] -> int64 [m, 256]."""
-        spreads, weights = np.array([pair for pair in zip(SPREADS, self.spread, strict=True) if pair[1]]).T
+        spreads, weights = self._mixture
         sigmas = np.ldexp(sigma, spreads[:, None])[..., None]  # [parts, m, 1]
         edges = np.zeros((len(mean), 257), np.int64)
         edges[:, 1:256] = np.tensordot(weights, entropy.cdf((_between() - mean[:, None]) / sigmas), 1)
