@@ -34,7 +34,7 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# All figures of benchmarks/ again, about an hour on two cores; DATA=cifar10 QUALITY=program adds an hour and a half.
+# The timings again, about an hour on two cores; DATA=cifar10 QUALITY=program adds quality per hour, an hour and a half.
 bench: $(VENV)/.tested
 	for script in speed profile_step sampling start scaling memory; do $(BIN)/python benchmarks/$$script.py || exit; done
 	$(BIN)/python benchmarks/profile_step.py --plain

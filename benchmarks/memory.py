@@ -4,9 +4,10 @@
 
 Each case is a process of its own: two small steps give a line (GiB against images), and where that says that the whole
 batch fits, it is measured; else the record says so and gives the line's value. Counted are weights, gradients, Adam's
-moments, the average and activations: on the CPU the process's peak resident set less that of its imports, on a GPU
-what PyTorch's allocator held. On the CPU the 256x256 network is measured at batch 2, as 64 would take minutes a step;
-with `--accumulate` a batch has the peak of one of its parts, so that 2 is also the paper's 64 in 32 parts.
+moments, the average and activations, in bf16 where the hardware has it, else in float32: on the CPU the process's peak
+resident set less that of its imports, on a GPU what its allocator held. On the CPU the 256x256 network is measured
+at batch 2, as 64 would take minutes a step; with `--accumulate` a batch has the peak of one of its parts, so that 2 is
+also the paper's 64 in 32 parts.
 """
 
 import json
@@ -19,16 +20,27 @@ from typing import Any
 
 import record
 
-CASES: dict[str, dict[str, Any]] = {
-    "float32": {"precision": "float32"},
-    "bf16": {},
-    "bf16, accumulate 4": {"accumulate": 4},
-    "bf16, checkpointing": {"checkpointing": True},
-    "bf16, checkpointing, accumulate 4": {"checkpointing": True, "accumulate": 4},
+SAVING: dict[str, dict[str, Any]] = {
+    "": {},
+    ", accumulate 4": {"accumulate": 4},
+    ", checkpointing": {"checkpointing": True},
+    ", checkpointing, accumulate 4": {"checkpointing": True, "accumulate": 4},
 }
 PAPER = {"cifar10": 128, "celebahq256": 64}
 CPU_BATCH = {"cifar10": 128, "celebahq256": 2}
 GIB = 2**30
+
+
+def cases(device: str) -> dict[str, dict[str, Any]]:
+    """What is measured: plain float32, and in the precision that `ddpm train` takes here each way to save."""
+    import torch
+
+    from ddpm.run.distributed import pick_precision
+
+    precision = pick_precision("auto", torch.device(device))
+    return {"float32": {"precision": "float32"}} | {
+        f"{precision}{saving}": {"precision": precision, **settings} for saving, settings in SAVING.items()
+    }
 
 
 def line(batches: list[int], peaks: list[float], target: int) -> float:
@@ -67,7 +79,7 @@ def child(case: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
     device, target, accumulate = case["device"], case["batch"], case.get("accumulate", 1)
     preset = replace(PRESETS[case["network"]], checkpointing=case.get("checkpointing", False))
     base = peak(device) if device == "cpu" else 0.0
-    ours = peers.Ours(preset, case.get("precision", "bf16"), device)
+    ours = peers.Ours(preset, case["precision"], device)
     whole = target * accumulate if target <= 2 else target  # parts of the whole size where that is as small as can be
     part = whole // accumulate
     small = [max(1, part // 8), max(2, part // 4)]
@@ -122,7 +134,7 @@ def main() -> None:
         for network in args.networks:
             batch = args.batch or (CPU_BATCH if args.device == "cpu" else PAPER)[network]
             rows = []
-            for name, settings in CASES.items():
+            for name, settings in cases(args.device).items():
                 case = {"network": network, "batch": batch, "device": args.device, **settings}
                 found = values[f"{network}, {name}"] = measure(case, args.threads)
                 rows.append(row(name, found))

@@ -200,9 +200,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def write(
-    name: str, title: str, args: argparse.Namespace, values: Mapping[str, Any], text: str, device: str = "cpu"
-) -> Path:
-    """Write NAME_MACHINE_DATE.json and .md into args.out, and say where; `values` is JSON, `text` markdown."""
+    name: str, title: str, args: argparse.Namespace, values: Mapping[str, Any], text: str, device: str = "cpu",
+    repeated: bool = True,
+) -> Path:  # fmt: skip
+    """Write NAME_MACHINE_DATE.json and .md into args.out, and say where; `values` is JSON, `text` markdown.
+
+    repeated: whether the figures are medians over args.repeats.
+    """
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "data", "quality", "peer")}  # not the paths
     about = {
         "hardware": hardware(),
@@ -217,14 +221,16 @@ def write(
     path = args.out / f"{name}_{machine(device)}_{date.today()}"
     args.out.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps({"name": name, **about, **values}, indent=1) + "\n")
-    repeats = "one run" if args.repeats == 1 else f"{args.repeats} repeats taken in turns"
+    repeats = f"{args.repeats} repeats taken in turns"
     repeats += f", each of at least {args.seconds:g} s" if args.seconds else ""
+    repeats = f"{repeats}; figures are the median (least - most)" if repeated and args.repeats > 1 else "one run"
+    given = " ".join(Path(word).name for word in sys.argv[1:])  # without the machine's folders
     mode = "; ours on PyTorch's own operations (--plain)" if args.plain else ""
     head = (
         f"# {title}\n\n- hardware: {about['hardware']}; threads {about['threads']}\n"
         f"- versions: {packages}, Python {about['python']}; commit {about['commit']}; {about['date']}\n"
-        f"- {repeats}; figures are the median (least - most){mode}\n"
-        f"- `python benchmarks/{Path(sys.argv[0]).name}`\n\n"
+        f"- {repeats}{mode}\n"
+        f"- `python benchmarks/{Path(sys.argv[0]).name} {given}`\n\n"
     )
     path.with_suffix(".md").write_text(head + text.rstrip() + "\n")
     print(head + text, flush=True)

@@ -7,6 +7,7 @@ Reads what the run left on disk; nothing is measured again.
 
 import argparse
 import json
+import statistics
 from dataclasses import fields
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def main() -> None:
     last = training[-1]
     print(f"- {last['step']:,} steps, {last['step'] * preset.batch_size:,} images, {last['seconds'] / 60:.0f} minutes")
     rates = sorted(line["images_per_second"] for line in training)
-    print(f"- images/s by log line: median {rates[len(rates) // 2]:.2f}, least {rates[0]:.2f}, most {rates[-1]:.2f}")
+    print(f"- images/s by log line: median {statistics.median(rates):.2f}, least {rates[0]:.2f}, most {rates[-1]:.2f}")
 
     print("\n| step | minutes | loss | gradient norm | learning rate |\n|---|---|---|---|---|")
     for i in sorted({round(k * (len(training) - 1) / (args.rows - 1)) for k in range(args.rows)}):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 4, 5]
     assert checkpoints.best(tmp_path) == tmp_path / "checkpoints" / "00000001"
     assert checkpoints.newest(tmp_path) == tmp_path / "checkpoints" / "00000005"
+
+
+def test_a_calibrated_checkpoint_is_kept(tmp_path: Path) -> None:
+    """However old it is: pictures may have been compressed by it."""
+    for step in range(4):
+        folder = save(tmp_path, step)
+        if step == 1:
+            (folder / "ema.calibration.json").write_text("{}")
+    checkpoints.prune(tmp_path, keep=1)
+    assert steps(tmp_path) == [1, 3]
 
 
 def test_training_keeps_as_many_as_asked_for(tmp_path: Path) -> None:
@@ -248,6 +259,11 @@ def test_one_file_alone_is_a_model(trained: Path, tmp_path: Path) -> None:
         metadata = opened.metadata()
     assert json.loads(metadata["config"])["width"] == 32
     assert (metadata["step"], metadata["weights"], metadata["version"]) == ("30", "ema", ddpm.__version__)
+
+
+def test_a_file_at_the_root_has_its_results_beside_it(trained: Path) -> None:
+    """There is no folder two above it."""
+    assert replace(checkpoints.open_checkpoint(trained), path=Path("/m.safetensors")).home == Path("/m")
 
 
 def test_load(trained: Path) -> None:

@@ -21,8 +21,9 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import interop
 from ddpm.files.checkpoints import open_checkpoint
-from ddpm.run import gpu
+from ddpm.run import edit, gpu
 from ddpm.run.cli import main
+from ddpm.run.edit import Way
 from ddpm.run.generate import generate
 from ddpm.unet import UNet
 
@@ -242,6 +243,32 @@ def test_a_conditional_run_resumes_to_the_bit(run: Path, labelled: Path, tmp_pat
     assert_same(tensors(out, 60), tensors(run, 60))
 
 
+@pytest.mark.parametrize("classes", [(), (2, 0, 1)])
+@pytest.mark.parametrize("what", ["edit", "invert", "interpolate", "inpaint"])
+def test_edits_a_few_at_a_time_are_the_same(
+    what: str, classes: tuple[int, ...], run: Path, labelled: Path, tmp_path: Path
+) -> None:
+    """2, 2 and 1 are 5 at once, bit for bit: each has the seed, the weight and the class of its place."""
+    found = open_checkpoint(run)
+    found = replace(found, denoiser=Denoiser(told, found.denoiser.schedule).guided(1.5))
+    a, b, mask = (tmp_path / name for name in ("a.png", "b.png", "mask.png"))
+    for path, picture in zip((a, b, mask), (np.arange(64), 255 - np.arange(64), np.arange(64) % 2 * 255), strict=True):
+        Image.fromarray(picture.reshape(8, 8).astype(np.uint8)).save(path)
+
+    def made(**settings: Any) -> Tensor:
+        way = Way("ddim" if what == "invert" else "ancestral", 5, classes=classes, **settings)
+        if what == "interpolate":
+            return edit.interpolate(found, a, b, 5, way=way, progress=False)
+        if what == "inpaint":
+            return edit.inpaint(found, a, mask, 5, way, jump=2, resample=2, progress=False)
+        n, iterations = (max(len(classes), 1), 2) if what == "invert" else (5, 0)
+        return edit.redraw(found, a, n, way=way, iterations=iterations, progress=False)
+
+    whole = made()
+    assert torch.equal(made(batch_size=2), whole)
+    assert len(whole.unique(dim=0)) == len(whole)
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -255,6 +282,7 @@ def test_a_conditional_run_resumes_to_the_bit(run: Path, labelled: Path, tmp_pat
         ("sample RUN --class grey --clip 2", "--clip: '2': want static, none or a number between 0 and 1"),
         ("sample OTHER --class grey", "was not trained with --classes"),
         ("edit RUN IMAGE --t -1", "t -1: want 0 to 20"),
+        ("edit RUN IMAGE --batch-size 0", "--batch-size 0: want a whole number of at least 1"),
         ("edit RUN IMAGE --invert 2 -n 2", "n 2: inversion has one answer for a class; want 1 at most"),
         ("edit RUN IMAGE --invert 2 --clip static", "--clip: not with --invert"),
         ("sample NEVER --class grey --guidance 2", "never was without a label; want 1, none"),

@@ -105,6 +105,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("train digits --patch 4", nothing, ["patch 4", "1, 2"]),
     ("train digits --size 10 --patch 2", nothing, ["size 10x10", "8 and 12"]),
     ("train digits --weighting p2 --predict mu", nothing, ["weighting p2", "no mu"]),
+    ("train digits --times bound --predict mu", nothing, ["times bound", "uniform or stratified for mu"]),
     ("train digits --weighting p2 --loss vlb", nothing, ["weighting p2", "loss simple"]),
     ("train digits --cooldown 2", nothing, ["cooldown 2.0", "at most 1"]),
     ("train digits --levels 10", nothing, ["sample_steps 50", "at most levels, 10"]),
@@ -140,6 +141,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("sample RUN --sampler euler", nothing, ["--sampler 'euler'", "ancestral, ddim"]),
     ("sample RUN --weights best", nothing, ["--weights 'best'", "ema, raw"]),
     ("sample RUN --checkpoint newest", nothing, ["checkpoint 'newest'", "last, best or a step"]),
+    ("sample RUN --checkpoint ²", nothing, ["checkpoint '²'", "last, best or a step"]),
     ("sample RUN --checkpoint 7", nothing, ["checkpoint 7", "20, 30"]),
     ("sample RUN/checkpoints/00000020 --checkpoint 7", nothing, ["checkpoint '7'", "one checkpoint already"]),
     ("sample RUN --precision fp16", nothing, ["--precision 'fp16'", "bf16"]),
@@ -189,7 +191,8 @@ def test_a_run_with_other_settings_is_one_line_too(trained: Path, capsys: pytest
 
 def test_a_config_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One written by hand, or by another version of the program."""
-    for text, words in (("{", "cannot be read"), ('{"colour": 3}', "config colour: no such setting")):
+    wrong = {"{": "cannot be read", "[]": "cannot be read", '{"colour": 3}': "config colour: no such setting"}
+    for text, words in wrong.items():
         (tmp_path / "config.json").write_text(text)
         assert train(tmp_path, "--steps", 2) == 2
         err = capsys.readouterr().err
@@ -198,15 +201,38 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "want another --out" in err
 
 
-def test_our_own_faults_keep_their_traceback(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that is no mistake of the user's is not dressed up as one."""
-
+def raises(error: Exception) -> Callable[..., None]:
     def fault(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
+        raise error
 
-    monkeypatch.setattr("ddpm.run.generate.generate", fault)
-    with pytest.raises(ZeroDivisionError):
+    return fault
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError(), RuntimeError("shapes differ")])
+def test_our_own_faults_keep_their_traceback(fault: Exception, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is no mistake of the user's is not dressed up as one."""
+    monkeypatch.setattr("ddpm.run.generate.generate", raises(fault))
+    with pytest.raises(type(fault)):
         main(["sample", str(trained), "-n", "1"])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        MemoryError(),
+    ],
+)
+def test_a_memory_that_is_full_is_one_line(
+    fault: Exception, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a GPU or of the machine: exit code 1, and what takes less."""
+    monkeypatch.setattr("ddpm.run.generate.generate", raises(fault))
+    assert main(["sample", str(trained), "-n", "1"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("ddpm: the memory is full; fewer images at once (--batch-size) take less")
+    assert err.count("\n") == 1
 
 
 def test_an_empty_out_is_a_mistake(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,6 +404,17 @@ def test_calibrate_and_use_it(trained: Path, tmp_path: Path, capsys: pytest.Capt
     assert found["nll"]["by_variance"]["calibrated"] == pytest.approx(found["bits_per_dim"])
     assert (run / "evaluate" / "00000030-ema" / "nll.csv").is_file()
     assert main([*sample, "--steps", "5"]) == 0  # on fewer levels it is another table
+    file = run / "checkpoints" / "00000030" / "ema.calibration.json"
+    before = file.read_bytes()
+    capsys.readouterr()
+    again = ["calibrate", str(run), "-n", "4", "--codec", "0"]
+    assert main(again) == 2
+    assert capsys.readouterr().err == (
+        f"ddpm: {file}: has the codec's tables, by which files are read; want --replace for others\n"
+    )
+    assert file.read_bytes() == before
+    assert main([*again, "--replace"]) == 0
+    assert json.loads(file.read_text())["count"] == 4
 
 
 def test_report(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 import ddpm
 from ddpm import codec
 from ddpm.codec import archive
-from ddpm.files import datasets, images
+from ddpm.files import checkpoints, datasets, images, interop
+from ddpm.presets import PRESETS, build
 from ddpm.run import compress
 from ddpm.run.cli import main
 
@@ -53,7 +55,7 @@ def test_a_fresh_process_with_other_threads_reads_it_back(pictures, tmp_path, pr
     assert np.array_equal(pixels(out), pixels(pictures / "digit0.png"))
 
 
-def test_several_pictures_go_to_a_folder_and_an_archive_to_a_file(pictures, tmp_path, capsys):
+def test_several_pictures_go_to_a_folder_and_an_archive_to_a_file(model, pictures, tmp_path, capsys):
     paths = [str(pictures / f"digit{i}.png") for i in range(4)]
     assert main(["compress", "digits", *paths, "--out", str(tmp_path / "files"), "--chunk-bits", "8", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
@@ -66,7 +68,10 @@ def test_several_pictures_go_to_a_folder_and_an_archive_to_a_file(pictures, tmp_
         assert np.array_equal(pixels(tmp_path / "back" / f"digit{i}.png"), pixels(paths[i]))
     capsys.readouterr()
     assert main(["inspect", archive, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["pictures"] == 4
+    about = json.loads(capsys.readouterr().out)
+    assert (about["pictures"], about["profile"], about["chunk_bits"]) == (4, "portable", 8)
+    assert about["model"] == model.identity.hex()
+    assert about["bytes"] == os.path.getsize(archive)
 
 
 def test_names_that_would_be_one_file_become_two(model, pictures, tmp_path):
@@ -160,6 +165,39 @@ def test_a_model_without_tables_says_what_to_do(trained, pictures, tmp_path, cap
     words = ["compress", str(trained), str(pictures / "digit0.png"), "--out", str(tmp_path / "a.ddpm")]
     assert main(words) == 2
     assert "make them with `ddpm calibrate`" in capsys.readouterr().err
+
+
+def test_a_model_of_transparent_pictures_has_no_codec(tmp_path):
+    """Its calibration has none, and may so be made again."""
+    preset = replace(PRESETS["digits"], channels=4, classes=False, levels=20, sample_steps=20)
+    interop.save(tmp_path / "rgba.safetensors", preset, build(preset).network.state_dict(), "")
+    images.save_many(tmp_path / "set/", np.zeros((2, 8, 8, 4), np.uint8), ["a", "b"])
+    words = ["calibrate", str(tmp_path / "rgba.safetensors"), "--data", str(tmp_path / "set"), "-n", "1"]
+    assert main(words) == 0
+    assert main(words) == 0
+    with pytest.raises(ddpm.InputError, match=r"rgba\.safetensors: of images with 4 channels; .* takes grey and RGB"):
+        ddpm.load_codec(tmp_path / "rgba.safetensors")
+
+
+def test_the_raw_weights_have_a_codec_of_their_own(pictures, tmp_path, capsys):
+    """That of their own tables; the averaged ones read none of their files."""
+    digits = checkpoints.open_checkpoint("digits")
+    state = digits.denoiser.network.state_dict()
+    raw = {name: 0.99 * value for name, value in state.items()}
+    run = checkpoints.save(tmp_path / "run", digits.preset, {"step": 1}, {"ema": state, "raw": raw})
+    tables = json.loads(checkpoints.calibration_file(digits.path).read_text())
+    for name in ("ema", "raw"):
+        own = tables | {"weights": checkpoints.file_sha256(run / f"{name}.safetensors")}
+        (run / f"{name}.calibration.json").write_text(json.dumps(own))
+    source, file, out = pictures / "digit0.png", tmp_path / "a.ddpm", tmp_path / "a.png"
+    words = ["compress", str(run), str(source), "--out", str(file), "--chunk-bits", "8"]
+    assert main([*words, "--weights", "both"]) == 2
+    assert main([*words, "--weights", "raw"]) == 0
+    capsys.readouterr()
+    assert main(["decompress", str(run), str(file), "--out", str(out)]) == 2
+    assert "ddpm: of model " in capsys.readouterr().err
+    assert main(["decompress", str(run), str(file), "--out", str(out), "--weights", "raw"]) == 0
+    assert np.array_equal(pixels(out), pixels(source))
 
 
 def test_a_file_of_another_machine_is_warned_of(pictures, tmp_path, capsys, model, monkeypatch):

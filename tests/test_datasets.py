@@ -131,13 +131,23 @@ def test_nested_files_with_classes(tmp_path, kind, cache_bytes):
 def test_files_in_splits(tmp_path, kind):
     root = folder(tmp_path / "set", "Train", range(15), classes=False)
     folder(root, "val", range(15, N), classes=False)
-    pictures.save(root / "readme.png", PIXELS[0])
     source = str(zipped(root, tmp_path / "set.zip") if kind == "zip" else root)
     train, held_out = load_pair(source, (8, 8), 3)
     assert holds(train, range(15), labels=False)
     assert holds(held_out, range(15, N), labels=False)
     assert (train.split, held_out.split, load(source, (8, 8), 3, split="validation").split) == ("Train", "val", "val")
     assert holds(load(source, (8, 8), 3, split="test"), range(15, N), labels=False)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_split_beside_other_images_is_refused(tmp_path, kind, classes):
+    """A class that is called train, among others or loose images: half of the set would be lost without a word."""
+    root = folder(tmp_path / "set", "train", range(15), classes=False)
+    for i in range(15, N):
+        pictures.save(root / (("bus", "car")[i % 2] if classes else "") / f"{i}.png", PIXELS[i])
+    source = str(zipped(root, tmp_path / "set.zip") if kind == "zip" else root)
+    refused(source, (8, 8), 3, match="train: the name of a split, but 8 images lie beside it; want all in folders")
 
 
 def test_classes_are_those_of_all_splits(tmp_path):
@@ -303,7 +313,9 @@ def test_real_data(name, size, channels, n):
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["./none", "a/b/c", "none.zip", "~/none/at/all", "../none", "", "a b", "cat.png"])
+@pytest.mark.parametrize(
+    "source", ["./none", "a/b/c", "none.zip", "~/none/at/all", "~nosuchuser/x", "../none", "", "a b", "cat.png"]
+)
 def test_nothing_there(source):
     refused(source, (8, 8), 3, match="no such file or folder; want digits")
 
@@ -322,7 +334,10 @@ def test_sources_without_images(tmp_path):
     refused(str(tmp_path / "a.txt"), (8, 8), 3, match=r"a\.txt: neither")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a.txt").write_text("text")
-    refused(str(zipped(tmp_path / "b", tmp_path / "b.zip")), (8, 8), 3, match=r"b\.zip: no images")
+    whole = zipped(tmp_path / "b", tmp_path / "b.zip")
+    refused(str(whole), (8, 8), 3, match=r"b\.zip: no images")
+    whole.write_bytes(whole.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x00"))  # its list of files
+    refused(str(whole), (8, 8), 3, match=r"b\.zip: damaged zip file \(")
 
 
 BAD = {

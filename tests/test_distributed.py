@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY, assert_close, losses, metrics, steps, tensors, train
 
+from ddpm.errors import InputError
 from ddpm.run.cli import main
 from ddpm.run.distributed import Processes, opened, pick_device, pick_precision, threads
 
@@ -193,6 +194,16 @@ def test_a_device_is_one_that_there_is() -> None:
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     assert pick_precision("auto", torch.device("mps")) == "float32"
     assert pick_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, where NCCL would only hang; the first has its device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("auto", "cuda"):
+        assert pick_device(name, 0) == torch.device("cuda", 0)
+        with pytest.raises(InputError, match="process 1 of torchrun: this machine has 1 CUDA devices; want no more"):
+            pick_device(name, 1)
 
 
 def test_a_bf16_model_runs_in_float32_where_bf16_would_only_be_slow(monkeypatch):

@@ -401,6 +401,23 @@ def test_saved_samples_are_read_as_they_are(tmp_path):
         evaluate.read_samples(tmp_path / "a.npz", (3, 8, 8))
 
 
+def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypatch):
+    """`digits` here is no data set; what is not of the model's size is not scaled; none are too few."""
+    from ddpm.files import images
+
+    monkeypatch.chdir(tmp_path)
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 1), np.uint8)
+    images.save_many("digits/", pictures, ["0", "1", "2"])
+    assert (evaluate.read_samples(Path("digits"), (1, 4, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
+    with pytest.raises(InputError, match=r"^digits/0\.png: 4x8; want samples of the model's size, 8x4$"):
+        evaluate.read_samples(Path("digits"), (1, 8, 4))
+    with pytest.raises(InputError, match=r"^digits/0\.png: mode L, 1 channels; want 3, as the model's samples have$"):
+        evaluate.read_samples(Path("digits"), (3, 4, 8))
+    Path("empty").mkdir()
+    with pytest.raises(InputError, match="empty: no images in this folder; want samples of 4x8"):
+        evaluate.read_samples(Path("empty"), (1, 4, 8))
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
@@ -411,11 +428,13 @@ def test_saved_samples_are_read_as_they_are(tmp_path):
         (["--metrics", "fid", "--features", "mine.py"], "FILE.py:function"),
         (["--metrics", "fid", "--inception", "none.pth"], "none.pth"),
         (["--metrics", "fid", "--samples", "none.npz", "--features", "f.py:g"], "f.py"),
+        (["--metrics", "is", "--features", "logits.py:rows", "-n", "4"], "logits.py:rows: rows are not probabilities"),
     ],
 )
 def test_mistakes(trained, tmp_path, capsys, monkeypatch, words, names):
     """One line that names it, exit code 2."""
     monkeypatch.chdir(tmp_path)
+    Path("logits.py").write_text("def rows(x):\n    x = x.reshape(len(x), -1) + 1.0\n    return x, x\n")
     assert main(["evaluate", str(trained), "--out", "out", *words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -146,6 +146,8 @@ def test_a_published_model_of_diffusers(trained: Path, here: Path, hub: Hub) -> 
     shutil.copy("theirs/unet/config.json", repo)
     shutil.copy("theirs/scheduler/scheduler_config.json", repo)
     assert np.array_equal(sample("hf:google/tiny"), sample("theirs"))
+    assert main(["import", "hf:google/tiny", "--out", "copy.safetensors"]) == 0
+    assert np.array_equal(sample("copy.safetensors"), sample("theirs"))
     assert hub.fetched[0] == ["*.json", "*.bin"]
 
 

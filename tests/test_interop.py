@@ -24,6 +24,7 @@ from ddpm.files import interop
 from ddpm.files.checkpoints import Checkpoint, open_checkpoint
 from ddpm.files.interop import from_ddim, from_diffusers, to_diffusers, to_ours, to_theirs
 from ddpm.presets import PRESETS, Preset, build
+from ddpm.run.cli import main
 from ddpm.schedule import SCHEDULES
 
 CIFAR10, CELEBAHQ = PRESETS["cifar10"], PRESETS["celebahq256"]
@@ -272,8 +273,8 @@ def test_there_and_back(changes, tmp_path):
     assert_same(state, found.denoiser.network.state_dict())
 
 
-def test_class_labels_go_out_and_come_in(tmp_path):
-    """As num_class_embeds, and back: the names are numbers then."""
+def test_class_labels_go_out_and_come_in(tmp_path, capsys):
+    """As num_class_embeds, and back: the names are numbers then; it may never have been without a label."""
     found = random_model(replace(SMALL, classes=True, class_names=("cat", "dog", *"abcdefgh")))
     net = found.denoiser.network
     folder = exported(found, tmp_path / "out")
@@ -285,6 +286,14 @@ def test_class_labels_go_out_and_come_in(tmp_path):
     y, other = torch.tensor([3, 9]), torch.tensor([4, 9])
     assert apart(lambda *a: net(*a, y), lambda *a: model(*a, class_labels=y), x, timestep) < 1e-5
     assert apart(lambda *a: net(*a, y), lambda *a: model(*a, class_labels=other), x, timestep) > 1e-2
+    assert back.label_dropout == 0
+    assert main(["import", str(folder), "--out", str(tmp_path / "in.safetensors")]) == 0
+    for found in (folder, tmp_path / "in.safetensors"):
+        words = ["sample", str(found), "-n", "1", "--steps", "1", "--out", str(tmp_path / "a.png"), "--class", "3"]
+        assert main([*words, "--guidance", "2"]) == 2
+        assert "never was without a label; want 1, none" in capsys.readouterr().err
+        assert main([*words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["guidance"] == 1
 
 
 # -- diffusers: samples ------------------------------------------------------------------------------------------------

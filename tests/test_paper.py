@@ -19,6 +19,7 @@ from ddpm.files.checkpoints import open_checkpoint
 from ddpm.gaussian import q
 from ddpm.noise import per_image
 from ddpm.run import cli, generate, paper
+from ddpm.unet import UNet
 
 FEATURES = "def rows(x):\n    x = x.reshape(len(x), -1)[:, 3::8] + 1.0\n    return x, x / x.sum(1)[:, None]\n"
 
@@ -97,8 +98,29 @@ def test_figure_7_shares_more_the_lower_the_level(made):
     """A row a level, 20, 15, 10, 5: its samples differ less and less."""
     shared = tiles(made, "fig7", 5)[:, 1:].astype(float)
     spread = shared.std(axis=1).mean(axis=(1, 2))
+    assert json.loads((made / "paper" / "fig7.json").read_text())["levels"] == [20, 15, 10, 5]
     assert len(spread) == 4
     assert spread[0] > spread[-1] > 0
+
+
+def test_figures_7_to_9_visit_the_levels_that_are_asked_for(trained, tmp_path, monkeypatch):
+    """Of all levels 5, from T or from where two images meet; each figure says so."""
+    seen, forward = set(), UNet.forward
+
+    def spy(self, x, timestep, y=None):
+        seen.update((timestep + 1).tolist())
+        return forward(self, x, timestep, y)
+
+    monkeypatch.setattr(UNet, "forward", spy)
+    visited = generate.visited(open_checkpoint(trained), "ancestral", 5, "quadratic")
+    words = ["--run", str(trained), "-n", "1", "--steps", "5", "--spacing", "quadratic", "--out", str(tmp_path)]
+    starts = {"fig7": [20], "fig8": [10], "fig9": [20, 17, 15, 12, 10, 7, 5, 2]}
+    for name, tops in starts.items():
+        seen.clear()
+        assert cli.main(["paper", name, *words]) == 0
+        assert seen == {t for top in tops for t in (*visited, top) if t <= top}
+        about = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (about["steps"], about["sampler"], about["spacing"]) == (5, "ancestral", "quadratic")
 
 
 def test_figures_8_and_9_hold_the_images_between_which_they_lie(made):
@@ -214,12 +236,16 @@ def test_table_2_trains_six_runs_and_goes_on_with_them(tmp_path, trained, capsys
         (["table2", "--run", "{run}", "--samples", "s.npz"], "not for table2"),
         (["table2", "--run", "{run}", "--features", "dumb.py:f"], "no class probabilities"),
         (["table2", "--run", "{run}", "--features", "none.py:f"], "none.py"),
+        (["table2", "--run", "{run}", "--features", "mine.py:rows", "--sampler", "foo"], "--sampler 'foo'"),
+        (["table2", "--run", "{run}", "--features", "mine.py:rows", "--spacing", "bound"], "--spacing bound"),
+        (["fig7", "--run", "{run}", "--sampler", "ddim"], "--sampler ddim: draws no noise"),
     ],
 )
 def test_mistakes(trained, tmp_path, capsys, monkeypatch, words, reason):
     monkeypatch.chdir(tmp_path)
     Path("afile").write_text("")
     Path("dumb.py").write_text("def f(x):\n    return x.reshape(len(x), -1)\n")
+    Path("mine.py").write_text(FEATURES)
     words = [w.replace("{run}", str(trained)) for w in words]
     assert cli.main(["paper", *(["--out", "out"]), *words]) == 2
     error = capsys.readouterr().err

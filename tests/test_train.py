@@ -237,6 +237,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert train(tmp_path / "run", "--steps", 10, "--save-every", 5) == 0
 
 
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though it is that of one image."""
+    simple = ddpm.losses.simple
+
+    def loss(denoiser: ddpm.Denoiser, x0: Tensor, t: Tensor, *given: Any) -> Tensor:
+        return simple(denoiser, x0, t, *given).masked_fill(t == t.max(), math.nan)
+
+    monkeypatch.setattr(ddpm.losses, "simple", loss)
+    assert train(tmp_path / "run", "--steps", 1) == 1
+    assert "ddpm: step 0: the held-out loss is not finite" in capsys.readouterr().err
+
+
 def test_a_learning_rate_out_of_all_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Finite gradients that make useless weights: these are not kept as the last good checkpoint."""
     assert train(tmp_path / "run", "--lr", 1e30, "--warmup", 0, "--steps", 9, "--save-every", 1) == 1
@@ -569,6 +583,21 @@ def test_a_perfect_network_has_no_held_out_loss() -> None:
     assert held_out_by_level(silent, held_out, 50, one) == pytest.approx([1.0] * 10, abs=0.3)
 
 
+def test_a_held_out_loss_that_is_not_a_number_is_infinite(trained: Path) -> None:
+    """So that it is not taken for a range of t that no image fell into."""
+    _, held_out = datasets.load_pair("digits", (8, 8), 1)
+    denoiser = ddpm.load(trained)
+
+    def broken(x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:
+        return x.masked_fill((timestep + 1 > 18)[:, None, None, None], math.nan)
+
+    above_18 = dataclasses.replace(denoiser, network=broken)
+    one = Processes(0, 1, torch.device("cpu"))
+    assert [math.isinf(loss) for loss in held_out_by_level(above_18, held_out, 50, one)] == [False] * 9 + [True]
+    few = held_out_by_level(above_18, held_out, 2, one)
+    assert (sum(map(math.isfinite, few)), sum(map(math.isnan, few))) == (2, 8)
+
+
 # -- helpers -----------------------------------------------------------------------------------------------------------
 
 
@@ -617,3 +646,29 @@ def test_an_image_that_cannot_be_read_on_the_way_loses_nothing(tmp_path, monkeyp
     assert train(tmp_path / "run", "--steps", 10) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "ddpm: bad.png: damaged; want an image"
     assert steps(tmp_path / "run") == [3]
+
+
+def spoil(folder: Path, step: int) -> str:
+    """Make an image of that step's batch one that cannot be read, of as many bytes; its name."""
+    images, _ = datasets.load_pair(str(folder), (8, 8), 1)
+    file = folder / f"{max(images.rows[datasets.order(len(images), 0, step, 8)].tolist())}.png"  # the first opens it
+    file.write_bytes(bytes(file.stat().st_size))
+    return file.name
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_an_image_that_cannot_be_read_in_the_first_batch_changes_nothing(
+    before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a new run: there is nothing to save. Of one that goes on: its checkpoint stays, with its held-out loss."""
+    folder_of_images(tmp_path / "data")
+    monkeypatch.setattr(datasets, "load_pair", functools.partial(datasets.load_pair, cache_bytes=0))
+    options = ("--data", tmp_path / "data", "--workers", 0, "--steps")
+    if before:
+        assert train(tmp_path / "run", *options, before) == 0
+    kept = {p: p.read_bytes() for p in (tmp_path / "run").rglob("checkpoints/*/*")}
+    name = spoil(tmp_path / "data", before)
+    assert train(tmp_path / "run", *options, 4) == 2
+    assert f"/{name}: not an image" in capsys.readouterr().err.splitlines()[-1]
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("checkpoints/*/*")} == kept
+    assert len(kept) == (4 if before else 0)

@@ -1,7 +1,7 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the whole paper, on PyTorch.
 
 mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, ode, samplers, spacing,
-              editing, metrics, unet, inception
+              editing, metrics, unet
 settings      presets: Preset, PRESETS, build
 files         load: a run folder or a checkpoint file -> Denoiser
 codec         codec.compress, codec.decompress, codec.pictures; load_codec: a calibrated model -> codec.Model

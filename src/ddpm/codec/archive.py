@@ -305,7 +305,7 @@ def compress(
     model: Model, images: Sequence[Image], names: Sequence[str] = (), bits: int | None = None, local: bool = False,
     seed: int = 0, tick: Callable[[int], object] = lambda done: None,
 ) -> bytes:  # fmt: skip
-    """Pictures uint8 [H, W, C] to one lossless archive, at about the model's bound once there are some ten.
+    """Pictures uint8 [H, W, C] to one lossless archive, at about the model's bound once there are some.
 
     names are kept beside them; bits and local as for `picture.compress`; tick hears how many are done. Raises
     InputError where the model has no tables for archives, or none of the pictures.

@@ -129,7 +129,7 @@ def damage(folder: Path) -> str | None:
 
 def _steps(run: Path) -> list[Path]:
     """The run's checkpoint folders, newest first."""
-    found = [p for p in (run / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir()]
+    found = [p for p in (run / "checkpoints").glob("*") if p.name.isdecimal() and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name), reverse=True)
 
 
@@ -157,12 +157,15 @@ def _held_out(folder: Path) -> float | None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best by held-out loss."""
+    """Delete all but the newest `keep` checkpoints, the best by held-out loss and those that are calibrated.
+
+    A calibrated one may have compressed pictures, which nothing else reads.
+    """
     folders = _steps(run)
     scored = [p for p in folders if _held_out(p) is not None]
     top = min(scored, key=lambda p: _held_out(p) or 0.0, default=None)
     for folder in folders[keep:]:
-        if folder != top:
+        if folder != top and not any(folder.glob("*.calibration.json")):
             shutil.rmtree(folder)
     for leftover in (run / "checkpoints").glob(".*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -209,7 +212,7 @@ class Checkpoint:
         path = self.path.absolute()
         if self.packaged or self.name:
             return Path(f"ddpm-{self.name or path.stem}")
-        checkpoints = path.parents[1]
+        checkpoints = path.parent.parent
         inside = checkpoints.name == "checkpoints" and (checkpoints.parent / "config.json").is_file()
         return checkpoints.parent if inside else path.with_suffix("")
 
@@ -318,7 +321,7 @@ def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
         return _whole(path) / f"{weights}.safetensors"
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: {'not a run' if path.exists() else 'no such file or folder'}; {_wanted()}")
-    if which.isdigit():
+    if which.isdecimal():
         folder = path / "checkpoints" / f"{int(which):08d}"
         if not folder.is_dir():
             there = ", ".join(str(int(p.name)) for p in reversed(_steps(path))) or "none"

@@ -206,9 +206,9 @@ def _open(source: str, image_column: str | None, label_column: str | None, progr
     if source == "digits":
         _no_columns(source, columns)
         return _digits()
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # which leaves a user that there is not
     if source and path.is_dir():
-        files = list(_walk(path))
+        files = list(walk(path))
         if any(map(_is_image, files)):
             return _tree(source, files, columns, lambda names: _Folder(path, names))
         saved = any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
@@ -219,8 +219,11 @@ def _open(source: str, image_column: str | None, label_column: str | None, progr
         if path.suffix.lower() == ".parquet":
             return _hugging_face(source, _load_local(source, path, [""], False, progress), columns)
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                files = [name for name in archive.namelist() if not name.endswith("/") and not _is_hidden(name)]
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    files = [name for name in archive.namelist() if not name.endswith("/") and not _is_hidden(name)]
+            except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as fault:
+                raise InputError(f"{source}: damaged zip file ({pictures.one_line(fault)}); {ACCEPTED}") from fault
             if not any(map(_is_image, files)):
                 raise InputError(f"{source}: no images in this zip file")
             return _tree(source, files, columns, lambda names: _Zip(path, names))
@@ -260,8 +263,8 @@ def _is_hidden(file: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in file.split("/"))
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Relative paths of all files, with "/"; links to folders are followed, each folder once."""
+def walk(root: Path) -> Iterator[str]:
+    """Relative paths of all files but hidden ones, with "/"; links to folders are followed, each folder once."""
     seen = set[str]()
     for folder, folders, files in os.walk(root, followlinks=True):
         here = os.path.realpath(folder)
@@ -311,6 +314,12 @@ def _tree(
         top, slash, _ = file[len(root) :].partition("/")
         if slash and top.lower() in split_names:
             groups.setdefault(top, []).append(file)
+    if others := len(files) - sum(map(len, groups.values())) if groups else 0:
+        kinds = ", ".join(sorted(split_names))
+        raise InputError(
+            f"{source}: {', '.join(sorted(groups))}: the name of a split, but {others:,} images lie beside it; want "
+            f"all in folders of such names ({kinds}), or none"
+        )
     prefix = {split: f"{root}{split}/" for split in groups}
     if not groups:
         groups, prefix = {"train": files}, {"train": root}

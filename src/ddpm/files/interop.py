@@ -425,7 +425,7 @@ def _architecture(unet: Mapping[str, Any]) -> dict[str, Any]:
     classes = unet["num_class_embeds"] or 0
     check("num_class_embeds", classes, int, 0)
     return {
-        "classes": classes > 0, "class_names": tuple(map(str, range(classes))),
+        **({"classes": True, "class_names": tuple(map(str, range(classes))), "label_dropout": 0.0} if classes else {}),
         "size": size, "channels": unet["in_channels"], "width": widths[0], "dropout": unet["dropout"],
         "multipliers": tuple(width // widths[0] for width in widths), "blocks": unet["layers_per_block"],
         "attention": tuple(attention) or (0,),

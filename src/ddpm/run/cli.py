@@ -179,7 +179,7 @@ def _sample(args: argparse.Namespace) -> int:
         from ddpm.files import images
         from ddpm.run.distributed import processes
         from ddpm.run.export import columns_of
-        from ddpm.run.generate import generate, in_turn, progressive
+        from ddpm.run.generate import generate, in_turn, progressive, sampled
         from ddpm.samplers import named
 
     if images.check_out(args.out) != "png" and args.progressive:
@@ -211,7 +211,7 @@ def _sample(args: argparse.Namespace) -> int:
                 "out": args.out,
                 "count": args.n,
                 **found.about(),
-                **_sampled(args, found, steps),
+                **sampled(denoiser, args.sampler, steps, args.spacing),
                 **_conditions(args),
                 "eta": 1.0 if args.sigma_hat else args.eta,
                 "seed": args.seed,
@@ -238,7 +238,7 @@ def _conditioned(args: argparse.Namespace, found: "Checkpoint") -> tuple["Denois
     for name in wanted:
         if name not in names:
             raise InputError(f"--class {name!r}: want {', '.join(names)}, or all")
-    free = found.preset.label_dropout > 0 or found.foreign  # whether it knows what to do without a label
+    free = found.preset.label_dropout > 0  # whether it knows what to do without a label
     if args.guidance is None:
         args.guidance = GUIDANCE if free else 1.0
     if args.guidance != 1 and not free:
@@ -273,15 +273,6 @@ def _check_sampler(args: argparse.Namespace, T: int) -> None:
         check("--spacing", args.spacing, Literal[SPACED])
     if args.steps is not None:
         check("--steps", args.steps, int, 1, T)
-
-
-def _sampled(args: argparse.Namespace, found: "Checkpoint", levels: Sequence[int]) -> dict[str, Any]:
-    """How samples were made, as plain JSON values."""
-    from ddpm.samplers import SAMPLERS
-
-    calls = SAMPLERS[args.sampler].calls(found.denoiser, levels)
-    spaced = args.spacing or SAMPLERS[args.sampler].spacing
-    return {"sampler": args.sampler, "spacing": spaced, "steps": len(levels), "network_calls": calls}
 
 
 def _loader(args: argparse.Namespace, preset: Preset, shown: bool) -> "Callable[[str], datasets.Images]":
@@ -353,6 +344,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         from ddpm.files import atomic
         from ddpm.run import evaluate
         from ddpm.run.distributed import processes
+        from ddpm.run.generate import sampled
 
     with processes(args.device) as ranks:
         found = _open(args, ranks.device)
@@ -396,7 +388,9 @@ def _evaluate(args: argparse.Namespace) -> int:
             values = evaluate.scores_of_files(quality, Path(args.samples), Path(args.features), args.seed, ranks.device)
             keep("quality", {"samples_from": args.samples, **values}, None)
         elif quality:
-            network = _network(args, ranks.device)
+            network, real = _network(args, ranks.device), load("train")  # a mistake shows before hours of sampling
+            if "is" in quality:
+                evaluate.probe(network, real)
             if args.samples is not None:
                 made, source = evaluate.read_samples(Path(args.samples), preset.shape), {"samples_from": args.samples}
             else:
@@ -404,9 +398,9 @@ def _evaluate(args: argparse.Namespace) -> int:
                     found, cache, ranks, args.n or 50_000, args.seed, args.sampler, steps, args.batch_size, shown,
                     classes,
                 )  # fmt: skip
-                source = {**_sampled(args, found, steps), **_conditions(args)}
+                source = {**sampled(denoiser, args.sampler, steps, args.spacing), **_conditions(args)}
             if ranks.first:
-                values = evaluate.quality(quality, made, load("train"), network, cache, args.seed, ranks.device, shown)
+                values = evaluate.quality(quality, made, real, network, cache, args.seed, ranks.device, shown)
                 keep("quality", {**source, **values}, "train")
         if ranks.first:
             bound = done.get("nll") or done.get("nll_sampled")
@@ -424,6 +418,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     with _importing():
         from ddpm.files.checkpoints import calibration_file
         from ddpm.run import evaluate
+        from ddpm.run.compress import has_tables
         from ddpm.run.distributed import processes
 
     with processes(args.device) as ranks:
@@ -431,6 +426,9 @@ def _calibrate(args: argparse.Namespace) -> int:
         if found.packaged or found.name:
             copy = f"ddpm {'import' if found.foreign else 'export'} {args.run} --out FILE.safetensors"
             raise InputError(f"{args.run}: another's, which stays as it is; calibrate a copy: `{copy}`")
+        if has_tables(found) and not args.replace:
+            file = calibration_file(found.path)
+            raise InputError(f"{file}: has the codec's tables, by which files are read; want --replace for others")
         shown = ranks.first and not args.json
         images = _loader(args, found.preset, shown)("train")
         mse = evaluate.calibrate(found, images, args.n, ranks, args.batch_size, shown, args.codec)
@@ -483,10 +481,10 @@ def _export(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     with _importing():
-        from ddpm.files import interop
+        from ddpm.files import hub, interop
         from ddpm.run.export import check_out
 
-    out, source = check_out(args.out), Path(args.path)
+    out, source = check_out(args.out), hub.fetch(args.path) if hub.is_name(args.path) else Path(args.path)
     preset, state = interop.read(source, _preset(args.preset) if args.preset else None)
     preset = replace(preset, data=args.data or preset.data)
     interop.save(out, preset, state, source.name)
@@ -508,9 +506,11 @@ def _paper(args: argparse.Namespace) -> int:
         for name in ("samples", "steps", "variance", "checkpoint"):
             if getattr(args, name) not in (None, "last"):
                 raise InputError(f"--{name} {getattr(args, name)}: not for table2, whose six runs differ")
+        if args.spacing == "bound":
+            raise InputError("--spacing bound: not for table2, whose six runs are not calibrated")
 
     with _importing():
-        from ddpm.run import paper
+        from ddpm.run import evaluate, paper
         from ddpm.run.distributed import processes
 
     with processes(args.device) as ranks:
@@ -530,13 +530,15 @@ def _paper(args: argparse.Namespace) -> int:
             return paper.Setup(
                 found, load, out, cache, ranks, network, named, split=args.split, n=args.n,
                 samples=None if args.samples is None else Path(args.samples), sampler=args.sampler,
-                steps=_levels(args, found), seed=args.seed, batch_size=args.batch_size, progress=shown,
+                steps=_levels(args, found), spacing=args.spacing, seed=args.seed, batch_size=args.batch_size,
+                progress=shown,
             )  # fmt: skip
 
         for name in args.names:
             if name == "table2":
                 base = replace(preset, data=args.data or preset.data, device=args.device)
-                paper.probe(network(), base)  # a mistake shows before six trainings, not after
+                _check_sampler(args, base.levels)  # a mistake shows before six trainings, not after
+                evaluate.probe(network(), load("train"))
                 load(args.split)
                 stopped = paper.table2(
                     base, out, ranks, lambda run: setup(_open(args, ranks.device, run), run / "paper", run / "cache")
@@ -563,7 +565,8 @@ def _edit(args: argparse.Namespace, edit: "Callable[[Checkpoint, Way], torch.Ten
     found = _open(args, pick_device(args.device))
     _check_sampler(args, found.denoiser.schedule.T)
     denoiser, labels = _conditioned(args, found)
-    way = Way(args.sampler, args.steps, args.spacing, tuple(labels))
+    check("--batch-size", args.batch_size, int, 1)
+    way = Way(args.sampler, args.steps, args.spacing, tuple(labels), args.batch_size)
     made = edit(replace(found, denoiser=denoiser), way).permute(0, 2, 3, 1).numpy()
     images.save_many(args.out, made, [f"{i:03d}" for i in range(len(made))], columns=min(len(made), 16))
     about = {"out": args.out, "count": len(made), **found.about(), "seed": args.seed}
@@ -618,7 +621,8 @@ def _codec(args: argparse.Namespace) -> "Model":
 
     check("--precision", args.precision, Precision)
     precision = None if args.precision == "auto" else args.precision
-    return load_codec(args.run, pick_device(args.device), precision, args.checkpoint)
+    check("--weights", args.weights or "ema", Literal["ema", "raw"])
+    return load_codec(args.run, pick_device(args.device), precision, args.checkpoint, args.weights)
 
 
 def _compress(args: argparse.Namespace) -> int:
@@ -743,7 +747,7 @@ def _parser() -> _Parser:
     p.add_argument(
         "--sigma-hat", action="store_true", help="ddim with eta 1 and the noise of the last rows of its Table 1"
     )
-    p.add_argument("--batch-size", **_number(int, 64), help="images at a time; changes no picture (%(default)s)")
+    p.add_argument("--batch-size", **_number(int, 64), help=_BATCH)
     p.add_argument("--progressive", action="store_true", help="a row an image: x0^ on the way (Figure 6)")
     _add_model(p)
     p.set_defaults(run_command=_sample)
@@ -764,7 +768,8 @@ def _parser() -> _Parser:
     p.add_argument("--ode-steps", **_number(int, 100), help="levels that the ODE's solver visits (%(default)s)")
     _add_measuring(p)
     _add_conditions(p)
-    p.add_argument("--out", metavar="DIR", help="folder for tables (RUN/evaluate/STEP-WEIGHTS)")
+    tables = "folder for tables, and what a stopped measurement goes on from (RUN/evaluate/STEP-WEIGHTS, RUN/cache)"
+    p.add_argument("--out", metavar="DIR", help=tables)
     _add_model(p)
     p.set_defaults(run_command=_evaluate)
 
@@ -781,6 +786,8 @@ def _parser() -> _Parser:
     p.add_argument("-n", **_number(int, 500), help="training images, every level of each (%(default)s)")
     coded = "of them the codec's tables are counted on, 0 for no codec (%(default)s)"
     p.add_argument("--codec", **_number(int, 32), help=coded)
+    lost = "make the codec's tables anew: files compressed by those that are there cannot be read any more"
+    p.add_argument("--replace", action="store_true", help=lost)
     p.add_argument("--batch-size", **_number(int, 64), help="images at a time (%(default)s)")
     _add_model(p, variance=False)
     p.set_defaults(run_command=_calibrate, variance=None)
@@ -845,7 +852,8 @@ def _parser() -> _Parser:
         "DDPM or DDIM scheduler) or a file of ermongroup/ddim's or pesser/pytorch_diffusion's weights. Every key, "
         "shape and setting is accounted for; one that our network has not is refused by its name."
     )
-    p.add_argument("path", metavar="PATH", help="a folder of diffusers; a .ckpt, .pt or .safetensors file of ddim")
+    path = "a folder of diffusers, or hf:OWNER/NAME; a .ckpt, .pt or .safetensors file of ddim"
+    p.add_argument("path", metavar="PATH", help=path)
     p.add_argument("--out", required=True, metavar="FILE", help="NAME.safetensors")
     p.add_argument("--preset", metavar="X", help="whose settings a file of ddim has (those that its shapes tell)")
     p.add_argument("--data", metavar="SOURCE", help="the images that it was trained on, for evaluate")
@@ -884,6 +892,7 @@ def _parser() -> _Parser:
     p.add_argument("--out", default="edited.png", help=f"{_OUT} (%(default)s)")
     _add_sampler(p, "ddim")
     _add_conditions(p)
+    p.add_argument("--batch-size", **_number(int, 64), help=_BATCH)
     _add_model(p)
     p.set_defaults(run_command=_redraw)
 
@@ -898,6 +907,7 @@ def _parser() -> _Parser:
     p.add_argument("--out", default="interpolation.png", help=f"{_OUT} (%(default)s)")
     _add_sampler(p)
     _add_conditions(p)
+    p.add_argument("--batch-size", **_number(int, 64), help=_BATCH)
     _add_model(p)
     p.set_defaults(run_command=_interpolate)
 
@@ -913,6 +923,7 @@ def _parser() -> _Parser:
     p.add_argument("--out", default="inpainted.png", help=f"{_OUT} (%(default)s)")
     _add_sampler(p)
     _add_conditions(p)
+    p.add_argument("--batch-size", **_number(int, 64), help=_BATCH)
     _add_model(p)
     p.set_defaults(run_command=_inpaint)
 
@@ -929,6 +940,7 @@ _RUN = (
     "hf:OWNER/NAME on the hub"
 )
 _OUT = "FILE.png, a grid; FILE.npz; or a folder"
+_BATCH = "images at a time; changes no picture (%(default)s)"
 
 
 def _add_conditions(p: argparse.ArgumentParser) -> None:
@@ -967,6 +979,7 @@ def _add_model(p: argparse.ArgumentParser, variance: bool = True, precision: boo
 
 def _add_codec(p: argparse.ArgumentParser) -> None:
     """Which weights the codec takes, and where they run."""
+    p.add_argument("--weights", metavar="X", help="ema, the averaged weights, or raw, as calibrated (ema)")
     p.add_argument("--checkpoint", default="last", metavar="X", help="of a run: last, best or a step (last)")
     p.add_argument("--precision", default="auto", metavar="X", help="in the local profile: auto, float32, bf16 (auto)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
@@ -1052,6 +1065,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno).lower()
         print(f"ddpm: {reason} ({error.filename or arguments[0]})", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        full = ("out of memory", "can't allocate memory", "not enough memory")
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in full):
+            raise
+        less = "fewer images at once (--batch-size) take less, in training also --accumulate and --checkpointing"
+        print(f"ddpm: the memory is full; {less}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ddpm: interrupted", file=sys.stderr)

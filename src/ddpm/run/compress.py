@@ -16,9 +16,10 @@ from tqdm import tqdm
 from ddpm import kernels
 from ddpm.codec import Model, archive, fit, picture
 from ddpm.codec.plan import Tables
+from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import atomic, images
-from ddpm.files.checkpoints import Checkpoint, calibration_file, open_checkpoint, read_calibration
+from ddpm.files.checkpoints import Checkpoint, Weights, calibration_file, open_checkpoint, read_calibration
 from ddpm.presets import Precision
 from ddpm.run.distributed import opened
 from ddpm.unet import UNet
@@ -28,26 +29,36 @@ BITS = (8, 12, 14)
 _SUFFIX = ".ddpm"
 
 
-def calibrate(found: Checkpoint, mse: Tensor, some: Tensor, progress: bool = True) -> None:
-    """The codec's tables from errors mse [n, T] and images uint8 [m, C, H, W], kept with the calibration."""
-    file = calibration_file(found.path)
-    values = json.loads(file.read_text())
-    gain = fit.gains(found.denoiser, some)
+def tables(denoiser: Denoiser, mse: Tensor, some: Tensor, progress: bool = True) -> dict[str, Any]:
+    """The codec's tables from errors mse [n, T] and images uint8 [m, C, H, W], as `load_codec` finds them."""
+    gain = fit.gains(denoiser, some)
     with tqdm(desc="setting the codec", unit="group", disable=None if progress else True) as bar:
-        made = [fit.fit(found.denoiser, mse, some, gain, bits, lambda _: bar.update()) for bits in BITS]
-        chain = fit.fit_chain(found.denoiser, mse, some, gain)
-    values["codec"] = {"tables": [tables.to_json() for tables in made], "chain": chain.to_json()}
-    atomic.write_json(file, values)
+        made = [fit.fit(denoiser, mse, some, gain, bits, lambda _: bar.update()) for bits in BITS]
+        chain = fit.fit_chain(denoiser, mse, some, gain)
+    return {"tables": [table.to_json() for table in made], "chain": chain.to_json()}
+
+
+def has_tables(found: Checkpoint) -> bool:
+    """Whether these weights have the codec's tables beside them, by which files may have been written."""
+    try:
+        values = json.loads(calibration_file(found.path).read_text())
+        return bool(values["codec"]) and values["weights"] == found.sha256
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def load_codec(
-    path: str | Path, device: torch.device | str = "cpu", precision: Precision | None = None, which: str = "last"
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    precision: Precision | None = None,
+    which: str = "last",
+    weights: Weights | None = None,
 ) -> Model:
     """The codec of a calibrated model, by what `ddpm.load` takes: for `ddpm.codec.compress` and `decompress`.
 
     precision is the network's in the local profile (None: the run's own, but float32 where bf16 would only be slow).
-    mps has no float64: there it runs on the CPU. Raises InputError where there is no model or its codec's tables are
-    not there; `ddpm calibrate` makes them.
+    mps has no float64: there it runs on the CPU. Raises InputError where there is no model, where it is not one of grey
+    or RGB images, and where its codec's tables are not there; `ddpm calibrate` makes them.
 
     >>> import numpy as np
     >>> from ddpm import codec
@@ -58,24 +69,28 @@ def load_codec(
     True
     """
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)
-    found = opened(path, device, which=which, precision=precision)
+    found = opened(path, device, weights or "ema", which, precision)
+    if weights and found.weights != weights:
+        raise InputError(f"--weights {weights}: {found.path} holds the {found.weights} weights; want the run")
+    if found.preset.channels not in (1, 3):
+        raise InputError(f"{path}: of images with {found.preset.channels} channels; the codec takes grey and RGB")
     read_calibration(found)  # says what is wrong with the file, if anything
     try:
         codec = json.loads(calibration_file(found.path).read_text())["codec"]
-        tables = {t.bits: t for t in map(Tables.from_json, codec["tables"])}
+        by_bits = {t.bits: t for t in map(Tables.from_json, codec["tables"])}
         chain = Tables.from_json(codec["chain"])
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         kind = str(error) if isinstance(error, InputError) else "it has none"
         raise InputError(f"{path}: no tables for the codec ({kind}); make them with `ddpm calibrate`") from error
-    exact = open_checkpoint(path, which=which, precision="float32").denoiser
+    exact = open_checkpoint(path, weights or "ema", which, "float32").denoiser
     assert isinstance(exact.network, UNet)
     exact.network.double()
-    settings = json.dumps([t.to_json() for t in (*tables.values(), chain)], sort_keys=True)
+    settings = json.dumps([t.to_json() for t in (*by_bits.values(), chain)], sort_keys=True)
     denoiser = found.denoiser.to(device)
     place = denoiser.schedule.alpha_bar.device
     channels, height, width = found.preset.shape
     return Model(
-        denoiser, exact.to(device), (channels, height, width), tables,
+        denoiser, exact.to(device), (channels, height, width), by_bits,
         hashlib.sha256((found.sha256 + settings).encode()).digest()[:4],
         chain, 2 ** (exact.network.levels - 1), _here(found, place),
         place.type == "cpu" and found.preset.precision == "bf16" and kernels.ready(),
@@ -181,8 +196,12 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
     data = read(path)
     if data[:3] == archive.MAGIC:
         contents, size = archive.read_contents(data)
-        values = {**contents._asdict(), "identity": contents.identity.hex(), "where": contents.where.hex()}
-        return {"file": str(path), "kind": "archive", "bytes": len(data), "header_bytes": size, **values}
+        return {
+            "file": str(path), "kind": "archive", "bytes": len(data), "pictures": contents.pictures,
+            "profile": "local" if contents.local else "portable", "chunk_bits": contents.bits,
+            "model": contents.identity.hex(), "header_bytes": size, "names_bytes": contents.about,
+            "stack_bytes": contents.stack, "files": contents.files, "files_bytes": contents.file_bytes,
+        }  # fmt: skip
     header, size = picture.read_header(data)
     about: dict[str, Any] = {
         "file": str(path), "kind": "lossless" if header.lossless else "lossy", "bytes": len(data),

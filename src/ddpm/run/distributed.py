@@ -58,8 +58,11 @@ class Processes:
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """auto -> cuda, mps or cpu, whichever is there first; InputError for a device that there is not."""
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name in ("auto", "cuda") and 0 < devices <= local_rank:
+        raise InputError(f"process {local_rank} of torchrun: this machine has {devices} CUDA devices; want no more")
     if name == "auto":
-        if torch.cuda.is_available():
+        if devices:
             return torch.device("cuda", local_rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
@@ -67,10 +70,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     except RuntimeError:
         raise InputError(f"device {name!r}: want auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda":
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(
-                f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; want auto or cpu"
-            )
+        if (device.index or 0) >= devices:
+            raise InputError(f"device {name!r}: this machine has {devices} CUDA devices; want auto or cpu")
         return torch.device("cuda", local_rank if device.index is None else device.index)
     if device.type not in ("cpu", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise InputError(f"device {name!r}: not on this machine; want auto or cpu")

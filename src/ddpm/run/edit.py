@@ -1,6 +1,6 @@
 """Images edited by a model: drawn anew from a level on, between two files, and where a mask file is white."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,12 +21,14 @@ from ddpm.samplers import SAMPLERS, Step, named
 
 @dataclass(frozen=True)
 class Way:
-    """How the reverse process goes down: a sampler by name, its levels as in `generate.visited`, and class labels."""
+    """How the reverse process goes down: a sampler by name, its levels as in `generate.visited`, class labels, and how
+    many images at a time."""
 
     sampler: str = "ancestral"
     steps: int | None = None
     spacing: str | None = None
     classes: tuple[int, ...] = ()
+    batch_size: int = 64
 
     def levels(self, found: Checkpoint, start: int) -> list[int]:
         """Those visited from `start` on; none at 0. InputError where there is no such level."""
@@ -35,10 +37,16 @@ class Way:
             raise InputError(f"t {start}: want 0 to {T}")
         return visited(found, self.sampler, self.steps, self.spacing, start) if start else []
 
-    def labels(self, n: int, device: torch.device) -> Tensor | None:
-        """int64 [n]: the classes in turn, or None where there are none."""
-        y = in_turn(self.classes, range(n))
+    def labels(self, places: range, device: torch.device) -> Tensor | None:
+        """int64 [len(places)]: of classes in turn those at these places, or None where there are none."""
+        y = in_turn(self.classes, places)
         return None if y is None else y.to(device)
+
+    def images(self, n: int, steps: Callable[[range], Iterator[Step]], progress: bool) -> Tensor:
+        """Of `n` images, uint8 [n, C, H, W], what `steps` comes to at these places of them, a batch at a time."""
+        with kernels.frozen():
+            parts = (steps(range(n)[i : i + self.batch_size]) for i in range(0, n, self.batch_size))
+            return torch.cat([_last(part, progress) for part in parts])
 
 
 def redraw(
@@ -59,21 +67,32 @@ def redraw(
     """
     T, device = found.denoiser.schedule.T, found.denoiser.schedule.alpha_bar.device
     t = T // 2 if t is None else t
-    x0 = pixels.to_signal(_read(image, found.preset)).to(device).expand(n, -1, -1, -1)
-    levels, y, run = way.levels(found, t), way.labels(n, device), named(way.sampler).run
-    noise = per_image([seed + i for i in range(n)], found.preset.shape, device)
+    x0 = pixels.to_signal(_read(image, found.preset)).to(device)[None]
+    levels, run = way.levels(found, t), named(way.sampler).run
+
+    def drawn(i: range) -> Iterator[Step]:
+        noise = per_image([seed + k for k in i], found.preset.shape, device)
+        x = x0.expand(len(i), -1, -1, -1)
+        return editing.redraw(found.denoiser, x, t, noise, levels, way.labels(i, device), run)
+
     if iterations == 0:
-        return _last(editing.redraw(found.denoiser, x0, t, noise, levels, y, run), progress)
+        return way.images(n, drawn, progress)
     if SAMPLERS[way.sampler].noisy:
         quiet = ", ".join(name for name, sampler in SAMPLERS.items() if not sampler.noisy)
         raise InputError(f"sampler {way.sampler}: draws noise, which inversion knows nothing of; want {quiet}")
     if n > max(len(way.classes), 1):
         raise InputError(f"n {n}: inversion has one answer for a class; want {max(len(way.classes), 1)} at most")
     if t == 0:
-        return pixels.to_pixels(x0).cpu()
+        return pixels.to_pixels(x0).expand(n, -1, -1, -1).cpu()
     with kernels.frozen():
-        *_, up = editing.invert(found.denoiser, x0[:1], levels, t, iterations)
-    return _last(run(found.denoiser.unclipped(), up.x.expand_as(x0), noise, levels, y, t), progress)
+        *_, up = editing.invert(found.denoiser, x0, levels, t, iterations)
+
+    def back(i: range) -> Iterator[Step]:
+        noise = per_image([seed + k for k in i], found.preset.shape, device)
+        x, y = up.x.expand(len(i), -1, -1, -1), way.labels(i, device)
+        return run(found.denoiser.unclipped(), x, noise, levels, y, t)
+
+    return way.images(n, back, progress)
 
 
 def interpolate(
@@ -94,12 +113,14 @@ def interpolate(
     t = T // 2 if t is None else t
     first, last = (pixels.to_signal(_read(path, found.preset)).to(device) for path in (a, b))
     eps_a, eps_b = per_image([mix(seed, 0), mix(seed, 1)], found.preset.shape, device)(T)
-    noise = per_image([seed] * n, found.preset.shape, device)  # one for all, for a smooth change
-    weights, levels, y = torch.linspace(0, 1, n), way.levels(found, t), way.labels(n, device)
-    run = named(way.sampler).run
-    return _last(
-        editing.interpolate(found.denoiser, first, last, weights, t, eps_a, eps_b, noise, levels, y, run), progress
-    )
+    weights, levels, run = torch.linspace(0, 1, n), way.levels(found, t), named(way.sampler).run
+
+    def between(i: range) -> Iterator[Step]:
+        noise = per_image([seed] * len(i), found.preset.shape, device)  # one for all, for a smooth change
+        some, y = weights[i.start : i.stop], way.labels(i, device)
+        return editing.interpolate(found.denoiser, first, last, some, t, eps_a, eps_b, noise, levels, y, run)
+
+    return way.images(n, between, progress)
 
 
 def inpaint(
@@ -120,21 +141,25 @@ def inpaint(
     settings out of range.
     """
     device = found.denoiser.schedule.alpha_bar.device
-    x0 = pixels.to_signal(_read(image, found.preset)).to(device).expand(n, -1, -1, -1)
+    x0 = pixels.to_signal(_read(image, found.preset)).to(device)
     made = _read_mask(mask, image, found.preset).to(device)
-    noise = per_image([seed + i for i in range(n)], found.preset.shape, device)
     T = found.denoiser.schedule.T
     if way.sampler == "ancestral" and way.steps is None:
         way = replace(way, steps=min(250, T))
-    levels, y = way.levels(found, T), way.labels(n, device)
+    levels = way.levels(found, T)
     jump = max(1, len(levels) // 25) if jump is None else jump
     if len(levels) == 1:  # there is nothing to go up to
         resample = 1
     run = named(way.sampler).run
-    return _last(editing.inpaint(found.denoiser, x0, made[None], noise, levels, jump, resample, y, run), progress)
+
+    def filled(i: range) -> Iterator[Step]:
+        noise = per_image([seed + k for k in i], found.preset.shape, device)
+        x, y = x0.expand(len(i), -1, -1, -1), way.labels(i, device)
+        return editing.inpaint(found.denoiser, x, made[None], noise, levels, jump, resample, y, run)
+
+    return way.images(n, filled, progress)
 
 
-@kernels.frozen()
 def _last(way: Iterator[Step], progress: bool) -> Tensor:
     *_, last = tqdm(way, unit="call", desc="editing", disable=None if progress else True, leave=False)
     return pixels.to_pixels(last.x).cpu()

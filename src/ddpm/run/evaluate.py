@@ -17,7 +17,7 @@ from ddpm import ode as probability_flow
 from ddpm.denoiser import Denoiser, Guided
 from ddpm.errors import InputError
 from ddpm.files import atomic, checkpoints, datasets, features, plots
-from ddpm.files.images import DEEP
+from ddpm.files import images as pictures
 from ddpm.gaussian import bits_per_dim, q_sample
 from ddpm.run import compress
 from ddpm.run.distributed import Processes
@@ -40,11 +40,11 @@ def subset(images: datasets.Images, count: int | None) -> list[int]:
 def signal(images: datasets.Images, rows: Sequence[int]) -> Tensor:
     """These images as x_0; InputError where they are not 8-bit by nature."""
     x0 = pixels.to_signal(images.batch(rows))
-    if DEEP in images.notes:
-        first, _ = images.notes[DEEP]
+    if pictures.DEEP in images.notes:
+        first, _ = images.notes[pictures.DEEP]
         raise InputError(
-            f"{first}: {DEEP}; bits per dimension (Eq. 13) are of 256 grey levels, and of its 8-bit version they are "
-            "not those of the image; want 8-bit images"
+            f"{first}: {pictures.DEEP}; bits per dimension (Eq. 13) are of 256 grey levels, and of its 8-bit version "
+            "they are not those of the image; want 8-bit images"
         )
     return x0
 
@@ -135,10 +135,14 @@ def calibrate(
     mine = torch.cat(each)
     mse, sigma = ranks.total(mine.sum(0)) / len(chosen), float(variances[ranks.total(cost).argmin()])
     if ranks.first:
-        about = {"data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": len(chosen)}
-        checkpoints.save_calibration(found, mse, sigma, {**about, "precision": found.preset.precision})
-        if codec:
-            compress.calibrate(found, mine, images.batch(torch.tensor(chosen[:codec])), progress)
+        about: dict[str, Any] = {
+            "data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": len(chosen),
+            "precision": found.preset.precision,
+        }  # fmt: skip
+        if codec and images.channels in (1, 3):
+            some = images.batch(torch.tensor(chosen[:codec]))
+            about["codec"] = compress.tables(denoiser, mine, some, progress)
+        checkpoints.save_calibration(found, mse, sigma, about)
     return mse
 
 
@@ -367,6 +371,21 @@ def samples(
     return _joined(files)["images"]
 
 
+def probe(network: features.Network, images: datasets.Images) -> None:
+    """InputError now rather than after hours where the network does not give what the Inception score needs."""
+    probabilities = network(images.batch([0]))[1]
+    if probabilities is None:
+        raise InputError(f"{network.name}: gives no class probabilities, which the Inception score needs")
+    _inception_score(network.name, probabilities)
+
+
+def _inception_score(name: str, probabilities: metrics.Floats) -> tuple[float, float]:
+    try:
+        return metrics.inception_score(probabilities, 10 if len(probabilities) >= 100 else 1)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}; the Inception score needs class probabilities") from error
+
+
 def quality(
     wanted: Sequence[str],
     samples: Tensor,
@@ -429,8 +448,7 @@ def scores(
     if "is" in wanted:
         if fake.probabilities is None:
             raise InputError("is: these features have no class probabilities, which the Inception score needs")
-        splits = 10 if len(fake.probabilities) >= 100 else 1
-        found["inception_score"], found["inception_score_std"] = metrics.inception_score(fake.probabilities, splits)
+        found["inception_score"], found["inception_score_std"] = _inception_score("is", fake.probabilities)
     if {"kid", "pr"} & set(wanted):
         assert real is not None
         assert real.features is not None
@@ -464,12 +482,28 @@ def scores_of_files(
 
 
 def read_samples(path: Path, shape: Sequence[int]) -> Tensor:
-    """Saved samples, uint8 [N, C, H, W]: an .npz as `ddpm sample` writes it, or a folder of pictures of that size."""
+    """Saved samples, uint8 [N, C, H, W]: an .npz as `ddpm sample` writes it, or a folder of pictures.
+
+    Raises InputError where there are none, and for one that is not of shape [C, H, W]: scaled, it would be another.
+    """
+    size = f"{shape[1]}x{shape[2]}"
     if path.suffix.lower() != ".npz":
         if not path.is_dir():
             raise InputError(f"{path}: want an .npz as `ddpm sample` writes it, or a folder of images")
-        folder = datasets.load(str(path), (shape[1], shape[2]), shape[0])
-        return folder.batch(range(len(folder)))
+        rows = []
+        for name in sorted(datasets.walk(path), key=datasets.natural):
+            if Path(name).suffix.lower() not in pictures.SUFFIXES:
+                continue
+            picture, file = pictures.read(path / name), path / name
+            if picture.size != (shape[2], shape[1]):
+                raise InputError(f"{file}: {picture.height}x{picture.width}; want samples of the model's size, {size}")
+            if pictures.native(picture) != shape[0]:
+                kind = f"{pictures.native(picture)} channels"
+                raise InputError(f"{file}: mode {picture.mode}, {kind}; want {shape[0]}, as the model's samples have")
+            rows.append(np.array(pictures.convert(picture, shape[0], str(file), notes={})).reshape(*shape[1:], -1))
+        if not rows:
+            raise InputError(f"{path}: no images in this folder; want samples of {size}")
+        return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
     array = next(iter(features.read_arrays(path).values()))
     wanted = (shape[1], shape[2], shape[0])
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != wanted or not len(array):

@@ -1,6 +1,7 @@
 """Images from a denoiser: batches of seeds through a sampler, and the strip of Figure 6."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ddpm.errors import InputError
 from ddpm.files.checkpoints import Checkpoint, read_calibration
 from ddpm.noise import ahead, per_image
 from ddpm.run.gpu import replayed
-from ddpm.samplers import Levels, Sampler, Step, named
+from ddpm.samplers import SAMPLERS, Levels, Sampler, Step, named
 
 SPACED = (*spacing.SPACINGS, "bound")
 """How levels are chosen, by name: `bound` is `spacing.optimised` for this model."""
@@ -42,6 +43,13 @@ def visited(
     levels = how.levels(found.denoiser, steps, start)
     cost = spacing.bound_cost(found.denoiser.schedule, measured[0])[: levels[-1] + 1, : levels[-1] + 1]
     return spacing.optimised(cost, len(levels))
+
+
+def sampled(denoiser: Denoiser, sampler: str, levels: Sequence[int], spaced: str | None) -> dict[str, Any]:
+    """How samples are made that visit these levels, as plain JSON values; `spaced` as in `visited`."""
+    how = SAMPLERS[sampler]
+    calls = how.calls(denoiser, levels)
+    return {"sampler": sampler, "spacing": spaced or how.spacing, "steps": len(levels), "network_calls": calls}
 
 
 def in_turn(classes: Sequence[int], places: Sequence[int]) -> Tensor | None:

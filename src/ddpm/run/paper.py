@@ -96,6 +96,7 @@ class Setup:
     samples: Path | None = None
     sampler: str = "ancestral"
     steps: samplers.Levels | None = None
+    spacing: str | None = None
     seed: int = 0
     batch_size: int = 64
     progress: bool = True
@@ -130,10 +131,14 @@ class Setup:
             return {"samples": self.samples.name}
         return self.sampled()
 
+    def levels(self, t: int | None = None) -> list[int]:
+        """Those that the sampler visits from t (None: T) on, rising: of those from T on the ones below t, and t."""
+        visited = samplers.named(self.sampler).levels(self.found.denoiser, self.steps)
+        return visited if t is None else [s for s in visited if s < t] + [t] * (t > 0)
+
     def sampled(self) -> dict[str, Any]:
         """How samples are made."""
-        levels = samplers.named(self.sampler).levels(self.found.denoiser, self.steps)
-        return {"sampler": self.sampler, "steps": len(levels)}
+        return generate.sampled(self.found.denoiser, self.sampler, self.levels(), self.spacing)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -141,7 +146,7 @@ class Setup:
 
 def table1(s: Setup) -> None:
     """Inception score, FID, and bits/dim of held-out and of training images."""
-    probe(s.network(), s.found.preset)  # a mistake shows before hours of likelihood
+    evaluate.probe(s.network(), s.images("train"))  # a mistake shows before hours of likelihood
     held_out, seen = (_nll(s, split) for split in (s.split, "train"))
     found = _quality(s, ("is", "fid"))
     ours = (f"this run, {s.found.preset.loss}", *_scores(found), held_out["bits_per_dim"], seen["bits_per_dim"])
@@ -170,11 +175,8 @@ def table2(preset: Preset, out: Path, ranks: Processes, setup: Callable[[Path], 
         except Stopped as reason:
             state = str(reason)
         scored: Sequence[Any] = [None] * 6
-        try:
+        if checkpoints.newest(run) is not None:  # else it stopped before its first
             s = setup(run)
-        except InputError as reason:  # it stopped before its first checkpoint
-            state = f"{state}; {reason}"
-        else:
             bound, found = _nll(s, s.split), _quality(s, ("is", "fid"))
             distance = _distance(found)
             by_variance = json.dumps({name: round(value, 4) for name, value in bound["by_variance"].items()})
@@ -245,17 +247,22 @@ def fig6(s: Setup) -> None:
 
 def fig7(s: Setup) -> None:
     """Samples that share x_t: a row a level, x_t first, then what it becomes."""
-    n, T = s.n or 7, s.T
-    levels = sorted({T, *(max(1, T * k // 4) for k in (3, 2, 1))}, reverse=True)
+    n, T, run = s.n or 7, s.T, samplers.named(s.sampler).run
+    if not samplers.SAMPLERS[s.sampler].noisy:
+        noisy = ", ".join(name for name, sampler in samplers.SAMPLERS.items() if sampler.noisy)
+        raise InputError(f"--sampler {s.sampler}: draws no noise, one x_t is one image; want {noisy} for fig7")
+    visited = s.levels()
+    levels = sorted({min(visited, key=lambda t, k=k: abs(t - T * k / 4)) for k in (4, 3, 2, 1)}, reverse=True)  # type: ignore[misc]
     draws = s.noise(1, 0)
     latents = {T: draws(T)}
-    for step in samplers.ancestral(s.found.denoiser, latents[T], draws):
-        latents[step.t] = step.x
+    for step in run(s.found.denoiser, latents[T], draws, visited, None, None):
+        if step.t in levels:
+            latents[step.t] = step.x
     rows = []
     for t in levels:
-        *_, last = editing.share_latent(s.found.denoiser, latents[t][0], t, s.noise(n, t))
+        *_, last = editing.share_latent(s.found.denoiser, latents[t][0], t, s.noise(n, t), s.levels(t), run=run)
         rows.append(torch.cat([latents[t], last.x]))
-    _picture(s, "fig7", _uint8(torch.stack(rows)), s.about(levels=levels))
+    _picture(s, "fig7", _uint8(torch.stack(rows)), s.about(levels=levels, **s.sampled()))
 
 
 def fig8(s: Setup) -> None:
@@ -264,7 +271,8 @@ def fig8(s: Setup) -> None:
     weights = torch.linspace(0, 1, 11)
     x0 = s.signal(2 * n)
     rows = [_interpolated(s, x0[2 * i], x0[2 * i + 1], weights, s.T // 2, i) for i in range(n)]
-    _picture(s, "fig8", _uint8(torch.stack(rows)), s.about(s.split, t=s.T // 2, weights=weights.tolist()))
+    about = s.about(s.split, t=s.T // 2, weights=weights.tolist(), **s.sampled())
+    _picture(s, "fig8", _uint8(torch.stack(rows)), about)
 
 
 def fig9(s: Setup) -> None:
@@ -273,14 +281,16 @@ def fig9(s: Setup) -> None:
     a, b = s.signal(2)
     levels = [s.T * k // 8 for k in range(8, -1, -1)]
     rows = [_interpolated(s, a, b, weights, t, 0) for t in levels]
-    _picture(s, "fig9", _uint8(torch.stack(rows)), s.about(s.split, levels=levels, weights=weights.tolist()))
+    about = s.about(s.split, levels=levels, weights=weights.tolist(), **s.sampled())
+    _picture(s, "fig9", _uint8(torch.stack(rows)), about)
 
 
 def _interpolated(s: Setup, a: Tensor, b: Tensor, weights: Tensor, t: int, pair: int) -> Tensor:
     """[len(weights) + 2, C, H, W]: a, what is between, b. One noise for all weights, so that they change smoothly."""
     eps_a, eps_b = s.noise(2, mix(pair, t))(t)
     noise = s.noise(len(weights), mix(pair, 1), same=True)
-    *_, last = editing.interpolate(s.found.denoiser, a, b, weights, t, eps_a, eps_b, noise)
+    steps, run = s.levels(t), samplers.named(s.sampler).run
+    *_, last = editing.interpolate(s.found.denoiser, a, b, weights, t, eps_a, eps_b, noise, steps, run=run)
     return torch.cat([a[None], last.x, b[None]])
 
 
@@ -408,19 +418,13 @@ def _samples(s: Setup, count: int) -> Tensor:
 
 def _quality(s: Setup, wanted: Sequence[str]) -> dict[str, Any]:
     """`evaluate.quality`, on the first process; nothing on others."""
-    network = s.network()
+    network, real = s.network(), s.images("train")  # a mistake shows before hours of sampling
     made = _samples(s, s.n or 50_000)
     if not s.ranks.first:
         return {}
     if s.samples is None:
         images.save(s.out / "samples.png", images.grid(made[:64].permute(0, 2, 3, 1).numpy()))
-    return evaluate.quality(wanted, made, s.images("train"), network, s.cache, s.seed, s.ranks.device, s.progress)
-
-
-def probe(network: features.Network, preset: Preset) -> None:
-    """InputError now rather than after hours where the network cannot give what the Inception score needs."""
-    if network(torch.zeros(1, *preset.shape, dtype=torch.uint8))[1] is None:
-        raise InputError(f"{network.name}: gives no class probabilities, which the Inception score needs")
+    return evaluate.quality(wanted, made, real, network, s.cache, s.seed, s.ranks.device, s.progress)
 
 
 def _distance(found: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import fcntl
 import importlib.util
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -82,6 +83,7 @@ def train(preset: Preset, out: Path) -> Result:
         weights, averaged = list(network.parameters()), list(average.parameters())
         adam = torch.optim.Adam(weights, lr=preset.lr, betas=(0.9, 0.999), eps=1e-8, fused=ranks.device.type != "mps")
         step, seconds, before = _resume(preset, out, train_set.fingerprint, network, average, adam)
+        begun = step
         if step >= preset.steps:
             _say(ranks, f"{out} is trained to step {step} already; a larger --steps goes on")
             return Result(step, before, None, None, None)
@@ -113,7 +115,7 @@ def train(preset: Preset, out: Path) -> Result:
 
         def save(held_out: float | None) -> None:
             watch.check(out, loss_sum)  # an image that cannot be read may come between a NaN and its report
-            if not ranks.first:
+            if not ranks.first or step == begun:  # nothing was learned that is not there
                 return
             moments = {f"{key}.{n}": adam.state[p][key] for n, p in network.named_parameters() for key in _MOMENTS}
             state = {
@@ -258,7 +260,8 @@ def held_out_by_level(
     denoiser: Denoiser, held_out: datasets.Images, most: int, ranks: Processes,
     stop: Callable[[], bool] = lambda: False, labelled: bool = False,
 ) -> list[float]:  # fmt: skip
-    """L_simple of held-out images in BUCKETS equal ranges of t, lowest first; nan for a range that has no image.
+    """L_simple of held-out images in BUCKETS equal ranges of t, lowest first; nan for a range that has no image,
+    inf for one where a loss is not a number.
 
     Image i has a level and a noise of its own, the same in every run and on any number of processes. Where `stop`
     comes true it returns early, with the means of what it has. labelled: the network is told their labels.
@@ -276,7 +279,7 @@ def held_out_by_level(
         y = None if held_out.labels is None or not labelled else held_out.labels[rows].to(ranks.device)
         loss = losses.simple(denoiser, x0, t[rows].to(ranks.device), eps, y).double().cpu()
         bucket = (t[rows] - 1) * BUCKETS // T
-        sums[0].index_add_(0, bucket, loss)
+        sums[0].index_add_(0, bucket, loss.where(~loss.isnan(), math.inf))
         sums[1].index_add_(0, bucket, torch.ones_like(loss))
     total, count = ranks.total(sums)
     means: list[float] = (total / count).tolist()
@@ -328,14 +331,14 @@ def _settle(preset: Preset, out: Path, ranks: Processes) -> Preset:
     if config.is_file():
         try:
             old = from_json(json.loads(config.read_text()))
-        except ValueError as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{config}: cannot be read ({error}); want another --out") from error
         if preset.precision == "auto":
             preset = replace(preset, precision=old.precision)
         preset = replace(preset, class_names=old.class_names)
         for f in fields(Preset):
             was, now = getattr(old, f.name), getattr(preset, f.name)
-            moved = f.name == "data" and not Path(was).expanduser().exists()  # their fingerprint is compared later
+            moved = f.name == "data" and not os.path.exists(os.path.expanduser(was))  # the fingerprint decides later
             if was != now and not f.metadata["resume"] and not moved:
                 raise InputError(
                     f"{f.name} {now!r}: the run in {out} has {was!r}; want the same settings, or another --out"
