@@ -106,7 +106,7 @@ def bits(found: Checkpoint, data: tuple[datasets.Images, datasets.Images], args:
         return replace(one, denoiser=one.denoiser.to(alone.device))
 
     few = evaluate.nll_sampled(there(found), data[1], args.levels, alone, args.nll_images)
-    evaluate.calibrate(there(found), data[0], args.calibrate, alone, codec=0)
+    evaluate.calibrate(there(found), data[0], found.home / "cache", alone, args.calibrate, codec=0)
     best = there(with_variance(found, "calibrated"))
     best = evaluate.nll_sampled(best, data[1], args.levels, alone, args.nll_images)
     names = {"bits_per_dim": few["bits_per_dim"], "bits_calibrated": best["bits_per_dim"]}

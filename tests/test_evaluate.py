@@ -188,8 +188,11 @@ def test_calibration_lowers_the_bound(own, tmp_path):
     checkpoint = open_checkpoint(own)
     train = datasets.load("digits", (8, 8), 1)
     assert "calibrated" not in nll(checkpoint, train, tmp_path / "before", count=2)["by_variance"]
-    mse = evaluate.calibrate(checkpoint, train, 64, ALONE, progress=False, codec=0)
+    mse = evaluate.calibrate(checkpoint, train, tmp_path, ALONE, 64, progress=False, codec=0)
     assert mse.shape == (20,)
+    denoiser = replace(checkpoint.denoiser, network=lambda *_: pytest.fail("measured again"))
+    unused = replace(checkpoint, denoiser=denoiser)
+    assert torch.equal(evaluate.calibrate(unused, train, tmp_path, ALONE, 64, progress=False, codec=0), mse)
     found = nll(checkpoint, train, tmp_path / "after", count=64)["by_variance"]
     assert found["calibrated"] < min(found["fixed_large"], found["fixed_small"])
     table = checkpoints.load(own, variance="calibrated").variance
@@ -220,7 +223,7 @@ def test_a_calibration_is_of_these_weights_only(own):
         checkpoints.load(own, variance="huge")
 
 
-def test_the_first_variance_is_the_best_for_bins(own):
+def test_the_first_variance_is_the_best_for_bins(own, tmp_path):
     """Errors of half a grey level: mse_1 is too much by 0.02 bits/dim; the one that is kept is the best of all."""
     x0 = pixels.to_signal(
         torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -233,7 +236,7 @@ def test_the_first_variance_is_the_best_for_bins(own):
     assert variances[cost.argmin()] < mse
 
     checkpoint = open_checkpoint(own)
-    evaluate.calibrate(checkpoint, datasets.load("digits", (8, 8), 1), 16, ALONE, progress=False, codec=0)
+    evaluate.calibrate(checkpoint, datasets.load("digits", (8, 8), 1), tmp_path, ALONE, 16, progress=False, codec=0)
     table = checkpoints.load(own, variance="calibrated").variance
     train = datasets.load("digits", (8, 8), 1)
     rows = evaluate.subset(train, 16)
@@ -248,7 +251,7 @@ def test_the_first_variance_is_the_best_for_bins(own):
         assert best < worse
 
 
-def test_calibration_wants_an_error_of_x0(own):
+def test_calibration_wants_an_error_of_x0(own, tmp_path):
     found = open_checkpoint(own)
     for change, reason in [
         ({"predict": "mu"}, "predicts mu"),
@@ -256,7 +259,7 @@ def test_calibration_wants_an_error_of_x0(own):
     ]:
         other = replace(found, denoiser=replace(found.denoiser, **change))
         with pytest.raises(InputError, match=reason):
-            evaluate.calibrate(other, datasets.load("digits", (8, 8), 1), 1, ALONE, progress=False)
+            evaluate.calibrate(other, datasets.load("digits", (8, 8), 1), tmp_path, ALONE, 1, progress=False)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -411,7 +414,7 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
     assert (evaluate.read_samples(Path("digits"), (1, 4, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
     with pytest.raises(InputError, match=r"^digits/0\.png: 4x8; want samples of the model's size, 8x4$"):
         evaluate.read_samples(Path("digits"), (1, 8, 4))
-    with pytest.raises(InputError, match=r"^digits/0\.png: mode L, 1 channels; want 3, as the model's samples have$"):
+    with pytest.raises(InputError, match=r"^digits/0\.png: mode L; want RGB, as samples of the model have$"):
         evaluate.read_samples(Path("digits"), (3, 4, 8))
     Path("empty").mkdir()
     with pytest.raises(InputError, match="empty: no images in this folder; want samples of 4x8"):

@@ -431,7 +431,8 @@ def _calibrate(args: argparse.Namespace) -> int:
             raise InputError(f"{file}: has the codec's tables, by which files are read; want --replace for others")
         shown = ranks.first and not args.json
         images = _loader(args, found.preset, shown)("train")
-        mse = evaluate.calibrate(found, images, args.n, ranks, args.batch_size, shown, args.codec)
+        cache = found.home / "cache"
+        mse = evaluate.calibrate(found, images, cache, ranks, args.n, args.batch_size, shown, args.codec)
         if ranks.first:
             about = {"run": str(found.path), "data": images.name, "count": min(args.n, len(images)), "levels": len(mse)}
             _say(args, about, f"{calibration_file(found.path)}; --variance calibrated takes it")

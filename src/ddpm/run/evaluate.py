@@ -105,35 +105,39 @@ def _joined(files: Sequence[Path]) -> dict[str, Tensor]:
 def calibrate(
     found: checkpoints.Checkpoint,
     images: datasets.Images,
-    count: int,
+    cache: Path,
     ranks: Processes,
+    count: int = 500,
     batch_size: int = 64,
     progress: bool = True,
     codec: int = 32,
 ) -> Tensor:
     """mse_t, the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, over `count` images to train on: float64 [T].
 
-    Kept beside the weights, where likelihood, samplers and codec find it, with the sigma_1^2 of least L_0 on the same
-    images, to 6%, and with the codec's tables, counted while it codes `codec` of them (0: no codec). Raises InputError
-    where the variance that is best does not follow: mu prediction, and a network that gives its own.
+    What is measured is kept under `cache`, so that the same call, or one for more images, goes on where it stopped. The
+    result is kept beside the weights, where likelihood, samplers and codec find it, with the sigma_1^2 of least L_0 on
+    the same images, to 6%, and with the codec's tables, counted while it codes `codec` of them (0: no codec). Raises
+    InputError where the variance that is best does not follow: mu prediction, and a network that gives its own.
     """
     denoiser = found.denoiser
     if denoiser.learned or denoiser.predict == "mu":
         why = "gives its own variance" if denoiser.learned else "predicts mu, whose error is not that of x0^"
         raise InputError(f"{found.path}: the network {why}; want eps, x0 or v and a fixed variance")
     chosen = subset(images, count)
-    T = denoiser.schedule.T
-    each = [torch.zeros(0, T, dtype=torch.float64)]
     variances = torch.logspace(-7, 0, 141, dtype=torch.float64)  # a grey level is 6e-5
-    cost = torch.zeros_like(variances)
-    for _, rows, x0 in _batches(images, chosen, ranks, batch_size, "calibrating", progress):
+
+    def make(places: slice) -> dict[str, Tensor]:
+        rows = chosen[places]
+        x0 = signal(images, rows).to(ranks.device)
         draws = _draws(0, rows, 0, _CALIBRATION, x0.shape[1:])
-        each.append(likelihood.vlb(denoiser, x0, draws).mse.cpu())
+        mse = likelihood.vlb(denoiser, x0, draws).mse
         first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
         mean = denoiser(q_sample(denoiser.schedule, x0.double(), first, draws(1).to(x0.device).double()), first).mean
-        cost += likelihood.decoder_cost(x0, mean, variances.to(x0.device)).cpu()
-    mine = torch.cat(each)
-    mse, sigma = ranks.total(mine.sum(0)) / len(chosen), float(variances[ranks.total(cost).argmin()])
+        return {"mse": mse.cpu(), "cost": likelihood.decoder_cost(x0, mean, variances.to(x0.device)).cpu()[None]}
+
+    folder = _folder(cache, "calibration", [found.sha256, found.preset.precision, images.fingerprint, denoiser.clip])
+    made = _joined(_in_parts(folder, len(chosen), ranks, batch_size, "calibrating", progress, make))
+    mse, sigma = made["mse"].mean(0), float(variances[made["cost"].sum(0).argmin()])
     if ranks.first:
         about: dict[str, Any] = {
             "data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": len(chosen),
@@ -141,7 +145,7 @@ def calibrate(
         }  # fmt: skip
         if codec and images.channels in (1, 3):
             some = images.batch(torch.tensor(chosen[:codec]))
-            about["codec"] = compress.tables(denoiser, mine, some, progress)
+            about["codec"] = compress.tables(denoiser, made["mse"], some, progress)
         checkpoints.save_calibration(found, mse, sigma, about)
     return mse
 
@@ -498,8 +502,8 @@ def read_samples(path: Path, shape: Sequence[int]) -> Tensor:
             if picture.size != (shape[2], shape[1]):
                 raise InputError(f"{file}: {picture.height}x{picture.width}; want samples of the model's size, {size}")
             if pictures.native(picture) != shape[0]:
-                kind = f"{pictures.native(picture)} channels"
-                raise InputError(f"{file}: mode {picture.mode}, {kind}; want {shape[0]}, as the model's samples have")
+                mode = pictures.MODES[shape[0]]
+                raise InputError(f"{file}: mode {picture.mode}; want {mode}, as samples of the model have")
             rows.append(np.array(pictures.convert(picture, shape[0], str(file), notes={})).reshape(*shape[1:], -1))
         if not rows:
             raise InputError(f"{path}: no images in this folder; want samples of {size}")
