@@ -88,16 +88,20 @@ def test_training_goes_on_from_the_one_before(run: Path, trained: Path, capsys: 
     assert checkpoints.damage(run / "checkpoints" / "00000030") is None
 
 
-def test_without_a_whole_checkpoint_the_run_starts_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training warns of both and begins at step 0; sampling says that there is none."""
+def test_without_a_whole_checkpoint_nothing_is_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training warns of both and leaves them, of which parts may be whole; sampling says that there is none."""
     for step in (20, 30):
         flip(run / "checkpoints" / f"{step:08d}" / "raw.safetensors")
     assert main(["sample", str(run), "--out", str(run / "x.png")]) == 2
     assert "the run has no whole checkpoint yet; train it first" in capsys.readouterr().err
-    assert train(run, "--steps", 3) == 0
+    assert train(run, "--steps", 3) == 2
     err = capsys.readouterr().err
     assert err.count("is truncated or altered") == 2
-    assert "steps 0 to 3" in err
+    assert err.endswith(f"none of its checkpoints is whole; delete {run / 'checkpoints'} to begin anew\n")
+    assert len(list((run / "checkpoints").iterdir())) == 2
+    shutil.rmtree(run / "checkpoints")
+    assert train(run, "--steps", 3) == 0
+    assert "steps 0 to 3" in capsys.readouterr().err
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------

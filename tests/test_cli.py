@@ -407,14 +407,16 @@ def test_calibrate_and_use_it(trained: Path, tmp_path: Path, capsys: pytest.Capt
     file = run / "checkpoints" / "00000030" / "ema.calibration.json"
     before = file.read_bytes()
     capsys.readouterr()
-    again = ["calibrate", str(run), "-n", "4", "--codec", "0"]
-    assert main(again) == 2
+    assert main(["calibrate", str(run), "-n", "4"]) == 2
     assert capsys.readouterr().err == (
-        f"ddpm: {file}: has the codec's tables, by which files are read; want --replace for others\n"
+        f"ddpm: {file}: has tables of the codec, which files need; want --codec 0 or --replace\n"
     )
     assert file.read_bytes() == before
-    assert main([*again, "--replace"]) == 0
-    assert json.loads(file.read_text())["count"] == 4
+    assert main(["calibrate", str(run), "-n", "4", "--codec", "0"]) == 0
+    found = json.loads(file.read_text())
+    assert (found["count"], found["codec"]) == (4, json.loads(before)["codec"])
+    assert main(["calibrate", str(run), "-n", "4", "--codec", "1", "--replace"]) == 0
+    assert json.loads(file.read_text())["codec"] != found["codec"]
 
 
 def test_report(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,20 @@ def test_several_pictures_go_to_a_folder_and_an_archive_to_a_file(model, picture
     about = json.loads(capsys.readouterr().out)
     assert (about["pictures"], about["profile"], about["chunk_bits"]) == (4, "portable", 8)
     assert about["model"] == model.identity.hex()
-    assert about["bytes"] == os.path.getsize(archive)
+    assert (about["bytes"], about["state"]) == (os.path.getsize(archive), "whole")
+    for name, damage, state in [
+        (archive, lambda data: data[:-20], "20 bytes are missing"),
+        (made[0]["file"], lambda data: data[:-20], "20 bytes are missing"),
+        (made[0]["file"], lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:], "damaged"),
+        (made[0]["file"], lambda data: data + b"x", "1 bytes more"),
+    ]:
+        file = tmp_path / "damaged.ddpm"
+        file.write_bytes(damage(open(name, "rb").read()))
+        assert main(["inspect", str(file), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["state"] == state
+        if state != "20 bytes are missing":
+            assert main(["decompress", "digits", str(file), "--out", str(tmp_path / "damaged.png")]) == 2
+            assert capsys.readouterr().err.startswith(f"ddpm: {file}: ")
 
 
 def test_names_that_would_be_one_file_become_two(model, pictures, tmp_path):
@@ -164,7 +177,7 @@ def test_mistakes_are_one_line(pictures, tmp_path, capsys, model):
 def test_a_model_without_tables_says_what_to_do(trained, pictures, tmp_path, capsys):
     words = ["compress", str(trained), str(pictures / "digit0.png"), "--out", str(tmp_path / "a.ddpm")]
     assert main(words) == 2
-    assert "make them with `ddpm calibrate`" in capsys.readouterr().err
+    assert "no tables for the codec; want `ddpm calibrate " in capsys.readouterr().err
 
 
 def test_a_model_of_transparent_pictures_has_no_codec(tmp_path):
@@ -195,7 +208,13 @@ def test_the_raw_weights_have_a_codec_of_their_own(pictures, tmp_path, capsys):
     assert main([*words, "--weights", "raw"]) == 0
     capsys.readouterr()
     assert main(["decompress", str(run), str(file), "--out", str(out)]) == 2
-    assert "ddpm: of model " in capsys.readouterr().err
+    assert f"ddpm: {file}: of model " in capsys.readouterr().err
+    checkpoints.calibration_file(run / "raw.safetensors").unlink()
+    assert main([*words, "--weights", "raw"]) == 2
+    assert capsys.readouterr().err == (
+        f"ddpm: {run / 'raw.calibration.json'}: no tables for the codec; want `ddpm calibrate {run} --weights raw`\n"
+    )
+    (run / "raw.calibration.json").write_text(json.dumps(own))
     assert main(["decompress", str(run), str(file), "--out", str(out), "--weights", "raw"]) == 0
     assert np.array_equal(pixels(out), pixels(source))
 

@@ -96,7 +96,7 @@ def test_what_a_folder_of_diffusers_is_refused(trained: Path, here: Path, capsys
     for words, reason in (
         (
             ["calibrate", "theirs", "--data", "digits"],
-            "theirs: another's, which stays as it is; calibrate a copy: `ddpm im",
+            "theirs: stays as it came; calibrate a copy: `ddpm im",
         ),
         (["export", "theirs", "--out", "a.safetensors"], "`ddpm import` makes one of our files of it"),
         (["import", "theirs", "--preset", "cifar10", "--out", "a.safetensors"], "want no --preset"),

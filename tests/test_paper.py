@@ -121,6 +121,7 @@ def test_figures_7_to_9_visit_the_levels_that_are_asked_for(trained, tmp_path, m
         assert seen == {t for top in tops for t in (*visited, top) if t <= top}
         about = json.loads((tmp_path / f"{name}.json").read_text())
         assert (about["steps"], about["sampler"], about["spacing"]) == (5, "ancestral", "quadratic")
+        assert about["weights"] == "ema"
 
 
 def test_figures_8_and_9_hold_the_images_between_which_they_lie(made):

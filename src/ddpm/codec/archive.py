@@ -432,7 +432,8 @@ def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
     """
     contents, begin = read_contents(data)
     if contents.identity != model.identity:
-        raise Damaged(f"of model {contents.identity.hex()}; this one is {model.identity.hex()}, weights and tables")
+        this, other = model.identity.hex(), contents.identity.hex()
+        raise Damaged(f"of model {other}; this one is {this}: other weights (checkpoint, ema or raw) or tables")
     expected = begin + contents.about + contents.stack + 8
     if len(data) != expected:
         what = "more than the archive has" if len(data) > expected else "missing; an archive cannot be read in part"

@@ -295,6 +295,8 @@ def _header(
 
 def checked(image: Image) -> tuple[int, int, int]:
     """Height, width and channels of a picture that the codec takes; InputError for another."""
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"image {type(image).__name__}: want a NumPy array, uint8 [H, W, C], C of 1 or 3")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
         raise InputError(f"image {image.dtype} {list(image.shape)}: want uint8 [H, W, C], C of 1 or 3")
     height, width, channels = image.shape
@@ -415,7 +417,8 @@ def pictures(model: Model, data: bytes, at: int | None = None) -> Iterator[Pictu
     """What `decompress` returns, as it gets better: first noise's x0^, then one picture a group, last the exact one."""
     header, begin = read_header(data)
     if header.identity != model.identity:
-        raise Damaged(f"of model {header.identity.hex()}; this one is {model.identity.hex()}, weights and tables")
+        this, other = model.identity.hex(), header.identity.hex()
+        raise Damaged(f"of model {other}; this one is {this}: other weights (checkpoint, ema or raw) or tables")
     if header.bits not in model.tables:
         raise Damaged(f"header: K {header.bits}; the model is calibrated for {sorted(model.tables)}")
     tables = model.tables[header.bits]

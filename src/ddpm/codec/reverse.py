@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ddpm.codec import shared
@@ -146,13 +147,15 @@ def _log_weights(
     some = max(1, _HELD // (chunks << bits))  # blocks at a time, not one by one: the table is long
     for begin in range(0, blocks, some):
         part = np.s_[:, begin : begin + some]
-        products = (slope[part].reshape(-1, WIDTH) @ rows).reshape(chunks, -1, 1 << bits)
-        for total, *each in zip(log_w, products, sign[part], first[part], strict=True):
+        # By torch: NumPy's threads wait by spinning, in the way of the network's, which is called between products.
+        products = torch.from_numpy(slope[part].reshape(-1, WIDTH)) @ torch.from_numpy(rows)
+        by_block = products.numpy().reshape(chunks, -1, 1 << bits)
+        for total, *each in zip(log_w, by_block, sign[part], first[part], strict=True):
             for product, there, start in zip(*each, strict=True):
                 product += curve * squares[np.count_nonzero(there)]
                 total[: len(total) - start] += product[start:]
                 total[len(total) - start :] += product[:start]
-        del products  # before there are the next ones
+        del products, by_block  # before there are the next ones
     return log_w
 
 

@@ -127,7 +127,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _steps(run: Path) -> list[Path]:
+def saved(run: Path) -> list[Path]:
     """The run's checkpoint folders, newest first."""
     found = [p for p in (run / "checkpoints").glob("*") if p.name.isdecimal() and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name), reverse=True)
@@ -135,7 +135,7 @@ def _steps(run: Path) -> list[Path]:
 
 def newest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run; warns of each damaged one that it passes over."""
-    for folder in _steps(run):
+    for folder in saved(run):
         if (reason := damage(folder)) is None:
             return folder
         warnings.warn(f"checkpoint {folder}: {reason}; going back to the one before it", stacklevel=2)
@@ -144,7 +144,7 @@ def newest(run: Path) -> Path | None:
 
 def best(run: Path) -> Path | None:
     """The whole checkpoint of lowest held-out loss, or None."""
-    scored = [(loss, p) for p in _steps(run) if (loss := _held_out(p)) is not None and damage(p) is None]
+    scored = [(loss, p) for p in saved(run) if (loss := _held_out(p)) is not None and damage(p) is None]
     return min(scored, default=(0.0, None), key=lambda pair: pair[0])[1]
 
 
@@ -161,7 +161,7 @@ def prune(run: Path, keep: int) -> None:
 
     A calibrated one may have compressed pictures, which nothing else reads.
     """
-    folders = _steps(run)
+    folders = saved(run)
     scored = [p for p in folders if _held_out(p) is not None]
     top = min(scored, key=lambda p: _held_out(p) or 0.0, default=None)
     for folder in folders[keep:]:
@@ -324,7 +324,7 @@ def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
     if which.isdecimal():
         folder = path / "checkpoints" / f"{int(which):08d}"
         if not folder.is_dir():
-            there = ", ".join(str(int(p.name)) for p in reversed(_steps(path))) or "none"
+            there = ", ".join(str(int(p.name)) for p in reversed(saved(path))) or "none"
             raise InputError(f"checkpoint {which}: {path} has {there}")
         return _whole(folder) / f"{weights}.safetensors"
     if which not in ("last", "best"):

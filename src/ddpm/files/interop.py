@@ -531,7 +531,7 @@ def read_ddim(file: Path) -> dict[str, Tensor]:
         if all(name.startswith("module.") for name in state):
             state = {name.removeprefix("module."): value for name, value in state.items()}
         if "temb.dense.0.weight" not in state:
-            raise InputError("not weights of ddim; want temb.dense.0.weight and so on")
+            raise InputError("not weights of ddim, as those with temb.dense.0.weight; one of our own needs no import")
     return state
 
 
@@ -579,7 +579,7 @@ def _plain(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, by what the bytes are taken for
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]  # torch's goes on with advice
         raise InputError(f"{file}: not plain weights ({reason})") from error
 
 

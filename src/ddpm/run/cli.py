@@ -334,6 +334,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     quality = [metric for metric in args.metrics if metric not in ("nll", "ode")]
     if args.classes and (args.samples is not None or not quality):
         raise InputError(f"--class {args.classes[0]}: of samples that are made here, for fid, is, kid, pr; want none")
+    for name in ("samples", "features", "inception"):
+        if not quality and getattr(args, name) is not None:
+            raise InputError(f"--{name} {getattr(args, name)}: of nothing without --metrics fid, is, kid or pr")
     of_files = args.features is not None and args.features.endswith(".npz")
     if of_files and quality and args.samples is None:
         raise InputError(
@@ -418,17 +421,17 @@ def _calibrate(args: argparse.Namespace) -> int:
     with _importing():
         from ddpm.files.checkpoints import calibration_file
         from ddpm.run import evaluate
-        from ddpm.run.compress import has_tables
+        from ddpm.run.compress import kept
         from ddpm.run.distributed import processes
 
     with processes(args.device) as ranks:
         found = _open(args, ranks.device)
         if found.packaged or found.name:
             copy = f"ddpm {'import' if found.foreign else 'export'} {args.run} --out FILE.safetensors"
-            raise InputError(f"{args.run}: another's, which stays as it is; calibrate a copy: `{copy}`")
-        if has_tables(found) and not args.replace:
+            raise InputError(f"{args.run}: stays as it came; calibrate a copy: `{copy}`")
+        if args.codec and kept(found) and not args.replace:
             file = calibration_file(found.path)
-            raise InputError(f"{file}: has the codec's tables, by which files are read; want --replace for others")
+            raise InputError(f"{file}: has tables of the codec, which files need; want --codec 0 or --replace")
         shown = ranks.first and not args.json
         images = _loader(args, found.preset, shown)("train")
         cache = found.home / "cache"
@@ -570,7 +573,9 @@ def _edit(args: argparse.Namespace, edit: "Callable[[Checkpoint, Way], torch.Ten
     way = Way(args.sampler, args.steps, args.spacing, tuple(labels), args.batch_size)
     made = edit(replace(found, denoiser=denoiser), way).permute(0, 2, 3, 1).numpy()
     images.save_many(args.out, made, [f"{i:03d}" for i in range(len(made))], columns=min(len(made), 16))
-    about = {"out": args.out, "count": len(made), **found.about(), "seed": args.seed}
+    names = ("sampler", "steps", "spacing", "t", "invert", "jump", "resample")
+    how = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    about = {"out": args.out, "count": len(made), **found.about(), **how, **_conditions(args), "seed": args.seed}
     print(json.dumps(about) if args.json else f"{len(made)} image{'s' * (len(made) != 1)} in {args.out}")
     return 0
 
@@ -765,7 +770,8 @@ def _parser() -> _Parser:
     )
     p.add_argument("-n", **_number(int, None), help="images for nll and ode (all); samples for the others (50000)")
     p.add_argument("--draws", **_number(int, 1), help="noise draws a level (1)")
-    p.add_argument("--levels", **_number(int, None), help="estimate nll from so many levels an image (all levels)")
+    levels = "estimate nll from so many levels an image, after all levels of four (all)"
+    p.add_argument("--levels", **_number(int, None), help=levels)
     p.add_argument("--ode-steps", **_number(int, 100), help="levels that the ODE's solver visits (%(default)s)")
     _add_measuring(p)
     _add_conditions(p)
@@ -782,10 +788,10 @@ def _parser() -> _Parser:
         "also reports the bound with the variance that follows, --variance calibrated takes it, and `ddpm compress` "
         "has the tables that it needs."
     )
-    p.add_argument("run", metavar="RUN", help=_RUN)
+    p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder or a .safetensors file")
     p.add_argument("--data", metavar="SOURCE", help="images (those of the run)")
     p.add_argument("-n", **_number(int, 500), help="training images, every level of each (%(default)s)")
-    coded = "of them the codec's tables are counted on, 0 for no codec (%(default)s)"
+    coded = "of them the codec's tables are counted on, 0 for no new ones (%(default)s)"
     p.add_argument("--codec", **_number(int, 32), help=coded)
     lost = "make the codec's tables anew: files compressed by those that are there cannot be read any more"
     p.add_argument("--replace", action="store_true", help=lost)
@@ -902,7 +908,7 @@ def _parser() -> _Parser:
     p.add_argument("run", metavar="RUN", help=_RUN)
     p.add_argument("a", metavar="A", help="an image file")
     p.add_argument("b", metavar="B", help="another image file")
-    p.add_argument("-n", **_number(int, 11), help="images, the two ends among them (%(default)s)")
+    p.add_argument("-n", **_number(int, 11), help="images, from what is made of A to what is made of B (%(default)s)")
     p.add_argument("--t", **_number(int, None), help="the level, 0 to T: the higher, the freer (half of T)")
     p.add_argument("--seed", **_number(int, 0), help="of the noise (%(default)s)")
     p.add_argument("--out", default="interpolation.png", help=f"{_OUT} (%(default)s)")
@@ -993,7 +999,11 @@ def _add_measuring(p: argparse.ArgumentParser) -> None:
     p.add_argument("--split", default="test", help="of the data, held out (test)")
     p.add_argument("--samples", metavar="PATH", help="score these, an .npz or a folder, instead of making some")
     _add_sampler(p)
-    p.add_argument("--features", metavar="X", help="FILE.py:NAME, a feature function of yours, or an .npz of features")
+    features = (
+        "FILE.py:NAME, a function of yours of uint8 NumPy [N, H, W, C] to features [N, D], or to these and class "
+        "probabilities [N, K]; or an .npz of features"
+    )
+    p.add_argument("--features", metavar="X", help=features)
     p.add_argument("--inception", metavar="FILE", help="Inception's weights of 2015 (fetched to a cache)")
     p.add_argument("--any-weights", action="store_true", help="take Inception weights of another hash; no FID then")
     p.add_argument("--seed", **_number(int, 0), help="of noise and samples (0)")
@@ -1075,7 +1085,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ddpm: the memory is full; {less}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("ddpm: interrupted", file=sys.stderr)
+        resumes = ("evaluate", "calibrate", "paper")
+        more = "; whole batches that were done are kept, the same command goes on" if arguments[0] in resumes else ""
+        print(f"ddpm: interrupted{more}", file=sys.stderr)
         return 130
 
 

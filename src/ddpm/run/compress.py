@@ -4,7 +4,9 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from ddpm import kernels
 from ddpm.codec import Model, archive, fit, picture
+from ddpm.codec.entropy import Damaged
 from ddpm.codec.plan import Tables
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
@@ -38,13 +41,13 @@ def tables(denoiser: Denoiser, mse: Tensor, some: Tensor, progress: bool = True)
     return {"tables": [table.to_json() for table in made], "chain": chain.to_json()}
 
 
-def has_tables(found: Checkpoint) -> bool:
-    """Whether these weights have the codec's tables beside them, by which files may have been written."""
+def kept(found: Checkpoint) -> dict[str, Any] | None:
+    """The codec's tables beside these weights, by which files may have been written, or None."""
     try:
         values = json.loads(calibration_file(found.path).read_text())
-        return bool(values["codec"]) and values["weights"] == found.sha256
+        return values["codec"] if values["weights"] == found.sha256 else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def load_codec(
@@ -76,12 +79,16 @@ def load_codec(
         raise InputError(f"{path}: of images with {found.preset.channels} channels; the codec takes grey and RGB")
     read_calibration(found)  # says what is wrong with the file, if anything
     try:
-        codec = json.loads(calibration_file(found.path).read_text())["codec"]
+        codec = kept(found) or {}
         by_bits = {t.bits: t for t in map(Tables.from_json, codec["tables"])}
         chain = Tables.from_json(codec["chain"])
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-        kind = str(error) if isinstance(error, InputError) else "it has none"
-        raise InputError(f"{path}: no tables for the codec ({kind}); make them with `ddpm calibrate`") from error
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f" ({error})" if isinstance(error, InputError) else ""
+        given = f" --weights {weights}" * bool(weights) + f" --checkpoint {which}" * (which != "last")
+        make = f"ddpm calibrate {path}{given}"
+        if found.foreign:
+            make = f"ddpm import {path} --out FILE.safetensors` and `ddpm calibrate FILE.safetensors"
+        raise InputError(f"{calibration_file(found.path)}: no tables for the codec{reason}; want `{make}`") from error
     exact = open_checkpoint(path, weights or "ema", which, "float32").denoiser
     assert isinstance(exact.network, UNet)
     exact.network.double()
@@ -151,13 +158,16 @@ def _about(name: str, data: bytes, dims: int, count: int) -> dict[str, Any]:
 def decompress(model: Model, path: Path, out: Path, at: int | None = None) -> dict[str, Any]:
     """A file of `compress` to a PNG, or an archive to a folder of them; what came of it."""
     data = read(path)
-    if not model_agrees(model, data):
+    with _of(path):
+        agrees = model_agrees(model, data)
+    if not agrees:
         warn = f"{path}: written in the local profile on another machine, device or release; it may not decode here"
         tqdm.write(f"warning: {warn}", file=sys.stderr)
     if data[:3] == archive.MAGIC:
         if at is not None:
             raise InputError(f"--at {at}: {path} is an archive, which cannot be read in part")
-        made = list(archive.decompress(model, data))
+        with _of(path):
+            made = list(archive.decompress(model, data))
         taken: set[str] = set()
         for number, (name, image) in enumerate(made):
             safe = _safe(name)
@@ -166,7 +176,8 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None) -> di
             taken.add(safe.casefold())
             images.save(out / f"{safe}.png", image)
         return {"out": str(out), "images": len(made), "exact": True}
-    *_, last = picture.pictures(model, data, at)
+    with _of(path):
+        *_, last = picture.pictures(model, data, at)
     images.save(out, last.image)
     about = {name: value for name, value in last._asdict().items() if name != "image"}
     return {"out": str(out), "images": 1, **about}
@@ -183,6 +194,15 @@ def model_agrees(model: Model, data: bytes) -> bool:
     return not header.local or header.where == model.where
 
 
+@contextmanager
+def _of(path: Path) -> Iterator[None]:
+    """What is wrong with a file names it."""
+    try:
+        yield
+    except Damaged as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def read(path: Path) -> bytes:
     """The bytes of a file; InputError where there is none."""
     try:
@@ -191,18 +211,28 @@ def read(path: Path) -> bytes:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}, want a file of `ddpm compress`") from error
 
 
+def _state(data: bytes, length: int) -> str:
+    """Whether a file is as it was written, by its length and its CRC-32."""
+    if len(data) != length:
+        return f"{length - len(data)} bytes are missing" if len(data) < length else f"{len(data) - length} bytes more"
+    return "whole" if zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "big") else "damaged"
+
+
 def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
     """What a file says of itself; with its model, what each group takes and shows."""
     data = read(path)
     if data[:3] == archive.MAGIC:
-        contents, size = archive.read_contents(data)
+        with _of(path):
+            contents, size = archive.read_contents(data)
         return {
             "file": str(path), "kind": "archive", "bytes": len(data), "pictures": contents.pictures,
             "profile": "local" if contents.local else "portable", "chunk_bits": contents.bits,
             "model": contents.identity.hex(), "header_bytes": size, "names_bytes": contents.about,
             "stack_bytes": contents.stack, "files": contents.files, "files_bytes": contents.file_bytes,
+            "state": _state(data, size + contents.about + contents.stack + 8),
         }  # fmt: skip
-    header, size = picture.read_header(data)
+    with _of(path):
+        header, size = picture.read_header(data)
     about: dict[str, Any] = {
         "file": str(path), "kind": "lossless" if header.lossless else "lossy", "bytes": len(data),
         "bits_per_dim": round(8 * len(data) / (header.width * header.height * header.channels), 4),
@@ -210,7 +240,9 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
         "profile": "local" if header.local else "portable", "tiles_of": "picture" if header.whole else "model",
         "chunk_bits": header.bits, "model": header.identity.hex(), "seed": header.seed, "groups": header.groups,
         "header_bytes": size, "payload_bytes": header.length, "checksum_bytes": header.trailer,
+        "state": _state(data, size + header.length + header.trailer),
     }  # fmt: skip
     if model is not None:
-        about["by_group"] = [row._asdict() for row in picture.spent(model, data)]
+        with _of(path):
+            about["by_group"] = [row._asdict() for row in picture.spent(model, data)]
     return about

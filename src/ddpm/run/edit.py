@@ -1,5 +1,6 @@
 """Images edited by a model: drawn anew from a level on, between two files, and where a mask file is white."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,7 +169,11 @@ def _last(way: Iterator[Step], progress: bool) -> Tensor:
 def _read(path: str | Path, preset: Preset) -> Tensor:
     """An image file as the model takes it: pixels uint8 [C, H, W]."""
     height, width = preset.size
-    picture = images.fit(images.read(path), (height, width), preset.channels, str(path))
+    read = images.read(path)
+    if read.height > height or read.width > width:  # enlarging is warned of by fit
+        size = f"{read.height}x{read.width}"
+        warnings.warn(f"{path}: {size} is scaled and cropped to {height}x{width}, the model's size", stacklevel=3)
+    picture = images.fit(read, (height, width), preset.channels, str(path))
     return torch.from_numpy(picture.copy()).permute(2, 0, 1)
 
 

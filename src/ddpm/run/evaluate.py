@@ -116,8 +116,9 @@ def calibrate(
 
     What is measured is kept under `cache`, so that the same call, or one for more images, goes on where it stopped. The
     result is kept beside the weights, where likelihood, samplers and codec find it, with the sigma_1^2 of least L_0 on
-    the same images, to 6%, and with the codec's tables, counted while it codes `codec` of them (0: no codec). Raises
-    InputError where the variance that is best does not follow: mu prediction, and a network that gives its own.
+    the same images, to 6%, and with the codec's tables, counted while it codes `codec` of them (0: those that are there
+    stay). Raises InputError where the variance that is best does not follow: mu prediction, and a network that gives
+    its own.
     """
     denoiser = found.denoiser
     if denoiser.learned or denoiser.predict == "mu":
@@ -143,9 +144,12 @@ def calibrate(
             "data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": len(chosen),
             "precision": found.preset.precision,
         }  # fmt: skip
+        tables = compress.kept(found)
         if codec and images.channels in (1, 3):
             some = images.batch(torch.tensor(chosen[:codec]))
-            about["codec"] = compress.tables(denoiser, made["mse"], some, progress)
+            tables = compress.tables(denoiser, made["mse"], some, progress)
+        if tables:
+            about["codec"] = tables
         checkpoints.save_calibration(found, mse, sigma, about)
     return mse
 

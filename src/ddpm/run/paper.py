@@ -271,7 +271,7 @@ def fig8(s: Setup) -> None:
     weights = torch.linspace(0, 1, 11)
     x0 = s.signal(2 * n)
     rows = [_interpolated(s, x0[2 * i], x0[2 * i + 1], weights, s.T // 2, i) for i in range(n)]
-    about = s.about(s.split, t=s.T // 2, weights=weights.tolist(), **s.sampled())
+    about = s.about(s.split, t=s.T // 2, mixed=weights.tolist(), **s.sampled())
     _picture(s, "fig8", _uint8(torch.stack(rows)), about)
 
 
@@ -281,7 +281,7 @@ def fig9(s: Setup) -> None:
     a, b = s.signal(2)
     levels = [s.T * k // 8 for k in range(8, -1, -1)]
     rows = [_interpolated(s, a, b, weights, t, 0) for t in levels]
-    about = s.about(s.split, levels=levels, weights=weights.tolist(), **s.sampled())
+    about = s.about(s.split, levels=levels, mixed=weights.tolist(), **s.sampled())
     _picture(s, "fig9", _uint8(torch.stack(rows)), about)
 
 

@@ -369,11 +369,16 @@ def _resume(
     """Load the newest whole checkpoint, if there is one: (step, seconds, held-out loss at step 0)."""
     folder = checkpoints.newest(out)
     if folder is None:
+        if there := checkpoints.saved(out):
+            raise InputError(f"out {out}: none of its checkpoints is whole; delete {there[0].parent} to begin anew")
         return 0, 0.0, None
     state = checkpoints.read_state(folder)
     if state["data"] != fingerprint:
         was = json.loads((out / "config.json").read_text())["data"]
-        raise InputError(f"data {preset.data}: not the images that the run in {out} was trained on, those of {was}")
+        raise InputError(
+            f"data {preset.data}: not the images that the run in {out} was trained on, those that {was} held; want "
+            "these, or another --out"
+        )
     network.load_state_dict(checkpoints.read_tensors(folder / "raw.safetensors"))
     average.load_state_dict(checkpoints.read_tensors(folder / "ema.safetensors"))
     moments = checkpoints.read_tensors(folder / "optimizer.safetensors")
