@@ -1073,7 +1073,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         half_made = str(error.filename).endswith(".part")  # of `atomic`: nothing can be made in its folder
-        if error.errno not in _ENVIRONMENT and not half_made:
+        if error.errno is None or (error.errno not in _ENVIRONMENT and not half_made):
             raise
         reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno).lower()
         print(f"ddpm: {reason} ({error.filename or arguments[0]})", file=sys.stderr)
