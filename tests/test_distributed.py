@@ -81,11 +81,11 @@ def measuring(run: Path, out: Path) -> list[list[str]]:
     """Commands that measure a run in ways that share the work and meet again."""
     out.mkdir()
     (out / "mine.py").write_text("def f(x):\n    return x.reshape(len(x), -1)[:, ::4] / 255\n")
-    features = ["--features", f"{out}/mine.py:f", "--out", str(out), "-n", "5", "--batch-size", "2"]
+    few, features = ["--out", str(out), "-n", "5", "--batch-size", "2"], ["--features", f"{out}/mine.py:f"]
     return [
-        ["evaluate", str(run), "--metrics", "nll", "ode", "fid", "--ode-steps", "5", "--json", *features],
-        ["evaluate", str(run), "--levels", "3", "--json", *features],
-        ["paper", "table4", "fig6", "neighbours", "--model", str(run), *features],
+        ["evaluate", str(run), "--metrics", "nll", "ode", "fid", "--ode-steps", "5", "--json", *few, *features],
+        ["evaluate", str(run), "--levels", "3", "--json", *few],
+        ["paper", "table4", "fig6", "neighbours", "--model", str(run), *few, *features],
     ]
 
 

@@ -889,7 +889,7 @@ def test_training_checkpoints_of_ddim(tmp_path):
         ({}, "not a state dict but dict"),
         ({"state_dict": {"a": torch.zeros(1)}}, "state_dict is dict; want names and tensors"),
         ({0: 1}, "0 is int"),
-        ({"a": torch.zeros(1)}, "not weights of ddim; want temb.dense.0.weight"),
+        ({"a": torch.zeros(1)}, "not weights of ddim, as those with temb.dense.0.weight"),
     ],
 )
 def test_other_files_are_not_ddims(saved, words, tmp_path):
