@@ -565,11 +565,11 @@ def _edit(args: argparse.Namespace, edit: "Callable[[Checkpoint, Way], torch.Ten
     from ddpm.run.distributed import pick_device
     from ddpm.run.edit import Way
 
+    check("--batch-size", args.batch_size, int, 1)
     images.check_out(args.out)
     found = _open(args, pick_device(args.device))
     _check_sampler(args, found.denoiser.schedule.T)
     denoiser, labels = _conditioned(args, found)
-    check("--batch-size", args.batch_size, int, 1)
     way = Way(args.sampler, args.steps, args.spacing, tuple(labels), args.batch_size)
     made = edit(replace(found, denoiser=denoiser), way).permute(0, 2, 3, 1).numpy()
     images.save_many(args.out, made, [f"{i:03d}" for i in range(len(made))], columns=min(len(made), 16))
@@ -1085,10 +1085,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         less = "fewer images at once (--batch-size) take less, in training also --accumulate and --checkpointing"
         print(f"ddpm: the memory is full; {less}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        resumes = ("evaluate", "calibrate", "paper")
-        more = "; whole batches that were done are kept, the same command goes on" if arguments[0] in resumes else ""
-        print(f"ddpm: interrupted{more}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("; ".join(["ddpm: interrupted", *map(str, error.args)]), file=sys.stderr)
         return 130
 
 

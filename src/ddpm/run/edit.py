@@ -14,7 +14,7 @@ from ddpm import editing, kernels, pixels
 from ddpm.errors import InputError
 from ddpm.files import images
 from ddpm.files.checkpoints import Checkpoint
-from ddpm.noise import mix, per_image
+from ddpm.noise import Noise, mix, per_image
 from ddpm.presets import Preset
 from ddpm.run.generate import in_turn, visited
 from ddpm.samplers import SAMPLERS, Step, named
@@ -49,6 +49,18 @@ class Way:
             parts = (steps(range(n)[i : i + self.batch_size]) for i in range(0, n, self.batch_size))
             return torch.cat([_last(part, progress) for part in parts])
 
+    def versions(
+        self, x: Tensor, n: int, seed: int, steps: Callable[[Tensor, Noise, Tensor | None], Iterator[Step]],
+        progress: bool,
+    ) -> Tensor:  # fmt: skip
+        """`images` of x [1, C, H, W], a seed and a class each: what steps(x, noise, y) comes to."""
+
+        def some(i: range) -> Iterator[Step]:
+            noise = per_image([seed + k for k in i], x.shape[1:], x.device)
+            return steps(x.expand(len(i), -1, -1, -1), noise, self.labels(i, x.device))
+
+        return self.images(n, some, progress)
+
 
 def redraw(
     found: Checkpoint,
@@ -70,14 +82,10 @@ def redraw(
     t = T // 2 if t is None else t
     x0 = pixels.to_signal(_read(image, found.preset)).to(device)[None]
     levels, run = way.levels(found, t), named(way.sampler).run
-
-    def drawn(i: range) -> Iterator[Step]:
-        noise = per_image([seed + k for k in i], found.preset.shape, device)
-        x = x0.expand(len(i), -1, -1, -1)
-        return editing.redraw(found.denoiser, x, t, noise, levels, way.labels(i, device), run)
-
     if iterations == 0:
-        return way.images(n, drawn, progress)
+        return way.versions(
+            x0, n, seed, lambda x, noise, y: editing.redraw(found.denoiser, x, t, noise, levels, y, run), progress
+        )
     if SAMPLERS[way.sampler].noisy:
         quiet = ", ".join(name for name, sampler in SAMPLERS.items() if not sampler.noisy)
         raise InputError(f"sampler {way.sampler}: draws noise, which inversion knows nothing of; want {quiet}")
@@ -87,13 +95,8 @@ def redraw(
         return pixels.to_pixels(x0).expand(n, -1, -1, -1).cpu()
     with kernels.frozen():
         *_, up = editing.invert(found.denoiser, x0, levels, t, iterations)
-
-    def back(i: range) -> Iterator[Step]:
-        noise = per_image([seed + k for k in i], found.preset.shape, device)
-        x, y = up.x.expand(len(i), -1, -1, -1), way.labels(i, device)
-        return run(found.denoiser.unclipped(), x, noise, levels, y, t)
-
-    return way.images(n, back, progress)
+    free = found.denoiser.unclipped()
+    return way.versions(up.x, n, seed, lambda x, noise, y: run(free, x, noise, levels, y, t), progress)
 
 
 def interpolate(
@@ -142,7 +145,7 @@ def inpaint(
     settings out of range.
     """
     device = found.denoiser.schedule.alpha_bar.device
-    x0 = pixels.to_signal(_read(image, found.preset)).to(device)
+    x0 = pixels.to_signal(_read(image, found.preset)).to(device)[None]
     made = _read_mask(mask, image, found.preset).to(device)
     T = found.denoiser.schedule.T
     if way.sampler == "ancestral" and way.steps is None:
@@ -152,13 +155,11 @@ def inpaint(
     if len(levels) == 1:  # there is nothing to go up to
         resample = 1
     run = named(way.sampler).run
-
-    def filled(i: range) -> Iterator[Step]:
-        noise = per_image([seed + k for k in i], found.preset.shape, device)
-        x, y = x0.expand(len(i), -1, -1, -1), way.labels(i, device)
-        return editing.inpaint(found.denoiser, x, made[None], noise, levels, jump, resample, y, run)
-
-    return way.images(n, filled, progress)
+    return way.versions(
+        x0, n, seed,
+        lambda x, noise, y: editing.inpaint(found.denoiser, x, made[None], noise, levels, jump, resample, y, run),
+        progress,
+    )  # fmt: skip
 
 
 def _last(way: Iterator[Step], progress: bool) -> Tensor:

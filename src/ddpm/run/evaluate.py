@@ -84,10 +84,13 @@ def _in_parts(
     parts = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     files = [folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors" for rows in parts]
     with _bar(len(ranks.mine(len(parts))), what, "batch", progress) as bar:
-        for i in ranks.mine(len(parts)):
-            if not files[i].is_file():
-                checkpoints.save_tensors(files[i], make(parts[i]))
-            bar.update()
+        try:
+            for i in ranks.mine(len(parts)):
+                if not files[i].is_file():
+                    checkpoints.save_tensors(files[i], make(parts[i]))
+                bar.update()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("whole batches that were done are kept, the same command goes on") from None
     ranks.any(False)  # all parts are there
     return files
 
