@@ -24,6 +24,7 @@ import torch
 from machine import header
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm import kernels
 from ddpm.files import atomic, datasets
 from ddpm.files.checkpoints import Checkpoint, with_variance
 from ddpm.presets import PRESETS, Preset, build
@@ -73,7 +74,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "narrow-then-wide": {"width": 64, "multipliers": (1, 2), "blocks": 1},
     "three-levels": {"multipliers": (1, 1, 1), "blocks": 1},
 }
-CALLS = 50  # of DDIM
 
 
 def variant(base: Preset, name: str, seed: int, images: int) -> Preset:
@@ -87,7 +87,7 @@ def variant(base: Preset, name: str, seed: int, images: int) -> Preset:
 def mflop(preset: Preset) -> float:
     """Of one network call for one image, forward, in millions of operations; a multiply-add is two."""
     network = build(replace(preset, precision="float32")).network
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with kernels.disabled(), FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, *preset.shape), torch.zeros(1, dtype=torch.int64))
     return counter.get_total_flops() / 1e6
 
@@ -119,11 +119,11 @@ def measure(run: Path, data: tuple[datasets.Images, datasets.Images], args: argp
     found = opened(run, device)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     training, held_out = ([line for line in log if key in line] for key in ("loss", "held_out"))
-    samples = run / f"samples-{found.step}-{args.samples}.npz"
+    samples = run / f"samples-{found.step}-{args.samples}-{args.calls}.npz"
     if not samples.is_file():
         shape, size = found.preset.shape, args.batch_size
         denoiser = found.denoiser.to(device)
-        made = generate(denoiser, shape, range(args.samples), "ddim", CALLS, size, device, progress=True)
+        made = generate(denoiser, shape, range(args.samples), "ddim", args.calls, size, device, progress=True)
         with atomic.whole(samples) as part, part.open("wb") as file:
             np.savez(file, made.permute(0, 2, 3, 1).numpy())
     result = {
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=64_000, help="trained on, over all steps")
     parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--calls", type=int, default=50, help="of the network a sample, by DDIM")
     parser.add_argument("--quality", type=Path)
     parser.add_argument("--levels", type=int, default=5, help="an image, that the bound is estimated from")
     parser.add_argument("--nll-images", type=int, default=500)
@@ -186,12 +187,12 @@ def main() -> None:
                 continue
             if train(preset, run).interrupted:
                 sys.exit(130)
-            about = {"variant": name, "seed": seed, "samples": args.samples, "commit": args.commit}
+            about = {"variant": name, "seed": seed, "samples": args.samples, "calls": args.calls, "commit": args.commit}
             atomic.write_json(file, about | measure(run, data, args))
             results = [json.loads(one.read_text()) for one in sorted(args.out.glob("*/recipe.json"))]
             atomic.write_json(args.out / "recipe.json", results)
             settings = (
-                f"- {args.preset}, {args.images:,} images a run; {args.samples} samples by DDIM in {CALLS} calls; "
+                f"- {args.preset}, {args.images:,} images a run; {args.samples} samples by DDIM in {args.calls} calls; "
                 f"bits/dim of {args.nll_images} held-out images from {args.levels} levels of each"
             )
             record = f"{header(args.commit, 'a seed a run, ± half the range')}\n{settings}\n\n{table(results)}"

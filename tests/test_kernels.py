@@ -2,7 +2,9 @@
 
 import copy
 import threading
+import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -15,8 +17,22 @@ from torch import Tensor, nn
 from ddpm import kernels
 from ddpm.unet import UNet, convolve
 
-needs = pytest.mark.skipif(not kernels.ready(), reason="no AMX, or no C compiler")
-BF16 = 2.0**-8  # spacing of bfloat16 at 1
+KINDS = [
+    pytest.param(
+        dtype,
+        marks=pytest.mark.skipif(not kernels.ready(dtype), reason=f"no {source.needs}, or no C compiler"),
+        id=str(dtype).removeprefix("torch."),
+    )
+    for dtype, source in kernels.SOURCES.items()
+]
+both = pytest.mark.parametrize("dtype", KINDS)
+# Relative error to allow: bfloat16's spacing, and what F(4x4, 3x3) and sums over thousands of terms add to float32's.
+ERROR = {torch.bfloat16: 2.0**-8, torch.float32: 2e-6, torch.float64: 4e-15}
+
+
+def computing(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Convolutions inside are computed in dtype."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -26,19 +42,19 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def layers(c_in: int, c_out: int, kernel: int) -> tuple[nn.Conv2d, nn.GroupNorm]:
+def layers(c_in: int, c_out: int, kernel: int, dtype: torch.dtype) -> tuple[nn.Conv2d, nn.GroupNorm]:
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
     norm = nn.GroupNorm(min(32, c_in // 4) if c_in % 32 == 0 else 1, c_in, eps=1e-6)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    return conv, norm
+    return conv.to(kernels.SOURCES[dtype].weights), norm.to(kernels.SOURCES[dtype].weights)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@needs
+@both
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 9), height=st.integers(1, 20), width=st.integers(1, 36),
@@ -47,31 +63,33 @@ def relative(a: Tensor, b: Tensor) -> float:
     resident=st.booleans(), last=st.booleans(), threads=st.integers(1, 3), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_equals_the_plain_path_in_float64(
-    batch: int, height: int, width: int, c_in: int, c_out: int, kernel: int, normed: bool, swish: bool, added: bool,
-    resident: bool, last: bool, threads: int, seed: int,
+    dtype: torch.dtype, batch: int, height: int, width: int, c_in: int, c_out: int, kernel: int, normed: bool,
+    swish: bool, added: bool, resident: bool, last: bool, threads: int, seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    conv, norm = layers(c_in, c_out, kernel)
+    conv, norm = layers(c_in, c_out, kernel, dtype)
     if last:
         conv.to(memory_format=torch.channels_last)
     normed = normed and c_in % 32 == 0
     swish = swish and normed
     added, resident = added and c_out % 32 == 0, resident and c_out % 32 == 0
-    x = (2 * torch.randn(batch, c_in, height, width) + 0.5).bfloat16()
-    add = torch.randn(batch, c_out) if added else None
-    residual = torch.randn(batch, c_out, height, width).bfloat16() if resident else None
-    dout = torch.randn(batch, c_out, height, width).bfloat16()
+    x = (2 * torch.randn(batch, c_in, height, width) + 0.5).to(dtype)
+    add = torch.randn(batch, c_out, dtype=conv.weight.dtype) if added else None
+    residual = torch.randn(batch, c_out, height, width).to(dtype) if resident else None
+    dout = torch.randn(batch, c_out, height, width).to(dtype)
 
-    def run(dtype: torch.dtype) -> list[Tensor]:
-        c, n = copy.deepcopy(conv).to(dtype), copy.deepcopy(norm).to(dtype)
+    def run(exact: bool) -> list[Tensor]:
+        c, n = (copy.deepcopy(layer).to(torch.float64 if exact else layer.weight.dtype) for layer in (conv, norm))
+        assert isinstance(c, nn.Conv2d)
+        assert isinstance(n, nn.GroupNorm)
         inputs = [
-            None if i is None else i.to(dtype if dtype == torch.float64 else i.dtype).requires_grad_()
-            for i in (x.clone(), None if add is None else add.clone(), None if residual is None else residual.clone())
+            None if i is None else i.clone().to(torch.float64 if exact else i.dtype).requires_grad_()
+            for i in (x, add, residual)
         ]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        with kernels.disabled() if exact else computing(dtype):
             assert inputs[0] is not None
-            assert kernels.usable(inputs[0], c) == (dtype == torch.float32)
+            assert kernels.usable(inputs[0], c) != exact
             out = convolve(c, inputs[0], n if normed else None, swish, add=inputs[1], residual=inputs[2])
         out.backward(dout.to(out.dtype))
         wanted = [*inputs, c.weight, c.bias, *([n.weight, n.bias] if normed else [])]
@@ -82,25 +100,25 @@ def test_equals_the_plain_path_in_float64(
     # The output, and gradients of norms, are sums that may cancel, of terms of these sizes.
     size = float(conv.weight.detach().norm()) / c_out**0.5
     of_out, of_a_norm = size * (batch * height * width * c_out) ** 0.5, size * float(dout.float().norm())
-    for i, (ours, plain) in enumerate(zip(run(torch.float32), run(torch.float64), strict=True)):
+    for i, (ours, plain) in enumerate(zip(run(False), run(True), strict=True)):
         terms = of_out if i == 0 else of_a_norm if normed and plain.shape == norm.bias.shape else 0.0
-        assert (ours - plain).norm() < 4 * BF16 * max(float(plain.norm()), terms)
+        assert (ours - plain).norm() < 4 * ERROR[dtype] * max(float(plain.norm()), terms)
 
 
-@needs
+@both
 @given(
     batch=st.integers(2, 8), size=st.sampled_from([4, 8, 16]), threads=st.integers(1, 3), rows=st.data(),
     kernel=st.sampled_from([1, 3]),
 )  # fmt: skip
 @settings(max_examples=20, deadline=None)
 def test_an_image_depends_on_nothing_else_to_the_bit(
-    batch: int, size: int, threads: int, rows: st.DataObject, kernel: int
+    dtype: torch.dtype, batch: int, size: int, threads: int, rows: st.DataObject, kernel: int
 ) -> None:
     """Not on the batch, its place in it, or the number of threads: the codec needs that."""
     torch.manual_seed(batch)
-    conv, norm = layers(64, 96, kernel)
-    x = torch.randn(batch, 64, size, size).bfloat16()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    conv, norm = layers(64, 96, kernel, dtype)
+    x = torch.randn(batch, 64, size, size).to(dtype)
+    with torch.no_grad(), computing(dtype):
         torch.set_num_threads(1)
         whole = convolve(conv, x, norm, swish=True)
         torch.set_num_threads(threads)
@@ -109,17 +127,17 @@ def test_an_image_depends_on_nothing_else_to_the_bit(
         assert torch.equal(convolve(conv, x[one : one + 1], norm, swish=True), whole[one : one + 1])
 
 
-@needs
-def test_dropout_keeps_its_share_and_its_mean_and_has_the_gradient_of_its_own_mask() -> None:
+@both
+def test_dropout_keeps_its_share_and_its_mean_and_has_the_gradient_of_its_own_mask(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    conv, norm = layers(64, 64, 1)
+    conv, norm = layers(64, 64, 1, dtype)
     with torch.no_grad():
         conv.weight.copy_(torch.eye(64)[:, :, None, None])
         conv.bias.zero_()  # type: ignore[union-attr]
         norm.weight.zero_()
         norm.bias.fill_(2.0)  # so that what is dropped is swish(2) everywhere, to a constant
-    x = torch.randn(32, 64, 16, 16).bfloat16().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    x = torch.randn(32, 64, 16, 16).to(dtype).requires_grad_()
+    with computing(dtype):
         torch.manual_seed(1)
         out = convolve(conv, x, norm, swish=True, dropout=0.3)
         torch.manual_seed(1)
@@ -130,30 +148,32 @@ def test_dropout_keeps_its_share_and_its_mean_and_has_the_gradient_of_its_own_ma
     dropped = (out == 0).float()
     n = dropped.numel()
     assert abs(float(dropped.mean()) - 0.3) < 5 * (0.21 / n) ** 0.5
-    assert torch.allclose(out[out != 0].float(), F.silu(torch.tensor(2.0)) / 0.7, rtol=2 * BF16)
+    assert torch.allclose(out[out != 0].double(), F.silu(torch.tensor(2.0).double()) / 0.7, rtol=2 * ERROR[dtype])
     flat = dropped - dropped.mean()
     for axis in (0, 1, 2, 3):  # neighbours are independent
         correlation = float((flat * flat.roll(1, axis)).mean() / flat.square().mean())
         assert abs(correlation) < 5 / n**0.5
     out.float().sum().backward()
     assert norm.bias.grad is not None
-    slope = torch.sigmoid(torch.tensor(2.0)) * (1 + 2 * (1 - torch.sigmoid(torch.tensor(2.0))))
-    kept = (1 - dropped).sum((0, 2, 3))
-    assert torch.allclose(norm.bias.grad, kept * slope / 0.7, rtol=4 * BF16)
+    at_2 = torch.tensor(2.0, dtype=norm.weight.dtype).sigmoid()
+    slope = at_2 * (1 + 2 * (1 - at_2))
+    kept = (1 - dropped).to(slope).sum((0, 2, 3))
+    assert torch.allclose(norm.bias.grad, kept * slope / 0.7, rtol=4 * ERROR[dtype])
 
 
-def network(bf16: bool = True) -> UNet:
+def network(dtype: torch.dtype) -> UNet:
     torch.manual_seed(0)
-    net = UNet(3, width=32, multipliers=(1, 2), blocks=1, attention=(1,), bf16=bf16)
+    net = UNet(3, width=32, multipliers=(1, 2), blocks=1, attention=(1,), bf16=dtype == torch.bfloat16)
+    net.to(kernels.SOURCES[dtype].weights)
     for p in net.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
     return net
 
 
-@needs
-def test_the_network_is_as_far_from_float32_as_the_plain_bf16_path() -> None:
-    net, exact = network(), network(bf16=False)
+@both
+def test_the_network_is_as_far_from_float64_as_the_plain_path(dtype: torch.dtype) -> None:
+    net = network(dtype)
     x, t = torch.randn(4, 3, 16, 16), torch.arange(4)
 
     def run(net: UNet) -> list[Tensor]:
@@ -162,17 +182,17 @@ def test_the_network_is_as_far_from_float32_as_the_plain_bf16_path() -> None:
         out.square().mean().backward()
         return [out.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
 
-    truth, ours = run(exact), run(net)
+    truth, ours = run(network(torch.float32).double()), run(net)
     with kernels.disabled():
         plain = run(net)
     most = max(float(a.norm()) for a in truth)
     for a, b, c in zip(truth, ours, plain, strict=True):  # a bias ahead of a norm of one channel has no gradient
-        assert (b - a).norm() < 1.5 * (c - a).norm() + BF16 * max(float(a.norm()), 1e-3 * most)
+        assert (b - a).norm() < 1.5 * (c - a).norm() + ERROR[dtype] * max(float(a.norm()), 1e-3 * most)
 
 
-@needs
-def test_packed_weights_are_kept_while_frozen_and_no_longer() -> None:
-    net, x, t = network(), torch.randn(1, 3, 8, 8), torch.ones(1, dtype=torch.int64)
+@both
+def test_packed_weights_are_kept_while_frozen_and_no_longer(dtype: torch.dtype) -> None:
+    net, x, t = network(dtype), torch.randn(1, 3, 8, 8), torch.ones(1, dtype=torch.int64)
     weights = list(net.parameters())
 
     def change() -> None:  # in place and unseen by torch's version counters
@@ -197,19 +217,19 @@ def test_packed_weights_are_kept_while_frozen_and_no_longer() -> None:
             assert not torch.equal(net(x, t), first)
 
 
-@needs
-def test_a_mean_far_from_zero_costs_no_digits() -> None:
+@both
+def test_a_mean_far_from_zero_costs_no_digits(dtype: torch.dtype) -> None:
     """E[x^2] - mean^2 in float32 would: of 100 standard deviations, 1%."""
     torch.manual_seed(0)
-    conv, norm = layers(64, 32, 1)
-    x = (torch.randn(2, 64, 16, 16) + 100 * torch.randn(64)[:, None, None].sign()).bfloat16()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    conv, norm = layers(64, 32, 1, dtype)
+    x = (torch.randn(2, 64, 16, 16) + 100 * torch.randn(64)[:, None, None].sign()).to(dtype)
+    with torch.no_grad(), computing(dtype):
         ours = convolve(conv, x, norm)
     plain = conv.double()(norm.double()(x.double()))
-    assert relative(ours, plain) < 4 * BF16
+    unavoidable = 100 * torch.finfo(dtype).eps + 100**2 * torch.finfo(torch.float64).eps  # of x, and of float64 sums
+    assert relative(ours, plain.detach()) < 4 * ERROR[dtype] + unavoidable
 
 
-@needs
 def test_one_threads_frozen_weights_are_not_anothers() -> None:
     inside, leave = threading.Event(), threading.Event()
 
@@ -229,11 +249,11 @@ def test_one_threads_frozen_weights_are_not_anothers() -> None:
     assert kernels._frozen.get() is None
 
 
-@needs
-def test_gradients_only_of_what_is_wanted_and_none_of_second_order() -> None:
-    conv, norm = layers(32, 32, 3)
-    x = torch.randn(1, 32, 4, 4).bfloat16().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+@both
+def test_gradients_only_of_what_is_wanted_and_none_of_second_order(dtype: torch.dtype) -> None:
+    conv, norm = layers(32, 32, 3, dtype)
+    x = torch.randn(1, 32, 4, 4).to(dtype).requires_grad_()
+    with computing(dtype):
         conv.requires_grad_(False)
         out = convolve(conv, x, norm, swish=True)
         (first,) = torch.autograd.grad(out.float().square().sum(), x, create_graph=True)
@@ -242,20 +262,21 @@ def test_gradients_only_of_what_is_wanted_and_none_of_second_order() -> None:
             first.sum().backward()
 
 
-def test_what_the_kernels_cannot_do_runs_plainly() -> None:
+@both
+def test_what_the_kernels_cannot_do_runs_plainly(dtype: torch.dtype) -> None:
     x = torch.randn(1, 32, 8, 8)
     others: list[dict[str, Any]] = [
         {"stride": 2}, {"padding": 0}, {"padding_mode": "circular"}, {"groups": 2}, {"dilation": 2}, {"bias": False},
-        {"kernel_size": 5, "padding": 2}, {"dtype": torch.bfloat16},
+        {"kernel_size": 5, "padding": 2}, {"dtype": torch.bfloat16}, {"out_channels": kernels.MOST + 1},
     ]  # fmt: skip
-    with torch.autocast("cpu", torch.bfloat16):
+    with computing(dtype):
         for settings in others:
-            conv = nn.Conv2d(32, 32, **{"kernel_size": 3, "padding": 1, **settings})
-            assert not kernels.usable(x, conv), settings
-            assert torch.equal(convolve(conv, x), conv(x)), settings
+            conv = nn.Conv2d(**{"in_channels": 32, "out_channels": 32, "kernel_size": 3, "padding": 1, **settings})
+            input = x.to(conv.weight.dtype)
+            assert not kernels.usable(input, conv), settings
+            assert torch.equal(convolve(conv, input), conv(input)), settings
         nothing = x[:0]
         assert convolve(nn.Conv2d(32, 32, 3, padding=1), nothing).shape == nothing.shape
-    assert not kernels.usable(x, nn.Conv2d(32, 32, 3, padding=1))  # float32 stays exact
 
 
 def test_without_a_compiler_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +284,11 @@ def test_without_a_compiler_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CC", "no-such-compiler")
     kernels._library.cache_clear()
     try:
-        assert not kernels.ready()
-        assert network()(torch.randn(1, 3, 8, 8), torch.ones(1, dtype=torch.int64)).isfinite().all()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for dtype in kernels.SOURCES:
+                assert not kernels.ready(dtype)
+        for dtype in kernels.SOURCES:
+            assert network(dtype)(torch.randn(1, 3, 8, 8), torch.ones(1, dtype=torch.int64)).isfinite().all()
     finally:
         kernels._library.cache_clear()

@@ -254,7 +254,8 @@ class Denoiser:
             inner = replace(self, network=self.network.network).to(device)
             return replace(inner, network=replace(self.network, network=inner.network))
         if isinstance(self.network, nn.Module):
-            ours = torch.device(device).type == "cpu" and getattr(self.network, "bf16", False) and kernels.ready()
+            computes = getattr(self.network, "computes", None)  # a UNet's
+            ours = torch.device(device).type == "cpu" and computes in kernels.SOURCES and kernels.ready(computes)
             last = ours or torch.device(device).type == "cuda"
             layout = torch.channels_last if last else torch.contiguous_format
             self.network.to(device, memory_format=layout)  # type: ignore[call-overload]

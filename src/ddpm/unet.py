@@ -147,11 +147,12 @@ class Downsample(nn.Module):
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.conv = conv(c_in, c_out, stride=2, padding=0)
+        self.conv = conv(c_in, c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
-        return out
+        if kernels.usable(x, self.conv) and not torch.is_autocast_enabled("cpu"):
+            return convolve(self.conv, x)[:, :, 1::2, 1::2]  # four times as much, at a quarter of the price
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
 
 
 class Upsample(nn.Module):
@@ -271,6 +272,11 @@ class UNet(nn.Module):
             self.up.append(stage(outer + skips.pop(), c := outer, level=-1))
         self.norm_out = norm(c, groups_of(outer))
         self.conv_out = conv(c, out_channels or channels, scale=1e-10)
+
+    @property
+    def computes(self) -> torch.dtype:
+        """What convolutions are computed in."""
+        return torch.bfloat16 if self.bf16 else self.conv_in.weight.dtype
 
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
         check_size(x.shape[-2:], self.levels)

@@ -1,6 +1,7 @@
-"""Norm, swish, dropout and convolution in one pass on CPUs with AMX: kernels.c, compiled at first use.
+"""Norm, swish, dropout and convolution in one pass on x86-64 CPUs: C, compiled at first use.
 
-Nothing needs this: where there is no such CPU or no C compiler, `ready` is false and unet.py's plain path runs.
+amx.c computes in bfloat16 on AMX tiles, winograd.c in float32 or float64 with a quarter of a 3x3's multiplications.
+Nothing needs them: where there is no such CPU or no C compiler, `ready` is false and unet.py's plain path runs.
 """
 
 import ctypes
@@ -16,28 +17,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-march=sapphirerapids", "-mprefer-vector-width=512", "-fno-math-errno", "-fopenmp", "-fPIC")
+FLAGS = ("-O3", "-fno-math-errno", "-fopenmp", "-fPIC")
 PLANE = 32  # channels that lie together; more come in multiples of it
+MOST = 4096  # channels
+
+
+class Source(NamedTuple):
+    """A file here, how it is compiled, and for which CPUs."""
+
+    file: str
+    flags: tuple[str, ...]
+    needs: str
+    weights: torch.dtype  # of weights, sums and gradients of weights
+    points: int  # numbers that a channel's 3x3 is packed into
+
+
+SOURCES = {
+    torch.bfloat16: Source(
+        "amx.c", ("-march=sapphirerapids", "-mprefer-vector-width=512"), "amx_bf16", torch.float32, 9
+    ),
+    torch.float32: Source("winograd.c", ("-march=x86-64-v3",), "avx2", torch.float32, 36),
+    torch.float64: Source("winograd.c", ("-march=x86-64-v3", "-DDOUBLE"), "avx2", torch.float64, 36),
+}
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be had."""
-    if sys.platform != "linux" or not torch.cpu.get_capabilities().get("amx_bf16"):
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled kernels that compute in `dtype`; None where they cannot be had."""
+    file, flags, needs, *_ = SOURCES[dtype]
+    source, flags = Path(__file__).with_name(file), (*flags, *FLAGS)
+    if sys.platform != "linux" or not torch.cpu.get_capabilities().get(needs):
         return None
+    slow = f"{str(dtype).removeprefix('torch.')} is about half as fast on this CPU"
     compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
     if compiler is None:
-        warnings.warn("no C compiler (CC, gcc, cc): bf16 is about half as fast on this CPU", stacklevel=2)
+        warnings.warn(f"no C compiler (CC, gcc, cc): {slow}", stacklevel=2)
         return None
-    name = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
+    name = hashlib.sha256(source.read_bytes() + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm"
         path = home / f"kernels-{name}.so"
@@ -45,21 +68,21 @@ def _library() -> ctypes.CDLL | None:
             home.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=home) as folder:
                 made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-                subprocess.run([compiler, *FLAGS, "-c", SOURCE, "-o", made], check=True, capture_output=True)
+                subprocess.run([compiler, *flags, "-c", source, "-o", made], check=True, capture_output=True)
                 # Linked without -fopenmp: the threads are then those of torch's own OpenMP, not a second set.
                 subprocess.run([compiler, "-shared", made, "-o", linked], check=True, capture_output=True)
                 ctypes.CDLL(str(linked))  # what does not load is not kept
                 linked.rename(path)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home
-        warnings.warn(f"{SOURCE.name} cannot be used ({error}): bf16 is about half as fast on this CPU", stacklevel=2)
+        warnings.warn(f"{file} cannot be used ({error}): {slow}", stacklevel=2)
         return None
     return library if library.ready() else None
 
 
-def ready() -> bool:
-    """Whether this machine has them."""
-    return _library() is not None
+def ready(dtype: torch.dtype) -> bool:
+    """Whether this machine has those that compute in a dtype of SOURCES."""
+    return _library(dtype) is not None
 
 
 _disabled = ContextVar("_disabled", default=False)
@@ -75,24 +98,31 @@ def disabled() -> Iterator[None]:
         _disabled.reset(token)
 
 
+def _computes(x: Tensor) -> torch.dtype:
+    """What a convolution of x is computed in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
 def usable(x: Tensor, layer: nn.Conv2d) -> bool:
-    """Whether `convolution` can do this: bfloat16 computation on a CPU with AMX, and a plain 3x3 or 1x1."""
-    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    """Whether `convolution` can do this: computation in a dtype that is `ready`, and a plain 3x3 or 1x1."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or _disabled.get():
         return False
-    if _disabled.get() or not ready():
+    dtype = _computes(x)
+    if dtype not in SOURCES or not ready(dtype):
         return False
     square, edge = layer.kernel_size, (layer.kernel_size[0] // 2,) * 2
     plain = square in ((1, 1), (3, 3)) and layer.padding == edge and layer.padding_mode == "zeros"
     plain = plain and layer.stride == layer.dilation == (1, 1) and layer.groups == 1 and layer.bias is not None
-    return plain and layer.weight.dtype == torch.float32 and x.numel() > 0
+    plain = plain and max(layer.weight.shape[:2]) <= MOST
+    return plain and layer.weight.dtype == SOURCES[dtype].weights and x.numel() > 0
 
 
 class _Before(ctypes.Structure):
-    """What comes before the convolution; `before` of kernels.c. Without gamma nothing does."""
+    """What comes before the convolution; `before` of the C files. Without gamma nothing does."""
 
     _fields_ = (
         ("gamma", ctypes.c_void_p), ("beta", ctypes.c_void_p), ("mean", ctypes.c_void_p), ("rstd", ctypes.c_void_p),
-        ("eps", ctypes.c_float), ("keep", ctypes.c_float), ("groups", ctypes.c_long), ("swish", ctypes.c_long),
+        ("eps", ctypes.c_double), ("keep", ctypes.c_double), ("groups", ctypes.c_long), ("swish", ctypes.c_long),
         ("seed", ctypes.c_uint64),
     )  # fmt: skip
 
@@ -104,9 +134,9 @@ def _before(gamma: Tensor | None, beta: Tensor | None, stats: Tensor, *settings:
     return _Before(*(t.data_ptr() for t in (gamma, beta, *stats)), *settings)
 
 
-def _call(name: str, *args: Tensor | _Before | int | None) -> None:
-    """A function of kernels.c; tensors go as pointers, None as NULL."""
-    library = _library()
+def _call(dtype: torch.dtype, name: str, *args: Tensor | _Before | int | None) -> None:
+    """A function of the kernels that compute in `dtype`; tensors go as pointers, None as NULL."""
+    library = _library(dtype)
     assert library is not None
     plain: list[Any] = []
     for a in args:
@@ -119,7 +149,7 @@ def _call(name: str, *args: Tensor | _Before | int | None) -> None:
     getattr(library, name)(*plain)
 
 
-Packed: TypeAlias = dict[tuple[int, str], tuple[Tensor, Tensor]]
+Packed: TypeAlias = dict[tuple[int, torch.dtype, str], tuple[Tensor, Tensor]]
 """Weights, and what `_pack` made of them."""
 _frozen: ContextVar[Packed | None] = ContextVar("_frozen", default=None)
 
@@ -138,16 +168,17 @@ def frozen(packed: Packed | None = None) -> Iterator[None]:
         _frozen.reset(token)
 
 
-def _pack(w: Tensor, name: str = "pack") -> Tensor:
-    """The weights [O, I, k, k] as the kernels read them, bfloat16."""
-    packed = _frozen.get()
-    if packed is not None and (id(w), name) in packed:
-        return packed[id(w), name][1]
-    size = _up(w.shape[0]) * _up(w.shape[1]) * w[0, 0].numel()
-    out = torch.empty(size, dtype=torch.bfloat16, device="cpu")
-    _call(name, w.contiguous(memory_format=torch.channels_last), out, *w.shape[:2], w[0, 0].numel())
+def _pack(w: Tensor, dtype: torch.dtype, name: str = "pack") -> Tensor:
+    """The weights [O, I, k, k] as the kernels read them."""
+    packed, key = _frozen.get(), (id(w), dtype, name)
+    if packed is not None and key in packed:
+        return packed[key][1]
+    taps = w[0, 0].numel()
+    size = _up(w.shape[0]) * _up(w.shape[1]) * (1 if taps == 1 else SOURCES[dtype].points)
+    out = torch.empty(size, dtype=dtype, device="cpu")
+    _call(dtype, name, w.contiguous(memory_format=torch.channels_last), out, *w.shape[:2], taps)
     if packed is not None:
-        packed[id(w), name] = w, out  # with w, so that its id stays its own
+        packed[key] = w, out  # with w, so that its id stays its own
     return out
 
 
@@ -156,22 +187,22 @@ def _up(channels: int) -> int:
     return -(-channels // PLANE) * PLANE
 
 
-def _planes(x: Tensor) -> Tensor:
-    """x as the kernels read it: bfloat16, channels last, with zeros up to a multiple of a plane."""
+def _planes(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as the kernels read it: channels last, with zeros up to a multiple of a plane."""
     if missing := -x.shape[1] % PLANE:
         x = F.pad(x, (0, 0, 0, 0, 0, missing))
-    return x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _like(x: Tensor, channels: int) -> Tensor:
-    """Room for an image of so many channels for each of x, bfloat16."""
+    """Room for an image of so many channels for each of x."""
     B, _, H, W = x.shape
-    return torch.empty((B, channels, H, W), dtype=torch.bfloat16, device="cpu", memory_format=torch.channels_last)
+    return torch.empty((B, channels, H, W), dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
 
 
-def _floats(*shape: int) -> Tensor:
-    """Zeros, whatever torch's default type and device are."""
-    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Zeros for what is summed or like weights, where convolutions are computed in dtype."""
+    return torch.zeros(shape, dtype=SOURCES[dtype].weights, device="cpu")
 
 
 class _Convolution(torch.autograd.Function):
@@ -180,17 +211,17 @@ class _Convolution(torch.autograd.Function):
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor, gamma: Tensor | None, beta: Tensor | None, add: Tensor | None,
         residual: Tensor | None, groups: int, eps: float, swish: bool, dropout: float,
     ) -> Tensor:  # fmt: skip
-        ctx.channels = x.shape[1]
-        x = _planes(x)
+        ctx.channels, dtype = x.shape[1], _computes(x)
+        x = _planes(x, dtype)
         (B, I, H, W), O = x.shape, _up(len(w))
-        stats = _floats(2, B, groups)
+        stats = _zeros(dtype, 2, B, groups)
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout else 0
         settings = eps, 1 - dropout, groups, swish, seed
         out = _like(x, O)
         bias = F.pad(bias, (0, O - len(w)))
-        added = None if add is None else add.float().contiguous()
-        resident = None if residual is None else _planes(residual)
-        _call("forward", x, out, _pack(w), bias, added, resident, B, H, W, I, O, w[0, 0].numel(),
+        added = None if add is None else add.to(w.dtype).contiguous()
+        resident = None if residual is None else _planes(residual, dtype)
+        _call(dtype, "forward", x, out, _pack(w, dtype), bias, added, resident, B, H, W, I, O, w[0, 0].numel(),
               _before(gamma, beta, stats, *settings))  # fmt: skip
         ctx.save_for_backward(x, w, gamma, beta, stats)
         ctx.settings, ctx.has_add, ctx.has_residual = settings, add is not None, residual is not None
@@ -200,20 +231,21 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, w, gamma, beta, stats = ctx.saved_tensors
-        dout = _planes(dout)
+        dtype = x.dtype
+        dout = _planes(dout, dtype)
         (B, I, H, W), (O, taps) = x.shape, (dout.shape[1], w[0, 0].numel())
         before = _before(gamma, beta, stats, *ctx.settings)
         y, dx, back = x, None, None
         if gamma is not None:
             y = _like(x, I)
         if ctx.needs_input_grad[0] or gamma is not None:
-            dx, back = _like(x, I), _pack(w, "pack_transposed")
-        norms, dadd = _floats(2, B, I), _floats(B, O)
-        _call("backward_data", dout, x, dx, y, back, norms[0], norms[1], dadd, B, H, W, I, O, taps, before)
+            dx, back = _like(x, I), _pack(w, dtype, "pack_transposed")
+        norms, dadd = _zeros(dtype, 2, B, I), _zeros(dtype, B, O)
+        _call(dtype, "backward_data", dout, x, dx, y, back, norms[0], norms[1], dadd, B, H, W, I, O, taps, before)
         dw = None
         if ctx.needs_input_grad[1]:
-            dw = _floats(O, *w.shape[2:], I).permute(0, 3, 1, 2)
-            _call("backward_weight", dout, y, dw, B, H, W, I, O, taps)
+            dw = _zeros(dtype, O, *w.shape[2:], I).permute(0, 3, 1, 2)
+            _call(dtype, "backward_weight", dout, y, dw, B, H, W, I, O, taps)
             dw = dw if dw.shape == w.shape else dw[: len(w), : w.shape[1]]  # a whole one is taken without a copy
         dgamma, dbeta = norms.sum(1) if gamma is not None else (None, None)
         return (
@@ -231,7 +263,7 @@ def convolution(
     add: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """layer(dropout(swish(norm(x)))) + add + residual, as `unet.convolve`, bfloat16; where it is `usable`.
+    """layer(dropout(swish(norm(x)))) + add + residual, as `unet.convolve`; where it is `usable`.
 
     x [B, I, H, W], add [B or 1, O], residual and result [B, O, H, W]; norm, add and residual want channels in
     multiples of 32, swish a norm, and dropout both. What each image comes to depends on nothing else, to the bit: not

@@ -65,7 +65,7 @@ static inline __m512 sigmoid(__m512 u) {
 typedef struct {
     const float *gamma, *beta;
     float *mean, *rstd; /* [B, groups] */
-    float eps, keep;    /* keep: 1 - the dropout probability */
+    double eps, keep;   /* keep: 1 - the dropout probability */
     long groups, swish;
     uint64_t seed;
 } before;
