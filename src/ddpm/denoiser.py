@@ -255,7 +255,7 @@ class Denoiser:
             return replace(inner, network=replace(self.network, network=inner.network))
         if isinstance(self.network, nn.Module):
             computes = getattr(self.network, "computes", None)  # a UNet's
-            ours = torch.device(device).type == "cpu" and computes in kernels.SOURCES and kernels.ready(computes)
+            ours = torch.device(device).type == "cpu" and kernels.ready(computes)
             last = ours or torch.device(device).type == "cuda"
             layout = torch.channels_last if last else torch.contiguous_format
             self.network.to(device, memory_format=layout)  # type: ignore[call-overload]

@@ -26,11 +26,9 @@ def _xavier(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def conv(
-    c_in: int, c_out: int, kernel: int = 3, stride: int = 1, padding: int | None = None, scale: float = 1.0
-) -> nn.Conv2d:
+def conv(c_in: int, c_out: int, kernel: int = 3, scale: float = 1.0) -> nn.Conv2d:
     """A convolution as the official code initialises it; `scale` 1e-10 starts it at nearly nothing."""
-    layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2 if padding is None else padding)
+    layer = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
     _xavier(layer, scale)
     return layer
 

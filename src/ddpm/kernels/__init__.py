@@ -53,6 +53,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled kernels that compute in `dtype`; None where they cannot be had."""
     file, flags, needs, *_ = SOURCES[dtype]
     source, flags = Path(__file__).with_name(file), (*flags, *FLAGS)
+    text = source.read_bytes() + source.with_name("common.h").read_bytes()
     if sys.platform != "linux" or not torch.cpu.get_capabilities().get(needs):
         return None
     slow = f"{str(dtype).removeprefix('torch.')} is about half as fast on this CPU"
@@ -60,7 +61,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     if compiler is None:
         warnings.warn(f"no C compiler (CC, gcc, cc): {slow}", stacklevel=2)
         return None
-    name = hashlib.sha256(source.read_bytes() + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
+    name = hashlib.sha256(text + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm"
         path = home / f"kernels-{name}.so"
@@ -80,9 +81,9 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return library if library.ready() else None
 
 
-def ready(dtype: torch.dtype) -> bool:
-    """Whether this machine has those that compute in a dtype of SOURCES."""
-    return _library(dtype) is not None
+def ready(dtype: torch.dtype | None) -> bool:
+    """Whether there are kernels that compute in dtype, and this machine has them."""
+    return dtype in SOURCES and _library(dtype) is not None
 
 
 _disabled = ContextVar("_disabled", default=False)
@@ -108,7 +109,7 @@ def usable(x: Tensor, layer: nn.Conv2d) -> bool:
     if x.device.type != "cpu" or torch.compiler.is_compiling() or _disabled.get():
         return False
     dtype = _computes(x)
-    if dtype not in SOURCES or not ready(dtype):
+    if not ready(dtype):
         return False
     square, edge = layer.kernel_size, (layer.kernel_size[0] // 2,) * 2
     plain = square in ((1, 1), (3, 3)) and layer.padding == edge and layer.padding_mode == "zeros"

@@ -24,7 +24,10 @@
 #include <unistd.h>
 
 typedef uint16_t bf16;
-enum { MOST_GROUPS = 32, PLANE = 32, REQUEST = 0x1023, TILE_DATA = 18 };
+typedef float real;
+#include "common.h"
+
+enum { MOST_GROUPS = 32, REQUEST = 0x1023, TILE_DATA = 18 };
 
 /* Ask the system for the tiles; 0 where it has none. */
 int ready(void) { return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0; }
@@ -61,14 +64,6 @@ static inline __m512 sigmoid(__m512 u) {
     return _mm512_rcp14_ps(_mm512_add_ps(_mm512_scalef_ps(p, n), _mm512_set1_ps(1)));
 }
 
-/* What comes before the convolution. gamma NULL: nothing does, and y = x. */
-typedef struct {
-    const float *gamma, *beta;
-    float *mean, *rstd; /* [B, groups] */
-    double eps, keep;   /* keep: 1 - the dropout probability */
-    long groups, swish;
-    uint64_t seed;
-} before;
 static const before nothing;
 
 /* Which of the 16 channels from c at `position` (counted over the batch) dropout keeps. */
@@ -116,15 +111,6 @@ static void measure(const bf16 *x, long n, long C, const before *f, long b) {
     }
 }
 
-/* The norm as one factor and one term a channel: scale x + shift. */
-static void affine(const before *f, long b, long c, long C, float *scale, float *shift) {
-    for (int k = 0; k < PLANE; k++) {
-        long g = b * f->groups + (c + k) / (C / f->groups);
-        scale[k] = f->gamma[c + k] * f->rstd[g];
-        shift[k] = f->beta[c + k] - f->mean[g] * scale[k];
-    }
-}
-
 /* How the positions of a group of images lie in `flat`, and the tiles of 16 that cover them. */
 typedef struct {
     long B, H, W, images, groups; /* `images` to a group, the last may have fewer */
@@ -161,19 +147,6 @@ static void dismiss(geometry g) { free(g.start), free(g.pixel); }
 static void taps_of(const geometry *g, long taps, long *offset) {
     for (long t = 0; t < taps; t++) offset[t] = taps == 1 ? 0 : ((t / 3 - 1) * g->row + t % 3 - 1) * PLANE;
 }
-
-/* Room of this thread, kept for the next call. */
-static void *room(int which, size_t bytes) {
-    static __thread struct { void *at; size_t bytes; } rooms[2];
-    if (rooms[which].bytes < bytes) {
-        free(rooms[which].at);
-        rooms[which].at = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
-        rooms[which].bytes = bytes;
-    }
-    return rooms[which].at;
-}
-
-#define INLINE static inline __attribute__((always_inline)) /* so that what is constant at the call costs nothing */
 
 /* A plane of y, of image b [H W, C]. */
 INLINE void lay_plane(const bf16 *x, bf16 *plane, const geometry *g, long C, const before *f, long b, long c,

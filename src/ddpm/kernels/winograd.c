@@ -18,10 +18,8 @@
 #include <immintrin.h>
 #include <omp.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline)) /* so that what is constant at the call costs nothing */
 #ifdef DOUBLE
 typedef double real;
 typedef int64_t ints __attribute__((vector_size(32)));
@@ -35,7 +33,9 @@ enum { TERMS = 7, MANTISSA = 23, LARGE = 87 };
 #define MIN _mm256_min_ps
 #define MAX _mm256_max_ps
 #endif
-enum { LANES = 32 / sizeof(real), BLOCK = 2 * LANES, PLANE = 32, ROWS = 6, SIDE = 6, OUT = 4, MOST = 4096 };
+#include "common.h"
+
+enum { LANES = 32 / sizeof(real), BLOCK = 2 * LANES, ROWS = 6, SIDE = 6, OUT = 4, MOST = 4096 };
 typedef real vec __attribute__((vector_size(32)));
 typedef real loose __attribute__((vector_size(32), aligned(sizeof(real)), may_alias));
 
@@ -45,27 +45,7 @@ INLINE vec all(real x) { return x - (vec){0}; }
 
 int ready(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-/* Room of this thread, kept for the next call. */
-static void *room(int which, size_t bytes) {
-    static __thread struct { void *at; size_t bytes; } rooms[4];
-    if (rooms[which].bytes < bytes) {
-        free(rooms[which].at);
-        rooms[which].at = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
-        rooms[which].bytes = bytes;
-    }
-    return rooms[which].at;
-}
-
 /* -- norm, swish, dropout ------------------------------------------------------------------------------------------ */
-
-/* What comes before the convolution. gamma NULL: nothing does, and y = x. */
-typedef struct {
-    const real *gamma, *beta;
-    real *mean, *rstd; /* [B, groups] */
-    double eps, keep;   /* keep: 1 - the dropout probability */
-    long groups, swish;
-    uint64_t seed;
-} before;
 
 /* 1 / (1 + exp(-u)); exp by 2^n and the Taylor series of what is left, below 0.35. */
 INLINE vec sigmoid(vec u) {
@@ -132,15 +112,6 @@ static void measure(const real *x, long B, long n, long C, const before *f) {
         double mean = s / count, variance = q / count - mean * mean;
         f->mean[g] = mean;
         f->rstd[g] = 1 / __builtin_sqrt((variance > 0 ? variance : 0) + f->eps);
-    }
-}
-
-/* The norm as one factor and one term a channel: scale x + shift. */
-static void affine(const before *f, long b, long c, long C, real *scale, real *shift) {
-    for (int k = 0; k < PLANE; k++) {
-        long g = b * f->groups + (c + k) / (C / f->groups);
-        scale[k] = f->gamma[c + k] * f->rstd[g];
-        shift[k] = f->beta[c + k] - f->mean[g] * scale[k];
     }
 }
 
