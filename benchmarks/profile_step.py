@@ -15,7 +15,7 @@ from typing import Any
 
 import peers
 import record
-from speed import NETWORKS
+from speed import BEST, NETWORKS
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ddpm import samplers
@@ -81,7 +81,7 @@ def programs(network: str, batch: int, precision: Any) -> dict[str, Callable[[],
 def main() -> None:
     parser = record.parser(__doc__, seconds=0)
     parser.add_argument("--network", choices=NETWORKS, default="paper")
-    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
+    parser.add_argument("--precision", choices=("bf16", "float32"), default=BEST)
     parser.add_argument("--batch", type=int, default=16, help="images (%(default)s)")
     args = parser.parse_args()
     values: dict[str, Any] = {}

@@ -1,11 +1,12 @@
 """Training step and forward of the same network: ours against diffusers, and other packages where they are.
 
-    python benchmarks/speed.py [--networks paper small] [--batch 16] [--peer pytorch-ddpm=PATH]
+    python benchmarks/speed.py [--networks paper small] [--batch 16] [--compiled] [--peer pytorch-ddpm=PATH]
 
 `paper` is the CIFAR-10 network of the paper, `small` diffusers' example at 64, 128, 128 channels. All make their own
 loop's whole step on the same images: noise, forward, backward, clipping, optimiser, average of the weights; `ddpm
-train` is the program itself, with its data and log. diffusers' float32 row is its default; its bf16 rows have the fused
-optimiser and average too. Nothing of pytorch-ddpm or improved-diffusion is here: --peer names a checkout of yours.
+train` is the program itself, with its data and log. bf16 is measured where the CPU multiplies it. diffusers' first row
+is its default; the others have the fused optimiser and average too, and --compiled adds torch.compile, which takes
+minutes. Nothing of pytorch-ddpm or improved-diffusion is here: --peer names a checkout of yours.
 """
 
 import argparse
@@ -22,17 +23,29 @@ import torch
 from torch import nn
 
 from ddpm import kernels
-from ddpm.presets import Preset
+from ddpm.presets import Precision, Preset
+from ddpm.run.distributed import pick_precision
 
 NETWORKS: dict[str, tuple[Preset, Callable[[Preset], nn.Module]]] = {
     "paper": (peers.PAPER, peers.paper_network),
     "small": (peers.SMALL, peers.example_network),
 }
-TRAINING = {
-    "diffusers float32 (its default)": {},
-    "diffusers bf16": {"autocast": True, "quick": True},
-    "diffusers bf16 channels-last": {"autocast": True, "quick": True, "channels_last": True},
-}
+BEST = pick_precision("auto", torch.device("cpu"))
+"""What `ddpm train` takes here."""
+OURS: tuple[Precision, ...] = ("float32", "bf16") if BEST == "bf16" else ("float32",)
+MAIN = f"ours {BEST}"
+
+
+def theirs_settings(compiled: bool = False) -> dict[str, dict[str, bool]]:
+    """How diffusers is run: its default, then what is meant to be quicker."""
+    found = {"diffusers float32 (its default)": {}}
+    for precision in OURS:
+        quick = {"quick": True, "autocast": precision == "bf16"}
+        found[f"diffusers {precision}" + (", fused" if precision == "float32" else "")] = quick
+        found[f"diffusers {precision} channels-last"] = quick | {"channels_last": True}
+    if compiled:
+        found[f"diffusers {BEST} compiled"] = {"quick": True, "autocast": BEST == "bf16", "compiled": True}
+    return found
 
 
 def others(checkouts: dict[str, Path]) -> tuple[dict[str, tuple[nn.Module, peers.Call]], dict[str, str]]:
@@ -45,33 +58,35 @@ def others(checkouts: dict[str, Path]) -> tuple[dict[str, tuple[nn.Module, peers
     return found | {"denoising-diffusion-pytorch": lucid}, missing
 
 
-def training_cases(preset: Preset, theirs: Callable[[Preset], nn.Module], count: int, steps: int = 4) -> dict[str, Any]:
+def training_cases(
+    preset: Preset, theirs: Callable[[Preset], nn.Module], count: int, compiled: bool = False, steps: int = 4
+) -> dict[str, Any]:
     x0 = peers.batch(preset, count)
-    cases: dict[str, record.Case] = {
-        "ours float32": partial(peers.Ours(preset, "float32").step, x0),
-        "ours bf16": partial(peers.Ours(preset, "bf16").step, x0),
-        "ours bf16, `ddpm train`": partial(peers.trained, preset, count, steps),
-    }
-    for name, settings in TRAINING.items():
+    cases: dict[str, record.Case] = {f"ours {name}": partial(peers.Ours(preset, name).step, x0) for name in OURS}
+    cases[f"{MAIN}, `ddpm train`"] = partial(peers.trained, preset, count, steps, BEST)
+    for name, settings in theirs_settings(compiled).items():
         cases[name] = partial(peers.Theirs(theirs(preset), **settings).step, x0)
     return cases
 
 
-def forward_cases(preset: Preset, theirs: Callable[[Preset], nn.Module], count: int) -> dict[str, record.Case]:
+def forward_cases(
+    preset: Preset, theirs: Callable[[Preset], nn.Module], count: int, compiled: bool = False
+) -> dict[str, record.Case]:
     x, timestep = peers.batch(preset, count), torch.arange(count) * 999 // count
     cases: dict[str, record.Case] = {}
-    for name in ("float32", "bf16"):
+    for name in OURS:
         ours = peers.Ours(preset, name)
         ours.network.eval()
         cases[f"ours {name}"] = partial(without_gradient, ours.forward, x, timestep)
-    for name, settings in TRAINING.items():
+    for name, settings in theirs_settings(compiled).items():
         loop = peers.Theirs(theirs(preset), **settings)
         loop.network.eval()
         cases[name] = partial(without_gradient, loop.forward, x, timestep)
-    for name, last in (("diffusers bf16 weights", False), ("diffusers bf16 weights channels-last", True)):
-        loop = peers.Theirs(theirs(preset).to(torch.bfloat16), channels_last=last)
-        loop.network.eval()
-        cases[name] = partial(without_gradient, loop.forward, x.to(torch.bfloat16), timestep)
+    if BEST == "bf16":
+        for name, last in (("diffusers bf16 weights", False), ("diffusers bf16 weights channels-last", True)):
+            loop = peers.Theirs(theirs(preset).to(torch.bfloat16), channels_last=last)
+            loop.network.eval()
+            cases[name] = partial(without_gradient, loop.forward, x.to(torch.bfloat16), timestep)
     return cases
 
 
@@ -83,8 +98,8 @@ def without_gradient(function: peers.Call, x: torch.Tensor, timestep: torch.Tens
 def other_cases(found: dict[str, tuple[nn.Module, peers.Call]], count: int, forward: bool) -> dict[str, record.Case]:
     x, timestep, cases = peers.batch(peers.PAPER, count), torch.arange(count), {}
     for name, (network, call) in found.items():
-        for kind, settings in (("float32", {}), ("bf16", {"autocast": True, "quick": True})):
-            loop = peers.Theirs(network, call=call, **settings)
+        for kind in OURS:
+            loop = peers.Theirs(network, call=call, quick=True, autocast=kind == "bf16")
             loop.network.train(not forward)
             step = partial(without_gradient, loop.forward, x, timestep) if forward else partial(loop.step, x)
             cases[f"{name} {kind}"] = step
@@ -92,23 +107,23 @@ def other_cases(found: dict[str, tuple[nn.Module, peers.Call]], count: int, forw
 
 
 def summary(found: dict[str, list[float]], count: int) -> tuple[dict[str, Any], str]:
-    """JSON and a table: images/s, seconds a call, and how many times faster ours in bf16 is."""
+    """JSON and a table: images/s, seconds a call, and how many times faster ours is in the precision it takes here."""
     theirs = [name for name in found if not name.startswith("ours")]
     values = {
         name: {
             "seconds": seconds,
             "images_per_second": record.spread(count / s for s in seconds)._asdict(),
-            "ours_bf16_is_faster_by": record.ratio(found, "ours bf16", name)._asdict(),
+            "ours_is_faster_by": record.ratio(found, MAIN, name)._asdict(),
         }
         for name, seconds in found.items()
     }
     rows = [
-        (name, record.spread(count / s for s in seconds), record.ratio(found, "ours bf16", name))
+        (name, record.spread(count / s for s in seconds), record.ratio(found, MAIN, name))
         for name, seconds in found.items()
     ]
     best = record.fastest(found, theirs)
-    text = record.table(["", "images/s", "ours bf16 is faster by"], rows)
-    return values, f"{text}\nOurs in bf16 against the fastest other, {best}: {record.ratio(found, 'ours bf16', best)}\n"
+    text = record.table(["", "images/s", f"{MAIN} is faster by"], rows)
+    return values, f"{text}\n{MAIN.capitalize()} against the fastest other, {best}: {record.ratio(found, MAIN, best)}\n"
 
 
 def main() -> None:
@@ -116,6 +131,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--parts", nargs="+", choices=("training", "forward"), default=["training", "forward"])
     parser.add_argument("--batch", type=int, default=16, help="images (%(default)s)")
+    parser.add_argument("--compiled", action="store_true", help="diffusers through torch.compile, too")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="a checkout; may be repeated")
     args = parser.parse_args()
     checkouts = {name: Path(path) for name, _, path in (text.partition("=") for text in args.peer)}
@@ -136,7 +152,7 @@ def main() -> None:
 def measured(
     name: str, part: str, more: dict[str, tuple[nn.Module, peers.Call]], args: argparse.Namespace
 ) -> tuple[dict[str, Any], str]:
-    cases = (training_cases if part == "training" else forward_cases)(*NETWORKS[name], args.batch)
+    cases = (training_cases if part == "training" else forward_cases)(*NETWORKS[name], args.batch, args.compiled)
     cases |= other_cases(more, args.batch, part == "forward")
     with kernels.frozen() if part == "forward" else nullcontext():  # as when sampling
         found = record.interleave(cases, args.repeats, args.seconds)

@@ -140,16 +140,19 @@ def test_both_steps_train(settings):
     assert any(not torch.equal(a, b) for a, b in zip(average, ours.averaged, strict=True))
 
 
-def test_speed(tiny, capsys):
+def test_speed(tiny):
     cases = speed.training_cases(tiny, peers.example_network, 2, steps=1)
-    del cases["ours float32"], cases["diffusers bf16"]
-    found = record.interleave(cases, 1, 0)
+    assert {speed.MAIN, f"{speed.MAIN}, `ddpm train`", "diffusers float32 (its default)"} < set(cases)
+    found = record.interleave({name: cases[name] for name in cases if speed.BEST in name}, 1, 0)
     values, text = speed.summary(found, 2)
-    assert values["ours bf16"]["ours_bf16_is_faster_by"]["median"] == 1
+    assert values[speed.MAIN]["ours_is_faster_by"]["median"] == 1
     assert "`ddpm train`" in text
-    assert "Ours in bf16 against the fastest other, diffusers" in text
-    cases = speed.forward_cases(tiny, peers.example_network, 2)
-    cases["ours bf16"](), cases["diffusers bf16 weights channels-last"]()
+    assert f"{speed.MAIN.capitalize()} against the fastest other, diffusers" in text
+    assert "compiled" not in text
+    assert any("compiled" in name for name in speed.theirs_settings(compiled=True))
+    for name, case in speed.forward_cases(tiny, peers.example_network, 2).items():
+        if speed.BEST in name:
+            case()
 
 
 def test_peers_that_are_not_here_have_a_reason(tmp_path, monkeypatch):
