@@ -5,6 +5,7 @@ Every script takes --repeats, --seconds, --threads, --plain and --out, and leave
 
 import argparse
 import functools
+import inspect
 import json
 import math
 import os
@@ -145,6 +146,20 @@ class Parts:
                 setattr(owner, attribute, function)
 
     def _wrapped(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        if inspect.isgeneratorfunction(function):  # its time is that of what it yields
+
+            @functools.wraps(function)
+            def each(*args: Any, **kwargs: Any) -> Iterator[Any]:
+                items, end = function(*args, **kwargs), object()
+                while True:
+                    with self(part):
+                        item = next(items, end)
+                    if item is end:
+                        return
+                    yield item
+
+            return each
+
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             with self(part):

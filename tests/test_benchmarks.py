@@ -92,6 +92,19 @@ def test_parts_count_their_own_time_only():
     assert 0.01 <= parts.seconds["outer"] < 0.03 <= parts.seconds["inner"]
 
 
+def test_a_generators_part_is_what_it_does_itself():
+    def each():
+        for i in range(3):
+            time.sleep(0.01)
+            yield i
+
+    parts, owner = record.Parts(), argparse.Namespace(each=each)
+    with parts.timing((owner, "each", "inner")), parts("outer"):
+        for _ in owner.each():
+            time.sleep(0.02)
+    assert 0.03 <= parts.seconds["inner"] < 0.06 <= parts.seconds["outer"]
+
+
 def test_a_record_says_of_what_it_is(tmp_path, capsys):
     args = record.parser("").parse_args(["--out", str(tmp_path), "--plain"])
     args.data = "/a/secret/path"

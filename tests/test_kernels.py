@@ -125,6 +125,8 @@ def test_an_image_depends_on_nothing_else_to_the_bit(
         one = rows.draw(st.integers(0, batch - 1))
         assert torch.equal(convolve(conv, x, norm, swish=True), whole)
         assert torch.equal(convolve(conv, x[one : one + 1], norm, swish=True), whole[one : one + 1])
+        with kernels.frozen():  # weights are transformed before, not on the way
+            assert torch.equal(convolve(conv, x[one : one + 1], norm, swish=True), whole[one : one + 1])
 
 
 @both

@@ -182,7 +182,7 @@ class Tables:
         spreads, weights = self._mixture
         sigmas = np.ldexp(sigma, spreads[:, None])[..., None]  # [parts, m, 1]
         edges = np.zeros((len(mean), 257), np.int64)
-        edges[:, 1:256] = np.tensordot(weights, entropy.cdf((_between() - mean[:, None]) / sigmas), 1)
+        edges[:, 1:256] = (weights[:, None, None] * entropy.cdf((_between() - mean[:, None]) / sigmas)).sum(0)
         edges[:, 256] = _MIXTURE << 32
         return entropy.frequencies(np.diff(edges))
 

@@ -11,7 +11,7 @@ but within one picture. The last band's come to nothing.
 """
 
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -161,17 +161,15 @@ def index_bits(group: Group, scale: int, part: NDArray[np.bool_], tables: Tables
     return group.chunks(scale, int(part.sum()), tables.bits).bits
 
 
-def races(
+def drawn(
     group: Group, scale: int, true: Array, x0: Array, part: NDArray[np.bool_], tables: Tables, *keys: int
-) -> Iterator[reverse.Race]:
-    """Of the chunks of a band: what may be taken for x_s ~ q(x_s | x_t, x_0); `true` is x_0, `x0` is x0^."""
-    if not part.any():
-        return
+) -> reverse.Draw:
+    """x_s ~ q(x_s | x_t, x_0) of a band; `true` is x_0, `x0` is x0^."""
     c_0, _, variance_q = group.coefficients
     chunks = group.chunks(scale, int(part.sum()), tables.bits).number
     variance_p = group.variance(scale)
     mean = c_0 * (true - x0)[part] / np.sqrt(variance_p)
-    yield from reverse.races(mean, variance_q / variance_p, chunks, index_bits(group, scale, part, tables), *keys)
+    return reverse.Draw(mean, variance_q / variance_p, chunks, index_bits(group, scale, part, tables), keys)
 
 
 def encode_group(
@@ -187,7 +185,8 @@ def encode_group(
         banded = group.banded(there.size)
         for band, part in enumerate(parts(there, group)):
             keys = (seed, tile, group.t, band)
-            chances = races(group, scale, true[tile], x0[tile], part, tables, *keys)
+            some = [drawn(group, scale, true[tile], x0[tile], part, tables, *keys)] if part.any() else []
+            chances = reverse.races(*some)
             if banded:
                 chosen = [pickers[tile][band].pick(race) for race in chances]
             else:
@@ -252,12 +251,16 @@ def lent(
     state: int,
 ) -> bytes:
     """The message that the picks of a tile's band were made by, once its pixels are known, x_0 [C, H, W] of which."""
-    slots = []
     part = parts(real[tile])[band]
-    for one in told:
-        scale, indices = one.sent.scales[tile], one.sent.indices[tile][band].tolist()
-        chances = races(one.group, scale, true, one.x0(tile), part, tables, seed, tile, one.group.t, band)
-        slots += [race.slot(index) for race, index in zip(chances, indices, strict=True)]
+    some = [
+        drawn(one.group, one.sent.scales[tile], true, one.x0(tile), part, tables, seed, tile, one.group.t, band)
+        for one in told
+        if part.any()
+    ]
+    order = sorted(range(len(some)), key=lambda i: some[i].bits)  # those of one table together
+    chances = reverse.races(*[some[i] for i in order])
+    found = {i: [next(chances).slot(index) for index in told[i].sent.indices[tile][band].tolist()] for i in order}
+    slots = [slot for i in range(len(some)) for slot in found[i]]
     return reverse.returned(state, slots, _PICKS, seed, tile, band)
 
 

@@ -5,7 +5,7 @@ fitted on training images, say most of it: the mean of a pixel is x0^ plus a lin
 of the pixels to the left and above, and of the colours before it. So the chain may stop at a much higher level.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,20 +33,22 @@ def counts(channels: int) -> list[int]:
     return [channel + channels * len(_ABOVE) for channel in range(channels)]
 
 
-def _known(errors: Array, channel: int, y: NDArray[np.int64], x: NDArray[np.int64]) -> Iterator[Array]:
-    """The errors [n, m] that those of a channel at (y, x) are predicted from; `errors` [n, C, ..] has a border of 1."""
-    for before in range(channel):
-        yield errors[:, before, y + 1, x + 1]
-    for other in range(errors.shape[1]):
-        for down, right in _ABOVE:
-            yield errors[:, other, y + 1 + down, x + 1 + right]
+def _known(errors: Array, channel: int, y: NDArray[np.int64], x: NDArray[np.int64]) -> Array:
+    """The errors [k, n, m] that those of a channel at (y, x) are predicted from; `errors` [n, C, ..] has a border of 1.
+
+    First those of the channels before, then of each channel the neighbours'.
+    """
+    down, right = np.array(_ABOVE).T[:, :, None]
+    around = errors[:, :, y + 1 + down, x + 1 + right]  # [n, C, neighbours, m]
+    before = errors[:, :channel, y + 1, x + 1]
+    return np.concatenate([before.swapaxes(0, 1), around.reshape(len(errors), -1, len(y)).swapaxes(0, 1)])
 
 
-def _predicted(weights: tuple[float, ...], known: Iterator[Array]) -> Array:
+def _predicted(weights: tuple[float, ...], known: Array) -> Array:
     """Their sum, one product at a time, so that IEEE 754 fixes it."""
-    total = np.zeros(())
-    for weight, error in zip(weights, known, strict=True):
-        total = total + weight * error
+    total = np.zeros(known.shape[1:])
+    for product in np.array(weights)[:, None, None] * known:
+        total += product
     return total
 
 
@@ -63,7 +65,7 @@ def fit(errors: Array) -> tuple[tuple[float, ...], ...]:
     wide = np.pad(errors, ((0, 0), (0, 0), (1, 1), (1, 1)))
     found = []
     for channel in range(channels):
-        known = np.stack([k.ravel() for k in _known(wide, channel, y, x)], 1)
+        known = _known(wide, channel, y, x).reshape(counts(channels)[channel], -1).T
         square = known.T @ known
         square += 1e-6 * np.trace(square) * np.eye(len(square)) + 1e-12 * np.eye(len(square))
         found.append(tuple(np.linalg.solve(square, known.T @ errors[:, channel, y, x].ravel()).tolist()))

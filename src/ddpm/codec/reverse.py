@@ -15,6 +15,7 @@ integers all along, float64 holding them exactly, so that they are the same on e
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -47,10 +48,6 @@ def _powers() -> Integers:
     if found != _POWERS:
         raise RuntimeError(f"powers of two of {found} instead of {_POWERS}: this platform rounds otherwise")
     return table
-
-
-def _row(number: int) -> NDArray[np.float32]:
-    return shared.normals(WIDTH, _ROWS, first=number * (WIDTH // 16))  # Philox counts in 16 draws
 
 
 @functools.lru_cache(maxsize=32)
@@ -90,7 +87,7 @@ def draw(indices: Integers, dims: int, bits: int, *keys: int) -> NDArray[np.floa
     """
     place, sign = _layout(dims, len(indices), keys)
     numbers = (indices[:, None] + _first(place.shape[:2], bits, keys)) & ((1 << bits) - 1)
-    rows = np.stack([_row(int(number)) for number in numbers.ravel()]).reshape(place.shape)
+    rows = shared.quantiles()[shared.rows16(WIDTH, numbers.ravel(), _ROWS)].reshape(place.shape)
     z = np.zeros(dims)
     z[place[sign != 0]] = (rows * sign)[sign != 0]
     return z
@@ -110,53 +107,78 @@ class Race(NamedTuple):
         return int(self.frequency[i]), int(self.frequency[:i].sum())
 
 
-def races(mean: NDArray[np.float64], variance: float, chunks: int, bits: int, *keys: int) -> Iterator[Race]:
-    """Of each chunk, whose candidates stand for N(mean, variance): mean [dims], variance in (0, 1].
+class Draw(NamedTuple):
+    """What the candidates of `chunks` chunks stand for: N(mean, variance), mean [dims], variance in (0, 1]; `keys` as
+    of `draw`."""
+
+    mean: NDArray[np.float64]
+    variance: float
+    chunks: int
+    bits: int
+    keys: tuple[int, ...]
+
+
+def races(*draws: Draw) -> Iterator[Race]:
+    """Of each chunk of each. All are weighed together, which takes less than one after the other.
 
     The larger 2^bits is beside 2^KL of a chunk, the nearer is the `draw` of one that is taken by its chance.
 
     >>> picker = Picker(b"", 7)
-    >>> taken = [picker.pick(race) for race in races(np.full(64, 2.0), 0.5, 16, 14, 7)]
+    >>> taken = [picker.pick(race) for race in races(Draw(np.full(64, 2.0), 0.5, 16, 14, (7,)))]
     >>> abs(float(draw(np.array(taken), 64, 14, 7).mean()) - 2) < 0.4
     True
     """
-    place, sign = _layout(len(mean), chunks, keys)
-    first = _first(place.shape[:2], bits, keys)
-    # log w = -|z - m|^2 / (2 rho^2) + |z|^2 / 2, but for a constant: z . m / rho^2 + |z|^2 (1 - 1 / rho^2) / 2
-    most = float(1 << 15)
-    slope = np.where(sign != 0, mean[place], 0.0) * sign / variance * (_LOG2_E * _SLOPE)
-    slope = np.rint(slope.clip(-most, most))
-    curve = max(np.rint((1 - 1 / variance) / 2 * (_LOG2_E * _SLOPE)), -most * 32)
-    some = max(1, _HELD >> bits)  # chunks at a time
-    for begin in range(0, chunks, some):
-        part = np.s_[begin : begin + some]
-        for log_w in _log_weights(slope[part], curve, sign[part], first[part], bits):
+    for bits, some in groupby(draws, lambda one: one.bits):
+        for log_w in _log_weights([block for one in some for block in _blocks(one)], bits):
             below = (log_w.max() - log_w) / (_UNIT * _SLOPE // _STEPS)
             candidates = np.flatnonzero(below < _LEAST * _STEPS)
             steps = below[candidates].astype(np.int64)
-            yield Race(candidates, frequencies(_powers()[steps % _STEPS] >> steps // _STEPS))
+            yield Race(candidates, frequencies(_powers()[steps & _STEPS - 1] >> (steps >> _STEPS.bit_length() - 1)))
 
 
-def _log_weights(
-    slope: NDArray[np.float64], curve: float, sign: NDArray[np.float32], first: Integers, bits: int
-) -> NDArray[np.float64]:
-    """log2 w of all candidates of some chunks, [chunks, 2^bits], whole numbers; but for a constant of each chunk."""
+class _Block(NamedTuple):
+    """64 dimensions of a chunk, log2 w = slope . z + curve |z|^2: slope [64] and curve, whole numbers."""
+
+    slope: NDArray[np.float64]
+    curve: float
+    there: int  # of the 64
+    first: int  # the row that index 0 means
+    last: bool  # of its chunk
+
+
+def _blocks(one: Draw) -> Iterator[_Block]:
+    place, sign = _layout(len(one.mean), one.chunks, one.keys)
+    first = _first(place.shape[:2], one.bits, one.keys)
+    # log w = -|z - m|^2 / (2 rho^2) + |z|^2 / 2, but for a constant: z . m / rho^2 + |z|^2 (1 - 1 / rho^2) / 2
+    most = float(1 << 15)
+    slope = np.where(sign != 0, one.mean[place], 0.0) * sign / one.variance * (_LOG2_E * _SLOPE)
+    slope = np.rint(slope.clip(-most, most))
+    curve = max(float(np.rint((1 - 1 / one.variance) / 2 * (_LOG2_E * _SLOPE))), -most * 32)
+    there = np.count_nonzero(sign, axis=2)
+    for chunk in range(one.chunks):
+        for block in range(last := place.shape[1]):
+            at = chunk, block
+            yield _Block(slope[at], curve, int(there[at]), int(first[at]), block == last - 1)
+
+
+def _log_weights(blocks: list[_Block], bits: int) -> Iterator[NDArray[np.float64]]:
+    """log2 w of all candidates of each chunk, [2^bits], whole numbers; but for a constant of the chunk."""
     rows, squares = _table(bits)
-    chunks, blocks = first.shape
-    log_w = np.zeros((chunks, 1 << bits))
-    some = max(1, _HELD // (chunks << bits))  # blocks at a time, not one by one: the table is long
-    for begin in range(0, blocks, some):
-        part = np.s_[:, begin : begin + some]
+    log_w, bend = np.zeros(1 << bits), np.empty(1 << bits)
+    some = max(1, _HELD >> bits)  # blocks at a time, not one by one: the table is long
+    room = torch.empty((min(some, len(blocks)), 1 << bits), dtype=torch.float64)  # once: new memory costs as much again
+    for begin in range(0, len(blocks), some):
+        part = blocks[begin : begin + some]
+        slopes = torch.from_numpy(np.stack([block.slope for block in part]))
         # By torch: NumPy's threads wait by spinning, in the way of the network's, which is called between products.
-        products = torch.from_numpy(slope[part].reshape(-1, WIDTH)) @ torch.from_numpy(rows)
-        by_block = products.numpy().reshape(chunks, -1, 1 << bits)
-        for total, *each in zip(log_w, by_block, sign[part], first[part], strict=True):
-            for product, there, start in zip(*each, strict=True):
-                product += curve * squares[np.count_nonzero(there)]
-                total[: len(total) - start] += product[start:]
-                total[len(total) - start :] += product[:start]
-        del products, by_block  # before there are the next ones
-    return log_w
+        products = torch.mm(slopes, torch.from_numpy(rows), out=room[: len(part)]).numpy()
+        for product, block in zip(products, part, strict=True):
+            product += np.multiply(squares[block.there], block.curve, out=bend)
+            log_w[: len(log_w) - block.first] += product[block.first :]
+            log_w[len(log_w) - block.first :] += product[: block.first]
+            if block.last:
+                yield log_w
+                log_w = np.zeros(1 << bits)
 
 
 def winner(race: Race, bits: int, *keys: int) -> int:

@@ -36,15 +36,12 @@ class Source(NamedTuple):
     flags: tuple[str, ...]
     needs: str
     weights: torch.dtype  # of weights, sums and gradients of weights
-    points: int  # numbers that a channel's 3x3 is packed into
 
 
 SOURCES = {
-    torch.bfloat16: Source(
-        "amx.c", ("-march=sapphirerapids", "-mprefer-vector-width=512"), "amx_bf16", torch.float32, 9
-    ),
-    torch.float32: Source("winograd.c", ("-march=x86-64-v3",), "avx2", torch.float32, 36),
-    torch.float64: Source("winograd.c", ("-march=x86-64-v3", "-DDOUBLE"), "avx2", torch.float64, 36),
+    torch.bfloat16: Source("amx.c", ("-march=sapphirerapids", "-mprefer-vector-width=512"), "amx_bf16", torch.float32),
+    torch.float32: Source("winograd.c", ("-march=x86-64-v3",), "avx2", torch.float32),
+    torch.float64: Source("winograd.c", ("-march=x86-64-v3", "-DDOUBLE"), "avx2", torch.float64),
 }
 
 
@@ -128,15 +125,17 @@ class _Before(ctypes.Structure):
     )  # fmt: skip
 
 
-def _before(gamma: Tensor | None, beta: Tensor | None, stats: Tensor, *settings: Any) -> _Before:
-    if gamma is None:
+def _before(gamma: Tensor | None, beta: Tensor | None, stats: Tensor | None, *settings: Any) -> _Before:
+    if gamma is None or beta is None or stats is None:
         return _Before(keep=1.0)
-    assert beta is not None
-    return _Before(*(t.data_ptr() for t in (gamma, beta, *stats)), *settings)
+    mean = stats.data_ptr()
+    rstd = mean + stats.numel() // 2 * stats.element_size()
+    return _Before(gamma.data_ptr(), beta.data_ptr(), mean, rstd, *settings)
 
 
-def _call(dtype: torch.dtype, name: str, *args: Tensor | _Before | int | None) -> None:
-    """A function of the kernels that compute in `dtype`; tensors go as pointers, None as NULL."""
+def _call(dtype: torch.dtype, name: str, *args: Tensor | _Before | int | None) -> int:
+    """A function of the kernels that compute in `dtype`; tensors go as pointers, None as NULL. What it returns, if it
+    does."""
     library = _library(dtype)
     assert library is not None
     plain: list[Any] = []
@@ -147,7 +146,8 @@ def _call(dtype: torch.dtype, name: str, *args: Tensor | _Before | int | None) -
             plain.append(ctypes.byref(a))
         else:
             plain.append(ctypes.c_void_p() if a is None else ctypes.c_long(a))
-    getattr(library, name)(*plain)
+    found: int = getattr(library, name)(*plain)
+    return found
 
 
 Packed: TypeAlias = dict[tuple[int, torch.dtype, str], tuple[Tensor, Tensor]]
@@ -169,18 +169,20 @@ def frozen(packed: Packed | None = None) -> Iterator[None]:
         _frozen.reset(token)
 
 
-def _pack(w: Tensor, dtype: torch.dtype, name: str = "pack") -> Tensor:
-    """The weights [O, I, k, k] as the kernels read them."""
-    packed, key = _frozen.get(), (id(w), dtype, name)
-    if packed is not None and key in packed:
-        return packed[key][1]
-    taps = w[0, 0].numel()
-    size = _up(w.shape[0]) * _up(w.shape[1]) * (1 if taps == 1 else SOURCES[dtype].points)
-    out = torch.empty(size, dtype=dtype, device="cpu")
-    _call(dtype, name, w.contiguous(memory_format=torch.channels_last), out, *w.shape[:2], taps)
-    if packed is not None:
-        packed[key] = w, out  # with w, so that its id stays its own
-    return out
+def _pack(w: Tensor, x: Tensor, name: str = "pack") -> tuple[Tensor, int]:
+    """The weights [O, I, k, k] as the kernels read them for images of the shape and dtype of x; and how many numbers
+    each channel's kernel is."""
+    (O, I, kernel, _), (B, _, H, W) = w.shape, x.shape
+    kept, taps = _frozen.get(), kernel * kernel
+    numbers = _call(x.dtype, "packed", B, H, W, taps, kept is not None)
+    key = id(w), x.dtype, name
+    if kept is not None and key in kept:
+        return kept[key][1], numbers
+    out = torch.empty(_up(O) * _up(I) * numbers, dtype=x.dtype, device="cpu")
+    _call(x.dtype, name, w.contiguous(memory_format=torch.channels_last), out, O, I, taps, numbers)
+    if kept is not None:
+        kept[key] = w, out  # with w, so that its id stays its own
+    return out, numbers
 
 
 def _up(channels: int) -> int:
@@ -206,27 +208,40 @@ def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=SOURCES[dtype].weights, device="cpu")
 
 
+def _forward(
+    x: Tensor, w: Tensor, bias: Tensor, gamma: Tensor | None, beta: Tensor | None, add: Tensor | None,
+    residual: Tensor | None, settings: tuple[float, float, int, bool, int],
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The result, x as it was read, and the norm's means and deviations; `settings` as in `_Before`."""
+    dtype = _computes(x)
+    x = _planes(x, dtype)
+    (B, I, H, W), (count, _, kernel, _) = x.shape, w.shape
+    O = _up(count)
+    stats = None if gamma is None else _zeros(dtype, 2, B, settings[2])
+    out = _like(x, O)
+    if O > count:
+        bias = F.pad(bias, (0, O - count))
+    added = None if add is None else add.to(w.dtype).contiguous()
+    resident = None if residual is None else _planes(residual, dtype)
+    weights, numbers = _pack(w, x)
+    _call(dtype, "forward", x, out, weights, bias, added, resident, B, H, W, I, O, kernel * kernel, numbers,
+          _before(gamma, beta, stats, *settings))  # fmt: skip
+    return out if O == count else out[:, :count], x, stats
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor, gamma: Tensor | None, beta: Tensor | None, add: Tensor | None,
         residual: Tensor | None, groups: int, eps: float, swish: bool, dropout: float,
     ) -> Tensor:  # fmt: skip
-        ctx.channels, dtype = x.shape[1], _computes(x)
-        x = _planes(x, dtype)
-        (B, I, H, W), O = x.shape, _up(len(w))
-        stats = _zeros(dtype, 2, B, groups)
+        ctx.channels = x.shape[1]
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout else 0
-        settings = eps, 1 - dropout, groups, swish, seed
-        out = _like(x, O)
-        bias = F.pad(bias, (0, O - len(w)))
-        added = None if add is None else add.to(w.dtype).contiguous()
-        resident = None if residual is None else _planes(residual, dtype)
-        _call(dtype, "forward", x, out, _pack(w, dtype), bias, added, resident, B, H, W, I, O, w[0, 0].numel(),
-              _before(gamma, beta, stats, *settings))  # fmt: skip
+        ctx.settings = eps, 1 - dropout, groups, swish, seed
+        out, x, stats = _forward(x, w, bias, gamma, beta, add, residual, ctx.settings)
         ctx.save_for_backward(x, w, gamma, beta, stats)
-        ctx.settings, ctx.has_add, ctx.has_residual = settings, add is not None, residual is not None
-        return out[:, : len(w)]
+        ctx.has_add, ctx.has_residual = add is not None, residual is not None
+        return out
 
     @staticmethod
     @once_differentiable
@@ -236,13 +251,15 @@ class _Convolution(torch.autograd.Function):
         dout = _planes(dout, dtype)
         (B, I, H, W), (O, taps) = x.shape, (dout.shape[1], w[0, 0].numel())
         before = _before(gamma, beta, stats, *ctx.settings)
-        y, dx, back = x, None, None
+        y, dx, back, numbers = x, None, None, 0
         if gamma is not None:
             y = _like(x, I)
         if ctx.needs_input_grad[0] or gamma is not None:
-            dx, back = _like(x, I), _pack(w, dtype, "pack_transposed")
+            dx = _like(x, I)
+            back, numbers = _pack(w, x, "pack_transposed")
         norms, dadd = _zeros(dtype, 2, B, I), _zeros(dtype, B, O)
-        _call(dtype, "backward_data", dout, x, dx, y, back, norms[0], norms[1], dadd, B, H, W, I, O, taps, before)
+        _call(dtype, "backward_data", dout, x, dx, y, back, norms[0], norms[1], dadd, B, H, W, I, O, taps, numbers,
+              before)  # fmt: skip
         dw = None
         if ctx.needs_input_grad[1]:
             dw = _zeros(dtype, O, *w.shape[2:], I).permute(0, 3, 1, 2)
@@ -281,7 +298,11 @@ def convolution(
     gamma, beta, groups, eps = None, None, 1, 0.0
     if norm is not None:
         gamma, beta, groups, eps = norm.weight, norm.bias, norm.num_groups, norm.eps
+    w, bias = layer.weight, layer.bias
+    assert bias is not None
+    if not torch.is_grad_enabled() and not dropout:  # what autograd does takes as long as a small convolution
+        return _forward(x, w, bias, gamma, beta, add, residual, (eps, 1.0, groups, swish, 0))[0]
     out: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
-        x, layer.weight, layer.bias, gamma, beta, add, residual, groups, eps, swish, dropout
+        x, w, bias, gamma, beta, add, residual, groups, eps, swish, dropout
     )
     return out

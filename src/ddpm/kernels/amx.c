@@ -243,9 +243,12 @@ static void multiply(const bf16 *a0, const bf16 *a1, long C, long plane, const b
     SETTLE;
 }
 
+/* How many numbers `pack` makes of a weight: winograd.c's may be more than there are. */
+long packed(long B, long H, long W, long taps, long kept) { return taps; }
+
 /* Weights w[o, tap, i] to [O/32][I/32][taps][2][16 pairs of i][16 o][2], the order that `multiply` reads them in.
  * O and I are of w; what is missing to a multiple of 32 is 0. */
-void pack(const float *w, bf16 *out, long O, long I, long taps) {
+void pack(const float *w, bf16 *out, long O, long I, long taps, long numbers) {
     __m512i down = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                       _mm512_set1_epi32(64));
     long planes = (I + 31) / 32;
@@ -263,7 +266,7 @@ void pack(const float *w, bf16 *out, long O, long I, long taps) {
 }
 
 /* The same of the weights with o and i exchanged and the taps backwards, for the gradient of the input. */
-void pack_transposed(const float *w, bf16 *out, long O, long I, long taps) {
+void pack_transposed(const float *w, bf16 *out, long O, long I, long taps, long numbers) {
     long planes = (O + 31) / 32;
 #pragma omp parallel for
     for (long c = 0; c < planes; c++)
@@ -304,7 +307,7 @@ static void convolve(const bf16 *flat, const geometry *g, long u, const bf16 *w,
 
 /* out = conv(y, w) + bias + add + residual; w as `pack` leaves it. */
 void forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const float *add, const bf16 *residual, long B,
-             long H, long W, long I, long O, long taps, before *f) {
+             long H, long W, long I, long O, long taps, long numbers, before *f) {
     geometry g = arrange(B, H, W);
     long offset[9], threads = omp_get_max_threads(), parts = (threads + g.groups - 1) / g.groups, blocks = O / 32;
     if (parts > blocks) parts = blocks;
@@ -413,7 +416,7 @@ static void unnorm(bf16 *dy, const bf16 *x, bf16 *dx, bf16 *y, long n, long C, c
  * [B, O]. Without a norm y is x and not written, and dx NULL is not wanted.
  * w: `pack` of the weights with o and i exchanged and the taps flipped. */
 void backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf16 *w, float *dgamma, float *dbeta,
-                   float *dadd, long B, long H, long W, long I, long O, long taps, before *f) {
+                   float *dadd, long B, long H, long W, long I, long O, long taps, long numbers, before *f) {
     geometry g = arrange(B, H, W);
     long offset[9], n = H * W;
     taps_of(&g, taps, offset);

@@ -12,6 +12,8 @@
  *
  * Its points are 0, +-3/4, +-3/2 and infinity: with those the result is within twice the rounding error of the plain
  * sum, where the usual 0, +-1, +-2 lose four times as much. A 1x1 is the same with tiles of one pixel: one product.
+ * Where weights are new in every call and few tiles use one, its G g G^T, four times as long, would be written to memory
+ * and read once: it is made on the way.
  *
  * Sums run in one order, whatever the batch and the number of threads: an image's result depends on nothing else.
  */
@@ -282,85 +284,125 @@ static void gather(const real *m, long rows, const geometry *g, long from, long 
 
 /* -- the products -------------------------------------------------------------------------------------------------- */
 
-/* m [ROWS][BLOCK] = v u, of v ROWS rows, `row` apart, of C channels, planes of them `plane` apart; u [C][BLOCK]. */
-INLINE void multiply(const real *v, long row, long plane, const real *u, long C, real *m) {
+/* m [rows][BLOCK] (+)= v u, of v rows, `row` apart, of C channels, planes of them `plane` apart; u [C][BLOCK]. With
+ * `first` m is written only. */
+INLINE void multiply(const real *v, long row, long plane, const real *u, long C, real *m, int first, int rows) {
     vec sum[ROWS][2] = {{{0}}};
+    for (int r = 0; r < rows && !first; r++) sum[r][0] = load(m + BLOCK * r), sum[r][1] = load(m + BLOCK * r + LANES);
     for (const real *end = u + BLOCK * C; u < end; v += plane)
         for (long c = 0; c < PLANE; c++, u += BLOCK) {
             vec low = load(u), high = load(u + LANES);
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) {
+            for (int r = 0; r < rows; r++) {
                 sum[r][0] += all(v[r * row + c]) * low;
                 sum[r][1] += all(v[r * row + c]) * high;
             }
         }
-    for (int r = 0; r < ROWS; r++) store(m + BLOCK * r, sum[r][0]), store(m + BLOCK * r + LANES, sum[r][1]);
+    for (int r = 0; r < rows; r++) store(m + BLOCK * r, sum[r][0]), store(m + BLOCK * r + LANES, sum[r][1]);
 }
 
-/* G g G^T of weights, [C/BLOCK of lanes][points][C][BLOCK], the order that `multiply` reads them in. A weight is at
+/* The same of any number of rows. */
+static void product(const real *v, long row, long plane, const real *u, long C, real *m, int first, long rows) {
+    for (; rows >= ROWS; rows -= ROWS, v += ROWS * row, m += ROWS * BLOCK)
+        multiply(v, row, plane, u, C, m, first, ROWS);
+    switch (rows) {
+    case 5: multiply(v, row, plane, u, C, m, first, 5); break;
+    case 4: multiply(v, row, plane, u, C, m, first, 4); break;
+    case 3: multiply(v, row, plane, u, C, m, first, 3); break;
+    case 2: multiply(v, row, plane, u, C, m, first, 2); break;
+    case 1: multiply(v, row, plane, u, C, m, first, 1); break;
+    }
+}
+
+/* u [36], `to` apart, of LANES times PLANE weights g [9], `from` apart: both [PLANE][BLOCK]. In one place, so that it is
+ * one arithmetic. */
+static __attribute__((noinline)) void transform(const real *g, long from, real *u, long to) {
+    for (long c = 0; c < PLANE * BLOCK; c += LANES) {
+        vec in[9], half[3 * SIDE], done[SIDE];
+        for (int t = 0; t < 9; t++) in[t] = load(g + t * from + c);
+        for (int k = 0; k < 3; k++) of_weight(in + 3 * k, half + SIDE * k, 1);
+        for (int k = 0; k < SIDE; k++) {
+            of_weight(half + k, done, SIDE);
+            for (int r = 0; r < SIDE; r++) store(u + (r * SIDE + k) * to + c, done[r]);
+        }
+    }
+}
+
+/* Tiles for which the weights are read once. */
+INLINE long chunk_of(long points) { return points == 1 ? 40 * ROWS : 4 * ROWS; }
+
+/* How many numbers `pack` best makes of a weight for such images: its taps, or, where it is `kept` for further calls or
+ * read for many tiles, all that is multiplied with. */
+long packed(long B, long H, long W, long taps, long kept) {
+    geometry g = arrange(B, H, W, taps);
+    return kept || g.tiles > chunk_of(g.points) ? g.points : taps;
+}
+
+/* Weights in the order that `convolve` reads them in, [C/BLOCK of lanes][numbers][C][BLOCK]. A weight is at
  * w[lane, tap, c] by these steps; `lanes` and `channels` there are, what is missing to a multiple of PLANE is 0. */
-static void transform(const real *w, real *out, long lanes, long channels, long lane, long tap, long channel, long taps) {
+static void order(const real *w, real *out, long lanes, long channels, long lane, long tap, long channel, long taps,
+                  long numbers) {
     long blocks = (lanes + PLANE - 1) / PLANE * (PLANE / BLOCK), C = (channels + PLANE - 1) / PLANE * PLANE;
-    long points = taps == 1 ? 1 : SIDE * SIDE;
-#pragma omp parallel for
+#pragma omp parallel for collapse(2)
     for (long o = 0; o < blocks; o++)
-        for (long c = 0; c < C; c++)
-            for (long l = 0; l < BLOCK; l += LANES) {
-                vec g[9] = {{0}}, half[3 * SIDE], done[SIDE];
-                for (long k = 0; k < LANES && c < channels && o * BLOCK + l + k < lanes; k++)
-                    for (long t = 0; t < taps; t++) g[t][k] = w[(o * BLOCK + l + k) * lane + t * tap + c * channel];
-                real *to = out + (o * points * C + c) * BLOCK + l;
-                if (points == 1) {
-                    store(to, g[0]);
-                    continue;
-                }
-                for (int k = 0; k < 3; k++) of_weight(g + 3 * k, half + SIDE * k, 1);
-                for (int k = 0; k < SIDE; k++) {
-                    of_weight(half + k, done, SIDE);
-                    for (int r = 0; r < SIDE; r++) store(to + (r * SIDE + k) * C * BLOCK, done[r]);
-                }
-            }
+        OVER(start, C, PLANE) {
+            real g[9 * PLANE * BLOCK], *to = out + (o * numbers * C + start) * BLOCK;
+            real *at = numbers == taps ? to : g;
+            long step = numbers == taps ? C * BLOCK : PLANE * BLOCK;
+            for (long t = 0; t < taps; t++)
+                for (long c = 0; c < PLANE; c++)
+                    for (long k = 0; k < BLOCK; k++) {
+                        long l = o * BLOCK + k, there = l < lanes && start + c < channels;
+                        at[t * step + c * BLOCK + k] = there ? w[l * lane + t * tap + (start + c) * channel] : 0;
+                    }
+            if (numbers > taps) transform(g, step, to, C * BLOCK);
+        }
 }
 
-/* Of weights w[o, tap, i]. */
-void pack(const real *w, real *out, long O, long I, long taps) { transform(w, out, O, I, taps * I, I, 1, taps); }
+/* Of weights w[o, tap, i]; `numbers` by `packed`. */
+void pack(const real *w, real *out, long O, long I, long taps, long numbers) {
+    order(w, out, O, I, taps * I, I, 1, taps, numbers);
+}
 
 /* The same with o and i exchanged and the taps backwards, for the gradient of the input. */
-void pack_transposed(const real *w, real *out, long O, long I, long taps) {
-    transform(w + (taps - 1) * I, out, I, O, 1, -I, taps * I, taps);
+void pack_transposed(const real *w, real *out, long O, long I, long taps, long numbers) {
+    order(w + (taps - 1) * I, out, I, O, 1, -I, taps * I, taps, numbers);
 }
 
-/* conv(y, w) and what is added to it; I channels of y, u as `pack` leaves it. */
-static void convolve(const real *y, const real *u, const geometry *g, long I, const target *f) {
-    /* A chunk: tiles for which the weights are read once; a group: blocks of channels for which the tiles are. */
-    long points = g->points, rows = points == 1 ? 40 * ROWS : 4 * ROWS, blocks = f->O / BLOCK, group = points == 1 ? 1 : 4;
+/* conv(y, w) and what is added to it; I channels of y, w as `pack` leaves it. */
+static void convolve(const real *y, const real *w, long numbers, const geometry *g, long I, const target *f) {
+    long points = g->points, rows = chunk_of(points), blocks = f->O / BLOCK;
+    long group = points == 1 ? 1 : 4; /* blocks of channels for which the tiles are read once */
     long chunks = (g->tiles + rows - 1) / rows, threads = omp_get_max_threads(), parts = (threads + chunks - 1) / chunks;
+    long late = numbers < points;
     if (parts > blocks) parts = blocks;
 #pragma omp parallel
     {
-        real *own = room(2, sizeof(real) * points * rows * I), *m = room(3, sizeof(real) * points * rows * group * BLOCK);
+        real *own = room(2, sizeof(real) * points * (rows * I + late * PLANE * BLOCK));
+        real *m = room(3, sizeof(real) * points * rows * group * BLOCK), *u = own + points * rows * I;
 #pragma omp for collapse(2) schedule(dynamic)
         for (long chunk = 0; chunk < chunks; chunk++)
             for (long part = 0; part < parts; part++) { /* more threads than chunks: they share the channels */
-                long from = chunk * rows, to = from + rows < g->tiles ? from + rows : g->tiles, there = to - from;
-                long used = (there + ROWS - 1) / ROWS * ROWS, last = blocks * (part + 1) / parts;
-                int direct = points == 1 && used == there; /* then y is read as it lies */
-                const real *v = direct ? y + from * I : own;
-                long row = direct ? I : PLANE, plane = direct ? PLANE : used * PLANE;
-                if (!direct) {
-                    for (long k = 0; k < points * I / PLANE; k++)
-                        memset(own + (k * used + there) * PLANE, 0, sizeof(real) * (used - there) * PLANE);
-                    spread(y, I, g, from, to, own, used, 0);
-                }
+                long from = chunk * rows, to = from + rows < g->tiles ? from + rows : g->tiles, used = to - from;
+                long last = blocks * (part + 1) / parts;
+                const real *v = points == 1 ? y + from * I : own; /* a 1x1 reads y as it lies */
+                long row = points == 1 ? I : PLANE, plane = points == 1 ? PLANE : used * PLANE;
+                if (points > 1) spread(y, I, g, from, to, own, used, 0);
                 for (long o = blocks * part / parts; o < last; o += group) {
                     long end = o + group < last ? o + group : last;
-                    for (long k = 0; k < points; k++)
+#define AT(k, q) m + (((q) - o) * points + (k)) * used * BLOCK
+                    if (late)
                         for (long q = o; q < end; q++)
-                            for (long r = 0; r < used; r += ROWS)
-                                multiply(v + k * used * I + r * row, row, plane, u + (q * points + k) * I * BLOCK, I,
-                                         m + (((q - o) * points + k) * used + r) * BLOCK);
-                    for (long q = o; q < end; q++)
-                        gather(m + (q - o) * points * used * BLOCK, used, g, from, to, f, q * BLOCK);
+                            OVER(c, I, PLANE) {
+                                transform(w + (q * numbers * I + c) * BLOCK, I * BLOCK, u, PLANE * BLOCK);
+                                for (long k = 0; k < points; k++)
+                                    product(v + (k * I + c) * used, row, plane, u + k * PLANE * BLOCK, PLANE, AT(k, q), !c, used);
+                            }
+                    else
+                        for (long k = 0; k < points; k++)
+                            for (long q = o; q < end; q++)
+                                product(v + k * I * used, row, plane, w + (q * numbers + k) * I * BLOCK, I, AT(k, q), 1, used);
+                    for (long q = o; q < end; q++) gather(AT(0, q), used, g, from, to, f, q * BLOCK);
                 }
             }
     }
@@ -368,10 +410,10 @@ static void convolve(const real *y, const real *u, const geometry *g, long I, co
 
 /* out = conv(y, w) + bias + add + residual; w as `pack` leaves it. */
 void forward(const real *x, real *out, const real *w, const real *bias, const real *add, const real *residual, long B,
-             long H, long W, long I, long O, long taps, before *f) {
+             long H, long W, long I, long O, long taps, long numbers, before *f) {
     geometry g = arrange(B, H, W, taps);
     target to = {bias, add, residual, out, O};
-    convolve(activated(x, B, H * W, I, f), w, &g, I, &to);
+    convolve(activated(x, B, H * W, I, f), w, numbers, &g, I, &to);
 }
 
 /* -- the way back -------------------------------------------------------------------------------------------------- */
@@ -453,7 +495,7 @@ static void unnorm(real *dy, const real *x, real *y, long B, long n, long C, con
  * [B, O]. Without a norm y is x and not written, and dx NULL is not wanted.
  * w: `pack` of the weights with o and i exchanged and the taps flipped. */
 void backward_data(const real *dout, const real *x, real *dx, real *y, const real *w, real *dgamma, real *dbeta,
-                   real *dadd, long B, long H, long W, long I, long O, long taps, before *f) {
+                   real *dadd, long B, long H, long W, long I, long O, long taps, long numbers, before *f) {
     geometry g = arrange(B, H, W, taps);
     long n = H * W;
 #pragma omp parallel for collapse(2)
@@ -467,7 +509,7 @@ void backward_data(const real *dout, const real *x, real *dx, real *y, const rea
                 for (int k = 0; k < PARTS; k++) store(to + LANES * k, load(to + LANES * k) + s[k]);
             }
     target to = {NULL, NULL, NULL, dx, I};
-    if (dx) convolve(dout, w, &g, O, &to);
+    if (dx) convolve(dout, w, numbers, &g, O, &to);
     if (f->gamma) unnorm(dx, x, y, B, n, I, f, dgamma, dbeta);
 }
 
