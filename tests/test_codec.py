@@ -241,7 +241,7 @@ def drawn(take, pad, bits=4, dims=6, count=1500):
     mean = np.full(dims, math.sqrt(2 * math.log(2) * (bits - base) / dims))
     z = []
     for keys in ((seed, 0, 1) for seed in range(count)):
-        [race] = reverse.races(reverse.Draw(mean, variance, 1, bits + pad, keys))
+        [race] = reverse.races([reverse.Draw(mean, variance, 1, bits + pad, keys)])
         z.append(reverse.draw(np.array([take(race, bits + pad, *keys)]), dims, bits + pad, *keys))
     return (np.stack(z) - mean) / math.sqrt(variance)
 
@@ -269,19 +269,20 @@ def test_a_draw_takes_every_dimension_from_one_place(dims, chunks, seed):
     assert 1 <= (z != other).sum() <= -(-dims // chunks)
 
 
-def test_weighing_in_blocks_is_weighing_at_once(monkeypatch):
+def test_what_is_weighed_together_does_not_matter(monkeypatch):
     mean = np.random.default_rng(0).normal(size=500)
-    whole = list(reverse.races(reverse.Draw(mean, 0.7, 3, 10, (1, 2))))
-    monkeypatch.setattr(reverse, "_HELD", 1 << 10)
-    for a, b in zip(whole, reverse.races(reverse.Draw(mean, 0.7, 3, 10, (1, 2))), strict=True):
+    draws = [reverse.Draw(mean, 0.7, 3, bits, (1, i)) for i, bits in enumerate([10, 10, 9, 10])]
+    whole = list(reverse.races(draws))
+    monkeypatch.setattr(reverse, "_HELD", 1 << 10)  # one block of 64 at a time
+    for a, b in zip(whole, (race for one in draws for race in reverse.races([one])), strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_weighing_a_wide_chunk_takes_little_memory():
-    list(reverse.races(reverse.Draw(np.zeros(64), 0.9, 1, 12, (1,))))  # the table
+    list(reverse.races([reverse.Draw(np.zeros(64), 0.9, 1, 12, (1,))]))  # the table
     tracemalloc.start()
     try:
-        list(reverse.races(reverse.Draw(np.full(200_000, 1e-3), 0.999, 1, 12, (1,))))
+        list(reverse.races([reverse.Draw(np.full(200_000, 1e-3), 0.999, 1, 12, (1,))]))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -291,7 +292,7 @@ def test_weighing_a_wide_chunk_takes_little_memory():
 def test_chances_are_the_weights():
     """By 2^24 whole parts: of q / p at the candidates, as float64 has it; none below 2^-20 of the largest is taken."""
     mean, variance, bits, keys = np.random.default_rng(0).normal(size=20), 0.6, 8, (3, 4)
-    [race] = reverse.races(reverse.Draw(mean, variance, 1, bits, keys))
+    [race] = reverse.races([reverse.Draw(mean, variance, 1, bits, keys)])
     z = np.stack([reverse.draw(np.array([i]), 20, bits, *keys) for i in range(1 << bits)])
     log_w = (z**2 / 2 - (z - mean) ** 2 / (2 * variance)).sum(1)
     w = np.exp(log_w - log_w.max())

@@ -186,7 +186,7 @@ def encode_group(
         for band, part in enumerate(parts(there, group)):
             keys = (seed, tile, group.t, band)
             some = [drawn(group, scale, true[tile], x0[tile], part, tables, *keys)] if part.any() else []
-            chances = reverse.races(*some)
+            chances = reverse.races(some)
             if banded:
                 chosen = [pickers[tile][band].pick(race) for race in chances]
             else:
@@ -252,15 +252,14 @@ def lent(
 ) -> bytes:
     """The message that the picks of a tile's band were made by, once its pixels are known, x_0 [C, H, W] of which."""
     part = parts(real[tile])[band]
-    some = [
+    told = told if part.any() else []
+    order = sorted(range(len(told)), key=lambda i: index_bits(told[i].group, told[i].sent.scales[tile], part, tables))
+    chances = reverse.races(
         drawn(one.group, one.sent.scales[tile], true, one.x0(tile), part, tables, seed, tile, one.group.t, band)
-        for one in told
-        if part.any()
-    ]
-    order = sorted(range(len(some)), key=lambda i: some[i].bits)  # those of one table together
-    chances = reverse.races(*[some[i] for i in order])
+        for one in (told[i] for i in order)  # those of one table together
+    )
     found = {i: [next(chances).slot(index) for index in told[i].sent.indices[tile][band].tolist()] for i in order}
-    slots = [slot for i in range(len(some)) for slot in found[i]]
+    slots = [slot for i in range(len(told)) for slot in found[i]]
     return reverse.returned(state, slots, _PICKS, seed, tile, band)
 
 

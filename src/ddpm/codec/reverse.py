@@ -14,8 +14,8 @@ integers all along, float64 holding them exactly, so that they are the same on e
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -118,22 +118,22 @@ class Draw(NamedTuple):
     keys: tuple[int, ...]
 
 
-def races(*draws: Draw) -> Iterator[Race]:
-    """Of each chunk of each. All are weighed together, which takes less than one after the other.
+def races(draws: Iterable[Draw]) -> Iterator[Race]:
+    """Of each chunk of each. What follows each other with the same bits is weighed together, which takes less time.
 
     The larger 2^bits is beside 2^KL of a chunk, the nearer is the `draw` of one that is taken by its chance.
 
     >>> picker = Picker(b"", 7)
-    >>> taken = [picker.pick(race) for race in races(Draw(np.full(64, 2.0), 0.5, 16, 14, (7,)))]
+    >>> taken = [picker.pick(race) for race in races([Draw(np.full(64, 2.0), 0.5, 16, 14, (7,))])]
     >>> abs(float(draw(np.array(taken), 64, 14, 7).mean()) - 2) < 0.4
     True
     """
     for bits, some in groupby(draws, lambda one: one.bits):
-        for log_w in _log_weights([block for one in some for block in _blocks(one)], bits):
+        for log_w in _log_weights(chain.from_iterable(map(_blocks, some)), bits):
             below = (log_w.max() - log_w) / (_UNIT * _SLOPE // _STEPS)
             candidates = np.flatnonzero(below < _LEAST * _STEPS)
             steps = below[candidates].astype(np.int64)
-            yield Race(candidates, frequencies(_powers()[steps & _STEPS - 1] >> (steps >> _STEPS.bit_length() - 1)))
+            yield Race(candidates, frequencies(_powers()[steps % _STEPS] >> steps // _STEPS))
 
 
 class _Block(NamedTuple):
@@ -161,14 +161,15 @@ def _blocks(one: Draw) -> Iterator[_Block]:
             yield _Block(slope[at], curve, int(there[at]), int(first[at]), block == last - 1)
 
 
-def _log_weights(blocks: list[_Block], bits: int) -> Iterator[NDArray[np.float64]]:
+def _log_weights(blocks: Iterator[_Block], bits: int) -> Iterator[NDArray[np.float64]]:
     """log2 w of all candidates of each chunk, [2^bits], whole numbers; but for a constant of the chunk."""
     rows, squares = _table(bits)
     log_w, bend = np.zeros(1 << bits), np.empty(1 << bits)
     some = max(1, _HELD >> bits)  # blocks at a time, not one by one: the table is long
-    room = torch.empty((min(some, len(blocks)), 1 << bits), dtype=torch.float64)  # once: new memory costs as much again
-    for begin in range(0, len(blocks), some):
-        part = blocks[begin : begin + some]
+    room = None
+    while part := list(islice(blocks, some)):
+        if room is None:  # once: new memory costs as much as the product
+            room = torch.empty((len(part), 1 << bits), dtype=torch.float64)
         slopes = torch.from_numpy(np.stack([block.slope for block in part]))
         # By torch: NumPy's threads wait by spinning, in the way of the network's, which is called between products.
         products = torch.mm(slopes, torch.from_numpy(rows), out=room[: len(part)]).numpy()

@@ -54,7 +54,7 @@ def rows16(width: int, numbers: NDArray[np.int64], *keys: int) -> NDArray[np.uin
     philox, each, place = np.random.Philox(key=mix(*keys)), width // 16, 0
     found = np.empty((len(numbers), width // 4), "<u8")
     for row, number in zip(found, numbers.tolist(), strict=True):
-        philox.advance((number * each - place) % (1 << 256))  # a new one for each would take ten times as long
+        philox.advance((number * each - place) % (1 << 256))  # a new one for each takes several times as long
         row[:] = philox.random_raw(width // 4)
         place = (number + 1) * each
     return found.view("<u2")
