@@ -19,11 +19,8 @@ from typing import Any
 
 import peers
 import record
-import torch
+from speed import BEST
 
-from ddpm.run.distributed import pick_precision
-
-PRECISION = pick_precision("auto", torch.device("cpu"))
 NETWORKS = {"paper": peers.PAPER, "small": peers.SMALL}
 PROCESSES = {
     "1 process, 1 thread": (1, 1),
@@ -35,7 +32,7 @@ PROCESSES = {
 def by_batch(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a step for each batch."""
     preset = NETWORKS[args.network]
-    ours = peers.Ours(preset, PRECISION)
+    ours = peers.Ours(preset, BEST)
     cases: dict[str, record.Case] = {str(n): partial(ours.step, peers.batch(preset, n)) for n in args.batches}
     return record.interleave(cases, args.repeats, args.seconds)
 
@@ -43,7 +40,7 @@ def by_batch(args: argparse.Namespace) -> dict[str, list[float]]:
 def by_size(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a step for each side."""
     presets = {side: replace(NETWORKS[args.network], size=(side, side)) for side in args.sides}
-    ours = peers.Ours(NETWORKS[args.network], PRECISION)  # convolutions take any size
+    ours = peers.Ours(NETWORKS[args.network], BEST)  # convolutions take any size
     cases: dict[str, record.Case] = {
         str(side): partial(ours.step, peers.batch(preset, args.size_batch)) for side, preset in presets.items()
     }

@@ -49,8 +49,6 @@ SOURCES = {
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled kernels that compute in `dtype`; None where they cannot be had."""
     file, flags, needs, *_ = SOURCES[dtype]
-    source, flags = Path(__file__).with_name(file), (*flags, *FLAGS)
-    text = source.read_bytes() + source.with_name("common.h").read_bytes()
     if sys.platform != "linux" or not torch.cpu.get_capabilities().get(needs):
         return None
     slow = f"{str(dtype).removeprefix('torch.')} is about half as fast on this CPU"
@@ -58,6 +56,8 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     if compiler is None:
         warnings.warn(f"no C compiler (CC, gcc, cc): {slow}", stacklevel=2)
         return None
+    source, flags = Path(__file__).with_name(file), (*flags, *FLAGS)
+    text = source.read_bytes() + source.with_name("common.h").read_bytes()
     name = hashlib.sha256(text + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm"
