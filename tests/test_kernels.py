@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +18,12 @@ from torch import Tensor, nn
 from ddpm import kernels
 from ddpm.unet import UNet, convolve
 
-KINDS = [
-    pytest.param(
-        dtype,
-        marks=pytest.mark.skipif(not kernels.ready(dtype), reason=f"no {source.needs}, or no C compiler"),
-        id=str(dtype).removeprefix("torch."),
-    )
-    for dtype, source in kernels.SOURCES.items()
-]
+# amx.c on a CPU without its tiles: tests/amx has them in plain C.
+SOFTWARE = kernels.Source(
+    "amx.c", ("-march=x86-64-v3", "-Wno-psabi", f"-I{Path(__file__).with_name('amx')}"), "avx2", torch.float32
+)
+anywhere = pytest.mark.skipif(not kernels.ready(torch.float32), reason="no avx2, or no C compiler")
+KINDS = [pytest.param(dtype, marks=anywhere, id=str(dtype).removeprefix("torch.")) for dtype in kernels.SOURCES]
 both = pytest.mark.parametrize("dtype", KINDS)
 # Relative error to allow: bfloat16's spacing, and what F(4x4, 3x3) and sums over thousands of terms add to float32's.
 ERROR = {torch.bfloat16: 2.0**-8, torch.float32: 2e-6, torch.float64: 4e-15}
@@ -33,6 +32,17 @@ ERROR = {torch.bfloat16: 2.0**-8, torch.float32: 2e-6, torch.float64: 4e-15}
 def computing(dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Convolutions inside are computed in dtype."""
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernels.ready(torch.bfloat16):
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("kernels")))
+            patch.setitem(kernels.SOURCES, torch.bfloat16, SOFTWARE)
+            kernels._library.cache_clear()
+        yield
+    kernels._library.cache_clear()
 
 
 @pytest.fixture(autouse=True)

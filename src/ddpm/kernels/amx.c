@@ -40,7 +40,7 @@ static void tiles_on(void) {
         uint8_t rows[16];
     } shape __attribute__((aligned(64))) = {
         1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    __asm__ volatile("ldtilecfg %0" ::"m"(shape));
+    _tile_loadconfig(&shape);
 }
 
 /* GCC's tile loads and stores do not say that they touch memory: no other access may be moved across. */
