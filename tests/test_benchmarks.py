@@ -14,6 +14,7 @@ from exact import one_thread  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import codec
 import gpu
 import memory
 import peers
@@ -43,6 +44,22 @@ def tiny(monkeypatch):
     monkeypatch.setitem(scaling.NETWORKS, "small", TINY)
     monkeypatch.setitem(PRESETS, "cifar10", TINY)
     return TINY
+
+
+def test_codec_reads_its_files_back_and_goes_on_only_where_nothing_has_changed(tmp_path, monkeypatch, capsys):
+    def run(*options):
+        about = ["codec.py", "digits", "--data", "digits", "--parts", "single", "others", "--repeats", "1"]
+        monkeypatch.setattr(sys, "argv", [*about, "--work", str(tmp_path), "--out", str(tmp_path), *options])
+        codec.main()
+        return json.loads(next(tmp_path.glob("codec_*.json")).read_text())["results"]["single"]
+
+    found = run("--images", "2")
+    assert found["read_back"] == found["images"] == 2
+    assert found["bound"] < found["groups"] + found["pixels"] < found["file"]
+    monkeypatch.setattr(codec, "single", None)
+    assert run("--images", "2") == found
+    with pytest.raises(SystemExit, match="other settings"):
+        run("--images", "3")
 
 
 # Statistics.
