@@ -195,7 +195,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "cifar10_fast": Preset(
         data="uoft-cs/cifar10", width=96, multipliers=(1, 1, 1), blocks=1, attention=(8,), dropout=0.0, patch=2,
-        schedule="cosine", predict="v", times="stratified", steps=20_000, batch_size=64, lr=2e-3, warmup=200,
+        schedule="cosine", predict="v", times="lognormal", steps=20_000, batch_size=64, lr=2e-3, warmup=200,
         cooldown=0.5, ema=0.999, ema_warmup=True, save_every=1000, sample_every=1000,
     ),
     "cifar10_likelihood": Preset(
