@@ -1,6 +1,9 @@
 """The native kernels against the plain path in float64, and what they promise beyond it."""
 
 import copy
+import resource
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,9 +17,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import kernels
-from ddpm.unet import UNet, convolve
+from ddpm.unet import Downsample, UNet, convolve
 
 # amx.c on a CPU without its tiles: tests/amx has them in plain C.
 SOFTWARE = kernels.Source(
@@ -287,8 +292,155 @@ def test_what_the_kernels_cannot_do_runs_plainly(dtype: torch.dtype) -> None:
             input = x.to(conv.weight.dtype)
             assert not kernels.usable(input, conv), settings
             assert torch.equal(convolve(conv, input), conv(input)), settings
+        layer = nn.Conv2d(32, 32, 3, padding=1).to(kernels.SOURCES[dtype].weights)
+        input = x.to(dtype)
+        assert kernels.usable(input, layer, nn.GroupNorm(8, 32).to(layer.weight))
+        for norm in (nn.GroupNorm(8, 32, affine=False), nn.GroupNorm(8, 32).to(torch.float16)):
+            assert not kernels.usable(input, layer, norm)
+        wide = nn.Conv2d(64, 32, 1).to(layer.weight)
+        assert not kernels.usable(input.repeat(1, 2, 1, 1), wide, nn.GroupNorm(64, 64).to(layer.weight))
+        with pytest.raises(RuntimeError, match="channels"):
+            convolve(layer, input[:, :1])
+        with pytest.raises(RuntimeError, match="expand"):
+            convolve(layer, input, residual=input[..., 1:])
+        assert torch.equal(
+            convolve(layer, input, residual=input[..., :1]),
+            convolve(layer, input, residual=input[..., :1].expand(input.shape)),
+        )
+        seen: list[Any] = []
+        layer.register_forward_hook(lambda *_: seen.append(1))
+        convolve(layer, input)
+        assert seen
         nothing = x[:0]
         assert convolve(nn.Conv2d(32, 32, 3, padding=1), nothing).shape == nothing.shape
+
+
+@both
+def test_what_records_or_transforms_calls_sees_operations_of_torch(dtype: torch.dtype) -> None:
+    net, x, t = network(dtype), torch.randn(2, 3, 8, 8), torch.ones(2, dtype=torch.int64)
+    x = x.to(kernels.SOURCES[dtype].weights)
+
+    def counted() -> int:
+        with FlopCounterMode(display=False) as counter:
+            net(x, t)
+        return counter.get_total_flops()
+
+    def results() -> list[Any]:
+        traced = torch.jit.trace(net, (x, t), check_trace=False)
+        graph = make_fx(net)(x, t)
+        found = [traced(2 * x, t), graph(2 * x, t)]
+        if dtype != torch.bfloat16:  # autocast and forward derivatives do not go together
+            found.append(torch.func.jvp(lambda x: net(x, t), (x,), (x,))[1])
+        return [*found, counted()]
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = results()
+        with kernels.disabled():
+            plain = results()
+    assert ours.pop() == plain.pop()
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+@both
+def test_the_result_is_an_ordinary_tensor(dtype: torch.dtype) -> None:
+    net, x, t = network(dtype), torch.randn(2, 3, 8, 8), torch.ones(2, dtype=torch.int64)
+    out = net(x.to(kernels.SOURCES[dtype].weights), t)
+    assert out.untyped_storage().nbytes() == out.nbytes
+    out.view(2, -1)
+    out.clamp_(-1, 1).sum().backward()
+    down = Downsample(32, 32).to(kernels.SOURCES[dtype].weights)(torch.randn(1, 32, 8, 8).to(out.dtype))
+    assert down.untyped_storage().nbytes() == down.nbytes
+
+
+@both
+def test_copied_weights_are_not_taken_for_others(dtype: torch.dtype) -> None:
+    """An object that is gone leaves its id to the next."""
+    x = torch.randn(1, 32, 4, 4).to(dtype)
+    packed: kernels.Packed = {}
+    with torch.no_grad(), computing(dtype):
+        for _ in range(20):
+            with kernels.frozen(packed):
+                convolve(layers(32, 32, 1, dtype)[0], x)
+        copied = copy.deepcopy(packed)
+        packed.clear()
+        for _ in range(20):
+            conv = layers(32, 32, 1, dtype)[0]
+            with kernels.frozen(copied):
+                ours = convolve(conv, x)
+            assert torch.equal(ours, convolve(conv, x))
+
+
+@both
+def test_a_thread_that_ends_gives_its_memory_back(dtype: torch.dtype) -> None:
+    conv, norm = layers(32, 32, 1, dtype)
+    x = torch.randn(1, 32, 256, 256).to(dtype)
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        with torch.no_grad(), computing(dtype):
+            convolve(conv, x, norm, swish=True)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def in_threads(count: int) -> None:
+        for _ in range(count):
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+
+    in_threads(3)
+    before = resident()
+    in_threads(20)
+    assert resident() - before < 10 * x.nbytes
+
+
+@anywhere
+def test_a_full_memory_is_an_error_like_torchs_own() -> None:
+    code = """if True:
+        import resource, torch
+        from pathlib import Path
+        from torch import nn
+        from ddpm.unet import convolve
+        conv, norm = nn.Conv2d(32, 32, 3, padding=1), nn.GroupNorm(8, 32)
+        def run(size, limit=None):
+            x = torch.zeros(1, 32, size, size)
+            if limit:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + int(limit * x.nbytes),) * 2)
+            with torch.no_grad():
+                convolve(conv, x, norm, swish=True)
+        run(64)
+        try:
+            run(1024, 2.5)  # x as the kernels read it, and their result; not what they need beside
+        except RuntimeError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, "can't allocate memory for a convolution" in done.stdout) == (0, True), done
+
+
+@anywhere
+def test_a_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "FLAGS", ("-O1", *kernels.FLAGS[1:]))
+
+    def library(cache: str) -> Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        kernels._library.cache_clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return tmp_path / cache / "ddpm" / f"{kernels.identity(torch.float32)}.so"
+
+    try:
+        whole = library("a")
+        damaged = tmp_path / "b" / "ddpm" / whole.name
+        damaged.parent.mkdir(parents=True)
+        damaged.touch()
+        assert library("b") == damaged
+        assert damaged.stat().st_size == whole.stat().st_size
+    finally:
+        kernels._library.cache_clear()
 
 
 def test_without_a_compiler_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch) -> None:

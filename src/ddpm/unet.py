@@ -62,7 +62,7 @@ def convolve(
     add: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """layer(dropout(swish(norm(x)))) + add + residual, [B, c_out, H, W]; x [B, c_in, H, W], add [B or 1, c_out]."""
-    if kernels.usable(x, layer):
+    if kernels.usable(x, layer, norm):
         return kernels.convolution(x, layer, norm, swish, dropout, add, residual)
     if norm is not None:
         x = norm(x)
@@ -149,7 +149,8 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if kernels.usable(x, self.conv) and not torch.is_autocast_enabled("cpu"):
-            return convolve(self.conv, x)[:, :, 1::2, 1::2]  # four times as much, at a quarter of the price
+            every = convolve(self.conv, x)  # four times as much, at a quarter of the price
+            return every[:, :, 1::2, 1::2].contiguous(memory_format=torch.channels_last)
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
 
 

@@ -65,8 +65,9 @@ FN __mmask16 _mm512_cmplt_epu32_mask(__m512i a, __m512i b) {
 
 /* To the nearest bfloat16, a tie to the even one. */
 FN __m256i _mm512_cvtneps_pbh(__m512 a) {
-    u32 bits = (u32)a;
-    return _mm512_cvtepi32_epi16((__m512i)((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+    u32 bits = (u32)a, rounded = bits + 0x7fff + (bits >> 16 & 1);
+    EACH if (a[i] != a[i]) rounded[i] = bits[i] | 1 << 22;
+    return _mm512_cvtepi32_epi16((__m512i)(rounded >> 16));
 }
 FN __m512i _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
     __m256i halves[2] = {_mm512_cvtneps_pbh(low), _mm512_cvtneps_pbh(high)};

@@ -13,20 +13,21 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.autograd.forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 FLAGS = ("-O3", "-fno-math-errno", "-fopenmp", "-fPIC")
 PLANE = 32  # channels that lie together; more come in multiples of it
-MOST = 4096  # channels
+MOST, MOST_GROUPS = 4096, 32  # channels, and groups of a norm
 
 
 class Source(NamedTuple):
@@ -58,24 +59,34 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     source, flags = Path(__file__).with_name(file), (*flags, *FLAGS)
     text = source.read_bytes() + source.with_name("common.h").read_bytes()
-    name = hashlib.sha256(text + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
     try:
+        release = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
+        name = hashlib.sha256(text + release + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm"
         path = home / f"kernels-{name}.so"
-        if not path.exists():
-            home.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=home) as folder:
-                made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-                subprocess.run([compiler, *flags, "-c", source, "-o", made], check=True, capture_output=True)
-                # Linked without -fopenmp: the threads are then those of torch's own OpenMP, not a second set.
-                subprocess.run([compiler, "-shared", made, "-o", linked], check=True, capture_output=True)
-                ctypes.CDLL(str(linked))  # what does not load is not kept
-                linked.rename(path)
-        library = ctypes.CDLL(str(path))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # not there, or damaged
+            _compile(source, path, compiler, flags)
+            library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home
         warnings.warn(f"{file} cannot be used ({error}): {slow}", stacklevel=2)
         return None
     return library if library.ready() else None
+
+
+def _compile(source: Path, path: Path, compiler: str, flags: Sequence[str]) -> None:
+    """`path`, the library of a source: whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        subprocess.run([compiler, *flags, "-c", source, "-o", made], check=True, capture_output=True)
+        # Linked without -fopenmp: the threads are then those of torch's own OpenMP, not a second set.
+        subprocess.run([compiler, "-shared", made, "-o", linked], check=True, capture_output=True)
+        ctypes.CDLL(str(linked))  # what does not load is not kept
+        with linked.open("rb") as file:
+            os.fsync(file.fileno())
+        linked.rename(path)
 
 
 def ready(dtype: torch.dtype | None) -> bool:
@@ -83,12 +94,18 @@ def ready(dtype: torch.dtype | None) -> bool:
     return dtype in SOURCES and _library(dtype) is not None
 
 
+def identity(dtype: torch.dtype | None) -> str:
+    """A name of the kernels that compute in dtype, by their source and compiler; empty where they are not `ready`."""
+    library = _library(dtype) if dtype in SOURCES else None
+    return "" if library is None else Path(library._name).stem
+
+
 _disabled = ContextVar("_disabled", default=False)
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Run the plain path inside, as on other machines."""
+    """Run the plain path inside, as on other machines. With checkpointing `backward` belongs inside, too."""
     token = _disabled.set(True)
     try:
         yield
@@ -101,9 +118,17 @@ def _computes(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def usable(x: Tensor, layer: nn.Conv2d) -> bool:
-    """Whether `convolution` can do this: computation in a dtype that is `ready`, and a plain 3x3 or 1x1."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or _disabled.get():
+def _watched() -> bool:
+    """Whether calls are recorded or transformed, which sees operations of torch only."""
+    recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return recorded or transformed or torch._C._len_torch_dispatch_stack() > 0
+
+
+def usable(x: Tensor, layer: nn.Conv2d, norm: nn.GroupNorm | None = None) -> bool:
+    """Whether `convolution` can do this: computation in a dtype that is `ready`, a plain 3x3 or 1x1 of x's channels,
+    and a norm with factors. What it cannot do is left to torch, mistakes among it."""
+    if x.device.type != "cpu" or _watched() or _disabled.get():
         return False
     dtype = _computes(x)
     if not ready(dtype):
@@ -111,8 +136,15 @@ def usable(x: Tensor, layer: nn.Conv2d) -> bool:
     square, edge = layer.kernel_size, (layer.kernel_size[0] // 2,) * 2
     plain = square in ((1, 1), (3, 3)) and layer.padding == edge and layer.padding_mode == "zeros"
     plain = plain and layer.stride == layer.dilation == (1, 1) and layer.groups == 1 and layer.bias is not None
-    plain = plain and max(layer.weight.shape[:2]) <= MOST
-    return plain and layer.weight.dtype == SOURCES[dtype].weights and x.numel() > 0
+    plain = plain and max(layer.weight.shape[:2]) <= MOST and not (layer._forward_hooks or layer._forward_pre_hooks)
+    plain = plain and x.dim() == 4 and x.shape[1] == layer.in_channels and x.numel() > 0
+    parts = [layer.weight, layer.bias]
+    if norm is not None:
+        plain = plain and norm.affine and norm.num_channels == x.shape[1] and x.shape[1] % PLANE == 0
+        plain = plain and norm.num_groups <= MOST_GROUPS and not (norm._forward_hooks or norm._forward_pre_hooks)
+        parts += [norm.weight, norm.bias]
+    weights = SOURCES[dtype].weights
+    return plain and all(part is not None and part.dtype == weights for part in parts)
 
 
 class _Before(ctypes.Structure):
@@ -150,6 +182,12 @@ def _call(dtype: torch.dtype, name: str, *args: Tensor | _Before | int | None) -
     return found
 
 
+def _run(dtype: torch.dtype, name: str, *args: Tensor | _Before | int | None) -> None:
+    """The same of a function that says whether there was memory for it."""
+    if _call(dtype, name, *args):
+        raise RuntimeError(f"can't allocate memory for a convolution ({name})")
+
+
 Packed: TypeAlias = dict[tuple[int, torch.dtype, str], tuple[Tensor, Tensor]]
 """Weights, and what `_pack` made of them."""
 _frozen: ContextVar[Packed | None] = ContextVar("_frozen", default=None)
@@ -176,7 +214,7 @@ def _pack(w: Tensor, x: Tensor, name: str = "pack") -> tuple[Tensor, int]:
     kept, taps = _frozen.get(), kernel * kernel
     numbers = _call(x.dtype, "packed", B, H, W, taps, kept is not None)
     key = id(w), x.dtype, name
-    if kept is not None and key in kept:
+    if kept is not None and key in kept and kept[key][0] is w:  # of a copied `kept` it may be another's id
         return kept[key][1], numbers
     out = torch.empty(_up(O) * _up(I) * numbers, dtype=x.dtype, device="cpu")
     _call(x.dtype, name, w.contiguous(memory_format=torch.channels_last), out, O, I, taps, numbers)
@@ -224,9 +262,9 @@ def _forward(
     added = None if add is None else add.to(w.dtype).contiguous()
     resident = None if residual is None else _planes(residual, dtype)
     weights, numbers = _pack(w, x)
-    _call(dtype, "forward", x, out, weights, bias, added, resident, B, H, W, I, O, kernel * kernel, numbers,
-          _before(gamma, beta, stats, *settings))  # fmt: skip
-    return out if O == count else out[:, :count], x, stats
+    _run(dtype, "forward", x, out, weights, bias, added, resident, B, H, W, I, O, kernel * kernel, numbers,
+         _before(gamma, beta, stats, *settings))  # fmt: skip
+    return out if O == count else out[:, :count].contiguous(), x, stats
 
 
 class _Convolution(torch.autograd.Function):
@@ -258,12 +296,12 @@ class _Convolution(torch.autograd.Function):
             dx = _like(x, I)
             back, numbers = _pack(w, x, "pack_transposed")
         norms, dadd = _zeros(dtype, 2, B, I), _zeros(dtype, B, O)
-        _call(dtype, "backward_data", dout, x, dx, y, back, norms[0], norms[1], dadd, B, H, W, I, O, taps, numbers,
-              before)  # fmt: skip
+        _run(dtype, "backward_data", dout, x, dx, y, back, norms[0], norms[1], dadd, B, H, W, I, O, taps, numbers,
+             before)  # fmt: skip
         dw = None
         if ctx.needs_input_grad[1]:
             dw = _zeros(dtype, O, *w.shape[2:], I).permute(0, 3, 1, 2)
-            _call(dtype, "backward_weight", dout, y, dw, B, H, W, I, O, taps)
+            _run(dtype, "backward_weight", dout, y, dw, B, H, W, I, O, taps)
             dw = dw if dw.shape == w.shape else dw[: len(w), : w.shape[1]]  # a whole one is taken without a copy
         dgamma, dbeta = norms.sum(1) if gamma is not None else (None, None)
         return (
@@ -287,14 +325,13 @@ def convolution(
     multiples of 32, swish a norm, and dropout both. What each image comes to depends on nothing else, to the bit: not
     on the batch or the number of threads.
     """
-    channels = ([] if norm is None else [x.shape[1]]) + (
-        [] if add is None and residual is None else [len(layer.weight)]
-    )
-    assert all(count % PLANE == 0 for count in channels)
+    assert (add is None and residual is None) or len(layer.weight) % PLANE == 0
     assert norm is not None or not swish
     assert swish or not dropout
     if add is not None:
-        add = add.expand(len(x), -1)
+        add = add.expand(len(x), len(layer.weight))
+    if residual is not None:
+        residual = residual.expand(len(x), len(layer.weight), *x.shape[2:])
     gamma, beta, groups, eps = None, None, 1, 0.0
     if norm is not None:
         gamma, beta, groups, eps = norm.weight, norm.bias, norm.num_groups, norm.eps

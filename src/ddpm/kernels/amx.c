@@ -306,8 +306,8 @@ static void convolve(const bf16 *flat, const geometry *g, long u, const bf16 *w,
 }
 
 /* out = conv(y, w) + bias + add + residual; w as `pack` leaves it. */
-void forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const float *add, const bf16 *residual, long B,
-             long H, long W, long I, long O, long taps, long numbers, before *f) {
+int forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const float *add, const bf16 *residual, long B,
+            long H, long W, long I, long O, long taps, long numbers, before *f) {
     geometry g = arrange(B, H, W);
     long offset[9], threads = omp_get_max_threads(), parts = (threads + g.groups - 1) / g.groups, blocks = O / 32;
     if (parts > blocks) parts = blocks;
@@ -319,7 +319,7 @@ void forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const f
 #pragma omp parallel
     {
         tiles_on();
-        bf16 *flat = memset(room(0, g.size * I * 2), 0, g.size * I * 2);
+        bf16 *flat = memset(needed(0, g.size * I * 2), 0, g.size * I * 2);
 #pragma omp for collapse(2) schedule(dynamic)
         for (long u = 0; u < g.groups; u++)
             for (long part = 0; part < parts; part++) { /* more threads than groups: they share the channels */
@@ -332,6 +332,7 @@ void forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const f
         _tile_release();
     }
     dismiss(g);
+    return 0;
 }
 
 /* A plane of dy to du, u = norm(x), in place, with its sums s1 of du and s2 of du x; and y once more. */
@@ -415,15 +416,15 @@ static void unnorm(bf16 *dy, const bf16 *x, bf16 *dx, bf16 *y, long n, long C, c
 /* dx, y [B, H, W, I] for the gradient of the weights, per image dgamma and dbeta [B, I] and the sums of dout, dadd
  * [B, O]. Without a norm y is x and not written, and dx NULL is not wanted.
  * w: `pack` of the weights with o and i exchanged and the taps flipped. */
-void backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf16 *w, float *dgamma, float *dbeta,
-                   float *dadd, long B, long H, long W, long I, long O, long taps, long numbers, before *f) {
+int backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf16 *w, float *dgamma, float *dbeta,
+                  float *dadd, long B, long H, long W, long I, long O, long taps, long numbers, before *f) {
     geometry g = arrange(B, H, W);
     long offset[9], n = H * W;
     taps_of(&g, taps, offset);
 #pragma omp parallel
     {
         tiles_on();
-        bf16 *flat = memset(room(0, g.size * O * 2), 0, g.size * O * 2), *dy = room(1, g.images * n * I * 2);
+        bf16 *flat = memset(needed(0, g.size * O * 2), 0, g.size * O * 2), *dy = needed(1, g.images * n * I * 2);
 #pragma omp for schedule(dynamic)
         for (long u = 0; u < g.groups; u++) {
             long first = u * g.images, end = end_of(&g, u);
@@ -448,6 +449,7 @@ void backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf1
         _tile_release();
     }
     dismiss(g);
+    return 0;
 }
 
 /* A plane [positions][32] -> 32 rows of `length` positions. */
@@ -501,7 +503,7 @@ static void accumulate(const bf16 *a, long length, const bf16 *b, long half, lon
  *
  * dout is transposed, y interleaved in pairs of positions; twice, as (0, 1), (2, 3).. and as
  * (-1, 0), (1, 2).., so that every tap begins with a pair. */
-void backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H, long W, long I, long O, long taps) {
+int backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H, long W, long I, long O, long taps) {
     geometry g = arrange(B, H, W);
     long offset[9], threads = omp_get_max_threads(), margin = (g.row + 3) / 2 * 2, most = I > O ? I : O;
     taps_of(&g, taps, offset);
@@ -512,12 +514,17 @@ void backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H,
     long length = (per * at_once + 63) / 64 * 64 + 32; /* an odd number of cache lines: rows meet in no cache set */
     long half = (per * at_once + 2 * margin) * 16, phase = I / 16 * half;
     size_t pairs_bytes = (size_t)phase * 4;
-    bf16 *d = aligned_alloc(64, (size_t)O * length * 2), *pairs = memset(aligned_alloc(64, pairs_bytes), 0, pairs_bytes);
+    bf16 *d = aligned_alloc(64, (size_t)O * length * 2), *pairs = aligned_alloc(64, pairs_bytes);
+    if (!d || !pairs) {
+        free(d), free(pairs), dismiss(g);
+        return FULL;
+    }
+    memset(pairs, 0, pairs_bytes);
 #pragma omp parallel
     {
         tiles_on();
         size_t flat_bytes = g.size * most * 2;
-        bf16 *flat = memset(room(0, flat_bytes), 0, flat_bytes), *start = flat + (g.row + 1) * PLANE;
+        bf16 *flat = memset(needed(0, flat_bytes), 0, flat_bytes), *start = flat + (g.row + 1) * PLANE;
         for (long from = 0; from < g.groups; from += at_once) {
             long groups = g.groups - from < at_once ? g.groups - from : at_once;
 #pragma omp for schedule(dynamic)
@@ -544,4 +551,5 @@ void backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H,
     }
     free(d), free(pairs);
     dismiss(g);
+    return 0;
 }

@@ -1,20 +1,43 @@
 /* What the kernels share; `real` is the type of their sums and of the norm's weights. */
+#include <pthread.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 #define INLINE static inline __attribute__((always_inline)) /* so that what is constant at the call costs nothing */
 enum { PLANE = 32 }; /* channels come in multiples of it */
 
-/* Room of this thread, kept for the next call. */
-static void *room(int which, size_t bytes) {
-    static __thread struct { void *at; size_t bytes; } rooms[4];
-    if (rooms[which].bytes < bytes) {
-        free(rooms[which].at);
-        rooms[which].at = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
-        rooms[which].bytes = bytes;
-    }
-    return rooms[which].at;
+/* Room of this thread, kept for its next call and given back when it ends; NULL where the memory is full. */
+typedef struct { void *at; size_t bytes; } rooms[4];
+static pthread_key_t key;
+
+static void leave(void *of) {
+    for (int k = 0; k < 4; k++) free((*(rooms *)of)[k].at);
+    free(of);
 }
+
+static __attribute__((constructor)) void enter(void) { pthread_key_create(&key, leave); }
+
+static void *room(int which, size_t bytes) {
+    rooms *all = pthread_getspecific(key);
+    if (!all && (all = calloc(1, sizeof(rooms)))) pthread_setspecific(key, all);
+    if (!all) return NULL;
+    if ((*all)[which].bytes < bytes) {
+        free((*all)[which].at);
+        (*all)[which].at = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
+        (*all)[which].bytes = (*all)[which].at ? bytes : 0;
+    }
+    return (*all)[which].at;
+}
+
+/* The same for a thread among others, which cannot turn back. */
+static void *needed(int which, size_t bytes) {
+    void *at = room(which, bytes);
+    if (!at) fputs("ddpm: the memory is full\n", stderr), abort();
+    return at;
+}
+
+enum { FULL = 1 }; /* what functions return where the memory is full, else 0 */
 
 /* What comes before the convolution. gamma NULL: nothing does, and y = x. */
 typedef struct {

@@ -15,7 +15,8 @@
  * Where weights are new in every call and few tiles use one, its G g G^T, four times as long, would be written to memory
  * and read once: it is made on the way.
  *
- * Sums run in one order, whatever the batch and the number of threads: an image's result depends on nothing else.
+ * Sums run in one order, whatever the batch and the number of threads: an image's result depends on nothing else. What is
+ * not finite spreads over its tile.
  */
 #include <immintrin.h>
 #include <omp.h>
@@ -103,7 +104,7 @@ static void sums(const real *x, long n, long C, double *sum, double *square) {
 
 /* mean and 1 / standard deviation of each group of each image x [B, n, C]. */
 static void measure(const real *x, long B, long n, long C, const before *f) {
-    double *sum = memset(room(0, 16 * B * C), 0, 16 * B * C), *square = sum + B * C;
+    double *sum = memset(needed(0, 16 * B * C), 0, 16 * B * C), *square = sum + B * C;
 #pragma omp parallel for collapse(2)
     for (long b = 0; b < B; b++)
         OVER(c, C, PLANE) sums(x + b * n * C + c, n, C, sum + b * C + c, square + b * C + c);
@@ -130,11 +131,12 @@ INLINE void act(const real *x, real *y, long n, long C, const before *f, long b,
         }
 }
 
-/* y of x [B, n, C], in room of this thread; x itself where nothing comes before. */
+/* y of x [B, n, C], in room of this thread, NULL where there is none; x itself where nothing comes before. */
 static const real *activated(const real *x, long B, long n, long C, const before *f) {
     if (!f->gamma) return x;
-    measure(x, B, n, C, f);
     real *y = room(1, sizeof(real) * B * n * C);
+    if (!y) return NULL;
+    measure(x, B, n, C, f);
 #pragma omp parallel for collapse(2)
     for (long b = 0; b < B; b++)
         OVER(c, C, PLANE) {
@@ -378,8 +380,8 @@ static void convolve(const real *y, const real *w, long numbers, const geometry 
     if (parts > blocks) parts = blocks;
 #pragma omp parallel
     {
-        real *own = room(2, sizeof(real) * points * (rows * I + late * PLANE * BLOCK));
-        real *m = room(3, sizeof(real) * points * rows * group * BLOCK), *u = own + points * rows * I;
+        real *own = needed(2, sizeof(real) * points * (rows * I + late * PLANE * BLOCK));
+        real *m = needed(3, sizeof(real) * points * rows * group * BLOCK), *u = own + points * rows * I;
 #pragma omp for collapse(2) schedule(dynamic)
         for (long chunk = 0; chunk < chunks; chunk++)
             for (long part = 0; part < parts; part++) { /* more threads than chunks: they share the channels */
@@ -409,11 +411,14 @@ static void convolve(const real *y, const real *w, long numbers, const geometry 
 }
 
 /* out = conv(y, w) + bias + add + residual; w as `pack` leaves it. */
-void forward(const real *x, real *out, const real *w, const real *bias, const real *add, const real *residual, long B,
-             long H, long W, long I, long O, long taps, long numbers, before *f) {
+int forward(const real *x, real *out, const real *w, const real *bias, const real *add, const real *residual, long B,
+            long H, long W, long I, long O, long taps, long numbers, before *f) {
     geometry g = arrange(B, H, W, taps);
     target to = {bias, add, residual, out, O};
-    convolve(activated(x, B, H * W, I, f), w, numbers, &g, I, &to);
+    const real *y = activated(x, B, H * W, I, f);
+    if (!y) return FULL;
+    convolve(y, w, numbers, &g, I, &to);
+    return 0;
 }
 
 /* -- the way back -------------------------------------------------------------------------------------------------- */
@@ -452,7 +457,7 @@ INLINE void unact(real *dy, const real *x, real *y, long n, long C, const before
 /* From dy [B, n, C], the gradient of y, and x: dx in its place, y, and each image's part of dgamma and dbeta [B, C]. */
 static void unnorm(real *dy, const real *x, real *y, long B, long n, long C, const before *f, real *dgamma, real *dbeta) {
     long each = C / f->groups;
-    double *s1 = memset(room(0, 16 * B * C), 0, 16 * B * C), *s2 = s1 + B * C; /* sums of du and of du x */
+    double *s1 = memset(needed(0, 16 * B * C), 0, 16 * B * C), *s2 = s1 + B * C; /* sums of du and of du x */
 #pragma omp parallel for collapse(2)
     for (long b = 0; b < B; b++)
         OVER(c, C, PLANE) {
@@ -494,8 +499,8 @@ static void unnorm(real *dy, const real *x, real *y, long B, long n, long C, con
 /* dx, y [B, H, W, I] for the gradient of the weights, per image dgamma and dbeta [B, I] and the sums of dout, dadd
  * [B, O]. Without a norm y is x and not written, and dx NULL is not wanted.
  * w: `pack` of the weights with o and i exchanged and the taps flipped. */
-void backward_data(const real *dout, const real *x, real *dx, real *y, const real *w, real *dgamma, real *dbeta,
-                   real *dadd, long B, long H, long W, long I, long O, long taps, long numbers, before *f) {
+int backward_data(const real *dout, const real *x, real *dx, real *y, const real *w, real *dgamma, real *dbeta,
+                  real *dadd, long B, long H, long W, long I, long O, long taps, long numbers, before *f) {
     geometry g = arrange(B, H, W, taps);
     long n = H * W;
 #pragma omp parallel for collapse(2)
@@ -511,6 +516,7 @@ void backward_data(const real *dout, const real *x, real *dx, real *y, const rea
     target to = {NULL, NULL, NULL, dx, I};
     if (dx) convolve(dout, w, numbers, &g, O, &to);
     if (f->gamma) unnorm(dx, x, y, B, n, I, f, dgamma, dbeta);
+    return 0;
 }
 
 /* s [count][BLOCK] += v^T d over n tiles, rows of PLANE; rows of s are O long. With `first` s is written only. */
@@ -529,11 +535,12 @@ INLINE void accumulate(const real *v, const real *d, long n, real *s, long O, in
 }
 
 /* dw[o, tap, i] = sum over positions p of dout[p, o] y[p + offset(tap), i]: by tiles G^T [(A dout A^T) (B^T y B)] G. */
-void backward_weight(const real *dout, const real *y, real *dw, long B, long H, long W, long I, long O, long taps) {
+int backward_weight(const real *dout, const real *y, real *dw, long B, long H, long W, long I, long O, long taps) {
     geometry g = arrange(B, H, W, taps);
     long points = g.points, rows = points == 1 ? 256 : 64;
     real *v = room(0, sizeof(real) * points * rows * (I + O)), *d = v + points * rows * I;
     real *s = room(1, sizeof(real) * points * I * O); /* [points][I][O] */
+    if (!v || !s) return FULL;
 #pragma omp parallel
     {
         for (long from = 0; from < g.tiles; from += rows) {
@@ -573,4 +580,5 @@ void backward_weight(const real *dout, const real *y, real *dw, long B, long H, 
                         for (int l = 0; l < LANES; l++) dw[((o + l) * taps + t) * I + i] = done[t][l];
                 }
     }
+    return 0;
 }

@@ -100,21 +100,22 @@ def load_codec(
         denoiser, exact.to(device), (channels, height, width), by_bits,
         hashlib.sha256((found.sha256 + settings).encode()).digest()[:4],
         chain, 2 ** (exact.network.levels - 1), _here(found, place),
-        place.type == "cpu" and _kernels(found),
+        place.type == "cpu" and bool(_kernels(found)),
     )  # fmt: skip
 
 
 def _here(found: Checkpoint, device: torch.device) -> bytes:
-    """Two bytes that name what the local profile hangs on: the machine's kind, the device, the release of torch."""
+    """Two bytes that name what the local profile hangs on: the kind of machine, the device, the release of torch, our
+    kernels."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = [device.type, name, torch.__version__, found.preset.precision, _kernels(found)]
     return hashlib.sha256(json.dumps(about).encode()).digest()[:2]
 
 
-def _kernels(found: Checkpoint) -> bool:
-    """Whether the network runs through kernels of our own on a CPU."""
+def _kernels(found: Checkpoint) -> str:
+    """The kernels of our own that the network runs through on a CPU; empty for none."""
     assert isinstance(found.denoiser.network, UNet)
-    return kernels.ready(found.denoiser.network.computes)
+    return kernels.identity(found.denoiser.network.computes)
 
 
 def read_image(path: str | Path) -> picture.Image:
