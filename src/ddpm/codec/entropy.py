@@ -175,8 +175,16 @@ class Certain:
 
     def get_each(self, frequency: NDArray[np.int64]) -> NDArray[np.int32]:
         """The symbols [m], or fewer: those before the first that is not certain, which is the end."""
-        low, high = self._both(lambda decoder: decoder.get_each(frequency))
-        return low[: np.append(low == high, False).argmin()]
+        found: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
+        for row in frequency[:, None]:  # one by one: what is beyond the end must not take the others with it
+            try:
+                low, high = self._both(lambda decoder: decoder.get_each(row))  # noqa: B023
+            except Ends:
+                break
+            if low != high:
+                break
+            found.append(low)
+        return np.concatenate(found)
 
     def _same(self, get: Callable[[Decoder], int]) -> int:
         low, high = self._both(get)

@@ -36,7 +36,7 @@ def fit(
     real = np.ones(true.shape, bool)
     scales = np.zeros(2 * len(SCALES) - 1, np.int64)
     buckets = np.zeros((len(tables.buckets), bits + plan.PAD + 1), np.int64)
-    state = progressive.start(tables, true.shape, 0)
+    state = progressive.start(true.shape, 0)
     pickers = progressive.pickers(images.numpy(), real, 0, lend=False)
 
     def step(number: int, group: Group, x0: Array) -> bool:

@@ -312,7 +312,7 @@ def _walk(
     tables = model.tables[header.bits]
     tiles = cut(image, header, model)
     true = progressive.signal(tiles.pixels)
-    state = progressive.start(tables, true.shape, header.seed)
+    state = progressive.start(true.shape, header.seed)
     most = math.inf if bits_per_dim is None else bits_per_dim * image.size / 8
     lends = _lends(tiles, tables)
     pickers = progressive.pickers(tiles.pixels, tiles.said, header.seed, lends)
@@ -446,7 +446,7 @@ def _pictures(
     sent: list[Symbols] = []
     with suppress(Ends):
         sent.extend(_groups(decoder, header, tables, tiles.real))
-    state = progressive.start(tables, tiles.pixels.shape, header.seed)
+    state = progressive.start(tiles.pixels.shape, header.seed)
     told: list[progressive.Told] = []
     keep = header.lossless and _lends(tiles, tables)
     checks = dict(zip(_checked(header.groups), trailer, strict=False)) if header.lossless else {}

@@ -100,7 +100,7 @@ def signal(image: NDArray[np.uint8]) -> Array:
     return x0
 
 
-def start(tables: Tables, shape: Sequence[int], seed: int) -> State:
+def start(shape: Sequence[int], seed: int) -> State:
     """x_T of n tiles, from shared noise."""
     n, *one = shape
     x = [shared.normals(int(np.prod(one)), _START, seed, tile).astype(np.float64).reshape(one) for tile in range(n)]
