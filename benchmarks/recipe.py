@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     # which noise levels are trained, and how
     "times-uniform": {"times": "uniform"},
+    "times-stratified": {"times": "stratified"},
     "times-lognormal": {"times": "lognormal"},
     "times-bound": {"times": "bound"},
     "bound-eps": {"times": "bound", "predict": "eps"},

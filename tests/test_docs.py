@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import ddpm.files.datasets
+from ddpm import presets
 from ddpm.files import images
 from ddpm.run import cli
 
@@ -42,9 +44,8 @@ def project(tmp_path_factory):
         patch.chdir(folder)
         pixels = ddpm.files.datasets.load("digits", (8, 8), 3).batch(range(20)).permute(0, 2, 3, 1).numpy()
         images.save_many("my-photos/", pixels, [str(i) for i in range(20)])
-        for i, name in enumerate(["a.png", "b.png", "mask.png"]):
-            images.save(name, pixels[i] if i < 2 else (pixels[i] > 100) * np.uint8(255))
-        for line in blocks("sh")[0].splitlines():
+        images.save("mask.png", (pixels[0] > 100) * np.uint8(255))
+        for line in "".join(blocks("sh")).splitlines():
             if line.startswith("ddpm ") and "uoft-cs" not in line:  # that one needs a network
                 words = shlex.split(line, comments=True)[1:]
                 assert cli.main([*words, *SHORT[words[0]].split()]) == 0, line
@@ -57,6 +58,7 @@ def test_commands_leave_what_they_say(project):
     assert (project / "runs/mine/config.json").is_file()
     assert (project / "between.png").is_file()
     assert (project / "mended.png").is_file()
+    assert (project / "same.png").is_file()
     assert (project / "versions.png").is_file()
     assert (project / "ours.safetensors").is_file()
     assert {p.name for p in (project / "runs/digits/paper").iterdir()} > {
@@ -66,6 +68,25 @@ def test_commands_leave_what_they_say(project):
         "fig10.png",
     }
     assert "fig10.png" in (project / "runs/digits/report.html").read_text()
+
+
+def test_presets_are_all_there():
+    """With their parameters in millions, and their steps."""
+    table = re.search(r"\| preset .*?\n\n", (ROOT / "README.md").read_text(), re.S)
+    assert table
+    rows = [row.split("|")[1:] for row in table[0].strip().splitlines()[2:]]
+    told = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert told.keys() == presets.PRESETS.keys()
+    for name, preset in presets.PRESETS.items():
+        _, data, image, parameters, steps, *_ = told[name]
+        with torch.device("meta"):
+            network = presets.build(preset).network
+        assert parameters.strip() == f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} million"
+        assert image.split()[0] == f"{preset.size[0]}x{preset.size[1]}"
+        assert (data.strip() == preset.data) or name == "digits" or not preset.data
+        least, most = (int(n.replace(",", "")) for n in (re.findall(r"[\d,]+", steps.split("of")[0]) * 2)[:2])
+        assert least <= preset.steps <= most
+        assert int(steps.split("of")[1]) == preset.batch_size
 
 
 def test_python_examples(project, monkeypatch, capsys):

@@ -5,8 +5,8 @@ mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, o
 settings      presets: Preset, PRESETS, build
 files         load: a run folder or a checkpoint file -> Denoiser
 codec         codec.compress, codec.decompress, codec.pictures; load_codec: a calibrated model -> codec.Model
-programs      run.train, run.generate, run.evaluate, run.paper, run.report, run.compress,
-              run.cli
+programs      run.train, run.generate, run.evaluate, run.paper, run.edit, run.report,
+              run.compress, run.export, run.cli
 
 Modules load when they are first used, so that `ddpm --help` does not wait for torch.
 
