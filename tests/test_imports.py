@@ -60,9 +60,15 @@ def test_only_pixels_knows_the_scale_of_pixels(module):
     assert not numbers & {127.5, 255}
 
 
-@pytest.mark.skipif("ddpm.run.cli" not in FILES, reason="not written yet")
 def test_the_command_line_starts_without_torch():
     """So that --help is quick."""
     code = "import sys, ddpm.run.cli; print({'torch', 'datasets', 'sklearn', 'PIL'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_a_model_loads_without_torchs_compiler():
+    """Its imports take seconds."""
+    code = "import sys, ddpm; ddpm.load('digits'); print('torch._dynamo' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"

@@ -237,7 +237,10 @@ class UNet(nn.Module):
         self.checkpointing, self.bf16 = checkpointing, bf16
         c_time = 4 * width
         self.time1, self.time2 = linear(width, c_time), linear(c_time, c_time)
-        self.label = nn.Embedding(classes, c_time) if classes else None
+        self.label: nn.Embedding | None = None
+        if classes:  # N(0, 1), as nn.Embedding draws it; on the meta device that imports torch._dynamo, for seconds
+            weight = torch.randn(classes, c_time)
+            self.label = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
 
         def stage(c_in: int, c_out: int, level: int, attend: bool = False) -> Stage:
             groups = groups_of(width if level >= 0 else STEP)
