@@ -434,12 +434,7 @@ def main() -> None:
     parser.add_argument("--name", default="codec", help="of the record (%(default)s)")
     args = parser.parse_args()
     about = {k: str(v) for k, v in vars(args).items() if k not in ("parts", "work", "name", "out")}
-    about["commit"] = record.commit()
-    kept = args.work / "settings.json"
-    if kept.exists() and json.loads(kept.read_text()) != about:
-        raise SystemExit(f"--work {args.work}: holds parts of other settings or another commit; want another folder")
-    args.work.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(kept, about)
+    record.same_settings(args.work, about | {"commit": record.commit()})
     what = {"single": single, "archive": archived, "lossy": lossy, "time": timed}
     what |= {"training": training, "photos": photos, "others": other_formats}
     with record.measuring(args):

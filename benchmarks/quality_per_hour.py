@@ -248,11 +248,7 @@ def bits(folder: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
 def run_parts(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """All parts of all contestants, those that are done already from their files."""
     settings = {key: getattr(args, key) for key in ("minutes", "preset", "samples", "levels", "nll_images", "probe")}
-    about = args.work / "settings.json"
-    if about.exists() and json.loads(about.read_text()) != settings:
-        raise SystemExit(f"{args.work}: of other settings, {about.read_text().strip()}; want another --work")
-    args.work.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(about, settings)
+    record.same_settings(args.work, settings)
     found: dict[str, dict[str, Any]] = {name: {} for name in args.contestants}
     for name in args.contestants:
         for part in PARTS if args.quality else PARTS[:-1]:

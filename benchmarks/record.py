@@ -25,6 +25,7 @@ import torch
 from machine import hardware, versions
 
 from ddpm import kernels
+from ddpm.files import atomic
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -33,6 +34,17 @@ RESULTS = Path(__file__).parent / "results"
 def plain() -> AbstractContextManager[None]:
     """Within it the network runs on PyTorch's own operations: what `--plain` measures."""
     return kernels.disabled()
+
+
+def same_settings(work: Path, settings: Mapping[str, Any]) -> None:
+    """Leaves the settings in a folder that keeps parts; ends the script where these are of others."""
+    file = work / "settings.json"
+    if file.exists() and json.loads(file.read_text()) != settings:
+        raise SystemExit(
+            f"--work {work}: holds parts of other settings, {file.read_text().strip()}; want another folder"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    atomic.write_json(file, settings)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

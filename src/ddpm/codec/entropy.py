@@ -8,6 +8,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 import constriction
@@ -175,16 +176,11 @@ class Certain:
 
     def get_each(self, frequency: NDArray[np.int64]) -> NDArray[np.int32]:
         """The symbols [m], or fewer: those before the first that is not certain, which is the end."""
-        found: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
-        for row in frequency[:, None]:  # one by one: what is beyond the end must not take the others with it
-            try:
-                low, high = self._both(lambda decoder: decoder.get_each(row))  # noqa: B023
-            except Ends:
-                break
-            if low != high:
-                break
-            found.append(low)
-        return np.concatenate(found)
+        found: list[int] = []
+        with suppress(Ends):  # one by one: what is beyond the end must not take the others with it
+            for row in frequency:
+                found.append(self.get(row))
+        return np.array(found, np.int32)
 
     def _same(self, get: Callable[[Decoder], int]) -> int:
         low, high = self._both(get)

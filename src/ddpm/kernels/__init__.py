@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-FLAGS = ("-O3", "-fno-math-errno", "-fopenmp", "-fPIC")
 PLANE = 32  # channels that lie together; more come in multiples of it
 MOST, MOST_GROUPS = 4096, 32  # channels, and groups of a norm
+FLAGS = (
+    "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", f"-DPLANE={PLANE}", f"-DMOST={MOST}", f"-DMOST_GROUPS={MOST_GROUPS}",
+)  # fmt: skip
 
 
 class Source(NamedTuple):
@@ -135,16 +137,15 @@ def usable(x: Tensor, layer: nn.Conv2d, norm: nn.GroupNorm | None = None) -> boo
         return False
     square, edge = layer.kernel_size, (layer.kernel_size[0] // 2,) * 2
     plain = square in ((1, 1), (3, 3)) and layer.padding == edge and layer.padding_mode == "zeros"
-    plain = plain and layer.stride == layer.dilation == (1, 1) and layer.groups == 1 and layer.bias is not None
-    plain = plain and max(layer.weight.shape[:2]) <= MOST and not (layer._forward_hooks or layer._forward_pre_hooks)
+    plain = plain and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
+    plain = plain and max(layer.weight.shape[:2]) <= MOST
     plain = plain and x.dim() == 4 and x.shape[1] == layer.in_channels and x.numel() > 0
-    parts = [layer.weight, layer.bias]
     if norm is not None:
-        plain = plain and norm.affine and norm.num_channels == x.shape[1] and x.shape[1] % PLANE == 0
-        plain = plain and norm.num_groups <= MOST_GROUPS and not (norm._forward_hooks or norm._forward_pre_hooks)
-        parts += [norm.weight, norm.bias]
-    weights = SOURCES[dtype].weights
-    return plain and all(part is not None and part.dtype == weights for part in parts)
+        plain = plain and norm.num_channels == x.shape[1] and x.shape[1] % PLANE == 0 and norm.num_groups <= MOST_GROUPS
+    used = [layer] if norm is None else [layer, norm]
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in used)
+    parts, weights = [part for module in used for part in (module.weight, module.bias)], SOURCES[dtype].weights
+    return plain and not hooked and all(part is not None and part.dtype == weights for part in parts)
 
 
 class _Before(ctypes.Structure):

@@ -27,7 +27,7 @@ typedef uint16_t bf16;
 typedef float real;
 #include "common.h"
 
-enum { MOST_GROUPS = 32, REQUEST = 0x1023, TILE_DATA = 18 };
+enum { REQUEST = 0x1023, TILE_DATA = 18 };
 
 /* Ask the system for the tiles; 0 where it has none. */
 int ready(void) { return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0; }

@@ -1,11 +1,11 @@
-/* What the kernels share; `real` is the type of their sums and of the norm's weights. */
+/* What the kernels share; `real` is the type of their sums and of the norm's weights. Channels come in multiples of PLANE,
+ * MOST and MOST_GROUPS of a norm: __init__.py defines them. */
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 #define INLINE static inline __attribute__((always_inline)) /* so that what is constant at the call costs nothing */
-enum { PLANE = 32 }; /* channels come in multiples of it */
 
 /* Room of this thread, kept for its next call and given back when it ends; NULL where the memory is full. */
 typedef struct { void *at; size_t bytes; } rooms[4];

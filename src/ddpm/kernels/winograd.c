@@ -38,7 +38,7 @@ enum { TERMS = 7, MANTISSA = 23, LARGE = 87 };
 #endif
 #include "common.h"
 
-enum { LANES = 32 / sizeof(real), BLOCK = 2 * LANES, ROWS = 6, SIDE = 6, OUT = 4, MOST = 4096 };
+enum { LANES = 32 / sizeof(real), BLOCK = 2 * LANES, ROWS = 6, SIDE = 6, OUT = 4 };
 typedef real vec __attribute__((vector_size(32)));
 typedef real loose __attribute__((vector_size(32), aligned(sizeof(real)), may_alias));
 

@@ -95,20 +95,20 @@ def load_codec(
     settings = json.dumps([t.to_json() for t in (*by_bits.values(), chain)], sort_keys=True)
     denoiser = found.denoiser.to(device)
     place = denoiser.schedule.alpha_bar.device
+    build = _kernels(found) if place.type == "cpu" else ""
     channels, height, width = found.preset.shape
     return Model(
         denoiser, exact.to(device), (channels, height, width), by_bits,
         hashlib.sha256((found.sha256 + settings).encode()).digest()[:4],
-        chain, 2 ** (exact.network.levels - 1), _here(found, place),
-        place.type == "cpu" and bool(_kernels(found)),
+        chain, 2 ** (exact.network.levels - 1), _here(found, place, build), bool(build),
     )  # fmt: skip
 
 
-def _here(found: Checkpoint, device: torch.device) -> bytes:
-    """Two bytes that name what the local profile hangs on: the kind of machine, the device, the release of torch, our
-    kernels."""
+def _here(found: Checkpoint, device: torch.device, build: str) -> bytes:
+    """Two bytes that name what the local profile hangs on: the kind of machine, the device, the release of torch, the
+    build of our kernels."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    about = [device.type, name, torch.__version__, found.preset.precision, _kernels(found)]
+    about = [device.type, name, torch.__version__, found.preset.precision, build]
     return hashlib.sha256(json.dumps(about).encode()).digest()[:2]
 
 
