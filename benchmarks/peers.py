@@ -2,6 +2,7 @@
 
 `Ours` makes the step of `ddpm train`: L_simple, clipping, fused Adam, average. `Theirs` makes that of diffusers'
 train_unconditional.py (without accelerate, which wraps it): add_noise, mean squared error, clipping, AdamW, EMAModel.
+Only what is of diffusers imports it: our figures can be had on a machine without it.
 """
 
 import copy
@@ -18,9 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
 from record import Timed
 from torch import Tensor, nn
 
@@ -37,8 +35,10 @@ SMALL = PRESETS["cifar10_small"]
 Call = Callable[[Tensor, Tensor], Tensor]  # (x_t, timestep) -> eps
 
 
-def paper_network(preset: Preset) -> UNet2DModel:
+def paper_network(preset: Preset) -> nn.Module:
     """diffusers' network of the preset's shape, configured as google/ddpm-cifar10-32 and ddpm-celebahq-256 are."""
+    from diffusers import UNet2DModel
+
     levels = range(len(preset.multipliers))
     kinds = ["Attn" if level in preset.attention_levels else "" for level in levels]
     return UNet2DModel(
@@ -58,12 +58,14 @@ def paper_network(preset: Preset) -> UNet2DModel:
     )
 
 
-def example_network(preset: Preset = SMALL) -> UNet2DModel:
+def example_network(preset: Preset = SMALL) -> nn.Module:
     """diffusers' own settings, as its example of training has them: two layers a block, attention in the last but one.
 
     The example (docs, "Train a diffusion model") has 128, 128, 256, 256, 512, 512 channels for 128x128; here 64, 128,
     128 for 32x32, which has as many parameters as SMALL.
     """
+    from diffusers import UNet2DModel
+
     kinds = ["Attn" if level == len(preset.multipliers) - 2 else "" for level in range(len(preset.multipliers))]
     return UNet2DModel(
         sample_size=preset.size,
@@ -121,17 +123,22 @@ class Theirs:
     autocast       run the network in bf16
     channels_last  its memory layout
     quick          the fused AdamW and the average by torch._foreach, which the example does not ask for
-    compiled       through torch.compile
+    compiled       through torch.compile, by this backend
     """
 
     def __init__(
         self, network: nn.Module, device: torch.device | str = "cpu", *, autocast: bool = False,
-        channels_last: bool = False, quick: bool = False, compiled: bool = False, call: Call | None = None,
+        channels_last: bool = False, quick: bool = False, compiled: bool = False, backend: str = "inductor",
+        call: Call | None = None,
     ) -> None:  # fmt: skip
+        from diffusers import DDPMScheduler
+        from diffusers.optimization import get_cosine_schedule_with_warmup
+        from diffusers.training_utils import EMAModel
+
         layout = torch.channels_last if channels_last else torch.preserve_format
         self.network = network.to(device, memory_format=layout).train()  # type: ignore[call-overload]
         self.device, self.autocast, self.layout = torch.device(device), autocast, layout
-        run = torch.compile(network) if compiled else network
+        run = torch.compile(network, backend=backend) if compiled else network
         self.call = call or (lambda x, timestep: run(x, timestep).sample)
         self.weights = list(network.parameters())
         self.adam = torch.optim.AdamW(
@@ -161,6 +168,8 @@ class Theirs:
 @torch.no_grad()
 def ddim(loop: Theirs, preset: Preset, count: int, steps: int) -> Tensor:
     """`count` images by diffusers' DDIM from torch's global generator, uint8 [count, C, H, W] on the CPU."""
+    from diffusers import DDIMScheduler
+
     scheduler = DDIMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(steps, device=loop.device)
     x = torch.randn(count, *preset.shape).to(loop.device)
@@ -169,20 +178,32 @@ def ddim(loop: Theirs, preset: Preset, count: int, steps: int) -> Tensor:
     return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def trained(preset: Preset, batch_size: int, steps: int, precision: Precision = "bf16", device: str = "cpu") -> Timed:
-    """Seconds a step of `train` itself: data, noise, log and all, without the first step."""
-    settings: dict[str, Any] = {"batch_size": batch_size, "steps": steps + 1, "save_every": 10**9, "sample_every": 0}
-    settings |= {"data": "digits", "eval_images": 1, "log_every": 1, "ema_warmup": True, "warmup": 1}
+def logged(
+    preset: Preset, batch_size: int, steps: int, precision: Precision = "bf16", device: str = "cpu", log_every: int = 1
+) -> list[dict[str, Any]]:
+    """The log of a run of `train` itself: data, noise, log and all."""
+    settings: dict[str, Any] = {"batch_size": batch_size, "steps": steps, "save_every": 10**9, "sample_every": 0}
+    settings |= {"data": "digits", "eval_images": 1, "log_every": log_every, "ema_warmup": True, "warmup": 1}
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         out = Path(folder) / "run"
         train(replace(preset, precision=precision, device=device, **settings), out)
-        return Timed(seconds_a_step(out))
+        return training_lines(out)
 
 
-def seconds_a_step(run: Path) -> float:
+def trained(preset: Preset, batch_size: int, steps: int, precision: Precision = "bf16", device: str = "cpu") -> Timed:
+    """Seconds a step of `train` itself, without the first step."""
+    return Timed(seconds_a_step(logged(preset, batch_size, steps + 1, precision, device)))
+
+
+def training_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log that are about training steps; half a line, which is being written, is left out."""
+    file = run / "metrics.jsonl"
+    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    return [line for line in map(json.loads, whole.splitlines()) if "loss" in line]
+
+
+def seconds_a_step(lines: list[dict[str, Any]]) -> float:
     """By a run's log, without what came before its first line: that has the start in it."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
     first, last = lines[0], lines[-1]
     return float((last["seconds"] - first["seconds"]) / (last["step"] - first["step"]))
 

@@ -110,7 +110,7 @@ def train_ours(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     with patch.object(datasets, "load_pair", once):
         with stopped_after(run / "metrics.jsonl", args.probe):
             step = training.train(preset, run).step
-        more = clock.steps(peers.seconds_a_step(run))
+        more = clock.steps(peers.seconds_a_step(peers.training_lines(run)))
         with stopped_after(run / "metrics.jsonl", clock.left()):
             result = training.train(replace(preset, steps=step + more, log_every=50), run)
     return {

@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from figures import Spread, spread
+from figures import table as table
 from machine import hardware, versions
 
 from ddpm import kernels
@@ -82,23 +84,6 @@ def _seconds(case: Case, calls: int, sync: Callable[[], object]) -> float:
         last = case()
     sync()
     return float(last) if isinstance(last, Timed) else (time.perf_counter() - start) / calls
-
-
-class Spread(NamedTuple):
-    """Repeats of one figure: the middle one, the least and the most."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        middle, low, high = (f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}" for x in self)
-        return f"{middle} ({low} - {high})"
-
-
-def spread(values: Iterable[float]) -> Spread:
-    values = list(values)
-    return Spread(statistics.median(values), min(values), max(values))
 
 
 def ratio(found: Mapping[str, Sequence[float]], ours: str, theirs: str) -> Spread:
@@ -218,12 +203,6 @@ def measuring(args: argparse.Namespace) -> Iterator[None]:
         torch.set_num_threads(args.threads)
     with plain() if args.plain else nullcontext():
         yield
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
 
 
 def write(

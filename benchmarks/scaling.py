@@ -72,7 +72,7 @@ def program(network: str, batch: int, steps: int, processes: int, threads: int) 
         done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
-        return record.Timed(peers.seconds_a_step(Path(folder) / "run"))
+        return record.Timed(peers.seconds_a_step(peers.training_lines(Path(folder) / "run")))
 
 
 def main() -> None:

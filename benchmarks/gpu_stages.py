@@ -1,0 +1,510 @@
+"""The stages of benchmarks/gpu.py, which starts each of them as a process of its own:
+
+    python benchmarks/gpu_stages.py STAGE FOLDER
+
+FOLDER holds plan.json, which says what to do, and STAGE.jsonl, one line per case. The stage appends a line as soon as a
+case has ended, so a stage that is killed leaves the cases that had ended. The stage passes over a case that has a line.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import machine
+import peers
+import record
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm.presets import PRESETS, Preset, build
+from ddpm.run.generate import generate
+from ddpm.run.gpu import compile_stages, pick_compile
+
+Values = dict[str, Any]
+
+REAL: Values = {
+    "product": 8192,  # side of the matrices
+    "ours": [("cifar10", 128), ("cifar10_fast", 256), ("cifar10", 512), ("cifar10_fast", 1024)],
+    "large": [("celebahq256", 64)],
+    "log_every": 10,
+    "lines": 6,  # of `ddpm train` in the stage ours; the first has the start in it
+    "beside": ("cifar10", 128),
+    "samples": (1024, 256, 20),  # images, batch, network calls an image
+    "train": ([], 60, 10**9),  # options of `ddpm train`, seconds, lines of its log
+}
+TINY: Values = {
+    "product": 64,
+    "ours": [("cifar10", 4), ("cifar10_fast", 2)],
+    "large": [("celebahq256", 2)],
+    "log_every": 1,
+    "lines": 3,
+    "beside": ("cifar10", 2),
+    "samples": (4, 2, 2),
+    "train": (
+        "--size 8 --width 32 --multipliers 1 --blocks 1 --attention 0 --batch-size 2 --log-every 1 --eval-images 2 "
+        "--device cpu --ema-warmup".split(),
+        60,
+        3,
+    ),
+}
+DIFFUSERS = {"eager": {}, "compiled": {"compiled": True}}
+
+
+# -- the card, and what stands for it in a rehearsal -------------------------------------------------------------------
+
+
+class Cuda:
+    """What a stage asks of a CUDA device."""
+
+    device = torch.device("cuda")
+    backend = "inductor"
+    activities = (ProfilerActivity.CUDA,)
+    busy = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace in which the device works
+
+    def compiles(self) -> bool:
+        return pick_compile("auto", self.device)
+
+    def about(self) -> Values:
+        card = torch.cuda.get_device_properties(self.device)
+        asked = "driver_version,memory.used,utilization.gpu"
+        words = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits", f"--id=GPU-{card.uuid}"]
+        try:
+            said = subprocess.check_output(words, text=True, stderr=subprocess.DEVNULL, timeout=20).strip().split(", ")
+        except (OSError, subprocess.SubprocessError):
+            said = ["unknown"] * 3
+        return {
+            "card": card.name,
+            "memory_gib": round(card.total_memory / 2**30, 1),
+            **dict(zip(("driver", "mib_used_before", "percent_busy_before"), said, strict=False)),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def held(self) -> int:
+        """Bytes held now; the peak starts from here."""
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def clear(self) -> None:
+        torch.cuda.empty_cache()
+
+
+class Stub(Cuda):
+    """The CPU in place of the card, so that a rehearsal goes the same way."""
+
+    device = torch.device("cpu")
+    backend = "eager"
+    activities = (ProfilerActivity.CPU,)
+    busy = ("cpu_op",)
+
+    def compiles(self) -> bool:
+        return True
+
+    def about(self) -> Values:
+        return {"card": "none (rehearsal on the CPU)", "memory_gib": 0, "driver": "none"}
+
+    def wait(self) -> None:
+        pass
+
+    def held(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return 0
+
+    def clear(self) -> None:
+        pass
+
+
+# -- cases -------------------------------------------------------------------------------------------------------------
+
+
+class Cases:
+    """The cases of a stage: runs those that have no line yet, and writes a line for each."""
+
+    def __init__(self, file: Path, card: Cuda) -> None:
+        self.file, self.card = file, card
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.done = [json.loads(line)["case"] for line in lines]
+
+    def add(self, name: str, values: Values) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps({"case": name, **values}) + "\n")
+        self.done.append(name)
+
+    def __call__(self, name: str, function: Callable[[], Values]) -> None:
+        if name not in self.done:
+            self.add(name, tried(function))
+            gc.collect()
+            self.card.clear()
+            torch.compiler.reset()
+
+
+def tried(function: Callable[[], Values]) -> Values:
+    """What the function returns, or the error that it raises: the other cases go on."""
+    try:
+        return function()
+    except Exception as error:
+        return {"error": first_line(f"{type(error).__name__}: {error}")}
+
+
+def first_line(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip()), "no reason was given").strip()[:300]
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def flops(preset: Preset) -> float:
+    """Floating-point operations of a training step per image: three times those of a forward pass, counted on the CPU.
+
+    Only convolutions and matrix products count.
+    """
+    network = build(replace(preset, precision="float32")).network
+    with record.plain(), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, *preset.shape), torch.zeros(1, dtype=torch.int64))
+    return 3.0 * counter.get_total_flops()
+
+
+def product_rate(card: Cuda, side: int, repeats: int, seconds: float) -> record.Spread:
+    """FLOP a second of a bf16 product of two square matrices."""
+    a = torch.randn(side, side, device=card.device, dtype=torch.bfloat16)
+    found = record.interleave({"": partial(torch.mm, a, a)}, repeats, seconds, card.wait)
+    return record.spread(2 * side**3 / s for s in found[""])
+
+
+def speeds(seconds: Iterable[float], images: int, flop: float, plan: Values) -> Values:
+    """Milliseconds, images a second, and the share of the product's rate, each with its spread."""
+    seconds = list(seconds)
+    found: Values = {"ms": record.spread(1000 * s for s in seconds)._asdict()}
+    found["images_per_second"] = record.spread(images / s for s in seconds)._asdict()
+    if rate := plan.get("product_flops"):
+        found["matrix_share"] = record.spread(flop * images / s / rate for s in seconds)._asdict()
+    return found
+
+
+def started(card: Cuda, make: Callable[[], record.Case]) -> tuple[record.Case, float, int]:
+    """Make a case and call it twice: the case, the seconds of its first call, and the most bytes that it held."""
+    held = card.held()
+    case = make()
+    card.wait()
+    begun = time.perf_counter()
+    case()
+    card.wait()
+    first = time.perf_counter() - begun
+    case()
+    card.wait()
+    return case, first, card.peak() - held
+
+
+PRODUCTS = re.compile(
+    r"gemm|gemv|xmma|cutlass|nvjet|fprop|wgrad|dgrad|conv(?!ert)|flash|fmha|sdpa|attention|splitk", re.I
+)
+
+
+def is_product(kernel: str) -> bool:
+    """Whether the kernel of this name is a convolution or a matrix product (attention is matrix products).
+
+    Inductor names a kernel after all that is fused in it, so `triton_poi_fused_convolution_...` only adds a bias.
+    """
+    if kernel.startswith("triton_"):
+        return kernel.startswith(("triton_tem", "triton_mm"))
+    return PRODUCTS.search(kernel) is not None
+
+
+def where_time_goes(events: Sequence[tuple[str, float, float]]) -> Values:
+    """Shares of the time from the first kernel's start to the last one's end; events are (name, start, duration).
+
+    Kernels may overlap: a moment in which several run counts once, and products and others split the busy time by
+    their durations.
+    """
+    first = min(start for _, start, _ in events)
+    last = max(start + duration for _, start, duration in events)
+    busy, end = 0.0, first
+    for _, start, duration in sorted(events, key=lambda event: event[1]):
+        busy += max(0.0, start + duration - max(start, end))
+        end = max(end, start + duration)
+    total = sum(duration for *_, duration in events)
+    products = sum(duration for name, _, duration in events if is_product(name))
+    share = busy / (last - first)
+    by_name: dict[str, float] = {}
+    for name, _, duration in events:
+        by_name[name[:100]] = by_name.get(name[:100], 0.0) + duration / total
+    longest = sorted(by_name.items(), key=lambda item: -item[1])[:8]
+    return {
+        "products": share * products / total,
+        "others": share * (1 - products / total),
+        "gaps": 1 - share,
+        "kernels": len(events),
+        "longest": dict(longest),
+    }
+
+
+def profiled(card: Cuda, case: record.Case, steps: int = 3) -> Values:
+    """`where_time_goes` for a few steps in a row, as in training; the first profile only starts the profiler."""
+    for _ in range(2):
+        card.wait()
+        with profile(activities=card.activities) as found:
+            for _ in range(steps):
+                case()
+            card.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        found.export_chrome_trace(f"{folder}/trace.json")
+        trace = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    values = where_time_goes([(e["name"], e["ts"], e["dur"]) for e in trace if e.get("cat") in card.busy])
+    return {**values, "kernels": round(values["kernels"] / steps)}
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+def preset(name: str, plan: Values) -> Preset:
+    """The preset of this name; in a rehearsal with tiny sizes."""
+    found = PRESETS[name]
+    if plan["rehearse"]:
+        found = replace(found, size=(8, 8), width=32, multipliers=(1, 1), attention=(4,), blocks=1)
+    return found
+
+
+def sizes(plan: Values) -> Values:
+    return TINY if plan["rehearse"] else REAL
+
+
+def the_card(cases: Cases, plan: Values, card: Cuda) -> None:
+    """What card this is, and the rate of one large product."""
+    about = {"hardware": machine.hardware(), "versions": machine.versions(), "python": platform.python_version()}
+    cases("card", lambda: {**about, "commit": record.commit(), **card.about()})
+    side = sizes(plan)["product"]
+    cases(
+        f"bf16 product of {side} x {side}",
+        lambda: {"flops": product_rate(card, side, plan["repeats"], plan["seconds"])._asdict()},
+    )
+
+
+class Recorder:
+    """A plugin of pytest: each test is a case, written as soon as the test has ended."""
+
+    def __init__(self, cases: Cases) -> None:
+        self.cases = cases
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or not report.passed:
+            self.add(report, {"outcome": report.outcome, "seconds": round(report.duration, 2)})
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.add(report, {"outcome": "failed"})
+
+    def add(self, report: Any, values: Values) -> None:
+        if report.outcome == "failed":
+            crash = getattr(report.longrepr, "reprcrash", None)
+            lines = str(report.longrepr).strip().splitlines()
+            reason = f"line {crash.lineno}: {first_line(crash.message)}" if crash else lines[-1][:300]
+            values |= {"error": reason, "trace": "\n".join(lines)[-3000:]}
+        elif report.outcome == "skipped":
+            values["reason"] = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
+        self.cases.add(report.nodeid, values)
+
+
+def tests(cases: Cases, plan: Values, card: Cuda) -> None:
+    """tests/test_cuda.py, without the tests that have passed."""
+    import pytest
+
+    words = [plan["tests"], "-p", "no:cacheprovider", "-o", "addopts=", "-q", f"--rootdir={record.ROOT}"]
+    code = pytest.main([*words, *(f"--deselect={name}" for name in cases.done)], plugins=[Recorder(cases)])
+    if code not in (0, 1, 5):  # passed, failed, nothing left to run
+        cases.add("pytest", {"outcome": "failed", "error": f"pytest ended with code {int(code)}"})
+
+
+def training_step(card: Cuda, shape: Preset, count: int) -> record.Case:
+    """The bare step of `ddpm train`, compiled where `ddpm train` compiles."""
+    ours = peers.Ours(shape, "bf16", card.device)
+    if card.compiles():
+        compile_stages(ours.network, card.backend)
+    return partial(ours.step, peers.batch(shape, count, card.device))
+
+
+def bare_step(name: str, count: int, plan: Values, card: Cuda) -> Values:
+    shape = preset(name, plan)
+    flop = flops(shape)
+    case, first, peak = started(card, lambda: training_step(card, shape, count))
+    seconds = record.interleave({"": case}, plan["repeats"], plan["seconds"], card.wait)[""]
+    values = {
+        **speeds(seconds, count, flop, plan),
+        "peak_bytes": peak,
+        "compile_seconds": max(0.0, first - min(seconds)),
+        "flop_an_image": flop,
+        "compiled": card.compiles(),
+    }
+    return {**values, "profile": tried(lambda: profiled(card, case))}
+
+
+def whole_step(name: str, count: int, plan: Values, card: Cuda) -> Values:
+    """`ddpm train` by the lines of its log after the first."""
+    shape, size = preset(name, plan), sizes(plan)
+    held = card.held()
+    steps = size["log_every"] * size["lines"]
+    lines = peers.logged(shape, count, steps, "bf16", card.device.type, size["log_every"])
+    seconds = [count / line["images_per_second"] for line in lines[1:]]
+    return {**speeds(seconds, count, flops(shape), plan), "peak_bytes": card.peak() - held}
+
+
+def ours(cases: Cases, plan: Values, card: Cuda) -> None:
+    for name, count in sizes(plan)["ours"]:
+        cases(f"{name}, batch {count}, bare step", partial(bare_step, name, count, plan, card))
+        cases(f"{name}, batch {count}, `ddpm train`", partial(whole_step, name, count, plan, card))
+
+
+def large(cases: Cases, plan: Values, card: Cuda) -> None:
+    for name, count in sizes(plan)["large"]:
+        cases(f"{name}, batch {count}, bare step", partial(bare_step, name, count, plan, card))
+
+
+def real_run(plan: Values) -> Values:
+    """The program itself on images from a file, ended by SIGTERM; its log after the first line."""
+    if not plan["data"]:
+        raise RuntimeError("no --data was given")
+    options, most, enough = sizes(plan)["train"]
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "ddpm.run.cli", "train", "cifar10", "--data", plan["data"], *options]
+        begun, seen = time.monotonic(), None
+        with Path(folder, "log").open("w") as log:
+            process = subprocess.Popen([*words, "--out", f"{folder}/run"], stdout=log, stderr=log)
+            while process.poll() is None and time.monotonic() - begun < most:
+                lines = peers.training_lines(Path(folder, "run"))
+                seen = seen or (lines and time.monotonic() - begun) or None
+                if len(lines) >= enough:
+                    break
+                time.sleep(0.2)
+            process.terminate()
+            process.wait()
+        lines = peers.training_lines(Path(folder, "run"))
+        if len(lines) < 3:
+            said = Path(folder, "log").read_text().replace(plan["data"], "DATA").strip().splitlines()
+            raise RuntimeError(f"{len(lines)} lines of log; the program's last words: {said[-1] if said else 'none'}")
+        config = json.loads(Path(folder, "run", "config.json").read_text())
+    seconds = [config["batch_size"] / line["images_per_second"] for line in lines[1:]]
+    values = speeds(seconds, config["batch_size"], flops(preset("cifar10", plan)), plan)
+    values |= {"batch": config["batch_size"], "precision": config["precision"], "seconds_to_first_line": seen}
+    return {**values, "steps": lines[-1]["step"], "loss": [lines[0]["loss"], lines[-1]["loss"]], "lines": len(lines)}
+
+
+def data(cases: Cases, plan: Values, card: Cuda) -> None:
+    cases("`ddpm train cifar10`", partial(real_run, plan))
+
+
+def diffusers_network(card: Cuda, shape: Preset, settings: Values) -> peers.Theirs:
+    network = peers.paper_network(shape)
+    fast = {"autocast": True, "channels_last": True, "quick": True, "backend": card.backend}
+    return peers.Theirs(network, card.device, **fast, **settings)
+
+
+def turns(
+    card: Cuda, plan: Values, images: int, flop: float, repeats: int, seconds: float,
+    makers: dict[str, Callable[[], record.Case]],
+) -> Values:  # fmt: skip
+    """Ours and diffusers' in turns: speeds, memory and compilation of each, and the ratio within each turn."""
+    ready = {name: started(card, make) for name, make in makers.items()}
+    found = record.interleave({name: case for name, (case, *_) in ready.items()}, repeats, seconds, card.wait)
+    values: Values = {"ratio": record.ratio(found, "ours", "diffusers")._asdict()}
+    for name, (_, first, peak) in ready.items():
+        values[name] = speeds(found[name], images, flop, plan)
+        values[name] |= {"peak_bytes": peak, "compile_seconds": max(0.0, first - min(found[name]))}
+    return values
+
+
+def beside(cases: Cases, plan: Values, card: Cuda) -> None:
+    """A training step of ours and of diffusers in turns: the same network, the same batch."""
+    name, count = sizes(plan)["beside"]
+    shape = preset(name, plan)
+
+    def compared(settings: Values) -> Values:
+        def theirs() -> record.Case:
+            return partial(diffusers_network(card, shape, settings).step, peers.batch(shape, count, card.device))
+
+        makers = {"ours": lambda: training_step(card, shape, count), "diffusers": theirs}
+        return turns(card, plan, count, flops(shape), plan["repeats"], plan["seconds"], makers)
+
+    for kind, settings in DIFFUSERS.items():
+        cases(f"{name}, batch {count}, diffusers {kind}", partial(compared, settings))
+
+
+def samples(cases: Cases, plan: Values, card: Cuda) -> None:
+    """Images by DDIM, ours and diffusers' in turns; each call makes all of them."""
+    shape = preset("cifar10", plan)
+    count, batch, calls = sizes(plan)["samples"]
+
+    def compared(settings: Values) -> Values:
+        def our_images() -> record.Case:
+            own = peers.Ours(shape, "bf16", card.device)
+            own.network.eval().requires_grad_(False)  # CUDA graphs need both
+            return partial(generate, own.denoiser, shape.shape, range(count), "ddim", calls, batch, card.device)
+
+        def their_images() -> record.Case:
+            loop = diffusers_network(card, shape, settings)
+            loop.network.eval()
+            return lambda: [peers.ddim(loop, shape, batch, calls) for _ in range(count // batch)]
+
+        makers = {"ours": our_images, "diffusers": their_images}
+        return turns(card, plan, count, flops(shape) / 3 * calls, min(3, plan["repeats"]), 0, makers)
+
+    for kind, settings in DIFFUSERS.items():
+        cases(f"{count} images by {calls} calls, diffusers {kind}", partial(compared, settings))
+
+
+STAGES = {
+    "card": the_card, "tests": tests, "ours": ours, "data": data, "diffusers": beside, "samples": samples,
+    "large": large,
+}  # fmt: skip
+
+
+def end_with_the_parent(parent: int) -> None:
+    """gpu.py may be killed without a warning; then nothing may stay on the card. gpu.py made a group for each stage."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    plan = json.loads((args.folder / "plan.json").read_text())
+    threading.Thread(target=end_with_the_parent, args=(plan["parent"],), daemon=True).start()
+    if not plan["rehearse"] and not torch.cuda.is_available():
+        return 2
+    card = Stub() if plan["rehearse"] else Cuda()
+    cases = Cases(args.folder / f"{args.stage}.jsonl", card)
+    if plan["rehearse"]:
+        torch.set_num_threads(1)  # threads only get in each other's way where the networks are this small
+        with record.plain():  # compiled stages do without the CPU's kernels
+            STAGES[args.stage](cases, plan, card)
+    else:
+        STAGES[args.stage](cases, plan, card)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
