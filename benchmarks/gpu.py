@@ -102,8 +102,10 @@ def report(found: Values) -> str:
     text = "# A rehearsal on the CPU: no figure here says anything of a GPU\n\n" if found["rehearsal"] else ""
     text = text or f"# On a GPU: {about['card']}\n\n"
     text += f"- hardware: {about['hardware']}\n- card: {card}\n- versions: {versions}, Python {about['python']}\n"
-    text += f"- figures are the median (least - most) of {found['repeats']} repeats, of samples of at most 3; a "
-    text += f"repeat takes at least {found['seconds']:g} s; those of `ddpm train` are of lines of its log\n\n"
+    text += (
+        f"- a figure is the median (least - most) of {found['repeats']} repeats of at least {found['seconds']:g} s; "
+    )
+    text += "of at most 3 repeats for samples; of the lines of the log for `ddpm train`\n\n"
     rows = []
     for i, call in enumerate(calls, 1):
         before = f"{call.get('percent_busy_before', '?')}, {call.get('mib_used_before', '?')}"
@@ -128,7 +130,8 @@ def section(name: str, stage: Values) -> str:
     """What one stage found, in markdown."""
     cases = stage["cases"]
     text = f"## {TITLES[name]}\n\n" + SECTIONS[name]({k: v for k, v in cases.items() if k not in failed(cases)}, cases)
-    return text + "".join(f"- {case} failed: {cases[case]['error']}\n" for case in failed(cases)) + "\n"
+    text += "".join(f"- {case} failed: {cases[case]['error']}\n" for case in failed(cases))
+    return text.rstrip() + "\n\n"
 
 
 def tests_text(_: Values, cases: Values) -> str:
@@ -267,7 +270,7 @@ def children(args: argparse.Namespace, work: Path, notes: list[str]) -> dict[str
         words = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet", "--target"]
         done = subprocess.run([*words, str(work / "wheels"), *files], capture_output=True, text=True)
         if done.returncode:
-            notes.append(f"--wheels: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}")
+            notes.append(f"--wheels were not installed: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}")
         paths.append(str(work / "wheels"))
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hub")}
@@ -302,7 +305,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="run all stages on the CPU with tiny sizes")
     parser.add_argument("--tests", type=Path, default=ROOT / "tests/test_cuda.py", help="file of the stage tests")
     parser.add_argument("--limit", type=float, help="seconds of each stage, at most, where its own limit is longer")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("data", "wheels", "caches", "tests"):
+        path = getattr(args, name)
+        if path is not None and not path.exists():
+            parser.error(f"--{name} {path}: does not exist")
+    return args
 
 
 def measure(args: argparse.Namespace, work: Path) -> int:
@@ -346,16 +354,22 @@ def measure(args: argparse.Namespace, work: Path) -> int:
         if stage not in args.only or state == "done":
             continue
         limit = min(limit, args.limit or limit, until - time.monotonic())
-        if limit < LEAST:
+        why = f"--minutes {args.minutes:g} were spent" if limit < LEAST else ""
+        if stage == "data" and not args.data:
+            why = "no --data was given"
+        if why:
             found["stages"].setdefault(stage, {"cases": {}})
-            found["stages"][stage] |= {"state": "not reached", "note": f"--minutes {args.minutes:g} were spent"}
+            found["stages"][stage] |= {"state": "not reached", "note": why}
             save(args.out, found)
+            print(f"{stage}: not reached; {why}\n", flush=True)
             continue
         do(stage, args.out, found, work, limit, env)
         entry = found["stages"][stage]
-        print(f"{stage}: {entry['state']} in {entry['seconds']:.0f} s; {entry.get('note', '')}\n", flush=True)
+        note = f"; {entry['note']}" if "note" in entry else ""
+        print(f"{stage}: {entry['state']} in {entry['seconds']:.0f} s{note}\n", flush=True)
         print(section(stage, entry), flush=True)
-    sizes, left_out = gpu_caches.pack(work / "caches", args.out, until=end - 5)
+    now = time.monotonic()
+    sizes, left_out = gpu_caches.pack(work / "caches", args.out, until=now + 0.4 * (end - now))
     found["caches"] = {"archives": sizes, "notes": [*notes, *left_out]}
     save(args.out, found)
     print("".join(f"{name}: {size / 2**20:.1f} MiB\n" for name, size in sizes.items()), end="")

@@ -1,4 +1,4 @@
-"""The stages of benchmarks/gpu.py, which starts each of them as a process of its own:
+"""The stages of benchmarks/gpu.py. That script starts each stage as a process of its own:
 
     python benchmarks/gpu_stages.py STAGE FOLDER
 
@@ -158,7 +158,8 @@ class Cases:
             self.add(name, tried(function))
             gc.collect()
             self.card.clear()
-            torch.compiler.reset()
+            if "torch._dynamo" in sys.modules:  # which takes seconds to import
+                torch.compiler.reset()
 
 
 def tried(function: Callable[[], Values]) -> Values:
@@ -166,7 +167,7 @@ def tried(function: Callable[[], Values]) -> Values:
     try:
         return function()
     except Exception as error:
-        return {"error": first_line(f"{type(error).__name__}: {error}")}
+        return {"error": f"{type(error).__name__}: {first_line(str(error))}"}
 
 
 def first_line(text: str) -> str:
@@ -383,8 +384,6 @@ def large(cases: Cases, plan: Values, card: Cuda) -> None:
 
 def real_run(plan: Values) -> Values:
     """The program itself on images from a file, ended by SIGTERM; its log after the first line."""
-    if not plan["data"]:
-        raise RuntimeError("no --data was given")
     options, most, enough = sizes(plan)["train"]
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "ddpm.run.cli", "train", "cifar10", "--data", plan["data"], *options]
@@ -480,7 +479,7 @@ STAGES = {
 
 
 def end_with_the_parent(parent: int) -> None:
-    """gpu.py may be killed without a warning; then nothing may stay on the card. gpu.py made a group for each stage."""
+    """gpu.py may be killed without a warning; then nothing may stay on the card."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)
@@ -492,7 +491,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     plan = json.loads((args.folder / "plan.json").read_text())
-    threading.Thread(target=end_with_the_parent, args=(plan["parent"],), daemon=True).start()
+    if os.getpgrp() == os.getpid():  # gpu.py makes a group for each stage, so the group holds nothing else
+        threading.Thread(target=end_with_the_parent, args=(plan["parent"],), daemon=True).start()
     if not plan["rehearse"] and not torch.cuda.is_available():
         return 2
     card = Stub() if plan["rehearse"] else Cuda()

@@ -15,7 +15,6 @@ from exact import one_thread  # noqa: F401
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import codec
-import gpu
 import memory
 import peers
 import profile_step
@@ -32,7 +31,6 @@ from ddpm.presets import PRESETS
 TINY = replace(
     PRESETS["cifar10_small"], size=(8, 8), width=32, multipliers=(1, 1), attention=(8,), batch_size=4, dropout=0.1
 )
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -266,42 +264,6 @@ def test_scaling(tiny):
     assert "| 16 |" in text
     assert "2e+03" not in scaling.report("x", {"1": [0.5, 0.5]}, {"1": 1})
     assert "| 1 | 500 (500 - 500) | 2 (2 - 2) |" in scaling.report("x", {"1": [0.5, 0.5]}, {"1": 1})
-
-
-def test_gpu_flops_are_those_of_a_convolution_counted_by_hand(monkeypatch):
-    class One(torch.nn.Module):
-        def forward(self, x, timestep):
-            return torch.nn.functional.conv2d(x, torch.zeros(5, 3, 3, 3), padding=1)
-
-    monkeypatch.setattr(gpu, "build", lambda preset: argparse.Namespace(network=One()))
-    assert gpu.flops(TINY) == 3 * 2 * 8 * 8 * 5 * 3 * 3 * 3
-
-
-def test_gpu_measurements_on_the_cpu(tiny):
-    args = argparse.Namespace(repeats=1, seconds=0, only=list(gpu.DIFFUSERS))
-
-    def fails():
-        raise RuntimeError("out of memory\nat line 2")
-
-    makers = gpu.training_makers(tiny, 2, CPU, 1)
-    eager = {name: makers[name] for name in ("ours bf16, step", "diffusers float32", "diffusers bf16 channels-last")}
-    values, text = gpu.measured({**eager, "broken": fails}, 2, 1e9, 1e12, CPU, args)
-    assert values["failed"] == {"broken": "RuntimeError: out of memory"}
-    assert set(values["seconds"]) == set(eager)
-    assert "broken: RuntimeError: out of memory" in text
-    makers = gpu.sampling_makers(tiny, 2, CPU, 2)
-    for name in ("ours bf16", "diffusers float32"):
-        images = makers[name]()()
-        assert images.dtype == torch.uint8
-        assert images.shape == (2, 3, 8, 8)
-    assert gpu.product_rate(CPU, 32, 1, 0).median > 0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_gpu_says_that_there_is_none(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    assert gpu.main() == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_clock_plans_for_what_is_left():

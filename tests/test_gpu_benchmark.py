@@ -1,0 +1,399 @@
+"""benchmarks/gpu.py without a GPU: all stages on tiny networks, and what the script keeps when it is cut off."""
+
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import cut_cifar10
+import gpu
+import gpu_caches
+import gpu_stages
+import record
+
+from ddpm.presets import PRESETS
+
+BENCHMARKS = Path(gpu.__file__).parent
+STUB = """
+import json, os, sys, time
+from pathlib import Path
+
+stage, folder = sys.argv[1], Path(sys.argv[2])
+file, parent = folder / f"{stage}.jsonl", os.getppid()
+spread = {"median": 1.0, "low": 1.0, "high": 1.0}
+about = {"hardware": "none", "versions": {}, "python": "3", "commit": "c", "card": "stub", "memory_gib": 0}
+cases = {name: {"outcome": "passed", "ms": spread, "images_per_second": spread} for name in "ab"}
+if stage == "card":
+    cases = {"card": {**about, "driver": "none"}, "product": {"flops": spread}}
+done = [json.loads(line)["case"] for line in file.read_text().splitlines()] if file.exists() else []
+for name, values in cases.items():
+    if name in done:
+        continue
+    while name == "b" and stage in os.environ.get("SLEEPS", "").split() and os.getppid() == parent:
+        time.sleep(0.05)
+    with file.open("a") as out:
+        out.write(json.dumps({"case": name, **values}) + "\\n")
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """Stages that do nothing, or sleep after their first case where SLEEPS names them."""
+    file = tmp_path / "stub.py"
+    file.write_text(STUB)
+    monkeypatch.setattr(gpu, "CHILD", file)
+    return file
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Runs the script in this process: the exit code and the record."""
+
+    def run(*options):
+        out = tmp_path / "out"
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), *map(str, options)])
+        with tempfile.TemporaryDirectory() as work:
+            code = gpu.measure(gpu.parse(), Path(work))
+        return code, json.loads((out / "record.json").read_text()), (out / "record.md").read_text()
+
+    return run
+
+
+def states(found):
+    return {name: stage["state"] for name, stage in found["stages"].items()}
+
+
+# The stages.
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A parquet file of a few images, cut from a data set as the hub has it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rows = []
+    for i in range(12):
+        encoded = io.BytesIO()
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(encoded, "png")
+        rows.append({"img": {"bytes": encoded.getvalue(), "path": None}, "label": i % 10})
+    (tmp_path / "hub/plain_text").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub/plain_text/train-00000-of-00001.parquet")
+    out = tmp_path / "cut/ten.parquet"
+    assert cut_cifar10.cut(tmp_path / "hub", 10, out) == out.stat().st_size
+    assert pq.read_table(out).to_pylist() == rows[:10]
+    with pytest.raises(SystemExit, match="want 1 to 12"):
+        cut_cifar10.cut(tmp_path / "hub", 13, out)
+    return out
+
+
+def test_all_stages_run_and_are_not_run_again(call, images, monkeypatch):
+    """In this process, all but the tests, which have a test of their own here."""
+    ran = []
+
+    def run(stage, work, limit, env, see):
+        ran.append(stage)
+        plan, card = json.loads((work / "plan.json").read_text()), gpu_stages.Stub()
+        cases = gpu_stages.Cases(work / f"{stage}.jsonl", card)
+        with record.plain():
+            gpu_stages.STAGES[stage](cases, plan, card)
+        return 0, ""
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setitem(gpu_stages.TINY, "ours", [("cifar10_fast", 2)])
+    stages = [name for name in gpu.LIMITS if name != "tests"]
+    options = ["--rehearse", "--repeats", 1, "--seconds", 0, "--data", images, "--only", *stages]
+    code, found, text = call(*options)
+    assert code == 0
+    assert states(found) == dict.fromkeys(stages, "done"), text
+    cases = {name: stage["cases"] for name, stage in found["stages"].items()}
+    assert [len(cases[name]) for name in stages] == [2, 1, 2, 2, 1]
+    for name in ("ours", "large"):
+        step = next(values for case, values in cases[name].items() if "bare step" in case)
+        assert step["profile"]["products"] > 0, step
+        assert step["matrix_share"]["median"] > 0
+    for name in ("diffusers", "samples"):
+        for values in cases[name].values():
+            ratio = values["diffusers"]["ms"]["median"] / values["ours"]["ms"]["median"]
+            assert values["ratio"]["median"] == pytest.approx(ratio)
+    assert "A rehearsal" in text.splitlines()[0]
+    assert all(f"## {gpu.TITLES[name]}" in text for name in stages)
+    assert str(images) not in text + json.dumps(found)  # a record names no folder of the machine
+    again = call(*options)[1]
+    assert ran == ["card", *stages, "card"]
+    assert again["stages"] == found["stages"]
+    assert len(again["calls"]) == 2
+
+
+def test_the_script_runs_tests_and_says_why_some_fail(tmp_path):
+    """The processes as they are; then only the tests that have failed run again."""
+    tests, out = tmp_path / "test_some.py", tmp_path / "out"
+    tests.write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad():\n    assert 1 + 1 == 3, 'sums are wrong'\n"
+        "@pytest.mark.skip(reason='no such card')\ndef test_skipped(): pass\n"
+        "@pytest.fixture\ndef broken(): raise RuntimeError('no memory')\n"
+        "def test_error(broken): pass\n"
+    )
+    words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--only", "tests", "--tests", str(tests)]
+    words += ["--out", str(out), "--repeats", "1", "--seconds", "0"]
+
+    def run():
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = json.loads((out / "record.json").read_text())["stages"]["tests"]
+        return done.stdout, found, {name.rpartition("::")[2]: values for name, values in found["cases"].items()}
+
+    said, stage, cases = run()
+    assert {name: values["outcome"] for name, values in cases.items()} == {
+        "test_good": "passed",
+        "test_bad": "failed",
+        "test_skipped": "skipped",
+        "test_error": "failed",
+    }
+    assert cases["test_bad"]["error"] == "line 4: AssertionError: sums are wrong"
+    assert "RuntimeError: no memory" in cases["test_error"]["error"]
+    assert "no such card" in cases["test_skipped"]["reason"]
+    assert stage["state"] == "failed"
+    assert stage["note"] == "2 of 4 cases failed"
+    assert "1 passed, 2 failed, 1 skipped" in said
+    tests.write_text("def test_good(): assert False\ndef test_bad(): pass\ndef test_error(): pass\n")
+    _, stage, cases = run()
+    assert stage["state"] == "done"
+    assert {name: values["call"] for name, values in cases.items()} == {
+        "test_good": 1,
+        "test_skipped": 1,
+        "test_bad": 2,
+        "test_error": 2,
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_no_gpu_is_one_line_and_code_2(call, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "save", None)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+    assert gpu.main() == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_case_that_fails_has_a_reason_and_the_others_go_on(tmp_path):
+    cases = gpu_stages.Cases(tmp_path / "cases.jsonl", gpu_stages.Stub())
+
+    def fails():
+        raise RuntimeError("\nout of memory\nat line 2")
+
+    cases("broken", fails)
+    cases("good", lambda: {"x": 1})
+    cases("good", fails)
+    assert gpu.lines(cases.file) == {"broken": {"error": "RuntimeError: out of memory"}, "good": {"x": 1}}
+
+
+# Figures.
+
+
+def test_flops_are_those_of_a_convolution_counted_by_hand(monkeypatch):
+    class One(torch.nn.Module):
+        def forward(self, x, timestep):
+            return torch.nn.functional.conv2d(x, torch.zeros(5, 3, 3, 3), padding=1)
+
+    monkeypatch.setattr(gpu_stages, "build", lambda preset: argparse.Namespace(network=One()))
+    assert gpu_stages.flops(PRESETS["cifar10"]) == 3 * 2 * 32 * 32 * 5 * 3 * 3 * 3
+
+
+def test_a_profile_of_events_made_by_hand():
+    """Of 10 units, a product takes 4 and another kernel 3, of which 1 at the same time; for 4 units nothing runs."""
+    events = [("sm90_xmma_gemm", 100, 4), ("elementwise", 103, 2), ("elementwise", 109, 1)]
+    found = gpu_stages.where_time_goes(events)
+    assert found["gaps"] == pytest.approx(0.4)
+    assert found["products"] == pytest.approx(0.6 * 4 / 7)
+    assert found["others"] == pytest.approx(0.6 * 3 / 7)
+    assert found["kernels"] == 3
+    assert list(found["longest"]) == ["sm90_xmma_gemm", "elementwise"]
+    inside = [("a", 0, 10), ("b", 2, 3), ("c", 9, 11)]  # one within another, and one that goes on past it
+    assert gpu_stages.where_time_goes(inside)["gaps"] == 0
+
+
+def test_kernels_are_products_by_their_names():
+    products = [
+        "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "nvjet_hsh_128x256_64x4", "triton_tem_fused_convolution_3",
+        "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816wgrad>", "pytorch_flash::flash_fwd_kernel",
+    ]  # fmt: skip
+    others = [
+        "triton_poi_fused_convolution_native_group_norm_0", "triton_red_fused_addmm_backward", "Memcpy DtoD",
+        "void cudnn::engines_precompiled::nchwToNhwcKernel", "void at::native::vectorized_elementwise_kernel<4>",
+        "convert_element_type",
+    ]  # fmt: skip
+    assert [name for name in products if not gpu_stages.is_product(name)] == []
+    assert [name for name in others if gpu_stages.is_product(name)] == []
+
+
+def test_speeds_are_shares_of_the_product():
+    found = gpu_stages.speeds([0.5, 0.25, 1.0], 100, 2e6, {"product_flops": 1e9})
+    assert found["ms"] == {"median": 500, "low": 250, "high": 1000}
+    assert found["images_per_second"] == {"median": 200, "low": 100, "high": 400}
+    assert found["matrix_share"] == pytest.approx({"median": 0.4, "low": 0.2, "high": 0.8})
+    assert "matrix_share" not in gpu_stages.speeds([1.0], 1, 1.0, {})
+
+
+# Time limits, and what is left after a cut.
+
+
+def test_a_stage_that_overruns_is_ended_and_keeps_its_cases(call, stub, monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST", 0.1)
+    monkeypatch.setattr(gpu, "LIMITS", {"tests": 1.0, "ours": 100.0, "large": 100.0})
+    monkeypatch.setenv("SLEEPS", "tests")
+    code, found, text = call("--rehearse")
+    assert code == 0
+    assert states(found) == {"tests": "cut", "ours": "done", "large": "done"}
+    assert list(found["stages"]["tests"]["cases"]) == ["a"]
+    assert "not ended after 1 s" in text
+    monkeypatch.delenv("SLEEPS")
+    again = call("--rehearse")[1]
+    assert states(again)["tests"] == "done"
+    assert {name: case["call"] for name, case in again["stages"]["tests"]["cases"].items()} == {"a": 1, "b": 2}
+    assert again["stages"]["ours"] == found["stages"]["ours"]
+
+
+def test_stages_for_which_there_is_no_time_are_not_reached(call, stub, monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST", 0.3)
+    monkeypatch.setenv("SLEEPS", "tests")
+    code, found, text = call("--rehearse", "--minutes", 0.03, "--only", "tests", "data", "large")
+    assert code == 0
+    assert states(found) == {"tests": "cut", "data": "not reached", "large": "not reached"}
+    assert found["stages"]["data"]["note"] == "no --data was given"
+    assert found["stages"]["large"]["note"] == "--minutes 0.03 were spent"
+    assert "| large | not reached |" in text
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_call_that_is_killed_leaves_what_was_done_and_the_next_goes_on(how, stub, tmp_path):
+    out = tmp_path / "out"
+    code = f"import sys, gpu; from pathlib import Path; gpu.CHILD = Path({str(stub)!r}); sys.exit(gpu.main())"
+    words = [sys.executable, "-c", code, "--rehearse", "--out", str(out), "--only", "tests", "ours", "large"]
+    env = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+
+    def read():
+        return json.loads((out / "record.json").read_text()) if (out / "record.json").exists() else {"stages": {}}
+
+    process = subprocess.Popen(words, env={**env, "SLEEPS": "ours"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while "a" not in read()["stages"].get("ours", {}).get("cases", {}) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(how)
+    process.communicate()
+    cut = read()
+    assert states(cut) == {"tests": "done", "ours": "running" if how == signal.SIGKILL else "cut"}
+    assert list(cut["stages"]["ours"]["cases"]) == ["a"]
+    assert "| ours | " in (out / "record.md").read_text()
+    assert subprocess.run(words, env=env, capture_output=True).returncode == 0
+    whole = read()
+    assert states(whole) == {"tests": "done", "ours": "done", "large": "done"}
+    assert whole["stages"]["tests"] == cut["stages"]["tests"]
+    assert {name: case["call"] for name, case in whole["stages"]["ours"]["cases"].items()} == {"a": 1, "b": 2}
+
+
+def test_a_stage_ends_with_the_script_that_started_it(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"rehearse": True, "parent": 1, "repeats": 1, "seconds": 60}))
+    words = [sys.executable, str(BENCHMARKS / "gpu_stages.py"), "card", str(tmp_path)]
+    assert subprocess.run(words, start_new_session=True, capture_output=True).returncode == -signal.SIGKILL
+
+
+def test_a_record_of_something_else_is_refused(call, stub, tmp_path):
+    call("--rehearse", "--only", "large")
+    with pytest.raises(SystemExit, match="want another --out"):
+        call("--rehearse", "--only", "large", "--repeats", 7)
+    stub.write_text(STUB.replace('"card": "stub"', '"card": "another"'))
+    with pytest.raises(SystemExit, match="another card"):
+        call("--rehearse", "--only", "large")
+
+
+# What lies beside: wheels, and archives of caches.
+
+
+def test_wheels_are_installed_for_the_stages_only(tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "lies_beside-1.0-py3-none-any.whl", "w") as wheel:
+        about = "lies_beside-1.0.dist-info"
+        wheel.writestr("lies_beside.py", "here = True\n")
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: lies-beside\nVersion: 1.0\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    notes = []
+    env = gpu.children(argparse.Namespace(wheels=wheels), tmp_path, notes)
+    code = "import lies_beside, ddpm; print(lies_beside.here, ddpm.__file__)"
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout
+    assert said.split() == ["True", str(gpu.ROOT / "src/ddpm/__init__.py")]
+    assert notes == []
+    (wheels / "broken-1.0-py3-none-any.whl").write_text("no wheel")
+    gpu.children(argparse.Namespace(wheels=wheels), tmp_path, notes)
+    assert "--wheels were not installed" in notes[0]
+
+
+def test_caches_are_packed_small_and_unpacked_anywhere(tmp_path):
+    first, second, out = tmp_path / "first", tmp_path / "second/place", tmp_path / "out"
+    out.mkdir()
+    random = np.random.default_rng(0)
+    files = {f"triton/{i}/kernel.cubin": random.bytes(3000) for i in range(10)}
+    files |= {"inductor/a/b.best_config": b"{}", "triton/0/__grp__.json": f'{{"a": "{first}/triton/0/a"}}'.encode()}
+    others = {"inductor/fxgraph/a/pickle": b"x", "inductor/a/b.py": b"x", "triton/large": random.bytes(20_000)}
+    for name, content in {**files, **others}.items():
+        (first / name).parent.mkdir(parents=True, exist_ok=True)
+        (first / name).write_bytes(content)
+    (out / "gpu-cache-9.tar.gz").write_bytes(b"of an earlier call")
+    sizes, notes = gpu_caches.pack(first, out, most=10_000, archives=5)
+    assert len(sizes) > 2
+    assert {file.name: file.stat().st_size for file in out.iterdir()} == sizes
+    assert max(sizes.values()) < 10_000
+    assert notes == ["1 files left out: too large for an archive"]
+    assert gpu_caches.unpack(out, second) == (sorted(sizes), [])
+    found = {path.relative_to(second).as_posix(): path.read_bytes() for path in second.rglob("*") if path.is_file()}
+    files["triton/0/__grp__.json"] = f'{{"a": "{second}/triton/0/a"}}'.encode()
+    assert found == files
+    assert "archives were full" in gpu_caches.pack(first, out, most=10_000, archives=2)[1][1]
+    assert "time was up" in gpu_caches.pack(first, out, until=0)[1][0]
+
+
+def test_archives_that_are_damaged_or_leave_their_folder_are_not_taken(tmp_path):
+    out, folder = tmp_path / "out", tmp_path / "a/folder"
+    out.mkdir()
+    (out / "gpu-cache-1.tar.gz").write_bytes(b"nothing")
+    with tarfile.open(out / "gpu-cache-2.tar.gz", "w:gz") as archive:
+        for name in ("triton/../../escaped", "../escaped", "inductor/fxgraph/pickle"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    taken, problems = gpu_caches.unpack(out, folder)
+    assert taken == []
+    assert [line.partition(" ")[0] for line in problems] == ["gpu-cache-1.tar.gz", "gpu-cache-2.tar.gz"]
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("escaped", "pickle")]
+
+
+def test_the_next_call_takes_the_caches_up(call, stub, tmp_path, capsys):
+    stub.write_text(
+        STUB + "kept = Path(os.environ['TRITON_CACHE_DIR'], 'k.cubin')\n"
+        "kept.parent.mkdir(parents=True, exist_ok=True)\n"
+        "kept.write_bytes((kept.read_bytes() if kept.exists() else b'') + b'k')\n"
+    )
+    call("--rehearse", "--only", "large")
+    assert "gpu-cache-1.tar.gz: 0.0 MiB" in capsys.readouterr().out
+    _, found, text = call("--rehearse", "--only", "ours")
+    assert [one["caches"] for one in found["calls"]] == [0, 1]
+    assert "gpu-cache-1.tar.gz" in text
+    gpu_caches.unpack(tmp_path / "out", tmp_path / "there")
+    assert (tmp_path / "there/triton/k.cubin").read_bytes() == b"kkkk"  # two stages, twice
