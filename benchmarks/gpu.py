@@ -18,7 +18,8 @@ failed. The limits add up to more than nine minutes, since most stages end soone
 
 The matrix rate is that of one large bf16 product, measured in the same call. The operations of a step are those of its
 convolutions and matrix products, counted on a forward pass and multiplied by three. A profile covers three steps. Gaps
-are the time in which no kernel ran, from the first kernel's start to the last one's end.
+are the time in which no kernel ran, from the first kernel's start to the last one's end. The seconds to compile are
+those by which the first call is longer than a later one.
 
 The script needs torch, pytest and what the package needs. Packages that are missing may lie as wheels in --wheels; the
 script installs them into a temporary folder, and fetches nothing. The compilation caches are left as archives
@@ -182,7 +183,7 @@ def turns_text(cases: Values, _: Values) -> str:
         for side in ("ours", "diffusers"):
             ratio = show(v["ratio"]) if side == "ours" else ""
             rows.append([f"{name}: {side}", *speed(v[side]), gib(v[side]), f"{v[side]['compile_seconds']:.1f}", ratio])
-    return table(["", *SPEED, "peak, GiB", "first call's extra, s", "ours is faster by"], rows)
+    return table(["", *SPEED, "peak, GiB", "to compile, s", "ours is faster by"], rows)
 
 
 SECTIONS: dict[str, Callable[[Values, Values], str]] = {

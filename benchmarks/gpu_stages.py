@@ -240,6 +240,8 @@ def where_time_goes(events: Sequence[tuple[str, float, float]]) -> Values:
     Kernels may overlap: a moment in which several run counts once, and products and others split the busy time by
     their durations.
     """
+    if not events:
+        raise RuntimeError("the profiler saw no kernel")
     first = min(start for _, start, _ in events)
     last = max(start + duration for _, start, duration in events)
     busy, end = 0.0, first
@@ -284,7 +286,7 @@ def preset(name: str, plan: Values) -> Preset:
     """The preset of this name; in a rehearsal with tiny sizes."""
     found = PRESETS[name]
     if plan["rehearse"]:
-        found = replace(found, size=(8, 8), width=32, multipliers=(1, 1), attention=(4,), blocks=1)
+        found = replace(found, size=(8, 8), width=32, multipliers=(1,), attention=(8,), blocks=1)
     return found
 
 
@@ -324,7 +326,8 @@ class Recorder:
             reason = f"line {crash.lineno}: {first_line(crash.message)}" if crash else lines[-1][:300]
             values |= {"error": reason, "trace": "\n".join(lines)[-3000:]}
         elif report.outcome == "skipped":
-            values["reason"] = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
+            said = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
+            values["reason"] = said.removeprefix("Skipped: ")
         self.cases.add(report.nodeid, values)
 
 
