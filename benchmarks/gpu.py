@@ -317,7 +317,6 @@ def parse() -> argparse.Namespace:
 def measure(args: argparse.Namespace, work: Path) -> int:
     end = time.monotonic() + 60 * args.minutes
     until = end - min(RESERVE, 3 * args.minutes)
-    args.out.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     (work / "caches").mkdir()
     taken, problems = gpu_caches.unpack(args.caches or args.out, work / "caches")
@@ -345,6 +344,7 @@ def measure(args: argparse.Namespace, work: Path) -> int:
         "minutes": args.minutes,
     }
     call["commit"] = args.commit or call["commit"]
+    args.out.mkdir(parents=True, exist_ok=True)
     found = opened(args, call)
     plan["product_flops"] = product["median"] if product else None
     write(work / "plan.json", json.dumps(plan))
