@@ -449,12 +449,12 @@ def test_compiling_changes_neither_steps_nor_files(tmp_path: Path, monkeypatch: 
     assert_same(tensors(tmp_path / "run", 4), tensors(tmp_path / "plain", 4))
 
 
-def test_stages_compile_whole_and_those_alike_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_stages_compile_whole_and_those_alike_once() -> None:
     """No graph breaks; 22 stages are 12 kinds, more than the 8 that Dynamo stops at; the gradient is the same."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch.manual_seed(0)
     plain = ddpm.UNet(3, width=32, multipliers=(1, 2, 2, 2), dropout=0.1)
     compiled = copy.deepcopy(plain)
