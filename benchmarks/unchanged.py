@@ -140,7 +140,7 @@ def content(path: Path) -> Any:
         return plain(json.loads(path.read_text()))
     if path.suffix == ".npz":
         with np.load(path) as arrays:
-            return dict(arrays)
+            return {name: plain(json.loads(str(one))) if one.dtype.kind == "U" else one for name, one in arrays.items()}
     return tensors(path) if path.suffix == ".safetensors" else path.read_bytes()
 
 
