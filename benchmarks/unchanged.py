@@ -140,16 +140,20 @@ def content(path: Path) -> Any:
         return plain(json.loads(path.read_text()))
     if path.suffix == ".npz":
         with np.load(path) as arrays:
-            return dict(arrays)
+            return {name: plain(json.loads(str(one))) if one.dtype.kind == "U" else one for name, one in arrays.items()}
     return tensors(path) if path.suffix == ".safetensors" else path.read_bytes()
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What all files under a folder say, by name. Caches have the model's identity and the version in their names."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    found = {re.sub("-[0-9a-f]{16}", "-KEY", str(p.relative_to(folder))): content(p) for p in files}
-    assert len(found) == len(files), f"{folder}: two caches of one name"
-    return found
+    """What all files under a folder say, by name.
+
+    The name of a cache ends in a key of the model's identity and the version. It is left out. So some files may share a
+    name, and their contents are put in the order of their hashes.
+    """
+    found: dict[str, list[Any]] = {}
+    for path in filter(Path.is_file, folder.rglob("*")):
+        found.setdefault(re.sub("-[0-9a-f]{16}", "-KEY", str(path.relative_to(folder))), []).append(content(path))
+    return {name: sorted(some, key=digest) for name, some in found.items()}
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
