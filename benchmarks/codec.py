@@ -41,13 +41,15 @@ from torch import Tensor
 
 from ddpm import codec, kernels, likelihood, noise, pixels
 from ddpm.codec import archive, picture, progressive, residual, reverse
-from ddpm.files import atomic, datasets, plots
-from ddpm.files.checkpoints import open_checkpoint, with_variance
+from ddpm.files import atomic, plots
+from ddpm.files import data as datasets
+from ddpm.files.models import with_variance
+from ddpm.files.opening import open_checkpoint
 from ddpm.noise import per_image
 from ddpm.run import evaluate
 from ddpm.run.compress import load_codec
-from ddpm.run.distributed import Processes
 from ddpm.run.paper import TABLE_4
+from ddpm.run.processes import Processes
 
 PARTS = ["single", "archive", "others", "lossy", "time", "training", "photos"]
 ALL, STRIDE = 32, 16
@@ -71,8 +73,8 @@ def _loaded(path: str, source: str, images: int, shape: str | None) -> tuple[cod
     c, h, w = model.shape
     if shape:
         h, w, c = map(int, shape.split("x"))
-    data = datasets.load(source, (h, w), c, split="test")
-    return model, data.batch(torch.arange(min(images, len(data))))
+    held_out = datasets.load(source, (h, w), c, split="test")
+    return model, held_out.batch(torch.arange(min(images, len(held_out))))
 
 
 def bits_per_dim(size: float, images: Tensor) -> float:

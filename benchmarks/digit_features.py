@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ddpm.files import datasets
+from ddpm.files import data as datasets
 
 EPOCHS = {32: 3, 8: 60}
 

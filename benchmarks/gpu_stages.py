@@ -32,8 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.presets import PRESETS, Preset, build
-from ddpm.run.generate import generate
-from ddpm.run.gpu import compile_stages, pick_compile
+from ddpm.run.device import compile_stages, pick_compile
+from ddpm.run.sample import generate
 
 Values = dict[str, Any]
 
@@ -56,8 +56,8 @@ TINY: Values = {
     "beside": ("cifar10", 2),
     "samples": (4, 2, 2),
     "train": (
-        "--size 8 --width 32 --multipliers 1 --blocks 1 --attention 0 --batch-size 2 --log-every 1 --eval-images 2 "
-        "--device cpu --ema-warmup".split(),
+        "--size 8 --width 32 --channel-multipliers 1 --num-res-blocks 1 --attention-resolutions 0 "
+        "--batch-size 2 --log-every 1 --eval-images 2 --device cpu --ema-warmup".split(),
         60,
         3,
     ),
@@ -286,7 +286,9 @@ def preset(name: str, plan: Values) -> Preset:
     """The preset of this name; in a rehearsal with tiny sizes."""
     found = PRESETS[name]
     if plan["rehearse"]:
-        found = replace(found, size=(8, 8), width=32, multipliers=(1,), attention=(8,), blocks=1)
+        found = replace(
+            found, size=(8, 8), width=32, channel_multipliers=(1,), attention_resolutions=(8,), num_res_blocks=1
+        )
     return found
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from machine import header
 
-from ddpm.files import datasets
-from ddpm.files.checkpoints import open_checkpoint
+from ddpm.files import data as datasets
+from ddpm.files.opening import open_checkpoint
 from ddpm.run import evaluate
-from ddpm.run.distributed import Processes
+from ddpm.run.processes import Processes
 
 
 def main() -> None:

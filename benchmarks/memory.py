@@ -35,7 +35,7 @@ def cases(device: str) -> dict[str, dict[str, Any]]:
     """What is measured: plain float32, and in the precision that `ddpm train` takes here each way to save."""
     import torch
 
-    from ddpm.run.distributed import pick_precision
+    from ddpm.run.processes import pick_precision
 
     precision = pick_precision("auto", torch.device(device))
     return {"float32": {"precision": "float32"}} | {
@@ -77,7 +77,7 @@ def child(case: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
     from ddpm.presets import PRESETS
 
     device, target, accumulate = case["device"], case["batch"], case.get("accumulate", 1)
-    preset = replace(PRESETS[case["network"]], checkpointing=case.get("checkpointing", False))
+    preset = replace(PRESETS[case["network"]], gradient_checkpointing=case.get("checkpointing", False))
     base = peak(device) if device == "cpu" else 0.0
     ours = peers.Ours(preset, case["precision"], device)
     whole = target * accumulate if target <= 2 else target  # parts of the whole size where that is as small as can be

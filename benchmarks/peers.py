@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from record import Timed
 from torch import Tensor, nn
 
-from ddpm import losses, noise
+from ddpm import losses, noise, timesteps
 from ddpm.presets import PRESETS, Precision, Preset, build
 from ddpm.run import ema
 from ddpm.run.train import train
@@ -39,14 +39,14 @@ def paper_network(preset: Preset) -> nn.Module:
     """diffusers' network of the preset's shape, configured as google/ddpm-cifar10-32 and ddpm-celebahq-256 are."""
     from diffusers import UNet2DModel
 
-    levels = range(len(preset.multipliers))
+    levels = range(len(preset.channel_multipliers))
     kinds = ["Attn" if level in preset.attention_levels else "" for level in levels]
     return UNet2DModel(
         sample_size=preset.size,
         in_channels=preset.channels,
         out_channels=preset.channels,
-        layers_per_block=preset.blocks,
-        block_out_channels=tuple(preset.width * m for m in preset.multipliers),
+        layers_per_block=preset.num_res_blocks,
+        block_out_channels=tuple(preset.width * m for m in preset.channel_multipliers),
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
         dropout=preset.dropout,
@@ -66,13 +66,16 @@ def example_network(preset: Preset = SMALL) -> nn.Module:
     """
     from diffusers import UNet2DModel
 
-    kinds = ["Attn" if level == len(preset.multipliers) - 2 else "" for level in range(len(preset.multipliers))]
+    kinds = [
+        "Attn" if level == len(preset.channel_multipliers) - 2 else ""
+        for level in range(len(preset.channel_multipliers))
+    ]
     return UNet2DModel(
         sample_size=preset.size,
         in_channels=preset.channels,
         out_channels=preset.channels,
         layers_per_block=2,
-        block_out_channels=tuple(preset.width * m for m in preset.multipliers),
+        block_out_channels=tuple(preset.width * m for m in preset.channel_multipliers),
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
     )
@@ -98,8 +101,12 @@ class Ours:
         self.n = 0
 
     def step(self, x0: Tensor, accumulate: int = 1) -> None:
-        t = losses.times(
-            self.denoiser.schedule, len(x0), self.preset.times, noise.generator(0, self.n), self.preset.predict
+        t = timesteps.sample(
+            self.denoiser.schedule,
+            len(x0),
+            self.preset.timestep_sampling,
+            noise.generator(0, self.n),
+            self.preset.predict,
         )
         t = t.to(x0.device, non_blocking=True)
         self.draws.manual_seed(noise.mix(0, self.n))
@@ -109,7 +116,7 @@ class Ours:
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
-        ema.update(self.averaged, self.weights, ema.decay_at(self.n, self.preset.ema, True))
+        ema.update(self.averaged, self.weights, ema.decay_at(self.n, self.preset.ema_decay, True))
         self.n += 1
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:

@@ -43,12 +43,13 @@ from torch import Tensor
 
 from ddpm import pixels, schedule
 from ddpm.denoiser import Denoiser
-from ddpm.files import atomic, datasets, images
-from ddpm.files.checkpoints import open_checkpoint
+from ddpm.files import atomic, images
+from ddpm.files import data as datasets
+from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS
 from ddpm.run import evaluate
 from ddpm.run import train as training
-from ddpm.run.distributed import Processes, pick_device
+from ddpm.run.processes import Processes, pick_device
 
 DIFFUSERS = {"diffusers-float32": {}, "diffusers-bf16": {"autocast": True, "quick": True}}
 CONTESTANTS = ["ours", *DIFFUSERS]

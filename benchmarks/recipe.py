@@ -25,28 +25,29 @@ from machine import header
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import kernels
-from ddpm.files import atomic, datasets
-from ddpm.files.checkpoints import Checkpoint, with_variance
+from ddpm.files import atomic
+from ddpm.files import data as datasets
+from ddpm.files.models import Checkpoint, with_variance
 from ddpm.presets import PRESETS, Preset, build
-from ddpm.run import evaluate
-from ddpm.run.distributed import Processes, opened, pick_device
-from ddpm.run.generate import generate
+from ddpm.run import calibrate, evaluate
+from ddpm.run.processes import Processes, opened, pick_device
+from ddpm.run.sample import generate
 from ddpm.run.train import train
 
 # Half the preset's rate: at 2e-3 a run by L met a gradient that was not finite.
-PAPER = {"predict": "eps", "schedule": "linear", "times": "uniform", "cooldown": 0.0, "lr": 1e-3}
+PAPER = {"predict": "eps", "schedule": "linear", "timestep_sampling": "uniform", "cooldown": 0.0, "lr": 1e-3}
 # What each row changes; a function of the preset where the change is relative to it.
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     # which noise levels are trained, and how
-    "times-uniform": {"times": "uniform"},
-    "times-stratified": {"times": "stratified"},
-    "times-lognormal": {"times": "lognormal"},
-    "times-bound": {"times": "bound"},
-    "bound-eps": {"times": "bound", "predict": "eps"},
-    "bound-linear": {"times": "bound", "schedule": "linear"},
-    "bound-lr-double": {"times": "bound", "lr": lambda p: 2 * p.lr},
-    "bound-patch-1": {"times": "bound", "patch": 1, "width": 32, "multipliers": (1, 2, 4)},
+    "times-uniform": {"timestep_sampling": "uniform"},
+    "times-stratified": {"timestep_sampling": "stratified"},
+    "times-lognormal": {"timestep_sampling": "lognormal"},
+    "times-bound": {"timestep_sampling": "bound"},
+    "bound-eps": {"timestep_sampling": "bound", "predict": "eps"},
+    "bound-linear": {"timestep_sampling": "bound", "schedule": "linear"},
+    "bound-lr-double": {"timestep_sampling": "bound", "lr": lambda p: 2 * p.lr},
+    "bound-patch-1": {"timestep_sampling": "bound", "patch": 1, "width": 32, "channel_multipliers": (1, 2, 4)},
     "predict-eps": {"predict": "eps"},
     "predict-x0": {"predict": "x0"},
     "schedule-linear": {"schedule": "linear"},
@@ -67,13 +68,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.1},
     "flip-none": {"flip": False},
     # the network, at about the cost of cifar10_fast's
-    "attention-none": {"attention": (0,)},
-    "attention-everywhere": {"attention": (8, 16)},
-    "patch-1": {"patch": 1, "width": 32, "multipliers": (1, 2, 4)},
-    "narrow-deep": {"width": 64, "multipliers": (1, 1), "blocks": 6},
-    "wide-shallow": {"width": 128, "multipliers": (1,), "blocks": 1, "attention": (16,)},
-    "narrow-then-wide": {"width": 64, "multipliers": (1, 2), "blocks": 1},
-    "three-levels": {"multipliers": (1, 1, 1), "blocks": 1},
+    "attention-none": {"attention_resolutions": (0,)},
+    "attention-everywhere": {"attention_resolutions": (8, 16)},
+    "patch-1": {"patch": 1, "width": 32, "channel_multipliers": (1, 2, 4)},
+    "narrow-deep": {"width": 64, "channel_multipliers": (1, 1), "num_res_blocks": 6},
+    "wide-shallow": {"width": 128, "channel_multipliers": (1,), "num_res_blocks": 1, "attention_resolutions": (16,)},
+    "narrow-then-wide": {"width": 64, "channel_multipliers": (1, 2), "num_res_blocks": 1},
+    "three-levels": {"channel_multipliers": (1, 1, 1), "num_res_blocks": 1},
 }
 
 
@@ -107,7 +108,7 @@ def bits(found: Checkpoint, data: tuple[datasets.Images, datasets.Images], args:
         return replace(one, denoiser=one.denoiser.to(alone.device))
 
     few = evaluate.nll_sampled(there(found), data[1], args.levels, alone, args.nll_images)
-    evaluate.calibrate(there(found), data[0], found.home / "cache", alone, args.calibrate, codec=0)
+    calibrate.calibrate(there(found), data[0], found.home / "cache", alone, args.calibrate, codec=0)
     best = there(with_variance(found, "calibrated"))
     best = evaluate.nll_sampled(best, data[1], args.levels, alone, args.nll_images)
     names = {"bits_per_dim": few["bits_per_dim"], "bits_calibrated": best["bits_per_dim"]}

@@ -23,10 +23,10 @@ from torch import Tensor
 from ddpm import spacing
 from ddpm.denoiser import Denoiser
 from ddpm.files import atomic, plots
-from ddpm.files.checkpoints import Checkpoint, read_calibration, with_variance
+from ddpm.files.models import Checkpoint, read_calibration, with_variance
 from ddpm.noise import per_image
-from ddpm.run.distributed import opened, pick_device
-from ddpm.run.generate import generate
+from ddpm.run.processes import opened, pick_device
+from ddpm.run.sample import generate
 from ddpm.samplers import SAMPLERS, ddim
 
 CALLS = (5, 10, 20, 50, 100)
@@ -123,7 +123,9 @@ def main() -> None:
             best[r["row"]] = min(r["FRD"], best.get(r["row"], r["FRD"]))
     results.sort(key=lambda r: (best.get(r["row"], 1e9), r["row"], r["calls"]))
     shown = sorted({r["calls"] for r in results})
-    settings = f"- {args.model}: {model.found.path.name}, SHA-256 {model.found.sha256}; {args.samples} samples a figure"
+    settings = (
+        f"- {args.model}: {model.found.path.name}, identity {model.found.identity}; {args.samples} samples a figure"
+    )
     text = f"{header(args.commit, 'one run each')}\n{settings}\n\n{table(results, shown, 'FRD')}"
     paper = [{"row": row, "calls": n, "FID": v} for row, values in PAPER.items() for n, v in values.items()]
     text += f"\nThe paper of DDIM, with its network, FID:\n\n{table(paper, sorted({p['calls'] for p in paper}), 'FID')}"

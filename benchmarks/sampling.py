@@ -20,8 +20,8 @@ import torch
 
 import ddpm.files.images
 import ddpm.noise
-import ddpm.run.distributed
-import ddpm.run.generate
+import ddpm.run.processes
+import ddpm.run.sample
 from ddpm import pixels
 from ddpm.denoiser import Denoiser
 from ddpm.presets import PRESETS, Preset
@@ -39,8 +39,8 @@ PLACES = [
     (Denoiser, "__call__", "denoiser (from the network's output to mean and variance)"),
     (pixels, "to_pixels", "conversion to uint8"),
     (ddpm.files.images, "save_many", "saving"),
-    (ddpm.run.distributed, "opened", "loading the checkpoint"),
-    (ddpm.run.generate, "generate", "sampler"),
+    (ddpm.run.processes, "opened", "loading the checkpoint"),
+    (ddpm.run.sample, "generate", "sampler"),
 ]
 
 

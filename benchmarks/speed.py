@@ -24,7 +24,7 @@ from torch import nn
 
 from ddpm import kernels
 from ddpm.presets import Precision, Preset
-from ddpm.run.distributed import pick_precision
+from ddpm.run.processes import pick_precision
 
 NETWORKS: dict[str, tuple[Preset, Callable[[Preset], nn.Module]]] = {
     "paper": (peers.PAPER, peers.paper_network),

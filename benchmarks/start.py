@@ -34,10 +34,11 @@ def child(command: list[str]) -> None:
     import record
 
     import ddpm.noise
-    import ddpm.run.distributed
-    import ddpm.run.generate
+    import ddpm.run.processes
+    import ddpm.run.sample
     import ddpm.run.train as training
-    from ddpm.files import datasets, images
+    from ddpm.files import data as datasets
+    from ddpm.files import images
     from ddpm.run import cli
 
     stamps["other imports"] = time.perf_counter() - start
@@ -46,8 +47,8 @@ def child(command: list[str]) -> None:
         (datasets, "load_pair", "data"),
         (torch.optim.Adam, "__init__", "making Adam, which imports torch._dynamo"),
         (training, "build", "network"),
-        (ddpm.run.distributed, "opened", "network and weights"),
-        (ddpm.run.generate, "generate", "sampling"),
+        (ddpm.run.processes, "opened", "network and weights"),
+        (ddpm.run.sample, "generate", "sampling"),
         (images, "save_many", "saving"),
     ]
 
@@ -149,7 +150,7 @@ def main() -> None:
             parts["train"].append(started(["train", "digits", "--out", str(folder / f"parts{i}")]))
             totals["sample"].append(first_image(run, folder / "sample.png"))
             parts["sample"].append(started(sampling(run, folder / "sample.png")))
-    packages = {module: imports(module) for module in ("ddpm.run.train", "ddpm.run.generate")}
+    packages = {module: imports(module) for module in ("ddpm.run.train", "ddpm.run.sample")}
     text = ""
     for name, what in (("train", "`ddpm train digits` to its first step"), ("sample", "`ddpm sample` to an image")):
         keys = list(dict.fromkeys(key for found in parts[name] for key in found))

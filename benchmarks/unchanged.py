@@ -34,23 +34,34 @@ from safetensors import safe_open
 
 # -- all names that depend on the package: a later version of this script changes them here and nowhere else -----------
 import ddpm
-from ddpm import kernels, likelihood, losses, metrics, noise, ode, pixels
+from ddpm import kernels, likelihood, losses, metrics, noise, ode, pixels, timesteps
 from ddpm.codec import archive
-from ddpm.files import datasets
-from ddpm.files.checkpoints import open_checkpoint
+from ddpm.files import data
+from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS, to_json
 from ddpm.run.cli import main
 from ddpm.run.compress import load_codec
-from ddpm.run.generate import trajectory, visited
+from ddpm.run.sample import trajectory, visited
 from ddpm.samplers import SAMPLERS
 from ddpm.schedule import SCHEDULES
 from ddpm.spacing import SPACINGS
 
-WORDS: dict[str, str] = {}  # of the command line, an option, a command or a value: as below -> as it is called now
-KEYS: dict[str, str] = {}  # of JSON that the package writes: as it is called now -> as it was called
+RENAMED = {  # settings, as they were called: as they are called now
+    "multipliers": "channel_multipliers",
+    "blocks": "num_res_blocks",
+    "attention": "attention_resolutions",
+    "levels": "num_timesteps",
+    "times": "timestep_sampling",
+    "checkpointing": "gradient_checkpointing",
+    "ema": "ema_decay",
+}
+# Words of the command line (options, commands, values), as below: as they are called now.
+WORDS = {f"--{was}": f"--{is_now.replace('_', '-')}" for was, is_now in RENAMED.items()} | {"flow": "pf_ode"}
+# Keys of JSON that the package writes, as they are called now: as they were called.
+KEYS = {is_now: was for was, is_now in RENAMED.items()} | {"levels_per_image": "levels"}
 TIMED = {"seconds", "images_per_second"}  # keys of JSON that differ from run to run,
 VERSIONED = {"version", "_diffusers_version"}  # .. from version to version,
-NAMED = {"sha256", "weights_sha256", "model", "measured_on"}  # .. and with how a model is identified
+NAMED = {"sha256", "identity", "weights_sha256", "model", "measured_on"}  # .. and with how a model is identified
 SAMPLED = "ancestral ddim dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc unipc_3 heun flow".split()
 PRESET = "cifar10 celebahq256 lsun_bedroom lsun_bedroom_large lsun_church lsun_cat digits mnist cifar10_small".split()
 PRESET += ["cifar10_fast", "cifar10_likelihood"]
@@ -225,7 +236,7 @@ def prepare() -> None:
         for k, mode in enumerate(("L", "RGBA", "I;16")):
             draw(f"{mode[0]}/train/{10 - i}.png", 50 + 5 * k + i, 9 + 7 * i, 30 - 5 * i, mode)
             draw(f"{mode[0]}/test/{10 - i}.png", 70 + 5 * k + i, 8 + 5 * i, 40 - 7 * i, mode)
-    for i, image in enumerate(datasets.load("digits", (8, 8), 1, split="test").batch(range(6)).numpy()):
+    for i, image in enumerate(data.load("digits", (8, 8), 1, split="test").batch(range(6)).numpy()):
         Image.fromarray(image[0]).save(f"d{i}.png")
     for i in range(3):
         draw(f"c{i}.png", 100 + i, 32, 32)
@@ -312,7 +323,7 @@ TRAINED = [  # preset, options, at which steps it stops
 def bound() -> dict[str, Any]:
     """Eq. 5 term by term of 8 held-out digits, and the ODE's likelihood of 4."""
     denoiser = open_checkpoint("digits").denoiser
-    x0 = pixels.to_signal(datasets.load("digits", (8, 8), 1, split="test").batch(range(8)))
+    x0 = pixels.to_signal(data.load("digits", (8, 8), 1, split="test").batch(range(8)))
     terms = plain(asdict(likelihood.vlb(denoiser, x0, noise.per_image(range(8), x0.shape[1:]))))
     draws = noise.normal(range(4), x0.shape[1:], 1)
     probe = noise.normal(range(4), x0.shape[1:], 2).sign()
@@ -326,7 +337,7 @@ def bound() -> dict[str, Any]:
 def evaluated(run: Callable[[], str], options: str) -> dict[str, Any]:
     """The files that `ddpm evaluate` leaves."""
     out = Path(tempfile.mkdtemp(dir="."))
-    cli("evaluate", run(), "--out", out, *options.split())
+    cli("evaluate", run(), "--out", out, *options.replace("--levels", "--levels-per-image").split())
     return contents(out)
 
 
@@ -466,10 +477,10 @@ def loaded(source: str, channels: int, cached: int = 1 << 30) -> dict[str, Any]:
     """The images of a folder in their order, with all that is said of them, and those of some steps of training."""
     found = {}
     for kind, images in zip(
-        ("train", "held out"), datasets.load_pair(source, (12, 10), channels, cache_bytes=cached), strict=True
+        ("train", "held out"), data.load_pair(source, (12, 10), channels, cache_bytes=cached), strict=True
     ):
         found[kind] = (images.batch(range(len(images))), images.labels, images.class_names, images.fingerprint)
-        steps = datasets.batches(images, 1, 3, 0, 4, workers=0)
+        steps = data.batches(images, 1, 3, 0, 4, workers=0)
         found[f"{kind}, batches"] = list(steps)
     return found
 
@@ -479,7 +490,7 @@ def drawn() -> dict[str, Any]:
     plan = SCHEDULES[now("cosine")](1000, 1e-4, 0.02)
     draws = noise.per_image([0, 7, 1 << 40], (3, 5, 7))
     how = ("uniform", "stratified", "lognormal", "bound")
-    times = {f"times {name}": losses.times(plan, 33, now(name), noise.generator(4, 2), "v") for name in how}
+    times = {f"times {name}": timesteps.sample(plan, 33, now(name), noise.generator(4, 2), "v") for name in how}
     denoiser, t = open_checkpoint("digits").denoiser, torch.arange(1, 1001)
     weights = {f"weights {name}": losses.weight(denoiser, t, now(name)) for name in ("none", "min_snr", "p2")}
     early = noise.ahead([3, 4], (1, 8, 8), "cpu", [9, 5])
@@ -488,7 +499,7 @@ def drawn() -> dict[str, Any]:
         "normal": noise.normal([1, 2], (4,), 5, 6, 7),
         "ahead": [early(9), early(5)],
         "mix": [noise.mix(), noise.mix(1, 2), noise.mix(-1, 1 << 70)],
-        "order": [datasets.order(100, 3, step, 16) for step in range(9)],
+        "order": [data.order(100, 3, step, 16) for step in range(9)],
         **times,
         **weights,
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.neural_network import MLPClassifier
 
-from ddpm.files import datasets
+from ddpm.files import data as datasets
 
 
 def flat(images: datasets.Images) -> np.ndarray:

@@ -15,9 +15,10 @@ from torch import Tensor
 from ddpm.run.cli import main
 
 TINY = (
-    "train digits --no-classes --width 32 --multipliers 1 --blocks 1 --attention 0 --levels 20 --schedule linear "
-    "--predict eps --batch-size 8 --lr 1e-3 --warmup 5 --ema 0.999 --ema-warmup --precision float32 --eval-images 16 "
-    "--times uniform --cooldown 0 --log-every 1 --sample-every 0 --sample-count 4 --sample-steps 5"
+    "train digits --no-classes --width 32 --channel-multipliers 1 --num-res-blocks 1 --attention-resolutions 0 "
+    "--num-timesteps 20 --schedule linear --predict eps --batch-size 8 --lr 1e-3 --warmup 5 "
+    "--ema-decay 0.999 --ema-warmup --precision float32 --eval-images 16 "
+    "--timestep-sampling uniform --cooldown 0 --log-every 1 --sample-every 0 --sample-count 4 --sample-steps 5"
 ).split()
 
 

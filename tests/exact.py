@@ -194,7 +194,7 @@ def last(steps):
 def randomised_unet():
     """A small network away from its near-zero start."""
     torch.manual_seed(0)
-    net = UNet(1, width=32, multipliers=(1, 2), blocks=1)
+    net = UNet(1, width=32, channel_multipliers=(1, 2), num_res_blocks=1)
     for p in net.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     return net

@@ -29,7 +29,13 @@ from ddpm.gaussian import q_sample
 from ddpm.presets import PRESETS
 
 TINY = replace(
-    PRESETS["cifar10_small"], size=(8, 8), width=32, multipliers=(1, 1), attention=(8,), batch_size=4, dropout=0.1
+    PRESETS["cifar10_small"],
+    size=(8, 8),
+    width=32,
+    channel_multipliers=(1, 1),
+    attention_resolutions=(8,),
+    batch_size=4,
+    dropout=0.1,
 )
 
 

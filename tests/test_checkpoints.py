@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import ddpm
-from ddpm.files import checkpoints
+from ddpm.files import checkpoints, opening
+from ddpm.files.tensors import save_tensors
 from ddpm.run.cli import main
 
 
@@ -173,7 +174,8 @@ def safetensors_no_space(_: Any, path: Path, *__: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "failing"), [("save_file", safetensors_no_space), ("atomic.sync", no_space), ("atomic.write", no_space)]
+    ("name", "failing"),
+    [("tensors.save_file", safetensors_no_space), ("atomic.sync", no_space), ("atomic.write", no_space)],
 )
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
     name: str,
@@ -187,7 +189,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
     begin = checkpoints.save
 
     def full(*given: Any) -> Path:
-        monkeypatch.setattr(f"ddpm.files.checkpoints.{name}", failing)
+        monkeypatch.setattr(f"ddpm.files.{name}", failing)
         return begin(*given)
 
     monkeypatch.setattr(checkpoints, "save", full)
@@ -267,7 +269,7 @@ def test_one_file_alone_is_a_model(trained: Path, tmp_path: Path) -> None:
 
 def test_a_file_at_the_root_has_its_results_beside_it(trained: Path) -> None:
     """There is no folder two above it."""
-    assert replace(checkpoints.open_checkpoint(trained), path=Path("/m.safetensors")).home == Path("/m")
+    assert replace(opening.open_checkpoint(trained), path=Path("/m.safetensors")).home == Path("/m")
 
 
 def test_load(trained: Path) -> None:
@@ -320,5 +322,5 @@ def metadata_of(path: Path) -> dict[str, str]:
 def test_weights_may_be_read_by_whom_other_files_may(trained: Path, tmp_path: Path) -> None:
     """safetensors makes files for their owner only; those of ours are as any file that the user makes."""
     (tmp_path / "any").touch()
-    checkpoints.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode

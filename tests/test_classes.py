@@ -20,11 +20,11 @@ from ddpm import losses, schedule
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import interop
-from ddpm.files.checkpoints import open_checkpoint
-from ddpm.run import edit, gpu
+from ddpm.files.opening import open_checkpoint
+from ddpm.run import device, edit
 from ddpm.run.cli import main
 from ddpm.run.edit import Way
-from ddpm.run.generate import generate
+from ddpm.run.sample import generate
 from ddpm.unet import UNet
 
 S = schedule.linear()
@@ -56,7 +56,9 @@ def run(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def unet(classes: int = 3) -> UNet:
     torch.manual_seed(0)
-    network = UNet(1, width=32, multipliers=(1,), blocks=1, attention=(), classes=classes).eval()
+    network = UNet(
+        1, width=32, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), num_classes=classes
+    ).eval()
     for p in network.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     return network
@@ -141,15 +143,15 @@ def test_guided_networks_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs reach the network inside, for both batches and with labels. (Here a replay is a call.)"""
     captured = []
 
-    def capture(self: gpu.Replayed, inputs: list[Tensor]) -> Any:
+    def capture(self: device.Replayed, inputs: list[Tensor]) -> Any:
         captured.append([tuple(tensor.shape) for tensor in inputs])
         out = torch.empty_like(inputs[0])
         return inputs, out, lambda: out.copy_(self.network(*inputs))
 
-    monkeypatch.setattr(gpu.Replayed, "_capture", capture)
+    monkeypatch.setattr(device.Replayed, "_capture", capture)
     network = unet().requires_grad_(False)
     plain = Denoiser(network, schedule.linear(20, 1e-3, 0.3)).guided(2.0, (5, 20))
-    graphed = gpu.replayed(plain, "cuda")
+    graphed = device.replayed(plain, "cuda")
     y = torch.tensor([0, 1, 2])
     found, want = (generate(d, (1, 8, 8), range(3), y=y) for d in (graphed, plain))
     assert torch.equal(found, want)

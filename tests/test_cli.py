@@ -19,7 +19,7 @@ from conftest import TINY, train
 from PIL import Image
 
 import ddpm
-from ddpm.files import datasets, images
+from ddpm.files import data, images
 from ddpm.presets import PRESETS
 from ddpm.run.cli import main
 
@@ -86,12 +86,12 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("train digits --steps", nothing, ["--steps"]),
     ("train digits --steps ten", nothing, ["--steps", "'ten'", "a whole number"]),
     ("train digits --lr fast", nothing, ["--lr", "'fast'", "a number"]),
-    ("train digits --multipliers 1,two", nothing, ["--multipliers", "'1,two'", "whole numbers"]),
+    ("train digits --channel-multipliers 1,two", nothing, ["--channel-multipliers", "'1,two'", "whole numbers"]),
     # settings
     ("train digits --steps -5", nothing, ["steps -5", "at least 1"]),
     ("train digits --batch-size 0", nothing, ["batch_size 0", "at least 1"]),
     ("train digits --lr nan", nothing, ["lr nan", "a finite number"]),
-    ("train digits --ema 1 --no-ema-warmup", nothing, ["ema 1.0", "at most 0.999999"]),
+    ("train digits --ema-decay 1 --no-ema-warmup", nothing, ["ema_decay 1.0", "at most 0.999999"]),
     ("train digits --seed 9223372036854775808", nothing, ["seed 9223372036854775808", "at most 9223372036854775807"]),
     ("train digits --dropout 1.5", nothing, ["dropout 1.5", "at most 0.99"]),
     ("train digits --width 100", nothing, ["width 100", "multiple of 32"]),
@@ -105,10 +105,14 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("train digits --patch 4", nothing, ["patch 4", "1, 2"]),
     ("train digits --size 10 --patch 2", nothing, ["size 10x10", "8 and 12"]),
     ("train digits --weighting p2 --predict mu", nothing, ["weighting p2", "no mu"]),
-    ("train digits --times bound --predict mu", nothing, ["times bound", "uniform or stratified for mu"]),
+    (
+        "train digits --timestep-sampling bound --predict mu",
+        nothing,
+        ["timestep_sampling bound", "uniform or stratified for mu"],
+    ),
     ("train digits --weighting p2 --loss vlb", nothing, ["weighting p2", "loss simple"]),
     ("train digits --cooldown 2", nothing, ["cooldown 2.0", "at most 1"]),
-    ("train digits --levels 10", nothing, ["sample_steps 50", "at most levels, 10"]),
+    ("train digits --num-timesteps 10", nothing, ["sample_steps 50", "at most num_timesteps, 10"]),
     ("train digits --device gpu", nothing, ["device 'gpu'", "auto, cpu, cuda"]),
     # data
     ("train lsun_cat", nothing, ["data", "--data SOURCE"]),
@@ -211,7 +215,7 @@ def raises(error: Exception) -> Callable[..., None]:
 @pytest.mark.parametrize("fault", [ZeroDivisionError(), RuntimeError("shapes differ")])
 def test_our_own_faults_keep_their_traceback(fault: Exception, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that is no mistake of the user's is not dressed up as one."""
-    monkeypatch.setattr("ddpm.run.generate.generate", raises(fault))
+    monkeypatch.setattr("ddpm.run.sample.generate", raises(fault))
     with pytest.raises(type(fault)):
         main(["sample", str(trained), "-n", "1"])
 
@@ -228,7 +232,7 @@ def test_a_memory_that_is_full_is_one_line(
     fault: Exception, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a GPU or of the machine: exit code 1, and what takes less."""
-    monkeypatch.setattr("ddpm.run.generate.generate", raises(fault))
+    monkeypatch.setattr("ddpm.run.sample.generate", raises(fault))
     assert main(["sample", str(trained), "-n", "1"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("ddpm: the memory is full; fewer images at once (--batch-size) take less")
@@ -284,12 +288,21 @@ def test_ctrl_c_while_torch_loads() -> None:
 
 def test_every_kind_of_option_reaches_the_run(tmp_path: Path) -> None:
     """A flag, a number, a list, a choice and a size, with a space or with =; what is not given is the preset's."""
-    given = ["--lr=3e-3", "--multipliers", "1,1", "--schedule=cosine", "--size", "8x16", "--no-clip", "--steps=1"]
+    given = [
+        "--lr=3e-3",
+        "--channel-multipliers",
+        "1,1",
+        "--schedule=cosine",
+        "--size",
+        "8x16",
+        "--no-clip",
+        "--steps=1",
+    ]
     assert main([*TINY, *given, "--out", str(tmp_path / "run")]) == 0
-    from ddpm.files.checkpoints import open_checkpoint
+    from ddpm.files.opening import open_checkpoint
 
     found = open_checkpoint(tmp_path / "run").preset
-    assert (found.lr, found.multipliers, found.schedule) == (3e-3, (1, 1), "cosine")
+    assert (found.lr, found.channel_multipliers, found.schedule) == (3e-3, (1, 1), "cosine")
     assert (found.size, found.clip) == ((8, 16), False)
     assert found.beta_T == PRESETS["digits"].beta_T
 
@@ -297,7 +310,7 @@ def test_every_kind_of_option_reaches_the_run(tmp_path: Path) -> None:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Two held-out digits, a mask of the right half, and one of another shape."""
-    held_out = datasets.load("digits", (8, 8), 1, split="test").batch([0, 1]).permute(0, 2, 3, 1).numpy()
+    held_out = data.load("digits", (8, 8), 1, split="test").batch([0, 1]).permute(0, 2, 3, 1).numpy()
     for name, picture in zip("ab", held_out, strict=True):
         images.save(tmp_path / f"{name}.png", picture)
     mask = np.zeros((8, 8, 1), np.uint8)
@@ -438,7 +451,10 @@ def test_measurements_do_not_mix(trained: Path, tmp_path: Path, capsys: pytest.C
     words = ["evaluate", str(trained), "-n", "2", "--out", str(out), "--json"]
     assert main([*words, "--variance", "fixed_small"]) == 0
     first = (out / "nll.json").read_text()
-    assert main([*words, "--metrics", "nll", "ode", "--levels", "5", "--split", "train", "--ode-steps", "5"]) == 0
+    assert (
+        main([*words, "--metrics", "nll", "ode", "--levels-per-image", "5", "--split", "train", "--ode-steps", "5"])
+        == 0
+    )
     assert (out / "nll.json").read_text() == first
     found = {name: json.loads((out / f"{name}.json").read_text()) for name in ("nll", "nll_sampled", "ode")}
     assert [values["variance"] for values in found.values()] == ["fixed_small", "fixed_large", "fixed_large"]
@@ -456,11 +472,11 @@ def test_a_lone_file_has_a_folder_of_its_own(trained: Path, tmp_path: Path) -> N
 
 def test_a_folder_of_ones_own_is_measured_as_it_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a test split training holds some images out: evaluate's `test` are these, and `train` is the rest."""
-    digits = datasets.load("digits", (8, 8), 1).batch(range(40)).permute(0, 2, 3, 1).numpy()
+    digits = data.load("digits", (8, 8), 1).batch(range(40)).permute(0, 2, 3, 1).numpy()
     images.save_many(tmp_path / "own/", digits, [str(i) for i in range(40)])
     run = tmp_path / "run"
-    data = ["--data", str(tmp_path / "own"), "--channels", "1"]
-    assert train(run, *data, "--steps", 2) == 0
+    own = ["--data", str(tmp_path / "own"), "--channels", "1"]
+    assert train(run, *own, "--steps", 2) == 0
     capsys.readouterr()
     held_out, rest = [], []
     for split, found in (("test", held_out), ("train", rest)):

@@ -13,7 +13,7 @@ from PIL import Image
 import ddpm
 from ddpm import codec
 from ddpm.codec import archive
-from ddpm.files import checkpoints, datasets, images, interop
+from ddpm.files import checkpoints, data, images, interop, models, opening, tensors
 from ddpm.presets import PRESETS, build
 from ddpm.run import compress
 from ddpm.run.cli import main
@@ -28,7 +28,7 @@ def model():
 def pictures(tmp_path_factory):
     """Four digits of the test set as files."""
     folder = tmp_path_factory.mktemp("pictures")
-    for i, image in enumerate(datasets.load("digits", (8, 8), 1, split="test").batch([0, 1, 2, 3])):
+    for i, image in enumerate(data.load("digits", (8, 8), 1, split="test").batch([0, 1, 2, 3])):
         images.save(folder / f"digit{i}.png", image.permute(1, 2, 0).numpy())
     return folder
 
@@ -182,7 +182,7 @@ def test_a_model_without_tables_says_what_to_do(trained, pictures, tmp_path, cap
 
 def test_a_model_of_transparent_pictures_has_no_codec(tmp_path):
     """Its calibration has none, and may so be made again."""
-    preset = replace(PRESETS["digits"], channels=4, classes=False, levels=20, sample_steps=20)
+    preset = replace(PRESETS["digits"], channels=4, classes=False, num_timesteps=20, sample_steps=20)
     interop.save(tmp_path / "rgba.safetensors", preset, build(preset).network.state_dict(), "")
     images.save_many(tmp_path / "set/", np.zeros((2, 8, 8, 4), np.uint8), ["a", "b"])
     words = ["calibrate", str(tmp_path / "rgba.safetensors"), "--data", str(tmp_path / "set"), "-n", "1"]
@@ -194,13 +194,13 @@ def test_a_model_of_transparent_pictures_has_no_codec(tmp_path):
 
 def test_the_raw_weights_have_a_codec_of_their_own(pictures, tmp_path, capsys):
     """That of their own tables; the averaged ones read none of their files."""
-    digits = checkpoints.open_checkpoint("digits")
+    digits = opening.open_checkpoint("digits")
     state = digits.denoiser.network.state_dict()
     raw = {name: 0.99 * value for name, value in state.items()}
     run = checkpoints.save(tmp_path / "run", digits.preset, {"step": 1}, {"ema": state, "raw": raw})
-    tables = json.loads(checkpoints.calibration_file(digits.path).read_text())
+    tables = json.loads(models.calibration_file(digits.path).read_text())
     for name in ("ema", "raw"):
-        own = tables | {"weights": checkpoints.file_sha256(run / f"{name}.safetensors")}
+        own = tables | {"weights": tensors.identity(tensors.read_tensors(run / f"{name}.safetensors"))}
         (run / f"{name}.calibration.json").write_text(json.dumps(own))
     source, file, out = pictures / "digit0.png", tmp_path / "a.ddpm", tmp_path / "a.png"
     words = ["compress", str(run), str(source), "--out", str(file), "--chunk-bits", "8"]
@@ -209,7 +209,7 @@ def test_the_raw_weights_have_a_codec_of_their_own(pictures, tmp_path, capsys):
     capsys.readouterr()
     assert main(["decompress", str(run), str(file), "--out", str(out)]) == 2
     assert f"ddpm: {file}: of model " in capsys.readouterr().err
-    checkpoints.calibration_file(run / "raw.safetensors").unlink()
+    models.calibration_file(run / "raw.safetensors").unlink()
     assert main([*words, "--weights", "raw"]) == 2
     assert capsys.readouterr().err == (
         f"ddpm: {run / 'raw.calibration.json'}: no tables for the codec; want `ddpm calibrate {run} --weights raw`\n"

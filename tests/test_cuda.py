@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import ddpm
 from ddpm import losses, noise
-from ddpm.files import datasets
-from ddpm.files.checkpoints import open_checkpoint
+from ddpm.files import data
+from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS, build
-from ddpm.run import gpu
+from ddpm.run import device
 from ddpm.run.cli import main
-from ddpm.run.distributed import Processes
-from ddpm.run.generate import generate
+from ddpm.run.processes import Processes
+from ddpm.run.sample import generate
 from ddpm.samplers import SAMPLERS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 def small(**settings) -> tuple[ddpm.UNet, Tensor, Tensor]:
     """A network of two levels with attention and no weight near nothing, and what it is called with."""
     torch.manual_seed(0)
-    network = ddpm.UNet(3, width=64, multipliers=(1, 2), attention=(1,), **settings)
+    network = ddpm.UNet(3, width=64, channel_multipliers=(1, 2), attention_levels=(1,), **settings)
     for p in network.parameters():
         if p.ndim == 4 and p.abs().max() < 1e-4:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
@@ -72,9 +72,9 @@ def test_a_step_is_the_cpu_s() -> None:
     x0, eps = torch.rand(8, 1, 8, 8) * 2 - 1, noise.normal(range(8), (1, 8, 8), 3)
     t = torch.arange(1, 1000, 125)
     found = []
-    for device in ("cpu", "cuda"):
-        one = dataclasses.replace(denoiser, network=copy.deepcopy(denoiser.network)).to(device)
-        loss = losses.simple(one, x0.to(device), t.to(device), eps.to(device)).mean()
+    for place in ("cpu", "cuda"):
+        one = dataclasses.replace(denoiser, network=copy.deepcopy(denoiser.network)).to(place)
+        loss = losses.simple(one, x0.to(place), t.to(place), eps.to(place)).mean()
         loss.backward()
         grad = torch.cat([p.grad.contiguous().flatten() for p in one.network.parameters()])
         found.append((loss.detach(), grad))
@@ -86,7 +86,7 @@ def test_a_graph_gives_what_the_network_gives() -> None:
     """Each shape, called again with other inputs, and after the weights have changed in place."""
     network, x, t = small(bf16=True)
     network = network.eval().requires_grad_(False).to("cuda", memory_format=torch.channels_last)
-    graphed = gpu.Replayed(network)
+    graphed = device.Replayed(network)
     for count in (4, 1, 4):
         x = torch.randn(count, 3, 16, 16, device="cuda")
         assert torch.equal(graphed(x, t[:count].cuda()), network(x, t[:count].cuda()))
@@ -102,7 +102,7 @@ def test_the_bound_is_the_same() -> None:
     found = open_checkpoint("digits", precision="float32")
     there = open_checkpoint("digits", precision="float32")
     there = dataclasses.replace(there, denoiser=there.denoiser.to("cuda"))
-    _, held_out = datasets.load_pair("digits", (8, 8), 1)
+    _, held_out = data.load_pair("digits", (8, 8), 1)
     bits = [
         evaluate.nll_sampled(one, held_out, 12, Processes(0, 1, torch.device(device)), 32)["bits_per_dim"]
         for one, device in ((found, "cpu"), (there, "cuda"))
@@ -130,7 +130,7 @@ def load_codec(*args: Any, **kwargs: Any) -> Any:
 
 
 def pictures() -> list[np.ndarray]:
-    _, held_out = datasets.load_pair("digits", (8, 8), 1)
+    _, held_out = data.load_pair("digits", (8, 8), 1)
     return list(held_out.batch(range(4)).permute(0, 2, 3, 1).contiguous().numpy())
 
 
@@ -161,14 +161,14 @@ def test_the_codec_is_set_on_the_device(tmp_path: Path) -> None:
 
 def test_bf16_compiled_is_float32_but_for_rounding() -> None:
     """Forward and backward, eager and by Inductor: 2e-2 and 3e-2 of the CPU's float64."""
-    network, x, t = small(bf16=True, blocks=1)  # the fewer kinds of stages, the less there is to compile
+    network, x, t = small(bf16=True, num_res_blocks=1)  # the fewer kinds of stages, the less there is to compile
     exact = copy.deepcopy(network).double()
     exact.bf16 = False
     wanted = gradient(exact, x.double(), t)
     for compiled in (False, True):
         there = copy.deepcopy(network).to("cuda", memory_format=torch.channels_last)
         if compiled:
-            gpu.compile_stages(there)
+            device.compile_stages(there)
         found = gradient(there, x.cuda(), t.cuda())
         assert [distance(a, b) < limit for a, b, limit in zip(found, wanted, (2e-2, 3e-2), strict=True)] == [True] * 2
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
-from ddpm.files.datasets import batches, load, load_pair, order, split_holdout
+from ddpm.files.data import batches, load, load_pair, order, split_holdout
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 real = pytest.mark.skipif(not DATA.exists(), reason="needs the real data beside the checkout")

@@ -16,7 +16,7 @@ from conftest import TINY, assert_close, losses, metrics, steps, tensors, train
 
 from ddpm.errors import InputError
 from ddpm.run.cli import main
-from ddpm.run.distributed import Processes, opened, pick_device, pick_precision, threads
+from ddpm.run.processes import Processes, opened, pick_device, pick_precision, threads
 
 PROGRAM = """
 import json, os, sys, torch
@@ -84,12 +84,12 @@ def measuring(run: Path, out: Path) -> list[list[str]]:
     few, features = ["--out", str(out), "-n", "5", "--batch-size", "2"], ["--features", f"{out}/mine.py:f"]
     return [
         ["evaluate", str(run), "--metrics", "nll", "ode", "fid", "--ode-steps", "5", "--json", *few, *features],
-        ["evaluate", str(run), "--levels", "3", "--json", *few],
+        ["evaluate", str(run), "--levels-per-image", "3", "--json", *few],
         ["paper", "table4", "fig6", "neighbours", "--model", str(run), *few, *features],
     ]
 
 
-TWENTY = ("--steps", "20", "--save-every", "10", "--times", "stratified")
+TWENTY = ("--steps", "20", "--save-every", "10", "--timestep-sampling", "stratified")
 DROPOUT = ("--dropout", "0.3", "--flip", "--save-every", "5", "--keep", "100000")
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-import ddpm.files.datasets
+import ddpm.files.data
 from ddpm import presets
 from ddpm.files import images
 from ddpm.run import cli
 
 ROOT = Path(__file__).parents[1]
 SHORT = {
-    "train": "--steps 2 --levels 50 --width 32 --multipliers 1,1 --blocks 1 --batch-size 4 --size 8 --sample-count 2 "
-    "--sample-steps 2 --eval-images 4",
+    "train": "--steps 2 --num-timesteps 50 --width 32 --channel-multipliers 1,1 --num-res-blocks 1 "
+    "--batch-size 4 --size 8 --sample-count 2 --sample-steps 2 --eval-images 4",
     "sample": "--steps 12",
     "evaluate": "-n 1",
     "calibrate": "-n 2 --codec 2",
@@ -42,7 +42,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        pixels = ddpm.files.datasets.load("digits", (8, 8), 3).batch(range(20)).permute(0, 2, 3, 1).numpy()
+        pixels = ddpm.files.data.load("digits", (8, 8), 3).batch(range(20)).permute(0, 2, 3, 1).numpy()
         images.save_many("my-photos/", pixels, [str(i) for i in range(20)])
         images.save("mask.png", (pixels[0] > 100) * np.uint8(255))
         for line in "".join(blocks("sh")).splitlines():

@@ -15,12 +15,12 @@ from PIL import Image
 from ddpm import gaussian, likelihood, metrics, pixels, schedule
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.files import checkpoints, datasets
-from ddpm.files.checkpoints import open_checkpoint
+from ddpm.files import data, features, models, opening
+from ddpm.files.opening import open_checkpoint
 from ddpm.noise import per_image
-from ddpm.run import evaluate, generate
+from ddpm.run import calibrate, evaluate, parts, quality, sample
 from ddpm.run.cli import main
-from ddpm.run.distributed import Processes
+from ddpm.run.processes import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SHAPE = (1, 4, 4)
@@ -94,7 +94,7 @@ def checkpoint(trained):
 
 @pytest.fixture(scope="module")
 def held_out():
-    return datasets.load("digits", (8, 8), 1, split="test")
+    return data.load("digits", (8, 8), 1, split="test")
 
 
 def nll(checkpoint, images, out, **settings):
@@ -161,7 +161,7 @@ def test_the_table_adds_up(checkpoint, held_out, tmp_path):
 
 def test_the_estimate_from_few_levels_is_unbiased_and_its_error_honest(checkpoint):
     """Over 25 samples of 16 images: no bias against the bound by all levels, and the stated error is the spread."""
-    train = datasets.load("digits", (8, 8), 1)
+    train = data.load("digits", (8, 8), 1)
     apart, values, stated = [], [], []
     for s in range(25):
         images = replace(train, rows=train.rows[16 * s : 16 * s + 16])
@@ -186,30 +186,30 @@ def own(trained, tmp_path):
 def test_calibration_lowers_the_bound(own, tmp_path):
     """On the images that it was measured on, up to the noise of other draws; it is kept, and `load` takes it."""
     checkpoint = open_checkpoint(own)
-    train = datasets.load("digits", (8, 8), 1)
+    train = data.load("digits", (8, 8), 1)
     assert "calibrated" not in nll(checkpoint, train, tmp_path / "before", count=2)["by_variance"]
-    mse = evaluate.calibrate(checkpoint, train, tmp_path, ALONE, 64, progress=False, codec=0)
+    mse = calibrate.calibrate(checkpoint, train, tmp_path, ALONE, 64, progress=False, codec=0)
     assert mse.shape == (20,)
     denoiser = replace(checkpoint.denoiser, network=lambda *_: pytest.fail("measured again"))
     unused = replace(checkpoint, denoiser=denoiser)
-    assert torch.equal(evaluate.calibrate(unused, train, tmp_path, ALONE, 64, progress=False, codec=0), mse)
+    assert torch.equal(calibrate.calibrate(unused, train, tmp_path, ALONE, 64, progress=False, codec=0), mse)
     found = nll(checkpoint, train, tmp_path / "after", count=64)["by_variance"]
     assert found["calibrated"] < min(found["fixed_large"], found["fixed_small"])
-    table = checkpoints.load(own, variance="calibrated").variance
+    table = opening.load(own, variance="calibrated").variance
     assert torch.equal(table[2:], gaussian.calibrated_variance(checkpoint.denoiser.schedule, mse)[2:])
-    assert checkpoints.load(own, variance="fixed_small").variance == "fixed_small"
+    assert opening.load(own, variance="fixed_small").variance == "fixed_small"
 
 
 def test_a_calibration_is_of_these_weights_only(own):
     checkpoint = open_checkpoint(own)
     with pytest.raises(InputError, match="not calibrated; run `ddpm calibrate`"):
-        checkpoints.load(own, variance="calibrated")
-    file = checkpoints.save_calibration(checkpoint, torch.ones(20), 0.5, {})
-    mse, first = checkpoints.read_calibration(checkpoint)
+        opening.load(own, variance="calibrated")
+    file = models.save_calibration(checkpoint, torch.ones(20), 0.5, {})
+    mse, first = models.read_calibration(checkpoint)
     assert torch.equal(mse, torch.ones(20).double())
     assert first == 0.5
     for text, reason in [
-        (file.read_text().replace(checkpoint.sha256, "0" * 64), "of other weights"),
+        (file.read_text().replace(checkpoint.identity, "0" * 64), "of other weights"),
         (file.read_text()[:-40], "damaged"),
         (file.read_text().replace("1.0,", "-1.0,", 1), "20 positive numbers"),
         (file.read_text().replace("1.0,", "", 1), "20 positive numbers"),
@@ -217,10 +217,10 @@ def test_a_calibration_is_of_these_weights_only(own):
     ]:
         file.write_text(text)
         with pytest.raises(InputError, match=reason):
-            checkpoints.load(own, variance="calibrated")
-        checkpoints.save_calibration(checkpoint, torch.ones(20), 0.5, {})
+            opening.load(own, variance="calibrated")
+        models.save_calibration(checkpoint, torch.ones(20), 0.5, {})
     with pytest.raises(InputError, match="variance 'huge': want fixed_large, fixed_small, calibrated"):
-        checkpoints.load(own, variance="huge")
+        opening.load(own, variance="huge")
 
 
 def test_the_first_variance_is_the_best_for_bins(own, tmp_path):
@@ -236,11 +236,11 @@ def test_the_first_variance_is_the_best_for_bins(own, tmp_path):
     assert variances[cost.argmin()] < mse
 
     checkpoint = open_checkpoint(own)
-    evaluate.calibrate(checkpoint, datasets.load("digits", (8, 8), 1), tmp_path, ALONE, 16, progress=False, codec=0)
-    table = checkpoints.load(own, variance="calibrated").variance
-    train = datasets.load("digits", (8, 8), 1)
-    rows = evaluate.subset(train, 16)
-    signal, draws = evaluate.signal(train, rows), evaluate._draws(0, rows, 0, evaluate._CALIBRATION, (1, 8, 8))
+    calibrate.calibrate(checkpoint, data.load("digits", (8, 8), 1), tmp_path, ALONE, 16, progress=False, codec=0)
+    table = opening.load(own, variance="calibrated").variance
+    train = data.load("digits", (8, 8), 1)
+    rows = parts.subset(train, 16)
+    signal, draws = parts.as_signal(train, rows), parts.draws_of(0, rows, 0, parts.CALIBRATION, (1, 8, 8))
     for factor in (0.8, 1.25):
         other = table.clone()
         other[1] *= factor
@@ -259,7 +259,7 @@ def test_calibration_wants_an_error_of_x0(own, tmp_path):
     ]:
         other = replace(found, denoiser=replace(found.denoiser, **change))
         with pytest.raises(InputError, match=reason):
-            evaluate.calibrate(other, datasets.load("digits", (8, 8), 1), tmp_path, ALONE, 1, progress=False)
+            calibrate.calibrate(other, data.load("digits", (8, 8), 1), tmp_path, ALONE, 1, progress=False)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -268,7 +268,7 @@ def test_deep_images_have_no_bits_per_dimension_of_8_bit_ones(checkpoint, tmp_pa
     for i in range(3):
         deep = Image.fromarray((np.arange(64).reshape(8, 8) * 1000 + i).astype(np.uint16))
         deep.save(tmp_path / f"{i}.png")
-    images = datasets.load(str(tmp_path), (8, 8), 1, cache_bytes=0 if stream else 1 << 30)
+    images = data.load(str(tmp_path), (8, 8), 1, cache_bytes=0 if stream else 1 << 30)
     for measure in (nll, partial(evaluate.ode, ranks=ALONE)):
         with pytest.raises(InputError, match=r"0.png: more than 8 bits a channel.*256 grey levels.*want 8-bit images"):
             measure(checkpoint, images, out=tmp_path / "out") if measure is nll else measure(checkpoint, images)
@@ -288,14 +288,14 @@ def test_the_flow_is_measured_the_same_in_any_batch(checkpoint, held_out):
 
 def test_samples_are_kept(checkpoint, tmp_path, monkeypatch):
     """The images of their seeds; stopped and called again, only what lacks is made; other settings are other images."""
-    whole = evaluate.samples(checkpoint, tmp_path, ALONE, 7, 3, "ddim", 5, 3, progress=False)
-    assert torch.equal(whole, generate.generate(checkpoint.denoiser, (1, 8, 8), range(3, 10), "ddim", 5))
+    whole = quality.samples(checkpoint, tmp_path, ALONE, 7, 3, "ddim", 5, 3, progress=False)
+    assert torch.equal(whole, sample.generate(checkpoint.denoiser, (1, 8, 8), range(3, 10), "ddim", 5))
     next(tmp_path.glob("samples-*/00000003-*")).unlink()
     calls = []
-    monkeypatch.setattr(evaluate, "generate", lambda *a, **k: (calls.append(a[2]), generate.generate(*a, **k))[1])
-    assert torch.equal(evaluate.samples(checkpoint, tmp_path, ALONE, 7, 3, "ddim", 5, 3, progress=False), whole)
+    monkeypatch.setattr(quality, "generate", lambda *a, **k: (calls.append(a[2]), sample.generate(*a, **k))[1])
+    assert torch.equal(quality.samples(checkpoint, tmp_path, ALONE, 7, 3, "ddim", 5, 3, progress=False), whole)
     assert calls == [range(6, 9)]
-    assert not torch.equal(evaluate.samples(checkpoint, tmp_path, ALONE, 7, 4, "ddim", 5, 3, progress=False), whole)
+    assert not torch.equal(quality.samples(checkpoint, tmp_path, ALONE, 7, 4, "ddim", 5, 3, progress=False), whole)
 
 
 def test_samples_of_classes_are_kept_apart(tmp_path):
@@ -305,11 +305,11 @@ def test_samples_of_classes_are_kept_apart(tmp_path):
 
     def samples(denoiser, classes=()):
         asked = replace(found, denoiser=denoiser)
-        return evaluate.samples(asked, tmp_path, ALONE, 5, 3, "ddim", 3, 2, progress=False, classes=classes)
+        return quality.samples(asked, tmp_path, ALONE, 5, 3, "ddim", 3, 2, progress=False, classes=classes)
 
     whole = samples(guided, [4, 0])
     y = torch.tensor([4, 0, 4, 0, 4])
-    assert torch.equal(whole, generate.generate(guided, (1, 8, 8), range(3, 8), "ddim", 3, y=y))
+    assert torch.equal(whole, sample.generate(guided, (1, 8, 8), range(3, 8), "ddim", 3, y=y))
     within = found.denoiser.guided(2.0, (1, 500))
     settings = [
         (guided, [4, 0]),
@@ -381,14 +381,14 @@ def test_the_command(trained, tmp_path, capsys, monkeypatch):
 def test_real_images_are_at_distance_zero(tmp_path):
     """The training images against themselves; the same with noise are not."""
     (tmp_path / "mine.py").write_text(FUNCTION)
-    network = evaluate.features.custom(f"{tmp_path}/mine.py:rows")
-    train = datasets.load("digits", (8, 8), 1)
+    network = features.custom(f"{tmp_path}/mine.py:rows")
+    train = data.load("digits", (8, 8), 1)
     same = train.batch(range(len(train)))
-    found = evaluate.quality(["fid", "pr"], same, train, network, tmp_path, progress=False)
+    found = quality.quality(["fid", "pr"], same, train, network, tmp_path, progress=False)
     assert found["frechet_distance"] == pytest.approx(0, abs=1e-6)
     assert found["precision"] == found["recall"] == 1
     noisy = (same.int() + torch.randint(0, 80, same.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
-    worse = evaluate.quality(["fid"], noisy.to(torch.uint8), train, network, tmp_path, progress=False)
+    worse = quality.quality(["fid"], noisy.to(torch.uint8), train, network, tmp_path, progress=False)
     assert worse["frechet_distance"] > 100
 
 
@@ -399,9 +399,9 @@ def test_saved_samples_are_read_as_they_are(tmp_path):
     images.save_many(tmp_path / "a.npz", pictures, ["0", "1", "2"])
     images.save_many(tmp_path / "b", pictures, ["0", "1", "2"])
     for path in (tmp_path / "a.npz", tmp_path / "b"):
-        assert (evaluate.read_samples(path, (1, 8, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
+        assert (quality.read_samples(path, (1, 8, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
     with pytest.raises(InputError, match="want uint8"):
-        evaluate.read_samples(tmp_path / "a.npz", (3, 8, 8))
+        quality.read_samples(tmp_path / "a.npz", (3, 8, 8))
 
 
 def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypatch):
@@ -411,14 +411,14 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     pictures = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 1), np.uint8)
     images.save_many("digits/", pictures, ["0", "1", "2"])
-    assert (evaluate.read_samples(Path("digits"), (1, 4, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
+    assert (quality.read_samples(Path("digits"), (1, 4, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
     with pytest.raises(InputError, match=r"^digits/0\.png: 4x8; want samples of the model's size, 8x4$"):
-        evaluate.read_samples(Path("digits"), (1, 8, 4))
+        quality.read_samples(Path("digits"), (1, 8, 4))
     with pytest.raises(InputError, match=r"^digits/0\.png: mode L; want RGB, as samples of the model have$"):
-        evaluate.read_samples(Path("digits"), (3, 4, 8))
+        quality.read_samples(Path("digits"), (3, 4, 8))
     Path("empty").mkdir()
     with pytest.raises(InputError, match="empty: no images in this folder; want samples of 4x8"):
-        evaluate.read_samples(Path("empty"), (1, 4, 8))
+        quality.read_samples(Path("empty"), (1, 4, 8))
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
     [
         (["--metrics", "bits"], "bits"),
         (["-n", "0"], "-n"),
-        (["--levels", "21"], "levels 21"),
+        (["--levels-per-image", "21"], "levels_per_image 21"),
         (["--split", "nothing"], "nothing"),
         (["--samples", "a.npz"], "--samples a.npz: of nothing without --metrics fid"),
         (["--metrics", "fid", "--features", "mine.py"], "FILE.py:function"),

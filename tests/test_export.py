@@ -18,11 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import ddpm
-from ddpm.files import checkpoints, datasets
+from ddpm.files import data, models, opening
+from ddpm.files.tensors import file_sha256
 from ddpm.presets import PRESETS
 from ddpm.run import export
 from ddpm.run.cli import main
-from ddpm.run.distributed import processes
+from ddpm.run.processes import processes
 from ddpm.run.train import held_out_by_level
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ def test_no_path_goes_along(here: Path) -> None:
 
 def test_a_run_on_own_images(here: Path) -> None:
     """Neither the file nor the card names the folder."""
-    digits = datasets.load("digits", (8, 8), 1).batch(range(40)).permute(0, 2, 3, 1).numpy()
+    digits = data.load("digits", (8, 8), 1).batch(range(40)).permute(0, 2, 3, 1).numpy()
     ddpm.files.images.save_many("secret-place/", digits, [str(i) for i in range(40)])
     assert train(here / "run", "--data", str(here / "secret-place"), "--channels", 1, "--steps", 2) == 0
     assert main(["calibrate", "run", "-n", "2"]) == 0
@@ -102,7 +103,7 @@ def test_the_card_says_what_was_measured(trained: Path, here: Path) -> None:
     assert "30 steps of 8 images: 240 images" in before
     assert before.startswith('---\nlibrary_name: "ddpm"\nlicense: "apache-2.0"\n')
     assert main(["evaluate", str(run), "-n", "2"]) == 0
-    assert main(["evaluate", "a.safetensors", "-n", "2", "--levels", "5"]) == 0
+    assert main(["evaluate", "a.safetensors", "-n", "2", "--levels-per-image", "5"]) == 0
     assert main(["export", str(run), *options]) == 0
     text = Path("a.md").read_text()
     assert re.search(
@@ -129,16 +130,16 @@ def test_a_calibration_goes_along(trained: Path, here: Path) -> None:
     """It says of which weights it was measured, and is taken; without one, an old one does not stay."""
     run = Path(shutil.copytree(trained, here / "run"))
     assert main(["calibrate", str(run), "-n", "4"]) == 0
-    original = checkpoints.open_checkpoint(run)
+    original = opening.open_checkpoint(run)
     for source in (str(run), "a.safetensors"):
         out = Path("b.safetensors" if source == "a.safetensors" else "a.safetensors")
         assert main(["export", source, "--out", str(out)]) == 0
-        values = json.loads(checkpoints.calibration_file(out).read_text())
-        assert values["measured_on"] == original.sha256
+        values = json.loads(models.calibration_file(out).read_text())
+        assert values["measured_on"] == original.identity
         assert "| calibration | of the weights before rounding, on 4 images, digits |" in Path("a.md").read_text()
-        exported = checkpoints.read_calibration(checkpoints.open_checkpoint(out))
+        exported = models.read_calibration(opening.open_checkpoint(out))
         assert exported is not None
-        assert torch.equal(exported[0], checkpoints.read_calibration(original)[0])  # type: ignore[index]
+        assert torch.equal(exported[0], models.read_calibration(original)[0])  # type: ignore[index]
     assert main(["export", str(trained), "--out", "a.safetensors"]) == 0
     assert not Path("a.calibration.json").exists()
     assert main(["calibrate", "a.safetensors", "-n", "4"]) == 0
@@ -221,7 +222,7 @@ def folder(path: Path) -> dict[Path, int]:
 @pytest.mark.parametrize(
     "words",
     [
-        ["evaluate", "digits", "-n", "2", "--levels", "5"],
+        ["evaluate", "digits", "-n", "2", "--levels-per-image", "5"],
         ["paper", "fig6", "--run", "digits", "-n", "1"],
         ["interpolate", "digits", "a.png", "a.png", "-n", "2", "--t", "2"],
     ],
@@ -229,20 +230,20 @@ def folder(path: Path) -> dict[Path, int]:
 def test_results_stay_out_of_the_package(words: list[str], here: Path) -> None:
     """They go to ./ddpm-digits; the name means the same model afterwards."""
     ddpm.files.images.save("a.png", np.zeros((8, 8, 1), np.uint8))
-    before = folder(checkpoints.MODELS)
+    before = folder(models.MODELS)
     assert main(words) == 0
-    assert folder(checkpoints.MODELS) == before
+    assert folder(models.MODELS) == before
     assert {p.name for p in here.iterdir()} <= {"a.png", "ddpm-digits", "interpolation.png"}
-    assert checkpoints.find(Path("digits")) == checkpoints.MODELS / "digits.safetensors"
+    assert opening.find(Path("digits")) == models.MODELS / "digits.safetensors"
 
 
 def test_its_calibration_is_read_and_not_replaced(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A codec's files are read by it, wherever they are; who wants another one calibrates a copy."""
     assert ddpm.load("digits", variance="calibrated").schedule.T == 1000
-    before = folder(checkpoints.MODELS)
+    before = folder(models.MODELS)
     assert main(["calibrate", "digits", "-n", "1"]) == 2
     assert "calibrate a copy: `ddpm export digits --out FILE.safetensors`" in capsys.readouterr().err
-    assert folder(checkpoints.MODELS) == before
+    assert folder(models.MODELS) == before
 
 
 # -- the models that ship ----------------------------------------------------------------------------------------------
@@ -262,12 +263,17 @@ def test_they_are_in_the_wheel(tmp_path: Path) -> None:
 
 def test_cards_are_of_their_files() -> None:
     """The hash, the size and the parameters that they state; and they are of the presets as they stand."""
-    for file in checkpoints.MODELS.glob("*.safetensors"):
-        found = checkpoints.open_checkpoint(file)
+    for file in models.MODELS.glob("*.safetensors"):
+        found = opening.open_checkpoint(file)
         text = file.with_suffix(".md").read_text()
         assert isinstance(found.denoiser.network, torch.nn.Module)
         count = sum(p.numel() for p in found.denoiser.network.parameters())
-        for fact in (found.sha256, f"{file.stat().st_size:,} bytes", f"{count:,} parameters", f"{found.step:,} steps"):
+        for fact in (
+            file_sha256(file),
+            f"{file.stat().st_size:,} bytes",
+            f"{count:,} parameters",
+            f"{found.step:,} steps",
+        ):
             assert fact in text
         assert set(map(str, (v.dtype for v in load_file(file).values()))) == {"torch.bfloat16"}
         assert found.preset.shape == PRESETS[file.stem].shape
@@ -276,7 +282,7 @@ def test_cards_are_of_their_files() -> None:
 
 def test_the_digits_are_as_good_as_they_were() -> None:
     """Held-out L_simple, which says soonest that weights and code have come apart: measured 0.2039."""
-    held_out = datasets.load_pair("digits", (8, 8), 1)[1]
+    held_out = data.load_pair("digits", (8, 8), 1)[1]
     with processes("cpu") as ranks:
         levels = held_out_by_level(ddpm.load("digits"), held_out, len(held_out), ranks, labelled=True)
     assert sum(levels) / len(levels) == pytest.approx(0.2039, abs=0.002)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ddpm import metrics
 from ddpm.errors import InputError
-from ddpm.files import datasets, features
+from ddpm.files import data, features
 from ddpm.inception import Inception
 from ddpm.metrics import Moments, frechet_distance, moments
 
@@ -390,7 +390,7 @@ PAIRS = features.Network("pairs", "0" * 64, "none", 700, pairs)
 
 @pytest.mark.parametrize("batch_size", [None, 1, 7, 5000])
 def test_measure_is_the_whole_at_once(batch_size):
-    digits = datasets.load("digits", (8, 8), 1)
+    digits = data.load("digits", (8, 8), 1)
     x = digits.batch(range(len(digits)))
     rows, classes = pairs(x)
     for images in (x, digits):
@@ -422,7 +422,7 @@ def test_measure_keeps_only_what_is_asked_for(capsys):
 @pytest.fixture
 def saved(tmp_path):
     """Statistics of digits on disk; path, moments, provenance."""
-    digits = datasets.load("digits", (8, 8), 1)
+    digits = data.load("digits", (8, 8), 1)
     found = features.measure(PAIRS, digits, progress=False).moments
     about = features.provenance(digits, PAIRS)
     path = tmp_path / "new/statistics.npz"

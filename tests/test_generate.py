@@ -18,11 +18,12 @@ import ddpm
 from ddpm.errors import InputError
 from ddpm.files import checkpoints
 from ddpm.files import images as pictures
-from ddpm.files.checkpoints import open_checkpoint, read_calibration
+from ddpm.files.models import read_calibration
+from ddpm.files.opening import open_checkpoint
 from ddpm.noise import per_image
-from ddpm.run import gpu
+from ddpm.run import device
 from ddpm.run.cli import main
-from ddpm.run.generate import generate, progressive, trajectory, visited
+from ddpm.run.sample import generate, progressive, trajectory, visited
 from ddpm.samplers import SAMPLERS, Levels, named
 from ddpm.spacing import SPACINGS, bound_cost
 
@@ -151,7 +152,7 @@ def test_ctrl_c(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ddpm.run.generate.trajectory", interrupted)
+    monkeypatch.setattr("ddpm.run.sample.trajectory", interrupted)
     assert main(["sample", str(trained), "--out", str(tmp_path / "a.png")]) == 130
     assert capsys.readouterr().err == "ddpm: interrupted\n"
     assert list(tmp_path.iterdir()) == []
@@ -175,14 +176,14 @@ def test_a_graph_is_fed_and_read_as_the_network_is(trained: Path, monkeypatch: p
     """One a shape, captured once, whose memory is its own: what it gave before stays. (Here it replays by a call.)"""
     denoiser, captured = ddpm.load(trained), []
 
-    def capture(self: gpu.Replayed, inputs: list[torch.Tensor]) -> Any:
+    def capture(self: device.Replayed, inputs: list[torch.Tensor]) -> Any:
         captured.append(inputs[0].shape)
         out = torch.empty_like(inputs[0])
         return inputs, out, lambda: out.copy_(self.network(*inputs))
 
-    monkeypatch.setattr(gpu.Replayed, "_capture", capture)
+    monkeypatch.setattr(device.Replayed, "_capture", capture)
     assert isinstance(denoiser.network, ddpm.UNet)
-    graphed = dataclasses.replace(denoiser, network=gpu.Replayed(denoiser.network))
+    graphed = dataclasses.replace(denoiser, network=device.Replayed(denoiser.network))
     found, wanted = (generate(d, (1, 8, 8), range(7), batch_size=3) for d in (graphed, denoiser))
     assert torch.equal(found, wanted)
     assert captured == [(3, 1, 8, 8), (1, 1, 8, 8)]
@@ -195,16 +196,16 @@ def test_a_graph_is_fed_and_read_as_the_network_is(trained: Path, monkeypatch: p
 def test_where_a_graph_can_be(trained: Path) -> None:
     """On CUDA, for a UNet that neither draws dropout nor wants gradients."""
     denoiser = ddpm.load(trained)
-    assert gpu.replayed(denoiser, "cpu") is denoiser
-    assert isinstance(gpu.replayed(denoiser, "cuda").network, gpu.Replayed)
-    assert gpu.replayed(gpu.replayed(denoiser, "cuda"), "cuda").network.network is denoiser.network
+    assert device.replayed(denoiser, "cpu") is denoiser
+    assert isinstance(device.replayed(denoiser, "cuda").network, device.Replayed)
+    assert device.replayed(device.replayed(denoiser, "cuda"), "cuda").network.network is denoiser.network
     assert isinstance(denoiser.network, nn.Module)
     other = dataclasses.replace(denoiser, network=lambda x, timestep, y: x)
-    assert gpu.replayed(other, "cuda") is other
+    assert device.replayed(other, "cuda") is other
     denoiser.network.train()
-    assert gpu.replayed(denoiser, "cuda") is denoiser
+    assert device.replayed(denoiser, "cuda") is denoiser
     denoiser.network.eval().requires_grad_(True)
-    assert gpu.replayed(denoiser, "cuda") is denoiser
+    assert device.replayed(denoiser, "cuda") is denoiser
 
 
 def test_the_spacing_of_the_bound_is_the_cheapest() -> None:
@@ -246,7 +247,7 @@ def test_noise_drawn_ahead_is_what_the_sampler_asks_for(
         given.extend(levels)
         return noise
 
-    monkeypatch.setattr("ddpm.run.generate.ahead", ahead)
+    monkeypatch.setattr("ddpm.run.sample.ahead", ahead)
     steps_made = list(trajectory(denoiser, (1, 8, 8), [0], named(sampler, eta), steps, "cuda"))
     assert asked == given
     assert steps_made[-1].t == 0

@@ -20,17 +20,20 @@ from torch import nn
 import ddpm
 from ddpm import samplers
 from ddpm.errors import InputError
-from ddpm.files import interop
-from ddpm.files.checkpoints import Checkpoint, open_checkpoint
+from ddpm.files import interop, models
+from ddpm.files.interop import diffusers as folders
 from ddpm.files.interop import from_ddim, from_diffusers, to_diffusers, to_ours, to_theirs
+from ddpm.files.models import Checkpoint
+from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS, Preset, build
 from ddpm.run.cli import main
 from ddpm.schedule import SCHEDULES
 
 CIFAR10, CELEBAHQ = PRESETS["cifar10"], PRESETS["celebahq256"]
 SMALL = Preset(
-    size=(4, 4), channels=1, width=32, multipliers=(1, 1), blocks=1, attention=(2,), dropout=0.0, levels=10,
-    beta_T=0.5, sample_steps=10,
+    size=(4, 4), channels=1,
+    width=32, channel_multipliers=(1, 1), num_res_blocks=1, attention_resolutions=(2,), dropout=0.0,
+    num_timesteps=10, beta_T=0.5, sample_steps=10,
 )  # fmt: skip
 WIDE = replace(SMALL, width=128)  # with ddim's 32 groups
 
@@ -166,7 +169,7 @@ def test_our_cifar10_network_goes_out(tmp_path):
     assert preset == replace(CIFAR10, data="")
     assert_same(state, found.denoiser.network.state_dict())
     config = json.loads((folder / "unet/config.json").read_text())
-    assert {name: config[name] for name in PUBLISHED} == PUBLISHED | {"_diffusers_version": interop.VERSION}
+    assert {name: config[name] for name in PUBLISHED} == PUBLISHED | {"_diffusers_version": folders.VERSION}
 
 
 @pytest.mark.parametrize("name", ["cifar10", "celebahq256"])  # LSUN's is the same as the second
@@ -194,9 +197,19 @@ def test_the_published_256_network(tmp_path):
     (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULER | {"variance_type": "fixed_small"}))
     save_file({}, folder / "diffusion_pytorch_model.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interop, "read_tensors", lambda path: state)
+        patch.setattr(folders, "read_tensors", lambda path: state)
         preset, ours = from_diffusers(folder)
-    fields = ("size", "channels", "width", "multipliers", "blocks", "attention", "dropout", "variance", "predict")
+    fields = (
+        "size",
+        "channels",
+        "width",
+        "channel_multipliers",
+        "num_res_blocks",
+        "attention_resolutions",
+        "dropout",
+        "variance",
+        "predict",
+    )
     assert {f: getattr(preset, f) for f in fields} == {f: getattr(CELEBAHQ, f) for f in fields}
     assert_same(ours, found.denoiser.network.state_dict())
 
@@ -244,16 +257,16 @@ SMALL_CONFIG = {
         {
             "size": (8, 16),
             "channels": 3,
-            "multipliers": (1, 2),
-            "attention": (0,),
+            "channel_multipliers": (1, 2),
+            "attention_resolutions": (0,),
             "dropout": 0.25,
             "schedule": "const",
         },
         {
             "size": (12, 12),
-            "multipliers": (1, 1, 1),
-            "attention": (12, 3),
-            "blocks": 2,
+            "channel_multipliers": (1, 1, 1),
+            "attention_resolutions": (12, 3),
+            "num_res_blocks": 2,
             "channels": 4,
             "schedule": "warmup50",
         },
@@ -504,7 +517,7 @@ REFUSED = [
     ("scheduler", "variance_type", "learned", 'want "fixed_small"'),
     ("scheduler", "variance_type", "fixed_large_log", 'want "fixed_small"'),
     ("scheduler", "clip_sample", "yes", "want true, false"),
-    ("scheduler", "prediction_type", "flow", 'want "epsilon"'),
+    ("scheduler", "prediction_type", "pf_ode", 'want "epsilon"'),
     ("scheduler", "thresholding", True, "want false"),
     ("scheduler", "clip_sample_range", 2.0, "want 1.0"),
     ("scheduler", "rescale_betas_zero_snr", True, "want false"),
@@ -546,13 +559,13 @@ def test_every_setting_of_diffusers_is_known_and_its_default_is_right():
         unet = UNet2DModel().config
     theirs = {"unet": unet, "ddpm": DDPMScheduler().config, "ddim": DDIMScheduler().config}
     for part, config in theirs.items():
-        table = interop.UNET if part == "unet" else interop.SCHEDULER
+        table = folders.UNET if part == "unet" else folders.SCHEDULER
         config = {name: value for name, value in config.items() if not name.startswith("_")}
         assert config.keys() <= table.keys()
         for name, value in config.items():
             assert table[name][0] == (list(value) if isinstance(value, tuple) else value), name
-    assert interop.UNET.keys() <= theirs["unet"].keys()
-    assert interop.SCHEDULER.keys() <= {**theirs["ddpm"], **theirs["ddim"]}.keys()
+    assert folders.UNET.keys() <= theirs["unet"].keys()
+    assert folders.SCHEDULER.keys() <= {**theirs["ddpm"], **theirs["ddim"]}.keys()
 
 
 JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.lists(st.integers())
@@ -660,7 +673,7 @@ def test_old_names(file, tmp_path):
     assert_same(ours, {k: v.half().float() for k, v in found.denoiser.network.state_dict().items()})
     both = {name.replace(".to_q.", ".query."): value for name, value in state.items()} | state
     with pytest.raises(InputError, match=r"attentions\.0\.\S+: is there twice"):
-        interop._renewed(both)
+        folders._renewed(both)
 
 
 class Code:
@@ -698,7 +711,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
     [
         ({"patch": 2}, {}, "patch 2: .* want 1"),
         ({}, {"clip": 0.99}, "clip 0.99: .* want static or none"),
-        ({"multipliers": (2, 2)}, {}, r"multipliers \(2, 2\): .* want 1 first"),
+        ({"channel_multipliers": (2, 2)}, {}, r"channel_multipliers \(2, 2\): .* want 1 first"),
         ({"predict": "mu"}, {}, "predict mu: .* eps, x0, v"),
         ({"variance": "learned", "loss": "vlb"}, {}, "variance learned: .* want fixed_large, fixed_small or learned_r"),
         ({}, {"variance": torch.ones(11, dtype=torch.float64)}, "variance calibrated: .* want fixed_large"),
@@ -729,7 +742,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(interop, "save_tensors", full)
+    monkeypatch.setattr(folders, "save_tensors", full)
     with pytest.raises(OSError, match="No space"):
         to_diffusers(random_model(SMALL), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -787,11 +800,11 @@ class Ddim:
         angle = t.float()[:, None] * 1e4 ** (-torch.arange(half, device=self.device) / (half - 1))
         temb = self.dense("temb.dense.0", torch.cat([angle.sin(), angle.cos()], 1), 4 * p.width)
         temb = self.dense("temb.dense.1", F.silu(temb), 4 * p.width)
-        widths, bottom = [p.width * m for m in p.multipliers], len(p.multipliers) - 1
+        widths, bottom = [p.width * m for m in p.channel_multipliers], len(p.channel_multipliers) - 1
         h = self.same("conv_in", x, p.width)
         kept = [h]
         for level, width in enumerate(widths):
-            for i in range(p.blocks):
+            for i in range(p.num_res_blocks):
                 h = self.block(f"down.{level}.block.{i}", h, temb, width)
                 if level in p.attention_levels:
                     h = self.attention(f"down.{level}.attn.{i}", h)
@@ -802,7 +815,7 @@ class Ddim:
         h = self.block("mid.block_1", h, temb, widths[-1])
         h = self.block("mid.block_2", self.attention("mid.attn_1", h), temb, widths[-1])
         for level in range(bottom, -1, -1):
-            for i in range(p.blocks + 1):
+            for i in range(p.num_res_blocks + 1):
                 h = self.block(f"up.{level}.block.{i}", torch.cat([h, kept.pop()], 1), temb, widths[level])
                 if level in p.attention_levels:
                     h = self.attention(f"up.{level}.attn.{i}", h)
@@ -833,8 +846,13 @@ def test_the_cifar10_network_of_ddim_comes_in(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"size": (8, 8), "multipliers": (1, 2), "attention": (4,), "channels": 3},
-        {"size": (8, 8), "multipliers": (2, 1, 1), "attention": (8, 2), "blocks": 2},  # the width is not at full size
+        {"size": (8, 8), "channel_multipliers": (1, 2), "attention_resolutions": (4,), "channels": 3},
+        {
+            "size": (8, 8),
+            "channel_multipliers": (2, 1, 1),
+            "attention_resolutions": (8, 2),
+            "num_res_blocks": 2,
+        },  # the width is not at full size
     ],
 )
 def test_other_networks_of_ddim(changes, tmp_path):
@@ -922,9 +940,12 @@ def test_the_preset_must_be_of_the_weights(tmp_path):
     for changes, words in (
         ({"patch": 2}, "patch 2: .* want 1"),
         ({"width": 64}, "width 64: .* want at least 128"),
-        ({"multipliers": (1, 2)}, r"down.1.block.0.norm2.weight of shape \[128\]: want \[256\]|.* of shape .*: want "),
-        ({"attention": (0,)}, "down.1.attn.0.k.bias and .* more: not of this network"),
-        ({"attention": (4, 2)}, "down.0.attn.0.norm.weight is missing; want \\[128\\]"),
+        (
+            {"channel_multipliers": (1, 2)},
+            r"down.1.block.0.norm2.weight of shape \[128\]: want \[256\]|.* of shape .*: want ",
+        ),
+        ({"attention_resolutions": (0,)}, "down.1.attn.0.k.bias and .* more: not of this network"),
+        ({"attention_resolutions": (4, 2)}, "down.0.attn.0.norm.weight is missing; want \\[128\\]"),
     ):
         with pytest.raises(InputError, match=f"^{file}: {words}"):
             from_ddim(file, replace(WIDE, **changes))
@@ -938,7 +959,14 @@ def test_the_sizes_are_told_by_the_weights(name):
 
 def test_sizes_that_no_preset_has():
     """The first level with attention is taken for 16x16; without attention nothing tells the size."""
-    preset = Preset(size=(64, 64), channels=1, width=160, multipliers=(1, 2, 1, 3), blocks=3, attention=(16, 8))
+    preset = Preset(
+        size=(64, 64),
+        channels=1,
+        width=160,
+        channel_multipliers=(1, 2, 1, 3),
+        num_res_blocks=3,
+        attention_resolutions=(16, 8),
+    )
     state = to_theirs(meta_state(preset), preset, "ddim")
     assert interop.shape_of(state) == preset
     with pytest.raises(InputError, match="no attention on the way down"):
@@ -955,7 +983,7 @@ def test_recognise(small_folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(json.dumps(ddpm.presets.to_json(SMALL)))
     (tmp_path / "file.txt").write_text("x")
-    own = interop.Path(ddpm.files.checkpoints.MODELS) / "digits.safetensors"
+    own = models.MODELS / "digits.safetensors"
     for path in (tmp_path, tmp_path / "run", tmp_path / "nothing", tmp_path / "file.txt", own):
         with pytest.raises(InputError, match=r"want a folder of diffusers or a file of ddim's weights \(.ckpt"):
             interop.recognise(path)

@@ -180,7 +180,9 @@ def test_dropout_keeps_its_share_and_its_mean_and_has_the_gradient_of_its_own_ma
 
 def network(dtype: torch.dtype) -> UNet:
     torch.manual_seed(0)
-    net = UNet(3, width=32, multipliers=(1, 2), blocks=1, attention=(1,), bf16=dtype == torch.bfloat16)
+    net = UNet(
+        3, width=32, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,), bf16=dtype == torch.bfloat16
+    )
     net.to(kernels.SOURCES[dtype].weights)
     for p in net.parameters():
         if p.dim() > 1:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from exact import PREDICTIONS, correlated, network, one_thread, with_variance  # noqa: F401
 
-from ddpm import likelihood, losses, pixels, schedule
+from ddpm import likelihood, losses, pixels, schedule, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.gaussian import q_sample
@@ -28,7 +28,7 @@ def batch(n, shape=(1, 2, 2), dtype=torch.float32):
 
 def small_unet(out_channels=1):
     torch.manual_seed(0)
-    return UNet(1, out_channels, width=32, multipliers=(1, 2), blocks=1)
+    return UNet(1, out_channels, width=32, channel_multipliers=(1, 2), num_res_blocks=1)
 
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
@@ -200,12 +200,12 @@ def test_one_number_per_image(loss):
 def draws(how, n, batches=4000, T=10):
     """Levels of so many batches, int64 [batches, n]."""
     s = schedule.cosine(T)
-    return torch.stack([losses.times(s, n, how, generator(i)) for i in range(batches)])
+    return torch.stack([timesteps.sample(s, n, how, generator(i)) for i in range(batches)])
 
 
 def test_uniform_times_are_independent_draws():
     """As runs before there was a choice drew them."""
-    drawn = losses.times(PAPER, 128, "uniform", generator(7))
+    drawn = timesteps.sample(PAPER, 128, "uniform", generator(7))
     assert torch.equal(drawn, torch.randint(1, 1001, (128,), generator=generator(7)))
 
 
@@ -220,7 +220,7 @@ def test_every_image_may_get_every_level(how, n):
 
 def test_stratified_times_lie_evenly():
     """One level in each n-th part of 1..T, so the mean of n varies as a draw from one part: T/n/sqrt(12)."""
-    levels = losses.times(PAPER, 50, "stratified", generator(3))
+    levels = timesteps.sample(PAPER, 50, "stratified", generator(3))
     assert torch.equal(((levels - 1) // 20).sort().values, torch.arange(50))
     even = draws("stratified", 16, T=1000).double().mean(1)
     assert even.std() == pytest.approx(1000 / 16 / 12**0.5, rel=0.05)  # of independent draws 4 times that
@@ -242,22 +242,22 @@ def test_bound_times_make_the_mean_of_squared_errors_the_bound(predict):
     truth = Denoiser(lambda x, timestep, y: torch.zeros_like(x), s, predict, "fixed_small", clip=False)
     off = replace(truth, network=lambda x, timestep, y: torch.full_like(x, 1e-3))
     exact = likelihood.term(off, x0, xt, t)[0] / 4 / 1e-6  # nats a dimension for a squared error of 1
-    found = losses.bound_weight(s, predict)
+    found = timesteps.bound_weight(s, predict)
     assert torch.allclose(found[1:], exact, rtol=1e-6)
-    t = losses.times(s, 200_000, "bound", generator(0), predict)
+    t = timesteps.sample(s, 200_000, "bound", generator(0), predict)
     share = torch.bincount(t, minlength=1001)[1:] / 200_000
     assert (share - found / found.sum()).abs().max() < 2 / 200_000 + 1e-9
 
 
 def test_bound_times_of_mu_are_refused():
-    with pytest.raises(InputError, match="times bound"):
-        losses.times(PAPER, 4, "bound", generator(0), "mu")
+    with pytest.raises(InputError, match="timestep_sampling bound"):
+        timesteps.sample(PAPER, 4, "bound", generator(0), "mu")
 
 
 @pytest.mark.parametrize("s", [PAPER, schedule.cosine(), schedule.jsd()], ids=["linear", "cosine", "jsd"])
 def test_lognormal_times(s):
     """ln sigma = -SNR/2 in logarithms has the quantiles of N(-1.2, 1.2^2), cut off where the schedule ends."""
-    t = losses.times(s, 10_000, "lognormal", generator(0))
+    t = timesteps.sample(s, 10_000, "lognormal", generator(0))
     assert t.min() >= 1
     assert t.max() <= s.T
     abar = s.alpha_bar[t]

@@ -269,7 +269,7 @@ def test_the_flow_with_the_decoder(spread):
 
 
 def test_a_float32_network_whatever_the_batch():
-    net = UNet(1, width=32, multipliers=(1,), blocks=1).eval()
+    net = UNet(1, width=32, channel_multipliers=(1,), num_res_blocks=1).eval()
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in net.parameters():

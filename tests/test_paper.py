@@ -14,11 +14,11 @@ from PIL import Image
 
 from ddpm import likelihood, pixels, schedule
 from ddpm.denoiser import Denoiser
-from ddpm.files import datasets, images
-from ddpm.files.checkpoints import open_checkpoint
+from ddpm.files import data, images
+from ddpm.files.opening import open_checkpoint
 from ddpm.gaussian import q
 from ddpm.noise import per_image
-from ddpm.run import cli, generate, paper
+from ddpm.run import cli, paper, sample
 from ddpm.unet import UNet
 
 FEATURES = "def rows(x):\n    x = x.reshape(len(x), -1)[:, 3::8] + 1.0\n    return x, x / x.sum(1)[:, None]\n"
@@ -53,7 +53,7 @@ def test_each_says_what_it_is_of(made):
     """And names no folder of this machine but the data's name."""
     for name in ("table1", "table3", "table4", "fig5", "fig6", "fig7", "fig8", "fig9", "fig10", "neighbours"):
         about = json.loads((made / "paper" / f"{name}.json").read_text())
-        assert about["sha256"] == open_checkpoint(made).sha256
+        assert about["identity"] == open_checkpoint(made).identity
         assert about["step"] == 30
         assert about["variance"] == "fixed_large"
         assert all(set(data) == {"name", "images", "fingerprint"} for data in about["data"].values())
@@ -90,7 +90,7 @@ def test_table_4_is_the_bound_read_off_at_ten_steps(made):
 
 def test_figure_6_ends_in_the_samples(made):
     strip = tiles(made, "fig6", 20)
-    samples = generate.generate(open_checkpoint(made).denoiser, (1, 8, 8), range(4))[:, 0].numpy()
+    samples = sample.generate(open_checkpoint(made).denoiser, (1, 8, 8), range(4))[:, 0].numpy()
     assert (strip[:, -1] == samples).all()
 
 
@@ -112,7 +112,7 @@ def test_figures_7_to_9_visit_the_levels_that_are_asked_for(trained, tmp_path, m
         return forward(self, x, timestep, y)
 
     monkeypatch.setattr(UNet, "forward", spy)
-    visited = generate.visited(open_checkpoint(trained), "ancestral", 5, "quadratic")
+    visited = sample.visited(open_checkpoint(trained), "ancestral", 5, "quadratic")
     words = ["--run", str(trained), "-n", "1", "--steps", "5", "--spacing", "quadratic", "--out", str(tmp_path)]
     starts = {"fig7": [20], "fig8": [10], "fig9": [20, 17, 15, 12, 10, 7, 5, 2]}
     for name, tops in starts.items():
@@ -125,7 +125,7 @@ def test_figures_7_to_9_visit_the_levels_that_are_asked_for(trained, tmp_path, m
 
 
 def test_figures_8_and_9_hold_the_images_between_which_they_lie(made):
-    held_out = datasets.load("digits", (8, 8), 1, split="test").batch(range(8))[:, 0].numpy()
+    held_out = data.load("digits", (8, 8), 1, split="test").batch(range(8))[:, 0].numpy()
     pairs = tiles(made, "fig8", 13)
     assert (pairs[:, 0] == held_out[::2]).all()
     assert (pairs[:, -1] == held_out[1::2]).all()
@@ -139,7 +139,7 @@ def test_figure_10_ends_in_the_images(made):
     rows = table(made, "fig10")
     columns = len(rows) // 4
     strip = tiles(made, "fig10", columns)
-    assert (strip[:, -1] == datasets.load("digits", (8, 8), 1, split="test").batch(range(4))[:, 0].numpy()).all()
+    assert (strip[:, -1] == data.load("digits", (8, 8), 1, split="test").batch(range(4))[:, 0].numpy()).all()
     for i in range(4):
         own = [r for r in rows if r["image"] == str(i)]
         bits = [float(r["sent_bits_per_dim"]) for r in own]
@@ -170,7 +170,7 @@ def test_progressive_coding_costs_the_bound():
 
 def test_planted_copies_are_the_duplicates(trained, tmp_path, capsys):
     """Of four samples one is a training image and one nearly: these are found, with their places; the others not."""
-    train = datasets.load("digits", (8, 8), 1)
+    train = data.load("digits", (8, 8), 1)
     samples = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     samples[1] = train.batch([77])[0]
     samples[2] = train.batch([1200])[0]

@@ -29,19 +29,31 @@ from torch import Tensor, nn
 import ddpm
 from ddpm import kernels
 from ddpm.errors import InputError
-from ddpm.files import checkpoints, datasets
+from ddpm.files import checkpoints, data, opening
 from ddpm.files import images as pictures
 from ddpm.presets import PRESETS
 from ddpm.run import ema
-from ddpm.run.distributed import Processes
-from ddpm.run.generate import generate
-from ddpm.run.gpu import compile_stages, pick_compile
+from ddpm.run.device import compile_stages, pick_compile
+from ddpm.run.processes import Processes
+from ddpm.run.sample import generate
 from ddpm.run.train import BUCKETS, _Watch, held_out_by_level
 
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 
-EVERYTHING = ("--dropout", 0.3, "--flip", "--accumulate", 2, "--grad-clip", 0.5, "--multipliers", "1", "--patch", 2)
-EVERYTHING += ("--times", "stratified", "--weighting", "min_snr")
+EVERYTHING = (
+    "--dropout",
+    0.3,
+    "--flip",
+    "--accumulate",
+    2,
+    "--grad-clip",
+    0.5,
+    "--channel-multipliers",
+    "1",
+    "--patch",
+    2,
+)
+EVERYTHING += ("--timestep-sampling", "stratified", "--weighting", "min_snr")
 
 
 def test_n_steps_and_n_steps_are_2n_steps_to_the_bit(tmp_path: Path) -> None:
@@ -114,7 +126,7 @@ def test_a_second_ctrl_c_does_not_wait(
 def test_ctrl_c_before_the_first_step_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is nothing to save yet; the same command starts again, and step 0 is logged once."""
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm.run.train.datasets.batches", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr("ddpm.run.train.data.batches", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
         assert train(tmp_path / "run", "--steps", 2) == 130
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0]
     assert train(tmp_path / "run", "--steps", 2) == 0
@@ -144,7 +156,7 @@ def test_images_decoded_ahead_by_other_processes(tmp_path: Path, monkeypatch: py
     folder_of_images(tmp_path / "data")
     options = ("--data", tmp_path / "data", "--steps", 6, "--workers", 2)
     assert train(tmp_path / "memory", *options) == 0
-    monkeypatch.setattr(datasets, "load_pair", functools.partial(datasets.load_pair, cache_bytes=0))
+    monkeypatch.setattr(data, "load_pair", functools.partial(data.load_pair, cache_bytes=0))
     with monkeypatch.context() as patch:
         at_step(3, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert train(tmp_path / "ahead", *options) == 130
@@ -157,7 +169,7 @@ def test_images_decoded_ahead_by_other_processes(tmp_path: Path, monkeypatch: py
 def test_what_may_change_on_the_way_may(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Going on with more steps, other intervals, or activations computed again changes no bit of the weights."""
     assert train(tmp_path / "run", "--steps", 3) == 0
-    more = "--steps 6 --save-every 2 --log-every 3 --keep 5 --eval-images 32 --sample-every 6 --checkpointing"
+    more = "--steps 6 --save-every 2 --log-every 3 --keep 5 --eval-images 32 --sample-every 6 --gradient-checkpointing"
     assert train(tmp_path / "run", *more.split(), "--device", "cpu", "--workers", 0) == 0
     assert steps(tmp_path / "run") == [3, 4, 6]
     assert train(tmp_path / "whole", "--steps", 6) == 0
@@ -266,7 +278,19 @@ def test_a_learning_rate_out_of_all_bounds(tmp_path: Path, capsys: pytest.Captur
 def test_accumulation_changes_no_step(tmp_path: Path) -> None:
     """The batch in 1, 2 or 4 parts gives the same losses and weights within float error."""
     for parts in (1, 2, 4):
-        assert train(tmp_path / str(parts), "--accumulate", parts, "--flip", "--times", "stratified", "--steps", 6) == 0
+        assert (
+            train(
+                tmp_path / str(parts),
+                "--accumulate",
+                parts,
+                "--flip",
+                "--timestep-sampling",
+                "stratified",
+                "--steps",
+                6,
+            )
+            == 0
+        )
     one = tensors(tmp_path / "1", 6)
     for parts in (2, 4):
         assert losses(tmp_path / str(parts)) == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
@@ -275,7 +299,7 @@ def test_accumulation_changes_no_step(tmp_path: Path) -> None:
 
 def test_gradient_checkpointing_changes_no_bit(tmp_path: Path) -> None:
     """Activations computed again are the same, dropout included."""
-    for name, option in (("kept", "--no-checkpointing"), ("again", "--checkpointing")):
+    for name, option in (("kept", "--no-gradient-checkpointing"), ("again", "--gradient-checkpointing")):
         assert train(tmp_path / name, option, "--dropout", 0.3, "--steps", 4) == 0
     assert_same(tensors(tmp_path / "kept", 4), tensors(tmp_path / "again", 4))
 
@@ -284,7 +308,7 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path) -> None:
 def test_the_average_is_the_recurrence(warmup: bool, tmp_path: Path) -> None:
     """average <- d average + (1 - d) weights after each step; the first update copies; d may rise as (1+n)/(10+n)."""
     option = "--ema-warmup" if warmup else "--no-ema-warmup"
-    options = ("--steps", 6, "--save-every", 1, "--keep", 9, "--warmup", 0, "--ema", 0.3, option)
+    options = ("--steps", 6, "--save-every", 1, "--keep", 9, "--warmup", 0, "--ema-decay", 0.3, option)
     assert train(tmp_path / "run", *options) == 0
     average: dict[str, Tensor] = {}
     for n in range(6):
@@ -301,7 +325,7 @@ def test_the_learning_rate_rises_from_nothing(tmp_path: Path) -> None:
     assert train(tmp_path / "run", "--steps", 6, "--save-every", 1, "--keep", 9, "--warmup", 4, "--lr", 0.008) == 0
     rates = [line["lr"] for line in metrics(tmp_path / "run") if "lr" in line]
     assert rates == pytest.approx([0, 0.002, 0.004, 0.006, 0.008, 0.008])
-    preset = checkpoints.open_checkpoint(tmp_path / "run").preset
+    preset = opening.open_checkpoint(tmp_path / "run").preset
     torch.manual_seed(preset.seed)
     network = ddpm.build(preset).network
     assert isinstance(network, nn.Module)
@@ -328,7 +352,16 @@ def test_the_learning_rate_falls_to_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weighting", ["min_snr", "p2"])
 def test_the_weighting_is_of_the_loss_that_is_trained(weighting: str, tmp_path: Path) -> None:
     """At one level, whose weight is known, the training loss is that of an unweighted run times it."""
-    one = ("--levels", 1, "--beta-1", 0.5, "--sample-steps", 1, "--steps", 1)  # SNR 1: eps weighs 1, or 1/2 by p2
+    one = (
+        "--num-timesteps",
+        1,
+        "--beta-1",
+        0.5,
+        "--sample-steps",
+        1,
+        "--steps",
+        1,
+    )  # SNR 1: eps weighs 1, or 1/2 by p2
     assert train(tmp_path / "none", *one) == 0
     assert train(tmp_path / weighting, *one, "--weighting", weighting) == 0
     factor = {"min_snr": 1.0, "p2": 0.5}[weighting]
@@ -410,8 +443,8 @@ def test_a_run_shorter_than_its_average_is_warned_of(
     option: str, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its samples would be those of the first weights."""
-    assert train(tmp_path / "run", "--steps", 2, "--ema", 0.9999, option) == 0
-    assert ("warning: ema 0.9999 averages over about 10,000 steps" in capsys.readouterr().err) == warned
+    assert train(tmp_path / "run", "--steps", 2, "--ema-decay", 0.9999, option) == 0
+    assert ("warning: ema_decay 0.9999 averages over about 10,000 steps" in capsys.readouterr().err) == warned
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -445,7 +478,9 @@ def test_compiling_changes_neither_steps_nor_files(tmp_path: Path, monkeypatch: 
     with kernels.disabled():  # what is compiled does without them
         assert train(tmp_path / "plain", "--dropout", 0.3, "--steps", 4) == 0
         assert train(tmp_path / "run", "--dropout", 0.3, "--compile", "on", "--steps", 2) == 0
-        assert train(tmp_path / "run", "--dropout", 0.3, "--compile", "on", "--checkpointing", "--steps", 4) == 0
+        assert (
+            train(tmp_path / "run", "--dropout", 0.3, "--compile", "on", "--gradient-checkpointing", "--steps", 4) == 0
+        )
     assert_same(tensors(tmp_path / "run", 4), tensors(tmp_path / "plain", 4))
 
 
@@ -456,7 +491,7 @@ def test_stages_compile_whole_and_those_alike_once() -> None:
     counters = torch._dynamo.utils.counters
     counters.clear()
     torch.manual_seed(0)
-    plain = ddpm.UNet(3, width=32, multipliers=(1, 2, 2, 2), dropout=0.1)
+    plain = ddpm.UNet(3, width=32, channel_multipliers=(1, 2, 2, 2), dropout=0.1)
     compiled = copy.deepcopy(plain)
     compile_stages(compiled, backend="eager")
     assert list(compiled.state_dict()) == list(plain.state_dict())
@@ -535,7 +570,7 @@ def test_channels_last_weights_train_and_are_saved_as_others(tmp_path: Path, mon
 def test_held_out_loss_does_not_depend_on_the_number_of_processes(trained: Path) -> None:
     """What 3 processes sum up separately is what one does; nan marks a range of t that no image fell into."""
     denoiser = ddpm.load(trained)
-    _, held_out = datasets.load_pair("digits", (8, 8), 1)
+    _, held_out = data.load_pair("digits", (8, 8), 1)
 
     @dataclasses.dataclass(frozen=True)
     class Shard(Processes):
@@ -559,7 +594,7 @@ def test_held_out_loss_does_not_depend_on_the_number_of_processes(trained: Path)
 def test_evaluation_and_samples_are_the_average_s(trained: Path) -> None:
     """What a run logs and draws while it trains is what the averaged weights that it saves give later."""
     ema, raw = ddpm.load(trained), ddpm.load(trained, weights="raw")
-    one, (_, held_out) = Processes(0, 1, torch.device("cpu")), datasets.load_pair("digits", (8, 8), 1)
+    one, (_, held_out) = Processes(0, 1, torch.device("cpu")), data.load_pair("digits", (8, 8), 1)
     logged = metrics(trained)[-1]["held_out_by_level"]
     assert held_out_by_level(ema, held_out, 16, one) == pytest.approx(logged, rel=1e-5)
     assert held_out_by_level(raw, held_out, 16, one) != pytest.approx(logged, rel=1e-3)
@@ -570,7 +605,7 @@ def test_evaluation_and_samples_are_the_average_s(trained: Path) -> None:
 
 def test_a_perfect_network_has_no_held_out_loss() -> None:
     """A denoiser that knows the images gives 0 at every level, one that says nothing gives the noise's variance, 1."""
-    _, held_out = datasets.load_pair("digits", (8, 8), 1)
+    _, held_out = data.load_pair("digits", (8, 8), 1)
     schedule = ddpm.schedule.linear(20)
     known = ddpm.pixels.to_signal(held_out.batch([7]))
     held_out = copy.copy(held_out)
@@ -588,7 +623,7 @@ def test_a_perfect_network_has_no_held_out_loss() -> None:
 
 def test_a_held_out_loss_that_is_not_a_number_is_infinite(trained: Path) -> None:
     """So that it is not taken for a range of t that no image fell into."""
-    _, held_out = datasets.load_pair("digits", (8, 8), 1)
+    _, held_out = data.load_pair("digits", (8, 8), 1)
     denoiser = ddpm.load(trained)
 
     def broken(x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:
@@ -637,7 +672,7 @@ def folder_of_images(folder: Path) -> None:
 
 def test_an_image_that_cannot_be_read_on_the_way_loses_nothing(tmp_path, monkeypatch, capsys):
     """Where images decode ahead of the step, a bad one ends the run with exit 2; the steps before it are saved."""
-    real = datasets.batches
+    real = data.batches
 
     def batches(*args, **kwargs):
         for i, batch in enumerate(real(*args, **kwargs)):
@@ -645,7 +680,7 @@ def test_an_image_that_cannot_be_read_on_the_way_loses_nothing(tmp_path, monkeyp
                 raise InputError("bad.png: damaged; want an image")
             yield batch
 
-    monkeypatch.setattr(datasets, "batches", batches)
+    monkeypatch.setattr(data, "batches", batches)
     assert train(tmp_path / "run", "--steps", 10) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "ddpm: bad.png: damaged; want an image"
     assert steps(tmp_path / "run") == [3]
@@ -653,8 +688,8 @@ def test_an_image_that_cannot_be_read_on_the_way_loses_nothing(tmp_path, monkeyp
 
 def spoil(folder: Path, step: int) -> str:
     """Make an image of that step's batch one that cannot be read, of as many bytes; its name."""
-    images, _ = datasets.load_pair(str(folder), (8, 8), 1)
-    file = folder / f"{max(images.rows[datasets.order(len(images), 0, step, 8)].tolist())}.png"  # the first opens it
+    images, _ = data.load_pair(str(folder), (8, 8), 1)
+    file = folder / f"{max(images.rows[data.order(len(images), 0, step, 8)].tolist())}.png"  # the first opens it
     file.write_bytes(bytes(file.stat().st_size))
     return file.name
 
@@ -665,7 +700,7 @@ def test_an_image_that_cannot_be_read_in_the_first_batch_changes_nothing(
 ) -> None:
     """Of a new run: there is nothing to save. Of one that goes on: its checkpoint stays, with its held-out loss."""
     folder_of_images(tmp_path / "data")
-    monkeypatch.setattr(datasets, "load_pair", functools.partial(datasets.load_pair, cache_bytes=0))
+    monkeypatch.setattr(data, "load_pair", functools.partial(data.load_pair, cache_bytes=0))
     options = ("--data", tmp_path / "data", "--workers", 0, "--steps")
     if before:
         assert train(tmp_path / "run", *options, before) == 0

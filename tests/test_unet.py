@@ -18,7 +18,7 @@ COUNTS = {"cifar10": 35_746_307, "celebahq256": 113_673_219, "lsun_bedroom_large
 
 def small(**settings):
     torch.manual_seed(0)
-    return UNet(**{"channels": 3, "width": 32, "multipliers": (1, 2), "blocks": 1, **settings})
+    return UNet(**{"channels": 3, "width": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, **settings})
 
 
 def randomised(net):
@@ -105,17 +105,17 @@ def their_state(ours, blocks):
     return theirs
 
 
-def their_model(net, width, multipliers, blocks, attention, **changes):
+def their_model(net, width, channel_multipliers, num_res_blocks, attention_levels, **changes):
     """UNet2DModel configured as google/ddpm-cifar10-32 is, with our weights, every key accounted for.
 
     It has one number of groups for all norms, as we do.
     """
-    with_attention = ["Attn" if level in attention else "" for level in range(len(multipliers))]
+    with_attention = ["Attn" if level in attention_levels else "" for level in range(len(channel_multipliers))]
     settings = {
         "in_channels": 3,
         "out_channels": 3,
-        "block_out_channels": tuple(width * m for m in multipliers),
-        "layers_per_block": blocks,
+        "block_out_channels": tuple(width * m for m in channel_multipliers),
+        "layers_per_block": num_res_blocks,
         "down_block_types": tuple(f"{a}DownBlock2D" for a in with_attention),
         "up_block_types": tuple(f"{a}UpBlock2D" for a in reversed(with_attention)),
         "downsample_padding": 0,
@@ -129,7 +129,7 @@ def their_model(net, width, multipliers, blocks, attention, **changes):
     }
     with torch.device("meta"):
         model = UNet2DModel(**{**settings, **changes})
-    state = their_state(net.state_dict(), blocks)
+    state = their_state(net.state_dict(), num_res_blocks)
     assert len(state) == len(model.state_dict())
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
@@ -144,14 +144,14 @@ def difference(net, model, x, timestep):
 
 def test_output_equals_the_published_cifar10_architecture():
     """google/ddpm-cifar10-32's configuration with random weights: the same output to 1e-5 of its size."""
-    config = {"width": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention": (1,)}
+    config = {"width": 128, "channel_multipliers": (1, 2, 2, 2), "num_res_blocks": 2, "attention_levels": (1,)}
     net = randomised(UNet(3, **config))
     apart, size = difference(net, their_model(net, **config), *inputs(1, 3, 32, 32))
     assert size > 0.1
     assert apart < 1e-5 * max(size, 1)
 
 
-SHAPE_256 = {"width": 32, "multipliers": (1, 1, 2, 2, 4, 4), "blocks": 2, "attention": (4,)}
+SHAPE_256 = {"width": 32, "channel_multipliers": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2, "attention_levels": (4,)}
 
 
 def test_output_equals_the_published_256_architecture():
@@ -175,7 +175,7 @@ def test_output_equals_the_published_256_architecture():
 )
 def test_the_equality_has_teeth(change):
     """Negative control: one detail otherwise, and the outputs part by more than the tolerance."""
-    config = {"width": 32, "multipliers": (1, 2, 2), "blocks": 1, "attention": (1,)}
+    config = {"width": 32, "channel_multipliers": (1, 2, 2), "num_res_blocks": 1, "attention_levels": (1,)}
     net = randomised(UNet(3, **config))
     x, timestep = inputs(2, 3, 16, 16)
     assert difference(net, their_model(net, **config), x, timestep)[0] < 1e-5
@@ -196,7 +196,7 @@ def test_time_embedding():
 
 def test_initialisation():
     """Xavier-uniform by fan_avg, biases 0; gain 1e-5 on each block's second conv, attention's output, the last conv."""
-    net = UNet(3, width=64, multipliers=(1, 2), blocks=2, attention=(1,))
+    net = UNet(3, width=64, channel_multipliers=(1, 2), num_res_blocks=2, attention_levels=(1,))
     for name, layer in net.named_modules():
         if isinstance(layer, nn.GroupNorm):
             assert (layer.num_groups, layer.eps) == (16, 1e-6)
@@ -271,7 +271,7 @@ def test_patches_cost_a_quarter():
     """Multiply-adds of the 3x3 convolutions, which all but the image's ends have channels by the 32."""
 
     def cost(patch):
-        net, sums = UNet(3, width=128, multipliers=(1, 2), blocks=2, patch=patch), []
+        net, sums = UNet(3, width=128, channel_multipliers=(1, 2), num_res_blocks=2, patch=patch), []
         for layer in net.modules():
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
                 layer.register_forward_hook(lambda m, _, out: sums.append(m.weight.numel() * out[0, 0].numel()))
@@ -288,7 +288,7 @@ def test_patches_cost_a_quarter():
 
 def test_position_image_and_time_matter():
     """A transposed image is another image, another timestep another answer; images of a batch do not mix."""
-    net = randomised(small(attention=(0, 1)))
+    net = randomised(small(attention_levels=(0, 1)))
     x, timestep = inputs(3, 3, 8, 12)
     with torch.no_grad():
         out = net(x, timestep)
@@ -300,7 +300,7 @@ def test_position_image_and_time_matter():
 
 def test_class_labels():
     """A label changes the output; without one it is that of a network without classes."""
-    net = randomised(small(classes=10))
+    net = randomised(small(num_classes=10))
     plain = small()
     plain.load_state_dict({k: v for k, v in net.state_dict().items() if k != "label.weight"})
     x, timestep = inputs(2, 3, 8, 8)
@@ -320,7 +320,9 @@ def test_class_labels():
         ((3, 8), ["3x8", "smallest that does is 4"]),
     ],
 )
-@pytest.mark.parametrize("levels", [{"multipliers": (1, 1, 1)}, {"multipliers": (1, 1), "patch": 2}], ids=["3", "1+2"])
+@pytest.mark.parametrize(
+    "levels", [{"channel_multipliers": (1, 1, 1)}, {"channel_multipliers": (1, 1), "patch": 2}], ids=["3", "1+2"]
+)
 def test_size_errors_name_the_nearest_sizes(size, words, levels):
     with pytest.raises(InputError) as error:
         small(**levels)(*inputs(1, 3, *size))
@@ -339,7 +341,7 @@ def test_checkpointing_gives_the_same_gradients():
     """Activations computed again on the way back, with the same dropout: outputs and gradients are identical."""
     results = []
     for checkpointing in (False, True):
-        net = randomised(small(checkpointing=checkpointing, dropout=0.3, attention=(1,)))
+        net = randomised(small(gradient_checkpointing=checkpointing, dropout=0.3, attention_levels=(1,)))
         torch.manual_seed(3)
         out = net(*inputs(2, 3, 8, 8))
         out.square().mean().backward()
@@ -351,7 +353,7 @@ def test_checkpointing_gives_the_same_gradients():
 def test_checkpointing_computes_again():
     """Each block runs once on the way there, and once more on the way back where checkpointing is on."""
     for checkpointing, times in ((False, 1), (True, 2)):
-        net, runs = small(checkpointing=checkpointing), []
+        net, runs = small(gradient_checkpointing=checkpointing), []
         for layer in net.modules():
             if isinstance(layer, ResidualBlock):
                 layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
@@ -370,7 +372,7 @@ def test_dropout_only_in_training():
 
 def test_bf16():
     """Computed in bfloat16, returned in float32, near float32's output; the weights stay float32."""
-    net, low = (randomised(small(attention=(1,), bf16=bf16)).eval() for bf16 in (False, True))
+    net, low = (randomised(small(attention_levels=(1,), bf16=bf16)).eval() for bf16 in (False, True))
     x, timestep = inputs(4, 3, 8, 8)
     with torch.no_grad():
         exact, out = net(x, timestep), low(x, timestep)
@@ -391,7 +393,7 @@ def test_float64_input_is_taken_to_the_weights():
 @pytest.mark.parametrize("bf16", [False, True])
 def test_one_timestep_stands_for_all(bf16):
     """And a batch of 64 is then to the bit what each image is alone, where our kernels run: the codec needs that."""
-    net = randomised(small(width=128, attention=(1,), bf16=bf16)).eval()
+    net = randomised(small(width=128, attention_levels=(1,), bf16=bf16)).eval()
     x = inputs(64, 3, 8, 8)[0]
     t = torch.tensor([300])
     with torch.no_grad():

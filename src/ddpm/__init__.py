@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ddpm import denoiser as denoiser
     from ddpm import editing as editing
     from ddpm import gaussian as gaussian
+    from ddpm import guidance as guidance
     from ddpm import likelihood as likelihood
     from ddpm import losses as losses
     from ddpm import metrics as metrics
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
     from ddpm import samplers as samplers
     from ddpm import schedule as schedule
     from ddpm import spacing as spacing
+    from ddpm import timesteps as timesteps
     from ddpm import unet as unet
     from ddpm.denoiser import Denoiser as Denoiser
     from ddpm.denoiser import Estimate as Estimate
     from ddpm.errors import InputError as InputError
-    from ddpm.files.checkpoints import load as load
+    from ddpm.files.opening import load as load
     from ddpm.gaussian import Gaussian as Gaussian
     from ddpm.presets import PRESETS as PRESETS
     from ddpm.presets import Preset as Preset
@@ -46,11 +48,11 @@ if TYPE_CHECKING:
     from ddpm.schedule import Schedule as Schedule
     from ddpm.unet import UNet as UNet
 
-__version__ = "0.1.0"
+from ddpm.version import __version__ as __version__
 
 _MODULES = {
     "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "ode", "samplers", "spacing",
-    "editing", "metrics", "unet", "presets", "codec",
+    "editing", "metrics", "unet", "presets", "codec", "guidance", "timesteps",
 }  # fmt: skip
 _NAMES = {
     "Schedule": "schedule",
@@ -61,7 +63,7 @@ _NAMES = {
     "Preset": "presets",
     "PRESETS": "presets",
     "build": "presets",
-    "load": "files.checkpoints",
+    "load": "files.opening",
     "load_codec": "run.compress",
     "InputError": "errors",
 }

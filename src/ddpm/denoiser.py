@@ -20,6 +20,7 @@ from ddpm.gaussian import (
     posterior_coefficients,
     q_posterior,
 )
+from ddpm.guidance import Guided
 from ddpm.schedule import Schedule
 
 Prediction = Literal["eps", "x0", "mu", "v"]
@@ -31,28 +32,6 @@ def _dynamic(x0: Tensor, p: float) -> Tensor:
     s = torch.stack([image.abs().flatten().quantile(p) for image in x0]).clamp(min=1)
     s = over(s.to(x0), x0)
     return x0.clamp(-s, s) / s
-
-
-@dataclass(frozen=True, eq=False)
-class Guided:
-    """A network under classifier-free guidance, see `Denoiser.guided`; first and last are timesteps."""
-
-    network: Callable[..., Tensor]
-    scale: float
-    first: int
-    last: int
-    learned: bool
-
-    def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
-        inside = (timestep >= self.first) & (timestep <= self.last)
-        if y is None or self.scale == 1 or not inside.any():
-            return self.network(x, timestep, y)
-        labels = torch.cat([y, torch.full_like(y, -1)])
-        given, free = self.network(torch.cat([x, x]), torch.cat([timestep, timestep]), labels).chunk(2)
-        out = torch.where(inside.view(-1, 1, 1, 1), free + self.scale * (given - free), given)
-        if self.learned:
-            out = torch.cat([out.chunk(2, dim=1)[0], given.chunk(2, dim=1)[1]], dim=1)
-        return out
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,13 @@ class Preset:
 
     # network
     width: int = _f(128, "channels of the first level, a multiple of 32", 32)
-    multipliers: tuple[int, ...] = _f((1, 2, 2, 2), "channels of each level over width; each level halves the size", 1)
-    blocks: int = _f(2, "residual blocks a level", 1)
-    attention: tuple[int, ...] = _f((16,), "attention where the shorter side first is at most this; 0 for none", 0)
+    channel_multipliers: tuple[int, ...] = _f(
+        (1, 2, 2, 2), "channels of each level over width; each level halves the size", 1
+    )
+    num_res_blocks: int = _f(2, "residual blocks a level", 1)
+    attention_resolutions: tuple[int, ...] = _f(
+        (16,), "attention where the shorter side first is at most this; 0 for none", 0
+    )
     dropout: float = _f(0.1, "dropout probability", 0, 0.99)
     patch: Literal[1, 2] = _f(
         1, "2: levels start at half the size, inside a thin one at full size: a quarter of the cost"
@@ -58,7 +62,7 @@ class Preset:
     schedule: Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"] = _f(
         "linear", "noise schedule"
     )
-    levels: int = _f(1000, "number of noise levels T", 1)
+    num_timesteps: int = _f(1000, "number of noise levels T", 1)
     beta_1: float = _f(1e-4, "first beta of the schedule", 1e-12, 1)
     beta_T: float = _f(0.02, "last beta of the schedule", 1e-12, 1)
     predict: Literal["eps", "x0", "mu", "v"] = _f("eps", "what the network predicts")
@@ -66,7 +70,7 @@ class Preset:
     clip: bool = _f(True, "clip the estimate of x_0 to [-1, 1] when sampling and evaluating")
     loss: Literal["simple", "vlb", "hybrid"] = _f("simple", "L_simple (Eq. 14), the true bound (Eq. 5), or both")
     weighting: Literal["none", "min_snr", "p2"] = _f("none", "what L_simple weighs at each noise level")
-    times: Literal["uniform", "stratified", "lognormal", "bound"] = _f(
+    timestep_sampling: Literal["uniform", "stratified", "lognormal", "bound"] = _f(
         "uniform",
         "levels of a batch: independent; spread evenly; evenly by quantiles of a log-normal sigma, or of the bound",
     )
@@ -81,10 +85,12 @@ class Preset:
         0.0, "share of the steps, at the end, over which it falls linearly to 0; more --steps take it up again", 0, 1
     )
     grad_clip: float = _f(1.0, "largest global norm of the gradient; 0 for no clipping", 0)
-    ema: float = _f(0.9999, "decay of the moving average of the weights", 0, 0.999999)
+    ema_decay: float = _f(0.9999, "decay of the moving average of the weights", 0, 0.999999)
     ema_warmup: bool = _f(False, "let the decay rise as (1 + n)/(10 + n), for short runs")
     precision: Precision = _f("auto", "the network's; auto: bf16 where the hardware has it")
-    checkpointing: bool = _f(False, "compute activations again on the way back: less memory, more time", resume=True)
+    gradient_checkpointing: bool = _f(
+        False, "compute activations again on the way back: less memory, more time", resume=True
+    )
 
     # the run
     seed: int = _f(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
@@ -106,23 +112,25 @@ class Preset:
             check(f.name, getattr(self, f.name), hints[f.name], f.metadata["least"], f.metadata["most"])
         if len(self.size) != 2:
             raise InputError(f"size {self.size}: want height and width, as 32 or 32x48")
-        check_size(self.size, len(self.multipliers) + self.patch - 1)
+        check_size(self.size, len(self.channel_multipliers) + self.patch - 1)
         if self.width % 32:
             raise InputError(f"width {self.width}: want a multiple of 32")
         if self.loss == "simple" and self.variance.startswith("learned"):
             raise InputError(f"variance {self.variance}: loss simple does not train it; want loss hybrid or vlb")
         if self.weighting != "none" and (self.loss != "simple" or self.predict == "mu"):
             raise InputError(f"weighting {self.weighting}: is of L_simple for eps, x0 or v; want loss simple, no mu")
-        if self.times == "bound" and self.predict == "mu":
-            raise InputError("times bound: is of eps, x0 and v prediction; want uniform or stratified for mu")
+        if self.timestep_sampling == "bound" and self.predict == "mu":
+            raise InputError(
+                "timestep_sampling bound: is of eps, x0 and v prediction; want uniform or stratified for mu"
+            )
         if self.classes and self.label_dropout == 1:
             raise InputError("label_dropout 1.0: no label would be shown; want less, or --no-classes")
         if self.predict == "eps" and self.schedule == "jsd":
             raise InputError("predict eps: says nothing of x_0 at jsd's last level; want x0, mu or v")
         if self.batch_size % self.accumulate:
             raise InputError(f"accumulate {self.accumulate}: want a divisor of batch_size {self.batch_size}")
-        if self.sample_steps > self.levels:
-            raise InputError(f"sample_steps {self.sample_steps}: want at most levels, {self.levels}")
+        if self.sample_steps > self.num_timesteps:
+            raise InputError(f"sample_steps {self.sample_steps}: want at most num_timesteps, {self.num_timesteps}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -131,13 +139,17 @@ class Preset:
 
     @property
     def attention_levels(self) -> tuple[int, ...]:
-        """The network's levels with attention: for each of `attention`, the first whose shorter side is at most it.
+        """The network's levels with attention.
+
+        For each of `attention_resolutions` it is the first level whose shorter side is at most that.
 
         >>> PRESETS["cifar10"].attention_levels, PRESETS["celebahq256"].attention_levels
         ((1,), (4,))
         """
-        sides = [min(self.size) // self.patch >> level for level in range(len(self.multipliers))]
-        found = {next((level for level, side in enumerate(sides) if side <= a), -1) for a in self.attention if a}
+        sides = [min(self.size) // self.patch >> level for level in range(len(self.channel_multipliers))]
+        found = {
+            next((level for level, side in enumerate(sides) if side <= a), -1) for a in self.attention_resolutions if a
+        }
         return tuple(sorted(found - {-1}))
 
 
@@ -165,43 +177,50 @@ def check(name: str, value: Any, kind: Any, least: float | None = None, most: fl
 
 
 _256 = Preset(
-    size=(256, 256), multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0, variance="fixed_small",
+    size=(256, 256), channel_multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0, variance="fixed_small",
     steps=500_000, batch_size=64, lr=2e-5, sample_count=16, eval_images=64,
 )  # fmt: skip
 
 PRESETS: dict[str, Preset] = {
-    # The paper's, each with its result (Tables 1 and 3): FID against the training set, NLL on the test set.
+    # The paper's presets, each with its result (Tables 1 and 3): FID against the training set, NLL on the test set.
     "cifar10": Preset(data="uoft-cs/cifar10"),  # IS 9.46, FID 3.17, NLL <= 3.75 bits/dim
-    "celebahq256": _256,  # no figure in the paper
+    "celebahq256": _256,  # the paper has no figure
     "lsun_bedroom": replace(_256, flip=False, steps=2_400_000),  # FID 6.36
     "lsun_bedroom_large": replace(_256, flip=False, steps=1_150_000, width=192),  # FID 4.90
     "lsun_church": replace(_256, steps=1_200_000),  # FID 7.89
     "lsun_cat": replace(_256, flip=False, steps=1_800_000),  # FID 19.75
-    # Ours, for two CPU cores. What came of them: the models' cards and benchmarks/results.
-    "digits": Preset(  # of 200 samples all are of the class that was asked for
-        data="digits", size=(8, 8), channels=1, flip=False, classes=True, label_dropout=0.2, width=32,
-        multipliers=(1, 1), blocks=1, attention=(4,), dropout=0.0, schedule="cosine", predict="v", times="stratified",
-        steps=2800, batch_size=64, lr=2e-3, warmup=100, cooldown=0.5, ema=0.999, ema_warmup=True, save_every=700,
-        sample_every=700,
+    # Our presets, for two CPU cores. Their results are in the models' cards and in benchmarks/results.
+    "digits": Preset(  # all of 200 samples are of the class that was asked for
+        data="digits", size=(8, 8), channels=1, flip=False, classes=True, label_dropout=0.2,
+        width=32, channel_multipliers=(1, 1), num_res_blocks=1, attention_resolutions=(4,), dropout=0.0,
+        schedule="cosine", predict="v", timestep_sampling="stratified",
+        steps=2800, batch_size=64, lr=2e-3, warmup=100, cooldown=0.5, ema_decay=0.999, ema_warmup=True,
+        save_every=700, sample_every=700,
     ),
     "mnist": Preset(
-        data="ylecun/mnist", size=(28, 28), channels=1, flip=False, width=32, multipliers=(1, 2, 2), attention=(7,),
-        dropout=0.0, steps=20_000, batch_size=64, lr=5e-4, warmup=500, ema=0.999, ema_warmup=True, save_every=1000,
-        sample_every=1000,
+        data="ylecun/mnist", size=(28, 28), channels=1, flip=False,
+        width=32, channel_multipliers=(1, 2, 2), attention_resolutions=(7,), dropout=0.0,
+        steps=20_000, batch_size=64, lr=5e-4, warmup=500, ema_decay=0.999, ema_warmup=True,
+        save_every=1000, sample_every=1000,
     ),
     "cifar10_small": Preset(
-        data="uoft-cs/cifar10", width=64, multipliers=(1, 2, 2), dropout=0.0, steps=100_000, batch_size=64, lr=5e-4,
-        warmup=500, ema=0.9995, ema_warmup=True, save_every=1000, sample_every=1000,
+        data="uoft-cs/cifar10", width=64, channel_multipliers=(1, 2, 2), dropout=0.0,
+        steps=100_000, batch_size=64, lr=5e-4, warmup=500, ema_decay=0.9995, ema_warmup=True,
+        save_every=1000, sample_every=1000,
     ),
     "cifar10_fast": Preset(
-        data="uoft-cs/cifar10", width=96, multipliers=(1, 1, 1), blocks=1, attention=(8,), dropout=0.0, patch=2,
-        schedule="cosine", predict="v", times="lognormal", steps=20_000, batch_size=64, lr=2e-3, warmup=200,
-        cooldown=0.5, ema=0.999, ema_warmup=True, save_every=1000, sample_every=1000,
+        data="uoft-cs/cifar10",
+        width=96, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, patch=2,
+        schedule="cosine", predict="v", timestep_sampling="lognormal",
+        steps=20_000, batch_size=64, lr=2e-3, warmup=200, cooldown=0.5, ema_decay=0.999, ema_warmup=True,
+        save_every=1000, sample_every=1000,
     ),
     "cifar10_likelihood": Preset(
-        data="uoft-cs/cifar10", width=32, multipliers=(1, 2, 4), blocks=1, attention=(8,), dropout=0.0,
-        schedule="cosine", predict="v", times="bound", steps=20_000, batch_size=64, lr=2e-3, warmup=200,
-        cooldown=0.5, ema=0.999, ema_warmup=True, save_every=1000, sample_every=1000,
+        data="uoft-cs/cifar10",
+        width=32, channel_multipliers=(1, 2, 4), num_res_blocks=1, attention_resolutions=(8,), dropout=0.0,
+        schedule="cosine", predict="v", timestep_sampling="bound",
+        steps=20_000, batch_size=64, lr=2e-3, warmup=200, cooldown=0.5, ema_decay=0.999, ema_warmup=True,
+        save_every=1000, sample_every=1000,
     ),
 }  # fmt: skip
 
@@ -225,17 +244,17 @@ def build(preset: Preset) -> Denoiser:
         preset.channels,
         preset.channels * (2 if preset.variance.startswith("learned") else 1),
         preset.width,
-        preset.multipliers,
-        preset.blocks,
+        preset.channel_multipliers,
+        preset.num_res_blocks,
         preset.attention_levels,
         preset.dropout,
         len(preset.class_names),
         patch=preset.patch,
-        checkpointing=preset.checkpointing,
+        gradient_checkpointing=preset.gradient_checkpointing,
         bf16=preset.precision == "bf16",
     )
     with torch.device("cpu"):
-        schedule = SCHEDULES[preset.schedule](preset.levels, preset.beta_1, preset.beta_T)
+        schedule = SCHEDULES[preset.schedule](preset.num_timesteps, preset.beta_1, preset.beta_T)
     return Denoiser(network, schedule, preset.predict, preset.variance, preset.clip)
 
 

@@ -350,7 +350,7 @@ SAMPLERS = {
     "unipc": Sampler(lambda d, x, noise, steps, y, start: unipc(d, x, steps, 2, y, start)),
     "unipc_3": Sampler(lambda d, x, noise, steps, y, start: unipc(d, x, steps, 3, y, start)),
     "heun": Sampler(lambda d, x, noise, steps, y, start: heun(d, x, steps, y, start), 10, "karras", twice=True),
-    "flow": Sampler(lambda d, x, noise, steps, y, start: probability_flow(d, x, steps, y, start), 10, twice=True),
+    "pf_ode": Sampler(lambda d, x, noise, steps, y, start: probability_flow(d, x, steps, y, start), 10, twice=True),
 }
 
 

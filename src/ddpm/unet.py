@@ -197,8 +197,8 @@ class UNet(nn.Module):
     channels       C of the images
     out_channels   C, or 2C where the variance is learned; None: C
     width          channels of the first level, a multiple of 32
-    multipliers    channels of each level over `width`; every level but the last halves H and W
-    blocks         residual blocks a level on the way down, one more on the way up
+    channel_multipliers    channels of each level over `width`; every level but the last halves H and W
+    num_res_blocks residual blocks a level on the way down, one more on the way up
     attention      levels, from 0, with attention after every block; between the middle blocks it always is
     dropout        probability, in every residual block
     classes        number of class labels, 0 for none
@@ -221,30 +221,30 @@ class UNet(nn.Module):
         channels: int,
         out_channels: int | None = None,
         width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks: int = 2,
-        attention: Sequence[int] = (1,),
+        channel_multipliers: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        attention_levels: Sequence[int] = (1,),
         dropout: float = 0.0,
-        classes: int = 0,
+        num_classes: int = 0,
         patch: Literal[1, 2] = 1,
-        checkpointing: bool = False,
+        gradient_checkpointing: bool = False,
         bf16: bool = False,
     ) -> None:
         super().__init__()
         if width % STEP:
             raise InputError(f"width {width}: want a multiple of {STEP}")
-        self.width, self.levels = width, len(multipliers) + patch - 1
-        self.checkpointing, self.bf16 = checkpointing, bf16
+        self.width, self.levels = width, len(channel_multipliers) + patch - 1
+        self.gradient_checkpointing, self.bf16 = gradient_checkpointing, bf16
         c_time = 4 * width
         self.time1, self.time2 = linear(width, c_time), linear(c_time, c_time)
         self.label: nn.Embedding | None = None
-        if classes:  # N(0, 1), as nn.Embedding draws it; on the meta device that imports torch._dynamo, for seconds
-            weight = torch.randn(classes, c_time)
+        if num_classes:  # N(0, 1), as nn.Embedding draws it; on the meta device that imports torch._dynamo, for seconds
+            weight = torch.randn(num_classes, c_time)
             self.label = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
 
         def stage(c_in: int, c_out: int, level: int, attend: bool = False) -> Stage:
             groups = groups_of(width if level >= 0 else STEP)
-            return Stage(c_in, c_out, c_time, dropout, attend or level in attention, groups)
+            return Stage(c_in, c_out, c_time, dropout, attend or level in attention_levels, groups)
 
         outer = width if patch == 1 else STEP
         self.conv_in = conv(channels, outer)
@@ -254,18 +254,18 @@ class UNet(nn.Module):
             self.down.append(Downsample(outer, width))
             skips.append(width)
         c = width
-        for level, multiplier in enumerate(multipliers):
-            for _ in range(blocks):
+        for level, multiplier in enumerate(channel_multipliers):
+            for _ in range(num_res_blocks):
                 self.down.append(stage(c, c := width * multiplier, level))
                 skips.append(c)
-            if level < len(multipliers) - 1:
+            if level < len(channel_multipliers) - 1:
                 self.down.append(Downsample(c, c))
                 skips.append(c)
-        bottom = len(multipliers)
+        bottom = len(channel_multipliers)
         self.middle = nn.ModuleList([stage(c, c, bottom, attend=True), stage(c, c, bottom)])
         self.up = nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(multipliers))):
-            for _ in range(blocks + 1):
+        for level, multiplier in reversed(list(enumerate(channel_multipliers))):
+            for _ in range(num_res_blocks + 1):
                 self.up.append(stage(c + skips.pop(), c := width * multiplier, level))
             if level > 0:
                 self.up.append(Upsample(c))
@@ -319,7 +319,7 @@ class UNet(nn.Module):
         return convolve(self.conv_out, h, self.norm_out, swish=True)
 
     def _run(self, stage: nn.Module, h: Tensor, time: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
+        if self.gradient_checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(stage, h, time, use_reentrant=False)
         else:
             out = stage(h, time)

@@ -26,14 +26,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import ddpm
 from ddpm.errors import InputError
 from ddpm.files import atomic
-from ddpm.files.checkpoints import file_sha256
 from ddpm.files.images import one_line
+from ddpm.files.tensors import file_sha256
 from ddpm.inception import SIDE, Inception
 from ddpm.metrics import Moments, moments, softmax
 from ddpm.unet import exact_convolutions
+from ddpm.version import __version__
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -328,7 +328,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 class Batches(Protocol):
-    """What `ddpm.files.datasets.Images` is: images by index."""
+    """What `ddpm.files.data.Images` is: images by index."""
 
     def __len__(self) -> int: ...
 
@@ -403,7 +403,7 @@ def measure(
 
 
 class Described(Batches, Protocol):
-    """What `provenance` reads of `ddpm.files.datasets.Images`."""
+    """What `provenance` reads of `ddpm.files.data.Images`."""
 
     @property
     def name(self) -> str: ...
@@ -437,7 +437,7 @@ class Provenance:
     weights: str
     resize: str
     dtype: str = "uint8"
-    version: str = ddpm.__version__
+    version: str = __version__
 
     def comparable(self) -> dict[str, str]:
         """The fields that must be the same of two sets whose statistics are compared."""

@@ -18,17 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import ddpm
 from ddpm.errors import InputError, Stopped
 from ddpm.presets import PRESETS, Precision, Preset, check, to_json
+from ddpm.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
     from ddpm.codec import Model
     from ddpm.denoiser import Denoiser
-    from ddpm.files import datasets, features
-    from ddpm.files.checkpoints import Checkpoint
+    from ddpm.files import data, features
+    from ddpm.files.models import Checkpoint
     from ddpm.run.edit import Way
 
 
@@ -153,8 +153,8 @@ def _preset(name: str) -> Preset:
 
 def _open(args: argparse.Namespace, device: "torch.device", run: Path | None = None) -> "Checkpoint":
     """The model of a run (None: of the command's) that --checkpoint, --weights, --precision and --variance mean."""
-    from ddpm.files.checkpoints import with_variance
-    from ddpm.run.distributed import opened
+    from ddpm.files.models import with_variance
+    from ddpm.run.processes import opened
 
     check("--weights", args.weights or "ema", Literal["ema", "raw"])
     check("--precision", args.precision, Precision)
@@ -177,9 +177,9 @@ def _sample(args: argparse.Namespace) -> int:
 
     with _importing():
         from ddpm.files import images
-        from ddpm.run.distributed import processes
         from ddpm.run.export import columns_of
-        from ddpm.run.generate import generate, in_turn, progressive, sampled
+        from ddpm.run.processes import processes
+        from ddpm.run.sample import generate, in_turn, progressive, sampled
         from ddpm.samplers import named
 
     if images.check_out(args.out) != "png" and args.progressive:
@@ -258,14 +258,14 @@ GUIDANCE = 1.5
 
 def _levels(args: argparse.Namespace, found: "Checkpoint") -> list[int]:
     """The levels that --sampler, --steps and --spacing mean."""
-    from ddpm.run.generate import visited
+    from ddpm.run.sample import visited
 
     _check_sampler(args, found.denoiser.schedule.T)
     return visited(found, args.sampler, args.steps, args.spacing)
 
 
 def _check_sampler(args: argparse.Namespace, T: int) -> None:
-    from ddpm.run.generate import SPACED
+    from ddpm.run.sample import SPACED
     from ddpm.samplers import SAMPLERS
 
     check("--sampler", args.sampler, Literal[tuple(SAMPLERS)])
@@ -275,16 +275,16 @@ def _check_sampler(args: argparse.Namespace, T: int) -> None:
         check("--steps", args.steps, int, 1, T)
 
 
-def _loader(args: argparse.Namespace, preset: Preset, shown: bool) -> "Callable[[str], datasets.Images]":
+def _loader(args: argparse.Namespace, preset: Preset, shown: bool) -> "Callable[[str], data.Images]":
     """split -> its images as training took or held them out, each loaded once; the run's where no --data is given."""
-    from ddpm.files import datasets
+    from ddpm.files import data
 
     if not (args.data or preset.data):
         raise InputError("--data: this model names no data set; want --data SOURCE")
 
     @functools.cache
-    def load(split: str) -> datasets.Images:
-        return datasets.load(
+    def load(split: str) -> data.Images:
+        return data.load(
             args.data or preset.data, preset.size, preset.channels, split=split,
             image_column=preset.image_column or None, label_column=preset.label_column or None,
             skip_bad=preset.skip_bad, progress=shown, as_trained=True,
@@ -346,8 +346,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     with _importing():
         from ddpm.files import atomic
         from ddpm.run import evaluate
-        from ddpm.run.distributed import processes
-        from ddpm.run.generate import sampled
+        from ddpm.run import quality as scoring
+        from ddpm.run.processes import processes
+        from ddpm.run.sample import sampled
 
     with processes(args.device) as ranks:
         found = _open(args, ranks.device)
@@ -372,14 +373,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 
         clipped = {} if args.clip is None else {"clip": args.clip}
         about = {**found.about(), **clipped, "seed": args.seed}
-        if "nll" in args.metrics and args.levels is None:
+        if "nll" in args.metrics and args.levels_per_image is None:
             values = evaluate.nll(
                 found, load(args.split), out, cache, ranks, args.n, args.draws, args.seed, args.batch_size, shown
             )
             keep("nll", values, args.split)
         elif "nll" in args.metrics:
             values = evaluate.nll_sampled(
-                found, load(args.split), args.levels, ranks, args.n, args.seed, args.batch_size, shown
+                found, load(args.split), args.levels_per_image, ranks, args.n, args.seed, args.batch_size, shown
             )
             keep("nll_sampled", values, args.split)
         if "ode" in args.metrics:
@@ -388,22 +389,22 @@ def _evaluate(args: argparse.Namespace) -> int:
             )
             keep("ode", values, args.split)
         if of_files and quality:
-            values = evaluate.scores_of_files(quality, Path(args.samples), Path(args.features), args.seed, ranks.device)
+            values = scoring.scores_of_files(quality, Path(args.samples), Path(args.features), args.seed, ranks.device)
             keep("quality", {"samples_from": args.samples, **values}, None)
         elif quality:
             network, real = _network(args, ranks.device), load("train")  # a mistake shows before hours of sampling
             if "is" in quality:
-                evaluate.probe(network, real)
+                scoring.probe(network, real)
             if args.samples is not None:
-                made, source = evaluate.read_samples(Path(args.samples), preset.shape), {"samples_from": args.samples}
+                made, source = scoring.read_samples(Path(args.samples), preset.shape), {"samples_from": args.samples}
             else:
-                made = evaluate.samples(
+                made = scoring.samples(
                     found, cache, ranks, args.n or 50_000, args.seed, args.sampler, steps, args.batch_size, shown,
                     classes,
                 )  # fmt: skip
                 source = {**sampled(denoiser, args.sampler, steps, args.spacing), **_conditions(args)}
             if ranks.first:
-                values = evaluate.quality(quality, made, real, network, cache, args.seed, ranks.device, shown)
+                values = scoring.quality(quality, made, real, network, cache, args.seed, ranks.device, shown)
                 keep("quality", {**source, **values}, "train")
         if ranks.first:
             bound = done.get("nll") or done.get("nll_sampled")
@@ -419,10 +420,10 @@ def _calibrate(args: argparse.Namespace) -> int:
     check("--codec", args.codec, int, 0)
 
     with _importing():
-        from ddpm.files.checkpoints import calibration_file
-        from ddpm.run import evaluate
+        from ddpm.files.models import calibration_file
+        from ddpm.run import calibrate
         from ddpm.run.compress import kept
-        from ddpm.run.distributed import processes
+        from ddpm.run.processes import processes
 
     with processes(args.device) as ranks:
         found = _open(args, ranks.device)
@@ -435,7 +436,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         shown = ranks.first and not args.json
         images = _loader(args, found.preset, shown)("train")
         cache = found.home / "cache"
-        mse = evaluate.calibrate(found, images, cache, ranks, args.n, args.batch_size, shown, args.codec)
+        mse = calibrate.calibrate(found, images, cache, ranks, args.n, args.batch_size, shown, args.codec)
         if ranks.first:
             about = {"run": str(found.path), "data": images.name, "count": min(args.n, len(images)), "levels": len(mse)}
             _say(args, about, f"{calibration_file(found.path)}; --variance calibrated takes it")
@@ -457,7 +458,7 @@ def _export(args: argparse.Namespace) -> int:
     with _importing():
         from ddpm.files import hub, interop
         from ddpm.run import export
-        from ddpm.run.distributed import pick_device
+        from ddpm.run.processes import pick_device
 
     device = pick_device(args.device)
     if kind == "file":
@@ -476,7 +477,7 @@ def _export(args: argparse.Namespace) -> int:
             export.illustrate(found, exported, device, args.license, not args.json)
             if kind == "hub":
                 out.with_suffix(".md").rename(out.with_name("README.md"))
-                place = hub.push(out.parent, place, f"ddpm {ddpm.__version__}, step {found.step:,}")
+                place = hub.push(out.parent, place, f"ddpm {__version__}, step {found.step:,}")
     about = {"out": str(place), "kind": kind, **found.about()}
     card = f", its card {Path(place).with_suffix('.md')} and grid" if kind == "file" else ""
     print(json.dumps(about) if args.json else f"written: {place}{card}")
@@ -514,8 +515,9 @@ def _paper(args: argparse.Namespace) -> int:
             raise InputError("--spacing bound: not for table2, whose six runs are not calibrated")
 
     with _importing():
-        from ddpm.run import evaluate, paper
-        from ddpm.run.distributed import processes
+        from ddpm.run import paper
+        from ddpm.run import quality as scoring
+        from ddpm.run.processes import processes
 
     with processes(args.device) as ranks:
         if is_preset:
@@ -541,8 +543,8 @@ def _paper(args: argparse.Namespace) -> int:
         for name in args.names:
             if name == "table2":
                 base = replace(preset, data=args.data or preset.data, device=args.device)
-                _check_sampler(args, base.levels)  # a mistake shows before six trainings, not after
-                evaluate.probe(network(), load("train"))
+                _check_sampler(args, base.num_timesteps)  # a mistake shows before six trainings, not after
+                scoring.probe(network(), load("train"))
                 load(args.split)
                 stopped = paper.table2(
                     base, out, ranks, lambda run: setup(_open(args, ranks.device, run), run / "paper", run / "cache")
@@ -562,8 +564,8 @@ def _paper(args: argparse.Namespace) -> int:
 def _edit(args: argparse.Namespace, edit: "Callable[[Checkpoint, Way], torch.Tensor]") -> int:
     """Open the model, edit, save: what edit, interpolate and inpaint share."""
     from ddpm.files import images
-    from ddpm.run.distributed import pick_device
     from ddpm.run.edit import Way
+    from ddpm.run.processes import pick_device
 
     check("--batch-size", args.batch_size, int, 1)
     images.check_out(args.out)
@@ -623,7 +625,7 @@ def _inpaint(args: argparse.Namespace) -> int:
 def _codec(args: argparse.Namespace) -> "Model":
     """The codec of the command's model; --precision is of the local profile."""
     from ddpm.run.compress import load_codec
-    from ddpm.run.distributed import pick_device
+    from ddpm.run.processes import pick_device
 
     check("--precision", args.precision, Precision)
     precision = None if args.precision == "auto" else args.precision
@@ -725,7 +727,7 @@ def _parser() -> _Parser:
         description="Denoising Diffusion Probabilistic Models: train on your images, sample, evaluate.",
         allow_abbrev=False,
     )
-    top.add_argument("--version", action="version", version=f"ddpm {ddpm.__version__}")
+    top.add_argument("--version", action="version", version=f"ddpm {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     p = commands.add_parser("train", help="train a model, or go on with a run", allow_abbrev=False)
@@ -771,7 +773,7 @@ def _parser() -> _Parser:
     p.add_argument("-n", **_number(int, None), help="images for nll and ode (all); samples for the others (50000)")
     p.add_argument("--draws", **_number(int, 1), help="noise draws a level (1)")
     levels = "estimate nll from so many levels an image, after all levels of four (all)"
-    p.add_argument("--levels", **_number(int, None), help=levels)
+    p.add_argument("--levels-per-image", **_number(int, None), help=levels)
     p.add_argument("--ode-steps", **_number(int, 100), help="levels that the ODE's solver visits (%(default)s)")
     _add_measuring(p)
     _add_conditions(p)
@@ -1082,7 +1084,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         full = ("out of memory", "can't allocate memory", "not enough memory")
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in full):
             raise
-        less = "fewer images at once (--batch-size) take less, in training also --accumulate and --checkpointing"
+        less = (
+            "fewer images at once (--batch-size) take less, in training also --accumulate and --gradient-checkpointing"
+        )
         print(f"ddpm: the memory is full; {less}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:

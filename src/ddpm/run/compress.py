@@ -22,9 +22,10 @@ from ddpm.codec.plan import Tables
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import atomic, images
-from ddpm.files.checkpoints import Checkpoint, Weights, calibration_file, open_checkpoint, read_calibration
+from ddpm.files.models import Checkpoint, Weights, calibration_file, read_calibration
+from ddpm.files.opening import open_checkpoint
 from ddpm.presets import Precision
-from ddpm.run.distributed import opened
+from ddpm.run.processes import opened
 from ddpm.unet import UNet
 
 BITS = (8, 12, 14)
@@ -45,7 +46,7 @@ def kept(found: Checkpoint) -> dict[str, Any] | None:
     """The codec's tables beside these weights, by which files may have been written, or None."""
     try:
         values = json.loads(calibration_file(found.path).read_text())
-        return values["codec"] if values["weights"] == found.sha256 else None
+        return values["codec"] if values["weights"] == found.identity else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -99,7 +100,7 @@ def load_codec(
     channels, height, width = found.preset.shape
     return Model(
         denoiser, exact.to(device), (channels, height, width), by_bits,
-        hashlib.sha256((found.sha256 + settings).encode()).digest()[:4],
+        hashlib.sha256((found.identity + settings).encode()).digest()[:4],
         chain, 2 ** (exact.network.levels - 1), _here(found, place, build), bool(build),
     )  # fmt: skip
 

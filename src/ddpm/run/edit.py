@@ -13,16 +13,16 @@ from tqdm import tqdm
 from ddpm import editing, kernels, pixels
 from ddpm.errors import InputError
 from ddpm.files import images
-from ddpm.files.checkpoints import Checkpoint
+from ddpm.files.models import Checkpoint
 from ddpm.noise import Noise, mix, per_image
 from ddpm.presets import Preset
-from ddpm.run.generate import in_turn, visited
+from ddpm.run.sample import in_turn, visited
 from ddpm.samplers import SAMPLERS, Step, named
 
 
 @dataclass(frozen=True)
 class Way:
-    """How the reverse process goes down: a sampler by name, its levels as in `generate.visited`, class labels, and how
+    """How the reverse process goes down: a sampler by name, its levels as in `sample.visited`, class labels, and how
     many images at a time."""
 
     sampler: str = "ancestral"

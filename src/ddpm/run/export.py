@@ -12,20 +12,15 @@ from typing import Any, Literal
 
 import torch
 
-import ddpm
 from ddpm.errors import InputError
 from ddpm.files import atomic, images
-from ddpm.files.checkpoints import (
-    Checkpoint,
-    calibration_file,
-    open_checkpoint,
-    read_calibration,
-    read_tensors,
-    save_tensors,
-)
 from ddpm.files.images import check_folder
+from ddpm.files.models import Checkpoint, calibration_file, read_calibration
+from ddpm.files.opening import open_checkpoint
+from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
 from ddpm.presets import PRESETS, Preset, to_json
-from ddpm.run.generate import generate, in_turn
+from ddpm.run.sample import generate, in_turn
+from ddpm.version import __version__
 
 Stored = Literal["bf16", "float32"]
 SAMPLES = 64
@@ -72,7 +67,7 @@ def export(found: Checkpoint, out: Path, stored: Stored = "bf16", data: str | No
         "config": json.dumps(to_json(public(original.preset, data))),
         "step": str(original.step),
         "weights": original.weights,
-        "version": ddpm.__version__,
+        "version": __version__,
     }
     save_tensors(out, tensors, metadata)
     exported = open_checkpoint(out, precision=found.preset.precision)
@@ -83,8 +78,8 @@ def export(found: Checkpoint, out: Path, stored: Stored = "bf16", data: str | No
     else:
         values = json.loads(calibrated.read_text())
         values["data"] = _name(values["data"], original, exported)
-        if exported.sha256 != original.sha256:
-            values |= {"weights": exported.sha256, "measured_on": values.get("measured_on", original.sha256)}
+        if exported.identity != original.identity:
+            values |= {"weights": exported.identity, "measured_on": values.get("measured_on", original.identity)}
         atomic.write_json(calibration_file(out), values)
     return exported
 
@@ -120,7 +115,7 @@ def _calibrated_itself(exported: Checkpoint) -> bool:
         values = json.loads(calibration_file(exported.path).read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(values, dict) and values.get("weights") == exported.sha256 and "measured_on" not in values
+    return isinstance(values, dict) and values.get("weights") == exported.identity and "measured_on" not in values
 
 
 def public(preset: Preset, data: str | None = None) -> Preset:
@@ -172,9 +167,9 @@ def card(found: Checkpoint, exported: Checkpoint, license: str | None = None) ->
     return (
         f"---\n{front}---\n\n# {name}\n\n"
         f"A denoising diffusion model (Ho, Jain, Abbeel 2020) of {size} {image} images, made and read by "
-        f"ddpm {ddpm.__version__}.\n\n"
+        f"ddpm {__version__}.\n\n"
         f"![{shown} samples]({name}.png)\n\n"
-        f"Samples of seeds 0 to {shown - 1}, not chosen, by ancestral sampling with all {preset.levels:,} levels"
+        f"Samples of seeds 0 to {shown - 1}, not chosen, by ancestral sampling with all {preset.num_timesteps:,} levels"
         f"{', the classes in turn, without guidance' if preset.classes else ''}.\n\n"
         f"| | |\n|---|---|\n{rows}\n{measured}"
         f"## Limits\n\n{limits}\n\n"
@@ -192,19 +187,19 @@ def _facts(found: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, str]]
     if logged := _logged(found, "seconds"):
         yield "hours", f"{logged[1] / 3600:.2f}"
     yield "seed", str(preset.seed)
-    levels = ", ".join(str(preset.width * m) for m in preset.multipliers)
-    shape = f"channels {levels}, residual blocks a level {preset.blocks}"
+    levels = ", ".join(str(preset.width * m) for m in preset.channel_multipliers)
+    shape = f"channels {levels}, residual blocks a level {preset.num_res_blocks}"
     yield "network", f"{sum(p.numel() for p in network.parameters()):,} parameters; {shape}"
     if preset.classes:
         hidden = f"{preset.label_dropout:.0%} of them hidden in training"
         yield "classes", f"{', '.join(preset.class_names)}; {hidden}"
-    yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {preset.levels:,}, {preset.variance}"
+    yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {preset.num_timesteps:,}, {preset.variance}"
     yield "weights", f"{exported.weights}, {stored}; {exported.path.stat().st_size:,} bytes"
     if read_calibration(exported):
         values = json.loads(calibration_file(exported.path).read_text())
         of = "the weights before rounding" if "measured_on" in values else "these weights"
         yield "calibration", f"of {of}, on {values['count']:,} images, {_name(values['data'], found, exported)}"
-    yield "SHA-256", exported.sha256
+    yield "SHA-256 of the file", file_sha256(exported.path)
 
 
 def _measured(found: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -216,7 +211,7 @@ def _measured(found: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, st
         before = ", before rounding" if source is found and _kind(found) != _kind(exported) else ""
         for file in sorted((source.home / "evaluate" / f"{found.step:08d}-{found.weights}").glob("*.json")):
             values = json.loads(file.read_text())
-            if values.get("sha256") == source.sha256:
+            if values.get("identity") == source.identity:
                 values["data"] = _name(values.get("data", ""), found, exported)
                 yield from ((f"{key}{before}", value) for key, value in _figures(values))
 
@@ -231,7 +226,7 @@ def _figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     asked = "".join(f", {name.replace('_', ' ')} {values[name]}" for name in names if name in values)
     if "bits_per_dim" in values:
         how = "ODE" if "bits_per_dim_decoder" in values else "bound (Eq. 5)"
-        levels = f", {values['levels']} levels an image" if "levels" in values else ""
+        levels = f", {values['levels_per_image']} levels an image" if "levels_per_image" in values else ""
         error = values["standard_error"]
         of = f"{values['count']:,} images, {values['data']}, {values['split']}{asked}"
         figure = f"{values['bits_per_dim']:.4f}" + (f" ± {error:.4f}" if error else "")

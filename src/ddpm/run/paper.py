@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from ddpm import editing, likelihood, metrics, pixels, samplers
 from ddpm.errors import InputError, Stopped
-from ddpm.files import atomic, checkpoints, datasets, features, images, plots
+from ddpm.files import atomic, checkpoints, data, features, images, models, plots
 from ddpm.gaussian import bits_per_dim
 from ddpm.noise import mix, per_image
 from ddpm.presets import Preset, to_json
-from ddpm.run import evaluate, generate
-from ddpm.run.distributed import Processes
+from ddpm.run import evaluate, parts, quality, sample
+from ddpm.run.processes import Processes
 from ddpm.run.train import train
 
 # What the paper reports, in part; None where we have no figure of it, "unstable" as it says.
@@ -84,8 +84,8 @@ class Setup:
               user named one
     """
 
-    found: checkpoints.Checkpoint
-    images: Callable[[str], datasets.Images]
+    found: models.Checkpoint
+    images: Callable[[str], data.Images]
     out: Path
     cache: Path
     ranks: Processes
@@ -110,7 +110,7 @@ class Setup:
         held_out = self.images(self.split)
         if len(held_out) < count:
             raise InputError(f"{held_out.name}: {len(held_out)} images of split {self.split}; want at least {count}")
-        return evaluate.signal(held_out, range(count)).to(self.ranks.device)
+        return parts.as_signal(held_out, range(count)).to(self.ranks.device)
 
     def noise(self, count: int, key: int, same: bool = False) -> Callable[[int], Tensor]:
         """Draws for `count` images; the same ones for each if `same`."""
@@ -138,7 +138,7 @@ class Setup:
 
     def sampled(self) -> dict[str, Any]:
         """How samples are made."""
-        return generate.sampled(self.found.denoiser, self.sampler, self.levels(), self.spacing)
+        return sample.sampled(self.found.denoiser, self.sampler, self.levels(), self.spacing)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Setup:
 
 def table1(s: Setup) -> None:
     """Inception score, FID, and bits/dim of held-out and of training images."""
-    evaluate.probe(s.network(), s.images("train"))  # a mistake shows before hours of likelihood
+    quality.probe(s.network(), s.images("train"))  # a mistake shows before hours of likelihood
     held_out, seen = (_nll(s, split) for split in (s.split, "train"))
     found = _quality(s, ("is", "fid"))
     ours = (f"this run, {s.found.preset.loss}", *_scores(found), held_out["bits_per_dim"], seen["bits_per_dim"])
@@ -238,7 +238,7 @@ def fig5(s: Setup) -> None:
 def fig6(s: Setup) -> None:
     """x0^ as the reverse process goes on: a row a sample, from left to right."""
     n = s.n or 10
-    strip = generate.progressive(
+    strip = sample.progressive(
         s.found.denoiser, s.found.preset.shape, range(s.seed, s.seed + n), s.sampler, s.steps, columns=21,
         device=s.ranks.device, progress=s.progress,
     )  # fmt: skip
@@ -380,7 +380,7 @@ def _pixels(x: Tensor) -> Tensor:
     return small.flatten(1)
 
 
-def _by_parts(images: datasets.Images, of: Callable[[Tensor], Tensor]) -> Tensor:
+def _by_parts(images: data.Images, of: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([of(images.batch(range(i, min(i + 1000, len(images))))) for i in range(0, len(images), 1000)])
 
 
@@ -410,21 +410,21 @@ def _rate_distortion(s: Setup) -> dict[int, tuple[float, float]]:
 def _samples(s: Setup, count: int) -> Tensor:
     """uint8 [N, C, H, W], on the first process: those that were given, or `count` new ones."""
     if s.samples is not None:
-        return evaluate.read_samples(s.samples, s.found.preset.shape)
-    return evaluate.samples(
+        return quality.read_samples(s.samples, s.found.preset.shape)
+    return quality.samples(
         s.found, s.cache, s.ranks, count, s.seed, s.sampler, s.steps, s.batch_size, progress=s.progress
     )
 
 
 def _quality(s: Setup, wanted: Sequence[str]) -> dict[str, Any]:
-    """`evaluate.quality`, on the first process; nothing on others."""
+    """`quality.quality`, on the first process; nothing on others."""
     network, real = s.network(), s.images("train")  # a mistake shows before hours of sampling
     made = _samples(s, s.n or 50_000)
     if not s.ranks.first:
         return {}
     if s.samples is None:
         images.save(s.out / "samples.png", images.grid(made[:64].permute(0, 2, 3, 1).numpy()))
-    return evaluate.quality(wanted, made, real, network, s.cache, s.seed, s.ranks.device, s.progress)
+    return quality.quality(wanted, made, real, network, s.cache, s.seed, s.ranks.device, s.progress)
 
 
 def _distance(found: dict[str, Any]) -> str:

@@ -19,10 +19,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-import ddpm
 from ddpm.errors import InputError
 from ddpm.files import atomic, images
 from ddpm.files.plots import Panel, draw
+from ddpm.version import __version__
 
 LIMIT = 20_000_000
 """Bytes; a file that would be larger goes without the earlier grids of samples."""
@@ -83,7 +83,7 @@ def report(run: Path) -> Path:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{name} <small>a run of ddpm {ddpm.__version__}</small></h1>\n"
+        f"<h1>{name} <small>a run of ddpm {__version__}</small></h1>\n"
         f"{re.sub(r'(?s)<svg .*?</svg>', own_ids, ''.join(body))}</body>\n</html>\n"
     )
     atomic.write(run / "report.html", page.encode("utf-8", "replace"))  # a file's name may be no valid text

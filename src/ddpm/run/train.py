@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ddpm import kernels, losses, noise, pixels
+from ddpm import kernels, losses, noise, pixels, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
-from ddpm.files import atomic, checkpoints, datasets, images
+from ddpm.files import atomic, checkpoints, data, images, tensors
 from ddpm.presets import Preset, build, from_json, to_json
 from ddpm.run import ema
-from ddpm.run.distributed import Processes, pick_precision, processes, threads
-from ddpm.run.generate import generate, in_turn
-from ddpm.run.gpu import compile_stages, pick_compile
+from ddpm.run.device import compile_stages, pick_compile
+from ddpm.run.processes import Processes, pick_precision, processes, threads
+from ddpm.run.sample import generate, in_turn
 
 BUCKETS = 10
 HELD_OUT_SEED = 1 << 40  # far from the seeds of runs, so that held-out draws are the same in every run
@@ -63,7 +63,7 @@ def train(preset: Preset, out: Path) -> Result:
         preset = _settle(preset, out, ranks)
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
-        train_set, held_out_set = datasets.load_pair(
+        train_set, held_out_set = data.load_pair(
             preset.data, preset.size, preset.channels,
             image_column=preset.image_column or None, label_column=preset.label_column or None,
             skip_bad=preset.skip_bad, progress=ranks.first,
@@ -143,7 +143,7 @@ def train(preset: Preset, out: Path) -> Result:
         started = logged_at = time.monotonic()
         loss_sum, loss_steps = torch.zeros((), device=ranks.device), 0
         rate, held_out, watch = None, None, _Watch(ranks.device)
-        stream = datasets.batches(
+        stream = data.batches(
             train_set, preset.seed, preset.batch_size, step, preset.steps,
             part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
         )  # fmt: skip
@@ -157,8 +157,10 @@ def train(preset: Preset, out: Path) -> Result:
             # device; a CPU's generator takes 32 bits of the seed, so that of a million steps some share their noise:
             # with other images and levels, which does no harm.
             g = noise.generator(preset.seed, step, _BATCH)
-            t = datasets.send(losses.times(schedule, preset.batch_size, preset.times, g, preset.predict), ranks.device)
-            flips = datasets.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
+            t = data.send(
+                timesteps.sample(schedule, preset.batch_size, preset.timestep_sampling, g, preset.predict), ranks.device
+            )
+            flips = data.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
             draws.manual_seed(noise.mix(preset.seed, step, _EPS))
             eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
             y = _labels(train_set, preset, step, g, ranks) if preset.classes else None
@@ -182,7 +184,7 @@ def train(preset: Preset, out: Path) -> Result:
                 watch.check(out, loss)
             adam.step()
             adam.zero_grad(set_to_none=True)
-            ema.update(averaged, weights, ema.decay_at(step, preset.ema, preset.ema_warmup))
+            ema.update(averaged, weights, ema.decay_at(step, preset.ema_decay, preset.ema_warmup))
             step += 1
             bar.update()
 
@@ -257,7 +259,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 @torch.no_grad()
 @kernels.frozen()
 def held_out_by_level(
-    denoiser: Denoiser, held_out: datasets.Images, most: int, ranks: Processes,
+    denoiser: Denoiser, held_out: data.Images, most: int, ranks: Processes,
     stop: Callable[[], bool] = lambda: False, labelled: bool = False,
 ) -> list[float]:  # fmt: skip
     """L_simple of held-out images in BUCKETS equal ranges of t, lowest first; nan for a range that has no image,
@@ -286,7 +288,7 @@ def held_out_by_level(
     return means
 
 
-def _named(preset: Preset, out: Path, train_set: datasets.Images) -> Preset:
+def _named(preset: Preset, out: Path, train_set: data.Images) -> Preset:
     """The preset with the names of the classes, where it learns them; InputError where the images have no labels."""
     if not preset.classes:
         return preset
@@ -303,12 +305,12 @@ def _named(preset: Preset, out: Path, train_set: datasets.Images) -> Preset:
     return replace(preset, class_names=names)
 
 
-def _labels(train_set: datasets.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
+def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
     """The batch's classes, int64 [batch_size], some of them -1: not shown (Ho & Salimans 2022, Algorithm 1)."""
     assert train_set.labels is not None
-    y = train_set.labels[datasets.order(len(train_set), preset.seed, step, preset.batch_size)]
+    y = train_set.labels[data.order(len(train_set), preset.seed, step, preset.batch_size)]
     hidden = torch.rand(preset.batch_size, generator=g) < preset.label_dropout
-    return datasets.send(y.masked_fill(hidden, -1), ranks.device)
+    return data.send(y.masked_fill(hidden, -1), ranks.device)
 
 
 def _parts(preset: Preset, ranks: Processes) -> list[slice]:
@@ -379,9 +381,9 @@ def _resume(
             f"data {preset.data}: not the images that the run in {out} was trained on, those that {was} held; want "
             "these, or another --out"
         )
-    network.load_state_dict(checkpoints.read_tensors(folder / "raw.safetensors"))
-    average.load_state_dict(checkpoints.read_tensors(folder / "ema.safetensors"))
-    moments = checkpoints.read_tensors(folder / "optimizer.safetensors")
+    network.load_state_dict(tensors.read_tensors(folder / "raw.safetensors"))
+    average.load_state_dict(tensors.read_tensors(folder / "ema.safetensors"))
+    moments = tensors.read_tensors(folder / "optimizer.safetensors")
     for name, p in network.named_parameters():
         # as the weights lie in memory, which fused Adam wants
         adam.state[p] = {key: torch.empty_like(p).copy_(moments[f"{key}.{name}"]) for key in _MOMENTS}
@@ -487,7 +489,7 @@ def _tensorboard(out: Path, wanted: bool, step: int) -> AbstractContextManager[A
 
 def _announce(
     preset: Preset, out: Path, ranks: Processes, network: nn.Module,
-    train_set: datasets.Images, held_out: datasets.Images, step: int,
+    train_set: data.Images, held_out: data.Images, step: int,
 ) -> None:  # fmt: skip
     """A line on what is about to happen, and the warning that a run is too short for its average."""
     size = sum(p.numel() for p in network.parameters())
@@ -497,12 +499,13 @@ def _announce(
         f"{out}: {size:,} parameters, {len(train_set):,} images and {len(held_out):,} held out of {preset.data}, "
         f"{ranks.device}{many}, {preset.precision}, steps {step:,} to {preset.steps:,}",
     )
-    left = preset.ema**preset.steps
+    left = preset.ema_decay**preset.steps
     if left > 0.01 and not preset.ema_warmup and ranks.first:
         warnings.warn(
-            f"ema {preset.ema} averages over about {1 / (1 - preset.ema):,.0f} steps; after {preset.steps:,} steps "
-            f"{left:.0%} of the average is still the first weights, so its samples will look like noise: "
-            "use --ema-warmup, a lower --ema, or sample with --weights raw",
+            f"ema_decay {preset.ema_decay} averages over about {1 / (1 - preset.ema_decay):,.0f} steps; "
+            f"after {preset.steps:,} steps {left:.0%} of the average is still the first weights, "
+            "so its samples will look like noise: "
+            "use --ema-warmup, a lower --ema-decay, or sample with --weights raw",
             stacklevel=2,
         )
 

@@ -1,0 +1,134 @@
+"""Batches of images in an order that is a function of (seed, step)."""
+
+import functools
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ddpm.errors import InputError
+from ddpm.files import images as pictures
+from ddpm.files.data.loading import Images
+from ddpm.noise import generator
+
+_ORDER = 0x0DE5
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, epoch, _ORDER))
+
+
+def order(n: int, seed: int, step: int, batch_size: int) -> Tensor:
+    """Indices int64 [batch_size] in 0..n-1 of the images of step 0, 1, ...
+
+    Place p = step * batch_size + i of the stream is place p mod n of a permutation keyed by (seed, p // n): every
+    epoch visits each image once, and a run resumes at any step by asking for it.
+
+    >>> torch.cat([order(4, 0, step, 2) for step in (0, 1)]).sort().values
+    tensor([0, 1, 2, 3])
+    """
+    if n < 1 or step < 0 or batch_size < 1:
+        raise ValueError(f"want n >= 1, step >= 0, batch_size >= 1, got {n}, {step}, {batch_size}")
+    start, stop = step * batch_size, (step + 1) * batch_size
+    parts = [
+        _permutation(n, seed, epoch)[max(start - epoch * n, 0) : stop - epoch * n]
+        for epoch in range(start // n, (stop - 1) // n + 1)
+    ]
+    return torch.cat(parts)
+
+
+_Step: TypeAlias = tuple[Tensor, dict[int, str], pictures.Notes] | str
+
+
+@dataclass
+class _Steps(Dataset[_Step]):
+    """Step -> its images; an error as a string, since torch makes many lines of one raised in a worker."""
+
+    images: Images
+    seed: int
+    batch_size: int
+    part: slice
+
+    def __getitem__(self, step: int) -> _Step:
+        try:
+            return self.images.decode(order(len(self.images), self.seed, step, self.batch_size)[self.part])
+        except InputError as fault:
+            return str(fault)
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on `device`; to a CUDA device through pinned memory, so that nobody waits for the copy.
+
+    >>> send(torch.ones(2), "cpu")
+    tensor([1., 1.])
+    """
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def _fits(pixels: Tensor, device: torch.device) -> bool:
+    """Whether they take less than a quarter of a CUDA device's free memory; the rest is for the network."""
+    return device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 4
+
+
+def _in_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair; it ends its workers
+
+
+def batches(
+    images: Images,
+    seed: int,
+    batch_size: int,
+    start: int,
+    stop: int,
+    *,
+    part: slice | None = None,
+    workers: int = 2,
+    device: torch.device | str = "cpu",
+) -> Iterator[Tensor]:
+    """For each step in start..stop-1 its images on `device`, uint8 [b, C, H, W], as `order` lists them.
+
+    part: the slice of each batch of batch_size that this rank takes; all by default. workers: processes that decode
+    ahead if the images are not in memory (0: none); closing the iterator ends them. A CUDA device holds all images
+    that are in memory, where they fit. Raises what `Images.batch` raises.
+
+    >>> from ddpm.files.data import load
+    >>> next(batches(load("digits", (8, 8), 1), seed=0, batch_size=16, start=5, stop=9)).shape
+    torch.Size([16, 1, 8, 8])
+    """
+    part, device = part or slice(None), torch.device(device)
+    if images.pixels is not None:
+        pixels = images.pixels.to(device) if _fits(images.pixels, device) else images.pixels
+        for step in range(start, stop):
+            rows = images.rows[order(len(images), seed, step, batch_size)[part]]
+            yield send(pixels[send(rows, pixels.device)], device)
+        return
+    if workers == 0:
+        for step in range(start, stop):
+            yield send(images.batch(order(len(images), seed, step, batch_size)[part]), device)
+        return
+    loader = DataLoader(
+        _Steps(images, seed, batch_size, part),
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        prefetch_factor=4,
+        worker_init_fn=_in_worker,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    steps = iter(loader)
+    try:
+        for found in steps:
+            if isinstance(found, str):
+                raise InputError(found)
+            pixels, faults, notes = found
+            images.report(faults, notes)
+            yield send(pixels, device)
+    finally:
+        del steps  # the last reference: ends the workers

@@ -1,0 +1,203 @@
+"""Data sets in Hugging Face layout: parquet files, folders saved by `datasets`, and the hub."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.errors import InputError
+from ddpm.files import images as pictures
+from ddpm.files.data.listing import ACCEPTED, Encoded, Listing, Splits, natural
+
+_LABELS = ("label", "labels", "class", "fine_label")
+
+
+@dataclass
+class Rows:
+    title: str
+    rows: Any  # datasets.Dataset of one column, in arrow format
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"row {index} of {self.title}"
+
+    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
+        lo, hi = min(indices), max(indices) + 1
+        dense = list(indices) == list(range(lo, hi))
+        column = (self.rows[lo:hi] if dense else self.rows[list(indices)]).column(0).to_pylist()
+        return [self._encoded(i, cell) for i, cell in zip(indices, column, strict=True)]
+
+    def _encoded(self, index: int, cell: Any) -> Encoded | InputError:
+        if isinstance(cell, dict):
+            cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
+        if isinstance(cell, str):
+            return Path(cell)
+        return cell if isinstance(cell, bytes) else InputError(f"{self.name(index)}: no image in that row")
+
+    def identity(self) -> Iterable[bytes]:
+        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+        for start in range(0, len(self), 10_000):
+            column = self.rows[start : start + 10_000].column(0)
+            parts = [column]
+            if pa.types.is_struct(column.type):
+                names = [name for name in ("path", "bytes") if column.type.get_field_index(name) >= 0]
+                parts = [pc.struct_field(column, name) for name in names]
+            for part in parts:
+                part = part.cast(pa.string()) if pa.types.is_null(part.type) else part  # no path in any row
+                yield np.asarray(pc.fill_null(pc.binary_length(part), -1)).astype("<i8").tobytes()
+
+
+@contextmanager
+def _quiet(progress: bool, offline: bool) -> Iterator[None]:
+    """Set the bars of `datasets`; offline, it neither tells its servers of a local load nor retries half a minute."""
+    import datasets
+    import huggingface_hub.constants
+
+    bars = datasets.are_progress_bars_disabled()
+    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
+    if offline:
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        (datasets.disable_progress_bars if bars else datasets.enable_progress_bars)()
+        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def load_local(source: str, path: Path, files: list[str], saved: bool, progress: bool) -> Any:
+    import datasets
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    for file in files:  # `datasets` does not say which one is damaged
+        if (path / file).suffix.lower() == ".parquet":
+            try:
+                pyarrow.parquet.ParquetFile(path / file).close()
+            except (OSError, ValueError) as fault:
+                raise InputError(f"{path / file}: damaged or empty parquet file ({pictures.one_line(fault)})") from None
+    with _quiet(progress, offline=True):
+        try:
+            if saved:
+                return datasets.load_from_disk(str(path))
+            if path.is_file():
+                return datasets.load_dataset("parquet", data_files={"train": str(path)})
+            return datasets.load_dataset(str(path))
+        except Exception as fault:  # whatever `datasets` raises, it is about these files
+            raise InputError(f"{source}: not a data set ({pictures.one_line(fault.__cause__ or fault)})") from fault
+
+
+def load_hub(source: str, progress: bool) -> Any:
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    name, _, config = source.partition(":")
+    unreachable = False
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except RepositoryNotFoundError:
+        raise InputError(f"{source}: no such file or folder, and no such data set on the hub; {ACCEPTED}") from None
+    except Exception:  # no network: what was loaded before is still in the cache
+        unreachable = True
+    with _quiet(progress, offline=unreachable):
+        try:
+            if unreachable and "/" not in name:  # in the cache a local folder of that name looks the same
+                raise ConnectionError(name)
+            return datasets.load_dataset(name, config or None)
+        except Exception as fault:
+            if unreachable:
+                reason = "no such file or folder, and the Hugging Face hub cannot be reached"
+                raise InputError(f"{source}: {reason}; {ACCEPTED}") from fault
+            raise InputError(f"{source}: cannot be loaded from the hub ({pictures.one_line(fault)})") from fault
+
+
+def listings(source: str, loaded: Any, columns: tuple[str | None, str | None]) -> Splits:
+    splits = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+    def listing(split: str) -> Listing:
+        rows = splits[split]
+        column = _image_column(source, rows.features, columns[0])
+        labels, names = _labels(source, splits, split, columns[1])
+        plain = rows.select_columns([column]).with_format("arrow")
+        return Listing(Rows(f"{source} ({split})", plain), labels, names)
+
+    return {split: functools.partial(listing, split) for split in splits}
+
+
+def _image_column(source: str, features: Any, named: str | None) -> str:
+    import datasets
+
+    def holds_files(feature: Any) -> bool:
+        return isinstance(feature, dict) and "bytes" in feature
+
+    def holds_bytes(feature: Any) -> bool:
+        return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+    def is_image(feature: Any) -> bool:
+        return isinstance(feature, datasets.Image)
+
+    kinds = (is_image, holds_files, holds_bytes)
+    if named is not None:
+        _known(source, "image column", named, features)
+        if any(kind(features[named]) for kind in kinds):
+            return named
+        raise InputError(f"image column {named}: holds no images, the columns of {source} are {', '.join(features)}")
+    for kind in kinds:
+        found: list[str] = [name for name, feature in features.items() if kind(feature)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise InputError(f"{source}: columns {', '.join(found)} hold images, want the image column named")
+    raise InputError(f"{source}: no column of images among {', '.join(features)}")
+
+
+def _labels(
+    source: str, splits: dict[str, Any], split: str, named: str | None
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Labels 0..K-1 and class names, which are those of all splits together; None if there are none or some lack."""
+    import datasets
+
+    features = splits[split].features
+    whole = ("bool", "string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+    able = [name for name, feature in features.items() if getattr(feature, "dtype", None) in whole]
+    classes = [name for name in able if isinstance(features[name], datasets.ClassLabel)]
+    if named is not None:
+        _known(source, "label column", named, features)
+        if named not in able:
+            raise InputError(f"label column {named}: no labels; those of {source} with any are {', '.join(able)}")
+        column = named
+    else:
+        usual = [name for group in (classes, able) for name in _LABELS if name in group]
+        if not (usual or len(classes) == 1):
+            return None, None
+        column = (usual or classes)[0]
+    cells: list[Any] = splits[split].select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
+    if isinstance(features[column], datasets.ClassLabel):
+        names = tuple(features[column].names)
+        missing = any(cell is None or cell < 0 for cell in cells)  # -1: a test set that keeps its labels secret
+        labels = None if missing else np.array(cells, np.int64)
+    else:
+        values = {v for rows in splits.values() if column in rows.features for v in rows.unique(column)} - {None}
+        number = {
+            value: k for k, value in enumerate(sorted(values, key=lambda v: natural(v) if isinstance(v, str) else v))
+        }
+        names = tuple(map(str, number))
+        missing = any(cell is None for cell in cells)
+        labels = None if missing else np.array([number[cell] for cell in cells], np.int64)
+    if missing and named is not None:
+        raise InputError(f"label column {named}: some rows of {source} ({split}) have no label")
+    return (None, None) if labels is None else (labels, names)
+
+
+def _known(source: str, option: str, named: str, features: Any) -> None:
+    if named not in features:
+        raise InputError(f"{option} {named}: no such column, {source} has {', '.join(features)}")
