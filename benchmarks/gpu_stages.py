@@ -391,7 +391,7 @@ def real_run(plan: Values) -> Values:
     """The program itself on images from a file, ended by SIGTERM; its log after the first line."""
     options, most, enough = sizes(plan)["train"]
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "ddpm.run.cli", "train", "cifar10", "--data", plan["data"], *options]
+        words = [sys.executable, "-m", "ddpm", "train", "cifar10", "--data", plan["data"], *options]
         begun, seen = time.monotonic(), None
         with Path(folder, "log").open("w") as log:
             process = subprocess.Popen([*words, "--out", f"{folder}/run"], stdout=log, stderr=log)

@@ -208,7 +208,7 @@ def sample(folder: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
     out = folder / "samples.npz"
     if name == "ours":
         words = ["sample", folder / "run", "-n", args.samples, "--sampler", "ddim", "--steps", 50, "--out", out]
-        command = [sys.executable, "-m", "ddpm.run.cli", *map(str, words)]
+        command = [sys.executable, "-m", "ddpm", *map(str, words)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         with np.load(out) as saved:
             made = saved[saved.files[0]]

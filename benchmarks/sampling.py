@@ -22,10 +22,9 @@ import ddpm.files.images
 import ddpm.noise
 import ddpm.run.processes
 import ddpm.run.sample
-from ddpm import pixels
+from ddpm import cli, pixels
 from ddpm.denoiser import Denoiser
 from ddpm.presets import PRESETS, Preset
-from ddpm.run import cli
 from ddpm.run.train import train
 from ddpm.unet import UNet
 

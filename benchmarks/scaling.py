@@ -59,7 +59,7 @@ def program(network: str, batch: int, steps: int, processes: int, threads: int) 
     """Seconds a step of one `ddpm train`, by its log, without the first step."""
     with tempfile.TemporaryDirectory() as folder:
         name = "cifar10" if network == "paper" else "cifar10_small"
-        words = ["-m", "ddpm.run.cli", "train", name, "--data", "digits", "--eval-images", "1", "--sample-every", "0"]
+        words = ["-m", "ddpm", "train", name, "--data", "digits", "--eval-images", "1", "--sample-every", "0"]
         words += ["--steps", str(steps + 1), "--log-every", "1", "--save-every", "1000000", "--batch-size", str(batch)]
         words += ["--ema-warmup", "--device", "cpu", "--out", f"{folder}/run"]
         if processes > 1:

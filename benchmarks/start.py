@@ -37,9 +37,9 @@ def child(command: list[str]) -> None:
     import ddpm.run.processes
     import ddpm.run.sample
     import ddpm.run.train as training
+    from ddpm import cli
     from ddpm.files import data as datasets
     from ddpm.files import images
-    from ddpm.run import cli
 
     stamps["other imports"] = time.perf_counter() - start
     parts = record.Parts()
@@ -90,7 +90,7 @@ def started(command: list[str]) -> dict[str, float]:
 def first_line(out: Path) -> float:
     """Seconds from `ddpm train digits` to the line of its first step, without anything of ours in the process."""
     log, begun = out / "metrics.jsonl", time.perf_counter()
-    words = [sys.executable, "-m", "ddpm.run.cli", "train", "digits", "--log-every", "1", "--out", str(out)]
+    words = [sys.executable, "-m", "ddpm", "train", "digits", "--log-every", "1", "--out", str(out)]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         while not (log.exists() and '"loss"' in log.read_text()):
@@ -106,7 +106,7 @@ def first_line(out: Path) -> float:
 def first_image(run: Path, out: Path) -> float:
     """Seconds that `ddpm sample RUN -n 1` takes."""
     begun = time.perf_counter()
-    words = [sys.executable, "-m", "ddpm.run.cli", *sampling(run, out)]
+    words = [sys.executable, "-m", "ddpm", *sampling(run, out)]
     subprocess.run(words, capture_output=True, check=True)
     return time.perf_counter() - begun
 
@@ -141,7 +141,7 @@ def main() -> None:
         folder = Path(temporary)
         run = folder / "run"
         short = ["--steps", "1", "--sample-every", "0", "--eval-images", "1", "--out", str(run)]
-        words = [sys.executable, "-m", "ddpm.run.cli", "train", "digits", *short]
+        words = [sys.executable, "-m", "ddpm", "train", "digits", *short]
         subprocess.run(words, capture_output=True, check=True)
         totals: dict[str, list[float]] = {"train": [], "sample": []}
         parts: dict[str, list[dict[str, float]]] = {"train": [], "sample": []}

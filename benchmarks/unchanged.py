@@ -35,11 +35,11 @@ from safetensors import safe_open
 # -- all names that depend on the package: a later version of this script changes them here and nowhere else -----------
 import ddpm
 from ddpm import kernels, likelihood, losses, metrics, noise, ode, pixels, timesteps
+from ddpm.cli import main
 from ddpm.codec import archive
 from ddpm.files import data
 from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS, to_json
-from ddpm.run.cli import main
 from ddpm.run.compress import load_codec
 from ddpm.run.sample import trajectory, visited
 from ddpm.samplers import SAMPLERS

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm.run.cli import main
+from ddpm.cli import main
 
 TINY = (
     "train digits --no-classes --width 32 --channel-multipliers 1 --num-res-blocks 1 --attention-resolutions 0 "

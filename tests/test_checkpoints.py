@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import ddpm
+from ddpm.cli import main
 from ddpm.files import checkpoints, opening
 from ddpm.files.tensors import save_tensors
-from ddpm.run.cli import main
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from torch import Tensor
 
 import ddpm
 from ddpm import losses, schedule
+from ddpm.cli import main
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import interop
 from ddpm.files.opening import open_checkpoint
 from ddpm.run import device, edit
-from ddpm.run.cli import main
 from ddpm.run.edit import Way
 from ddpm.run.sample import generate
 from ddpm.unet import UNet
@@ -275,19 +275,19 @@ def test_edits_a_few_at_a_time_are_the_same(
     ("command", "words"),
     [
         ("sample RUN --class yellow", "--class 'yellow': want black, grey, white, or all"),
-        ("sample RUN --guidance 2", "--guidance: of nothing without --class NAME"),
+        ("sample RUN --guidance 2", "--guidance needs --class NAME"),
         ("sample RUN --class grey --guidance-interval 5", "--guidance-interval: '5': want two levels as 100,900"),
         (
             "sample RUN --class grey --guidance-interval 5,25",
             "guidance interval 5, 25: want two levels in order",
         ),
         ("sample RUN --class grey --clip 2", "--clip: '2': want static, none or a number between 0 and 1"),
-        ("sample OTHER --class grey", "was not trained with --classes"),
+        ("sample OTHER --class grey", "was not trained with classes"),
         ("edit RUN IMAGE --t -1", "t -1: want 0 to 20"),
         ("edit RUN IMAGE --batch-size 0", "--batch-size 0: want a whole number of at least 1"),
         ("edit RUN IMAGE --invert 2 -n 2", "n 2: inversion has one answer for a class; want 1 at most"),
         ("edit RUN IMAGE --invert 2 --clip static", "--clip: not with --invert"),
-        ("sample NEVER --class grey --guidance 2", "never was without a label; want 1, none"),
+        ("sample NEVER --class grey --guidance 2", "never saw an image without its label; want 1"),
         ("sample RUN --sigma-hat", "--sigma-hat: only --sampler ddim has it"),
         ("sample RUN --sampler heun --spacing linear", "--spacing 'linear': want uniform, quadratic, log_snr, karras"),
     ],
@@ -344,7 +344,7 @@ def test_classes_that_cannot_be_learned(labelled: Path, tmp_path: Path, capsys: 
     options = ["--data", str(tmp_path / "set"), "--classes", "--size", "8", "--steps", "2"]
     assert train(tmp_path / "run", *options) == 0
     assert "classes without a training image, which cannot be learned: white" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"label_dropout 1\.0: no label would be shown"):
+    with pytest.raises(InputError, match=r"label_dropout 1\.0: would hide every label"):
         replace(ddpm.PRESETS["digits"], label_dropout=1.0)
 
 
@@ -363,4 +363,4 @@ def test_evaluate_measures_samples_of_classes(run: Path, tmp_path: Path, capsys:
     assert same["frechet_distance"] == pytest.approx(found["frechet_distance"])
     for wrong in (["--metrics", "nll"], ["--samples", str(tmp_path / "s.npz"), *features]):
         assert main(["evaluate", str(run), "--class", "black", *wrong]) == 2
-        assert "--class black: of samples that are made here" in capsys.readouterr().err
+        assert "--class black: needs --metrics fid" in capsys.readouterr().err

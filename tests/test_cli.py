@@ -19,16 +19,16 @@ from conftest import TINY, train
 from PIL import Image
 
 import ddpm
+from ddpm.cli import main
 from ddpm.files import data, images
 from ddpm.presets import PRESETS
-from ddpm.run.cli import main
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["paper", "--help"], ["--version"]])
 def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     """None of the heavy packages is imported for it, which is what makes it quick."""
     program = (
-        "import sys\nfrom ddpm.run.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "import sys\nfrom ddpm.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
         "    code = end.code\nheavy = {'torch', 'numpy', 'PIL', 'datasets', 'sklearn', 'tqdm'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
@@ -89,9 +89,9 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("train digits --channel-multipliers 1,two", nothing, ["--channel-multipliers", "'1,two'", "whole numbers"]),
     # settings
     ("train digits --steps -5", nothing, ["steps -5", "at least 1"]),
-    ("train digits --batch-size 0", nothing, ["batch_size 0", "at least 1"]),
+    ("train digits --batch-size 0", nothing, ["--batch-size 0", "at least 1"]),
     ("train digits --lr nan", nothing, ["lr nan", "a finite number"]),
-    ("train digits --ema-decay 1 --no-ema-warmup", nothing, ["ema_decay 1.0", "at most 0.999999"]),
+    ("train digits --ema-decay 1 --no-ema-warmup", nothing, ["--ema-decay 1.0", "at most 0.999999"]),
     ("train digits --seed 9223372036854775808", nothing, ["seed 9223372036854775808", "at most 9223372036854775807"]),
     ("train digits --dropout 1.5", nothing, ["dropout 1.5", "at most 0.99"]),
     ("train digits --width 100", nothing, ["width 100", "multiple of 32"]),
@@ -104,15 +104,15 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("train digits --batch-size 8 --accumulate 3", nothing, ["accumulate 3", "batch_size 8"]),
     ("train digits --patch 4", nothing, ["patch 4", "1, 2"]),
     ("train digits --size 10 --patch 2", nothing, ["size 10x10", "8 and 12"]),
-    ("train digits --weighting p2 --predict mu", nothing, ["weighting p2", "no mu"]),
+    ("train digits --weighting p2 --predict mu", nothing, ["weighting p2", "eps, x0 or v"]),
     (
         "train digits --timestep-sampling bound --predict mu",
         nothing,
-        ["timestep_sampling bound", "uniform or stratified for mu"],
+        ["--timestep-sampling bound", "uniform or stratified for mu"],
     ),
     ("train digits --weighting p2 --loss vlb", nothing, ["weighting p2", "loss simple"]),
     ("train digits --cooldown 2", nothing, ["cooldown 2.0", "at most 1"]),
-    ("train digits --num-timesteps 10", nothing, ["sample_steps 50", "at most num_timesteps, 10"]),
+    ("train digits --num-timesteps 10", nothing, ["--sample-steps 50", "at most num_timesteps, 10"]),
     ("train digits --device gpu", nothing, ["device 'gpu'", "auto, cpu, cuda"]),
     # data
     ("train lsun_cat", nothing, ["data", "--data SOURCE"]),
@@ -235,7 +235,7 @@ def test_a_memory_that_is_full_is_one_line(
     monkeypatch.setattr("ddpm.run.sample.generate", raises(fault))
     assert main(["sample", str(trained), "-n", "1"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("ddpm: the memory is full; fewer images at once (--batch-size) take less")
+    assert err.startswith("ddpm: the memory is full; use a smaller --batch-size")
     assert err.count("\n") == 1
 
 
@@ -248,7 +248,7 @@ def test_a_place_where_nothing_can_be_made_is_one_line(trained: Path, capsys: py
 def test_an_empty_out_is_a_mistake(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a shell variable that is not set makes it."""
     assert main(["sample", str(trained), "--out", ""]) == 2
-    assert capsys.readouterr().err == "ddpm: out '': want a name that ends in .png or .npz, or a folder\n"
+    assert capsys.readouterr().err == "ddpm: --out '': want a name that ends in .png or .npz, or a folder\n"
 
 
 def test_what_the_system_refuses_is_one_line(
@@ -274,7 +274,7 @@ def test_what_was_done_as_json(trained: Path, tmp_path: Path, capsys: pytest.Cap
 def test_ctrl_c_while_torch_loads() -> None:
     """One line and 130, whatever numpy is in the middle of."""
     program = (
-        "import os, signal\nfrom ddpm.run import cli\nwith cli._importing():\n"
+        "import os, signal\nfrom ddpm.cli.options import importing\nwith importing():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    import torch\n"
     )
     done = subprocess.run(
@@ -337,7 +337,7 @@ def test_interpolate(trained: Path, pictures: Path, capsys: pytest.CaptureFixtur
     assert main([*words, "--out", str(pictures / "row.png")]) == 0
     assert Image.open(pictures / "row.png").size == (3 * 34 + 2, 36)
     assert main([*words, "--t", "21", "--out", str(pictures / "x.png")]) == 2
-    assert capsys.readouterr().err.endswith("ddpm: t 21: want 0 to 20\n")
+    assert capsys.readouterr().err.endswith("ddpm: --t 21: want 0 to 20\n")
     assert not (pictures / "x.png").exists()
 
 
@@ -359,7 +359,7 @@ def test_edit(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str])
         (["--t", "21"], "t 21: want 0 to 20"),
         (["--invert", "2", "--sampler", "ancestral"], "draws noise, which inversion knows nothing of; want ddim"),
         (["--invert", "-1"], "--invert -1: want a whole number of at least 0"),
-        (["--class", "seven"], "was not trained with --classes"),
+        (["--class", "seven"], "was not trained with classes"),
     ):
         assert main([*words, *more]) == 2
         assert reason in capsys.readouterr().err
@@ -428,7 +428,7 @@ def test_calibrate_and_use_it(trained: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["calibrate", str(run), "-n", "4"]) == 2
     assert capsys.readouterr().err == (
-        f"ddpm: {file}: has tables of the codec, which files need; want --codec 0 or --replace\n"
+        f"ddpm: {file}: has the codec's tables, which compressed files need; want --codec 0 or --replace\n"
     )
     assert file.read_bytes() == before
     assert main(["calibrate", str(run), "-n", "4", "--codec", "0"]) == 0

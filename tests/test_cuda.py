@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 import ddpm
 from ddpm import losses, noise
+from ddpm.cli import main
 from ddpm.files import data
 from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS, build
 from ddpm.run import device
-from ddpm.run.cli import main
 from ddpm.run.processes import Processes
 from ddpm.run.sample import generate
 from ddpm.samplers import SAMPLERS

@@ -14,13 +14,13 @@ import pytest
 import torch
 from conftest import TINY, assert_close, losses, metrics, steps, tensors, train
 
+from ddpm.cli import main
 from ddpm.errors import InputError
-from ddpm.run.cli import main
 from ddpm.run.processes import Processes, opened, pick_device, pick_precision, threads
 
 PROGRAM = """
 import json, os, sys, torch
-from ddpm.run.cli import main
+from ddpm.cli import main
 first, *others = json.loads(sys.argv[1])
 codes = [main(first)]  # joins the two, and parts them; a second time they need another place to meet
 os.environ.update(MASTER_PORT=sys.argv[2], TORCHELASTIC_USE_AGENT_STORE="False")

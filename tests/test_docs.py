@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import ddpm.files.data
-from ddpm import presets
+from ddpm import cli, presets
 from ddpm.files import images
-from ddpm.run import cli
 
 ROOT = Path(__file__).parents[1]
 SHORT = {

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from ddpm import gaussian, likelihood, metrics, pixels, schedule
+from ddpm.cli import main
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import data, features, models, opening
 from ddpm.files.opening import open_checkpoint
 from ddpm.noise import per_image
 from ddpm.run import calibrate, evaluate, parts, quality, sample
-from ddpm.run.cli import main
 from ddpm.run.processes import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -426,9 +426,9 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
     [
         (["--metrics", "bits"], "bits"),
         (["-n", "0"], "-n"),
-        (["--levels-per-image", "21"], "levels_per_image 21"),
+        (["--levels-per-image", "21"], "--levels-per-image 21"),
         (["--split", "nothing"], "nothing"),
-        (["--samples", "a.npz"], "--samples a.npz: of nothing without --metrics fid"),
+        (["--samples", "a.npz"], "--samples a.npz: needs --metrics fid"),
         (["--metrics", "fid", "--features", "mine.py"], "FILE.py:function"),
         (["--metrics", "fid", "--inception", "none.pth"], "none.pth"),
         (["--metrics", "fid", "--samples", "none.npz", "--features", "f.py:g"], "f.py"),

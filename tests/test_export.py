@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import ddpm
+from ddpm.cli import main
 from ddpm.files import data, models, opening
 from ddpm.files.tensors import file_sha256
 from ddpm.presets import PRESETS
 from ddpm.run import export
-from ddpm.run.cli import main
 from ddpm.run.processes import processes
 from ddpm.run.train import held_out_by_level
 
@@ -57,7 +57,7 @@ def test_weights_are_those_of_the_run_rounded(trained: Path, here: Path) -> None
 
 def test_the_same_weights_give_the_same_bytes(trained: Path, here: Path) -> None:
     """In another process, too, so that a hash is of the model; and an export of an export is the same model."""
-    words = [sys.executable, "-m", "ddpm.run.cli", "export", str(trained), "--out", "b.safetensors"]
+    words = [sys.executable, "-m", "ddpm", "export", str(trained), "--out", "b.safetensors"]
     assert main(["export", str(trained), "--out", "a.safetensors"]) == 0
     subprocess.run(words, check=True, capture_output=True)
     assert main(["export", "a.safetensors", "--out", "c.safetensors"]) == 0
@@ -184,7 +184,7 @@ def test_mistakes(words: list[str], reason: str, trained: Path, here: Path, caps
 
 def test_sample_by_name_from_an_empty_folder(here: Path) -> None:
     """What the README begins with."""
-    program = [sys.executable, "-m", "ddpm.run.cli", "sample", "digits", "-n", "4", "--steps", "20", "--out", "a.npz"]
+    program = [sys.executable, "-m", "ddpm", "sample", "digits", "-n", "4", "--steps", "20", "--out", "a.npz"]
     subprocess.run(program, check=True, capture_output=True)
     assert np.load("a.npz")["arr_0"].shape == (4, 8, 8, 1)
     assert [p.name for p in here.iterdir()] == ["a.npz"]

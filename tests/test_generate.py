@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import ddpm
+from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.files import checkpoints
 from ddpm.files import images as pictures
@@ -22,7 +23,6 @@ from ddpm.files.models import read_calibration
 from ddpm.files.opening import open_checkpoint
 from ddpm.noise import per_image
 from ddpm.run import device
-from ddpm.run.cli import main
 from ddpm.run.sample import generate, progressive, trajectory, visited
 from ddpm.samplers import SAMPLERS, Levels, named
 from ddpm.spacing import SPACINGS, bound_cost

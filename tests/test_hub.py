@@ -17,9 +17,9 @@ from diffusers import DDIMPipeline, UNet2DModel
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 import ddpm
+from ddpm.cli import main
 from ddpm.files.opening import open_checkpoint
 from ddpm.noise import per_image
-from ddpm.run.cli import main
 from ddpm.run.parts import model_key
 
 
@@ -97,7 +97,7 @@ def test_what_a_folder_of_diffusers_is_refused(trained: Path, here: Path, capsys
     for words, reason in (
         (
             ["calibrate", "theirs", "--data", "digits"],
-            "theirs: stays as it came; calibrate a copy: `ddpm im",
+            "theirs: this model cannot be changed; calibrate a copy: `ddpm im",
         ),
         (["export", "theirs", "--out", "a.safetensors"], "`ddpm import` makes one of our files of it"),
         (["import", "theirs", "--preset", "cifar10", "--out", "a.safetensors"], "want no --preset"),
@@ -158,9 +158,7 @@ def test_without_a_network_it_is_one_line(here: Path) -> None:
     """The real call, at a port where nobody listens."""
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(here / "cache")}
     for words in (["sample", "hf:google/ddpm-cifar10-32"], ["export", "digits", "--to", "hub", "hf:a/b"]):
-        made = subprocess.run(
-            [sys.executable, "-m", "ddpm.run.cli", *words], env=environment, capture_output=True, text=True
-        )
+        made = subprocess.run([sys.executable, "-m", "ddpm", *words], env=environment, capture_output=True, text=True)
         assert made.returncode == 2
         assert made.stderr.splitlines()[-1].startswith(f"ddpm: {words[-1]}: the hub cannot be reached")
         assert "Traceback" not in made.stderr

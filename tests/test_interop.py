@@ -19,6 +19,7 @@ from torch import nn
 
 import ddpm
 from ddpm import samplers
+from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.files import interop, models
 from ddpm.files.interop import diffusers as folders
@@ -26,7 +27,6 @@ from ddpm.files.interop import from_ddim, from_diffusers, to_diffusers, to_ours,
 from ddpm.files.models import Checkpoint
 from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS, Preset, build
-from ddpm.run.cli import main
 from ddpm.schedule import SCHEDULES
 
 CIFAR10, CELEBAHQ = PRESETS["cifar10"], PRESETS["celebahq256"]
@@ -304,7 +304,7 @@ def test_class_labels_go_out_and_come_in(tmp_path, capsys):
     for found in (folder, tmp_path / "in.safetensors"):
         words = ["sample", str(found), "-n", "1", "--steps", "1", "--out", str(tmp_path / "a.png"), "--class", "3"]
         assert main([*words, "--guidance", "2"]) == 2
-        assert "never was without a label; want 1, none" in capsys.readouterr().err
+        assert "never saw an image without its label; want 1" in capsys.readouterr().err
         assert main([*words, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["guidance"] == 1
 

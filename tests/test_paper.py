@@ -13,12 +13,13 @@ from exact import correlated, network
 from PIL import Image
 
 from ddpm import likelihood, pixels, schedule
+from ddpm.cli import main
 from ddpm.denoiser import Denoiser
 from ddpm.files import data, images
 from ddpm.files.opening import open_checkpoint
 from ddpm.gaussian import q
 from ddpm.noise import per_image
-from ddpm.run import cli, paper, sample
+from ddpm.run import paper, sample
 from ddpm.unet import UNet
 
 FEATURES = "def rows(x):\n    x = x.reshape(len(x), -1)[:, 3::8] + 1.0\n    return x, x / x.sum(1)[:, None]\n"
@@ -31,7 +32,7 @@ def made(trained, tmp_path_factory):
     shutil.copytree(trained, run)
     (run / "mine.py").write_text(FEATURES)
     words = ["--run", str(run), "-n", "4", "--features", f"{run}/mine.py:rows", "--batch-size", "3"]
-    assert cli.main(["paper", *paper.EXPERIMENTS, *words]) == 0
+    assert main(["paper", *paper.EXPERIMENTS, *words]) == 0
     return run
 
 
@@ -62,7 +63,7 @@ def test_each_says_what_it_is_of(made):
 
 def test_table_1_is_what_evaluate_says_beside_the_papers_rows(made, capsys):
     ours, *paper_rows = table(made, "table1")
-    assert cli.main(["evaluate", str(made), "-n", "4", "--batch-size", "3", "--json", "--out", str(made / "e")]) == 0
+    assert main(["evaluate", str(made), "-n", "4", "--batch-size", "3", "--json", "--out", str(made / "e")]) == 0
     expected = json.loads(capsys.readouterr().out)["bits_per_dim"]
     assert float(ours["NLL_test"]) == pytest.approx(expected, rel=1e-5)
     assert float(ours["frechet_distance"]) > 0
@@ -117,7 +118,7 @@ def test_figures_7_to_9_visit_the_levels_that_are_asked_for(trained, tmp_path, m
     starts = {"fig7": [20], "fig8": [10], "fig9": [20, 17, 15, 12, 10, 7, 5, 2]}
     for name, tops in starts.items():
         seen.clear()
-        assert cli.main(["paper", name, *words]) == 0
+        assert main(["paper", name, *words]) == 0
         assert seen == {t for top in tops for t in (*visited, top) if t <= top}
         about = json.loads((tmp_path / f"{name}.json").read_text())
         assert (about["steps"], about["sampler"], about["spacing"]) == (5, "ancestral", "quadratic")
@@ -185,7 +186,7 @@ def test_planted_copies_are_the_duplicates(trained, tmp_path, capsys):
         "--out",
         str(tmp_path / "o"),
     ]
-    assert cli.main(["paper", "neighbours", "--run", str(trained), *words]) == 0
+    assert main(["paper", "neighbours", "--run", str(trained), *words]) == 0
     with (tmp_path / "o" / "neighbours.csv").open() as file:
         rows = list(csv.DictReader(file))
     first = {int(r["sample"]): r for r in rows if r["space"] == "pixels" and r["rank"] == "1"}
@@ -202,9 +203,9 @@ def test_table_2_trains_six_runs_and_goes_on_with_them(tmp_path, trained, capsys
     (tmp_path / "mine.py").write_text(FEATURES)
     base = tmp_path / "base"
     words = [*TINY, "--out", str(base), "--steps", "3", "--save-every", "3"]
-    assert cli.main(words) == 0
+    assert main(words) == 0
     words = ["paper", "table2", "--run", str(base), "-n", "4", "--features", f"{tmp_path}/mine.py:rows"]
-    assert cli.main(words) == 0
+    assert main(words) == 0
     rows = table(base, "table2")
     assert [(r["predict"], r["loss"], r["variance"]) for r in rows] == [
         ("mu", "vlb", "learned"), ("mu", "vlb", "fixed_large"), ("mu", "simple", "fixed_large"),
@@ -215,7 +216,7 @@ def test_table_2_trains_six_runs_and_goes_on_with_them(tmp_path, trained, capsys
     assert all(float(r["NLL"]) > 0 for r in rows)
     assert rows[-1]["step"] == "3"
     before = {p: p.stat().st_mtime_ns for p in (base / "paper" / "table2").rglob("*.safetensors")}
-    assert cli.main(words) == 0
+    assert main(words) == 0
     assert {p: p.stat().st_mtime_ns for p in (base / "paper" / "table2").rglob("*.safetensors")} == before
     assert table(base, "table2") == rows
 
@@ -248,7 +249,7 @@ def test_mistakes(trained, tmp_path, capsys, monkeypatch, words, reason):
     Path("dumb.py").write_text("def f(x):\n    return x.reshape(len(x), -1)\n")
     Path("mine.py").write_text(FEATURES)
     words = [w.replace("{run}", str(trained)) for w in words]
-    assert cli.main(["paper", *(["--out", "out"]), *words]) == 2
+    assert main(["paper", *(["--out", "out"]), *words]) == 2
     error = capsys.readouterr().err
     assert reason in error
     assert error.count("\n") == 1

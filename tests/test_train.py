@@ -68,7 +68,7 @@ def test_n_steps_and_n_steps_are_2n_steps_to_the_bit(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     """SIGKILL while it saves at every other step: no step is lost but those since, none is logged twice or by half."""
     run, every = tmp_path / "run", 2
-    command = [sys.executable, "-m", "ddpm.run.cli", *TINY, "--dropout", "0.3", "--save-every", str(every)]
+    command = [sys.executable, "-m", "ddpm", *TINY, "--dropout", "0.3", "--save-every", str(every)]
     process = subprocess.Popen([*command, "--steps", "100000", "--out", str(run)], stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 9,' in (run / "metrics.jsonl").read_text())

@@ -1,14 +1,14 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the whole paper, on PyTorch.
 
-mathematics   pixels, noise, schedule, gaussian, denoiser, losses, likelihood, ode, samplers, spacing,
-              editing, metrics, unet
-settings      presets: Preset, PRESETS, build
+mathematics   pixels, noise, schedule, gaussian, denoiser, guidance, timesteps, losses, likelihood, ode, samplers,
+              spacing, editing, metrics, unet
+settings      presets: Preset, PRESETS, build; catalog: what can be chosen by name
 files         load: a run folder or a checkpoint file -> Denoiser
 codec         codec.compress, codec.decompress, codec.pictures; load_codec: a calibrated model -> codec.Model
-programs      run.train, run.generate, run.evaluate, run.paper, run.edit, run.report,
-              run.compress, run.export, run.cli
+programs      run.train, run.sample, run.evaluate, run.quality, run.calibrate, run.paper, run.edit, run.report,
+              run.compress, run.export; cli: the command line
 
-Modules load when they are first used, so that `ddpm --help` does not wait for torch.
+A module loads when it is first used, so that `ddpm --help` does not wait for torch.
 
 >>> import ddpm
 >>> ddpm.schedule.linear().T
@@ -52,7 +52,7 @@ from ddpm.version import __version__ as __version__
 
 _MODULES = {
     "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "ode", "samplers", "spacing",
-    "editing", "metrics", "unet", "presets", "codec", "guidance", "timesteps",
+    "editing", "metrics", "unet", "presets", "codec", "guidance", "timesteps", "catalog",
 }  # fmt: skip
 _NAMES = {
     "Schedule": "schedule",

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ddpm import kernels
+from ddpm.catalog import Prediction, Variance
 from ddpm.errors import InputError
 from ddpm.gaussian import (
     Gaussian,
@@ -22,9 +23,6 @@ from ddpm.gaussian import (
 )
 from ddpm.guidance import Guided
 from ddpm.schedule import Schedule
-
-Prediction = Literal["eps", "x0", "mu", "v"]
-Variance = Literal["fixed_large", "fixed_small", "learned", "learned_range"]
 
 
 def _dynamic(x0: Tensor, p: float) -> Tensor:

@@ -1,17 +1,15 @@
 """The losses that training minimises: one number per image, a mean over its dimensions."""
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ddpm import likelihood
+from ddpm.catalog import Weighting
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.gaussian import at, bits_per_dim, q_sample
-
-Weighting = Literal["none", "min_snr", "p2"]
 
 
 def simple(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:

@@ -1,115 +1,135 @@
-"""Every setting of a run in one frozen dataclass, and one table of presets with their results beside them.
+"""All settings of a run in one frozen dataclass, and a table of presets with their results.
 
-Importing this does not import torch, so that `ddpm train --help` is quick.
+This module does not import torch, so that `ddpm train --help` is quick.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from ddpm import catalog
+from ddpm.catalog import Compile, Precision, Prediction, TimestepSampling, Variance, Weighting
 from ddpm.errors import InputError, check_size
 
 if TYPE_CHECKING:
     from ddpm.denoiser import Denoiser
 
 
-Precision = Literal["auto", "float32", "bf16"]
-Compile = Literal["auto", "on", "off"]
+GROUPS = {
+    "data": "the images and their labels",
+    "network": "the U-Net",
+    "diffusion": "the forward process, and what the network learns of it",
+    "optimisation": "the training steps",
+    "run": "where the run works, and what it writes",
+}
+"""The groups of settings, in the order of `ddpm train --help`."""
 
 
-def _f(default: Any, help: str, least: float | None = None, most: float | None = None, resume: bool = False) -> Any:
-    """A field: its line of meaning, its range, and whether a run that exists may go on with another value."""
-    return field(default=default, metadata={"help": help, "least": least, "most": most, "resume": resume})
+def _setting(
+    group: str,
+    default: Any,
+    help: str,
+    least: float | None = None,
+    most: float | None = None,
+    resume: bool = False,
+    choices: Iterable[str] = (),
+) -> Any:
+    """A field of Preset: its group, its line of help, its range, and whether a resumed run may change it."""
+    about = {"group": group, "help": help, "least": least, "most": most, "resume": resume, "choices": tuple(choices)}
+    return field(default=default, metadata=about)
+
+
+_data, _network, _diffusion, _optimisation, _run = (partial(_setting, group) for group in GROUPS)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """All that a run is made from; raises InputError for a value that cannot be used.
+    """All settings of a run. Raises InputError for a value that cannot be used.
 
     >>> PRESETS["cifar10"].lr, replace(PRESETS["cifar10"], lr=1e-4).lr
     (0.0002, 0.0001)
     """
 
-    # data
-    data: str = _f("", "SOURCE of images: digits; a folder, zip or parquet file; a local or hub data set")
-    size: tuple[int, int] = _f((32, 32), "height x width that images are resized and cropped to: 32 or 32x48")
-    channels: Literal[1, 3, 4] = _f(3, "1 grey, 3 RGB, 4 RGBA")
-    flip: bool = _f(True, "mirror every other training image at random")
-    image_column: str = _f("", "column of the images in a data set (empty: found)")
-    label_column: str = _f("", "column of the labels in a data set (empty: found)")
-    classes: bool = _f(False, "learn the classes of the data set's labels, to sample one by its name")
-    class_names: tuple[str, ...] = _f((), "what they are called, as the data set says; one embedding each", resume=True)
-    label_dropout: float = _f(0.1, "share of labels not shown, so that guidance has a model without", 0, 1)
-    skip_bad: bool = _f(False, "count images that cannot be read, and go on without them", resume=True)
+    data: str = _data("", "SOURCE of images: digits; a folder, zip or parquet file; a local or hub data set")
+    size: tuple[int, int] = _data((32, 32), "height x width to which images are resized and cropped: 32 or 32x48")
+    channels: Literal[1, 3, 4] = _data(3, "1 for grey, 3 for RGB, 4 for RGBA")
+    flip: bool = _data(True, "mirror each training image with probability 1/2")
+    image_column: str = _data("", "column that holds the images of a data set (default: the only one)")
+    label_column: str = _data("", "column that holds the labels of a data set (default: label, class, ...)")
+    classes: bool = _data(False, "learn the labels of the data set, so that a class can be sampled by its name")
+    class_names: tuple[str, ...] = _data((), "the names of the classes, from the data set", resume=True)
+    label_dropout: float = _data(0.1, "probability of hiding a label, which guidance needs", 0, 1)
+    skip_bad: bool = _data(False, "skip images that cannot be read, and count them", resume=True)
 
-    # network
-    width: int = _f(128, "channels of the first level, a multiple of 32", 32)
-    channel_multipliers: tuple[int, ...] = _f(
-        (1, 2, 2, 2), "channels of each level over width; each level halves the size", 1
+    width: int = _network(128, "channels of the first level, a multiple of 32", 32)
+    channel_multipliers: tuple[int, ...] = _network(
+        (1, 2, 2, 2), "channels of each level as multiples of width; each next level halves the size", 1
     )
-    num_res_blocks: int = _f(2, "residual blocks a level", 1)
-    attention_resolutions: tuple[int, ...] = _f(
-        (16,), "attention where the shorter side first is at most this; 0 for none", 0
+    num_res_blocks: int = _network(2, "residual blocks per level", 1)
+    attention_resolutions: tuple[int, ...] = _network(
+        (16,), "attention at the first level whose shorter side is at most this; 0 for none", 0
     )
-    dropout: float = _f(0.1, "dropout probability", 0, 0.99)
-    patch: Literal[1, 2] = _f(
-        1, "2: levels start at half the size, inside a thin one at full size: a quarter of the cost"
+    dropout: float = _network(0.1, "dropout probability in residual blocks", 0, 0.99)
+    patch: Literal[1, 2] = _network(
+        1, "2 runs all levels but a thin outer one at half the size, for a quarter of the cost"
     )
 
-    # diffusion
-    schedule: Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"] = _f(
-        "linear", "noise schedule"
-    )
-    num_timesteps: int = _f(1000, "number of noise levels T", 1)
-    beta_1: float = _f(1e-4, "first beta of the schedule", 1e-12, 1)
-    beta_T: float = _f(0.02, "last beta of the schedule", 1e-12, 1)
-    predict: Literal["eps", "x0", "mu", "v"] = _f("eps", "what the network predicts")
-    variance: Literal["fixed_large", "fixed_small", "learned", "learned_range"] = _f("fixed_large", "sigma_t^2")
-    clip: bool = _f(True, "clip the estimate of x_0 to [-1, 1] when sampling and evaluating")
-    loss: Literal["simple", "vlb", "hybrid"] = _f("simple", "L_simple (Eq. 14), the true bound (Eq. 5), or both")
-    weighting: Literal["none", "min_snr", "p2"] = _f("none", "what L_simple weighs at each noise level")
-    timestep_sampling: Literal["uniform", "stratified", "lognormal", "bound"] = _f(
+    schedule: str = _diffusion("linear", "noise schedule", choices=catalog.schedules())
+    num_timesteps: int = _diffusion(1000, "number of noise levels T", 1)
+    beta_1: float = _diffusion(1e-4, "first beta of the schedule", 1e-12, 1)
+    beta_T: float = _diffusion(0.02, "last beta of the schedule", 1e-12, 1)
+    predict: Prediction = _diffusion("eps", "what the network predicts")
+    variance: Variance = _diffusion("fixed_large", "variance sigma_t^2 of the reverse process")
+    clip: bool = _diffusion(True, "clip the estimate of x_0 to [-1, 1] in sampling and evaluation")
+    loss: Literal["simple", "vlb", "hybrid"] = _diffusion("simple", "L_simple (Eq. 14), the bound (Eq. 5), or both")
+    weighting: Weighting = _diffusion("none", "weight of L_simple at each noise level")
+    timestep_sampling: TimestepSampling = _diffusion(
         "uniform",
-        "levels of a batch: independent; spread evenly; evenly by quantiles of a log-normal sigma, or of the bound",
+        "how a batch's noise levels are drawn: independently; evenly; evenly by quantiles of a log-normal sigma, or of "
+        "the bound's weight",
     )
 
-    # optimisation
-    steps: int = _f(800_000, "training steps in all", 1, resume=True)
-    batch_size: int = _f(128, "images a step, over all processes", 1)
-    accumulate: int = _f(1, "parts a batch is computed in, one by one: less memory, the same step", 1, resume=True)
-    lr: float = _f(2e-4, "learning rate of Adam", 0)
-    warmup: int = _f(5000, "steps over which the learning rate rises linearly from 0", 0)
-    cooldown: float = _f(
-        0.0, "share of the steps, at the end, over which it falls linearly to 0; more --steps take it up again", 0, 1
+    steps: int = _optimisation(800_000, "total training steps", 1, resume=True)
+    batch_size: int = _optimisation(128, "images per step, over all processes", 1)
+    accumulate: int = _optimisation(
+        1, "compute each step in this many parts: less memory, the same result", 1, resume=True
     )
-    grad_clip: float = _f(1.0, "largest global norm of the gradient; 0 for no clipping", 0)
-    ema_decay: float = _f(0.9999, "decay of the moving average of the weights", 0, 0.999999)
-    ema_warmup: bool = _f(False, "let the decay rise as (1 + n)/(10 + n), for short runs")
-    precision: Precision = _f("auto", "the network's; auto: bf16 where the hardware has it")
-    gradient_checkpointing: bool = _f(
-        False, "compute activations again on the way back: less memory, more time", resume=True
+    lr: float = _optimisation(2e-4, "learning rate of Adam", 0)
+    warmup: int = _optimisation(5000, "steps over which the learning rate rises linearly from 0", 0)
+    cooldown: float = _optimisation(
+        0.0, "last share of the steps, over which the learning rate falls linearly to 0", 0, 1
+    )
+    grad_clip: float = _optimisation(1.0, "largest global norm of the gradient; 0 for no clipping", 0)
+    ema_decay: float = _optimisation(0.9999, "decay of the moving average of the weights", 0, 0.999999)
+    ema_warmup: bool = _optimisation(False, "let the decay rise as (1 + n)/(10 + n), for short runs")
+    precision: Precision = _optimisation("auto", "precision of the network; auto: bf16 if the hardware has it")
+    gradient_checkpointing: bool = _optimisation(
+        False, "recompute activations in the backward pass: less memory, more time", resume=True
     )
 
-    # the run
-    seed: int = _f(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
-    device: str = _f("auto", "auto, cpu, cuda, cuda:1, mps", resume=True)
-    compile: Compile = _f("auto", "let Inductor compile the network for training; auto: on CUDA devices", resume=True)
-    workers: int = _f(2, "processes that decode images when they do not fit in memory", 0, resume=True)
-    save_every: int = _f(5000, "steps between checkpoints", 1, resume=True)
-    keep: int = _f(2, "newest checkpoints kept, besides the best", 1, resume=True)
-    log_every: int = _f(50, "steps between lines of metrics.jsonl", 1, resume=True)
-    sample_every: int = _f(5000, "steps between grids of samples; 0 for none", 0, resume=True)
-    sample_count: int = _f(64, "images in such a grid", 1, resume=True)
-    sample_steps: int = _f(50, "network calls of DDIM for such a grid", 1, resume=True)
-    eval_images: int = _f(512, "held-out images that L_simple is measured on", 1, resume=True)
-    tensorboard: bool = _f(False, "also write TensorBoard's files (the extra ddpm[tensorboard])", resume=True)
+    seed: int = _run(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
+    device: str = _run("auto", "auto, cpu, cuda, cuda:1 or mps", resume=True)
+    compile: Compile = _run("auto", "compile the network with Inductor; auto: on CUDA devices", resume=True)
+    workers: int = _run(2, "processes that decode images, if the images do not fit in memory", 0, resume=True)
+    save_every: int = _run(5000, "steps between checkpoints", 1, resume=True)
+    keep: int = _run(2, "newest checkpoints to keep, besides the best one", 1, resume=True)
+    log_every: int = _run(50, "steps between lines of metrics.jsonl", 1, resume=True)
+    sample_every: int = _run(5000, "steps between grids of samples; 0 for none", 0, resume=True)
+    sample_count: int = _run(64, "images in a grid of samples", 1, resume=True)
+    sample_steps: int = _run(50, "DDIM steps for a grid of samples", 1, resume=True)
+    eval_images: int = _run(512, "held-out images for the held-out loss", 1, resume=True)
+    tensorboard: bool = _run(False, "also write TensorBoard files (needs the extra tensorboard)", resume=True)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in fields(self):
-            check(f.name, getattr(self, f.name), hints[f.name], f.metadata["least"], f.metadata["most"])
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise InputError(f"{f.name} {value!r}: want {', '.join(choices)}")
+            check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
         if len(self.size) != 2:
             raise InputError(f"size {self.size}: want height and width, as 32 or 32x48")
         check_size(self.size, len(self.channel_multipliers) + self.patch - 1)
@@ -118,15 +138,13 @@ class Preset:
         if self.loss == "simple" and self.variance.startswith("learned"):
             raise InputError(f"variance {self.variance}: loss simple does not train it; want loss hybrid or vlb")
         if self.weighting != "none" and (self.loss != "simple" or self.predict == "mu"):
-            raise InputError(f"weighting {self.weighting}: is of L_simple for eps, x0 or v; want loss simple, no mu")
+            raise InputError(f"weighting {self.weighting}: needs loss simple, and predict eps, x0 or v")
         if self.timestep_sampling == "bound" and self.predict == "mu":
-            raise InputError(
-                "timestep_sampling bound: is of eps, x0 and v prediction; want uniform or stratified for mu"
-            )
+            raise InputError("timestep_sampling bound: needs predict eps, x0 or v; want uniform or stratified for mu")
         if self.classes and self.label_dropout == 1:
-            raise InputError("label_dropout 1.0: no label would be shown; want less, or --no-classes")
+            raise InputError("label_dropout 1.0: would hide every label; want less, or classes false")
         if self.predict == "eps" and self.schedule == "jsd":
-            raise InputError("predict eps: says nothing of x_0 at jsd's last level; want x0, mu or v")
+            raise InputError("predict eps: cannot give x_0 at the last level of schedule jsd; want x0, mu or v")
         if self.batch_size % self.accumulate:
             raise InputError(f"accumulate {self.accumulate}: want a divisor of batch_size {self.batch_size}")
         if self.sample_steps > self.num_timesteps:
@@ -154,7 +172,7 @@ class Preset:
 
 
 def check(name: str, value: Any, kind: Any, least: float | None = None, most: float | None = None) -> None:
-    """InputError where `value` is not of `kind` (int, float, bool, str, Literal, tuple) or not within [least, most]."""
+    """Raise InputError unless `value` is of `kind` (int, float, bool, str, Literal, tuple) and within [least, most]."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise InputError(f"{name} {value!r}: want {', '.join(map(str, get_args(kind)))}")
@@ -226,7 +244,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def build(preset: Preset) -> Denoiser:
-    """The preset's network, with fresh weights from torch's global generator, and how to read it.
+    """The denoiser of a preset, its network with fresh weights from torch's global generator.
 
     >>> import torch
     >>> with torch.device("meta"):
@@ -234,7 +252,7 @@ def build(preset: Preset) -> Denoiser:
     >>> sum(p.numel() for p in network.parameters())
     113673219
     """
-    import torch  # only when there is a network to build
+    import torch  # here, because it takes seconds
 
     from ddpm.denoiser import Denoiser
     from ddpm.schedule import SCHEDULES
@@ -264,14 +282,14 @@ def to_json(preset: Preset) -> dict[str, Any]:
 
 
 def from_json(config: Mapping[str, Any]) -> Preset:
-    """The preset that `to_json` wrote; InputError names a field that there is not.
+    """The preset that `to_json` wrote. Raises InputError that names an unknown setting.
 
     >>> from_json(to_json(PRESETS["digits"])) == PRESETS["digits"]
     True
     """
     known = {f.name for f in fields(Preset)}
     if unknown := sorted(set(config) - known):
-        raise InputError(f"config {', '.join(unknown)}: no such setting; it was written by another version of ddpm")
+        raise InputError(f"config {', '.join(unknown)}: no such setting; another version of ddpm wrote it")
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
     }

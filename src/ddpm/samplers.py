@@ -312,11 +312,14 @@ Run: TypeAlias = Callable[[Denoiser, Tensor, Noise, Levels, Tensor | None, int |
 class Sampler(NamedTuple):
     """A sampler by name, as programs take it.
 
-    steps    how many where none are asked for (None: all levels)
-    spacing  of these, by its name in SPACINGS: solvers in log-SNR want it evenly; heun on uniform levels would take
-             most of sigma/alpha in its first step, and what the network errs there a thousandfold
+    run      the function, called as all samplers can be called
+    steps    the number of levels by default; None: all T
+    spacing  how its levels are spaced by default, a name in SPACINGS. Solvers in log-SNR want even steps in log-SNR.
+             heun on uniform levels would take most of sigma/alpha in its first step, and would multiply the network's
+             error there a thousandfold
     noisy    whether it draws noise on the way
-    twice    whether a step is two network calls, but for the last
+    twice    whether a step is two network calls; the last step is always one
+    meaning  one line for help
     """
 
     run: Run
@@ -324,6 +327,7 @@ class Sampler(NamedTuple):
     spacing: str = "log_snr"
     noisy: bool = False
     twice: bool = False
+    meaning: str = ""
 
     def levels(self, denoiser: Denoiser, steps: Levels | None, start: int | None = None) -> list[int]:
         """The levels it visits from `start` (None: T) on: those given, or so many (None: its own number), spaced."""
@@ -342,16 +346,35 @@ class Sampler(NamedTuple):
 
 
 SAMPLERS = {
-    "ancestral": Sampler(ancestral, None, "uniform", noisy=True),
-    "ddim": Sampler(lambda d, x, noise, steps, y, start: ddim(d, x, steps, y=y, start=start), 50, "uniform"),
-    "dpmpp_2m": Sampler(lambda d, x, noise, steps, y, start: dpm_solver_pp(d, x, steps, 2, y, start)),
-    "dpmpp_3m": Sampler(lambda d, x, noise, steps, y, start: dpm_solver_pp(d, x, steps, 3, y, start)),
-    "dpmpp_2m_sde": Sampler(sde_dpm_solver_pp, noisy=True),
-    "unipc": Sampler(lambda d, x, noise, steps, y, start: unipc(d, x, steps, 2, y, start)),
-    "unipc_3": Sampler(lambda d, x, noise, steps, y, start: unipc(d, x, steps, 3, y, start)),
-    "heun": Sampler(lambda d, x, noise, steps, y, start: heun(d, x, steps, y, start), 10, "karras", twice=True),
-    "pf_ode": Sampler(lambda d, x, noise, steps, y, start: probability_flow(d, x, steps, y, start), 10, twice=True),
-}
+    "ancestral": Sampler(ancestral, steps=None, spacing="uniform", noisy=True, meaning="the paper's Algorithm 2"),
+    "ddim": Sampler(
+        lambda d, x, noise, steps, y, start: ddim(d, x, steps, y=y, start=start),
+        steps=50, spacing="uniform", meaning="DDIM, without noise unless eta is given",
+    ),
+    "dpmpp_2m": Sampler(
+        lambda d, x, noise, steps, y, start: dpm_solver_pp(d, x, steps, 2, y, start),
+        meaning="DPM-Solver++ of order 2",
+    ),
+    "dpmpp_3m": Sampler(
+        lambda d, x, noise, steps, y, start: dpm_solver_pp(d, x, steps, 3, y, start),
+        meaning="DPM-Solver++ of order 3",
+    ),
+    "dpmpp_2m_sde": Sampler(sde_dpm_solver_pp, noisy=True, meaning="SDE-DPM-Solver++ of order 2, with noise"),
+    "unipc": Sampler(
+        lambda d, x, noise, steps, y, start: unipc(d, x, steps, 2, y, start), meaning="UniPC of order 2"
+    ),
+    "unipc_3": Sampler(
+        lambda d, x, noise, steps, y, start: unipc(d, x, steps, 3, y, start), meaning="UniPC of order 3"
+    ),
+    "heun": Sampler(
+        lambda d, x, noise, steps, y, start: heun(d, x, steps, y, start),
+        steps=10, spacing="karras", twice=True, meaning="Heun's method of EDM, two network calls a step",
+    ),
+    "pf_ode": Sampler(
+        lambda d, x, noise, steps, y, start: probability_flow(d, x, steps, y, start),
+        steps=10, twice=True, meaning="Heun's method on the probability-flow ODE, two network calls a step",
+    ),
+}  # fmt: skip
 
 
 def named(name: str, eta: float = 0.0, sigma_hat: bool = False) -> Sampler:

@@ -1,15 +1,11 @@
 """How the noise levels of a training batch are drawn, and the weight that the bound gives to each."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from ddpm.denoiser import Prediction
+from ddpm.catalog import Prediction, TimestepSampling
 from ddpm.errors import InputError
 from ddpm.schedule import Schedule
-
-TimestepSampling = Literal["uniform", "stratified", "lognormal", "bound"]
 
 
 def sample(

@@ -11,7 +11,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ddpm.denoiser import Denoiser, Variance
+from ddpm.catalog import Variance
+from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import atomic
 from ddpm.files.tensors import identity

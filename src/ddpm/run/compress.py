@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm import kernels
+from ddpm.catalog import Precision
 from ddpm.codec import Model, archive, fit, picture
 from ddpm.codec.entropy import Damaged
 from ddpm.codec.plan import Tables
@@ -24,7 +25,6 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, images
 from ddpm.files.models import Checkpoint, Weights, calibration_file, read_calibration
 from ddpm.files.opening import open_checkpoint
-from ddpm.presets import Precision
 from ddpm.run.processes import opened
 from ddpm.unet import UNet
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ddpm.catalog import Compile
 from ddpm.denoiser import Denoiser
 from ddpm.guidance import Guided
-from ddpm.presets import Compile
 from ddpm.unet import Stage, UNet
 
 

@@ -1,7 +1,8 @@
 """Bits per dimension: the bound, level by level (Section 4.3), an estimate of it, and the probability-flow ODE's."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -202,3 +203,16 @@ def ode(
         "count": n,
         "steps": steps,
     }
+
+
+class Likelihood(NamedTuple):
+    """A measure of the likelihood of images by name: what computes it, and one line for help."""
+
+    function: Callable[..., dict[str, Any]]
+    meaning: str
+
+
+LIKELIHOODS = {
+    "nll": Likelihood(nll, meaning="the variational bound in bits/dim, every level, one draw, as in the paper"),
+    "ode": Likelihood(ode, meaning="bits/dim by the probability-flow ODE, another model of the same network"),
+}

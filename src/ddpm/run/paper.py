@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ class Setup:
 
 def table1(s: Setup) -> None:
     """Inception score, FID, and bits/dim of held-out and of training images."""
-    quality.probe(s.network(), s.images("train"))  # a mistake shows before hours of likelihood
+    quality.check_network(s.network(), s.images("train"))  # a mistake shows before hours of likelihood
     held_out, seen = (_nll(s, split) for split in (s.split, "train"))
     found = _quality(s, ("is", "fid"))
     ours = (f"this run, {s.found.preset.loss}", *_scores(found), held_out["bits_per_dim"], seen["bits_per_dim"])
@@ -384,10 +384,30 @@ def _by_parts(images: data.Images, of: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([of(images.batch(range(i, min(i + 1000, len(images))))) for i in range(0, len(images), 1000)])
 
 
-EXPERIMENTS: dict[str, Callable[[Setup], None]] = {
-    "table1": table1, "table3": table3, "table4": table4, "fig5": fig5, "fig6": fig6, "fig7": fig7, "fig8": fig8,
-    "fig9": fig9, "fig10": fig10, "neighbours": neighbours,
-}  # fmt: skip
+class Experiment(NamedTuple):
+    """A table or figure of the paper by name: the function that makes it, and one line for help.
+
+    trains  whether it trains its own runs: it is called as `table2` is, and not with a `Setup`
+    """
+
+    function: Callable[..., Any]
+    trains: bool = False
+    meaning: str = ""
+
+
+EXPERIMENTS = {
+    "table1": Experiment(table1, meaning="IS, FID and bits/dim"),
+    "table2": Experiment(table2, trains=True, meaning="the ablation: six runs, which it trains or resumes"),
+    "table3": Experiment(table3, meaning="FID"),
+    "table4": Experiment(table4, meaning="rate and distortion by reverse step"),
+    "fig5": Experiment(fig5, meaning="rate and distortion as curves"),
+    "fig6": Experiment(fig6, meaning="progressive generation, x0^ on the way"),
+    "fig7": Experiment(fig7, meaning="samples that share x_t"),
+    "fig8": Experiment(fig8, meaning="interpolation at t = T/2"),
+    "fig9": Experiment(fig9, meaning="interpolation over many t"),
+    "fig10": Experiment(fig10, meaning="progressive lossy decompression"),
+    "neighbours": Experiment(neighbours, meaning="the nearest training images of samples, and duplicates"),
+}
 
 
 # -- what they share ---------------------------------------------------------------------------------------------------

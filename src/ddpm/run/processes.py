@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddpm.catalog import Precision
 from ddpm.errors import InputError
 from ddpm.files.models import Checkpoint, Weights
 from ddpm.files.opening import open_checkpoint
-from ddpm.presets import Precision
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Images from a denoiser: batches of seeds through a sampler, and the strip of Figure 6."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from ddpm.errors import InputError
 from ddpm.files.models import Checkpoint, read_calibration
 from ddpm.noise import ahead, per_image
 from ddpm.run.device import replayed
+from ddpm.run.processes import Processes
 from ddpm.samplers import SAMPLERS, Levels, Sampler, Step, named
 
 SPACED = (*spacing.SPACINGS, "bound")
@@ -158,3 +161,108 @@ def progressive(
         if i in wanted:
             strip.append(pixels.to_pixels(step.x if step.t == 0 else step.x0).cpu())
     return torch.stack(strip, dim=1)
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+GUIDANCE = 1.5
+"""The guidance scale if a class is asked for and no scale is given."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What samples are made under; each None is the model's own default.
+
+    classes            names of classes, over which the images cycle; ("all",) for every class; () for no class
+    guidance           scale of classifier-free guidance: 1 for none
+    guidance_interval  the first and the last noise level t with guidance
+    clip               True clips x0^ to [-1, 1], False does not, and a number in (0, 1) is a quantile
+    """
+
+    classes: tuple[str, ...] = ()
+    guidance: float | None = None
+    guidance_interval: tuple[int, int] | None = None
+    clip: bool | float | None = None
+
+    def about(self) -> dict[str, Any]:
+        """The conditions that were given, as plain JSON values."""
+        values = {
+            "classes": list(self.classes) or None,
+            "guidance": self.guidance,
+            "guidance_interval": self.guidance_interval,
+            "clip": self.clip,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def resolved(self, checkpoint: Checkpoint) -> "Conditions":
+        """The same with the guidance that this model gets by default."""
+        if not self.classes or self.guidance is not None:
+            return self
+        return replace(self, guidance=GUIDANCE if checkpoint.preset.label_dropout > 0 else 1.0)
+
+    def apply(self, checkpoint: Checkpoint) -> tuple[Denoiser, list[int]]:
+        """The model's denoiser under these conditions, and the labels of the classes.
+
+        Raises InputError for guidance without a class, for a model without classes, for a class that the model does not
+        have, and for guidance of a model that never saw an image without its label.
+        """
+        denoiser, names, label = checkpoint.denoiser, checkpoint.preset.class_names, self.resolved(checkpoint)
+        if self.clip is not None:
+            denoiser = replace(denoiser, clip=self.clip)
+        if not self.classes:
+            for name in ("guidance", "guidance_interval"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name}: needs a class; want class NAME")
+            return denoiser, []
+        if not names:
+            raise InputError(f"class {self.classes[0]}: {checkpoint.path} was not trained with classes; want no class")
+        wanted = names if self.classes == ("all",) and "all" not in names else self.classes
+        for name in wanted:
+            if name not in names:
+                raise InputError(f"class {name!r}: want {', '.join(names)}, or all")
+        guidance = label.guidance
+        assert guidance is not None
+        if guidance != 1 and checkpoint.preset.label_dropout == 0:
+            raise InputError(f"guidance {guidance}: {checkpoint.path} never saw an image without its label; want 1")
+        return denoiser.guided(guidance, self.guidance_interval), [names.index(name) for name in wanted]
+
+
+def sample(
+    checkpoint: Checkpoint,
+    n: int,
+    ranks: Processes,
+    sampler: str = "ancestral",
+    steps: int | None = None,
+    spacing: str | None = None,
+    conditions: Conditions = Conditions(),
+    eta: float = 0.0,
+    sigma_hat: bool = False,
+    seed: int = 0,
+    batch_size: int = 64,
+    strips: bool = False,
+    progress: bool = False,
+) -> tuple[Tensor, dict[str, Any]]:
+    """`n` images of the seeds seed, seed + 1, and so on, and how they were made as plain JSON values.
+
+    The images are uint8 [n, C, H, W], or with `strips` the estimates on the way, uint8 [n, columns, C, H, W]. Every
+    process makes its share, and every process gets all of them. Raises InputError for a sampler, steps, a spacing or
+    conditions that this model does not have.
+    """
+    conditions = conditions.resolved(checkpoint)
+    denoiser, labels = conditions.apply(checkpoint)
+    levels = visited(checkpoint, sampler, steps, spacing)
+    seeds, y = [seed + i for i in ranks.mine(n)], in_turn(labels, ranks.mine(n))
+    make = progressive if strips else partial(generate, batch_size=batch_size)
+    solver = named(sampler, eta, sigma_hat)
+    shape = checkpoint.preset.shape
+    images = make(denoiser, shape, seeds, solver, levels, device=ranks.device, progress=progress, y=y)
+    about = {
+        "count": n,
+        **checkpoint.about(),
+        **sampled(denoiser, sampler, levels, spacing),
+        **conditions.about(),
+        "sigma_hat": sigma_hat,
+        "eta": 1.0 if sigma_hat else eta,
+        "seed": seed,
+    }
+    return ranks.interleave(images, n), about

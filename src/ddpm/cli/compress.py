@@ -1,0 +1,164 @@
+"""`ddpm compress`, `ddpm decompress` and `ddpm inspect`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ddpm.cli.options import (
+    MODEL,
+    Commands,
+    Parser,
+    add_machine,
+    check_model,
+    check_numbers,
+    command,
+    importing,
+    number,
+)
+from ddpm.errors import InputError
+from ddpm.presets import check
+
+if TYPE_CHECKING:
+    from ddpm.codec import Model
+
+
+def add(commands: Commands) -> None:
+    parser = command(
+        commands, "compress", compress, "compress pictures with a model, without loss and progressively",
+        "Write pictures as files that `ddpm decompress` reads with the same model (Algorithms 3 and 4). A whole file "
+        "gives the exact picture, and its first bytes give an estimate of it. The model must be calibrated.",
+        "ddpm compress digits three.png --out three.ddpm",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image file, 8-bit grey or RGB, of any size")
+    parser.add_argument("--out", required=True, metavar="FILE", help="a file; a folder for several without --archive")
+    parser.add_argument("--lossless", action="store_true", help="every pixel exactly (the default)")
+    bits = "lossy: stop before the file exceeds this many bits per value of the picture"
+    parser.add_argument("--bits-per-dim", **number(float, None), help=bits)
+    parser.add_argument("--psnr", **number(float, None), help="lossy: stop at this quality in decibels")
+    parser.add_argument("--archive", action="store_true", help="all pictures in one file, at about the model's bound")
+    profiles = "portable: decodes on every machine; local: faster, decodes only on this kind of machine (%(default)s)"
+    parser.add_argument("--profile", default="portable", metavar="X", help=profiles)
+    chunk = "bits per chunk, K: a larger K gives smaller files and takes longer (the largest that is calibrated)"
+    parser.add_argument("--chunk-bits", **number(int, None), help=chunk)
+    parser.add_argument("--whole", action="store_true", help="code a picture as one tile of its own size")
+    parser.add_argument("--seed", **number(int, 0), help="seed of the shared noise (%(default)s)")
+    _add_model(parser)
+
+    parser = command(
+        commands, "decompress", decompress, "read a file of `ddpm compress`",
+        "Read a file of `ddpm compress` with the same model. A file that was cut short gives what its bytes determine.",
+        "ddpm decompress digits three.ddpm --out three.png",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("file", metavar="FILE", help="a file of `ddpm compress`")
+    parser.add_argument("--out", required=True, metavar="PNG", help="NAME.png, or a folder for an archive")
+    parser.add_argument("--at", **number(int, None), help="read only the first N bytes")
+    _add_model(parser)
+
+    parser = command(
+        commands, "inspect", inspect, "show what a file of `ddpm compress` holds",
+        "Print the header of a file. With --run also print what each group of levels costs, and what it improves.",
+        "ddpm inspect three.ddpm --run digits",
+    )  # fmt: skip
+    parser.add_argument("file", metavar="FILE", help="a file of `ddpm compress`")
+    parser.add_argument("--run", metavar="RUN", help="the model that compressed it")
+    _add_model(parser)
+
+
+def _add_model(parser: Parser) -> None:
+    """Which weights the codec uses, and where it runs."""
+    group = parser.add_argument_group("model")
+    weights = "ema (the averaged weights) or raw, whichever is calibrated (ema)"
+    group.add_argument("--weights", metavar="X", help=weights)
+    group.add_argument(
+        "--checkpoint", default="last", metavar="X", help="checkpoint of a run: last, best or a step (last)"
+    )
+    add_machine(group, "precision in the local profile: auto, float32 or bf16 (auto)")
+
+
+def _model(args: argparse.Namespace) -> "Model":
+    from ddpm.run.compress import load_codec
+    from ddpm.run.processes import pick_device
+
+    check_model(args)
+    precision = None if args.precision == "auto" else args.precision
+    return load_codec(args.run, pick_device(args.device), precision, args.checkpoint, args.weights)
+
+
+def compress(args: argparse.Namespace) -> int:
+    check("--profile", args.profile, Literal["portable", "local"])
+    check_numbers(args, seed=0)
+    lossy = [
+        name for name, value in (("--bits-per-dim", args.bits_per_dim), ("--psnr", args.psnr)) if value is not None
+    ]
+    if args.lossless and lossy:
+        raise InputError(f"--lossless, {lossy[0]}: want one of the two")
+    if args.archive and (lossy or args.whole):
+        raise InputError(f"--archive: not with {lossy[0] if lossy else '--whole'}; an archive is lossless, in tiles")
+    out, many = Path(args.out), len(args.images) > 1 and not args.archive
+    if out.is_dir() and args.archive:
+        raise InputError(f"--out {out}: is a folder; want the name of a file")
+    if many and out.suffix and not out.is_dir():
+        raise InputError(f"--out {out}: {len(args.images)} images; want a folder, or --archive for one file")
+
+    with importing():
+        from ddpm.files import images
+        from ddpm.run.compress import compress
+
+    images.check_folder(out if many else out.absolute().parent)
+    settings = {"bits": args.chunk_bits, "local": args.profile == "local", "seed": args.seed}
+    if not args.archive:
+        settings |= {"bits_per_dim": args.bits_per_dim, "psnr": args.psnr, "whole": args.whole}
+    written = compress(_model(args), list(map(Path, args.images)), out, args.archive, not args.json, **settings)
+    if args.json:
+        print(json.dumps(written))
+    for about in [] if args.json else written:
+        print(f"{about['file']}: {about['bytes']:,} bytes, {about['bits_per_dim']:.3f} bits/dim")
+    return 0
+
+
+def decompress(args: argparse.Namespace) -> int:
+    check_numbers(args, at=1)
+
+    with importing():
+        from ddpm.codec import archive
+        from ddpm.files import images
+        from ddpm.run.compress import decompress, read
+
+    path, out = Path(args.file), Path(args.out)
+    if read(path)[:3] == archive.MAGIC:
+        if images.check_out(out) != "folder":
+            raise InputError(f"--out {out}: {path} is an archive; want a folder")
+    elif out.suffix.lower() != ".png" or images.check_out(out) != "png":
+        raise InputError(f"--out {out}: want the name of a PNG file")
+    about = decompress(_model(args), path, out, args.at)
+    if args.json:
+        print(json.dumps(about))
+    elif about["exact"]:
+        count = "the picture" if about["images"] == 1 else f"{about['images']} pictures"
+        print(f"{out}: {count}, exactly as before")
+    else:
+        early = "" if about["whole"] else "; the file was read in part, or ended early"
+        pixels = f" and {about['pixels']:,} pixel values" if about["pixels"] else ""
+        print(f"{out}: what {about['groups']} groups{pixels} show{early}")
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    with importing():
+        from ddpm.run.compress import inspect
+
+    about = inspect(Path(args.file), None if args.run is None else _model(args))
+    if args.json:
+        print(json.dumps(about))
+        return 0
+    groups = about.pop("by_group", [])
+    for name, value in about.items():
+        print(f"{name}: {value}")
+    if groups:
+        print("levels       chunks    bits  RMSE before, grey levels")
+    for g in groups:
+        print(f"{g['t']:>4} -> {g['s']:<4} {g['chunks']:>6}  {g['bits']:>6.1f}  {g['rmse']:.2f}")
+    return 0

@@ -1,0 +1,146 @@
+"""`ddpm edit`, `ddpm interpolate` and `ddpm inpaint`."""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ddpm.cli.options import (
+    MODEL,
+    PICTURES,
+    Commands,
+    Parser,
+    add_batch_size,
+    add_conditions,
+    add_model,
+    add_sampler,
+    check_numbers,
+    check_sampler,
+    command,
+    conditions,
+    importing,
+    number,
+    open_model,
+)
+from ddpm.errors import InputError
+from ddpm.presets import check
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddpm.files.models import Checkpoint
+    from ddpm.run.edit import Way
+
+
+def add(commands: Commands) -> None:
+    parser = command(
+        commands, "edit", edit, "make versions of an image, redrawn from a noise level",
+        "Noise the image to level t, and let the reverse process make an image of it (SDEdit): the higher t, the more "
+        "it may change. With --invert the image is not noised but inverted by DDIM: without --class it stays as it "
+        "is, with --class it becomes an image of that class.",
+        "ddpm edit digits three.png --t 400 -n 8 --out versions.png",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("image", metavar="IMAGE", help="an image file")
+    parser.add_argument("-n", **number(int, 1), help="number of versions (%(default)s)")
+    parser.add_argument("--t", **number(int, None), help="noise level, 0 to T (half of T)")
+    inversions = "iterations per level of DDIM's inversion, 1 or more; 0 adds noise instead (%(default)s)"
+    parser.add_argument("--invert", **number(int, 0), help=inversions)
+    _add_common(parser, "edited.png", "seed of the first version; the next have +1, +2, ...", "ddim")
+
+    parser = command(
+        commands, "interpolate", interpolate, "make images between two images (Figure 8)",
+        "Noise both images to level t, mix them there, and let the reverse process make images of the mixtures.",
+        "ddpm interpolate digits a.png b.png --out between.png",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("a", metavar="A", help="an image file")
+    parser.add_argument("b", metavar="B", help="another image file")
+    parser.add_argument("-n", **number(int, 11), help="number of images, from A to B (%(default)s)")
+    parser.add_argument("--t", **number(int, None), help="noise level, 0 to T: the higher, the freer (half of T)")
+    _add_common(parser, "interpolation.png", "seed of the noise")
+
+    parser = command(
+        commands, "inpaint", inpaint, "redraw the masked part of an image",
+        "Redraw what is white in MASK and keep what is black, by RePaint (Lugmayr et al. 2022).",
+        "ddpm inpaint digits three.png mask.png -n 4 --out mended.png",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("image", metavar="IMAGE", help="an image file")
+    parser.add_argument("mask", metavar="MASK", help="an image file of the same size: white is redrawn, black is kept")
+    parser.add_argument("-n", **number(int, 1), help="number of versions (%(default)s)")
+    parser.add_argument("--jump", **number(int, None), help="levels to go back up when resampling (1/25 of --steps)")
+    parser.add_argument("--resample", **number(int, 10), help="how often each level is passed (%(default)s)")
+    _add_common(parser, "inpainted.png", "seed of the first version; the next have +1, +2, ...")
+
+
+def _add_common(parser: Parser, out: str, seed: str, sampler: str = "ancestral") -> None:
+    parser.add_argument("--seed", **number(int, 0), help=f"{seed} (%(default)s)")
+    parser.add_argument("--out", default=out, help=f"{PICTURES} (%(default)s)")
+    add_batch_size(parser)
+    add_sampler(parser, sampler)
+    add_conditions(parser)
+    add_model(parser)
+
+
+def edit(args: argparse.Namespace) -> int:
+    check("-n", args.n, int, 1, 10_000)
+    check_numbers(args, seed=0, invert=0)
+    if args.invert and args.clip is not None:
+        raise InputError("--clip: not with --invert, which does not clip")
+
+    with importing():
+        from ddpm.run.edit import redraw
+
+    return _make(
+        args,
+        lambda model, way: redraw(model, args.image, args.n, args.t, way, args.seed, args.invert, not args.json),
+    )
+
+
+def interpolate(args: argparse.Namespace) -> int:
+    check("-n", args.n, int, 2, 10_000)
+    check_numbers(args, seed=0)
+
+    with importing():
+        from ddpm.run.edit import interpolate
+
+    return _make(
+        args, lambda model, way: interpolate(model, args.a, args.b, args.n, args.t, way, args.seed, not args.json)
+    )
+
+
+def inpaint(args: argparse.Namespace) -> int:
+    check("-n", args.n, int, 1, 10_000)
+    check_numbers(args, seed=0, resample=1, jump=1)
+
+    with importing():
+        from ddpm.run.edit import inpaint
+
+    def make(model: "Checkpoint", way: "Way") -> "torch.Tensor":
+        return inpaint(model, args.image, args.mask, args.n, way, args.jump, args.resample, args.seed, not args.json)
+
+    return _make(args, make)
+
+
+def _make(args: argparse.Namespace, make: "Callable[[Checkpoint, Way], torch.Tensor]") -> int:
+    """Open the model, make the images, and save them."""
+    from ddpm.files import images
+    from ddpm.run.edit import Way
+    from ddpm.run.processes import pick_device
+
+    check_numbers(args, batch_size=1)
+    images.check_out(args.out)
+    model = open_model(args, pick_device(args.device))
+    check_sampler(args, model.denoiser.schedule.T)
+    asked = conditions(args).resolved(model)
+    denoiser, labels = asked.apply(model)
+    way = Way(args.sampler, args.steps, args.spacing, tuple(labels), args.batch_size)
+    pictures = make(replace(model, denoiser=denoiser), way).permute(0, 2, 3, 1).numpy()
+    images.save_many(args.out, pictures, [f"{i:03d}" for i in range(len(pictures))], columns=min(len(pictures), 16))
+    names = ("sampler", "steps", "spacing", "t", "invert", "jump", "resample")
+    how = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    about = {"out": args.out, "count": len(pictures), **model.about(), **how, **asked.about(), "seed": args.seed}
+    print(json.dumps(about) if args.json else f"{len(pictures)} image{'s' * (len(pictures) != 1)} in {args.out}")
+    return 0

@@ -1,0 +1,180 @@
+"""`ddpm evaluate`."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ddpm import catalog
+from ddpm.cli.options import (
+    MODEL,
+    Commands,
+    add_conditions,
+    add_measuring,
+    add_model,
+    check_numbers,
+    check_sampler,
+    command,
+    conditions,
+    feature_network,
+    importing,
+    loader,
+    number,
+    open_model,
+    out_folder,
+    print_results,
+)
+from ddpm.errors import InputError
+from ddpm.presets import check
+
+if TYPE_CHECKING:
+    from ddpm.files import data
+
+LIKELIHOODS = ("nll", "ode")
+
+
+def add(commands: Commands) -> None:
+    metrics = catalog.describe(catalog.metrics())
+    parser = command(
+        commands, "evaluate", run, "measure bits per dimension and sample quality",
+        f"Measure a model. The metrics are: {metrics}. Likelihoods are of held-out images. Sample quality is of 8-bit "
+        "samples, as they are saved, against the training images.",
+        "ddpm evaluate runs/digits --metrics nll --levels-per-image 20",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help=MODEL)
+    names = ", ".join(catalog.metrics())
+    parser.add_argument("--metrics", nargs="+", default=["nll"], metavar="X", help=f"any of {names} (nll)")
+    parser.add_argument("-n", **number(int, None), help="number of images for nll and ode (all), of samples (50000)")
+    parser.add_argument("--draws", **number(int, 1), help="noise draws per level for nll (1)")
+    levels = "random noise levels per image for an estimate of nll; 4 pilot images use all T first (all levels)"
+    parser.add_argument("--levels-per-image", **number(int, None), help=levels)
+    parser.add_argument("--ode-steps", **number(int, 100), help="noise levels that the ODE solver visits (%(default)s)")
+    folder = "folder for the results and for parts of a stopped measurement (RUN/evaluate/STEP-WEIGHTS and RUN/cache)"
+    parser.add_argument("--out", metavar="DIR", help=folder)
+    add_measuring(parser)
+    add_conditions(parser)
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    for metric in args.metrics:
+        check("--metrics", metric, Literal[tuple(catalog.metrics())])
+    check_numbers(args, seed=0, batch_size=1, n=1, draws=1, ode_steps=2)
+    quality = [metric for metric in args.metrics if metric not in LIKELIHOODS]
+    _check_quality(args, quality)
+
+    with importing():
+        from ddpm.run.processes import processes
+
+    with processes(args.device) as ranks:
+        model, asked = open_model(args, ranks.device), conditions(args)
+        check_sampler(args, model.denoiser.schedule.T)
+        asked = asked.resolved(model)
+        denoiser, labels = asked.apply(model)
+        model = replace(model, denoiser=denoiser)
+        progress = ranks.first and not args.json
+        clip = {} if args.clip is None else {"clip": args.clip}
+        results = _Results(
+            out_folder(args, model.home / "evaluate" / f"{model.step:08d}-{model.weights}"),
+            loader(args, model.preset, progress),
+            {**model.about(), **clip, "seed": args.seed},
+            ranks.first,
+        )
+        cache = out_folder(args, model.home / "cache")
+        _likelihoods(args, model, results, cache, ranks, progress)
+        if quality:
+            _quality(args, quality, model, labels, asked.about(), results, cache, ranks, progress)
+        if ranks.first:
+            results.print(args)
+    return 0
+
+
+def _check_quality(args: argparse.Namespace, quality: list[str]) -> None:
+    """InputError for options of sample quality that have no effect or do not fit together."""
+    names = ", ".join(name for name in catalog.metrics() if name not in LIKELIHOODS)
+    if args.classes and (args.samples is not None or not quality):
+        raise InputError(f"--class {args.classes[0]}: needs --metrics {names}, and samples that are made here")
+    for name in ("samples", "features", "inception"):
+        if not quality and getattr(args, name) is not None:
+            raise InputError(f"--{name} {getattr(args, name)}: needs --metrics {names}")
+    if quality and _features_of_files(args) and args.samples is None:
+        raise InputError(f"--features {args.features}: holds features of images; want --samples FILE.npz with others")
+
+
+def _features_of_files(args: argparse.Namespace) -> bool:
+    return args.features is not None and args.features.endswith(".npz")
+
+
+@dataclass
+class _Results:
+    """One file per measurement, so that two measurements never mix, and all of them for the output."""
+
+    out: Path
+    load: "Callable[[str], data.Images]"
+    about: dict[str, Any]
+    write: bool
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def keep(self, name: str, values: dict[str, Any], split: str | None) -> None:
+        from ddpm.files import atomic
+
+        if split is not None:
+            images = self.load(split)
+            values = {"data": images.name, "split": images.split, "fingerprint": images.fingerprint, **values}
+        if self.write:
+            atomic.write_json(self.out / f"{name}.json", {**self.about, **values})
+        self.done[name] = values
+
+    def print(self, args: argparse.Namespace) -> None:
+        bound = self.done.get("nll") or self.done.get("nll_sampled")
+        bits = {"bits_per_dim": bound["bits_per_dim"]} if bound else {}
+        scores = self.done.pop("quality", {})
+        print_results(args, {**self.about, **bits, **self.done, **scores}, self.out)
+
+
+def _likelihoods(
+    args: argparse.Namespace, model: Any, results: _Results, cache: Path, ranks: Any, progress: bool
+) -> None:
+    from ddpm.run import evaluate
+
+    n, common = args.n, (args.seed, args.batch_size, progress)
+    if "nll" in args.metrics and args.levels_per_image is None:
+        images = results.load(args.split)
+        values = evaluate.nll(model, images, results.out, cache, ranks, n, args.draws, *common)
+        results.keep("nll", values, args.split)
+    elif "nll" in args.metrics:
+        values = evaluate.nll_sampled(model, results.load(args.split), args.levels_per_image, ranks, n, *common)
+        results.keep("nll_sampled", values, args.split)
+    if "ode" in args.metrics:
+        values = evaluate.ode(model, results.load(args.split), ranks, n, args.ode_steps, *common)
+        results.keep("ode", values, args.split)
+
+
+def _quality(
+    args: argparse.Namespace, names: list[str], model: Any, labels: list[int], asked: dict[str, Any],
+    results: _Results, cache: Path, ranks: Any, progress: bool,
+) -> None:  # fmt: skip
+    from ddpm.run import quality
+    from ddpm.run.sample import sampled, visited
+
+    samples = None if args.samples is None else Path(args.samples)
+    if _features_of_files(args):
+        assert samples is not None
+        values = quality.quality_of_files(names, samples, Path(args.features), args.seed, ranks.device)
+        results.keep("quality", {"samples_from": args.samples, **values}, None)
+        return
+    network, real = feature_network(args, ranks.device), results.load("train")  # mistakes show before hours of sampling
+    if "is" in names:
+        quality.check_network(network, real)
+    if samples is not None:
+        images, source = quality.read_samples(samples, model.preset.shape), {"samples_from": args.samples}
+    else:
+        levels = visited(model, args.sampler, args.steps, args.spacing)
+        images = quality.samples(
+            model, cache, ranks, args.n or 50_000, args.seed, args.sampler, levels, args.batch_size, progress, labels
+        )
+        source = {**sampled(model.denoiser, args.sampler, levels, args.spacing), **asked}
+    if ranks.first:
+        values = quality.quality(names, images, real, network, cache, args.seed, ranks.device, progress)
+        results.keep("quality", {**source, **values}, "train")

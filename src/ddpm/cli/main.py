@@ -1,0 +1,114 @@
+"""The entry point: it parses a command, runs it, and turns an error into one line and an exit code."""
+
+import argparse
+import errno
+import importlib
+import os
+import pkgutil
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from ddpm import cli
+from ddpm.cli.options import Parser
+from ddpm.errors import InputError, Stopped
+from ddpm.version import __version__
+
+FIRST = ("train", "sample", "evaluate")
+"""The files whose commands come first in `ddpm --help`; the others follow by name."""
+
+REFUSED = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR
+}  # fmt: skip
+"""Errors of the operating system that are not our fault. A missing file may be our fault, so it is not among them."""
+
+
+def parser() -> Parser:
+    """The parser of all commands, from the files of this package."""
+    top = Parser(
+        prog="ddpm",
+        description="Denoising Diffusion Probabilistic Models: train on your images, sample, and evaluate.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"ddpm {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+    names = {module.name for module in pkgutil.iter_modules(cli.__path__)} - {"main", "options"}
+    for name in [*FIRST, *sorted(names - set(FIRST))]:
+        importlib.import_module(f"ddpm.cli.{name}").add(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0 is success, 1 a run that cannot go on, 2 a user's mistake, 130 Ctrl-C, and 143 SIGTERM in training.
+
+    >>> main(["train", "cifra10"])
+    2
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():  # OpenMP reads them when torch is imported
+        # A waiting thread spins briefly and then sleeps. Without this it spins for long at every layer, and small
+        # networks train 5 times slower if other programs use the cores.
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    top = parser()
+    commands: dict[str, Parser] = next(a.choices for a in top._actions if isinstance(a, argparse._SubParsersAction))
+    command = top
+    warnings.showwarning = _warn
+    try:
+        args, unknown = top.parse_known_args(arguments)
+        command = commands.get(args.command, top)
+        if unknown:
+            raise command.unknown(unknown)
+        if args.command is None:
+            raise InputError(f"no command; want {' or '.join(commands)}, see `ddpm --help`")
+        code: int = args.run_command(args)
+        return code
+    except InputError as error:
+        print(f"ddpm: {_as_option(str(error), command, arguments)}", file=sys.stderr)
+        return 2
+    except Stopped as error:
+        print(f"ddpm: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        in_bad_folder = str(error.filename).endswith(".part")  # a temporary file of `files.atomic`
+        if error.errno is None or (error.errno not in REFUSED and not in_bad_folder):
+            raise
+        reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno).lower()
+        print(f"ddpm: {reason} ({error.filename or arguments[0]})", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        full = ("out of memory", "can't allocate memory", "not enough memory")
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in full):
+            raise
+        less = "use a smaller --batch-size, and in training also --accumulate or --gradient-checkpointing"
+        print(f"ddpm: the memory is full; {less}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print("; ".join(["ddpm: interrupted", *map(str, error.args)]), file=sys.stderr)
+        return 130
+
+
+def _as_option(message: str, command: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
+    """The message with a leading name of a setting, as the library says it, as the option of the command line.
+
+    A first word that the user typed is a path or a value, and stays.
+
+    >>> command = Parser()
+    >>> _ = command.add_argument("--batch-size")
+    >>> _as_option("batch_size 0: want at least 1", command, ["train"])
+    '--batch-size 0: want at least 1'
+    """
+    word = re.match(r"[a-zA-Z_0-9]+(?=[ :,])", message)
+    option = f"--{word[0].replace('_', '-')}" if word else ""
+    known = any(option in action.option_strings for action in command._actions)
+    return option + message[len(word[0]) :] if word and known and word[0] not in arguments else message
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    from tqdm import tqdm  # tqdm.write prints above a progress bar, not into it
+
+    if issubclass(category, UserWarning):
+        tqdm.write(f"warning: {message}", file=sys.stderr)

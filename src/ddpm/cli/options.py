@@ -1,0 +1,346 @@
+"""What commands share: the parser, converters of words, groups of options, and what they make of these options.
+
+Nothing here imports torch until a command runs.
+"""
+
+import argparse
+import difflib
+import functools
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
+
+from ddpm import catalog
+from ddpm.catalog import Precision
+from ddpm.errors import InputError
+from ddpm.presets import PRESETS, Preset, check
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddpm.files import data, features
+    from ddpm.files.models import Checkpoint
+    from ddpm.run.sample import Conditions
+
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
+
+MODEL = (
+    "a run folder, a checkpoint folder, a .safetensors file, a diffusers folder, hf:OWNER/NAME on the hub, or digits, "
+    "the model in the package"
+)
+PICTURES = "FILE.png for a grid, FILE.npz, or a folder"
+SOURCE = "digits; a folder, zip or parquet file of images; a local or hub data set"
+
+
+# -- the parser --------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with two changes: a mistake raises InputError, and an unknown option suggests the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        name = message.removeprefix("the following arguments are required: ")
+        if name != message:
+            name = name.split(", ")[0]
+            wanted = next(a.help for a in self._actions if name in (a.metavar, "/".join(a.option_strings)))
+            message = f"{name}: missing; want {wanted}"
+        raise InputError(message.removeprefix("argument "))
+
+    def unknown(self, given: Sequence[str]) -> InputError:
+        """The error for words that no option takes."""
+        options = {o.lstrip("-"): o for action in self._actions for o in action.option_strings}
+        name = next((g for g in given if g.startswith("-")), None)
+        if name is None:
+            return InputError(f"{given[0]}: {self.prog} takes no such argument; see `{self.prog} --help`")
+        near = difflib.get_close_matches(name.split("=")[0].lstrip("-"), options, n=1)
+        hint = f"did you mean {options[near[0]]}?" if near else f"see `{self.prog} --help`"
+        return InputError(f"{name}: {self.prog} has no such option; {hint}")
+
+
+def command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], help: str, description: str, example: str
+) -> Parser:
+    """Add a command: its line in `ddpm --help`, its description, and an example at the end of its own help."""
+    parser: Parser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run_command=run)
+    return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Wraps the description, as argparse does by default, but not the example at the end."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("example:"):
+            return text
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+# -- converters --------------------------------------------------------------------------------------------------------
+
+
+def converter(kind: Any, wanted: str) -> Any:
+    """A converter for argparse whose failure names the value and what would be accepted."""
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: want {wanted}") from None
+
+    return convert
+
+
+def number(kind: type[int] | type[float], default: float | None) -> dict[str, Any]:
+    """The arguments of add_argument for a number."""
+    wanted = "a whole number" if kind is int else "a number"
+    return {"type": converter(kind, wanted), "default": default, "metavar": "N" if kind is int else "X"}
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def height_and_width(text: str) -> tuple[int, ...]:
+    sides = tuple(int(part) for part in text.lower().split("x"))
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def _interval(text: str) -> tuple[int, int]:
+    first, last = text.split(",")
+    return int(first), int(last)
+
+
+def _clip(text: str) -> bool | float:
+    if text in ("static", "none"):
+        return text == "static"
+    if not 0 < float(text) < 1:
+        raise ValueError
+    return float(text)
+
+
+# -- groups of options -------------------------------------------------------------------------------------------------
+
+
+def add_model(parser: Parser, weights: str = "ema (the averaged weights) or raw (ema)", variance: bool = True) -> None:
+    """Which weights a command uses, and where it runs."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--weights", metavar="X", help=weights)
+    group.add_argument(
+        "--checkpoint", default="last", metavar="X", help="checkpoint of a run: last, best or a step (last)"
+    )
+    if variance:
+        group.add_argument("--variance", metavar="X", help="fixed_large, fixed_small or calibrated (the model's own)")
+    add_machine(group)
+
+
+def add_machine(
+    group: Any, precision: str = "auto, float32 or bf16 (auto: as trained, if the device is fast at it)"
+) -> None:
+    group.add_argument("--precision", default="auto", metavar="X", help=precision)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (auto)")
+    add_json(group)
+
+
+def add_json(group: Any) -> None:
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_sampler(parser: Parser, default: str = "ancestral") -> None:
+    """How the reverse process is sampled."""
+    samplers = catalog.samplers()
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--sampler", default=default, metavar="X", help=f"{catalog.describe(samplers)} (%(default)s)")
+    steps = ", ".join(f"{name} {entry.settings.get('steps', 20) or 'all'}" for name, entry in samplers.items())
+    group.add_argument("--steps", **number(int, None), help=f"number of noise levels to visit (defaults: {steps})")
+    spacing = "; ".join(catalog.spacings())
+    bound = catalog.spacings()["bound"].meaning
+    group.add_argument(
+        "--spacing", metavar="X", help=f"how the levels are spaced: {spacing}, {bound} (the sampler's own)"
+    )
+
+
+def add_conditions(parser: Parser) -> None:
+    """What is sampled: classes, guidance and clipping."""
+    group = parser.add_argument_group("conditions")
+    classes = "class names to sample, cycled over the images; all for every class"
+    group.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME", help=classes)
+    group.add_argument(
+        "--guidance", **number(float, None), help="scale of guidance towards the class; 1 for none (1.5)"
+    )
+    interval = converter(_interval, "two levels as 100,900")
+    group.add_argument(
+        "--guidance-interval", type=interval, metavar="N,N", help="first and last noise level with guidance (all)"
+    )
+    clip = "how x0^ is clipped: static, to [-1, 1]; none; or a quantile for dynamic thresholding (the model's own)"
+    wanted = "static, none or a number between 0 and 1"
+    group.add_argument("--clip", type=converter(_clip, wanted), metavar="X", help=clip)
+
+
+def add_batch_size(parser: Parser) -> None:
+    parser.add_argument(
+        "--batch-size", **number(int, 64), help="images at a time; no result depends on it (%(default)s)"
+    )
+
+
+def add_measuring(parser: Parser) -> None:
+    """What `evaluate` and `paper` measure, and by what."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="SOURCE", help="images to measure on (those of the run)")
+    group.add_argument("--split", default="test", help="split of the data: test for held-out images (test)")
+    group.add_argument("--samples", metavar="PATH", help="score these samples, an .npz or a folder, and make none")
+    group.add_argument("--seed", **number(int, 0), help="seed of noise and samples (0)")
+    add_batch_size(parser)
+    group = parser.add_argument_group("features")
+    features = (
+        "FILE.py:NAME, a function from images, uint8 NumPy [N, H, W, C], to features [N, D], or to features and class "
+        "probabilities [N, K]; or an .npz of features"
+    )
+    group.add_argument("--features", metavar="X", help=features)
+    group.add_argument("--inception", metavar="FILE", help="weights of the Inception network of 2015 (downloaded once)")
+    group.add_argument(
+        "--any-weights", action="store_true", help="accept other Inception weights; the score is no FID then"
+    )
+    add_sampler(parser)
+
+
+# -- what the options mean ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """While torch is imported, Ctrl-C ends the program at once: half-imported modules would lose the exception."""
+
+    def quit(*_: object) -> None:
+        os.write(2, b"ddpm: interrupted\n")
+        os._exit(130)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    if not main_thread or handler is not signal.default_int_handler:  # another program's handler, or ignored
+        yield
+        return
+    signal.signal(signal.SIGINT, quit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def suggestion(name: str, names: Sequence[str]) -> str:
+    """`did you mean NEAREST? `, or nothing if no name is near.
+
+    >>> suggestion("cifra10", ["cifar10", "digits"])
+    'did you mean cifar10? '
+    """
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name; InputError suggests the nearest one."""
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r}: {suggestion(name, list(PRESETS))}want {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def check_numbers(args: argparse.Namespace, **least: int) -> None:
+    """InputError for an option that is given and below its least value."""
+    for name, value in least.items():
+        if getattr(args, name) is not None:
+            check("-n" if name == "n" else f"--{name.replace('_', '-')}", getattr(args, name), int, value)
+
+
+def open_model(args: argparse.Namespace, device: "torch.device", run: "str | Path | None" = None) -> "Checkpoint":
+    """The model of the command, or of `run`, with --checkpoint, --weights, --precision and --variance, on `device`."""
+    from ddpm.files.models import with_variance
+    from ddpm.run.processes import opened
+
+    check_model(args)
+    precision = None if args.precision == "auto" else args.precision
+    model = opened(run or args.run, device, args.weights or "ema", args.checkpoint, precision)
+    if args.weights and model.weights != args.weights:
+        raise InputError(f"--weights {args.weights}: {model.path} holds the {model.weights} weights; want the run")
+    if args.variance is not None:
+        model = with_variance(model, args.variance)
+    return replace(model, denoiser=model.denoiser.to(device))
+
+
+def check_model(args: argparse.Namespace) -> None:
+    check("--weights", args.weights or "ema", Literal["ema", "raw"])
+    check("--precision", args.precision, Precision)
+
+
+def conditions(args: argparse.Namespace) -> "Conditions":
+    """--class, --guidance, --guidance-interval and --clip."""
+    from ddpm.run.sample import Conditions
+
+    for name, value in (("guidance", args.guidance), ("guidance-interval", args.guidance_interval)):
+        if value is not None and not args.classes:
+            raise InputError(f"--{name} needs --class NAME")
+    return Conditions(tuple(args.classes), args.guidance, args.guidance_interval, args.clip)
+
+
+def check_sampler(args: argparse.Namespace, T: int) -> None:
+    """InputError for a --sampler, --spacing or --steps that does not exist for a model of T noise levels."""
+    check("--sampler", args.sampler, Literal[tuple(catalog.samplers())])
+    if args.spacing is not None:
+        check("--spacing", args.spacing, Literal[tuple(catalog.spacings())])
+    if args.steps is not None:
+        check("--steps", args.steps, int, 1, T)
+
+
+def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callable[[str], data.Images]":
+    """A function from a split to its images: those of --data or of the run, as training used or held them out."""
+    from ddpm.files import data
+
+    if not (args.data or preset.data):
+        raise InputError("--data: this model names no data set; want --data SOURCE")
+
+    @functools.cache
+    def load(split: str) -> data.Images:
+        return data.load(
+            args.data or preset.data, preset.size, preset.channels, split=split,
+            image_column=preset.image_column or None, label_column=preset.label_column or None,
+            skip_bad=preset.skip_bad, progress=progress, as_trained=True,
+        )  # fmt: skip
+
+    return load
+
+
+def feature_network(args: argparse.Namespace, device: "torch.device") -> "features.Network":
+    """The network of --features or --inception."""
+    from ddpm.files import features
+
+    if args.features is None:
+        return features.inception(args.inception, any_weights=args.any_weights, device=device)
+    return features.custom(args.features)
+
+
+def out_folder(args: argparse.Namespace, default: Path) -> Path:
+    """The folder of --out, or `default`; InputError if it cannot be written."""
+    from ddpm.files.images import check_folder
+
+    return check_folder(default if args.out is None else args.out)
+
+
+def print_results(args: argparse.Namespace, results: dict[str, Any], written: object) -> None:
+    """The results as one JSON object, or a line each."""
+    if args.json:
+        print(json.dumps(results))
+        return
+    for name, value in results.items():
+        print(f"{name}: {json.dumps(value) if isinstance(value, dict) else value}")
+    print(f"written: {written}")

@@ -1,0 +1,81 @@
+"""`ddpm sample`."""
+
+import argparse
+import json
+
+from ddpm.cli.options import (
+    MODEL,
+    PICTURES,
+    Commands,
+    add_batch_size,
+    add_conditions,
+    add_model,
+    add_sampler,
+    check_numbers,
+    check_sampler,
+    command,
+    conditions,
+    importing,
+    number,
+    open_model,
+)
+from ddpm.errors import InputError
+from ddpm.presets import check
+
+
+def add(commands: Commands) -> None:
+    parser = command(
+        commands, "sample", run, "make images with a model",
+        "Make images with a model. Image i of --seed S is the image of seed S + i, whatever the batch size, the device "
+        "or the number of processes.",
+        "ddpm sample digits -n 16 --class 7 --sampler unipc --steps 10 --out sevens.png",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("-n", **number(int, 64), help="number of images (%(default)s)")
+    parser.add_argument("--out", default="samples.png", help=f"{PICTURES} (%(default)s)")
+    parser.add_argument(
+        "--seed", **number(int, 0), help="seed of the first image; the next have +1, +2, ... (%(default)s)"
+    )
+    add_batch_size(parser)
+    parser.add_argument("--progressive", action="store_true", help="a row per image: x0^ on the way (Figure 6)")
+    add_sampler(parser)
+    parser.add_argument("--eta", **number(float, 0.0), help="noise of ddim, 0 to 1 (%(default)s)")
+    parser.add_argument("--sigma-hat", action="store_true", help="ddim with eta 1 and the larger noise of its Table 1")
+    add_conditions(parser)
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_numbers(args, n=1, seed=0, batch_size=1)
+    check("--eta", args.eta, float, 0, 1)
+    if (args.eta or args.sigma_hat) and args.sampler != "ddim":
+        raise InputError(f"{f'--eta {args.eta}' if args.eta else '--sigma-hat'}: only --sampler ddim has it")
+
+    with importing():
+        from ddpm.files import images
+        from ddpm.run.export import columns_of
+        from ddpm.run.processes import processes
+        from ddpm.run.sample import sample
+
+    if images.check_out(args.out) != "png" and args.progressive:
+        raise InputError(f"--out {args.out}: --progressive makes one picture; want a .png")
+    with processes(args.device) as ranks:
+        model, asked = open_model(args, ranks.device), conditions(args)
+        check_sampler(args, model.denoiser.schedule.T)
+        pictures, about = sample(
+            model, args.n, ranks, args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed,
+            args.batch_size, strips=args.progressive, progress=ranks.first and not args.json,
+        )  # fmt: skip
+        if not ranks.first:
+            return 0
+        if args.progressive:
+            tiles = pictures.flatten(0, 1).permute(0, 2, 3, 1).numpy()
+            images.save(args.out, images.grid(tiles, columns=pictures.shape[1]))
+        else:
+            names = [f"{args.seed + i:06d}" for i in range(args.n)]
+            columns = columns_of(len(asked.apply(model)[1]))
+            images.save_many(args.out, pictures.permute(0, 2, 3, 1).numpy(), names, columns)
+        what = f"{args.n} image{'s' * (args.n != 1)}"
+        summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"
+        print(json.dumps({"out": args.out, **about}) if args.json else summary)
+    return 0

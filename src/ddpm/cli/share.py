@@ -1,0 +1,128 @@
+"""`ddpm export`, `ddpm import` and `ddpm report`."""
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from ddpm.cli.options import MODEL, SOURCE, Commands, add_json, command, find_preset, importing, open_model
+from ddpm.errors import InputError
+from ddpm.presets import check, to_json
+from ddpm.version import __version__
+
+
+def add(commands: Commands) -> None:
+    parser = command(
+        commands, "export", export, "write a model as one file for others, with a card",
+        "Write the weights, rounded to bf16, and their settings to FILE.safetensors. FILE.md beside it is a card of "
+        "what is known and was measured, FILE.png is a grid of 64 samples, and a calibration goes along. Instead, "
+        "--to writes a folder that diffusers' pipelines load, or puts the model on the Hugging Face hub.",
+        "ddpm export runs/digits --out mine.safetensors",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("--out", metavar="FILE", help="NAME.safetensors")
+    parser.add_argument("--to", nargs=2, metavar=("KIND", "PLACE"), help="instead: diffusers DIR, or hub OWNER/NAME")
+    stored = "precision of the weights in the file: bf16, half the size, or float32 (bf16)"
+    parser.add_argument("--precision", dest="stored", metavar="X", help=stored)
+    parser.add_argument("--data", metavar="NAME", help="public name of the data set (the run's, if a preset has it)")
+    parser.add_argument("--license", metavar="ID", help="license for the card, as apache-2.0 (none)")
+    group = parser.add_argument_group("model")
+    group.add_argument("--weights", metavar="X", help="ema (the averaged weights) or raw (ema)")
+    group.add_argument(
+        "--checkpoint", default="last", metavar="X", help="checkpoint of a run: last, best or a step (last)"
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (auto)")
+    add_json(group)
+    parser.set_defaults(variance=None, precision="auto")
+
+    parser = command(
+        commands, "import", import_, "read a model of another package",
+        "Write FILE.safetensors, which every command takes as a model, from a diffusers folder (UNet2DModel with a "
+        "DDPM or DDIM scheduler) or from a weights file of ermongroup/ddim or pesser/pytorch_diffusion. Every key, "
+        "shape and setting is accounted for. A setting that our network does not have is refused by its name.",
+        "ddpm import hf:google/ddpm-cifar10-32 --out cifar10.safetensors",
+    )  # fmt: skip
+    path = "a diffusers folder, or hf:OWNER/NAME; a .ckpt, .pt, .pth or .safetensors file of ddim's weights"
+    parser.add_argument("path", metavar="PATH", help=path)
+    parser.add_argument("--out", required=True, metavar="FILE", help="NAME.safetensors")
+    parser.add_argument(
+        "--preset", metavar="X", help="preset whose settings ddim's weights have (found by their shapes)"
+    )
+    parser.add_argument("--data", metavar="SOURCE", help=f"the images that the model was trained on: {SOURCE}")
+    add_json(parser)
+
+    parser = command(
+        commands, "report", report, "write one HTML file about a run",
+        "Write RUN/report.html: curves, grids of samples, and the results of `evaluate` and `paper`.",
+        "ddpm report runs/digits",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    add_json(parser)
+
+
+def export(args: argparse.Namespace) -> int:
+    check("--precision", args.stored or "bf16", Literal["bf16", "float32"])
+    if (args.out is None) == (args.to is None):
+        raise InputError("--out, --to: want one of --out FILE.safetensors, --to diffusers DIR, --to hub OWNER/NAME")
+    kind, place = args.to or ("file", args.out)
+    if args.to:
+        check("--to", kind, Literal["diffusers", "hub"])
+    for name, value in (("precision", args.stored), ("data", args.data), ("license", args.license)):
+        if kind == "diffusers" and value is not None:
+            raise InputError(f"--{name} {value}: not for --to diffusers, whose folders hold float32 and no card")
+
+    with importing():
+        from ddpm.files import hub, interop
+        from ddpm.run import export
+        from ddpm.run.processes import pick_device
+
+    device = pick_device(args.device)
+    if kind == "file":
+        export.check_out(place)
+    elif kind == "diffusers":
+        interop.check_out(Path(place))
+    model = open_model(args, device)
+    if kind == "hub":
+        hub.create(place)
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "diffusers":
+            interop.to_diffusers(model, Path(place))
+        else:
+            out = Path(folder) / f"{place.rpartition('/')[2]}.safetensors" if kind == "hub" else Path(place)
+            exported = export.export(model, out, args.stored or "bf16", args.data)
+            export.illustrate(model, exported, device, args.license, not args.json)
+            if kind == "hub":
+                out.with_suffix(".md").rename(out.with_name("README.md"))
+                place = hub.push(out.parent, place, f"ddpm {__version__}, step {model.step:,}")
+    about = {"out": str(place), "kind": kind, **model.about()}
+    card = f", its card {Path(place).with_suffix('.md')} and grid" if kind == "file" else ""
+    print(json.dumps(about) if args.json else f"written: {place}{card}")
+    return 0
+
+
+def import_(args: argparse.Namespace) -> int:
+    with importing():
+        from ddpm.files import hub, interop
+        from ddpm.run.export import check_out
+
+    out, source = check_out(args.out), hub.fetch(args.path) if hub.is_name(args.path) else Path(args.path)
+    preset, state = interop.read(source, find_preset(args.preset) if args.preset else None)
+    preset = replace(preset, data=args.data or preset.data)
+    interop.save(out, preset, state, source.name)
+    parameters = sum(value.numel() for value in state.values())
+    about = {"out": str(out), "parameters": parameters, "preset": to_json(preset)}
+    words = f"{preset.predict}, {preset.schedule} schedule, {preset.variance}"
+    size = "x".join(map(str, preset.size))
+    print(json.dumps(about) if args.json else f"written: {out}, {parameters:,} parameters, {size}, {words}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    with importing():
+        from ddpm.run.report import report
+
+    written = report(Path(args.run))
+    print(json.dumps({"out": str(written)}) if args.json else f"written: {written}")
+    return 0

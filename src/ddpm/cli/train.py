@@ -1,0 +1,85 @@
+"""`ddpm train`: an option for every setting of Preset."""
+
+import argparse
+import json
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ddpm.cli.options import (
+    SOURCE,
+    Commands,
+    add_json,
+    command,
+    converter,
+    find_preset,
+    height_and_width,
+    importing,
+    whole_numbers,
+)
+from ddpm.presets import GROUPS, PRESETS, Preset
+
+
+def add(commands: Commands) -> None:
+    parser = command(
+        commands, "train", run, "train a model, or resume a run",
+        "Train the preset PRESET into the run folder --out. The same command resumes a run that was stopped. Each "
+        "option below replaces one setting of the preset.",
+        "ddpm train cifar10_small --data ./photos --out runs/photos --steps 20000",
+    )  # fmt: skip
+    parser.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
+    parser.add_argument("--out", metavar="RUN", help="the run's folder (runs/PRESET)")
+    add_json(parser)
+    groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
+    groups["data"].add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=SOURCE)
+    hints = get_type_hints(Preset)
+    for f in fields(Preset):
+        if f.name not in ("data", "class_names"):
+            _add_setting(groups[f.metadata["group"]], f, hints[f.name])
+
+
+def _add_setting(group: Any, f: Any, kind: Any) -> None:
+    """The option of one field. If it is not given, the preset's value stays."""
+    option, about = f"--{f.name.replace('_', '-')}", {"dest": f.name, "default": argparse.SUPPRESS}
+    about["help"] = f.metadata["help"]
+    choices = f.metadata["choices"] or (get_args(kind) if get_origin(kind) is Literal else ())
+    if kind is bool:
+        group.add_argument(option, action=argparse.BooleanOptionalAction, **about)
+    elif f.name == "size":
+        group.add_argument(option, type=converter(height_and_width, "a size as 32 or 32x48"), metavar="HxW", **about)
+    elif get_origin(kind) is tuple:
+        several = converter(whole_numbers, "whole numbers with commas between, as 1,2,2")
+        group.add_argument(option, type=several, metavar="N,N", **about)
+    elif choices:
+        words = ", ".join(map(str, choices))
+        about["help"] += f" ({words})"
+        group.add_argument(option, type=converter(type(choices[0]), words), metavar="X", **about)
+    else:
+        wanted = {int: "a whole number", float: "a number", str: "text"}[kind]
+        metavar = {int: "N", float: "X", str: "S"}[kind]
+        group.add_argument(option, type=converter(kind, wanted), metavar=metavar, **about)
+
+
+def run(args: argparse.Namespace) -> int:
+    overrides = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name, None) is not None}
+    preset = replace(find_preset(args.preset), **overrides)
+    out = Path(f"runs/{args.preset}" if args.out is None else args.out)
+
+    with importing():
+        from ddpm.run.train import train
+
+    result = train(preset, out)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process prints for all
+        pass
+    elif args.json:
+        print(json.dumps({"out": str(out), **{f.name: getattr(result, f.name) for f in fields(result)}}))
+    elif result.held_out is not None and not result.interrupted:
+        before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before, "
+        print(f"held-out L_simple: {before}{result.held_out:.4f} after {result.step:,} steps")
+        if result.images_per_second:
+            print(f"speed: {result.images_per_second:.0f} images/s")
+        if preset.sample_every:
+            print(f"pictures: {out / 'samples'}")
+        print(f"next: ddpm sample {out} -n 64 --out samples.png")
+    return 128 + result.interrupted if result.interrupted else 0

@@ -1,0 +1,29 @@
+"""The catalog, read from source text, is what the modules themselves hold."""
+
+from ddpm import catalog
+from ddpm.run import evaluate, paper, quality, sample
+from ddpm.samplers import SAMPLERS
+from ddpm.schedule import SCHEDULES
+
+
+def test_the_names_are_those_of_the_tables():
+    assert list(catalog.samplers()) == list(SAMPLERS)
+    assert list(catalog.schedules()) == list(SCHEDULES)
+    assert tuple(catalog.spacings()) == sample.SPACED
+    assert list(catalog.metrics()) == [*evaluate.LIKELIHOODS, *quality.METRICS]
+    assert list(catalog.experiments()) == list(paper.EXPERIMENTS)
+
+
+def test_the_settings_are_those_of_the_tables():
+    for name, entry in catalog.samplers().items():
+        for key, value in entry.settings.items():
+            assert getattr(SAMPLERS[name], key) == value
+        assert entry.meaning == SAMPLERS[name].meaning
+    assert {name for name, entry in catalog.experiments().items() if entry.settings.get("trains")} == {"table2"}
+
+
+def test_every_entry_has_a_meaning_of_one_line():
+    for table in (catalog.samplers, catalog.spacings, catalog.schedules, catalog.metrics, catalog.experiments):
+        for entry in table().values():
+            assert entry.meaning
+            assert "\n" not in entry.meaning
