@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import functools
 import itertools
 import json
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -219,10 +219,9 @@ def test_images_that_were_moved_are_the_same(tmp_path: Path, capsys: pytest.Capt
 
 def test_two_processes_cannot_train_one_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second is told so."""
-    with (trained / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with filelock.FileLock(trained / ".lock"):
         assert train(trained, "--steps", 40) == 2
-    assert "another process is training this run; want another --out" in capsys.readouterr().err
+    assert "another process is training this run; want another out" in capsys.readouterr().err
 
 
 # -- what cannot go on -------------------------------------------------------------------------------------------------

@@ -20,6 +20,15 @@ class Stopped(RuntimeError):
     """A run cannot go on: the loss is not finite, the disk is full. One line; the command line exits with 1."""
 
 
+def not_installed(package: str, extra: str) -> InputError:
+    """The error for a package that an extra of this distribution brings.
+
+    >>> str(not_installed("matplotlib", "plots"))
+    "matplotlib is not installed; want `pip install 'ddpm-kit[plots]'`"
+    """
+    return InputError(f"{package} is not installed; want `pip install 'ddpm-kit[{extra}]'`")
+
+
 def check_size(size: Sequence[int], levels: int) -> None:
     """InputError where H or W does not divide by 2^(levels - 1), naming the nearest sizes that do.
 

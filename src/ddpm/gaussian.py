@@ -36,7 +36,8 @@ def at(table: Tensor, t: Tensor) -> Tensor:
 
 def over(coefficient: Tensor, x: Tensor) -> Tensor:
     """A coefficient per image, [B], as x's dtype and device, shaped [B, 1, ...] to multiply x [B, ...]."""
-    return coefficient.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+    # The cast comes first, because a device may have no float64 (mps).
+    return coefficient.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 def q_step(schedule: Schedule, x_prev: Tensor, t: Tensor) -> Gaussian:

@@ -85,11 +85,11 @@ def weight(denoiser: Denoiser, t: Tensor, weighting: Weighting) -> Tensor:
     on_x0 = (abar / (1 - abar)).clamp(max=5) if weighting == "min_snr" else abar
     match denoiser.predict:
         case "x0":
-            return on_x0.float()
+            return on_x0.float().to(t.device)
         case "eps":
-            return (on_x0 * (1 - abar) / abar).float()
+            return (on_x0 * (1 - abar) / abar).float().to(t.device)
         case "v":
-            return (on_x0 * (1 - abar)).float()
+            return (on_x0 * (1 - abar)).float().to(t.device)
         case "mu":
             raise InputError(f"weighting {weighting}: is of eps, x0 and v prediction; want none for mu")
 

@@ -26,6 +26,8 @@ def to_pixels(signal: Tensor) -> Tensor:
     >>> to_pixels(torch.tensor([-1.5, -1.0, 0.0, 1.0]))
     tensor([  0,   0, 128, 255], dtype=torch.uint8)
     """
+    if signal.device.type == "mps":  # it has no float64
+        signal = signal.cpu()
     return ((signal.double() + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 

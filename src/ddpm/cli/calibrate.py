@@ -42,17 +42,16 @@ def run(args: argparse.Namespace) -> int:
     check_numbers(args, n=1, batch_size=1, codec=0)
 
     with importing():
-        from ddpm.files.models import calibration_file
+        from ddpm.files.models import calibration_file, codec_tables
         from ddpm.run.calibrate import calibrate
-        from ddpm.run.compress import kept
         from ddpm.run.processes import processes
 
-    with processes(args.device) as ranks:
+    with processes(args.device, float64=True) as ranks:
         model = open_model(args, ranks.device)
         if model.packaged or model.name:
             copy = f"ddpm {'import' if model.foreign else 'export'} {args.run} --out FILE.safetensors"
             raise InputError(f"{args.run}: this model cannot be changed; calibrate a copy: `{copy}`")
-        if args.codec and kept(model) and not args.replace:
+        if args.codec and codec_tables(model) and not args.replace:
             file = calibration_file(model.path)
             raise InputError(
                 f"{file}: has the codec's tables, which compressed files need; want --codec 0 or --replace"

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     with importing():
         from ddpm.run.processes import processes
 
-    with processes(args.device) as ranks:
+    with processes(args.device, float64=True) as ranks:
         model, asked = open_model(args, ranks.device), conditions(args)
         check_sampler(args, model.denoiser.schedule.T)
         asked = asked.resolved(model)

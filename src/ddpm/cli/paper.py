@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         from ddpm.run import paper
         from ddpm.run.processes import processes
 
-    with processes(args.device) as ranks:
+    with processes(args.device, float64=True) as ranks:
         if is_preset:
             check_model(args)
             model, preset, out = None, PRESETS[args.run], Path(f"runs/{args.run}-paper")

@@ -108,6 +108,15 @@ def read_calibration(found: Checkpoint) -> tuple[Tensor, float] | None:
     return mse, first
 
 
+def codec_tables(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The codec's tables beside these weights, which compressed files need to be read; None if there are none."""
+    try:
+        values = json.loads(calibration_file(checkpoint.path).read_text())
+        return values["codec"] if values["weights"] == checkpoint.identity else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def with_variance(found: Checkpoint, variance: str) -> Checkpoint:
     """The model with sigma_t^2 fixed_large, fixed_small or calibrated, as `ddpm calibrate` left it beside the weights.
 

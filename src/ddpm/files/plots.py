@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ddpm.errors import not_installed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,6 +56,17 @@ class Panel:
     faint: Sequence[str] = ()
 
 
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def check() -> None:
+    """Raise InputError unless matplotlib is installed."""
+    if not available():
+        raise not_installed("matplotlib", "plots")
+
+
 def draw(panels: Sequence[Panel], columns: int | None = None, format: Literal["png", "svg"] = "png") -> bytes:
     """The panels as one picture, row by row; the same panels give the same bytes.
 
@@ -65,6 +79,7 @@ def draw(panels: Sequence[Panel], columns: int | None = None, format: Literal["p
     """
     if not panels or format not in ("png", "svg"):
         raise ValueError(f"{len(panels)} panels as {format!r}: want at least one, as png or svg")
+    check()
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG

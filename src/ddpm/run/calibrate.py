@@ -10,7 +10,6 @@ from ddpm import kernels, likelihood
 from ddpm.errors import InputError
 from ddpm.files import data, models
 from ddpm.gaussian import q_sample
-from ddpm.run import compress
 from ddpm.run.parts import CALIBRATION, as_signal, draws_of, in_parts, joined, model_key, parts_folder, subset
 from ddpm.run.processes import Processes
 
@@ -34,7 +33,9 @@ def calibrate(
     stay). Raises InputError where the variance that is best does not follow: mu prediction, and a network that gives
     its own.
     """
-    denoiser = found.denoiser
+    denoiser, makes_tables = found.denoiser, codec > 0 and images.channels in (1, 3)
+    if makes_tables:
+        from ddpm.run import compress  # needs the extra `codec`, which may be missing: said before the work
     if denoiser.learned or denoiser.predict == "mu":
         why = "gives its own variance" if denoiser.learned else "predicts mu, whose error is not that of x0^"
         raise InputError(f"{found.path}: the network {why}; want eps, x0 or v and a fixed variance")
@@ -58,8 +59,8 @@ def calibrate(
             "data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": len(chosen),
             "precision": found.preset.precision,
         }  # fmt: skip
-        tables = compress.kept(found)
-        if codec and images.channels in (1, 3):
+        tables = models.codec_tables(found)
+        if makes_tables:
             some = images.batch(torch.tensor(chosen[:codec]))
             tables = compress.tables(denoiser, made["mse"], some, progress)
         if tables:

@@ -23,7 +23,7 @@ from ddpm.codec.plan import Tables
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import atomic, images
-from ddpm.files.models import Checkpoint, Weights, calibration_file, read_calibration
+from ddpm.files.models import Checkpoint, Weights, calibration_file, codec_tables, read_calibration
 from ddpm.files.opening import open_checkpoint
 from ddpm.run.processes import opened
 from ddpm.unet import UNet
@@ -40,15 +40,6 @@ def tables(denoiser: Denoiser, mse: Tensor, some: Tensor, progress: bool = True)
         made = [fit.fit(denoiser, mse, some, gain, bits, lambda _: bar.update()) for bits in BITS]
         chain = fit.fit_chain(denoiser, mse, some, gain)
     return {"tables": [table.to_json() for table in made], "chain": chain.to_json()}
-
-
-def kept(found: Checkpoint) -> dict[str, Any] | None:
-    """The codec's tables beside these weights, by which files may have been written, or None."""
-    try:
-        values = json.loads(calibration_file(found.path).read_text())
-        return values["codec"] if values["weights"] == found.identity else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def load_codec(
@@ -80,7 +71,7 @@ def load_codec(
         raise InputError(f"{path}: of images with {found.preset.channels} channels; the codec takes grey and RGB")
     read_calibration(found)  # says what is wrong with the file, if anything
     try:
-        codec = kept(found) or {}
+        codec = codec_tables(found) or {}
         by_bits = {t.bits: t for t in map(Tables.from_json, codec["tables"])}
         chain = Tables.from_json(codec["chain"])
     except (KeyError, TypeError, ValueError) as error:

@@ -1,5 +1,6 @@
 """Bits per dimension: the bound, level by level (Section 4.3), an estimate of it, and the probability-flow ODE's."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +114,10 @@ def _write_table(out: Path, table: dict[str, Tensor]) -> None:
         "The bound, level by level", {"term": (levels, terms.tolist())}, "noise level t", "bits/dim", log_y=True
     )
     error = plots.Panel("Error of x0^", {"RMSE": (levels, rmse.tolist())}, "noise level t", "grey levels")
-    atomic.write(out / "nll.png", plots.draw([bits, error]))
+    if plots.available():
+        atomic.write(out / "nll.png", plots.draw([bits, error]))
+    else:
+        warnings.warn("nll.png is not drawn: matplotlib is not installed", stacklevel=2)
 
 
 @kernels.frozen()

@@ -212,6 +212,7 @@ def table4(s: Setup) -> None:
 
 def fig5(s: Setup) -> None:
     """Distortion against reverse steps, rate against reverse steps, and rate against distortion."""
+    plots.check()  # before the measurement, not after it
     curve = _rate_distortion(s)
     steps = [s.T - t + 1 for t in curve]
     rate, rmse = ([values[i] for values in curve.values()] for i in (0, 1))

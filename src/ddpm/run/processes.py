@@ -57,15 +57,20 @@ class Processes:
         return range(self.rank, count, self.world)
 
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """auto -> cuda, mps or cpu, whichever is there first; InputError for a device that there is not."""
+def pick_device(name: str, local_rank: int = 0, float64: bool = False) -> torch.device:
+    """The device of that name; auto is the first of cuda, mps and cpu that this machine has.
+
+    float64  the work needs this type, which mps does not have: auto does not pick mps then
+
+    Raises InputError for a device that this machine does not have, or that cannot do the work.
+    """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name in ("auto", "cuda") and 0 < devices <= local_rank:
         raise InputError(f"process {local_rank} of torchrun: this machine has {devices} CUDA devices; want no more")
     if name == "auto":
         if devices:
             return torch.device("cuda", local_rank)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() and not float64 else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -75,7 +80,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             raise InputError(f"device {name!r}: this machine has {devices} CUDA devices; want auto or cpu")
         return torch.device("cuda", local_rank if device.index is None else device.index)
     if device.type not in ("cpu", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
-        raise InputError(f"device {name!r}: not on this machine; want auto or cpu")
+        raise InputError(f"device {name!r}: this machine does not have it; want auto or cpu")
+    if device.type == "mps" and float64:
+        raise InputError(f"device {name!r}: has no float64, which likelihoods need; want auto or cpu")
     return device
 
 
@@ -118,10 +125,10 @@ def threads(work: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Processes]:
+def processes(device: str, float64: bool = False) -> Iterator[Processes]:
     """Join the others where torchrun started us, and leave them at the end; a group that is there already stays."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    picked = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    picked = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")), float64)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     joins = world > 1 and not dist.is_initialized()

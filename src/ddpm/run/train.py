@@ -5,7 +5,6 @@ Everything random in step n is a function of (seed, n), so nothing but weights a
 
 import copy
 import errno
-import fcntl
 import importlib.util
 import json
 import math
@@ -20,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -70,7 +70,7 @@ def train(preset: Preset, out: Path) -> Result:
         )  # fmt: skip
         preset = _named(preset, out, train_set)
         if ranks.first:
-            _claim(out, stack)  # only now: a mistake in settings or data leaves no folder behind
+            _lock(out, stack)  # only now: a mistake in settings or data leaves no folder behind
 
         # The network, its average, and Adam.
         torch.manual_seed(preset.seed)
@@ -279,7 +279,7 @@ def held_out_by_level(
         x0 = pixels.to_signal(held_out.batch(rows)).to(ranks.device)
         eps = noise.normal([noise.mix(HELD_OUT_SEED, i) for i in rows], x0.shape[1:]).to(ranks.device)
         y = None if held_out.labels is None or not labelled else held_out.labels[rows].to(ranks.device)
-        loss = losses.simple(denoiser, x0, t[rows].to(ranks.device), eps, y).double().cpu()
+        loss = losses.simple(denoiser, x0, t[rows].to(ranks.device), eps, y).cpu().double()
         bucket = (t[rows] - 1) * BUCKETS // T
         sums[0].index_add_(0, bucket, loss.where(~loss.isnan(), math.inf))
         sums[1].index_add_(0, bucket, torch.ones_like(loss))
@@ -348,21 +348,19 @@ def _settle(preset: Preset, out: Path, ranks: Processes) -> Preset:
     elif out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
         raise InputError(f"out {out}: exists and is not a run; want a new folder or a run to go on with")
     if preset.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("tensorboard: not installed; want `pip install 'ddpm[tensorboard]'`")
+        raise InputError("tensorboard: not installed; want `pip install 'ddpm-kit[tensorboard]'`")
     return replace(preset, precision=pick_precision(preset.precision, ranks.device))
 
 
-def _claim(out: Path, stack: ExitStack) -> None:
-    """Make the run's folder, and lock it until the end."""
+def _lock(out: Path, stack: ExitStack) -> None:
+    """Make the run's folder and lock it until the end. Raises InputError if another process trains the run."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context((out / ".lock").open("w"))
+        stack.enter_context(filelock.FileLock(out / ".lock").acquire(timeout=0))
+    except filelock.Timeout:
+        raise InputError(f"out {out}: another process is training this run; want another out") from None
     except OSError as error:
         raise InputError(f"out {out}: cannot be written ({_reason(error)})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"out {out}: another process is training this run; want another --out") from None
 
 
 def _resume(
