@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= demo
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test quick lint bench clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,11 @@ demo: install
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n auto --dist loadscope
+
+# Lint, types and the tests of what changed since SINCE, in about a minute.
+SINCE ?= HEAD
+quick: lint
+	$(BIN)/python -m pytest -n auto -q $$($(BIN)/python tests/changed.py $(SINCE))
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
