@@ -409,7 +409,7 @@ def _sample(model: _Model, preset: Preset, out: Path, ranks: Processes, stop: Ca
     samples = ranks.interleave(samples, preset.sample_count)
     if not ranks.any(stop()) and ranks.first:
         (out / "samples").mkdir(exist_ok=True)
-        grid = images.grid(samples.permute(0, 2, 3, 1).numpy())
+        grid = images.grid(images.channels_last(samples))
         images.save(out / "samples" / f"{model.step:08d}.png", grid)
 
 
