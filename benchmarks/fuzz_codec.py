@@ -19,7 +19,7 @@ import numpy as np
 import record
 
 from ddpm import codec
-from ddpm.codec import archive
+from ddpm.codec import archive, container
 from ddpm.errors import InputError
 from ddpm.run.compress import load_codec
 
@@ -51,7 +51,7 @@ def changed(rng: np.random.Generator, data: bytes, others: list[bytes]) -> bytes
 
 def mended(data: bytes) -> bytes:
     """With the header's check byte and the last checksum right again, where there is a header at all."""
-    read = archive.read_contents if data[:3] == archive.MAGIC else codec.read_header
+    read = container.read_contents if container.is_archive(data) else codec.read_header
     for end in range(10, min(len(data), 40)):
         trial = data[: end - 1] + bytes([zlib.crc32(data[: end - 1]) & 255]) + data[end:]
         try:
@@ -80,7 +80,7 @@ def main() -> None:
     c, h, w = model.shape
     noise = list(rng.integers(0, 256, (3, h, w, c), np.uint8))  # for the stack, so that the others are not files
     files += [archive.compress(model, [*noise, *images], bits=bits, local=local) for local in (False, True)]
-    assert all(archive.read_contents(data)[0].files < len(noise) + len(images) for data in files[-2:])
+    assert all(container.read_contents(data)[0].files < len(noise) + len(images) for data in files[-2:])
     known = {x.tobytes() for x in [*noise, *images]}
     resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
     count: Counter[str] = Counter()
@@ -95,7 +95,7 @@ def main() -> None:
         signal.alarm(120)
         start = time.monotonic()
         try:
-            if data[:3] == archive.MAGIC:
+            if container.is_archive(data):
                 right = all(x.tobytes() in known for _, x in archive.decompress(model, data))
                 outcome = "an archive that is right" if right else "WRONG"
             else:
