@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.gaussian import over, q_sample, q_step
+from ddpm.gaussian import broadcast, q_sample, q_step
 from ddpm.noise import Noise
 from ddpm.samplers import Levels, Run, Step, ancestral
 
@@ -126,7 +126,7 @@ def interpolate(
     _check_level(denoiser, t)
     eps = torch.stack([noise_a, noise_b])
     ends = q_sample(denoiser.schedule, torch.stack([a, b]), torch.tensor([t, t]), eps)  # [2, C, H, W]
-    w = over(weights, ends)  # [K, 1, 1, 1]
+    w = broadcast(weights, ends)  # [K, 1, 1, 1]
     yield from _decode(denoiser, (1 - w) * ends[0] + w * ends[1], t, noise, steps, y, run)
 
 

@@ -11,15 +11,15 @@ from ddpm import pixels
 from ddpm.denoiser import Denoiser, Estimate
 from ddpm.gaussian import (
     Gaussian,
-    at,
     beta_tilde,
     bits_per_dim,
+    extract,
     kl,
     posterior_coefficients,
     q,
     q_posterior,
     q_sample,
-    total,
+    sum_per_image,
 )
 from ddpm.noise import Noise
 
@@ -58,7 +58,7 @@ def decoder_log_prob(x0: Tensor, p: Gaussian) -> Tensor:
     """
     lower = torch.where(x0 < -1 + pixels.BIN / 2, -torch.inf, x0 - pixels.BIN / 2)
     upper = torch.where(x0 > 1 - pixels.BIN / 2, torch.inf, x0 + pixels.BIN / 2)
-    return total(_log_mass(lower, upper, p))
+    return sum_per_image(_log_mass(lower, upper, p))
 
 
 def decoder_mass(p: Gaussian) -> Tensor:
@@ -177,7 +177,7 @@ def vlb_with_variance(bound: Bound, denoiser: Denoiser, x0: Tensor, noise: Noise
     t = torch.arange(2, schedule.T + 1, device=x0.device)
     sigma2 = denoiser.log_variance(bound.mse[0, 1:], t, None).exp()  # [T-1]
     c_0, _ = (c.to(x0.device) for c in posterior_coefficients(schedule, t))
-    log_r = at(beta_tilde(schedule), t).log().to(x0.device) - sigma2.log()
+    log_r = extract(beta_tilde(schedule), t).log().to(x0.device) - sigma2.log()
     divergence = bound.dims / 2 * (log_r.expm1() - log_r + c_0**2 * bound.mse[:, 1:] / sigma2)
     return replace(bound, kl=divergence, decoder=decoder)
 

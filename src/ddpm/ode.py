@@ -9,7 +9,7 @@ from torch import Tensor
 from ddpm import likelihood, pixels
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.gaussian import at, q_sample, total
+from ddpm.gaussian import extract, q_sample, sum_per_image
 
 
 def _even_levels(log_tan: Tensor, steps: int | None) -> list[int]:
@@ -68,7 +68,7 @@ def probability_flow(
             estimate = denoiser(x, t, y)
             v = cos[level] * estimate.eps - sin[level] * estimate.x0
             (row,) = torch.autograd.grad(v, x, probe)  # probe^T dv/dx
-        return v.detach(), cos[level] * sin[level] * total(row * probe)
+        return v.detach(), cos[level] * sin[level] * sum_per_image(row * probe)
 
     x, probe = cos[1] * x.double(), probe.to(x.device, torch.float64)
     log_det = x.new_full((len(x),), x[0].numel() * math.log(cos[1]))  # of x -> x_1
@@ -77,7 +77,7 @@ def probability_flow(
         v_t, div_t = flow(x + (phi[t] - phi[s]) * v, t)
         x = x + (phi[t] - phi[s]) / 2 * (v + v_t)
         log_det = log_det + (log_tan[t] - log_tan[s]) / 2 * (div + div_t)
-    return total(0.5 * x.square() + 0.5 * math.log(2 * math.pi)) - log_det
+    return sum_per_image(0.5 * x.square() + 0.5 * math.log(2 * math.pi)) - log_det
 
 
 def bound(
@@ -122,7 +122,7 @@ def decoder_bound(
     """
     x0, D = pixels.eight_bit(x0), x0[0].numel()
     first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
-    abar = at(denoiser.schedule.alpha_bar, first)
+    abar = extract(denoiser.schedule.alpha_bar, first)
     sigma = float((1 / abar[0] - 1).sqrt())
     entropy = D / 2 * math.log(2 * math.pi * math.e * sigma**2)
     flow = probability_flow(denoiser, x0 + sigma * eps.to(x0), probe, steps, y)
