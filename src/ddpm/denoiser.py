@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ddpm import kernels
+from ddpm import float64, kernels
 from ddpm.catalog import Prediction, Variance
 from ddpm.errors import InputError
 from ddpm.gaussian import (
@@ -239,7 +239,7 @@ class Denoiser:
         return replace(self, network=Guided(self.network, scale, ends[0], ends[1], self.learned))
 
     def to(self, device: torch.device | str) -> "Denoiser":
-        """The same denoiser with network and tables on `device`; the tables stay where they are if it has no float64 (mps).
+        """The same denoiser with network and tables on `device`; without float64 there (mps) the tables do not move.
 
         On CUDA devices, and on CPUs where `ddpm.kernels` can be used, the weights of convolutions get the channels-last
         memory format, which their inputs and outputs then have too. Shapes and files do not change.
@@ -254,7 +254,7 @@ class Denoiser:
             layout = torch.channels_last if channels_last else torch.contiguous_format
             self.network.to(device, memory_format=layout)  # type: ignore[call-overload]
         changes: dict[str, Any] = {}
-        if torch.device(device).type != "mps":
+        if float64.available(device):
             changes["schedule"] = self.schedule.to(device)
             if isinstance(self.variance, Tensor):
                 changes["variance"] = self.variance.to(device)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ddpm import float64
 from ddpm.errors import InputError
 
 BIN = 2 / 255
@@ -31,16 +32,7 @@ def to_pixels(signal: Tensor) -> Tensor:
     >>> to_pixels(torch.tensor([-1.5, -1.0, 0.0, 1.0]))
     tensor([  0,   0, 128, 255], dtype=torch.uint8)
     """
-    return ((double(signal) + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8)
-
-
-def double(x: Tensor) -> Tensor:
-    """Return x as float64, on its own device if that has float64 and on the CPU if not (mps).
-
-    >>> double(torch.ones(2)).dtype
-    torch.float64
-    """
-    return (x.cpu() if x.device.type == "mps" else x).double()
+    return ((float64.convert(signal) + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
 def eight_bit(x0: Tensor) -> Tensor:
@@ -52,15 +44,14 @@ def eight_bit(x0: Tensor) -> Tensor:
     >>> eight_bit(to_signal(torch.tensor([3], dtype=torch.uint8))).dtype
     torch.float64
     """
-    if x0.device.type == "mps":
-        raise InputError("x0: its device, mps, lacks float64, which likelihoods need; want the model and x0 on the CPU")
+    exact = float64.require(x0)
     distance = float((x0 - to_signal(to_pixels(x0)).to(x0)).abs().max()) / BIN
     if not distance < 1e-3:
         raise InputError(
             f"x0: up to {distance:.2g} grey levels off the 256 of Eq. 13's decoder, so bits per dimension would mean "
             "nothing; want the signal of 8-bit pixels, pixels.to_signal(uint8)"
         )
-    return x0.double()
+    return exact
 
 
 def bins(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
