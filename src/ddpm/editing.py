@@ -140,7 +140,7 @@ def share_latent(
     denoiser: Denoiser, xt: Tensor, t: int, noise: Noise, steps: Levels | None = None, y: Tensor | None = None,
     run: Run = ancestral,
 ) -> Iterator[Step]:  # fmt: skip
-    """Figure 7: B images that share x_t, which are draws of x_0 ~ p_theta(x_0 | x_t). The higher t, the less they share.
+    """Figure 7: B images that share x_t, draws of x_0 ~ p_theta(x_0 | x_t); the higher t is, the less they share.
 
     xt     [C, H, W], the x_t of one image, from a sampler or from `q_sample`
     t      its level in 0..T; at 0 all images are equal

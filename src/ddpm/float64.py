@@ -15,13 +15,22 @@ def available(device: torch.device | str) -> bool:
     return torch.device(device).type != "mps"
 
 
+def device_with(device: torch.device | str) -> torch.device:
+    """Return the device if it has float64, and the CPU if not.
+
+    >>> device_with("mps")
+    device(type='cpu')
+    """
+    return torch.device(device if available(device) else "cpu")
+
+
 def convert(x: Tensor) -> Tensor:
     """Return x as float64, on its own device if that has float64 and on the CPU if not.
 
     >>> convert(torch.ones(2)).dtype
     torch.float64
     """
-    return (x if available(x.device) else x.cpu()).double()
+    return x.to(device_with(x.device)).double()
 
 
 def require(x: Tensor) -> Tensor:
