@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 
 class Stopped(RuntimeError):
-    """A run cannot go on, because the loss is not finite or the disk is full. The command line prints it and exits with 1."""
+    """A run cannot go on: the loss is not finite or the disk is full. The command line prints it and exits with 1."""
 
 
 def not_installed(package: str, extra: str) -> InputError:

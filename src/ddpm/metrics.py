@@ -157,7 +157,7 @@ def kid(
 
 
 def _subsets(n: int, size: int, seed: int, key: int) -> Iterator[Tensor]:
-    """Yield random subsets of 0..n-1, int64 [size], forever; they are disjoint until fewer than `size` rows are left."""
+    """Yield random subsets of 0..n-1, int64 [size], forever; they are disjoint until fewer than `size` are left."""
     draws = generator(seed, _SUBSETS, key)
     while True:
         yield from torch.randperm(n, generator=draws)[: n // size * size].view(-1, size)
