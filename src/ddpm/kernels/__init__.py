@@ -132,7 +132,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _traced() -> bool:
-    """Whether calls are recorded or transformed (compile, trace, functorch); PyTorch can do this to its own only."""
+    """Whether calls are recorded or transformed (compile, trace, functorch), as PyTorch's own operations can be."""
     recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     return recorded or transformed or torch._C._len_torch_dispatch_stack() > 0
@@ -227,7 +227,7 @@ def frozen(packed: Packed | None = None) -> Iterator[None]:
 
 
 def _pack(w: Tensor, x: Tensor, name: str = "pack") -> tuple[Tensor, int]:
-    """The weights [O, I, k, k] in the kernels' layout for images like x, and how many numbers one [k, k] takes there."""
+    """The weights [O, I, k, k] in the kernels' layout for images like x, and how many numbers a [k, k] takes there."""
     (O, I, kernel, _), (B, _, H, W) = w.shape, x.shape
     packed, taps = _frozen.get(), kernel * kernel
     numbers = _call(x.dtype, "packed", B, H, W, taps, packed is not None)
