@@ -1,4 +1,8 @@
-"""Bits per dimension: the bound, level by level (Section 4.3), an estimate of it, and the probability-flow ODE's."""
+"""Bits per dimension of images: the variational bound (Section 4.3), an estimate of it, and the probability-flow ODE.
+
+`nll` computes the bound at every noise level, `nll_sampled` estimates it from a few levels per image, and `ode`
+computes the likelihood under the probability-flow ODE of the same network.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -18,14 +22,14 @@ from ddpm.run.parts import as_signal, batches, draws_of, in_parts, joined, model
 from ddpm.run.processes import Processes
 
 _NLL, _ODE = 0xE7A1, 0x0DE
-"""Keys that keep these draws apart from others of the same seed."""
+"""Keys of the random draws. They keep these draws apart from others of the same seed."""
 PILOT = 4
-"""Images that see every level before the rest see a few, for where the bound's spread is."""
+"""Number of images that `nll_sampled` measures at every level first, to learn how large the terms are."""
 
 
 @kernels.frozen()
 def nll(
-    found: models.Checkpoint,
+    checkpoint: models.Checkpoint,
     images: data.Images,
     out: Path,
     cache: Path,
@@ -36,34 +40,46 @@ def nll(
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The bound of `images` (Eq. 5), all T levels of each, `draws` draws a level: bits per dimension.
+    """The variational bound of `images` (Eq. 5) at all T levels, with `draws` noise draws per level.
 
-    Official settings are one draw, x0^ clipped as the model does. What is done is kept under `cache`, so that the same
-    call goes on where it stopped, and split over processes. Writes out/nll.csv, a row a level, and its plot nll.png.
-    Returns plain JSON values; all but `count` and settings in bits/dim: bits_per_dim and its standard_error over
-    images, prior (L_T), rate (L_1 .. L_T), distortion (L_0), and by_variance: the bound for fixed_large, fixed_small
-    and, where the weights are calibrated, calibrated. Raises InputError for images of more than 8 bits a channel.
+    The paper uses one draw, and the model's own clipping of x0^. `count` limits the number of images (None: all). The
+    work is split over processes. Finished batches are stored under `cache`, so the same call resumes where it stopped.
+    Writes out/nll.csv with one row per level, and its plot out/nll.png.
+
+    Returns plain JSON values. These are in bits/dim:
+
+    bits_per_dim    the bound, the mean over the images
+    standard_error  its standard error over the images; None for one image
+    prior           L_T
+    rate            L_1 + ... + L_T
+    distortion      L_0
+    by_variance     the bound with the variances fixed_large, fixed_small and, for a calibrated model, calibrated; {}
+                    if the model learned its variance or predicts mu
+
+    The others are count (the number of images), draws and network_calls. Raises InputError for images of more than 8
+    bits per channel.
     """
-    denoiser, shape = found.denoiser, found.preset.shape
-    rows, variants = subset(images, count), _variants(found)
-    tables = [variance_key(d) for d in (denoiser, *variants.values())]
-    key = [*model_key(found), images.fingerprint, draws, seed, [*variants], tables]
+    denoiser, shape = checkpoint.denoiser, checkpoint.preset.shape
+    indices, variants = subset(images, count), _variance_variants(checkpoint)
+    variances = [variance_key(model) for model in (denoiser, *variants.values())]
+    key = [*model_key(checkpoint), images.fingerprint, draws, seed, [*variants], variances]
     folder = parts_folder(cache, "nll", key)
 
-    def make(places: slice) -> dict[str, Tensor]:
-        batch = rows[places]
+    def measure(part: slice) -> dict[str, Tensor]:
+        batch = indices[part]
         x0 = as_signal(images, batch).to(ranks.device)
-        sums: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
         for draw in range(draws):
-            for name, value in _tables(denoiser, variants, x0, draws_of(seed, batch, draw, _NLL, shape)).items():
-                sums[name] = sums.get(name, 0) + value / draws
-        return sums
+            values = _bound_of_batch(denoiser, variants, x0, draws_of(seed, batch, draw, _NLL, shape))
+            for name, value in values.items():
+                means[name] = means.get(name, 0) + value / draws
+        return means
 
-    table = joined(in_parts(folder, len(rows), ranks, batch_size, "nll", progress, make))
+    table = joined(in_parts(folder, len(indices), ranks, batch_size, "nll", progress, measure))
     if ranks.first:
         _write_table(out, table)
-    ranks.any(False)  # and the table
-    n, per_image = len(rows), table["prior"] + table["terms"].sum(1)
+    ranks.any(False)  # the other processes wait until the table is written
+    n, per_image = len(indices), table["prior"] + table["terms"].sum(1)
     by_variance = {name: float((table["prior"] + table[name]).mean()) for name in variants}
     return {
         "bits_per_dim": float(per_image.mean()),
@@ -78,31 +94,40 @@ def nll(
     }
 
 
-def _variants(found: models.Checkpoint) -> dict[str, Denoiser]:
-    """The same mean with other variances, where the terms follow from mse."""
-    if found.denoiser.learned or found.denoiser.predict == "mu":
+def _variance_variants(checkpoint: models.Checkpoint) -> dict[str, Denoiser]:
+    """The model with other variances, by name; {} if their bounds do not follow from the error of x0^."""
+    if checkpoint.denoiser.learned or checkpoint.denoiser.predict == "mu":
         return {}
     names = ["fixed_large", "fixed_small"]
-    if models.read_calibration(found) is not None:
+    if models.read_calibration(checkpoint) is not None:
         names.append("calibrated")
-    return {name: models.with_variance(found, name).denoiser for name in names}
+    return {name: models.with_variance(checkpoint, name).denoiser for name in names}
 
 
-def _tables(denoiser: Denoiser, variants: dict[str, Denoiser], x0: Tensor, draws: noise.Noise) -> dict[str, Tensor]:
-    """Bits/dim of a batch: prior [B], terms [B, T] (L_0, L_1 .. L_{T-1}), each variant's sum [B]; and mse [B, T]."""
+def _bound_of_batch(
+    denoiser: Denoiser, variants: dict[str, Denoiser], x0: Tensor, draws: noise.Noise
+) -> dict[str, Tensor]:
+    """The bound of a batch of B images, on the CPU.
+
+    prior         L_T, bits/dim [B]
+    terms         L_0 .. L_{T-1}, bits/dim [B, T]: column t - 1 belongs to level t
+    mse           mean squared error of x0^(x_t) at levels 1..T, signal units squared [B, T]
+    each variant  L_0 + ... + L_{T-1} with the variance of that name, bits/dim [B]
+    """
     bound = likelihood.vlb(denoiser, x0, draws)
     terms = torch.cat([bound.decoder[:, None], bound.kl], dim=1)
-    found = {"prior": bits_per_dim(bound.prior, bound.dims), "terms": bits_per_dim(terms, bound.dims), "mse": bound.mse}
+    table = {"prior": bits_per_dim(bound.prior, bound.dims), "terms": bits_per_dim(terms, bound.dims), "mse": bound.mse}
     for name, variant in variants.items():
         other = likelihood.vlb_with_variance(bound, variant, x0, draws)
-        found[name] = bits_per_dim(other.kl.sum(1) + other.decoder, bound.dims)
-    return {name: value.cpu() for name, value in found.items()}
+        table[name] = bits_per_dim(other.kl.sum(1) + other.decoder, bound.dims)
+    return {name: value.cpu() for name, value in table.items()}
 
 
 def _write_table(out: Path, table: dict[str, Tensor]) -> None:
-    """A row a level t, T first: what x_t has cost, the term at t (the cost of x_{t-1}), the error of x0^(x_t).
+    """Write nll.csv, one row per level t from T down, and its plot nll.png. The columns are means over the images.
 
-    Rates are bits/dim; RMSE is the root of the mean over images and pixels, grey levels.
+    The rate is what x_t costs, L_T + ... + L_t. The term of level t, L_{t-1}, is what x_{t-1} costs in addition. The
+    RMSE is the root mean square error of x0^(x_t) over images and pixels, in grey levels.
     """
     terms, mse = table["terms"].mean(0), table["mse"].mean(0)
     rates = table["prior"].mean() + terms.flip(0).cumsum(0).flip(0) - terms
@@ -122,7 +147,7 @@ def _write_table(out: Path, table: dict[str, Tensor]) -> None:
 
 @kernels.frozen()
 def nll_sampled(
-    found: models.Checkpoint,
+    checkpoint: models.Checkpoint,
     images: data.Images,
     levels_per_image: int,
     ranks: Processes,
@@ -131,39 +156,42 @@ def nll_sampled(
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """An unbiased estimate of the same bound, bits per dimension, and its standard error: few levels for each image.
+    """An unbiased estimate of the bound of `nll` from `levels_per_image` random levels of each image.
 
-    Levels are drawn with q(t) proportional to the root mean square of the term at t, as PILOT images have it, by
-    systematic sampling, and weighed by 1/q. The error holds the spread of images and of levels.
+    The first PILOT images are measured at all T levels. The root mean square of the term at each level then gives the
+    distribution q(t) from which levels are drawn, by systematic sampling. Each term is weighted by 1/q(t).
+
+    Returns plain JSON values: bits_per_dim and its standard_error, in bits/dim; count, levels_per_image and
+    network_calls. The standard error covers both the choice of images and that of levels. Raises InputError for fewer
+    than 2 images, for levels_per_image outside 1..T, and for images of more than 8 bits per channel.
     """
-    denoiser, shape, T = found.denoiser, found.preset.shape, found.denoiser.schedule.T
-    chosen = subset(images, count)
-    n = len(chosen)
+    denoiser, shape, T = checkpoint.denoiser, checkpoint.preset.shape, checkpoint.denoiser.schedule.T
+    indices = subset(images, count)
+    n = len(indices)
     if not 1 <= levels_per_image <= T:
         raise InputError(f"levels_per_image {levels_per_image}: want 1 to {T}")
     if n < 2:
         raise InputError(f"{n} image: want at least 2, for a standard error")
-    x0 = as_signal(images, chosen[:PILOT]).to(ranks.device)
-    whole = likelihood.vlb(denoiser, x0, draws_of(seed, chosen[:PILOT], 1, _NLL, shape))
-    spread = torch.cat([whole.decoder[:, None], whole.kl], dim=1).square().mean(0).sqrt().cpu()
-    q = 0.9 * spread / spread.sum() + 0.1 / T  # a floor, so that no weight is huge
+    x0 = as_signal(images, indices[:PILOT]).to(ranks.device)
+    pilot = likelihood.vlb(denoiser, x0, draws_of(seed, indices[:PILOT], 1, _NLL, shape))
+    size = torch.cat([pilot.decoder[:, None], pilot.kl], dim=1).square().mean(0).sqrt().cpu()
+    q = 0.9 * size / size.sum() + 0.1 / T  # a floor, so that no weight is huge
     cdf = q.cumsum(0)
 
-    sums = torch.zeros(n, dtype=torch.float64)
-    for places, rows, x0 in batches(images, chosen, ranks, max(1, batch_size // levels_per_image), "nll", progress):
-        first = torch.tensor([float(torch.rand((), generator=noise.generator(seed, i, _NLL))) for i in rows])
-        even = (
-            first.double()[:, None] + torch.arange(levels_per_image)
-        ) / levels_per_image  # systematic: one draw, then even steps
-        t = 1 + torch.searchsorted(cdf, even).clamp(max=T - 1)  # [B, K]
-        eps = [draws_of(seed, rows, 2 + k, _NLL, shape)(0) for k in range(levels_per_image)]
+    bits = torch.zeros(n, dtype=torch.float64)
+    for part, batch, x0 in batches(images, indices, ranks, max(1, batch_size // levels_per_image), "nll", progress):
+        offsets = torch.tensor([float(torch.rand((), generator=noise.generator(seed, i, _NLL))) for i in batch])
+        # systematic sampling: one uniform draw per image, then even steps
+        quantiles = (offsets.double()[:, None] + torch.arange(levels_per_image)) / levels_per_image
+        t = 1 + torch.searchsorted(cdf, quantiles).clamp(max=T - 1)  # [B, K]
+        eps = [draws_of(seed, batch, 2 + k, _NLL, shape)(0) for k in range(levels_per_image)]
         terms = likelihood.sampled_terms(denoiser, x0, t.to(ranks.device), torch.stack(eps, dim=1).to(ranks.device))
         nats = (terms.cpu() / (levels_per_image * q[t - 1])).sum(1) + likelihood.prior(denoiser, x0.double()).cpu()
-        sums[places] = bits_per_dim(nats, whole.dims)
-    sums = ranks.total(sums)
+        bits[part] = bits_per_dim(nats, pilot.dims)
+    bits = ranks.total(bits)
     return {
-        "bits_per_dim": float(sums.mean()),
-        "standard_error": float(sums.std() / n**0.5),
+        "bits_per_dim": float(bits.mean()),
+        "standard_error": float(bits.std() / n**0.5),
         "count": n,
         "levels_per_image": levels_per_image,
         "network_calls": n * levels_per_image + min(PILOT, n) * T,
@@ -172,7 +200,7 @@ def nll_sampled(
 
 @kernels.frozen()
 def ode(
-    found: models.Checkpoint,
+    checkpoint: models.Checkpoint,
     images: data.Images,
     ranks: Processes,
     count: int | None = None,
@@ -181,24 +209,38 @@ def ode(
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Bits per dimension by the probability-flow ODE: another model of the same network, and an independent figure.
+    """Bits per dimension by the probability-flow ODE, which defines another density with the same network.
 
-    One draw and one Hutchinson probe an image; `steps` levels. Returns plain JSON values: bits_per_dim, by uniform
-    dequantisation, and bits_per_dim_decoder, by Eq. 13's decoder on top of the flow, each with its standard error over
-    images, draws and probes; count, steps.
+    The figure is independent of the variational bound. Each image gets one uniform draw, one normal draw and one
+    Hutchinson probe. The solver visits `steps` noise levels (None: all T). Returns plain JSON values:
+
+    bits_per_dim            with uniform dequantisation, bits/dim
+    bits_per_dim_decoder    with the decoder of Eq. 13 between the flow and the grey levels, bits/dim
+    standard_error          of the first, over images, draws and probes; None for one image
+    standard_error_decoder  of the second
+    count, steps            the number of images and of noise levels
+
+    Raises InputError for images of more than 8 bits per channel.
+
+    >>> from ddpm.files.opening import open_checkpoint
+    >>> checkpoint, alone = open_checkpoint("digits"), Processes(0, 1, torch.device("cpu"))
+    >>> images = data.load("digits", (8, 8), 1, split="test")
+    >>> result = ode(checkpoint, images, alone, count=2, steps=5, progress=False)
+    >>> result["bits_per_dim"] > result["bits_per_dim_decoder"] > 0, result["count"], result["steps"]
+    (True, 2, 5)
     """
-    denoiser, shape, chosen = found.denoiser, found.preset.shape, subset(images, count)
+    denoiser, shape, indices = checkpoint.denoiser, checkpoint.preset.shape, subset(images, count)
     steps = None if steps is None else min(steps, denoiser.schedule.T)
-    n = len(chosen)
-    sums = torch.zeros(2, n, dtype=torch.float64)
-    for places, rows, x0 in batches(images, chosen, ranks, batch_size, "ode", progress):
-        draws = draws_of(seed, rows, 0, _ODE, shape)
+    n = len(indices)
+    bits = torch.zeros(2, n, dtype=torch.float64)
+    for part, batch, x0 in batches(images, indices, ranks, batch_size, "ode", progress):
+        draws = draws_of(seed, batch, 0, _ODE, shape)
         u, probe, eps = torch.special.ndtr(draws(0).double()), draws(1).sign().to(x0.device), draws(2)
         uniform = probability_flow.bound(denoiser, x0, u.to(x0.device), probe, steps)
         decoder = probability_flow.decoder_bound(denoiser, x0, eps.to(x0.device), probe, steps)
-        sums[:, places] = bits_per_dim(torch.stack([uniform, decoder]), x0[0].numel()).cpu()
-    sums = ranks.total(sums)
-    mean, error = sums.mean(1).tolist(), (sums.std(1) / n**0.5).tolist() if n > 1 else [None, None]
+        bits[:, part] = bits_per_dim(torch.stack([uniform, decoder]), x0[0].numel()).cpu()
+    bits = ranks.total(bits)
+    mean, error = bits.mean(1).tolist(), (bits.std(1) / n**0.5).tolist() if n > 1 else [None, None]
     return {
         "bits_per_dim": mean[0],
         "standard_error": error[0],
@@ -210,13 +252,17 @@ def ode(
 
 
 class Likelihood(NamedTuple):
-    """A measure of the likelihood of images by name: what computes it, and one line for help."""
+    """A measure of likelihood.
+
+    function  computes it and returns plain JSON values
+    meaning   one line for help
+    """
 
     function: Callable[..., dict[str, Any]]
     meaning: str
 
 
 LIKELIHOODS = {
-    "nll": Likelihood(nll, meaning="the variational bound in bits/dim, every level, one draw, as in the paper"),
-    "ode": Likelihood(ode, meaning="bits/dim by the probability-flow ODE, another model of the same network"),
+    "nll": Likelihood(nll, meaning="the variational bound in bits/dim, at every noise level, as in the paper"),
+    "ode": Likelihood(ode, meaning="bits/dim under the probability-flow ODE of the same network"),
 }

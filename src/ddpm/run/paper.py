@@ -1,6 +1,6 @@
-"""The paper's tables and figures for a run of one's own, each beside the paper's numbers.
+"""The paper's tables and figures, made for any model and set beside the paper's numbers.
 
-An experiment NAME leaves NAME.csv, NAME.png or both, and NAME.json, which says what they are of.
+Each experiment NAME writes NAME.csv, NAME.png or both. NAME.json records the model, the data and the settings.
 """
 
 import csv
@@ -25,9 +25,11 @@ from ddpm.run import evaluate, parts, quality, sample
 from ddpm.run.processes import Processes
 from ddpm.run.train import train
 
-# What the paper reports, in part; None where we have no figure of it, "unstable" as it says.
+# Some of the numbers that the paper reports. None is a missing number; "unstable" is the paper's word.
 Cell = float | str | None
-TABLE_1: list[tuple[str, Cell, Cell, Cell, Cell, Cell]] = [  # CIFAR-10: IS and its std, FID, NLL of test and training
+TABLE_1: list[
+    tuple[str, Cell, Cell, Cell, Cell, Cell]
+] = [  # CIFAR-10: IS, its std, FID, NLL of test and training images
     ("Original diffusion (2015)", None, None, None, 5.40, None),
     ("Gated PixelCNN", None, None, None, 3.03, None),
     ("Sparse Transformer", None, None, None, 2.80, None),
@@ -67,24 +69,27 @@ TABLE_4: dict[int, tuple[float, float]] = {  # reverse step -> rate in bits/dim,
 }
 
 _FIGURE = 0xF16
-"""Keeps the draws of figures apart from those of samples with the same seed."""
+"""Key of the figures' noise. It keeps their draws apart from those of samples with the same seed."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What an experiment works on.
+    """The model, the images and the settings of an experiment.
 
-    found     the model
-    images    a split of its data: "train", what it was trained on, or another, `split` where it was not
-    out       the folder for tables and pictures
-    cache     the folder for what is made bit by bit, so that it goes on where it stopped
-    n         images and samples to use; None: as many as the paper, or as fit on a picture
-    samples   saved samples to score instead of making some
-    network   the feature network for sample quality, only opened where it is needed; named_features: whether the
-              user named one
+    checkpoint      the model
+    images          from the name of a split to its images: "train" gives the training images
+    out             folder for tables and pictures
+    cache           folder for finished batches, so that a stopped experiment can resume
+    network         opens the feature network for sample quality; called only by experiments that need it
+    named_features  whether the user chose the feature network
+    split           the split of held-out images
+    n               number of images and of samples; None: the paper's number, or as many as a figure shows
+    samples         a file or folder of saved samples to score; None: the experiment makes samples
+    sampler, steps, spacing
+                    how samples are made: a name, the levels or their number, and the name of the levels' spacing
     """
 
-    found: models.Checkpoint
+    checkpoint: models.Checkpoint
     images: Callable[[str], data.Images]
     out: Path
     cache: Path
@@ -103,62 +108,67 @@ class Setup:
 
     @property
     def T(self) -> int:
-        return self.found.denoiser.schedule.T
+        """The number of noise levels of the model."""
+        return self.checkpoint.denoiser.schedule.T
 
-    def signal(self, count: int) -> Tensor:
-        """The first `count` images of the split, x_0."""
-        held_out = self.images(self.split)
-        if len(held_out) < count:
-            raise InputError(f"{held_out.name}: {len(held_out)} images of split {self.split}; want at least {count}")
-        return parts.as_signal(held_out, range(count)).to(self.ranks.device)
+    def held_out(self, count: int) -> Tensor:
+        """The first `count` images of the held-out split as x_0, [count, C, H, W].
+
+        Raises InputError if there are fewer.
+        """
+        images = self.images(self.split)
+        if len(images) < count:
+            raise InputError(f"{images.name}: split {self.split} has {len(images)} images; want at least {count}")
+        return parts.as_signal(images, range(count)).to(self.ranks.device)
 
     def noise(self, count: int, key: int, same: bool = False) -> Callable[[int], Tensor]:
-        """Draws for `count` images; the same ones for each if `same`."""
+        """Noise draws for `count` images, from a level t to [count, C, H, W]; with `same` all images share one draw."""
         seeds = [mix(self.seed, 0 if same else i, key, _FIGURE) for i in range(count)]
-        return per_image(seeds, self.found.preset.shape, self.ranks.device)
+        return per_image(seeds, self.checkpoint.preset.shape, self.ranks.device)
+
+    def levels(self, t: int | None = None) -> list[int]:
+        """The noise levels that the sampler visits from T, rising. With t: those of them below t, and t itself."""
+        visited = samplers.named(self.sampler).levels(self.checkpoint.denoiser, self.steps)
+        return visited if t is None else [level for level in visited if level < t] + [t] * (t > 0)
 
     def about(self, *splits: str, **more: Any) -> dict[str, Any]:
-        """What a result is of: the model, the images, the seed, and `more`."""
+        """What a result was made from: the model, the images of `splits`, the seed, and `more`; plain JSON values."""
         data = {}
         for split in splits:
             images = self.images(split)
             data[split] = {"name": images.name, "images": len(images), "fingerprint": images.fingerprint}
-        return {**self.found.about(), "data": data, "n": self.n, "seed": self.seed, **more}
+        return {**self.checkpoint.about(), "data": data, "n": self.n, "seed": self.seed, **more}
 
-    def sampling(self) -> dict[str, Any]:
-        """Where samples come from."""
-        if self.samples is not None:
-            return {"samples": self.samples.name}
-        return self.sampled()
-
-    def levels(self, t: int | None = None) -> list[int]:
-        """Those that the sampler visits from t (None: T) on, rising: of those from T on the ones below t, and t."""
-        visited = samplers.named(self.sampler).levels(self.found.denoiser, self.steps)
-        return visited if t is None else [s for s in visited if s < t] + [t] * (t > 0)
-
-    def sampled(self) -> dict[str, Any]:
+    def about_sampler(self) -> dict[str, Any]:
         """How samples are made."""
-        return sample.sampled(self.found.denoiser, self.sampler, self.levels(), self.spacing)
+        return sample.sampled(self.checkpoint.denoiser, self.sampler, self.levels(), self.spacing)
+
+    def about_samples(self) -> dict[str, Any]:
+        """Where samples come from: a file or folder, or how they are made."""
+        return self.about_sampler() if self.samples is None else {"samples": self.samples.name}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def table1(s: Setup) -> None:
-    """Inception score, FID, and bits/dim of held-out and of training images."""
-    quality.check_network(s.network(), s.images("train"))  # a mistake shows before hours of likelihood
-    held_out, seen = (_nll(s, split) for split in (s.split, "train"))
-    found = _quality(s, ("is", "fid"))
-    ours = (f"this run, {s.found.preset.loss}", *_scores(found), held_out["bits_per_dim"], seen["bits_per_dim"])
-    about = s.about(s.split, "train", **s.sampling(), **found, nll_images=[held_out["count"], seen["count"]])
-    header = ["model", "IS", "IS_std", _distance(found), f"NLL_{s.split}", "NLL_train"]
-    _table(s, "table1", header, [ours, *TABLE_1], about)
+def table1(setup: Setup) -> None:
+    """Table 1: Inception score, FID, and bits/dim of held-out and of training images."""
+    quality.check_network(setup.network(), setup.images("train"))  # before hours of likelihood
+    held_out, training = (_nll(setup, split) for split in (setup.split, "train"))
+    scores = _quality(setup, ("is", "fid"))
+    name = f"this run, {setup.checkpoint.preset.loss}"
+    ours = (name, *_scores(scores), held_out["bits_per_dim"], training["bits_per_dim"])
+    nll_images = [held_out["count"], training["count"]]
+    about = setup.about(setup.split, "train", **setup.about_samples(), **scores, nll_images=nll_images)
+    header = ["model", "IS", "IS_std", _distance(scores), f"NLL_{setup.split}", "NLL_train"]
+    _write_table(setup, "table1", header, [ours, *TABLE_1], about)
 
 
-def table2(preset: Preset, out: Path, ranks: Processes, setup: Callable[[Path], Setup]) -> int:
-    """The ablation: six runs from one preset, trained here or gone on with; returns a signal that stopped it, or 0.
+def table2(preset: Preset, out: Path, ranks: Processes, make_setup: Callable[[Path], Setup]) -> int:
+    """Table 2, the ablation: six runs from one preset under out/table2, which it trains or resumes.
 
-    A run whose loss is not finite stops and says so in its row; what it came to before is scored all the same.
+    `make_setup` makes the Setup of a run folder. A run stops if its loss is not finite. Its row then states this, and
+    has the scores of its newest checkpoint. Returns the number of the signal that stopped the training, or 0.
     """
     rows: list[Sequence[Any]] = []
     about: list[dict[str, Any]] = []
@@ -174,221 +184,282 @@ def table2(preset: Preset, out: Path, ranks: Processes, setup: Callable[[Path], 
                 return result.interrupted
         except Stopped as reason:
             state = str(reason)
-        scored: Sequence[Any] = [None] * 6
-        if checkpoints.newest(run) is not None:  # else it stopped before its first
-            s = setup(run)
-            bound, found = _nll(s, s.split), _quality(s, ("is", "fid"))
-            distance = _distance(found)
+        values: Sequence[Any] = [None] * 6
+        if checkpoints.newest(run) is not None:  # a run may stop before its first checkpoint
+            setup = make_setup(run)
+            bound, scores = _nll(setup, setup.split), _quality(setup, ("is", "fid"))
+            distance = _distance(scores)
             by_variance = json.dumps({name: round(value, 4) for name, value in bound["by_variance"].items()})
-            scored = [s.found.step, *_scores(found), bound["bits_per_dim"], by_variance]
-            about.append(s.about(s.split, "train", **s.sampling(), **found, nll=bound))
-        rows.append([predict, loss, variance, state, *scored, paper_is, paper_fid])
+            values = [setup.checkpoint.step, *_scores(scores), bound["bits_per_dim"], by_variance]
+            about.append(setup.about(setup.split, "train", **setup.about_samples(), **scores, nll=bound))
+        rows.append([predict, loss, variance, state, *values, paper_is, paper_fid])
     if ranks.first:
         header = ["predict", "loss", "variance", "state", "step", "IS", "IS_std", distance, "NLL", "NLL_by_variance"]
-        _csv(out / "table2.csv", [*header, "paper_IS", "paper_FID"], rows)
+        _write_csv(out / "table2.csv", [*header, "paper_IS", "paper_FID"], rows)
         atomic.write_json(out / "table2.json", {"settings": to_json(preset), "runs": about})
     return 0
 
 
-def table3(s: Setup) -> None:
-    """FID, beside those on LSUN 256x256."""
-    found = _quality(s, ("fid",))
-    ours = ("this run", s.images("train").name, found.get(_distance(found)))
-    _table(
-        s, "table3", ["model", "data", _distance(found)], [ours, *TABLE_3], s.about("train", **s.sampling(), **found)
-    )
+def table3(setup: Setup) -> None:
+    """Table 3: FID, beside the paper's on LSUN at 256x256."""
+    scores = _quality(setup, ("fid",))
+    distance = _distance(scores)
+    ours = ("this run", setup.images("train").name, scores.get(distance))
+    about = setup.about("train", **setup.about_samples(), **scores)
+    _write_table(setup, "table3", ["model", "data", distance], [ours, *TABLE_3], about)
 
 
-def table4(s: Setup) -> None:
-    """Rate and distortion of progressive lossy coding by reverse step: what x_t has cost, and the error of its x0^."""
-    curve = _rate_distortion(s)
+def table4(setup: Setup) -> None:
+    """Table 4: rate and distortion of progressive lossy coding by reverse step.
+
+    The rate is what x_t costs, and the distortion is the error of the x0^ that it gives.
+    """
+    curve = _rate_distortion(setup)
     rows = {}
-    for step, paper in TABLE_4.items():
-        ours = max(1, round(step * s.T / 1000))
-        rows[ours] = (ours, *curve[s.T - ours + 1], *paper)
+    for paper_step, paper in TABLE_4.items():
+        step = max(1, round(paper_step * setup.T / 1000))
+        rows[step] = (step, *curve[setup.T - step + 1], *paper)
     header = ["reverse_step", "rate_bits_per_dim", "rmse_grey_levels", "paper_rate", "paper_rmse"]
-    _table(s, "table4", header, rows.values(), s.about(s.split))
+    _write_table(setup, "table4", header, rows.values(), setup.about(setup.split))
 
 
-def fig5(s: Setup) -> None:
-    """Distortion against reverse steps, rate against reverse steps, and rate against distortion."""
-    plots.check()  # before the measurement, not after it
-    curve = _rate_distortion(s)
-    steps = [s.T - t + 1 for t in curve]
+def fig5(setup: Setup) -> None:
+    """Figure 5: distortion against reverse steps, rate against reverse steps, and distortion against rate."""
+    plots.check()  # before the measurement, which takes long
+    curve = _rate_distortion(setup)
+    steps = [setup.T - t + 1 for t in curve]
     rate, rmse = ([values[i] for values in curve.values()] for i in (0, 1))
-    p_steps = [step * s.T / 1000 for step in TABLE_4]
-    p_rate, p_rmse = ([values[i] for values in TABLE_4.values()] for i in (0, 1))
-    panel = plots.Panel
-    paper = "paper, CIFAR-10"
+    paper_steps = [step * setup.T / 1000 for step in TABLE_4]
+    paper_rate, paper_rmse = ([values[i] for values in TABLE_4.values()] for i in (0, 1))
+    ours, paper = "this run", "paper, CIFAR-10"
+    reverse_steps, error, bits = "reverse steps", "RMSE, grey levels", "bits/dim"
     panels = [
-        panel(
-            "Distortion", {"this run": (steps, rmse), paper: (p_steps, p_rmse)}, "reverse steps", "RMSE, grey levels"
-        ),
-        panel("Rate", {"this run": (steps, rate), paper: (p_steps, p_rate)}, "reverse steps", "bits/dim"),
-        panel("Rate-distortion", {"this run": (rate, rmse), paper: (p_rate, p_rmse)}, "bits/dim", "RMSE, grey levels"),
+        plots.Panel("Distortion", {ours: (steps, rmse), paper: (paper_steps, paper_rmse)}, reverse_steps, error),
+        plots.Panel("Rate", {ours: (steps, rate), paper: (paper_steps, paper_rate)}, reverse_steps, bits),
+        plots.Panel("Rate-distortion", {ours: (rate, rmse), paper: (paper_rate, paper_rmse)}, bits, error),
     ]
     header = ["reverse_step", "rate_bits_per_dim", "rmse_grey_levels"]
-    _table(s, "fig5", header, zip(steps, rate, rmse, strict=True), s.about(s.split))
-    if s.ranks.first:
-        atomic.write(s.out / "fig5.png", plots.draw(panels))
+    _write_table(setup, "fig5", header, zip(steps, rate, rmse, strict=True), setup.about(setup.split))
+    if setup.ranks.first:
+        atomic.write(setup.out / "fig5.png", plots.draw(panels))
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def fig6(s: Setup) -> None:
-    """x0^ as the reverse process goes on: a row a sample, from left to right."""
-    n = s.n or 10
+def fig6(setup: Setup) -> None:
+    """Figure 6: x0^ during the reverse process, one row per sample, from left to right."""
+    seeds = range(setup.seed, setup.seed + (setup.n or 10))
     strip = sample.progressive(
-        s.found.denoiser, s.found.preset.shape, range(s.seed, s.seed + n), s.sampler, s.steps, columns=21,
-        device=s.ranks.device, progress=s.progress,
+        setup.checkpoint.denoiser, setup.checkpoint.preset.shape, seeds, setup.sampler, setup.steps, columns=21,
+        device=setup.ranks.device, progress=setup.progress,
     )  # fmt: skip
-    _picture(s, "fig6", strip, s.about(**s.sampled()))
+    _write_picture(setup, "fig6", strip, setup.about(**setup.about_sampler()))
 
 
-def fig7(s: Setup) -> None:
-    """Samples that share x_t: a row a level, x_t first, then what it becomes."""
-    n, T, run = s.n or 7, s.T, samplers.named(s.sampler).run
-    if not samplers.SAMPLERS[s.sampler].noisy:
+def fig7(setup: Setup) -> None:
+    """Figure 7: samples that share x_t. One row per level t: x_t, then samples of p(x_0 | x_t).
+
+    The levels are those that the sampler visits nearest to T, 3T/4, T/2 and T/4. Raises InputError for a sampler
+    without noise, because its samples would all be equal.
+    """
+    n, T, run = setup.n or 7, setup.T, samplers.named(setup.sampler).run
+    if not samplers.SAMPLERS[setup.sampler].noisy:
         noisy = ", ".join(name for name, sampler in samplers.SAMPLERS.items() if sampler.noisy)
-        raise InputError(f"--sampler {s.sampler}: draws no noise, one x_t is one image; want {noisy} for fig7")
-    visited = s.levels()
+        raise InputError(f"sampler {setup.sampler}: draws no noise, so one x_t gives one image; want {noisy} for fig7")
+    visited = setup.levels()
     levels = sorted({min(visited, key=lambda t, k=k: abs(t - T * k / 4)) for k in (4, 3, 2, 1)}, reverse=True)  # type: ignore[misc]
-    draws = s.noise(1, 0)
-    latents = {T: draws(T)}
-    for step in run(s.found.denoiser, latents[T], draws, visited, None, None):
+    noise = setup.noise(1, 0)
+    latents = {T: noise(T)}
+    for step in run(setup.checkpoint.denoiser, latents[T], noise, visited, None, None):
         if step.t in levels:
             latents[step.t] = step.x
     rows = []
     for t in levels:
-        *_, last = editing.share_latent(s.found.denoiser, latents[t][0], t, s.noise(n, t), s.levels(t), run=run)
+        *_, last = editing.share_latent(
+            setup.checkpoint.denoiser, latents[t][0], t, setup.noise(n, t), setup.levels(t), run=run
+        )
         rows.append(torch.cat([latents[t], last.x]))
-    _picture(s, "fig7", _uint8(torch.stack(rows)), s.about(levels=levels, **s.sampled()))
+    about = setup.about(levels=levels, **setup.about_sampler())
+    _write_picture(setup, "fig7", _uint8(torch.stack(rows)), about)
 
 
-def fig8(s: Setup) -> None:
-    """Interpolation between held-out images, both at t = T/2: a row a pair, its images outermost."""
-    n = s.n or 5
+def fig8(setup: Setup) -> None:
+    """Figure 8: interpolation between held-out images at t = T/2. One row per pair, whose images are at the ends."""
+    n = setup.n or 5
     weights = torch.linspace(0, 1, 11)
-    x0 = s.signal(2 * n)
-    rows = [_interpolated(s, x0[2 * i], x0[2 * i + 1], weights, s.T // 2, i) for i in range(n)]
-    about = s.about(s.split, t=s.T // 2, mixed=weights.tolist(), **s.sampled())
-    _picture(s, "fig8", _uint8(torch.stack(rows)), about)
+    x0 = setup.held_out(2 * n)
+    rows = [_interpolated(setup, x0[2 * i], x0[2 * i + 1], weights, setup.T // 2, i) for i in range(n)]
+    about = setup.about(setup.split, t=setup.T // 2, mixed=weights.tolist(), **setup.about_sampler())
+    _write_picture(setup, "fig8", _uint8(torch.stack(rows)), about)
 
 
-def fig9(s: Setup) -> None:
-    """The same pair of images over many t: a row a level, T first, and plain mixing of pixels, t = 0, last."""
+def fig9(setup: Setup) -> None:
+    """Figure 9: interpolation of one pair at many levels. One row per t, T first; at t = 0 the pixels are mixed."""
     weights = torch.linspace(0, 1, 9)
-    a, b = s.signal(2)
-    levels = [s.T * k // 8 for k in range(8, -1, -1)]
-    rows = [_interpolated(s, a, b, weights, t, 0) for t in levels]
-    about = s.about(s.split, levels=levels, mixed=weights.tolist(), **s.sampled())
-    _picture(s, "fig9", _uint8(torch.stack(rows)), about)
+    a, b = setup.held_out(2)
+    levels = [setup.T * k // 8 for k in range(8, -1, -1)]
+    rows = [_interpolated(setup, a, b, weights, t, 0) for t in levels]
+    about = setup.about(setup.split, levels=levels, mixed=weights.tolist(), **setup.about_sampler())
+    _write_picture(setup, "fig9", _uint8(torch.stack(rows)), about)
 
 
-def _interpolated(s: Setup, a: Tensor, b: Tensor, weights: Tensor, t: int, pair: int) -> Tensor:
-    """[len(weights) + 2, C, H, W]: a, what is between, b. One noise for all weights, so that they change smoothly."""
-    eps_a, eps_b = s.noise(2, mix(pair, t))(t)
-    noise = s.noise(len(weights), mix(pair, 1), same=True)
-    steps, run = s.levels(t), samplers.named(s.sampler).run
-    *_, last = editing.interpolate(s.found.denoiser, a, b, weights, t, eps_a, eps_b, noise, steps, run=run)
+def _interpolated(setup: Setup, a: Tensor, b: Tensor, weights: Tensor, t: int, pair: int) -> Tensor:
+    """Image a, the interpolations at each weight, and image b: [len(weights) + 2, C, H, W].
+
+    All weights share one noise, so that the images change smoothly.
+    """
+    eps_a, eps_b = setup.noise(2, mix(pair, t))(t)
+    noise = setup.noise(len(weights), mix(pair, 1), same=True)
+    levels, run = setup.levels(t), samplers.named(setup.sampler).run
+    *_, last = editing.interpolate(setup.checkpoint.denoiser, a, b, weights, t, eps_a, eps_b, noise, levels, run=run)
     return torch.cat([a[None], last.x, b[None]])
 
 
-def fig10(s: Setup) -> None:
-    """Progressive lossy decompression: a row an image, x0^ of what has been sent at falling t, the image itself last.
+def fig10(setup: Setup) -> None:
+    """Figure 10: progressive lossy decompression. One row per image: x0^ of what was sent until t, for falling t.
 
-    The table has what each picture cost by Algorithm 3 (Eq. 5, no entropy coder), and its error.
+    The last column is the image. The table has the cost of each picture under Algorithm 3 with an ideal entropy coder
+    (Eq. 5), and its error.
     """
-    n = s.n or 6
-    x0 = s.signal(n)
-    shown = sorted({max(1, round(s.T * share)) for share in (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0)} | {0})
-    strip, rows = [], []
-    for received in likelihood.progressive_coding(s.found.denoiser, x0, s.noise(n, 2)):
-        if received.t in shown:
-            strip.append(received.x0)
+    n = setup.n or 6
+    x0 = setup.held_out(n)
+    shares = (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0)
+    levels = sorted({max(1, round(setup.T * share)) for share in shares} | {0}, reverse=True)
+    columns, rows = [], []
+    for received in likelihood.progressive_coding(setup.checkpoint.denoiser, x0, setup.noise(n, 2)):
+        if received.t in levels:
+            columns.append(received.x0)
             bits = bits_per_dim(received.nats, x0[0].numel())
             rmse = (received.x0 - x0).square().flatten(1).mean(1).sqrt() / pixels.BIN
             rows += [(i, received.t, float(bits[i]), float(rmse[i])) for i in range(n)]
     rows.sort(key=lambda row: (row[0], -row[1]))
-    about = s.about(s.split, levels=shown[::-1])
-    _table(s, "fig10", ["image", "t", "sent_bits_per_dim", "rmse_grey_levels"], rows, about)
-    _picture(s, "fig10", _uint8(torch.stack(strip, dim=1)), about)
+    about = setup.about(setup.split, levels=levels)
+    _write_table(setup, "fig10", ["image", "t", "sent_bits_per_dim", "rmse_grey_levels"], rows, about)
+    _write_picture(setup, "fig10", _uint8(torch.stack(columns, dim=1)), about)
 
 
-def neighbours(s: Setup) -> None:
-    """The nearest training images of samples, by pixels and by features (Figures 13 and 15), and which are copies.
+# -- nearest neighbours ------------------------------------------------------------------------------------------------
 
-    How near is near depends on the picture, so the nearest distance is taken over the mean of the next seven. A sample
-    is called a duplicate where this ratio is 0 or is undercut by at most 1% of held-out images, which no model has
-    seen: by chance 1% of samples are. Mirrored images count where training mirrors them; above 32x32, pixels are
-    compared at 32x32.
+
+class _Neighbours(NamedTuple):
+    """The nearest training images of N samples.
+
+    distances  float64 [N, k], nearest first
+    indices    int64 [N, k], of training images
+    chance     float64 [N], the share of held-out images that are at least as near to their neighbours
+    compared   the number of held-out images that are not also training images
     """
-    seen, held_out = s.images("train"), s.images(s.split)
-    k = min(8, len(seen))
-    if k < 2:
-        raise InputError(f"{seen.name}: {len(seen)} training images; want at least 2")
-    if seen.fingerprint == held_out.fingerprint:
-        raise InputError(f"--split {s.split}: the images that the run was trained on; want held-out ones")
-    spaces: dict[str, Callable[[Tensor], Tensor]] = {"pixels": _pixels}
-    try:
-        network = s.network()
-        spaces["features"] = lambda x: torch.from_numpy(
-            features.measure(network, x, keep_features=True, progress=False).features
-        )
-    except InputError as reason:
-        if s.named_features:
-            raise
-        if s.ranks.first:
-            print(f"neighbours: by pixels only ({reason})", file=sys.stderr)
-    made = _samples(s, s.n or 64)[: s.n or 64]
-    if not s.ranks.first:
+
+    distances: Tensor
+    indices: Tensor
+    chance: Tensor
+    compared: int
+
+    def duplicates(self) -> list[int]:
+        """The samples that are copies of a training image, or nearer to one than 99% of held-out images are."""
+        return [i for i in range(len(self.chance)) if self.distances[i, 0] == 0 or self.chance[i] <= 0.01]
+
+
+def neighbours(setup: Setup) -> None:
+    """Figures 13 and 15: the nearest training images of samples, by pixels and by features, and which are duplicates.
+
+    Some images have nearer neighbours than others. So the distance to the nearest training image is divided by the mean
+    distance to the next seven. A sample is a duplicate if this ratio is 0, or if at most 1% of the held-out images have
+    a ratio that is as small; the model has never seen these. By chance, 1% of the samples are duplicates. If training
+    mirrors images, mirrored training images are compared as well. Above 32x32, pixels are compared at 32x32.
+    """
+    training, held_out = setup.images("train"), setup.images(setup.split)
+    if len(training) < 2:
+        raise InputError(f"{training.name}: {len(training)} training images; want at least 2")
+    if training.fingerprint == held_out.fingerprint:
+        raise InputError(f"split {setup.split}: holds the images that the model was trained on; want held-out ones")
+    spaces = _spaces(setup)
+    n = setup.n or 64
+    samples = _samples(setup, n)[:n]
+    if not setup.ranks.first:
         return
     rows: list[tuple[Any, ...]] = []
     summary: dict[str, Any] = {}
-    for space, of in spaces.items():
-        data = _by_parts(seen, of)
-        if s.found.preset.flip:
-            data = torch.cat([data, _by_parts(seen, lambda x, of=of: of(x.flip(-1)))])  # type: ignore[misc]
-        distances, indices = metrics.nearest(of(made), data, k, device=s.ranks.device)
-        usual = _nearness(metrics.nearest(_by_parts(held_out, of), data, k, device=s.ranks.device)[0])
-        usual = usual[usual > 0]  # an image that is in both sets says nothing
-        chance = (1 + (usual <= _nearness(distances)[:, None]).sum(1)) / (len(usual) + 1)
-        copies = [i for i in range(len(made)) if distances[i, 0] == 0 or chance[i] <= 0.01]
+    for space, embed in spaces.items():
+        nearest = _nearest(setup, samples, training, held_out, embed)
+        duplicates = nearest.duplicates()
         summary[space] = {
-            "duplicates": copies, "by_chance": 0.01 * len(made), "held_out_compared": len(usual),
-            "held_out_also_in_training": len(held_out) - len(usual),
+            "duplicates": duplicates, "by_chance": 0.01 * len(samples), "held_out_compared": nearest.compared,
+            "held_out_also_in_training": len(held_out) - nearest.compared,
         }  # fmt: skip
-        indices %= len(seen)
-        for i, (near, at) in enumerate(zip(distances.tolist(), indices.tolist(), strict=True)):
-            found = zip(near, at, strict=True)
-            rows += [(space, i, rank, j, d, float(chance[i]), i in copies) for rank, (d, j) in enumerate(found, 1)]
-        top = indices[:10]
-        nearest = seen.batch(top.flatten()).view(*top.shape, *made.shape[1:])
-        _picture(s, f"neighbours_{space}", torch.cat([made[:10, None], nearest], dim=1), {})
-    about = s.about("train", s.split, **s.sampling(), **summary)
+        for i in range(len(samples)):
+            pairs = zip(nearest.indices[i].tolist(), nearest.distances[i].tolist(), strict=True)
+            chance, duplicate = float(nearest.chance[i]), i in duplicates
+            rows += [(space, i, rank, j, d, chance, duplicate) for rank, (j, d) in enumerate(pairs, 1)]
+        indices = nearest.indices[:10]
+        pictures = training.batch(indices.flatten()).view(*indices.shape, *samples.shape[1:])
+        _write_picture(setup, f"neighbours_{space}", torch.cat([samples[:10, None], pictures], dim=1), {})
+    about = setup.about("train", setup.split, **setup.about_samples(), **summary)
     header = ["space", "sample", "rank", "training_image", "distance", "held_out_as_near", "duplicate"]
-    _table(s, "neighbours", header, rows, about)
+    _write_table(setup, "neighbours", header, rows, about)
 
 
-def _nearness(distances: Tensor) -> Tensor:
-    """The nearest distance over the mean of the others: [N, k] -> [N]; 0 for a copy."""
+def _spaces(setup: Setup) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The spaces in which images are compared, each a function from images uint8 [N, C, H, W] to points [N, D].
+
+    Without a feature network there are only the pixels; but a network that the user chose must open.
+    """
+    try:
+        network = setup.network()
+    except InputError as reason:
+        if setup.named_features:
+            raise
+        if setup.ranks.first:
+            print(f"neighbours: compared by pixels only ({reason})", file=sys.stderr)
+        return {"pixels": _pixels}
+
+    def embed(x: Tensor) -> Tensor:
+        return torch.from_numpy(features.measure(network, x, keep_features=True, progress=False).features)
+
+    return {"pixels": _pixels, "features": embed}
+
+
+def _nearest(
+    setup: Setup, samples: Tensor, training: data.Images, held_out: data.Images, embed: Callable[[Tensor], Tensor]
+) -> _Neighbours:
+    """The nearest training images of `samples` in the space of `embed`, compared with those of held-out images."""
+    k, device = min(8, len(training)), setup.ranks.device
+    points = _embedded(training, embed)
+    if setup.checkpoint.preset.flip:
+        points = torch.cat([points, _embedded(training, lambda x: embed(x.flip(-1)))])
+    distances, indices = metrics.nearest(embed(samples), points, k, device=device)
+    expected = _relative_distance(metrics.nearest(_embedded(held_out, embed), points, k, device=device)[0])
+    expected = expected[expected > 0]  # an image of both sets says nothing about chance
+    chance = (1 + (expected <= _relative_distance(distances)[:, None]).sum(1)) / (len(expected) + 1)
+    return _Neighbours(distances, indices % len(training), chance, len(expected))
+
+
+def _relative_distance(distances: Tensor) -> Tensor:
+    """The nearest distance over the mean of the others, [N, k] -> [N]; 0 for a copy."""
     return distances[:, 0] / distances[:, 1:].mean(1).clamp(min=1e-300)
 
 
 def _pixels(x: Tensor) -> Tensor:
+    """Pixel values of images, at 32x32 if they are larger."""
     small = x.float() if max(x.shape[2:]) <= 32 else F.interpolate(x.float(), (32, 32), mode="area")
     return small.flatten(1)
 
 
-def _by_parts(images: data.Images, of: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.cat([of(images.batch(range(i, min(i + 1000, len(images))))) for i in range(0, len(images), 1000)])
+def _embedded(images: data.Images, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """The points [N, D] of all images, computed in batches of 1000."""
+    return torch.cat([embed(images.batch(range(i, min(i + 1000, len(images))))) for i in range(0, len(images), 1000)])
+
+
+# -- the table of experiments ------------------------------------------------------------------------------------------
 
 
 class Experiment(NamedTuple):
-    """A table or figure of the paper by name: the function that makes it, and one line for help.
+    """A table or figure of the paper.
 
-    trains  whether it trains its own runs: it is called as `table2` is, and not with a `Setup`
+    function  makes it from a `Setup`
+    trains    whether it trains its own runs; then the function has the parameters of `table2`
+    meaning   one line for help
     """
 
     function: Callable[..., Any]
@@ -398,84 +469,94 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {
     "table1": Experiment(table1, meaning="IS, FID and bits/dim"),
-    "table2": Experiment(table2, trains=True, meaning="the ablation: six runs, which it trains or resumes"),
+    "table2": Experiment(table2, trains=True, meaning="the ablation, six runs that are trained or resumed"),
     "table3": Experiment(table3, meaning="FID"),
     "table4": Experiment(table4, meaning="rate and distortion by reverse step"),
     "fig5": Experiment(fig5, meaning="rate and distortion as curves"),
-    "fig6": Experiment(fig6, meaning="progressive generation, x0^ on the way"),
+    "fig6": Experiment(fig6, meaning="progressive generation, x0^ during sampling"),
     "fig7": Experiment(fig7, meaning="samples that share x_t"),
     "fig8": Experiment(fig8, meaning="interpolation at t = T/2"),
-    "fig9": Experiment(fig9, meaning="interpolation over many t"),
+    "fig9": Experiment(fig9, meaning="interpolation at many t"),
     "fig10": Experiment(fig10, meaning="progressive lossy decompression"),
     "neighbours": Experiment(neighbours, meaning="the nearest training images of samples, and duplicates"),
 }
 
 
-# -- what they share ---------------------------------------------------------------------------------------------------
+# -- shared parts ------------------------------------------------------------------------------------------------------
 
 
-def _nll(s: Setup, split: str) -> dict[str, Any]:
-    count = s.n if split != "train" else s.n or len(s.images(s.split))
-    out = s.out / f"nll-{split}"
-    return evaluate.nll(s.found, s.images(split), out, s.cache, s.ranks, count, 1, s.seed, s.batch_size, s.progress)
+def _nll(setup: Setup, split: str) -> dict[str, Any]:
+    """The bound of a split. Of training images it takes as many as there are held-out images."""
+    count = setup.n if split != "train" else setup.n or len(setup.images(setup.split))
+    return evaluate.nll(
+        setup.checkpoint, setup.images(split), setup.out / f"nll-{split}", setup.cache, setup.ranks, count, 1,
+        setup.seed, setup.batch_size, setup.progress,
+    )  # fmt: skip
 
 
-def _rate_distortion(s: Setup) -> dict[int, tuple[float, float]]:
-    """t -> bits/dim until the receiver has x_t, and RMSE of the x0^ that it makes of it, grey levels; T first."""
-    _nll(s, s.split)
-    with (s.out / f"nll-{s.split}" / "nll.csv").open() as file:
+def _rate_distortion(setup: Setup) -> dict[int, tuple[float, float]]:
+    """From a level t to (what x_t costs in bits/dim, RMSE of its x0^ in grey levels); T comes first."""
+    _nll(setup, setup.split)
+    with (setup.out / f"nll-{setup.split}" / "nll.csv").open() as file:
         rows = csv.DictReader(file)
         return {int(row["t"]): (float(row["rate_bits_per_dim"]), float(row["rmse_grey_levels"])) for row in rows}
 
 
-def _samples(s: Setup, count: int) -> Tensor:
-    """uint8 [N, C, H, W], on the first process: those that were given, or `count` new ones."""
-    if s.samples is not None:
-        return quality.read_samples(s.samples, s.found.preset.shape)
+def _samples(setup: Setup, count: int) -> Tensor:
+    """The saved samples, or `count` new ones, uint8 [N, C, H, W]. Only the first process gets new ones."""
+    if setup.samples is not None:
+        return quality.read_samples(setup.samples, setup.checkpoint.preset.shape)
     return quality.samples(
-        s.found, s.cache, s.ranks, count, s.seed, s.sampler, s.steps, s.batch_size, progress=s.progress
+        setup.checkpoint, setup.cache, setup.ranks, count, setup.seed, setup.sampler, setup.steps, setup.batch_size,
+        progress=setup.progress,
+    )  # fmt: skip
+
+
+def _quality(setup: Setup, names: Sequence[str]) -> dict[str, Any]:
+    """The metrics of `names`, as `quality.quality` gives them; {} on all processes but the first."""
+    network, training = setup.network(), setup.images("train")  # mistakes show before hours of sampling
+    samples = _samples(setup, setup.n or 50_000)
+    if not setup.ranks.first:
+        return {}
+    if setup.samples is None:
+        images.save(setup.out / "samples.png", images.grid(images.channels_last(samples[:64])))
+    return quality.quality(
+        names, samples, training, network, setup.cache, setup.seed, setup.ranks.device, setup.progress
     )
 
 
-def _quality(s: Setup, wanted: Sequence[str]) -> dict[str, Any]:
-    """`quality.quality`, on the first process; nothing on others."""
-    network, real = s.network(), s.images("train")  # a mistake shows before hours of sampling
-    made = _samples(s, s.n or 50_000)
-    if not s.ranks.first:
-        return {}
-    if s.samples is None:
-        images.save(s.out / "samples.png", images.grid(images.channels_last(made[:64])))
-    return quality.quality(wanted, made, real, network, s.cache, s.seed, s.ranks.device, s.progress)
+def _distance(scores: dict[str, Any]) -> str:
+    """The name of the Frechet distance among the scores: fid only for the Inception network of 2015."""
+    return "frechet_distance" if "frechet_distance" in scores else "fid"
 
 
-def _distance(found: dict[str, Any]) -> str:
-    return "frechet_distance" if "frechet_distance" in found else "fid"
+def _scores(scores: dict[str, Any]) -> list[float | None]:
+    """IS, its standard deviation and the Frechet distance; None for a score that is missing."""
+    return [scores.get(name) for name in ("inception_score", "inception_score_std", _distance(scores))]
 
 
-def _scores(found: dict[str, Any]) -> list[float | None]:
-    return [found.get(name) for name in ("inception_score", "inception_score_std", _distance(found))]
+def _write_table(setup: Setup, name: str, header: Sequence[str], rows: Any, about: dict[str, Any]) -> None:
+    """Write NAME.csv and NAME.json on the first process."""
+    if setup.ranks.first:
+        _write_csv(setup.out / f"{name}.csv", header, rows)
+        atomic.write_json(setup.out / f"{name}.json", about)
 
 
-def _table(s: Setup, name: str, header: Sequence[str], rows: Any, about: dict[str, Any]) -> None:
-    if s.ranks.first:
-        _csv(s.out / f"{name}.csv", header, rows)
-        atomic.write_json(s.out / f"{name}.json", about)
-
-
-def _csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    """None is an empty cell, and a number has six digits."""
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table: None as an empty cell, and a float with six digits."""
     cells = (["" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
     atomic.write_csv(path, header, cells)
 
 
-def _picture(s: Setup, name: str, tiles: Tensor, about: dict[str, Any]) -> None:
-    """A grid of tiles uint8 [rows, columns, C, H, W]."""
-    if s.ranks.first:
+def _write_picture(setup: Setup, name: str, tiles: Tensor, about: dict[str, Any]) -> None:
+    """Write NAME.png, a grid of tiles uint8 [rows, columns, C, H, W], and NAME.json unless `about` is empty."""
+    if setup.ranks.first:
         flat = images.channels_last(tiles.flatten(0, 1))
-        images.save(s.out / f"{name}.png", images.grid(flat, columns=tiles.shape[1]))
+        images.save(setup.out / f"{name}.png", images.grid(flat, columns=tiles.shape[1]))
         if about:
-            atomic.write_json(s.out / f"{name}.json", about)
+            atomic.write_json(setup.out / f"{name}.json", about)
 
 
 def _uint8(x: Tensor) -> Tensor:
+    """The signal in [-1, 1] as pixels on the CPU."""
     return pixels.to_pixels(x).cpu()

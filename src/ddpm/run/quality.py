@@ -1,4 +1,4 @@
-"""Sample quality (Table 1): samples, their features, and scores."""
+"""Sample quality (Table 1): it makes samples, computes their features, and scores them against real images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ddpm.samplers import Levels
 
 
 def samples(
-    found: models.Checkpoint,
+    checkpoint: models.Checkpoint,
     cache: Path,
     ranks: Processes,
     count: int,
@@ -33,42 +33,41 @@ def samples(
     progress: bool = True,
     classes: Sequence[int] = (),
 ) -> Tensor:
-    """The images of seeds `seed` to `seed` + count - 1, uint8 [count, C, H, W].
+    """The model's images of seeds `seed` to `seed` + count - 1, uint8 [count, C, H, W].
 
-    classes are labels, over which the images cycle; without labels the model is sampled without one. The work is split
-    over processes, and only the first process gets the images. Finished parts are kept under `cache`, so that the same
-    call goes on where it stopped.
+    `classes` holds labels, and the images cycle over them; if it is empty, the model is sampled without a class. The
+    work is split over processes. Only the first process gets the images, and the others get none, [0, C, H, W].
+    Finished batches are stored under `cache`, so the same call resumes where it stopped. Raises InputError for a
+    sampler or steps that do not exist, and for a damaged file in `cache`.
     """
-    guidance = found.denoiser.network
-    guided = [guidance.scale, guidance.first, guidance.last] if isinstance(guidance, Guided) else []
-    about = [seed, sampler, steps, [*classes], guided]
-    key = [*model_key(found), *about]
+    network = checkpoint.denoiser.network
+    guidance = [network.scale, network.first, network.last] if isinstance(network, Guided) else []
+    key = [*model_key(checkpoint), seed, sampler, steps, [*classes], guidance]
     folder = parts_folder(cache, "samples", key)
-    denoiser = replayed(found.denoiser, ranks.device)  # once for all parts
+    shape = checkpoint.preset.shape
+    denoiser = replayed(checkpoint.denoiser, ranks.device)  # recorded once for all batches
 
-    def make(rows: slice) -> dict[str, Tensor]:
-        seeds = range(seed + rows.start, seed + rows.stop)
-        made = generate(
-            denoiser, found.preset.shape, seeds, sampler, steps,
-            batch_size=batch_size, device=ranks.device, progress=progress,
-            y=in_turn(classes, range(rows.start, rows.stop)),
-        )  # fmt: skip
-        return {"images": made}
+    def make(part: slice) -> dict[str, Tensor]:
+        seeds = range(seed + part.start, seed + part.stop)
+        labels = in_turn(classes, range(part.start, part.stop))
+        images = generate(denoiser, shape, seeds, sampler, steps, batch_size, ranks.device, progress=progress, y=labels)
+        return {"images": images}
 
     files = in_parts(folder, count, ranks, batch_size, "samples", progress, make)
     if not ranks.first:
-        return torch.empty(0, *found.preset.shape, dtype=torch.uint8)
+        return torch.empty(0, *shape, dtype=torch.uint8)
     return joined(files)["images"]
 
 
 @dataclass(frozen=True)
-class Features:
-    """What a metric compares.
+class MetricInputs:
+    """What a metric is computed from.
 
     samples    features of the samples
-    images     features of the real images; None for a metric that looks at samples only
-    inception  whether the network is the Inception of 2015, whose Frechet distance is called FID
-    seed       seed of the subsets that kid draws
+    images     features of the real images; None if no metric compares the samples with real images
+    inception  whether the features are of the Inception network of 2015; only their Frechet distance is called FID
+    seed       seed of the random subsets of `kid`
+    device     where matrix products run
     """
 
     samples: features.Measured
@@ -79,54 +78,58 @@ class Features:
 
     @property
     def real(self) -> features.Measured:
+        """The features of the real images, for a metric that needs them."""
         assert self.images is not None
         return self.images
 
     def rows(self) -> tuple[metrics.Floats, metrics.Floats]:
-        """The features of the real images and of the samples, each [N, D]."""
+        """The features of the real images [N, D] and of the samples [M, D], float64."""
         assert self.real.features is not None
         assert self.samples.features is not None
         return self.real.features, self.samples.features
 
 
-def fid(given: Features) -> dict[str, float]:
-    """The Frechet distance between the features of samples and of real images."""
-    name = "fid" if given.inception else "frechet_distance"
-    return {name: metrics.frechet_distance(given.real.moments, given.samples.moments)}
+def fid(inputs: MetricInputs) -> dict[str, float]:
+    """The Frechet distance between the features of the samples and of the real images."""
+    name = "fid" if inputs.inception else "frechet_distance"
+    return {name: metrics.frechet_distance(inputs.real.moments, inputs.samples.moments)}
 
 
-def inception_score(given: Features) -> dict[str, float]:
-    """The Inception score of samples, mean and standard deviation over ten parts."""
-    if given.samples.probabilities is None:
-        raise InputError("is: these features have no class probabilities, which the Inception score needs")
-    mean, spread = _inception_score("is", given.samples.probabilities)
-    return {"inception_score": mean, "inception_score_std": spread}
+def inception_score(inputs: MetricInputs) -> dict[str, float]:
+    """The Inception score of the samples: mean and standard deviation over ten parts (one part below 100 samples).
+
+    Raises InputError if there are no class probabilities.
+    """
+    if inputs.samples.probabilities is None:
+        raise InputError("metric is: these features have no class probabilities, which the Inception score needs")
+    mean, deviation = _inception_score("metric is", inputs.samples.probabilities)
+    return {"inception_score": mean, "inception_score_std": deviation}
 
 
-def kid(given: Features) -> dict[str, float]:
-    """The kernel distance between the features of samples and of real images."""
-    value, error = metrics.kid(*given.rows(), seed=given.seed, device=given.device)
-    return {"kid": value, "kid_standard_error": error}
+def kid(inputs: MetricInputs) -> dict[str, float]:
+    """The kernel distance between the features of the samples and of the real images, with its standard error."""
+    distance, error = metrics.kid(*inputs.rows(), seed=inputs.seed, device=inputs.device)
+    return {"kid": distance, "kid_standard_error": error}
 
 
-def precision_recall(given: Features) -> dict[str, float]:
-    """Precision and recall of samples by nearest neighbours among features."""
-    precision, recall = metrics.precision_recall(*given.rows(), device=given.device)
+def precision_recall(inputs: MetricInputs) -> dict[str, float]:
+    """Precision and recall of the samples, from nearest neighbours among the features."""
+    precision, recall = metrics.precision_recall(*inputs.rows(), device=inputs.device)
     return {"precision": precision, "recall": recall}
 
 
 class Metric(NamedTuple):
-    """A measure of sample quality by name.
+    """A measure of sample quality.
 
-    compute        from `Features` to plain JSON values
+    compute        from `MetricInputs` to plain JSON values
     real           whether it compares the samples with real images
     rows           whether it needs the features of each image, and not only their moments
     probabilities  whether it needs class probabilities
-    least          the fewest samples, and real images, that it works on
+    least          the smallest number of samples, and of real images, that it works with
     meaning        one line for help
     """
 
-    compute: Callable[[Features], dict[str, float]]
+    compute: Callable[[MetricInputs], dict[str, float]]
     real: bool = True
     rows: bool = False
     probabilities: bool = False
@@ -143,18 +146,22 @@ METRICS = {
 
 
 def check_network(network: features.Network, images: data.Images) -> None:
-    """Raise InputError now, and not after hours, if the network does not give what the Inception score needs."""
+    """Raise InputError if the network gives no class probabilities, which the Inception score needs.
+
+    The check takes one image. So a mistake shows at once, and not after hours of sampling.
+    """
     probabilities = network(images.batch([0]))[1]
     if probabilities is None:
         raise InputError(f"{network.name}: gives no class probabilities, which the Inception score needs")
     _inception_score(network.name, probabilities)
 
 
-def _inception_score(name: str, probabilities: metrics.Floats) -> tuple[float, float]:
+def _inception_score(source: str, probabilities: metrics.Floats) -> tuple[float, float]:
+    """The score's mean and standard deviation; InputError, which names `source`, for rows that do not sum to 1."""
     try:
         return metrics.inception_score(probabilities, 10 if len(probabilities) >= 100 else 1)
     except ValueError as error:
-        raise InputError(f"{name}: {error}; the Inception score needs class probabilities") from error
+        raise InputError(f"{source}: {error}; the Inception score needs class probabilities") from error
 
 
 def quality(
@@ -167,39 +174,53 @@ def quality(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The quality of `samples`, uint8 [N, C, H, W], against all of `images`, by the features of `network`.
+    """The metrics of `names` for `samples`, uint8 [N, C, H, W], against all of `images`, with features of `network`.
 
-    names are keys of METRICS. The Frechet distance is called fid if the network is the Inception of 2015, and
-    frechet_distance otherwise. The statistics of the images are kept under `cache`. Returns plain JSON values.
-    Raises InputError for too few samples, and for a network without class probabilities if `is` is asked for.
+    `names` are keys of METRICS. The Frechet distance is called fid if the network is the Inception network of 2015, and
+    frechet_distance otherwise. The moments of the real features are stored under `cache`, because they take long.
+    Returns plain JSON values. Raises InputError for too few samples or images, and for a network without class
+    probabilities if `is` is asked for.
+
+    >>> import tempfile
+    >>> network = features.Network("pixels", "", "", 64, lambda x: (x.flatten(1).numpy(), None))
+    >>> images = data.load("digits", (8, 8), 1)
+    >>> with tempfile.TemporaryDirectory() as cache:
+    ...     result = quality(["fid"], images.batch(range(500)), images, network, Path(cache), progress=False)
+    >>> result["samples"], result["images"], 0 < result["frechet_distance"] < 5000
+    (500, 1500, True)
     """
     chosen = [METRICS[name] for name in names]
     rows = any(metric.rows for metric in chosen)
+    probabilities = any(metric.probabilities for metric in chosen)
     _check_counts(names, len(samples), len(images))
-    fake = features.measure(
-        network, samples, keep_features=rows, keep_probabilities=any(metric.probabilities for metric in chosen),
-        progress=progress,
-    )  # fmt: skip
-    real = None
-    if any(metric.real for metric in chosen):
-        provenance = features.provenance(images, network)
-        file = parts_folder(cache, "statistics", [provenance.fingerprint, provenance.comparable()]).with_suffix(".npz")
-        if rows or not file.is_file():
-            real = features.measure(network, images, keep_features=rows, progress=progress)
-            features.save_statistics(file, real.moments, provenance)
-        else:
-            real = features.Measured(features.load_statistics(file, provenance.comparable()).moments, None, None)
-    given = Features(fake, real, network.weights == features.SHA256, seed, device)
+    fake = features.measure(network, samples, keep_features=rows, keep_probabilities=probabilities, progress=progress)
+    real = _real_features(network, images, cache, rows, progress) if any(metric.real for metric in chosen) else None
+    inception = network.weights == features.SHA256
     about = {"samples": len(samples), "features": network.name, "features_weights": network.weights}
-    return about | scores(names, given)
+    return about | scores(names, MetricInputs(fake, real, inception, seed, device))
+
+
+def _real_features(
+    network: features.Network, images: data.Images, cache: Path, rows: bool, progress: bool
+) -> features.Measured:
+    """The features of the real images. Their moments are read from `cache` if no single rows are needed."""
+    provenance = features.provenance(images, network)
+    key = [provenance.fingerprint, provenance.comparable()]
+    file = parts_folder(cache, "statistics", key).with_suffix(".npz")
+    if file.is_file() and not rows:
+        return features.Measured(features.load_statistics(file, provenance.comparable()).moments, None, None)
+    real = features.measure(network, images, keep_features=rows, progress=progress)
+    features.save_statistics(file, real.moments, provenance)
+    return real
 
 
 def quality_of_files(
     names: Sequence[str], samples: Path, images: Path, seed: int = 0, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """The same from two .npz files of features [N, D], of samples and of images (see `features.read_features`).
+    """The metrics of `names` from two .npz files: the features [N, D] of samples, and those [M, D] of real images.
 
-    Raises InputError for files without features, for features of different widths, and for too few rows.
+    The files are those that `features.read_features` reads. Returns plain JSON values. Raises InputError for a file
+    without features, for features of different widths D, and for too few rows.
     """
     fake, real = (
         features.Measured(metrics.moments(rows), rows, probabilities)
@@ -208,53 +229,40 @@ def quality_of_files(
     _check_counts(names, fake.moments.count or 0, real.moments.count or 0)
     widths = [len(measured.moments.mean) for measured in (fake, real)]
     if widths[0] != widths[1]:
-        raise InputError(f"{samples}: features of {widths[0]} numbers, {images} has {widths[1]}; want the same")
+        raise InputError(f"{samples}: features of {widths[0]} numbers, {images} has {widths[1]}; want the same number")
     about = {"samples": fake.moments.count, "features": images.name}
-    return about | scores(names, Features(fake, real, seed=seed, device=device))
+    return about | scores(names, MetricInputs(fake, real, seed=seed, device=device))
 
 
-def scores(names: Sequence[str], given: Features) -> dict[str, Any]:
-    """The values of the metrics of these names, in the order of METRICS, and how many real images there were."""
-    values: dict[str, Any] = {} if given.images is None else {"images": given.images.moments.count}
+def scores(names: Sequence[str], inputs: MetricInputs) -> dict[str, Any]:
+    """The values of the metrics of these names, in the order of METRICS, and the number of real images."""
+    values: dict[str, Any] = {} if inputs.images is None else {"images": inputs.images.moments.count}
     for name, metric in METRICS.items():
         if name in names:
-            values |= metric.compute(given)
+            values |= metric.compute(inputs)
     return values
 
 
 def _check_counts(names: Sequence[str], samples: int, images: int) -> None:
-    """InputError for too few rows: a covariance needs three, neighbours need four."""
+    """Raise InputError if there are fewer samples or real images than these metrics work with."""
     chosen = [METRICS[name] for name in names]
     least = max(metric.least for metric in chosen)
-    for what, count in (("samples", samples), ("images", images)):
-        if count < least and (what == "samples" or any(metric.real for metric in chosen)):
-            raise InputError(f"{count} {what}: want at least {least} for {', '.join(names)}")
+    for kind, count in (("samples", samples), ("images", images)):
+        if count < least and (kind == "samples" or any(metric.real for metric in chosen)):
+            raise InputError(f"{count} {kind}: want at least {least} for {', '.join(names)}")
 
 
 def read_samples(path: Path, shape: Sequence[int]) -> Tensor:
-    """Saved samples, uint8 [N, C, H, W], from an .npz that `ddpm sample` wrote or from a folder of pictures.
+    """Saved samples, uint8 [N, C, H, W], from an .npz that `ddpm sample` wrote or from a folder of image files.
 
-    Raises InputError if there are none. Raises InputError for a picture that is not of shape [C, H, W], because a
-    scaled picture would get another score.
+    `shape` is the model's [C, H, W]. An image of another shape is an error, because a resized image would get another
+    score. Raises InputError for it, and if there are no images.
     """
     size = f"{shape[1]}x{shape[2]}"
     if path.suffix.lower() != ".npz":
         if not path.is_dir():
-            raise InputError(f"{path}: want an .npz as `ddpm sample` writes it, or a folder of images")
-        rows = []
-        for name in sorted(data.walk(path), key=data.natural):
-            if Path(name).suffix.lower() not in pictures.SUFFIXES:
-                continue
-            picture, file = pictures.read(path / name), path / name
-            if picture.size != (shape[2], shape[1]):
-                raise InputError(f"{file}: {picture.height}x{picture.width}; want samples of the model's size, {size}")
-            if pictures.native(picture) != shape[0]:
-                mode = pictures.MODES[shape[0]]
-                raise InputError(f"{file}: mode {picture.mode}; want {mode}, as samples of the model have")
-            rows.append(np.array(pictures.convert(picture, shape[0], str(file), notes={})).reshape(*shape[1:], -1))
-        if not rows:
-            raise InputError(f"{path}: no images in this folder; want samples of {size}")
-        return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+            raise InputError(f"{path}: want an .npz file of `ddpm sample`, or a folder of images")
+        return _read_folder(path, shape, size)
     array = next(iter(features.read_arrays(path).values()))
     wanted = (shape[1], shape[2], shape[0])
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != wanted or not len(array):
@@ -262,3 +270,21 @@ def read_samples(path: Path, shape: Sequence[int]) -> Tensor:
             f"{path}: holds {array.dtype} {list(array.shape)}; want uint8 [N, {', '.join(map(str, wanted))}]"
         )
     return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+
+def _read_folder(path: Path, shape: Sequence[int], size: str) -> Tensor:
+    """The image files of a folder and of the folders in it, in natural order of their names, uint8 [N, C, H, W]."""
+    arrays = []
+    for name in sorted(data.walk(path), key=data.natural):
+        if Path(name).suffix.lower() not in pictures.SUFFIXES:
+            continue
+        picture, file = pictures.read(path / name), path / name
+        if picture.size != (shape[2], shape[1]):
+            raise InputError(f"{file}: {picture.height}x{picture.width}; want samples of the model's size, {size}")
+        if pictures.native(picture) != shape[0]:
+            mode = pictures.MODES[shape[0]]
+            raise InputError(f"{file}: mode {picture.mode}; want {mode}, as samples of the model have")
+        arrays.append(np.array(pictures.convert(picture, shape[0], str(file), notes={})).reshape(*shape[1:], -1))
+    if not arrays:
+        raise InputError(f"{path}: no images in this folder; want samples of {size}")
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
