@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -24,13 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import machine
+import figures
 import peers
 import record
+import timing
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm import kernels
 from ddpm.presets import PRESETS, Preset, build
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.sample import generate
@@ -183,29 +184,29 @@ def flops(preset: Preset) -> float:
     Only convolutions and matrix products count.
     """
     network = build(replace(preset, precision="float32")).network
-    with record.plain(), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with kernels.disabled(), FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, *preset.shape), torch.zeros(1, dtype=torch.int64))
     return 3.0 * counter.get_total_flops()
 
 
-def product_rate(card: Cuda, side: int, repeats: int, seconds: float) -> record.Spread:
+def product_rate(card: Cuda, side: int, repeats: int, seconds: float) -> figures.Spread:
     """FLOP a second of a bf16 product of two square matrices."""
     a = torch.randn(side, side, device=card.device, dtype=torch.bfloat16)
-    found = record.interleave({"": partial(torch.mm, a, a)}, repeats, seconds, card.wait)
-    return record.spread(2 * side**3 / s for s in found[""])
+    found = timing.interleave({"": partial(torch.mm, a, a)}, repeats, seconds, card.wait)
+    return figures.spread(2 * side**3 / s for s in found[""])
 
 
 def speeds(seconds: Iterable[float], images: int, flop: float, plan: Values) -> Values:
     """Milliseconds, images a second, and the share of the product's rate, each with its spread."""
     seconds = list(seconds)
-    found: Values = {"ms": record.spread(1000 * s for s in seconds)._asdict()}
-    found["images_per_second"] = record.spread(images / s for s in seconds)._asdict()
+    found: Values = {"ms": figures.spread(1000 * s for s in seconds)._asdict()}
+    found["images_per_second"] = figures.spread(images / s for s in seconds)._asdict()
     if rate := plan.get("product_flops"):
-        found["matrix_share"] = record.spread(flop * images / s / rate for s in seconds)._asdict()
+        found["matrix_share"] = figures.spread(flop * images / s / rate for s in seconds)._asdict()
     return found
 
 
-def started(card: Cuda, make: Callable[[], record.Case]) -> tuple[record.Case, float, int]:
+def started(card: Cuda, make: Callable[[], timing.Case]) -> tuple[timing.Case, float, int]:
     """Make a case and call it twice: the case, the seconds of its first call, and the most bytes that it held."""
     held = card.held()
     case = make()
@@ -264,7 +265,7 @@ def where_time_goes(events: Sequence[tuple[str, float, float]]) -> Values:
     }
 
 
-def profiled(card: Cuda, case: record.Case, steps: int = 3) -> Values:
+def profiled(card: Cuda, case: timing.Case, steps: int = 3) -> Values:
     """`where_time_goes` for a few steps in a row, as in training; the first profile only starts the profiler."""
     for _ in range(2):
         card.wait()
@@ -298,8 +299,9 @@ def sizes(plan: Values) -> Values:
 
 def the_card(cases: Cases, plan: Values, card: Cuda) -> None:
     """What card this is, and the rate of one large product."""
-    about = {"hardware": machine.hardware(), "versions": machine.versions(), "python": platform.python_version()}
-    cases("card", lambda: {**about, "commit": record.commit(), **card.about()})
+    about = record.provenance()
+    about = {key: about[key] for key in ("hardware", "versions", "python", "commit")}
+    cases("card", lambda: {**about, **card.about()})
     side = sizes(plan)["product"]
     cases(
         f"bf16 product of {side} x {side}",
@@ -343,7 +345,7 @@ def tests(cases: Cases, plan: Values, card: Cuda) -> None:
         cases.add("pytest", {"outcome": "failed", "error": f"pytest ended with code {int(code)}"})
 
 
-def training_step(card: Cuda, shape: Preset, count: int) -> record.Case:
+def training_step(card: Cuda, shape: Preset, count: int) -> timing.Case:
     """The bare step of `ddpm train`, compiled where `ddpm train` compiles."""
     ours = peers.Ours(shape, "bf16", card.device)
     if card.compiles():
@@ -355,7 +357,7 @@ def bare_step(name: str, count: int, plan: Values, card: Cuda) -> Values:
     shape = preset(name, plan)
     flop = flops(shape)
     case, first, peak = started(card, lambda: training_step(card, shape, count))
-    seconds = record.interleave({"": case}, plan["repeats"], plan["seconds"], card.wait)[""]
+    seconds = timing.interleave({"": case}, plan["repeats"], plan["seconds"], card.wait)[""]
     values = {
         **speeds(seconds, count, flop, plan),
         "peak_bytes": peak,
@@ -426,12 +428,12 @@ def diffusers_network(card: Cuda, shape: Preset, settings: Values) -> peers.Thei
 
 def turns(
     card: Cuda, plan: Values, images: int, flop: float, repeats: int, seconds: float,
-    makers: dict[str, Callable[[], record.Case]],
+    makers: dict[str, Callable[[], timing.Case]],
 ) -> Values:  # fmt: skip
     """Ours and diffusers' in turns: speeds, memory and compilation of each, and the ratio within each turn."""
     ready = {name: started(card, make) for name, make in makers.items()}
-    found = record.interleave({name: case for name, (case, *_) in ready.items()}, repeats, seconds, card.wait)
-    values: Values = {"ratio": record.ratio(found, "ours", "diffusers")._asdict()}
+    found = timing.interleave({name: case for name, (case, *_) in ready.items()}, repeats, seconds, card.wait)
+    values: Values = {"ratio": timing.ratio(found, "ours", "diffusers")._asdict()}
     for name, (_, first, peak) in ready.items():
         values[name] = speeds(found[name], images, flop, plan)
         values[name] |= {"peak_bytes": peak, "compile_seconds": max(0.0, first - min(found[name]))}
@@ -444,7 +446,7 @@ def beside(cases: Cases, plan: Values, card: Cuda) -> None:
     shape = preset(name, plan)
 
     def compared(settings: Values) -> Values:
-        def theirs() -> record.Case:
+        def theirs() -> timing.Case:
             return partial(diffusers_network(card, shape, settings).step, peers.batch(shape, count, card.device))
 
         makers = {"ours": lambda: training_step(card, shape, count), "diffusers": theirs}
@@ -460,12 +462,12 @@ def samples(cases: Cases, plan: Values, card: Cuda) -> None:
     count, batch, calls = sizes(plan)["samples"]
 
     def compared(settings: Values) -> Values:
-        def our_images() -> record.Case:
+        def our_images() -> timing.Case:
             own = peers.Ours(shape, "bf16", card.device)
             own.network.eval().requires_grad_(False)  # CUDA graphs need both
             return partial(generate, own.denoiser, shape.shape, range(count), "ddim", calls, batch, card.device)
 
-        def their_images() -> record.Case:
+        def their_images() -> timing.Case:
             loop = diffusers_network(card, shape, settings)
             loop.network.eval()
             return lambda: [peers.ddim(loop, shape, batch, calls) for _ in range(count // batch)]
@@ -504,7 +506,7 @@ def main() -> int:
     cases = Cases(args.folder / f"{args.stage}.jsonl", card)
     if plan["rehearse"]:
         torch.set_num_threads(1)  # threads only get in each other's way where the networks are this small
-        with record.plain():  # compiled stages do without the CPU's kernels
+        with kernels.disabled():  # compiled stages do without the CPU's kernels
             STAGES[args.stage](cases, plan, card)
     else:
         STAGES[args.stage](cases, plan, card)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import figures
 import record
 
 SAVING: dict[str, dict[str, Any]] = {
@@ -141,7 +142,7 @@ def main() -> None:
                 print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
             text += f"## {network}, batch {batch} (the paper's is {PAPER[network]})\n\n"
             header = ["", "images a step", "peak, GiB", "MiB an image of a part", ""]
-            text += record.table(header, rows) + "\n"
+            text += figures.table(header, rows) + "\n"
     record.write("memory", "Peak memory of a training step", args, values, text, args.device)
 
 

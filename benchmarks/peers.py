@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import Timed
+from timing import Timed
 from torch import Tensor, nn
 
 from ddpm import losses, noise, timesteps

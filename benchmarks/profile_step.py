@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import figures
 import peers
 import record
 from speed import BEST, NETWORKS
@@ -91,12 +92,12 @@ def main() -> None:
         for name, function in programs(args.network, args.batch, args.precision).items():
             found = [profiled(function, 1) for _ in range(args.repeats)]
             names = list(dict.fromkeys(key for groups, _ in found for key in groups))
-            part = {key: record.spread(100 * shares(groups).get(key, 0.0) for groups, _ in found) for key in names}
-            time = {key: record.spread(groups.get(key, 0.0) for groups, _ in found) for key in names}
+            part = {key: figures.spread(100 * shares(groups).get(key, 0.0) for groups, _ in found) for key in names}
+            time = {key: figures.spread(groups.get(key, 0.0) for groups, _ in found) for key in names}
             values[name] = [{"groups_ms": groups, "operations_ms": operations} for groups, operations in found]
-            total = record.spread(sum(groups.values()) for groups, _ in found)
+            total = figures.spread(sum(groups.values()) for groups, _ in found)
             text += f"## {name}: {total} ms\n\n"
-            text += record.table(["", "ms", "share, %"], [(key, time[key], part[key]) for key in names])
+            text += figures.table(["", "ms", "share, %"], [(key, time[key], part[key]) for key in names])
             operations = "; ".join(f"`{key}` {value:.3g}" for key, value in found[-1][1].items())
             text += f"\nThe longest operations of the last repeat, ms: {operations}\n\n"
     suffix = "-plain" if args.plain else ""

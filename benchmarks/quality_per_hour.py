@@ -33,6 +33,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import figures
 import numpy as np
 import peers
 import record
@@ -191,13 +192,13 @@ def do(part: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
     if part == "bits":
         return bits(folder, name, args)
     words = [sys.executable, str(args.quality), str(folder / "samples.npz")]
-    return figures(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    return numbers(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
-def figures(text: str) -> dict[str, float]:
+def numbers(text: str) -> dict[str, float]:
     """Every NAME NUMBER of a line.
 
-    >>> figures("N 1000  FRD 26.4000  RS 3.75")
+    >>> numbers("N 1000  FRD 26.4000  RS 3.75")
     {'N': 1000.0, 'FRD': 26.4, 'RS': 3.75}
     """
     return {name: float(value) for name, value in re.findall(r"([A-Za-z]\w*)[ :]+(-?\d[\d.]*(?:e[+-]?\d+)?)", text)}
@@ -274,7 +275,7 @@ def report(found: dict[str, dict[str, Any]]) -> str:
         for bound in parts["bits"].values():
             row.append(f"{bound['bits_per_dim']:.3f} ± {bound['standard_error']:.3f}")
         rows.append(row)
-    return record.table(header, rows)
+    return figures.table(header, rows)
 
 
 def main() -> None:

@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import figures
 import peers
 import record
+import timing
 import torch
 
 import ddpm.files.images
@@ -54,7 +56,7 @@ def tiny_run(preset: Preset, out: Path) -> Path:
 def sampled(run: Path, out: Path, n: int, steps: int, sampler: str, batch_size: int = 64) -> dict[str, float]:
     """Seconds by part of one `ddpm sample`."""
     sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    parts = record.Parts(sync)
+    parts = timing.Parts(sync)
     command = ["sample", run, "-n", n, "--steps", steps, "--sampler", sampler, "--batch-size", batch_size]
     command += ["--out", out, "--json"]
     with contextlib.redirect_stdout(io.StringIO()), parts.timing(*PLACES), parts("the rest"):
@@ -97,11 +99,11 @@ def report(repeats: list[dict[str, float]], n: int) -> str:
     rows = []
     for name in names:
         seconds = [parts.get(name, 0.0) for parts in repeats]
-        share = record.spread(100 * s / total for s, total in zip(seconds, totals, strict=True))
-        rows.append((name, record.spread(seconds), share))
-    outside = record.spread(100 * (1 - p.get("network", 0.0) / t) for p, t in zip(repeats, totals, strict=True))
-    rate = record.spread(n / total for total in totals)
-    table = record.table(["", "s", "share, %"], rows)
+        share = figures.spread(100 * s / total for s, total in zip(seconds, totals, strict=True))
+        rows.append((name, figures.spread(seconds), share))
+    outside = figures.spread(100 * (1 - p.get("network", 0.0) / t) for p, t in zip(repeats, totals, strict=True))
+    rate = figures.spread(n / total for total in totals)
+    table = figures.table(["", "s", "share, %"], rows)
     return f"{rate} images/s; outside the network {outside} %\n\n{table}"
 
 

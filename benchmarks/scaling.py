@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import figures
 import peers
 import record
+import timing
 from speed import BEST
 
 NETWORKS = {"paper": peers.PAPER, "small": peers.SMALL}
@@ -33,29 +35,29 @@ def by_batch(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a step for each batch."""
     preset = NETWORKS[args.network]
     ours = peers.Ours(preset, BEST)
-    cases: dict[str, record.Case] = {str(n): partial(ours.step, peers.batch(preset, n)) for n in args.batches}
-    return record.interleave(cases, args.repeats, args.seconds)
+    cases: dict[str, timing.Case] = {str(n): partial(ours.step, peers.batch(preset, n)) for n in args.batches}
+    return timing.interleave(cases, args.repeats, args.seconds)
 
 
 def by_size(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a step for each side."""
     presets = {side: replace(NETWORKS[args.network], size=(side, side)) for side in args.sides}
     ours = peers.Ours(NETWORKS[args.network], BEST)  # convolutions take any size
-    cases: dict[str, record.Case] = {
+    cases: dict[str, timing.Case] = {
         str(side): partial(ours.step, peers.batch(preset, args.size_batch)) for side, preset in presets.items()
     }
-    return record.interleave(cases, args.repeats, args.seconds)
+    return timing.interleave(cases, args.repeats, args.seconds)
 
 
 def by_processes(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a step of `ddpm train` for each number of processes and threads."""
-    cases: dict[str, record.Case] = {
+    cases: dict[str, timing.Case] = {
         name: partial(program, args.network, args.process_batch, args.steps, *how) for name, how in PROCESSES.items()
     }
-    return record.interleave(cases, args.repeats)
+    return timing.interleave(cases, args.repeats)
 
 
-def program(network: str, batch: int, steps: int, processes: int, threads: int) -> record.Timed:
+def program(network: str, batch: int, steps: int, processes: int, threads: int) -> timing.Timed:
     """Seconds a step of one `ddpm train`, by its log, without the first step."""
     with tempfile.TemporaryDirectory() as folder:
         name = "cifar10" if network == "paper" else "cifar10_small"
@@ -72,7 +74,7 @@ def program(network: str, batch: int, steps: int, processes: int, threads: int) 
         done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
-        return record.Timed(peers.seconds_a_step(peers.training_lines(Path(folder) / "run")))
+        return timing.Timed(peers.seconds_a_step(peers.training_lines(Path(folder) / "run")))
 
 
 def main() -> None:
@@ -102,21 +104,21 @@ def main() -> None:
             text += f"## Processes, batch {args.process_batch} in all\n\n{report('', found, counts)}\n"
             two = list(PROCESSES)
             for other in two[:2]:
-                text += f"{two[2]} against {other}: {record.ratio(found, two[2], other)} times as fast. "
+                text += f"{two[2]} against {other}: {timing.ratio(found, two[2], other)} times as fast. "
     record.write("scaling", "Time by batch, image size and processes", args, values, text + "\n")
 
 
 def report(name: str, found: dict[str, list[float]], counts: dict[str, int], pixels: bool = False) -> str:
     rows: list[list[object]] = []
     for key, seconds in found.items():
-        image = record.spread(1000 * s / counts[key] for s in seconds)
-        rate = record.spread(counts[key] / s for s in seconds)
+        image = figures.spread(1000 * s / counts[key] for s in seconds)
+        rate = figures.spread(counts[key] / s for s in seconds)
         row: list[object] = [key, image, rate]
         if pixels:
-            row.append(record.spread(1e9 * s / counts[key] / int(key) ** 2 for s in seconds))
+            row.append(figures.spread(1e9 * s / counts[key] / int(key) ** 2 for s in seconds))
         rows.append(row)
     header = [name, "ms an image", "images/s", "ns a pixel"]
-    return record.table(header if pixels else header[:3], rows)
+    return figures.table(header if pixels else header[:3], rows)
 
 
 if __name__ == "__main__":

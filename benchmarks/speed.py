@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import figures
 import peers
 import record
+import timing
 import torch
 from torch import nn
 
@@ -62,7 +64,7 @@ def training_cases(
     preset: Preset, theirs: Callable[[Preset], nn.Module], count: int, compiled: bool = False, steps: int = 4
 ) -> dict[str, Any]:
     x0 = peers.batch(preset, count)
-    cases: dict[str, record.Case] = {f"ours {name}": partial(peers.Ours(preset, name).step, x0) for name in OURS}
+    cases: dict[str, timing.Case] = {f"ours {name}": partial(peers.Ours(preset, name).step, x0) for name in OURS}
     cases[f"{MAIN}, `ddpm train`"] = partial(peers.trained, preset, count, steps, BEST)
     for name, settings in theirs_settings(compiled).items():
         cases[name] = partial(peers.Theirs(theirs(preset), **settings).step, x0)
@@ -71,9 +73,9 @@ def training_cases(
 
 def forward_cases(
     preset: Preset, theirs: Callable[[Preset], nn.Module], count: int, compiled: bool = False
-) -> dict[str, record.Case]:
+) -> dict[str, timing.Case]:
     x, timestep = peers.batch(preset, count), torch.arange(count) * 999 // count
-    cases: dict[str, record.Case] = {}
+    cases: dict[str, timing.Case] = {}
     for name in OURS:
         ours = peers.Ours(preset, name)
         ours.network.eval()
@@ -95,7 +97,7 @@ def without_gradient(function: peers.Call, x: torch.Tensor, timestep: torch.Tens
     function(x, timestep)
 
 
-def other_cases(found: dict[str, tuple[nn.Module, peers.Call]], count: int, forward: bool) -> dict[str, record.Case]:
+def other_cases(found: dict[str, tuple[nn.Module, peers.Call]], count: int, forward: bool) -> dict[str, timing.Case]:
     x, timestep, cases = peers.batch(peers.PAPER, count), torch.arange(count), {}
     for name, (network, call) in found.items():
         for kind in OURS:
@@ -112,18 +114,18 @@ def summary(found: dict[str, list[float]], count: int) -> tuple[dict[str, Any], 
     values = {
         name: {
             "seconds": seconds,
-            "images_per_second": record.spread(count / s for s in seconds)._asdict(),
-            "ours_is_faster_by": record.ratio(found, MAIN, name)._asdict(),
+            "images_per_second": figures.spread(count / s for s in seconds)._asdict(),
+            "ours_is_faster_by": timing.ratio(found, MAIN, name)._asdict(),
         }
         for name, seconds in found.items()
     }
     rows = [
-        (name, record.spread(count / s for s in seconds), record.ratio(found, MAIN, name))
+        (name, figures.spread(count / s for s in seconds), timing.ratio(found, MAIN, name))
         for name, seconds in found.items()
     ]
-    best = record.fastest(found, theirs)
-    text = record.table(["", "images/s", f"{MAIN} is faster by"], rows)
-    return values, f"{text}\n{MAIN.capitalize()} against the fastest other, {best}: {record.ratio(found, MAIN, best)}\n"
+    best = timing.fastest(found, theirs)
+    text = figures.table(["", "images/s", f"{MAIN} is faster by"], rows)
+    return values, f"{text}\n{MAIN.capitalize()} against the fastest other, {best}: {timing.ratio(found, MAIN, best)}\n"
 
 
 def main() -> None:
@@ -155,7 +157,7 @@ def measured(
     cases = (training_cases if part == "training" else forward_cases)(*NETWORKS[name], args.batch, args.compiled)
     cases |= other_cases(more, args.batch, part == "forward")
     with kernels.frozen() if part == "forward" else nullcontext():  # as when sampling
-        found = record.interleave(cases, args.repeats, args.seconds)
+        found = timing.interleave(cases, args.repeats, args.seconds)
     cases.clear()
     gc.collect()
     return summary(found, args.batch)

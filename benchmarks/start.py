@@ -31,7 +31,7 @@ def child(command: list[str]) -> None:
 
     stamps["import torch"] = time.perf_counter() - start
     start = time.perf_counter()
-    import record
+    import timing
 
     import ddpm.noise
     import ddpm.run.processes
@@ -42,7 +42,7 @@ def child(command: list[str]) -> None:
     from ddpm.files import images
 
     stamps["other imports"] = time.perf_counter() - start
-    parts = record.Parts()
+    parts = timing.Parts()
     places = [
         (datasets, "load_pair", "data"),
         (torch.optim.Adam, "__init__", "making Adam, which imports torch._dynamo"),
@@ -134,6 +134,7 @@ def by_package(report: str) -> dict[str, float]:
 
 
 def main() -> None:
+    import figures
     import record
 
     args = record.parser(__doc__, seconds=0).parse_args()
@@ -154,10 +155,10 @@ def main() -> None:
     text = ""
     for name, what in (("train", "`ddpm train digits` to its first step"), ("sample", "`ddpm sample` to an image")):
         keys = list(dict.fromkeys(key for found in parts[name] for key in found))
-        rows = [(key, record.spread(found.get(key, 0.0) for found in parts[name])) for key in keys]
-        inside = record.spread(sum(found.values()) for found in parts[name])
-        text += f"## {what}: {record.spread(totals[name])} s\n\n"
-        text += record.table(["", "s"], [*rows, ("sum, in the timed process", inside)]) + "\n"
+        rows = [(key, figures.spread(found.get(key, 0.0) for found in parts[name])) for key in keys]
+        inside = figures.spread(sum(found.values()) for found in parts[name])
+        text += f"## {what}: {figures.spread(totals[name])} s\n\n"
+        text += figures.table(["", "s"], [*rows, ("sum, in the timed process", inside)]) + "\n"
     for module, found in packages.items():
         most = ", ".join(f"{package} {seconds:.2f}" for package, seconds in list(found.items())[:8])
         text += f"`import {module}`, {sum(found.values()):.2f} s by `-X importtime`: {most}.\n\n"

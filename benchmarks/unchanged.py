@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -576,15 +575,15 @@ def items() -> dict[str, Callable[[], Any]]:
 
 def about() -> dict[str, Any]:
     """Where and of what a record was made."""
-    from machine import hardware, versions  # beside this file
+    from record import provenance  # a file beside this one
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     used = {str(dtype).removeprefix("torch."): kernels.identity(dtype) for dtype in kernels.SOURCES}
     return {
-        "commit": commit.stdout.strip(), "package": str(Path(ddpm.__file__).parent), "hardware": hardware(),
-        "threads": torch.get_num_threads(), "versions": versions(), "kernels": used,
+        **provenance(),
+        "package": str(Path(ddpm.__file__).parent),
+        "kernels": used,
         "model written by": load_codec(MODELS["cifar10_likelihood"]).where.hex(),
-    }  # fmt: skip
+    }
 
 
 def record(out: Path, only: str) -> int:

@@ -15,6 +15,7 @@ from exact import one_thread  # noqa: F401
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import codec
+import figures
 import memory
 import peers
 import profile_step
@@ -24,6 +25,7 @@ import sampling
 import scaling
 import speed
 import start
+import timing
 
 from ddpm.gaussian import q_sample
 from ddpm.presets import PRESETS
@@ -72,7 +74,7 @@ def test_codec_reads_its_files_back_and_goes_on_only_where_nothing_has_changed(t
 def test_repeats_are_taken_in_turns():
     order = []
     cases = {name: lambda name=name: order.append(name) or time.sleep(0.002) for name in "abc"}
-    found = record.interleave(cases, repeats=3, seconds=0)
+    found = timing.interleave(cases, repeats=3, seconds=0)
     assert "".join(order).endswith("abc" * 3)
     assert [len(times) for times in found.values()] == [3, 3, 3]
     assert all(0.002 <= t < 1 for times in found.values() for t in times)
@@ -80,14 +82,14 @@ def test_repeats_are_taken_in_turns():
 
 def test_a_repeat_has_as_many_calls_as_take_the_seconds():
     calls = []
-    found = record.interleave({"a": lambda: calls.append(0) or time.sleep(0.01)}, repeats=1, seconds=0.05)
+    found = timing.interleave({"a": lambda: calls.append(0) or time.sleep(0.01)}, repeats=1, seconds=0.05)
     assert 3 <= len(calls) <= 7  # one to warm up, one to see how long it takes
     assert found["a"][0] < 0.1  # seconds a call, not of all
 
 
 def test_a_case_that_times_itself_counts_for_what_it_says():
     calls = []
-    found = record.interleave({"a": lambda: calls.append(0) or record.Timed(7.0)}, repeats=2, seconds=100)
+    found = timing.interleave({"a": lambda: calls.append(0) or timing.Timed(7.0)}, repeats=2, seconds=100)
     assert found == {"a": [7.0, 7.0]}
     assert len(calls) == 3
 
@@ -95,15 +97,15 @@ def test_a_case_that_times_itself_counts_for_what_it_says():
 def test_the_ratio_is_that_of_pairs_taken_together():
     """A machine that doubles its time in the second turn changes no ratio."""
     found = {"ours": [1.0, 2.0, 1.0], "theirs": [3.0, 6.0, 2.0], "other": [9.0, 9.0, 9.0]}
-    assert record.ratio(found, "ours", "theirs") == (3.0, 2.0, 3.0)
-    assert record.ratio(found, "ours", "ours") == (1.0, 1.0, 1.0)
-    assert record.fastest(found, ["theirs", "other"]) == "theirs"
-    assert record.spread([4.0, 1.0, 2.0, 10.0]) == (3.0, 1.0, 10.0)
-    assert str(record.Spread(3.14159, 0.001, 12345.6)) == "3.14 (0.001 - 12,346)"
+    assert timing.ratio(found, "ours", "theirs") == (3.0, 2.0, 3.0)
+    assert timing.ratio(found, "ours", "ours") == (1.0, 1.0, 1.0)
+    assert timing.fastest(found, ["theirs", "other"]) == "theirs"
+    assert figures.spread([4.0, 1.0, 2.0, 10.0]) == (3.0, 1.0, 10.0)
+    assert str(figures.Spread(3.14159, 0.001, 12345.6)) == "3.14 (0.001 - 12,346)"
 
 
 def test_parts_count_their_own_time_only():
-    parts = record.Parts()
+    parts = timing.Parts()
     owner = argparse.Namespace(work=lambda: time.sleep(0.03))
     work = owner.work
     with parts.timing((owner, "work", "inner")), parts("outer"):
@@ -119,7 +121,7 @@ def test_a_generators_part_is_what_it_does_itself():
             time.sleep(0.01)
             yield i
 
-    parts, owner = record.Parts(), argparse.Namespace(each=each)
+    parts, owner = timing.Parts(), argparse.Namespace(each=each)
     with parts.timing((owner, "each", "inner")), parts("outer"):
         for _ in owner.each():
             time.sleep(0.02)
@@ -129,7 +131,7 @@ def test_a_generators_part_is_what_it_does_itself():
 def test_a_record_says_of_what_it_is(tmp_path, capsys):
     args = record.parser("").parse_args(["--out", str(tmp_path), "--plain"])
     args.data = "/a/secret/path"
-    path = record.write("name", "Title", args, {"x": [1, 2]}, record.table(["a"], [["b"]]))
+    path = record.write("name", "Title", args, {"x": [1, 2]}, figures.table(["a"], [["b"]]))
     values, text = json.loads(path.with_suffix(".json").read_text()), path.read_text()
     assert values["x"] == [1, 2]
     assert {"hardware", "threads", "versions", "commit", "date", "settings"} <= values.keys()
@@ -177,7 +179,7 @@ def test_both_steps_train(settings):
 def test_speed(tiny):
     cases = speed.training_cases(tiny, peers.example_network, 2, steps=1)
     assert {speed.MAIN, f"{speed.MAIN}, `ddpm train`", "diffusers float32 (its default)"} < set(cases)
-    found = record.interleave({name: cases[name] for name in cases if speed.BEST in name}, 1, 0)
+    found = timing.interleave({name: cases[name] for name in cases if speed.BEST in name}, 1, 0)
     values, text = speed.summary(found, 2)
     assert values[speed.MAIN]["ours_is_faster_by"]["median"] == 1
     assert "`ddpm train`" in text
