@@ -203,8 +203,8 @@ def main() -> None:
             results = [json.loads(one.read_text()) for one in sorted(args.out.glob("*/recipe.json"))]
             atomic.write_json(args.out / "recipe.json", results)
             settings = (
-                f"- {args.preset}, {args.images:,} images per run; {args.samples} samples by DDIM in {args.calls} calls; "
-                f"bits/dim of {args.nll_images} held-out images from {args.levels} levels of each"
+                f"- {args.preset}, {args.images:,} images per run; {args.samples} samples by DDIM in {args.calls} "
+                f"calls; bits/dim of {args.nll_images} held-out images from {args.levels} levels of each"
             )
             head = record.header(record.provenance(), "one run per seed, ± half the range")
             text = f"{head}\n{settings}\n\n{table(results)}"

@@ -1,6 +1,6 @@
 """Measure sample quality by network calls: each sampler and spacing on one model, as a table and a plot.
 
-    python experiments/samplers.py MODEL OUT --quality cifar_quality.py [--samples 2000] [--only NAME ...] [--calls 5 10]
+    python experiments/samplers.py MODEL OUT --quality cifar_quality.py [--only NAME ...] [--calls 5 10]
 
 The program of --quality takes an .npz of samples and prints `FRD x  RS y`. All rows use the same seeds. A row is named
 SAMPLER SPACING. Two spacings are optimised by dynamic programming. `bound` minimises the bound's terms; the model must
@@ -135,7 +135,8 @@ def main() -> None:
             best[r["row"]] = min(r["FRD"], best.get(r["row"], r["FRD"]))
     results.sort(key=lambda r: (best.get(r["row"], 1e9), r["row"], r["calls"]))
     shown = sorted({r["calls"] for r in results})
-    settings = f"- {args.model}: {model.checkpoint.path.name}, identity {model.checkpoint.identity}; {args.samples} samples per figure"
+    name, identity = model.checkpoint.path.name, model.checkpoint.identity
+    settings = f"- {args.model}: {name}, identity {identity}; {args.samples} samples per figure"
     text = f"{record.header(record.provenance(), 'one run each')}\n{settings}\n\n{table(results, shown, 'FRD')}"
     paper = [{"row": row, "calls": n, "FID": v} for row, values in PAPER.items() for n, v in values.items()]
     text += f"\nThe paper of DDIM, with its network, FID:\n\n{table(paper, sorted({p['calls'] for p in paper}), 'FID')}"

@@ -2,8 +2,8 @@
 
     python experiments/training_record.py RUN --commit HASH > benchmarks/results/NAME.md
 
-The script reads what the run left on disk and measures nothing. Run it on the machine that trained, because hardware and
-versions are those of the machine that runs the script.
+The script reads what the run left on disk and measures nothing. Run it on the machine that trained, because the record
+names the hardware and versions of the machine that runs the script.
 """
 
 import argparse
