@@ -214,7 +214,7 @@ def seconds_a_step(lines: list[dict[str, Any]]) -> float:
     return float((last["seconds"] - first["seconds"]) / (last["step"] - first["step"]))
 
 
-# -- packages of which the user has a checkout --------------------------------------------------------------------------
+# -- checkouts of other packages ---------------------------------------------------------------------------------------
 
 
 def checkout(name: str, path: Path) -> tuple[nn.Module, Call]:

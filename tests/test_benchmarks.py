@@ -306,7 +306,7 @@ def test_theirs_trains_samples_and_is_our_denoiser(contest, monkeypatch):
     x0, eps, t = peers.batch(TINY, 2), torch.ones(2, 3, 8, 8), torch.tensor([500, 900])
     xt = q_sample(denoiser.schedule, x0, t, eps)
     with torch.no_grad():
-        said = quality_per_hour.opened(folder, {}).network(xt.float(), t - 1).sample
+        said = quality_per_hour.load_theirs(folder, {}).network(xt.float(), t - 1).sample
     assert torch.allclose(denoiser.unclipped()(xt, t).eps.float(), said, atol=1e-4)
     assert [model.denoiser.variance for model in seen] == ["fixed_large", "fixed_small"]
 

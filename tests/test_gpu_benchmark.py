@@ -263,7 +263,7 @@ def test_a_stage_that_overruns_is_ended_and_keeps_its_cases(call, stub, monkeypa
     assert code == 0
     assert states(found) == {"tests": "cut", "ours": "done", "large": "done"}
     assert list(found["stages"]["tests"]["cases"]) == ["a"]
-    assert "not ended after 1 s" in text
+    assert "not finished after 1 s" in text
     monkeypatch.delenv("SLEEPS")
     again = call("--rehearse")[1]
     assert states(again)["tests"] == "done"
@@ -278,7 +278,7 @@ def test_stages_for_which_there_is_no_time_are_not_reached(call, stub, monkeypat
     assert code == 0
     assert states(found) == {"tests": "cut", "data": "not reached", "large": "not reached"}
     assert found["stages"]["data"]["note"] == "no --data was given"
-    assert found["stages"]["large"]["note"] == "--minutes 0.03 were spent"
+    assert found["stages"]["large"]["note"] == "--minutes 0.03 are over"
     assert "| large | not reached |" in text
 
 
