@@ -42,7 +42,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm import codec, kernels, likelihood, noise, pixels
-from ddpm.codec import archive, picture, progressive, residual, reverse
+from ddpm.codec import archive, container, picture, progressive, residual, reverse
 from ddpm.files import atomic, plots
 from ddpm.files import data as datasets
 from ddpm.files.models import with_variance
@@ -147,10 +147,10 @@ def read_back(
     code = (
         "import sys, numpy as np, torch; torch.set_num_threads(int(sys.argv[4]))\n"
         "from pathlib import Path; from ddpm import codec; from ddpm.run.compress import load_codec\n"
-        "from ddpm.codec import archive\n"
+        "from ddpm.codec import archive, container\n"
         "model, right = load_codec(sys.argv[1]), np.load(sys.argv[2])\n"
         "made = [f.read_bytes() for f in sorted(Path(sys.argv[3]).glob('*.ddpm'))]\n"
-        "if made[0][:3] == archive.MAGIC: found = [x for _, x in archive.decompress(model, *made)]\n"
+        "if container.is_archive(made[0]): found = [x for _, x in archive.decompress(model, *made)]\n"
         "else: found = [codec.decompress(model, data) for data in made]\n"
         "print(sum(np.array_equal(a, b) for a, b in zip(found, right, strict=True)))\n"
         "print(f'Python {sys.version.split()[0]}, numpy {np.__version__}, torch {torch.__version__}')\n"
@@ -227,7 +227,7 @@ def archived(args: argparse.Namespace) -> dict[str, Any]:
     encode = time.monotonic() - start
     atomic.write(args.work / "archive" / "all.ddpm", data)
     back, _, decode = read_back(args, "archive", right, sys.executable)
-    contents, _ = archive.read_contents(data)
+    contents, _ = container.read_contents(data)
     rest = (contents.stack - contents.file_bytes) / (contents.pictures - contents.files)
     return {
         "images": len(images), "bytes": len(data), "files": contents.files,

@@ -98,7 +98,7 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(run: Path, capsys: py
     assert train(run, "--steps", 3) == 2
     err = capsys.readouterr().err
     assert err.count("is truncated or altered") == 2
-    assert err.endswith(f"none of its checkpoints is whole; delete {run / 'checkpoints'} to begin anew\n")
+    assert err.endswith(f"none of its checkpoints is whole; delete {run / 'checkpoints'} to start again\n")
     assert len(list((run / "checkpoints").iterdir())) == 2
     shutil.rmtree(run / "checkpoints")
     assert train(run, "--steps", 3) == 0
@@ -246,7 +246,7 @@ def test_a_log_that_cannot_be_written_stops_the_run(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """metrics.jsonl is as good a reason as a checkpoint."""
-    monkeypatch.setattr("ddpm.run.train._write_line", no_space)
+    monkeypatch.setattr("ddpm.run.log._write_line", no_space)
     assert train(run, "--steps", 40) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"ddpm: step 31: cannot write {run / 'metrics.jsonl'}: the disk is full"

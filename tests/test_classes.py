@@ -312,7 +312,7 @@ def test_images_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / "flat" / f"{i}.png")
     command = [*TINY, "--data", str(tmp_path / "flat"), "--size", "8", "--classes", "--out", str(tmp_path / "run")]
     assert main(command) == 2
-    assert "has no labels; want folders of classes, a column of labels, or --no-classes" in capsys.readouterr().err
+    assert "has no labels; want a folder per class, a column of labels, or no classes" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -343,7 +343,7 @@ def test_classes_that_cannot_be_learned(labelled: Path, tmp_path: Path, capsys: 
             target.write_bytes((labelled / name / f"{i}.png").read_bytes())
     options = ["--data", str(tmp_path / "set"), "--classes", "--size", "8", "--steps", "2"]
     assert train(tmp_path / "run", *options) == 0
-    assert "classes without a training image, which cannot be learned: white" in capsys.readouterr().err
+    assert "these classes have no training image and cannot be learned: white" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"label_dropout 1\.0: would hide every label"):
         replace(ddpm.PRESETS["digits"], label_dropout=1.0)
 

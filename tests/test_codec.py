@@ -3,6 +3,7 @@
 import json
 import math
 import tracemalloc
+import zlib
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ddpm import codec, pixels, schedule
-from ddpm.codec import archive, entropy, fit, picture, plan, progressive, reverse, shared
+from ddpm.codec import archive, container, entropy, fit, picture, plan, progressive, reverse, shared
 from ddpm.codec.entropy import Certain, Damaged, Decoder, Encoder, Ends, frequencies
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
@@ -569,7 +570,7 @@ def reheaded(data, payload, **changes):
     """A file with another payload and right checksums."""
     header, _ = codec.read_header(data)
     text = replace(header, length=len(payload), lossless=False, **changes).to_bytes() + payload
-    return text + picture.zlib.crc32(text).to_bytes(4, "big")
+    return text + zlib.crc32(text).to_bytes(4, "big")
 
 
 def test_random_payload_decodes_to_a_sample(either):
@@ -684,7 +685,7 @@ def test_no_bytes_crash_it(either, header, data, whole):
             data = data + bytes(header.trailer - 4)
         data = header.to_bytes() + data
         if whole:
-            data += picture.zlib.crc32(data).to_bytes(4, "big")
+            data += zlib.crc32(data).to_bytes(4, "big")
     try:
         found = codec.decompress(either, data)
     except InputError:
@@ -836,7 +837,7 @@ def test_archive_comes_back(model, archived):
 
 def test_archive_is_at_the_entropy_but_for_its_first_pictures(model, archived):
     images, _, data = archived
-    contents, _ = archive.read_contents(data)
+    contents, _ = container.read_contents(data)
     rest = 8 * (contents.stack - contents.file_bytes) / D / (contents.pictures - contents.files)
     assert rest < 1.04 * limit()
     single = np.mean([len(codec.compress(model, image, bits=10)) for image in images[:6]])
@@ -877,19 +878,19 @@ def test_archive_with_wrong_bytes_is_refused(model, archived):
 @pytest.mark.parametrize("stack", [bytes(4), bytes(range(64)), b""])
 def test_archive_of_somebody_who_knows_the_format_is_refused(model, about, stack):
     """All lengths and checksums are right, but the sizes and names are not, or there is nothing on the stack."""
-    text = picture.zlib.compress(about.encode())
-    contents = archive.Contents(False, 6, b"test", 2, 1, len(text), 100, len(stack), b"")
+    text = zlib.compress(about.encode())
+    contents = container.Contents(False, 6, b"test", 2, 1, len(text), 100, len(stack), b"")
     data = contents.to_bytes() + text + stack + bytes(4)
     with pytest.raises(Damaged):
-        list(archive.decompress(model, data + picture.zlib.crc32(data).to_bytes(4, "big")))
+        list(archive.decompress(model, data + zlib.crc32(data).to_bytes(4, "big")))
 
 
 def handmade(model, shape, stack, file_bytes=0):
     """An archive of one picture of which only the stack may be wrong."""
-    about, words = picture.zlib.compress(json.dumps([[[1, *shape]], []]).encode()), stack.words()
-    contents = archive.Contents(False, 6, model.identity, 1, 1, len(about), file_bytes, len(words), b"")
+    about, words = zlib.compress(json.dumps([[[1, *shape]], []]).encode()), stack.words()
+    contents = container.Contents(False, 6, model.identity, 1, 1, len(about), file_bytes, len(words), b"")
     data = contents.to_bytes() + about + words + bytes(4)
-    return data + picture.zlib.crc32(data).to_bytes(4, "big")
+    return data + zlib.crc32(data).to_bytes(4, "big")
 
 
 def test_archive_whose_stack_is_wrong_is_refused(model):
@@ -953,7 +954,7 @@ def test_archive_takes_a_picture_as_a_file_wherever_the_stack_will_not_do(model,
 
     monkeypatch.setattr(archive.Coder, "push", never)
     data = archive.compress(model, images, bits=6)
-    contents, _ = archive.read_contents(data)
+    contents, _ = container.read_contents(data)
     assert contents.files < 10 < len(calls)
     monkeypatch.undo()
     found = list(archive.decompress(model, data))
@@ -972,7 +973,7 @@ def test_archive_checks_every_picture_first(model):
 def test_archive_of_the_local_profile(model):
     images = hwc(draws(8, seed=20))
     data = archive.compress(model, images, bits=6, local=True)
-    contents, _ = archive.read_contents(data)
+    contents, _ = container.read_contents(data)
     assert contents.local
     assert contents.files < len(images)
     found = list(archive.decompress(model, data))

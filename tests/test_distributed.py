@@ -139,7 +139,7 @@ def test_dropout_is_that_of_one_process_in_two_parts(both: Both, tmp_path: Path)
 def test_sigterm_to_torchrun_saves(both: Both) -> None:
     """Both processes end after the same step, whose checkpoint is there; nothing hangs."""
     last = max(steps(both.stopped))
-    assert f"stopped at step {last}, saved; the same command goes on" in both.err
+    assert f"stopped at step {last} and saved; the same command resumes the run" in both.err
     assert max(losses(both.stopped)) == last
     assert both.out.count("[0, 0, 0, 0, 0, 0, 143]") == 2
 

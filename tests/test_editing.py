@@ -388,7 +388,7 @@ def test_wrong_shapes_are_refused():
         last(editing.share_latent(denoiser, EPS, 5, noise))
     with pytest.raises(InputError, match=r"mask of shape \[3, 1, 2, 2\]: want one that broadcasts to \[2, 1, 2, 2\]"):
         last(editing.inpaint(denoiser, EPS, torch.ones(3, 1, 2, 2), noise))
-    with pytest.raises(InputError, match="mask: want 1 where the image is to be made and 0"):
+    with pytest.raises(InputError, match="mask: want 1 where the image is to be sampled and 0"):
         last(editing.inpaint(denoiser, EPS, torch.full((2, 2), 0.5), noise))
 
 

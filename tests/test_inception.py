@@ -253,7 +253,7 @@ def test_names_are_the_published_ones(network):
 
 
 def test_channels_of_blocks_add_up():
-    block = Mixed(4, [[inception._Step("a", 3)], [inception._halve]])
+    block = Mixed(4, [[inception._Layer("a", 3)], [inception._halve]])
     assert block.channels == 3 + 4
     net = Inception()
     assert [net.get_submodule(f"Mixed_{b}").channels for b in BLOCKS] == [256, 288, 288, *[768] * 5, 1280, 2048, 2048]

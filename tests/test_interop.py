@@ -475,7 +475,7 @@ def refused(folder):
 REFUSED = [
     ("unet", "_class_name", "UNet2DConditionModel", "want UNet2DModel"),
     ("unet", "sample_size", None, "want a whole number"),
-    ("unet", "sample_size", 7, "7 does not divide by 2"),
+    ("unet", "sample_size", 7, "7 is not divisible by 2"),
     ("unet", "in_channels", 2, "want 1, 3, 4"),
     ("unet", "out_channels", 2, "want 1"),
     ("unet", "center_input_sample", True, "want false"),

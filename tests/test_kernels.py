@@ -286,7 +286,7 @@ def test_what_the_kernels_cannot_do_runs_plainly(dtype: torch.dtype) -> None:
     x = torch.randn(1, 32, 8, 8)
     others: list[dict[str, Any]] = [
         {"stride": 2}, {"padding": 0}, {"padding_mode": "circular"}, {"groups": 2}, {"dilation": 2}, {"bias": False},
-        {"kernel_size": 5, "padding": 2}, {"dtype": torch.bfloat16}, {"out_channels": kernels.MOST + 1},
+        {"kernel_size": 5, "padding": 2}, {"dtype": torch.bfloat16}, {"out_channels": kernels.MAX_CHANNELS + 1},
     ]  # fmt: skip
     with computing(dtype):
         for settings in others:

@@ -288,5 +288,5 @@ def test_a_weighted_loss_does_not_depend_on_what_is_predicted(weighting):
 
 
 def test_no_weight_for_mu():
-    with pytest.raises(InputError, match="weighting p2: is of eps, x0 and v"):
+    with pytest.raises(InputError, match="weighting p2: needs eps, x0 or v prediction"):
         losses.weight(Denoiser(lambda x, *_: x, PAPER, "mu"), torch.tensor([1]), "p2")

@@ -217,7 +217,7 @@ def test_the_spread_of_overlapping_subsets_would_not_be_honest():
 
 
 def test_kid_refuses_what_has_no_estimate():
-    with pytest.raises(ValueError, match="at least 3 rows"):
+    with pytest.raises(ValueError, match="at least 3 rows per subset"):
         kid(gaussian(2, 3), gaussian(9, 3))
     with pytest.raises(ValueError, match="3 and 4 features"):
         kid(gaussian(9, 3), gaussian(9, 4))
@@ -251,7 +251,7 @@ def test_inception_score_refuses_logits():
     logits = gaussian(20, 4)
     with pytest.raises(ValueError, match="not probabilities"):
         inception_score(logits)
-    with pytest.raises(ValueError, match="10 splits of 9 rows"):
+    with pytest.raises(ValueError, match="10 splits of 9 rows: want at least one row per split"):
         inception_score(np.full((9, 2), 0.5))
     np.testing.assert_allclose(metrics.softmax(logits), scipy.special.softmax(logits, 1), rtol=1e-12)
 

@@ -103,7 +103,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     """Ctrl-C and SIGTERM: a checkpoint of that very step, one line on what to do, and nothing of the run is lost."""
     at_step(7, monkeypatch, lambda: os.kill(os.getpid(), number))
     assert train(tmp_path / "run", "--steps", 10) == code
-    assert "stopped at step 7, saved; the same command goes on" in capsys.readouterr().err
+    assert "stopped at step 7 and saved; the same command resumes the run" in capsys.readouterr().err
     assert steps(tmp_path / "run") == [7]
     monkeypatch.undo()
     assert train(tmp_path / "run", "--steps", 10) == 0
@@ -176,7 +176,7 @@ def test_what_may_change_on_the_way_may(tmp_path: Path, capsys: pytest.CaptureFi
     assert_same(tensors(tmp_path / "run", 6), tensors(tmp_path / "whole", 6))
     capsys.readouterr()
     assert train(tmp_path / "run", "--steps", 6) == 0
-    assert "trained to step 6 already; a larger --steps goes on" in capsys.readouterr().err
+    assert "trained to step 6 already; more steps continue it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_run_keeps_its_settings(
     assert train(trained, "--steps", 40, option, value) == 2
     error = capsys.readouterr().err
     assert words in error
-    assert "want the same settings, or another --out" in error
+    assert "want the same, or another out" in error
     assert {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
 
 
@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("ddpm: step 7: the gradient is not finite (loss nan)")
     assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '00000005'}" in last
-    assert "lower --lr" in last
+    assert "lower lr" in last
     assert steps(tmp_path / "run") == [5]
     assert max(losses(tmp_path / "run")) == 7
     monkeypatch.undo()
@@ -267,7 +267,7 @@ def test_a_learning_rate_out_of_all_bounds(tmp_path: Path, capsys: pytest.Captur
     """Finite gradients that make useless weights: these are not kept as the last good checkpoint."""
     assert train(tmp_path / "run", "--lr", 1e30, "--warmup", 0, "--steps", 9, "--save-every", 1) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite; the last good checkpoint is none; try a lower --lr" in last
+    assert "not finite; the last good checkpoint is none; try a lower lr" in last
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -464,7 +464,7 @@ def test_bad_images_are_counted_and_passed_over(tmp_path: Path, capsys: pytest.C
     assert "5.png" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert train(tmp_path / "run", *options, "--skip-bad") == 0
-    assert "images that could not be read and were passed over: 1" in capsys.readouterr().err
+    assert "skipped 1 images that could not be read" in capsys.readouterr().err
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

@@ -315,9 +315,9 @@ def test_class_labels():
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        ((30, 32), ["30x32", "30 does not divide by 4", "28 and 32"]),
-        ((32, 33), ["32x33", "33 does not divide by 4", "32 and 36"]),
-        ((3, 8), ["3x8", "smallest that does is 4"]),
+        ((30, 32), ["30x32", "30 is not divisible by 4", "28 and 32"]),
+        ((32, 33), ["32x33", "33 is not divisible by 4", "32 and 36"]),
+        ((3, 8), ["3x8", "smallest is 4"]),
     ],
 )
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the network's output means: p_theta(x_{t-1} | x_t) and the estimate of x_0 (Section 3.2)."""
+"""A denoiser turns the network's output into p_theta(x_{t-1} | x_t) and an estimate of x_0 (Section 3.2)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,16 +8,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ddpm import kernels
+from ddpm import float64, kernels
 from ddpm.catalog import Prediction, Variance
 from ddpm.errors import InputError
 from ddpm.gaussian import (
     Gaussian,
-    at,
     beta_tilde,
+    broadcast,
     calibrated_variance,
+    extract,
     implied_mse,
-    over,
     posterior_coefficients,
     q_posterior,
 )
@@ -25,21 +25,21 @@ from ddpm.guidance import Guided
 from ddpm.schedule import Schedule
 
 
-def _dynamic(x0: Tensor, p: float) -> Tensor:
-    """Dynamic thresholding: what sticks out of [-1, 1] in most pixels scales an image down rather than saturate it."""
+def _dynamic_threshold(x0: Tensor, p: float) -> Tensor:
+    """Clip each image to [-s, s] and divide it by s, where s is the p-quantile of its |x0| but at least 1."""
     s = torch.stack([image.abs().flatten().quantile(p) for image in x0]).clamp(min=1)
-    s = over(s.to(x0), x0)
+    s = broadcast(s.to(x0), x0)
     return x0.clamp(-s, s) / s
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a denoiser says of x_t.
+    """A denoiser's estimate at x_t.
 
-    x0            x0^ (Eq. 15), shape of x_t; within [-1, 1] where the denoiser clips
-    eps           the noise that goes with that x0^: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
-    mean          of p_theta(x_{t-1} | x_t), shape of x_t
-    log_variance  of p_theta(x_{t-1} | x_t), [B, 1, ...] where fixed, shape of x_t where learned
+    x0            x0^ (Eq. 15), of x_t's shape; it is in [-1, 1] if the denoiser clips
+    eps           the noise that belongs to this x0^: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
+    mean          the mean of p_theta(x_{t-1} | x_t), of x_t's shape
+    log_variance  its log-variance, [B, 1, ...] if the variance is fixed and of x_t's shape if it is learned
     """
 
     x0: Tensor
@@ -55,23 +55,30 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """A network and how to read it; samplers, losses, likelihood and codec are functions of this.
+    """A network and the meaning of its output. Samplers, losses, likelihood and codec take a denoiser.
 
-    network   (x [B, C, H, W], timestep int64 [B], y int64 [B] or None) -> [B, C, H, W], or 2C where the variance
-              is learned
-    schedule  its noise levels
-    predict   what the network's first C channels are: eps (Eq. 11), x0, mu (mu~ of Eq. 7),
-              or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022), which is -F of EDM with
-              sigma_data 1 (Karras et al. 2022, Table 1), and L_simple of v EDM's loss
-    variance  sigma_t^2: fixed_large, beta_t; fixed_small, beta~_t (both with beta~_2 at t = 1, as in the official
-              code); learned, the last C channels are log sigma^2; learned_range, they run from log beta~_t at -1
-              to log beta_t at 1 (Nichol & Dhariwal 2021); or a table of variances, float64 [T+1]
-    clip      x0^ goes through [-1, 1] before the mean is taken from it; with mu only the reported x0^ does. A float
-              p in (0, 1): dynamic thresholding (Saharia et al. 2022, Section 2.3), x0^ is clipped to [-s, s] and
-              divided by s, the larger of 1 and the p-quantile of an image's |x0^|
+    network   (x [B, C, H, W], timestep int64 [B], y int64 [B] or None) -> [B, C, H, W], or [B, 2C, H, W] if the
+              variance is learned
+    schedule  the noise levels
+    predict   what the first C channels of the output are:
+              eps  the noise (Eq. 11)
+              x0   the image
+              mu   mu~ of Eq. 7
+              v    sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022); this is -F of EDM with sigma_data 1
+                   (Karras et al. 2022, Table 1), and L_simple for v is the loss of EDM
+    variance  sigma_t^2:
+              fixed_large    beta_t, but beta~_2 at t = 1, as in the official code
+              fixed_small    beta~_t, but beta~_2 at t = 1, as in the official code
+              learned        the last C channels are log sigma_t^2
+              learned_range  the last C channels interpolate from log beta~_t at -1 to log beta_t at 1 (Nichol &
+                             Dhariwal 2021)
+              a tensor       a table of variances, float64 [T+1]
+    clip      True: x0^ is clipped to [-1, 1] before the mean is computed from it; with mu, only the reported x0^ is
+              clipped. A float p in (0, 1): dynamic thresholding (Saharia et al. 2022, Section 2.3), in which x0^ is
+              clipped to [-s, s] and divided by s, where s is the p-quantile of an image's |x0^| but at least 1
 
-    The network may compute in any precision: what it returns is taken to x_t's dtype first.
-    Raises InputError for a setting that does not exist, and for eps with a schedule that ends at abar_T = 0.
+    The network may compute in any precision: its output is converted to the dtype of x_t first.
+    Raises InputError for an unknown setting, and for eps prediction with a schedule that ends at abar_T = 0.
 
     >>> from ddpm import schedule
     >>> nothing = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear())
@@ -94,30 +101,30 @@ class Denoiser:
         if isinstance(self.variance, Tensor):
             if self.variance.shape != self.schedule.alpha_bar.shape:
                 raise InputError(
-                    f"variance of shape {list(self.variance.shape)}: want [{self.schedule.T + 1}], one a level"
+                    f"variance of shape {list(self.variance.shape)}: want [{self.schedule.T + 1}], one per level"
                 )
         elif self.variance not in get_args(Variance):
             raise InputError(f"variance {self.variance!r}: want {', '.join(get_args(Variance))}, or a table")
         if self.predict == "eps" and self.schedule.ends_in_noise:
             raise InputError(
-                "predict eps: the schedule ends at alpha_bar 0, where eps says nothing of x0; want x0, mu, v"
+                "predict eps: the schedule ends at alpha_bar 0, where eps does not determine x0; want x0, mu, v"
             )
 
     @property
     def learned(self) -> bool:
-        """Whether the network gives the variance, and so 2C channels."""
+        """Whether the network outputs the variance, and so 2C channels."""
         return self.variance in ("learned", "learned_range") if isinstance(self.variance, str) else False
 
     def output(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The network's raw prediction of `target`, and its raw variance where learned; each of x_t's shape."""
-        out = self.network(xt, at(self.schedule.timestep, t).to(xt.device), y).to(xt.dtype)
+        """The network's raw prediction of `target`, and its raw variance if that is learned; each has x_t's shape."""
+        out = self.network(xt, extract(self.schedule.timestep, t).to(xt.device), y).to(xt.dtype)
         if not self.learned:
             return out, None
         prediction, variance = out.chunk(2, dim=1)
         return prediction, variance
 
     def target(self, x0: Tensor, xt: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What `output` should have been for this x_t = q_sample(x0, t, eps); shape of x_t."""
+        """The right value of `output` for x_t = q_sample(x0, t, eps); it has x_t's shape."""
         match self.predict:
             case "eps":
                 return eps
@@ -126,32 +133,36 @@ class Denoiser:
             case "mu":
                 return q_posterior(self.schedule, x0, xt, t).mean
             case "v":
-                abar = at(self.schedule.alpha_bar, t)
-                return over(abar.sqrt(), xt) * eps - over((1 - abar).sqrt(), xt) * x0
+                abar = extract(self.schedule.alpha_bar, t)
+                return broadcast(abar.sqrt(), xt) * eps - broadcast((1 - abar).sqrt(), xt) * x0
 
     def log_variance(self, xt: Tensor, t: Tensor, raw: Tensor | None) -> Tensor:
-        """log sigma_t^2 of p_theta(x_{t-1} | x_t), nats; `raw` is the second half of `output`."""
+        """log sigma_t^2 of p_theta(x_{t-1} | x_t), nats. `raw` is the second result of `output`."""
         beta, tilde = self.schedule.beta, beta_tilde(self.schedule)
         match self.variance:
             case "fixed_large":
-                return over(torch.where(t.to(beta.device) == 1, tilde[1], at(beta, t)).log(), xt)
+                return broadcast(torch.where(t.to(beta.device) == 1, tilde[1], extract(beta, t)).log(), xt)
             case "fixed_small":
-                return over(at(tilde, t).log(), xt)
+                return broadcast(extract(tilde, t).log(), xt)
             case "learned":
                 assert raw is not None
                 return raw
             case "learned_range":
                 assert raw is not None
-                large, small = over(at(beta, t).log(), xt), over(at(tilde, t).log(), xt)
+                large, small = broadcast(extract(beta, t).log(), xt), broadcast(extract(tilde, t).log(), xt)
                 return small + (raw + 1) / 2 * (large - small)
             case table:
-                return over(at(table, t).log(), xt)
+                return broadcast(extract(table, t).log(), xt)
 
     def __call__(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Estimate:
-        """The estimate at x_t [B, C, H, W], t int64 [B] in 1..T, or [1] for all; y int64 [B] labels, if it has them."""
+        """The estimate at x_t [B, C, H, W].
+
+        t  int64 [B] in 1..T, or [1] for all images
+        y  int64 [B] class labels, or None
+        """
         prediction, raw_variance = self.output(xt, t, y)
-        abar = at(self.schedule.alpha_bar, t)
-        signal, sigma = over(abar.sqrt(), xt), over((1 - abar).sqrt(), xt)
+        abar = extract(self.schedule.alpha_bar, t)
+        signal, sigma = broadcast(abar.sqrt(), xt), broadcast((1 - abar).sqrt(), xt)
         match self.predict:
             case "eps":
                 eps = prediction
@@ -164,48 +175,54 @@ class Denoiser:
                 eps = (xt - signal * x0) / sigma
             case "mu":
                 c_0, c_x = posterior_coefficients(self.schedule, t)
-                x0 = (prediction - over(c_x, xt) * xt) / over(c_0, xt)
+                x0 = (prediction - broadcast(c_x, xt) * xt) / broadcast(c_0, xt)
                 eps = (xt - signal * x0) / sigma
         if self.clip:
-            clipped = x0.clamp(-1, 1) if self.clip is True else _dynamic(x0, self.clip)
+            clipped = x0.clamp(-1, 1) if self.clip is True else _dynamic_threshold(x0, self.clip)
             eps = eps + signal / sigma * (x0 - clipped)
             x0 = clipped
         mean = prediction if self.predict == "mu" else q_posterior(self.schedule, x0, xt, t).mean
         return Estimate(x0, eps, mean, self.log_variance(xt, t, raw_variance))
 
     def unclipped(self) -> "Denoiser":
-        """The same without clipping, as the true bound is trained (official code)."""
+        """The same denoiser without clipping, which the official code uses to train the true bound."""
         return replace(self, clip=False)
 
     def respace(self, levels: Sequence[int]) -> "Denoiser":
-        """The same on fewer levels, rising within 1..T.
+        """The same denoiser on fewer levels, which rise within 1..T.
 
-        A table of variances becomes the one of the same errors of x0^ (`gaussian.implied_mse`), and learned_range goes
-        by the levels that there are. Raises InputError for what holds for one step of its own T levels only: mu, and
-        variance learned.
+        A table of variances becomes the table for the same errors of x0^ (`gaussian.implied_mse`). learned_range
+        interpolates between beta~_t and beta_t of the new levels. Raises InputError for mu and for variance learned,
+        because both describe one step between the original levels.
 
         >>> from ddpm import schedule
         >>> Denoiser(lambda x, timestep, y: x, schedule.linear()).respace([500, 1000]).schedule.T
         2
         """
         if self.variance == "learned":
-            raise InputError("respace: variance learned belongs to its own levels; want learned_range or a fixed one")
+            raise InputError("respace: variance learned holds for all T levels only; want learned_range or a fixed one")
         if self.predict == "mu":
-            raise InputError("respace: mu belongs to its own levels; want eps, x0 or v, or the ddim sampler")
+            raise InputError(
+                "respace: mu prediction holds for all T levels only; want eps, x0 or v, or the ddim sampler"
+            )
         schedule, variance = self.schedule.respace(levels), self.variance
         if isinstance(variance, Tensor):
             mse = implied_mse(self.schedule, variance)[torch.tensor(levels) - 1]
             variance = calibrated_variance(schedule, mse)
-            variance[1] = variance[1] if mse[0] > 0 else beta_tilde(schedule)[1]  # a density needs some
+            variance[1] = variance[1] if mse[0] > 0 else beta_tilde(schedule)[1]  # a density needs a variance above 0
         return replace(self, schedule=schedule, variance=variance)
 
     def guided(self, scale: float, interval: tuple[int, int] | None = None) -> "Denoiser":
-        """The same with classifier-free guidance, where it is called with labels: two network calls in one batch.
+        """The same denoiser with classifier-free guidance; with labels, it makes two network calls in one batch.
 
-        prediction = without label + scale (with label - without), Eq. 6 of Ho & Salimans 2022 with scale = 1 + w: 1 is
-        none, and as all four predictions are linear in x0^ it is x0^ that is guided. Only at levels t of `interval`,
-        first and last (None: all), and one call elsewhere (Kynkäänniemi et al. 2024). A learned variance is that with
-        label. Raises InputError for a scale that is not finite and an interval that is not within 1..T.
+        scale     prediction = prediction without label + scale (with label - without label), which is Eq. 6 of Ho &
+                  Salimans 2022 with scale = 1 + w; 1 is no guidance. All four predictions are linear in x0^, so this
+                  guides x0^
+        interval  the first and the last level t with guidance (None: all levels); at other levels there is one network
+                  call (Kynkäänniemi et al. 2024)
+
+        A learned variance is the one with label. Raises InputError if scale is not finite or interval is not within
+        1..T.
 
         >>> from ddpm import schedule
         >>> labelled = Denoiser(lambda x, timestep, y: torch.full_like(x, 0.1) * y.view(-1, 1, 1, 1), schedule.linear())
@@ -222,22 +239,22 @@ class Denoiser:
         return replace(self, network=Guided(self.network, scale, ends[0], ends[1], self.learned))
 
     def to(self, device: torch.device | str) -> "Denoiser":
-        """Network and tables on `device`; on one without float64 (mps) the tables stay where they are.
+        """The same denoiser with network and tables on `device`; without float64 there (mps) the tables do not move.
 
-        Where tensor cores or our kernels want it, convolutions have channels-last weights, which their inputs and
-        outputs follow. Shapes, and files, are the same.
+        On CUDA devices, and on CPUs where `ddpm.kernels` can be used, the weights of convolutions get the channels-last
+        memory format, which their inputs and outputs then have too. Shapes and files do not change.
         """
         if isinstance(self.network, Guided):
             inner = replace(self, network=self.network.network).to(device)
             return replace(inner, network=replace(self.network, network=inner.network))
         if isinstance(self.network, nn.Module):
-            computes = getattr(self.network, "computes", None)  # a UNet's
-            ours = torch.device(device).type == "cpu" and kernels.ready(computes)
-            last = ours or torch.device(device).type == "cuda"
-            layout = torch.channels_last if last else torch.contiguous_format
+            dtype = getattr(self.network, "computes", None)  # a UNet has it, another network may not
+            has_kernels = torch.device(device).type == "cpu" and kernels.ready(dtype)
+            channels_last = has_kernels or torch.device(device).type == "cuda"
+            layout = torch.channels_last if channels_last else torch.contiguous_format
             self.network.to(device, memory_format=layout)  # type: ignore[call-overload]
         changes: dict[str, Any] = {}
-        if torch.device(device).type != "mps":
+        if float64.available(device):
             changes["schedule"] = self.schedule.to(device)
             if isinstance(self.variance, Tensor):
                 changes["variance"] = self.variance.to(device)

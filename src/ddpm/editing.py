@@ -1,7 +1,8 @@
-"""Images made from images: redrawing, interpolation, images that share a latent, inversion, and inpainting.
+"""Images made from images: redrawing, inversion, interpolation, images that share a latent, and inpainting.
 
-As in samplers, each is a generator of Step(t, x, x0); the last one's x is the result. Of the arguments, `steps` and `y`
-are those of samplers too, and `run` is what goes down from a level: `ancestral`, or SAMPLERS[name].run of another.
+Each function is a generator that yields Steps(t, x, x0), as samplers do; the x of the last one is the result. `steps`
+and `y` are the arguments of samplers. `run` is the sampler that goes down from a level: `ancestral`, or the `run` of a
+row of SAMPLERS.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.gaussian import over, q_sample, q_step
+from ddpm.gaussian import broadcast, q_sample, q_step
 from ddpm.noise import Noise
 from ddpm.samplers import Levels, Run, Step, ancestral
 
@@ -24,9 +25,12 @@ def redraw(
     denoiser: Denoiser, x0: Tensor, t: int, noise: Noise, steps: Levels | None = None, y: Tensor | None = None,
     run: Run = ancestral,
 ) -> Iterator[Step]:  # fmt: skip
-    """SDEdit (Meng et al. 2022, Algorithm 1): x_t ~ q(x_t | x_0) by noise(t), then the reverse process from there.
+    """SDEdit (Meng et al. 2022, Algorithm 1): draw x_t ~ q(x_t | x_0) with noise(t), then run the reverse process.
 
-    x0 [B, C, H, W] signal, real images or drawn strokes; t in 0..T, how much is made anew: at 0 nothing is.
+    x0  [B, C, H, W], the signal of real images or drawn strokes
+    t   the level in 0..T to start from; the higher it is, the more the images change, and at 0 they do not change
+
+    Raises InputError if t or steps is out of range.
 
     >>> from ddpm import schedule
     >>> from ddpm.noise import per_image
@@ -36,8 +40,8 @@ def redraw(
     (0, 0.0)
     """
     _check_level(denoiser, t)
-    at = torch.full((len(x0),), t, device=x0.device)
-    xt = q_sample(denoiser.schedule, x0, at, noise(t).to(x0)) if t > 0 else x0
+    levels = torch.full((len(x0),), t, device=x0.device)
+    xt = q_sample(denoiser.schedule, x0, levels, noise(t).to(x0)) if t > 0 else x0
     yield from _decode(denoiser, xt, t, noise, steps, y, run)
 
 
@@ -50,13 +54,15 @@ def invert(
     iterations: int = 1,
     y: Tensor | None = None,
 ) -> Iterator[Step]:  # fmt: skip
-    """x_t whose DDIM samples (eta 0, not clipped, the same `steps`) are the images x0 [B, C, H, W]; t None is T.
+    """The x_t from which unclipped DDIM (eta 0, the same `steps`) samples the images x0 [B, C, H, W]; t None is T.
 
-    The step from t to s is x_s = sqrt(abar_s) x0^ + sqrt(1 - abar_s) eps^ with the estimate at x_t, solved for x_t by
-    `iterations` of the fixed point x_t <- sqrt(abar_t/abar_s) (x_s - sqrt(1 - abar_s) eps^(x_t)) + sqrt(1 - abar_t)
-    eps^(x_t), from x_t = x_s on. One is what is called DDIM inversion; more come back to x0 more exactly.
+    DDIM's step from t to s is x_s = sqrt(abar_s) x0^ + sqrt(1 - abar_s) eps^ with the estimate at x_t. It is solved for
+    x_t by `iterations` steps of the fixed point x_t <- sqrt(abar_t/abar_s) (x_s - sqrt(1 - abar_s) eps^(x_t)) + sqrt(1
+    - abar_t) eps^(x_t), which start at x_t = x_s. One iteration is the usual DDIM inversion; with more, DDIM returns to
+    x0 more exactly.
 
-    Yields a Step a level, rising. Raises InputError where t, steps or iterations do not fit.
+    Yields one Step per level, at rising levels. Raises InputError if t, steps or iterations is out of range, and if the
+    schedule has abar 0 at level t.
 
     >>> from ddpm import schedule, samplers
     >>> half = Denoiser(lambda x, timestep, y: 0.3 * x, schedule.linear(), clip=False)
@@ -71,11 +77,11 @@ def invert(
     denoiser = denoiser.unclipped()
     abar, x = denoiser.schedule.alpha_bar.tolist(), x0
     for s, level in pairwise([0, *denoiser.schedule.levels(steps, t)]):
-        at, guess = torch.full((len(x),), level, device=x.device), x
+        levels, guess = torch.full((len(x),), level, device=x.device), x
         if abar[level] == 0:
-            raise InputError("the schedule ends at alpha_bar 0, where x says nothing of x0; want t below T")
+            raise InputError("t: the schedule ends at alpha_bar 0, where x_T does not depend on x0; want t below T")
         for _ in range(iterations):
-            estimate = denoiser(guess, at, y)
+            estimate = denoiser(guess, levels, y)
             ratio = math.sqrt(abar[level] / abar[s])
             guess = ratio * (x - math.sqrt(1 - abar[s]) * estimate.eps) + math.sqrt(1 - abar[level]) * estimate.eps
         x = guess
@@ -96,16 +102,16 @@ def interpolate(
     y: Tensor | None = None,
     run: Run = ancestral,
 ) -> Iterator[Step]:
-    """Figures 8, 9: xbar_t = (1 - w) x_t + w x_t', x_t ~ q(x_t | a), x_t' ~ q(x_t | b), and xbar_0 ~ p(x_0 | xbar_t).
+    """Figures 8 and 9: mix x_t of two images and decode, xbar_t = (1 - w) x_t + w x_t' and xbar_0 ~ p(x_0 | xbar_t).
 
-    a, b                 [C, H, W] signal, the two ends
-    weights              float [K]: 0 is a, 1 is b
-    t                    0..T, how much is made anew; 0 mixes pixels and calls no network (Figure 9's last row)
-    noise_a, noise_b     [C, H, W] standard normal, the draws of x_t and x_t', independent and the same for all weights
-    noise                noise(s), [K, C, H, W], the draw that makes x_s; with one seed for all K images (`[seed] * K`)
-                         the images change smoothly with w, as in Figure 8
+    a, b                 [C, H, W], the signals of the two ends; x_t ~ q(x_t | a) and x_t' ~ q(x_t | b)
+    weights              float [K], the values of w: 0 is a and 1 is b
+    t                    0..T, the level of the mixture; 0 mixes pixels and calls no network (the last row of Figure 9)
+    noise_a, noise_b     [C, H, W], independent standard normal draws that make x_t and x_t', the same for all weights
+    noise                noise(s), [K, C, H, W], is the draw that makes x_s; with one seed for all K images (`[seed] *
+                         K`) the images change smoothly with w, as in Figure 8
 
-    Yields Steps of [K, C, H, W]. Raises InputError where t, steps or shapes do not fit.
+    Yields Steps of [K, C, H, W]. Raises InputError if t or steps is out of range, or if the shapes do not match.
 
     >>> from ddpm import schedule
     >>> from ddpm.noise import normal, per_image
@@ -126,7 +132,7 @@ def interpolate(
     _check_level(denoiser, t)
     eps = torch.stack([noise_a, noise_b])
     ends = q_sample(denoiser.schedule, torch.stack([a, b]), torch.tensor([t, t]), eps)  # [2, C, H, W]
-    w = over(weights, ends)  # [K, 1, 1, 1]
+    w = broadcast(weights, ends)  # [K, 1, 1, 1]
     yield from _decode(denoiser, (1 - w) * ends[0] + w * ends[1], t, noise, steps, y, run)
 
 
@@ -134,12 +140,13 @@ def share_latent(
     denoiser: Denoiser, xt: Tensor, t: int, noise: Noise, steps: Levels | None = None, y: Tensor | None = None,
     run: Run = ancestral,
 ) -> Iterator[Step]:  # fmt: skip
-    """Figure 7: images that share x_t, B draws of x_0 ~ p_theta(x_0 | x_t).
+    """Figure 7: B images that share x_t, draws of x_0 ~ p_theta(x_0 | x_t); the higher t is, the less they share.
 
-    xt [C, H, W] is one image's x_t at the level t in 0..T (0: they share everything), of a chain or of q_sample;
-    noise(s), [B, C, H, W], is the draw that makes x_s, a seed an image. The higher t is, the less they have in common.
+    xt     [C, H, W], the x_t of one image, from a sampler or from `q_sample`
+    t      its level in 0..T; at 0 all images are equal
+    noise  noise(s), [B, C, H, W], is the draw that makes x_s; each image has its own seed
 
-    Yields Steps of [B, C, H, W]. Raises InputError where t, steps or shapes do not fit.
+    Yields Steps of [B, C, H, W]. Raises InputError if t or steps is out of range, or if the shapes do not match.
 
     >>> from ddpm import schedule, samplers
     >>> from ddpm.noise import per_image
@@ -152,10 +159,10 @@ def share_latent(
     torch.Size([4, 1, 8, 8])
     """
     _check_level(denoiser, t)
-    like = noise(t)
-    if xt.shape != like.shape[1:]:
-        raise InputError(f"xt of shape {list(xt.shape)}: want {list(like.shape[1:])}, one image of the noise's shape")
-    yield from _decode(denoiser, xt.expand_as(like), t, noise, steps, y, run)
+    draw = noise(t)  # only its shape is used
+    if xt.shape != draw.shape[1:]:
+        raise InputError(f"xt of shape {list(xt.shape)}: want {list(draw.shape[1:])}, one image of the noise's shape")
+    yield from _decode(denoiser, xt.expand_as(draw), t, noise, steps, y, run)
 
 
 def _check_level(denoiser: Denoiser, t: int) -> None:
@@ -166,17 +173,18 @@ def _check_level(denoiser: Denoiser, t: int) -> None:
 def _decode(
     denoiser: Denoiser, x: Tensor, t: int, noise: Noise, steps: Levels | None, y: Tensor | None, run: Run
 ) -> Iterator[Step]:
-    """x_0 ~ p_theta(x_0 | x_t = x); x itself at t = 0."""
+    """Sample x_0 ~ p_theta(x_0 | x_t = x); at t = 0 the result is x itself."""
     return iter([Step(0, x, x)]) if t == 0 else run(denoiser, x, noise, t if steps is None else steps, y, t)
 
 
 def repaint_path(n: int, jump: int = 10, resample: int = 10) -> list[int]:
-    """The levels that RePaint passes, n .. 0: down by one, a network call, or up by `jump`, noise added.
+    """The levels that RePaint visits, n .. 0: a move is down by one (a network call) or up by `jump` (added noise).
 
-    At 1, 1 + jump, 1 + 2 jump, .. the first resample - 1 arrivals go up. With jump 1 that is Algorithm 1 (Lugmayr et
-    al. 2022), each step down taken `resample` times; more is their code's schedule. About n * resample network calls.
+    At each of the levels 1, 1 + jump, 1 + 2 jump, .., the first resample - 1 visits are followed by a move up. With
+    jump 1 this is Algorithm 1 (Lugmayr et al. 2022), in which every step down is made `resample` times; a larger jump
+    follows the schedule of their code. There are about n * resample network calls.
 
-    Raises InputError unless n, jump, resample are at least 1, and jump below n where there is resampling.
+    Raises InputError unless n, jump and resample are at least 1, and unless jump is below n if resample is above 1.
 
     >>> repaint_path(6, jump=2, resample=2)
     [6, 5, 4, 3, 5, 4, 3, 2, 1, 3, 2, 1, 0]
@@ -185,13 +193,13 @@ def repaint_path(n: int, jump: int = 10, resample: int = 10) -> list[int]:
         raise InputError(f"levels {n}, resample {resample}: want at least 1 of each")
     if jump < 1 or (resample > 1 and jump >= n):
         raise InputError(f"jump {jump}: want 1 to {n - 1}, below the number of levels, or resample 1")
-    left = dict.fromkeys(range(1, n - jump + 1, jump), resample - 1)
+    jumps_left = dict.fromkeys(range(1, n - jump + 1, jump), resample - 1)
     path = [n]
     while path[-1] > 0:
         t = path[-1]
-        up = left.get(t, 0) > 0
+        up = jumps_left.get(t, 0) > 0
         if up:
-            left[t] -= 1
+            jumps_left[t] -= 1
         path.append(t + jump if up else t - 1)
     return path
 
@@ -208,21 +216,21 @@ def inpaint(
     y: Tensor | None = None,
     run: Run = ancestral,
 ) -> Iterator[Step]:
-    """RePaint (Lugmayr et al. 2022, Algorithm 1): x_{t-1} ~ p_theta where masked, ~ q(x_{t-1} | x_0) where known.
+    """RePaint (Lugmayr et al. 2022, Algorithm 1): x_{t-1} ~ p_theta where masked and ~ q(x_{t-1} | x_0) where known.
 
-    Drawn apart, the two parts do not match; going up again by q(x_{t+jump} | x_t) (Eq. 2) and down by p_theta brings
-    them together: see `repaint_path`.
+    The two parts are drawn separately, so they do not match at first. Going up again by q(x_{t+jump} | x_t) (Eq. 2) and
+    down by p_theta brings them together; see `repaint_path`.
 
-    x0     [B, C, H, W] signal; what is masked in it is not looked at
-    mask   0 or 1 (bool or any number), a shape that broadcasts to x0's: 1 where the image is to be made, 0 where it is
-           known; all 1 samples freely, all 0 returns x0
-    noise  noise(k), [B, C, H, W]. Arrival u = 0, 1, .. at level t draws noise(t + 2u(T+1)), and for the known part
-           noise(t + (2u+1)(T+1)): no two draws coincide, and u = 0 is what `ancestral` draws
-    steps  how many of the levels to visit, evenly (None: all), or which; jump counts these
-    run    takes one step down at a time, so that a multistep solver's order is 1
+    x0     [B, C, H, W], the signal; its masked part is not used
+    mask   0 or 1 (bool or any number), of a shape that broadcasts to that of x0: 1 where the image is to be sampled and
+           0 where it is known. All 1 samples whole images, and all 0 returns x0
+    noise  noise(k), [B, C, H, W]. Visit u = 0, 1, .. of level t draws noise(t + 2u(T+1)), and noise(t + (2u+1)(T+1))
+           for the known part. So no two draws coincide, and the draws for u = 0 are those of `ancestral`
+    steps  how many levels to visit, spread evenly (None: all), or the levels themselves; jump counts these levels
+    run    the sampler, which is called for one step at a time, so a multistep solver has order 1
 
-    Yields Steps of [B, C, H, W], about steps * resample of them; the last one's x is x0 itself where that is known.
-    Raises InputError where mask, steps, jump or resample do not fit.
+    Yields about steps * resample Steps of [B, C, H, W]. The x of the last one equals x0 in the known part. Raises
+    InputError if mask, steps, jump or resample does not fit.
 
     >>> from ddpm import schedule
     >>> from ddpm.noise import per_image
@@ -236,28 +244,28 @@ def inpaint(
     levels = [0, *schedule.levels(T if steps is None else steps)]
     mask = _as_mask(mask, x0)
     path = repaint_path(len(levels) - 1, jump, resample)
-    arrivals = Counter(path[:1])
+    visits = Counter(path[:1])
     x = noise(T).to(x0)
-    for s, t in pairwise(path):  # from level s to t, of those visited
-        key = levels[t] + 2 * arrivals[t] * (T + 1)
-        arrivals[t] += 1
-        if t > s:  # x_t ~ q(x_t | x_s), Eq. 2 of the schedule with no level between them
-            two = torch.full((len(x),), 2, device=x.device)
-            x = q_step(schedule.respace([levels[s], levels[t]]), x, two).sample(noise(key))
+    for s, t in pairwise(path):  # s and t are indices into `levels`
+        key = levels[t] + 2 * visits[t] * (T + 1)
+        visits[t] += 1
+        if t > s:  # x_t ~ q(x_t | x_s): Eq. 2 for a schedule of these two levels only
+            second = torch.full((len(x),), 2, device=x.device)
+            x = q_step(schedule.respace([levels[s], levels[t]]), x, second).sample(noise(key))
             continue
-        made = next(run(denoiser, x, lambda _, key=key: noise(key), levels[1 : s + 1], y, levels[s]))  # type: ignore[misc]
-        then = torch.full((len(x),), levels[t], device=x.device)
-        known = q_sample(schedule, x0, then, noise(key + T + 1))  # at t = 0 it is x0
-        x = torch.where(mask, made.x, known)
-        yield Step(levels[t], x, made.x0)
+        step = next(run(denoiser, x, lambda _, key=key: noise(key), levels[1 : s + 1], y, levels[s]))  # type: ignore[misc]
+        t_batch = torch.full((len(x),), levels[t], device=x.device)
+        known = q_sample(schedule, x0, t_batch, noise(key + T + 1))  # at t = 0 this is x0
+        x = torch.where(mask, step.x, known)
+        yield Step(levels[t], x, step.x0)
 
 
 def _as_mask(mask: Tensor, x0: Tensor) -> Tensor:
-    """`mask` as bool [B, C, H, W] on x0's device."""
+    """The mask as bool [B, C, H, W] on x0's device. Raises InputError for another shape or value."""
     try:
         mask = mask.to(x0.device).expand_as(x0)
     except RuntimeError:
         raise InputError(f"mask of shape {list(mask.shape)}: want one that broadcasts to {list(x0.shape)}") from None
     if not ((mask == 0) | (mask == 1)).all():
-        raise InputError("mask: want 1 where the image is to be made and 0 where it is known, nothing between")
+        raise InputError("mask: want 1 where the image is to be sampled and 0 where it is known, and no other value")
     return mask.bool()

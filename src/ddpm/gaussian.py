@@ -1,6 +1,7 @@
-"""The forward process's three Gaussians and their divergence (Sections 2 and 3).
+"""The Gaussians of the forward process and the divergence between two of them (Sections 2 and 3).
 
-Coefficients are float64 until they meet x; everything else has x's dtype, device and shape [B, ...].
+Coefficients are computed in float64 and are then converted to the dtype of x. Everything else has the dtype, the device
+and the shape [B, ...] of x.
 """
 
 import functools
@@ -15,7 +16,10 @@ from ddpm.schedule import Schedule
 
 @dataclass(frozen=True)
 class Gaussian:
-    """N(mean, exp(log_variance) I): `mean` [B, ...]; `log_variance` in nats, of mean's shape or one that broadcasts.
+    """N(mean, exp(log_variance) I).
+
+    mean          [B, ...]
+    log_variance  in nats; it has the shape of mean or broadcasts to it
 
     >>> Gaussian(torch.ones(2, 3), torch.zeros(2, 1)).sample(torch.zeros(2, 3)).tolist()
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
@@ -25,64 +29,65 @@ class Gaussian:
     log_variance: Tensor
 
     def sample(self, eps: Tensor) -> Tensor:
-        """The draw that standard normal noise `eps` (shape of mean) gives."""
+        """Turn standard normal noise `eps`, of the shape of mean, into a sample."""
         return self.mean + (0.5 * self.log_variance).exp() * eps
 
 
-def at(table: Tensor, t: Tensor) -> Tensor:
-    """Entries t of a float64 table [T+1]: float64 [B], on the table's device."""
+def extract(table: Tensor, t: Tensor) -> Tensor:
+    """The entries of a float64 table [T+1] at the levels t int64 [B]: float64 [B], on the table's device."""
     return table[t.to(table.device)]
 
 
-def over(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient per image, [B], as x's dtype and device, shaped [B, 1, ...] to multiply x [B, ...]."""
-    # The cast comes first, because a device may have no float64 (mps).
+def broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Shape coefficients [B], one per image, as [B, 1, ...], so that they multiply x; with x's dtype and device."""
+    # The dtype changes before the device does, because a device may have no float64 (mps).
     return coefficient.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 def q_step(schedule: Schedule, x_prev: Tensor, t: Tensor) -> Gaussian:
-    """q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)  (Eq. 2); t int64 [B] in 1..T.
+    """q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)  (Eq. 2), for t int64 [B] in 1..T.
 
     >>> from ddpm import schedule
     >>> q_step(schedule.const(2, beta_T=0.75), torch.ones(1, 1), torch.tensor([1])).mean.item()
     0.5
     """
-    beta = at(schedule.beta, t)
-    return Gaussian(over((1 - beta).sqrt(), x_prev) * x_prev, over(beta.log(), x_prev))
+    beta = extract(schedule.beta, t)
+    return Gaussian(broadcast((1 - beta).sqrt(), x_prev) * x_prev, broadcast(beta.log(), x_prev))
 
 
 def q(schedule: Schedule, x0: Tensor, t: Tensor) -> Gaussian:
-    """q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)  (Eq. 4); t int64 [B] in 1..T.
+    """q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)  (Eq. 4), for t int64 [B] in 1..T.
 
     >>> from ddpm import schedule
     >>> q(schedule.const(2, beta_T=0.5), torch.ones(1, 1), torch.tensor([2])).mean.item()
     0.5
     """
-    abar = at(schedule.alpha_bar, t)
-    return Gaussian(over(abar.sqrt(), x0) * x0, over((1 - abar).log(), x0))
+    abar = extract(schedule.alpha_bar, t)
+    return Gaussian(broadcast(abar.sqrt(), x0) * x0, broadcast((1 - abar).log(), x0))
 
 
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps  (Eq. 4).
 
-    x0 [B, ...] signal, t int64 [B] in 0..T, eps standard normal of x0's shape; returns x_t of x0's shape.
-    At t = 0 it returns x0.
+    x0 [B, ...] is the signal, t int64 [B] is in 0..T, and eps is standard normal noise of x0's shape. The result has
+    the shape of x0. At t = 0 it is x0.
 
     >>> from ddpm import schedule
     >>> x0, eps = torch.ones(1, 1), torch.full((1, 1), 2.0)
     >>> q_sample(schedule.const(1, beta_T=0.75), x0, torch.tensor([1]), eps).item()  # 0.5 x 1 + 0.866 x 2
     2.232...
     """
-    abar = at(schedule.alpha_bar, t)
-    return over(abar.sqrt(), x0) * x0 + over((1 - abar).sqrt(), x0) * eps
+    abar = extract(schedule.alpha_bar, t)
+    return broadcast(abar.sqrt(), x0) * x0 + broadcast((1 - abar).sqrt(), x0) * eps
 
 
-@functools.lru_cache(maxsize=8)  # every step of a sampler asks for it
+@functools.lru_cache(maxsize=8)  # every step of a sampler needs this table
 def beta_tilde(schedule: Schedule) -> Tensor:
-    """beta~_t = (1 - abar_{t-1})/(1 - abar_t) beta_t  (Eq. 7), float64 [T+1], with the first one decided here.
+    """beta~_t = (1 - abar_{t-1})/(1 - abar_t) beta_t  (Eq. 7), float64 [T+1], with beta~_1 replaced.
 
-    Eq. 7 gives beta~_1 = 0, a variance that has no logarithm; as in the official code it is beta~_2 instead
-    (beta_1 where T = 1). Losses, likelihood, samplers and codec all take it from here. beta~_0 is 0 and not used.
+    Eq. 7 gives beta~_1 = 0, and the logarithm of that variance is not finite. As in the official code, the table holds
+    beta~_2 instead (beta_1 if T = 1). Losses, likelihood, samplers and codec all use this table. beta~_0 is 0 and is
+    not used.
 
     >>> from ddpm import schedule
     >>> [f"{b:.5e}" for b in beta_tilde(schedule.linear())[1:3].tolist()]
@@ -96,14 +101,14 @@ def beta_tilde(schedule: Schedule) -> Tensor:
 
 
 def posterior_coefficients(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """What multiplies x_0 and x_t in mu~_t  (Eq. 7): two float64 [B].
+    """The factors c_0 of x_0 and c_x of x_t in mu~_t  (Eq. 7), each float64 [B], for t int64 [B] in 1..T.
 
     >>> from ddpm import schedule
     >>> c_0, c_x = posterior_coefficients(schedule.linear(), torch.tensor([2]))
     >>> round(c_0.item(), 7), round(c_x.item(), 7)
     (0.5452915, 0.4547085)
     """
-    abar, abar_prev = at(schedule.alpha_bar, t), at(schedule.alpha_bar, t - 1)
+    abar, abar_prev = extract(schedule.alpha_bar, t), extract(schedule.alpha_bar, t - 1)
     alpha = abar / abar_prev
     beta = 1 - alpha
     c_0 = abar_prev.sqrt() * beta / (1 - abar)
@@ -114,7 +119,8 @@ def posterior_coefficients(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tenso
 def q_posterior(schedule: Schedule, x0: Tensor, xt: Tensor, t: Tensor) -> Gaussian:
     """q(x_{t-1} | x_t, x_0) = N(mu~_t(x_t, x_0), beta~_t I)  (Eq. 6, 7).
 
-    x0, xt [B, ...], t int64 [B] in 1..T. log_variance is [B, 1, ...]; at t = 1 see `beta_tilde`.
+    x0 and xt are [B, ...], and t int64 [B] is in 1..T. log_variance is [B, 1, ...]; `beta_tilde` gives its value at t =
+    1.
 
     >>> from ddpm import schedule
     >>> p = q_posterior(schedule.linear(), torch.ones(1, 1), torch.zeros(1, 1), torch.tensor([2]))
@@ -122,16 +128,19 @@ def q_posterior(schedule: Schedule, x0: Tensor, xt: Tensor, t: Tensor) -> Gaussi
     (0.54529, -9.8167)
     """
     c_0, c_x = posterior_coefficients(schedule, t)
-    mean = over(c_0, x0) * x0 + over(c_x, xt) * xt
-    return Gaussian(mean, over(at(beta_tilde(schedule), t).log(), xt))
+    mean = broadcast(c_0, x0) * x0 + broadcast(c_x, xt) * xt
+    return Gaussian(mean, broadcast(extract(beta_tilde(schedule), t).log(), xt))
 
 
 def calibrated_variance(schedule: Schedule, mse: Tensor, first: float | None = None) -> Tensor:
-    """sigma_t^2 = beta~_t + c_0^2 mse_t: the scalar variance of the least bound (Bao et al. 2022), float64 [T+1].
+    """sigma_t^2 = beta~_t + c_0^2 mse_t, the scalar variance that minimises the bound (Bao et al. 2022), float64 [T+1].
 
-    mse [T] is the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, measured on training images; c_0 is what multiplies
-    x_0 in mu~_t (Eq. 7). At t = 1 the posterior's own variance is Eq. 7's 0, so sigma_1^2 = mse_1, the best for a
-    density; for Eq. 13's bins less is best where errors are small, and more where few are large: `first` replaces it.
+    mse    [T], the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, measured on training images
+    first  replaces sigma_1^2. The default is sigma_1^2 = mse_1, because Eq. 7 gives the posterior variance 0 at t = 1;
+           this is the best value for a density. For the bins of Eq. 13 a smaller value is better if all errors are
+           small, and a larger value if a few errors are large
+
+    c_0 is the factor of x_0 in mu~_t (Eq. 7).
 
     >>> from ddpm import schedule
     >>> s = schedule.linear()
@@ -149,9 +158,10 @@ def calibrated_variance(schedule: Schedule, mse: Tensor, first: float | None = N
 
 
 def implied_mse(schedule: Schedule, variance: Tensor) -> Tensor:
-    """The mse_t, float64 [T], that a table sigma_t^2 [T+1] is the `calibrated_variance` of; at t = 1 sigma_1^2 itself.
+    """The inverse of `calibrated_variance`: the mse_t, float64 [T], for a table sigma_t^2 [T+1].
 
-    It is what x0^'s error would be, and so what the table says at other levels. 0 where the table is below beta~_t.
+    A table of variances holds for its own levels only, but the error of x0^ holds for any choice of levels. The result
+    is sigma_1^2 at t = 1, and 0 where the table is below beta~_t.
 
     >>> from ddpm import schedule
     >>> s, mse = schedule.linear(), torch.linspace(1e-3, 0.3, 1000, dtype=torch.float64)
@@ -164,24 +174,24 @@ def implied_mse(schedule: Schedule, variance: Tensor) -> Tensor:
     return ((variance - tilde) / c_0**2).clamp(min=0)
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum over all dimensions but the first: [B, ...] -> [B]."""
+def sum_per_image(x: Tensor) -> Tensor:
+    """Sum over all dimensions but the first: [B, ...] -> [B]."""
     return x.flatten(1).sum(1)
 
 
 def kl(q: Gaussian, p: Gaussian) -> Tensor:
-    """KL(q || p) of two diagonal Gaussians, nats per image [B].
+    """KL(q || p) of two Gaussians with diagonal covariances, nats per image [B].
 
     >>> a, b = Gaussian(torch.zeros(1, 2), torch.zeros(1, 2)), Gaussian(torch.ones(1, 2), torch.zeros(1, 2))
-    >>> kl(a, a).item(), kl(a, b).item()  # 1/2 a dimension
+    >>> kl(a, a).item(), kl(a, b).item()  # 1/2 per dimension
     (0.0, 1.0)
     """
     r = q.log_variance - p.log_variance
-    return total(0.5 * (r.expm1() - r + (q.mean - p.mean) ** 2 * (-p.log_variance).exp()))
+    return sum_per_image(0.5 * (r.expm1() - r + (q.mean - p.mean) ** 2 * (-p.log_variance).exp()))
 
 
 def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
-    """Nats per image, any shape, to bits per dimension; dims = C H W.
+    """Convert nats per image, of any shape, to bits per dimension; dims = C H W.
 
     >>> bits_per_dim(torch.tensor(math.log(2) * 12), 12).item()
     1.0

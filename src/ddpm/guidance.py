@@ -1,4 +1,4 @@
-"""Classifier-free guidance: a network that is called with and without the label."""
+"""Classifier-free guidance: the network is called with the label and without it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Guided:
-    """A network under classifier-free guidance, see `Denoiser.guided`; first and last are timesteps."""
+    """A network with classifier-free guidance; see `Denoiser.guided`.
+
+    network  the network without guidance
+    scale    how far to go from the prediction without label to that with label, and beyond: 1 is no guidance
+    first    the first timestep with guidance
+    last     the last timestep with guidance
+    learned  whether the network outputs the variance too, which is not guided
+    """
 
     network: Callable[..., Tensor]
     scale: float
@@ -22,8 +29,8 @@ class Guided:
         if y is None or self.scale == 1 or not inside.any():
             return self.network(x, timestep, y)
         labels = torch.cat([y, torch.full_like(y, -1)])
-        given, free = self.network(torch.cat([x, x]), torch.cat([timestep, timestep]), labels).chunk(2)
-        out = torch.where(inside.view(-1, 1, 1, 1), free + self.scale * (given - free), given)
+        with_label, without = self.network(torch.cat([x, x]), torch.cat([timestep, timestep]), labels).chunk(2)
+        out = torch.where(inside.view(-1, 1, 1, 1), without + self.scale * (with_label - without), with_label)
         if self.learned:
-            out = torch.cat([out.chunk(2, dim=1)[0], given.chunk(2, dim=1)[1]], dim=1)
+            out = torch.cat([out.chunk(2, dim=1)[0], with_label.chunk(2, dim=1)[1]], dim=1)
         return out

@@ -1,4 +1,4 @@
-"""The losses that training minimises: one number per image, a mean over its dimensions."""
+"""The training losses. Each returns one number per image, a mean over the image's dimensions."""
 
 from dataclasses import replace
 
@@ -9,15 +9,19 @@ from ddpm import likelihood
 from ddpm.catalog import Weighting
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.gaussian import at, bits_per_dim, q_sample
+from ddpm.gaussian import bits_per_dim, extract, q_sample
 
 
 def simple(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
-    """L_simple  (Eq. 14): squared error of what the network predicts, mean over dimensions, [B].
+    """L_simple  (Eq. 14): the mean squared error of the network's prediction over dimensions, [B].
 
-    For eps prediction |eps - eps_theta(x_t, t)|^2 / D; for x0, mu and v the same with their own target. The
-    paper's norm is a sum; the official code trains the mean. x0 [B, C, H, W] signal, t int64 [B] in 1..T,
-    eps standard normal of x0's shape, y int64 [B] class labels or None.
+    For eps prediction it is |eps - eps_theta(x_t, t)|^2 / D; for x0, mu and v the target differs (`Denoiser.target`).
+    The paper writes a sum over dimensions, but the official code trains the mean.
+
+    x0   [B, C, H, W], the signal
+    t    int64 [B] in 1..T
+    eps  standard normal noise of x0's shape
+    y    int64 [B] class labels, or None
 
     >>> from ddpm import schedule
     >>> nothing = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear())
@@ -30,9 +34,10 @@ def simple(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | N
 
 
 def vlb(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
-    """The true bound's term at t  (Eq. 5), bits per dimension [B], x0^ not clipped, as the official code trains it.
+    """The term of the true bound at level t  (Eq. 5), bits per dimension [B].
 
-    T times its mean over t uniform in 1..T, plus L_T, is the bound. Arguments as in `simple`.
+    The bound is T times the mean of this term over uniform t in 1..T, plus L_T. x0^ is not clipped, as in the official
+    code. The arguments are those of `simple`.
 
     >>> from ddpm import schedule
     >>> nothing = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear())
@@ -47,8 +52,8 @@ def vlb(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None
 def hybrid(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
     """L_simple + 0.001 L_vlb for a learned variance (Nichol & Dhariwal 2021, Eq. 16), [B].
 
-    L_vlb is T times the term at t in bits per dimension and moves the variance only: the mean is held.
-    One network call. Arguments as in `simple`.
+    L_vlb is T times the bound's term at t in bits per dimension. Its gradient does not reach the mean, so it trains the
+    variance only. There is one network call. The arguments are those of `simple`.
 
     >>> from ddpm import schedule
     >>> nothing = Denoiser(lambda x, timestep, y: torch.zeros(1, 2, 4, 4), schedule.linear(), variance="learned_range")
@@ -59,20 +64,21 @@ def hybrid(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | N
     xt = q_sample(schedule, x0, t, eps)
     prediction, variance = denoiser.output(xt, t, y)
     mse = (denoiser.target(x0, xt, t, eps) - prediction).square().flatten(1).mean(1)
-    held = prediction.detach() if variance is None else torch.cat([prediction.detach(), variance], dim=1)
-    known = replace(denoiser, network=lambda *_: held)
-    return mse + 0.001 * schedule.T * vlb(known, x0, t, eps, y)
+    mean_fixed = prediction.detach() if variance is None else torch.cat([prediction.detach(), variance], dim=1)
+    same_output = replace(denoiser, network=lambda *_: mean_fixed)  # no second network call
+    return mse + 0.001 * schedule.T * vlb(same_output, x0, t, eps, y)
 
 
 def weight(denoiser: Denoiser, t: Tensor, weighting: Weighting) -> Tensor:
-    """What L_simple is multiplied by at levels t int64 [B] in 1..T: float32 [B].
+    """The factor of L_simple at levels t int64 [B] in 1..T: float32 [B] on t's device.
 
-    none      1
-    min_snr   min(SNR, 5) on the error of x_0 (Hang et al. 2023, Eq. 5, gamma 5), SNR = abar/(1 - abar)
-    p2        1/(1 + SNR) on the error of eps (Choi et al. 2022, Eq. 8, k = gamma = 1), so abar on that of x_0
+    none     1
+    min_snr  min(SNR, 5) on the error of x_0, SNR = abar/(1 - abar) (Hang et al. 2023, Eq. 5, with gamma 5)
+    p2       1/(1 + SNR) on the error of eps, which is abar on that of x_0 (Choi et al. 2022, Eq. 8, with k = gamma = 1)
 
-    As in the papers not normalised: the mean over levels is not 1. The error of eps is SNR times that of x_0, the error
-    of v SNR + 1 times. Raises InputError for mu, whose error has a scale of its own at each level.
+    The squared error of eps is SNR times that of x_0, and the squared error of v is SNR + 1 times that of x_0. As in
+    the papers, the weights are not normalised: their mean over levels is not 1. Raises InputError for mu prediction,
+    whose error is scaled differently at each level.
 
     >>> from ddpm import schedule
     >>> eps, t = Denoiser(lambda x, timestep, y: x, schedule.linear()), torch.tensor([1, 500, 1000])
@@ -81,7 +87,7 @@ def weight(denoiser: Denoiser, t: Tensor, weighting: Weighting) -> Tensor:
     """
     if weighting == "none":
         return torch.ones(len(t), device=t.device)
-    abar = at(denoiser.schedule.alpha_bar, t)
+    abar = extract(denoiser.schedule.alpha_bar, t)
     on_x0 = (abar / (1 - abar)).clamp(max=5) if weighting == "min_snr" else abar
     match denoiser.predict:
         case "x0":
@@ -91,7 +97,7 @@ def weight(denoiser: Denoiser, t: Tensor, weighting: Weighting) -> Tensor:
         case "v":
             return (on_x0 * (1 - abar)).float().to(t.device)
         case "mu":
-            raise InputError(f"weighting {weighting}: is of eps, x0 and v prediction; want none for mu")
+            raise InputError(f"weighting {weighting}: needs eps, x0 or v prediction; want none for mu")
 
 
 LOSSES = {"simple": simple, "vlb": vlb, "hybrid": hybrid}

@@ -1,7 +1,8 @@
-"""Sample quality as functions of feature arrays: Frechet distance, KID, Inception score, precision and recall.
+"""Sample quality from arrays of features: Frechet distance, KID, Inception score, precision and recall.
 
-Features are [N, D], one row per image, of any real dtype; all is computed in float64. Which network the features are
-of is the caller's affair (`ddpm.files.features`): with Inception's of 2015 the Frechet distance is the FID.
+Features are [N, D], one row per image, of any real dtype. Everything is computed in float64. The caller chooses the
+network that computes the features (`ddpm.files.features`); with the Inception network of 2015 the Frechet distance is
+the FID.
 """
 
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ddpm import float64
 from ddpm.noise import generator
 
 Floats = NDArray[np.float64]
 
 _SUBSETS = 0x51D
-"""Key that keeps the draws of `kid` apart from others of the same seed."""
+"""A key that separates the draws of `kid` from other draws with the same seed."""
 
 
 # -- moments and the Frechet distance ----------------------------------------------------------------------------------
@@ -25,10 +27,14 @@ _SUBSETS = 0x51D
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Of features: their count, mean [D] and sample covariance [D, D] (divided by count - 1; zero for fewer than two).
+    """The moments of features.
 
-    `a + b` are the moments of both sets together; the order and the sizes of parts matter to rounding only. count is
-    None where it is not known, as for some published statistics: these cannot be added.
+    count       the number of rows, or None if it is unknown, as for some published statistics; these cannot be added
+    mean        [D]
+    covariance  [D, D], the sample covariance: divided by count - 1, and zero for fewer than two rows
+
+    `a + b` gives the moments of both sets together. The order and the sizes of the parts change the result by rounding
+    only.
 
     >>> parts = moments([[0.0], [2.0]]) + moments([[4.0]])
     >>> parts.count, float(parts.mean[0]), float(parts.covariance[0, 0])
@@ -40,9 +46,9 @@ class Moments:
     covariance: Floats
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Chan, Golub, LeVeque (1979): the difference of the means is what the centred second moments lack."""
+        """Merge two sets by the formula of Chan, Golub, LeVeque (1979). Raises ValueError if a count is unknown."""
         if self.count is None or other.count is None:
-            raise ValueError("moments of an unknown count cannot be added")
+            raise ValueError("moments with an unknown count cannot be added")
         if not self.count or not other.count:
             return self if self.count else other
         n = self.count + other.count
@@ -53,7 +59,7 @@ class Moments:
 
 
 def moments(features: ArrayLike) -> Moments:
-    """The moments of features [N, D]. Raises ValueError for another shape and for a value that is not finite.
+    """The moments of features [N, D]. Raises ValueError for another shape and for values that are not finite.
 
     >>> moments([[1.0, 0.0], [3.0, 0.0]]).mean
     array([2., 0.])
@@ -68,12 +74,12 @@ def moments(features: ArrayLike) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^{1/2} S_b S_a^{1/2})^{1/2}): the squared distance of two Gaussians.
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^{1/2} S_b S_a^{1/2})^{1/2}), the squared distance of two Gaussians (>= 0).
 
-    The last trace is the sum of the singular values of S_a^{1/2} S_b^{1/2}; the roots come from symmetric eigenvalues,
-    of which those that rounding alone could make (beyond 0 or not) count as 0. So nothing is complex, the two sets
-    can change places, and fewer images than features do no harm to the arithmetic. (They do to the estimate: it is
-    biased upwards by about 1/N, so compare only values of the same N.) Returns a number of at least 0.
+    The last trace is the sum of the singular values of S_a^{1/2} S_b^{1/2}, and the roots come from symmetric
+    eigenvalues. Eigenvalues that are as small as rounding errors count as 0. So no value is complex, the two sets can
+    be swapped, and the arithmetic is right for fewer images than features. The estimate still has a bias of about +1/N,
+    so compare only values with the same N.
 
     Raises ValueError if the numbers of features differ. Source: Dowson and Landau (1982); Heusel et al. (2017).
 
@@ -90,7 +96,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _factor(covariance: Floats) -> Floats:
-    """F [D, rank] with F F^T = covariance."""
+    """A factor F [D, rank] of the covariance, F F^T = covariance."""
     values, vectors = np.linalg.eigh(covariance)  # ascending
     keep = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     factor: Floats = vectors[:, keep] * np.sqrt(values[keep])
@@ -111,16 +117,19 @@ def kid(
 ) -> tuple[float, float]:
     """Kernel distance of features x [N, D] and y [M, D], MMD^2 with the kernel (x.y/D + 1)^3: (mean, standard error).
 
-    The mean is over `subsets` pairs of subsets of subset_size rows (all rows, once, of sets that are no larger), each
-    estimate unbiased, so that it can be negative. Rows are drawn without replacement, and no row comes again before
-    nearly all have had their turn; the draws are a function of `seed`.
+    The mean is over `subsets` pairs of subsets with subset_size rows each. If both sets have no more rows than that,
+    all rows are used once. Each estimate is unbiased, so the mean can be negative. Rows are drawn without replacement,
+    and a row is not drawn again until nearly all others have been drawn. The draws depend only on `seed`.
 
-    The standard error is that of the mean over new x and y. It is not the spread of the subsets over the square root
-    of their number, which is too small as subsets share rows, but comes from leaving out one row at a time:
-    sum_i (K - K_{-i})^2, in expectation never less than the variance (Efron and Stein 1981), equal to it where x and y
-    differ by much more than noise, and at most twice it (1.4 standard errors for one) where they do not.
+    The standard error is that of the mean over new sets x and y. It is not the spread of the subsets divided by the
+    square root of their number: subsets share rows, so that value is too small. It is computed by leaving out one row
+    at a time: sum_i (K - K_{-i})^2. The expectation of this sum is at least the variance (Efron and Stein 1981). It
+    equals the variance if x and y differ by much more than noise, and is at most twice the variance (1.4 standard
+    errors for one) if they do not.
 
-    device: where the matrix products run. Raises ValueError for fewer than 3 rows. Source: Binkowski et al. (2018).
+    device  the device that computes the matrix products; the CPU does if it has no float64 (mps)
+
+    Raises ValueError for fewer than 3 rows. Source: Binkowski et al. (2018).
 
     >>> rng = np.random.default_rng(0)
     >>> mean, error = kid(rng.normal(size=(300, 8)), rng.normal(size=(300, 8)) + 0.5, subset_size=100, subsets=9)
@@ -130,16 +139,17 @@ def kid(
     a, b = _pair(x, y)
     size = min(subset_size, len(a), len(b))
     if size < 3 or subsets < 1:
-        raise ValueError(f"want at least 3 rows a subset and 1 subset, got {size} and {subsets}")
+        raise ValueError(f"want at least 3 rows per subset and 1 subset, got {size} and {subsets}")
     if size == len(a) == len(b):
         subsets = 1
-    on = [torch.from_numpy(f).to(device) for f in (a, b)]
+    device = float64.device_with(device)
+    features = [torch.from_numpy(f).to(device) for f in (a, b)]
     rows = [_subsets(len(f), size, seed, k) for k, f in enumerate((a, b))]
     effect = [torch.zeros(len(f), dtype=torch.float64, device=device) for f in (a, b)]  # K - K_{-i}
     total = 0.0
     for _ in range(subsets):
         i, j = (next(r).to(device) for r in rows)
-        mean, left_out = _mmd(on[0][i], on[1][j])
+        mean, left_out = _mmd(features[0][i], features[1][j])
         total += mean / subsets
         for which, index, without in zip((0, 1), (i, j), left_out, strict=True):
             effect[which][index] += (mean - without) / subsets
@@ -147,20 +157,20 @@ def kid(
 
 
 def _subsets(n: int, size: int, seed: int, key: int) -> Iterator[Tensor]:
-    """Without end: int64 [size], disjoint until fewer than `size` of 0..n-1 are left."""
+    """Yield random subsets of 0..n-1, int64 [size], forever; they are disjoint until fewer than `size` are left."""
     draws = generator(seed, _SUBSETS, key)
     while True:
         yield from torch.randperm(n, generator=draws)[: n // size * size].view(-1, size)
 
 
 def _mmd(x: Tensor, y: Tensor) -> tuple[float, tuple[Tensor, Tensor]]:
-    """The unbiased estimate from x, y [s, D], and what it would be without each row of x and of y, each [s]."""
+    """The unbiased estimate from x, y [s, D], and the estimates without each row of x and of y, each [s]."""
     s, d = x.shape
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / d + 1) ** 3
 
-    xx, yy = (k.sum(1) - k.diagonal() for k in (kernel(x, x), kernel(y, y)))  # [s], with the others of its own set
+    xx, yy = (k.sum(1) - k.diagonal() for k in (kernel(x, x), kernel(y, y)))  # [s], over the same set's other rows
     xy = kernel(x, y)
     within_x, within_y, across = (float(k.sum()) for k in (xx, yy, xy))
     pairs, fewer = s * (s - 1), (s - 1) * (s - 2)
@@ -174,7 +184,7 @@ def _mmd(x: Tensor, y: Tensor) -> tuple[float, tuple[Tensor, Tensor]]:
 
 
 def softmax(logits: ArrayLike) -> Floats:
-    """Probabilities [N, K] of logits [N, K], in float64.
+    """Probabilities [N, K] from logits [N, K], in float64.
 
     >>> softmax([[1000.0, 1000.0]])
     array([[0.5, 0.5]])
@@ -186,20 +196,21 @@ def softmax(logits: ArrayLike) -> Floats:
 
 
 def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, float]:
-    """exp E[KL(p(y|x) || p(y))] of class probabilities [N, K]: mean and standard deviation over `splits` parts.
+    """exp E[KL(p(y|x) || p(y))] of class probabilities [N, K]: (mean, standard deviation) over `splits` parts.
 
-    The parts are rows one after the other, so rows sorted by class are to be shuffled before; the deviation is divided
-    by `splits`, as in the original program. Between 1 and K. Raises ValueError where rows do not sum to 1 (of logits
-    take `softmax`) and for fewer rows than parts. Source: Salimans et al. (2016).
+    The score is between 1 and K. The parts are consecutive rows, so rows that are sorted by class must be shuffled
+    first. The deviation is divided by `splits` and not by splits - 1, as in the original program. Raises ValueError if
+    rows do not sum to 1 (convert logits with `softmax`) and if there are fewer rows than parts. Source: Salimans et al.
+    (2016).
 
-    >>> inception_score(np.eye(4)[[0, 1, 2, 3, 0, 1, 2, 3]], splits=2)  # sure of each, and each as often
+    >>> inception_score(np.eye(4)[[0, 1, 2, 3, 0, 1, 2, 3]], splits=2)  # certain, and classes are equally frequent
     (4.0, 0.0)
     """
     p = _features(probabilities)
     if not 1 <= splits <= len(p):
-        raise ValueError(f"{splits} splits of {len(p)} rows: want at least one row each")
+        raise ValueError(f"{splits} splits of {len(p)} rows: want at least one row per split")
     if p.min() < 0 or abs(p.sum(1) - 1).max() > 1e-3:
-        raise ValueError("rows are not probabilities: want at least 0, with sum 1")
+        raise ValueError("rows are not probabilities: want values of at least 0 and rows with sum 1")
     scores = []
     for i in range(splits):
         part = p[i * len(p) // splits : (i + 1) * len(p) // splits]
@@ -215,12 +226,15 @@ def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, 
 def precision_recall(
     real: ArrayLike, fake: ArrayLike, k: int = 3, *, block: int = 1024, device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
-    """(precision, recall): the share of fakes [M, D] among the reals [N, D], and of reals among the fakes.
+    """(precision, recall): the share of fakes [M, D] within the reals [N, D], and the share of reals within the fakes.
 
-    A point is among a set if it lies in the ball around one of its points that reaches to that point's k-th nearest
-    neighbour, itself not counted. Values depend on N and M: compare only those of the same numbers.
+    A point is within a set if it lies in the ball around one of the set's points. The ball's radius is the distance to
+    the k-th nearest other point of the set. The values depend on N and M, so compare only values with the same numbers.
 
-    Memory: both sets in float64, and block (N + M) distances at a time. device: where the matrix products run.
+    Both sets are held in float64, together with block (N + M) distances at a time.
+
+    device  the device that computes the matrix products; the CPU does if it has no float64 (mps)
+
     Raises ValueError for fewer than k + 1 rows. Source: Kynkaanniemi et al. (2019), Eq. 1 and 2.
 
     >>> x = np.arange(6.0)[:, None]
@@ -230,14 +244,14 @@ def precision_recall(
     a, b = _pair(real, fake)
     if not 1 <= k < min(len(a), len(b)):
         raise ValueError(f"k = {k} neighbours of {len(a)} and {len(b)} rows: want k of at least 1 and more rows than k")
-    centre = a.mean(0)  # so that squares are no larger than they need be
-    r, f = (torch.from_numpy(points - centre).to(device) for points in (a, b))
+    centre = a.mean(0)  # centring keeps the squares, and so their rounding errors, small
+    r, f = (torch.from_numpy(points - centre).to(float64.device_with(device)) for points in (a, b))
     precision = _share_inside(f, r, _radii(r, k, block), block)
     return precision, _share_inside(r, f, _radii(f, k, block), block)
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j|^2 [N, M], 0 where it is nothing but rounding: copies of a point are at distance 0."""
+    """|a_i - b_j|^2 [N, M]. Values as small as rounding errors are set to 0, so copies of a point are at distance 0."""
     scale = (a**2).sum(1)[:, None] + (b**2).sum(1)
     d = scale - 2 * a @ b.T
     return d.masked_fill_(d < 1e-12 * scale, 0)
@@ -248,12 +262,13 @@ def _radii(x: Tensor, k: int, block: int) -> Tensor:
     radii = []
     for start in range(0, len(x), block):
         d = _squared_distances(x[start : start + block], x)
-        d.diagonal(start).fill_(torch.inf)  # the row itself
+        d.diagonal(start).fill_(torch.inf)  # exclude the row itself
         radii.append(d.kthvalue(k, 1).values)
     return torch.cat(radii)
 
 
 def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> float:
+    """The share of points that lie in at least one ball; radii are squared."""
     inside = 0
     for start in range(0, len(points), block):
         d = _squared_distances(points[start : start + block], centres)
@@ -269,37 +284,42 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The k rows of data [M, D] nearest to each of queries [N, D]: (distances float64 [N, k], indices int64 [N, k]).
 
-    Euclidean, nearest first, the lower index first of those at the same distance. A copy is at distance 0: the
-    expanded square, quick but blind near 0, only narrows the choice, and what is left is measured by differences.
+    Distances are Euclidean and rise within a row; ties are in order of the index. A copy has distance exactly 0. The
+    expanded square is fast but inexact near 0, so it only selects candidates, whose distances are then computed from
+    differences.
 
-    Memory: both sets twice in float64, and block M distances at a time. device: where the matrix products run; the
-    result is on the CPU. Raises ValueError for fewer than k rows of data.
+    Both sets are held twice in float64, together with block M distances at a time. The result is on the CPU.
+
+    device  the device that computes the matrix products; the CPU does if it has no float64 (mps)
+
+    Raises ValueError for fewer than k rows of data.
 
     >>> nearest([[1.0, 0.0]], [[1.0, 3.0], [1.0, 0.0], [1.0, 3.0]], k=2)
     (tensor([[0., 3.]], dtype=torch.float64), tensor([[1, 0]]))
     """
     a, b = _pair(queries, data)
     if not 1 <= k <= len(b):
-        raise ValueError(f"k = {k} neighbours of {len(b)} rows: want k of at least 1 and no more than rows")
-    centre = b.mean(0)  # so that squares are no larger than they need be
-    q, d = (torch.from_numpy(points - centre).to(device) for points in (a, b))
+        raise ValueError(f"k = {k} neighbours of {len(b)} rows: want k of at least 1 and at most the number of rows")
+    centre = b.mean(0)  # centring keeps the squares, and so their rounding errors, small
+    q, d = (torch.from_numpy(points - centre).to(float64.device_with(device)) for points in (a, b))
     q_squared, d_squared = ((points**2).sum(1) for points in (q, d))
-    rounding = 4 * (a.shape[1] + 4) * float(np.finfo(np.float64).eps)  # of the expanded square, over |q|^2 + |d|^2
+    rounding = 4 * (a.shape[1] + 4) * float(np.finfo(np.float64).eps)  # relative to |q|^2 + |d|^2
     distances, indices = np.empty((len(a), k)), np.empty((len(a), k), np.int64)
     for start in range(0, len(a), block):
         rows = slice(start, start + block)
-        squares = d_squared - 2 * q[rows] @ d.T  # [block, M], less the |q|^2 that all of a row share
-        most = squares.kthvalue(k, 1).values + 2 * rounding * (q_squared[rows] + d_squared.max())
-        i, j = (squares <= most[:, None]).cpu().numpy().nonzero()  # j rises in each row
+        squares = d_squared - 2 * q[rows] @ d.T  # [block, M], without |q|^2, which is constant in a row
+        limit = squares.kthvalue(k, 1).values + 2 * rounding * (q_squared[rows] + d_squared.max())
+        i, j = (squares <= limit[:, None]).cpu().numpy().nonzero()  # j rises in each row
         parts = [slice(s, s + block) for s in range(0, len(i), block)]
         exact = np.concatenate([np.linalg.norm(a[start + i[s]] - b[j[s]], axis=1) for s in parts])
         order = np.lexsort((j, exact, i))
-        first = np.searchsorted(i, np.arange(len(squares)))[:, None] + np.arange(k)  # of each row, the k nearest
+        first = np.searchsorted(i, np.arange(len(squares)))[:, None] + np.arange(k)  # the k nearest of each row
         distances[rows], indices[rows] = exact[order[first]], j[order[first]]
     return torch.from_numpy(distances), torch.from_numpy(indices)
 
 
 def _features(features: ArrayLike) -> Floats:
+    """Features as float64 [N, D]. Raises ValueError for another shape and for values that are not finite."""
     x = np.asarray(features, dtype=np.float64)
     if x.ndim != 2:
         raise ValueError(f"want an array [N, D], got shape {list(x.shape)}")
@@ -309,6 +329,7 @@ def _features(features: ArrayLike) -> Floats:
 
 
 def _pair(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
+    """Two arrays of features. Raises ValueError if they differ in D."""
     a, b = _features(x), _features(y)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"{a.shape[1]} and {b.shape[1]} features cannot be compared")

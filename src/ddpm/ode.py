@@ -1,4 +1,7 @@
-"""Likelihood by the probability-flow ODE (Song et al. 2021): another model of the same network than the chain."""
+"""Likelihood by the probability-flow ODE (Song et al. 2021). The ODE is another model than the reverse chain.
+
+Both use the same network, but they give images different probabilities.
+"""
 
 import math
 from itertools import pairwise
@@ -6,14 +9,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ddpm import likelihood, pixels
+from ddpm import float64, likelihood, pixels
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.gaussian import at, q_sample, total
+from ddpm.gaussian import extract, q_sample, sum_per_image
 
 
 def _even_levels(log_tan: Tensor, steps: int | None) -> list[int]:
-    """`steps` levels from 1 to T, evenly spaced in log-SNR: the nearest that there are, each once (None: all)."""
+    """Choose levels from 1 to T that are evenly spaced in log-SNR (steps None: all levels).
+
+    The result holds the existing levels nearest to `steps` even points, each once. Raises InputError if steps is not in
+    2..T.
+    """
     T = len(log_tan) - 1
     if steps is None:
         return list(range(1, T + 1))
@@ -30,22 +37,28 @@ def probability_flow(
 ) -> Tensor:
     """-log p(x) under the ODE that carries N(0, I) at level T to level 1, nats per image float64 [B].
 
-    Song et al. 2021 (score-based SDEs), Eq. 13, where cos^2 phi = abar, score = -eps^ / sin phi and
-    1/2 beta dt = tan phi dphi:
+    Song et al. 2021 (score-based SDEs), Eq. 13, with cos^2 phi = abar, score = -eps^ / sin phi and 1/2 beta dt = tan
+    phi dphi:
 
         dx/dphi   = v = cos phi eps^(x) - sin phi x0^(x)
         -log p(x) = -log N(x_T; 0, I) - integral of div v dphi - D/2 log abar_1,   x_1 = sqrt(abar_1) x   (Eq. 39)
         div v     = E probe^T (dv/dx) probe                                        (Skilling-Hutchinson, Eq. 40)
 
-    x [B, C, H, W] is continuous, in signal units; sqrt(abar_1) x is taken for x_1 with no noise added, so p is smooth
-    on the scale of level 1's noise. probe, shape of x, holds +-1 at random (or standard normal draws, which err more),
-    the same all along; its error has mean zero. steps levels, 2..T, are visited evenly in log-SNR (None: all T; fewer
-    where one is the nearest twice). Heun's method between them errs by O(1/steps^2), mostly to too few nats. y int64
-    [B] class labels or None. Nothing is clipped; everything but the network is float64. 2 (steps - 1) network calls,
-    each with a vector-Jacobian product.
+    x      [B, C, H, W], continuous, in signal units. x_1 is sqrt(abar_1) x without added noise, so p is smooth on the
+           scale of the noise at level 1
+    probe  of x's shape, random +-1 (or standard normal draws, with a larger error); the same probe is used at all
+           levels, and its error has mean zero
+    steps  the number of levels, 2..T, evenly spaced in log-SNR (None: all T). Fewer levels are visited if two points
+           have the same nearest level
+    y      int64 [B] class labels, or None
 
-    This is the density of another model than the reverse chain that `vlb` bounds, and says nothing of the chain's.
-    Raises InputError for steps out of range and for a schedule with abar_T = 0, whose log-SNR has no end.
+    Heun's method between the levels has an error of O(1/steps^2), which mostly makes the nats too few. Nothing is
+    clipped, and everything but the network is computed in float64. There are 2 (steps - 1) network calls, each with a
+    vector-Jacobian product.
+
+    This is the density of another model than the reverse chain that `likelihood.vlb` bounds; it says nothing about the
+    chain. Raises InputError for steps out of range, for a schedule with abar_T = 0, whose log-SNR is not finite, and
+    for x on a device without float64 (mps).
 
     >>> from ddpm import schedule
     >>> normal = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="v")  # v = 0: N(0, I)
@@ -55,29 +68,32 @@ def probability_flow(
     """
     schedule, denoiser = denoiser.schedule, denoiser.unclipped()
     if schedule.alpha_bar[-1] == 0:
-        raise InputError("probability flow: the schedule ends at alpha_bar 0; want one that ends above it")
+        raise InputError("probability flow: the schedule ends at alpha_bar 0; want a schedule that ends above 0")
     tan = ((1 - schedule.alpha_bar.cpu()) / schedule.alpha_bar.cpu()).sqrt()
     phi, log_tan = tan.atan(), tan.log()
     cos, sin = phi.cos(), phi.sin()
 
     def flow(x: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """v = dx/dphi [B, C, H, W] and div v dphi/dlog tan phi [B], which is flat near data: div v ~ 1/phi there."""
+        """v = dx/dphi [B, C, H, W] and div v dphi/dlog tan phi [B].
+
+        div v grows as 1/phi near data. Its integrand over log tan phi is flat there.
+        """
         t = torch.full((len(x),), level, device=x.device)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             estimate = denoiser(x, t, y)
             v = cos[level] * estimate.eps - sin[level] * estimate.x0
             (row,) = torch.autograd.grad(v, x, probe)  # probe^T dv/dx
-        return v.detach(), cos[level] * sin[level] * total(row * probe)
+        return v.detach(), cos[level] * sin[level] * sum_per_image(row * probe)
 
-    x, probe = cos[1] * x.double(), probe.to(x.device, torch.float64)
-    log_det = x.new_full((len(x),), x[0].numel() * math.log(cos[1]))  # of x -> x_1
+    x, probe = cos[1] * float64.require(x), probe.to(x.device, torch.float64)
+    log_det = x.new_full((len(x),), x[0].numel() * math.log(cos[1]))  # of the map from x to x_1
     for s, t in pairwise(_even_levels(log_tan, steps)):
         v, div = flow(x, s)
         v_t, div_t = flow(x + (phi[t] - phi[s]) * v, t)
         x = x + (phi[t] - phi[s]) / 2 * (v + v_t)
         log_det = log_det + (log_tan[t] - log_tan[s]) / 2 * (div + div_t)
-    return total(0.5 * x.square() + 0.5 * math.log(2 * math.pi)) - log_det
+    return sum_per_image(0.5 * x.square() + 0.5 * math.log(2 * math.pi)) - log_det
 
 
 def bound(
@@ -85,13 +101,16 @@ def bound(
 ) -> Tensor:
     """-log P(x_0) of 8-bit pixels under the probability flow, bounded from above, nats per image float64 [B].
 
-    Uniform dequantisation: P is the mass of the flow's density in the pixels' bins, and by Jensen's inequality
-    -log P(x_0) <= E_u[-log p(x_0 + (u - 1/2) BIN)] - D log BIN; this is the right side for one u.
+    The bound uses uniform dequantisation: P is the mass of the flow's density in the pixels' bins, and by Jensen's
+    inequality -log P(x_0) <= E_u[-log p(x_0 + (u - 1/2) BIN)] - D log BIN. The result is the right side for one u.
 
-    x0 [B, C, H, W] is the signal of 8-bit pixels, u of its shape uniform in [0, 1); the rest is `probability_flow`'s.
-    It bounds the flow's likelihood, not the reverse chain's. Where data are sharper than level 1's noise the exact flow
-    is not: with the linear schedule, whose noise there is 1.3 grey levels, a pixel that is known for sure costs it 1.7
-    bits. (A trained network's flow need not be exact, and may be sharper.)
+    x0  [B, C, H, W], the signal of 8-bit pixels
+    u   of x0's shape, uniform in [0, 1)
+
+    The other arguments are those of `probability_flow`. The result bounds the likelihood of the flow and not that of
+    the reverse chain. The density of an exact flow cannot be sharper than the noise at level 1. With the linear
+    schedule that noise is 1.3 grey levels, and a pixel that is known for sure costs an exact flow 1.7 bits. (The flow
+    of a trained network need not be exact and may be sharper.)
 
     >>> from ddpm import schedule
     >>> from ddpm.gaussian import bits_per_dim
@@ -108,13 +127,14 @@ def bound(
 def decoder_bound(
     denoiser: Denoiser, x0: Tensor, eps: Tensor, probe: Tensor, steps: int | None = None, y: Tensor | None = None
 ) -> Tensor:
-    """The same for the flow down to x_1 and then Eq. 13's decoder, nats per image float64 [B]: no loss at sharp pixels.
+    """A bound as in `bound`, but with the flow down to x_1 and then the decoder of Eq. 13; nats per image float64 [B].
 
-    -log P(x_0) <= E_q[log q(x_1|x_0) - log p(x_1) - log p_theta(x_0|x_1)]; this is the right side for one eps, standard
-    normal of x0's shape, with the first term's mean. The rest is as in `bound`.
+    It loses nothing at sharp pixels. -log P(x_0) <= E_q[log q(x_1|x_0) - log p(x_1) - log p_theta(x_0|x_1)], and the
+    result is the right side for one eps, standard normal noise of x0's shape; the first term is replaced by its mean.
+    The other arguments are those of `bound`.
 
     >>> from ddpm import schedule
-    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")  # x_0 = 0, surely
+    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")  # x_0 is 0
     >>> x0, zero = torch.full((1, 1, 4, 4), 1 / 255), torch.zeros(1, 1, 4, 4)
     >>> sharp = decoder_bound(grey, x0, zero, zero + 1), bound(grey, x0, zero + 0.5, zero + 1)
     >>> bool(sharp[0] < sharp[1])
@@ -122,7 +142,7 @@ def decoder_bound(
     """
     x0, D = pixels.eight_bit(x0), x0[0].numel()
     first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
-    abar = at(denoiser.schedule.alpha_bar, first)
+    abar = extract(denoiser.schedule.alpha_bar, first)
     sigma = float((1 / abar[0] - 1).sqrt())
     entropy = D / 2 * math.log(2 * math.pi * math.e * sigma**2)
     flow = probability_flow(denoiser, x0 + sigma * eps.to(x0), probe, steps, y)

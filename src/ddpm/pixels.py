@@ -1,16 +1,19 @@
-"""Pixels, uint8 in 0..255, and the signal, float in [-1, 1] (Section 3.3). The only place that knows both."""
+"""Pixels are uint8 in 0..255; the signal is float in [-1, 1] (Section 3.3). Only this module knows both scales."""
 
 import torch
 from torch import Tensor
 
+from ddpm import float64
 from ddpm.errors import InputError
 
 BIN = 2 / 255
-"""Width of one grey level in signal units; a distance over BIN is in grey levels."""
+"""The width of one grey level in signal units. A signal distance divided by BIN is in grey levels."""
 
 
 def to_signal(pixels: Tensor) -> Tensor:
-    """Pixels uint8 of any shape, to the signal float32 in [-1, 1]: 0 -> -1, 255 -> 1.
+    """Convert pixels, uint8 of any shape, to the signal, float32 in [-1, 1]: 0 gives -1 and 255 gives 1.
+
+    Raises TypeError for another dtype.
 
     >>> to_signal(torch.tensor([0, 255], dtype=torch.uint8))
     tensor([-1.,  1.])
@@ -21,35 +24,41 @@ def to_signal(pixels: Tensor) -> Tensor:
 
 
 def to_pixels(signal: Tensor) -> Tensor:
-    """The signal, float of any shape, to the nearest pixel uint8; beyond [-1, 1] it saturates.
+    """Round the signal, float of any shape, to the nearest pixel value, uint8; values outside [-1, 1] saturate.
+
+    The result is on the signal's device. A device without float64 (mps) cannot round exactly, so there it is on the
+    CPU.
 
     >>> to_pixels(torch.tensor([-1.5, -1.0, 0.0, 1.0]))
     tensor([  0,   0, 128, 255], dtype=torch.uint8)
     """
-    if signal.device.type == "mps":  # it has no float64
-        signal = signal.cpu()
-    return ((signal.double() + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8)
+    return ((float64.convert(signal) + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
 def eight_bit(x0: Tensor) -> Tensor:
-    """The signal x0, of any shape, as float64; InputError where it is not on the 256 grey levels, as random floats are.
+    """Return the signal x0, of any shape, as float64 after a check that every value is one of the 256 grey levels.
+
+    Raises InputError if a value lies between grey levels, and if x0's device has no float64 (mps), which likelihoods
+    need.
 
     >>> eight_bit(to_signal(torch.tensor([3], dtype=torch.uint8))).dtype
     torch.float64
     """
-    apart = float((x0 - to_signal(to_pixels(x0)).to(x0)).abs().max()) / BIN
-    if not apart < 1e-3:
+    exact = float64.require(x0)
+    distance = float((x0 - to_signal(to_pixels(x0)).to(x0)).abs().max()) / BIN
+    if not distance < 1e-3:
         raise InputError(
-            f"x0: up to {apart:.2g} grey levels off the 256 that Eq. 13's decoder knows, so bits per dimension would "
-            "mean nothing; want the signal of 8-bit pixels, pixels.to_signal(uint8)"
+            f"x0: up to {distance:.2g} grey levels off the 256 of Eq. 13's decoder, so bits per dimension would mean "
+            "nothing; want the signal of 8-bit pixels, pixels.to_signal(uint8)"
         )
-    return x0.double()
+    return exact
 
 
 def bins(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The 256 grey levels as signal, and the lower and upper edge of each one's bin (Eq. 13), each [256].
+    """The 256 grey levels as signal values, and the lower and the upper edge of each level's bin (Eq. 13), each [256].
 
-    The bins are x - 1/255 .. x + 1/255, open-ended at -1 and 1; dtype and device are those of `like`.
+    The bin of x is x - 1/255 .. x + 1/255. The first bin is open below and the last is open above. The dtype and the
+    device are those of `like`.
 
     >>> centre, lower, upper = bins(torch.zeros((), dtype=torch.float64))
     >>> float(lower[0]), float(upper[255]), bool((upper[:-1] == lower[1:]).all())

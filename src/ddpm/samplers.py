@@ -1,15 +1,16 @@
-"""From noise to images: each sampler is a generator of Step(t, x, x0); the caller keeps what it wants.
+"""Samplers: each is a generator that turns noise into images and yields a Step(t, x, x0) after every step.
 
-Arguments that they share:
+They share these arguments:
 
-    x      [B, C, H, W], x_T, standard normal, or x_t at the level t = start
-    steps  how many of the levels to visit, evenly, or which: rising, the last one `start`, as `spacing` gives them
-    noise  noise(t), the draw that makes x_t, shaped like x
-    y      int64 [B] class labels or None
-    start  the level that x is at (None: T)
+x      [B, C, H, W]: x_T, standard normal, or x_t at the level t = start
+steps  how many levels to visit, spread evenly, or the levels themselves, which rise to `start`, as `spacing` gives them
+noise  noise(t) is the draw that makes x_t, of x's shape
+y      int64 [B] class labels, or None
+start  the level of x (None: T)
 
-All but `ancestral` are solvers of one ODE (or its SDE), dx/dphi = cos phi eps^ - sin phi x0^ with cos^2 phi = abar, and
-differ in what they hold constant over a step. InputError where steps or start do not fit.
+All samplers but `ancestral` solve one ODE, or the SDE that belongs to it: dx/dphi = cos phi eps^ - sin phi x0^, where
+cos^2 phi = abar. They differ in the quantity that they hold constant during a step. They raise InputError if steps or
+start is out of range.
 """
 
 import math
@@ -29,11 +30,11 @@ Levels: TypeAlias = int | Sequence[int]
 
 
 class Step(NamedTuple):
-    """The state after one step, which is one network call (heun and probability_flow: two).
+    """The state after one step, which is one network call (`heun` and `probability_flow`: two, but one in the last).
 
-    t   the level x is at now, T-1 .. 0
-    x   [B, C, H, W] signal; the image where t = 0
-    x0  the estimate x0^ (Eq. 15) that the step was made with, of x's shape
+    t   the level of x after the step, T-1 .. 0
+    x   [B, C, H, W], the signal; the image if t = 0
+    x0  the estimate x0^ (Eq. 15) that the step used, of x's shape
     """
 
     t: int
@@ -46,7 +47,7 @@ def _estimate(denoiser: Denoiser, x: Tensor, t: int, y: Tensor | None) -> Estima
 
 
 def _down(denoiser: Denoiser, steps: Levels, start: int | None) -> list[tuple[int, int]]:
-    """The steps (from level, to level), from `start` to 0."""
+    """The steps (from level, to level), from `start` down to 0."""
     return list(pairwise([*denoiser.schedule.levels(steps, start)[::-1], 0]))
 
 
@@ -59,9 +60,9 @@ def ancestral(
     y: Tensor | None = None,
     start: int | None = None,
 ) -> Iterator[Step]:
-    """Algorithm 2: x_{t-1} = mu_theta(x_t, t) + sigma_t z, z = 0 at t = 1; steps None visits all levels.
+    """Algorithm 2: x_{t-1} = mu_theta(x_t, t) + sigma_t z, with z = 0 at t = 1. steps None visits all levels.
 
-    On fewer levels it is the reverse process of those (`Denoiser.respace`).
+    On fewer levels it samples the reverse process of those levels (`Denoiser.respace`).
 
     >>> from ddpm import schedule
     >>> from ddpm.noise import per_image
@@ -77,7 +78,7 @@ def ancestral(
         denoiser = denoiser.respace(levels)
     for index in range(len(levels), 0, -1):
         estimate = _estimate(denoiser, x, index, y)
-        t = levels[index - 2] if index > 1 else 0  # the level that this step arrives at
+        t = levels[index - 2] if index > 1 else 0  # the level after this step
         x = estimate.p.sample(noise(t)) if t > 0 else estimate.mean
         yield Step(t, x, estimate.x0)
 
@@ -95,12 +96,15 @@ def ddim(
 ) -> Iterator[Step]:
     """DDIM (Song et al. 2021, Eq. 12): x_s = sqrt(abar_s) x0^ + sqrt(1 - abar_s - sigma^2) eps^ + sigma z.
 
-    sigma^2 = eta^2 (1 - abar_s)/(1 - abar_t) (1 - abar_t/abar_s). eta 0 is deterministic and needs no noise; eta 1
-    has the posterior's variance. sigma_hat, which is of eta 1 whatever was given: z alone is multiplied by
-    sqrt(1 - abar_t/abar_s) instead, as in the last rows of their Table 1. eps^ belongs to the clipped x0^, so that x_t
-    stays their mixture.
+    sigma^2 = eta^2 (1 - abar_s)/(1 - abar_t) (1 - abar_t/abar_s).
 
-    With eta 0 this is Euler's method on the EDM form, d(x/alpha)/d(sigma/alpha) = eps^, and DPM-Solver++ of order 1.
+    eta        0..1. With 0 the sampler is deterministic and needs no noise; with 1, sigma^2 is the posterior's variance
+    sigma_hat  multiply z, but nothing else, by sqrt(1 - abar_t/abar_s) instead of sigma, as in the last rows of their
+               Table 1. eta is then 1
+
+    eps^ belongs to the clipped x0^, so that x_t stays a mixture of the two. With eta 0 this is Euler's method on the
+    EDM form, d(x/alpha)/d(sigma/alpha) = eps^, and DPM-Solver++ of order 1. Raises InputError if eta is not in 0..1, or
+    is above 0 without noise.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
@@ -111,7 +115,7 @@ def ddim(
     eta = 1.0 if sigma_hat else eta
     noisy = eta > 0
     if not 0 <= eta <= 1 or (noisy and noise is None):
-        raise InputError(f"eta {eta}: want 0 to 1, and noise where it is above 0")
+        raise InputError(f"eta {eta}: want 0 to 1, and the argument noise if it is above 0")
     abar = denoiser.schedule.alpha_bar.tolist()
     for t, s in _down(denoiser, steps, start):
         estimate = _estimate(denoiser, x, t, y)
@@ -128,12 +132,13 @@ def ddim(
 def dpm_solver_pp(
     denoiser: Denoiser, x: Tensor, steps: Levels = 20, order: int = 2, y: Tensor | None = None, start: int | None = None
 ) -> Iterator[Step]:
-    """DPM-Solver++ multistep of order 1, 2 or 3 (Lu et al. 2022, Algorithm 2), one network call a step.
+    """DPM-Solver++ multistep of order 1, 2 or 3 (Lu et al. 2022, Algorithm 2), with one network call per step.
 
     x_s = sigma_s/sigma_t x + alpha_s integral over lambda = 1/2 log-SNR of e^(lambda - lambda_s) x0^ (see `_integral`),
-    where x0^ is the polynomial through the last `order` estimates. The first steps have fewer, and the last ones, which
-    end where lambda is infinite, take fewer. Order 3 is exact for a parabola; the official code's and diffusers' has
-    half of its second derivative, and so converges with order 2 (shown in the tests).
+    where x0^ is the polynomial through the last `order` estimates. The first steps use fewer estimates because no more
+    exist. The last steps, which end at an infinite lambda, use fewer too. Order 3 is exact for a parabola. The official
+    code and diffusers use half of the parabola's second derivative, and so converge with order 2 (the tests show it).
+    Raises InputError for another order.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
@@ -148,10 +153,10 @@ def dpm_solver_pp(
 def unipc(
     denoiser: Denoiser, x: Tensor, steps: Levels = 20, order: int = 2, y: Tensor | None = None, start: int | None = None
 ) -> Iterator[Step]:
-    """UniPC of order 1, 2 or 3 with B(h) = e^h - 1 (Zhao et al. 2023, Algorithms 5, 6), one network call a step.
+    """UniPC of order 1, 2 or 3 with B(h) = e^h - 1 (Zhao et al. 2023, Algorithms 5, 6), with one network call per step.
 
-    DPM-Solver++, but each estimate also corrects the x that it was made at: the step to there is taken again with one
-    point more, which makes it an order better.
+    It is DPM-Solver++ with a correction: each estimate is also used to repeat the step that led to it, with that
+    estimate as one more point. This raises the order by one. Raises InputError for another order.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
@@ -166,33 +171,34 @@ def unipc(
 def _multistep(
     denoiser: Denoiser, x: Tensor, steps: Levels, order: int, correct: bool, y: Tensor | None, start: int | None
 ) -> Iterator[Step]:
+    """DPM-Solver++ (`dpm_solver_pp`), or UniPC (`unipc`) if `correct` is set."""
     if order not in (1, 2, 3):
         raise InputError(f"order {order}: want 1, 2 or 3")
     alpha, sigma, lam = _rates(denoiser, start)
     points: list[tuple[float, Tensor]] = []  # (lambda, x0^), the newest first
     down = _down(denoiser, steps, start)
-    before, corrected = 0, x  # the level that the last step came from, and x there
+    origin, x_origin = 0, x  # the level that the last step started from, and x there
 
     def step(s: int, points: Sequence[tuple[float, Tensor]]) -> Tensor:
-        return sigma[s] / sigma[before] * corrected + alpha[s] * _integral(points, lam[before], lam[s])
+        return sigma[s] / sigma[origin] * x_origin + alpha[s] * _integral(points, lam[origin], lam[s])
 
     for i, (t, s) in enumerate(down):
-        new = lam[t], _estimate(denoiser, x, t, y).x0
+        newest = lam[t], _estimate(denoiser, x, t, y).x0
         if correct and i > 0:
-            x = step(t, [*points, new])
-        points = [new, *points][: min(order, len(down) - i)]
-        before, corrected = t, x
+            x = step(t, [*points, newest])
+        points = [newest, *points][: min(order, len(down) - i)]
+        origin, x_origin = t, x
         x = step(s, points)
-        yield Step(s, x, new[1])
+        yield Step(s, x, newest[1])
 
 
 def _integral(points: Sequence[tuple[float, Tensor]], a: float, b: float) -> Tensor:
-    """integral over a..b of e^(lambda - b) P(lambda) dlambda, P the polynomial through points (lambda, x0^).
+    """The integral over a..b of e^(lambda - b) P(lambda) dlambda; P is the polynomial through `points` (lambda, x0^).
 
-    A line is taken at the middle, as in the papers. b may be infinite where there is but one point.
+    A line is evaluated at the middle of a..b, as in the papers. b may be infinite if there is only one point.
     """
     h = b - a
-    moments = [-math.expm1(-h)]  # of u = (lambda - a) / h to the power 0, 1, ..; by parts
+    moments = [-math.expm1(-h)]  # the integrals of u^0, u^1, .. with u = (lambda - a) / h, by parts
     if len(points) == 1:
         return moments[0] * points[0][1]
     if len(points) == 2:
@@ -200,7 +206,7 @@ def _integral(points: Sequence[tuple[float, Tensor]], a: float, b: float) -> Ten
     else:
         for k in range(1, len(points)):
             moments.append(1 - k * moments[-1] / h)
-    u = torch.tensor([(at - a) / h for at, _ in points], dtype=torch.float64)
+    u = torch.tensor([(lam - a) / h for lam, _ in points], dtype=torch.float64)
     weights = torch.linalg.solve(torch.vander(u, increasing=True).T, torch.tensor(moments, dtype=torch.float64))
     return torch.stack([w * x0 for w, (_, x0) in zip(weights.tolist(), points, strict=True)]).sum(0)
 
@@ -209,11 +215,11 @@ def _integral(points: Sequence[tuple[float, Tensor]], a: float, b: float) -> Ten
 def sde_dpm_solver_pp(
     denoiser: Denoiser, x: Tensor, noise: Noise, steps: Levels = 20, y: Tensor | None = None, start: int | None = None
 ) -> Iterator[Step]:
-    """SDE-DPM-Solver++ 2M (Lu et al. 2022, Appendix): the reverse SDE, whose noise takes away what errors there were.
+    """SDE-DPM-Solver++ 2M (Lu et al. 2022, Appendix): the reverse SDE.
 
-    x_s = sigma_s/sigma_t e^-h x + alpha_s (1 - e^-2h) x0^ + sigma_s sqrt(1 - e^-2h) z, h = lambda_s - lambda_t, with
-    x0^ from the line through the last two estimates, at the middle. With one estimate it is `ancestral` with
-    fixed_small.
+    x_s = sigma_s/sigma_t e^-h x + alpha_s (1 - e^-2h) x0^ + sigma_s sqrt(1 - e^-2h) z, where h = lambda_s - lambda_t
+    and x0^ is the line through the last two estimates, evaluated at the middle of the step. With one estimate it is
+    `ancestral` with fixed_small. The fresh noise z corrects errors of earlier steps.
 
     >>> from ddpm import schedule
     >>> from ddpm.noise import per_image
@@ -225,17 +231,17 @@ def sde_dpm_solver_pp(
     """
     alpha, sigma, lam = _rates(denoiser, start)
     down = _down(denoiser, steps, start)
-    before: tuple[float, Tensor] | None = None
+    previous: tuple[float, Tensor] | None = None  # (lambda, x0^)
     for t, s in down:
         x0, h = _estimate(denoiser, x, t, y).x0, lam[s] - lam[t]
         middle = x0
-        if before is not None and s > 0:
-            middle = x0 + h / 2 * (x0 - before[1]) / (lam[t] - before[0])
-        before = lam[t], x0
-        share = -math.expm1(-2 * h)
-        x = sigma[s] / sigma[t] * math.exp(-h) * x + alpha[s] * share * middle
+        if previous is not None and s > 0:
+            middle = x0 + h / 2 * (x0 - previous[1]) / (lam[t] - previous[0])
+        previous = lam[t], x0
+        fresh = -math.expm1(-2 * h)  # 1 - e^-2h, the fresh part of sigma_s^2
+        x = sigma[s] / sigma[t] * math.exp(-h) * x + alpha[s] * fresh * middle
         if s > 0:
-            x = x + sigma[s] * math.sqrt(share) * noise(s)
+            x = x + sigma[s] * math.sqrt(fresh) * noise(s)
         yield Step(s, x, x0)
 
 
@@ -245,7 +251,7 @@ def heun(
 ) -> Iterator[Step]:
     """Heun's method on the EDM form, d(x/alpha)/d(sigma/alpha) = eps^ (Karras et al. 2022, Algorithm 1).
 
-    Two network calls a step but for the last, which has none at level 0: 2 steps - 1.
+    A step makes two network calls, but the last makes one because no network is called at level 0: 2 steps - 1 in all.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
@@ -255,16 +261,17 @@ def heun(
     """
     alpha, sigma, _ = _rates(denoiser, start)
     clock = [b / a for a, b in zip(alpha, sigma, strict=True)]
-    return _heun(denoiser, x, _down(denoiser, steps, start), alpha, clock, lambda at, t: at.eps, y)
+    return _heun(denoiser, x, _down(denoiser, steps, start), alpha, clock, lambda estimate, t: estimate.eps, y)
 
 
 @torch.no_grad()
 def probability_flow(
     denoiser: Denoiser, x: Tensor, steps: Levels = 20, y: Tensor | None = None, start: int | None = None
 ) -> Iterator[Step]:
-    """Heun's method on dx/dphi = cos phi eps^ - sin phi x0^, cos^2 phi = abar: the map that `ode` gives the density of.
+    """Heun's method on the probability-flow ODE, dx/dphi = cos phi eps^ - sin phi x0^ with cos^2 phi = abar.
 
-    2 steps - 1 network calls, as for `heun`; from level T to 1 it is `ode.probability_flow` run backwards.
+    `ode` computes the density of this map: between levels T and 1 it is `ode.probability_flow` run backwards. It makes
+    2 steps - 1 network calls, as `heun` does.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")
@@ -274,7 +281,7 @@ def probability_flow(
     """
     cos, sin, _ = _rates(denoiser, start)
     clock = [math.atan2(b, a) for a, b in zip(cos, sin, strict=True)]
-    slope = lambda at, t: cos[t] * at.eps - sin[t] * at.x0  # noqa: E731
+    slope = lambda estimate, t: cos[t] * estimate.eps - sin[t] * estimate.x0  # noqa: E731
     return _heun(denoiser, x, _down(denoiser, steps, start), [1.0] * len(clock), clock, slope, y)
 
 
@@ -283,30 +290,30 @@ def _heun(
     denoiser: Denoiser, x: Tensor, down: list[tuple[int, int]], scale: list[float], clock: list[float],
     slope: Callable[[Estimate, int], Tensor], y: Tensor | None,
 ) -> Iterator[Step]:  # fmt: skip
-    """d(x/scale)/dclock = slope of the estimate; the last step, to level 0, is x0^ itself."""
+    """Solve d(x/scale)/dclock = slope(estimate) by Heun's method; the last step, to level 0, returns x0^ itself."""
     for t, s in down:
         estimate = _estimate(denoiser, x, t, y)
         if s == 0:
             x = estimate.x0
         else:
-            whole, first = clock[s] - clock[t], slope(estimate, t)
-            euler = scale[s] * (x / scale[t] + whole * first)
+            width, first = clock[s] - clock[t], slope(estimate, t)
+            euler = scale[s] * (x / scale[t] + width * first)
             second = slope(_estimate(denoiser, euler, s, y), s)
-            x = scale[s] * (x / scale[t] + whole / 2 * (first + second))
+            x = scale[s] * (x / scale[t] + width / 2 * (first + second))
         yield Step(s, x, estimate.x0)
 
 
 def _rates(denoiser: Denoiser, start: int | None) -> tuple[list[float], list[float], list[float]]:
-    """alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t) and lambda_t = log(alpha_t / sigma_t), at 0..start."""
-    known = slice(start if start is None else start + 1)
-    abar, lam = denoiser.schedule.alpha_bar[known], denoiser.schedule.half_log_snr[known]
+    """alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t) and lambda_t = log(alpha_t / sigma_t) at levels 0..start."""
+    levels = slice(start if start is None else start + 1)
+    abar, lam = denoiser.schedule.alpha_bar[levels], denoiser.schedule.half_log_snr[levels]
     if abar[-1] == 0:
-        raise InputError("the schedule ends at alpha_bar 0, where x says nothing of x0; want ancestral or ddim")
+        raise InputError("sampler: the schedule ends at alpha_bar 0, where lambda is infinite; want ancestral or ddim")
     return abar.sqrt().tolist(), (1 - abar).sqrt().tolist(), lam.tolist()
 
 
 Run: TypeAlias = Callable[[Denoiser, Tensor, Noise, Levels, Tensor | None, int | None], Iterator[Step]]
-"""(denoiser, x, noise, steps, y, start) -> its steps, what all samplers can be called as."""
+"""(denoiser, x, noise, steps, y, start) -> the steps. Every sampler in SAMPLERS has this form."""
 
 
 class Sampler(NamedTuple):
@@ -378,7 +385,9 @@ SAMPLERS = {
 
 
 def named(name: str, eta: float = 0.0, sigma_hat: bool = False) -> Sampler:
-    """The sampler of that name, with DDIM's settings; InputError for another name, and for those of another sampler.
+    """The sampler of that name in SAMPLERS, with the settings of DDIM (`ddim`).
+
+    Raises InputError for an unknown name, and for eta or sigma_hat with another sampler than ddim.
 
     >>> named("ddim", eta=1.0).noisy, named("heun").twice
     (True, True)
@@ -388,7 +397,7 @@ def named(name: str, eta: float = 0.0, sigma_hat: bool = False) -> Sampler:
     if eta == 0 and not sigma_hat:
         return SAMPLERS[name]
     if name != "ddim":
-        raise InputError(f"{f'eta {eta}' if eta else 'sigma_hat'}: only the sampler ddim has it")
+        raise InputError(f"{f'eta {eta}' if eta else 'sigma_hat'}: only the sampler ddim has this setting")
 
     def run(
         denoiser: Denoiser, x: Tensor, noise: Noise, steps: Levels, y: Tensor | None, start: int | None

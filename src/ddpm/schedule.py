@@ -1,6 +1,6 @@
-"""The forward process's one table, abar_t, and the published ways to choose it (Section 4, Appendix B).
+"""Noise schedules: the table abar_t of the forward process and the published ways to choose it (Section 4, Appendix B).
 
-t is the paper's t: 1..T are noise levels, 0 is data.
+t is the paper's t: 1..T are noise levels and 0 is data.
 """
 
 import functools
@@ -17,11 +17,13 @@ from ddpm.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Noise levels 0..T: `alpha_bar` float64 [T+1] with alpha_bar[0] = 1, falling, never below 0.
+    """The noise levels 0..T of a forward process.
 
-    `timestep` int64 [T+1] is what the network is told at each level: 0..T-1 for levels 1..T of published
-    networks. Level 0 is data, no network is called there, and timestep[0] is -1. Raises InputError for
-    a table that is not a schedule.
+    alpha_bar  float64 [T+1], abar_t; it starts at alpha_bar[0] = 1, falls at every level and is never below 0
+    timestep   int64 [T+1], the number that the network is told at each level; published networks are told 0..T-1 at
+               levels 1..T. Level 0 is data and no network is called there, so timestep[0] is -1
+
+    Raises InputError if the tables do not have this form.
 
     >>> s = linear()
     >>> s.T, float(s.alpha_bar[0]), f"{float(s.alpha_bar[-1]):.4e}", int(s.timestep[1000])
@@ -58,11 +60,16 @@ class Schedule:
 
     @functools.cached_property
     def ends_in_noise(self) -> bool:
-        """Whether abar_T = 0, so that nothing of x_0 is left at level T."""  # cached: reading it waits for a GPU
+        """Whether abar_T = 0, so that x_T contains nothing of x_0."""
+        # The value is cached because reading it from a GPU waits for the GPU.
         return bool(self.alpha_bar[-1] == 0)
 
     def levels(self, steps: int | Sequence[int], start: int | None = None) -> list[int]:
-        """`steps` levels spread evenly over 1..start, rising, the last one `start` (None: T); or those given, checked.
+        """Choose the noise levels that a sampler visits, in rising order; the last one is `start` (None: T).
+
+        steps  a number of levels, which are spread evenly over 1..start, or the levels themselves, which are checked
+
+        Raises InputError if start is not in 1..T, if steps is not in 1..start, or if given levels do not rise to start.
 
         >>> linear(1000).levels(4), linear(1000).levels(4, start=500), linear(1000).levels([1, 10, 1000])
         ([250, 500, 750, 1000], [125, 250, 375, 500], [1, 10, 1000])
@@ -73,15 +80,17 @@ class Schedule:
         if not isinstance(steps, int):
             levels = [0, *steps]
             if levels[-1] != start or any(s >= t for s, t in pairwise(levels)):
-                raise InputError(f"levels {levels[1:]}: want rising levels from 1 on, the last one {start}")
+                raise InputError(f"levels {levels[1:]}: want rising levels, the first at least 1 and the last {start}")
             return levels[1:]
         if not 1 <= steps <= start:
-            what = "the number of noise levels" if start == self.T else "the levels up to the one it starts at"
-            raise InputError(f"steps {steps}: want 1 to {start}, {what}")
+            limit = "the number of noise levels" if start == self.T else "the level to start from"
+            raise InputError(f"steps {steps}: want 1 to {start}, {limit}")
         return [start - (start * i + steps // 2) // steps for i in range(steps - 1, -1, -1)]
 
     def respace(self, levels: Sequence[int]) -> "Schedule":
-        """The schedule that visits only these levels of this one, rising within 1..T; the network is told the same.
+        """The schedule that visits only the given levels; the network is told the same timesteps at them.
+
+        Raises InputError unless the levels rise within 1..T.
 
         >>> s = linear(1000).respace([250, 500, 1000])
         >>> s.T, s.timestep.tolist(), bool(s.alpha_bar[2] == linear(1000).alpha_bar[500])
@@ -89,17 +98,17 @@ class Schedule:
         """
         keep = torch.tensor([0, *levels])
         if len(keep) < 2 or (keep.diff() <= 0).any() or keep[-1] > self.T:
-            raise InputError(f"levels {list(levels)}: want rising levels within 1..{self.T}")
+            raise InputError(f"levels {list(levels)}: want levels that rise within 1..{self.T}")
         keep = keep.to(self.alpha_bar.device)
         return Schedule(self.alpha_bar[keep], self.timestep[keep])
 
     def to(self, device: torch.device | str) -> "Schedule":
-        """The same tables on `device`, so that indexing them there does not wait for a transfer."""
+        """The same tables on `device`, where indexing them then needs no transfer."""
         return Schedule(self.alpha_bar.to(device), self.timestep.to(device))
 
 
 def from_beta(beta: Tensor) -> Schedule:
-    """The schedule with beta_1..beta_T = `beta`, float64 [T] in (0, 1]; abar_t = prod_{s<=t} (1 - beta_s) (Eq. 4).
+    """Make a schedule from beta_1..beta_T, float64 [T] in (0, 1]: abar_t = prod_{s<=t} (1 - beta_s) (Eq. 4).
 
     >>> from_beta(torch.tensor([0.5, 0.5], dtype=torch.float64)).alpha_bar.tolist()
     [1.0, 0.5, 0.25]
@@ -109,30 +118,32 @@ def from_beta(beta: Tensor) -> Schedule:
     return Schedule(alpha_bar, torch.arange(-1, T))
 
 
-def _line(a: float, b: float, n: int) -> Tensor:
+def _linspace(a: float, b: float, n: int) -> Tensor:
     return torch.linspace(a, b, n, dtype=torch.float64)
 
 
 def linear(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
-    """The paper's choice (Section 4): beta_t rises linearly from beta_1 to beta_T.
+    """beta_t rises linearly from beta_1 to beta_T (Section 4, the paper's choice).
 
     >>> f"{float(linear().beta[2]):.6e}"
     '1.199199e-04'
     """
-    return from_beta(_line(beta_1, beta_T, T))
+    return from_beta(_linspace(beta_1, beta_T, T))
 
 
 def quad(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
-    """sqrt(beta_t) rises linearly (official code).
+    """sqrt(beta_t) rises linearly from sqrt(beta_1) to sqrt(beta_T) (official code).
 
     >>> bool(quad(100).beta[50] < linear(100).beta[50])
     True
     """
-    return from_beta(_line(beta_1**0.5, beta_T**0.5, T) ** 2)
+    return from_beta(_linspace(beta_1**0.5, beta_T**0.5, T) ** 2)
 
 
 def const(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
-    """beta_t = beta_T at every level; beta_1 is not used (official code, Appendix B).
+    """beta_t is beta_T at every level (official code, Appendix B).
+
+    beta_1 is not used.
 
     >>> const(3, beta_T=0.5).alpha_bar.tolist()
     [1.0, 0.5, 0.25, 0.125]
@@ -142,7 +153,8 @@ def const(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule
 
 def _warmup(T: int, beta_1: float, beta_T: float, share: float) -> Schedule:
     rising = int(T * share)
-    return from_beta(torch.cat([_line(beta_1, beta_T, rising), torch.full((T - rising,), beta_T, dtype=torch.float64)]))
+    constant = torch.full((T - rising,), beta_T, dtype=torch.float64)
+    return from_beta(torch.cat([_linspace(beta_1, beta_T, rising), constant]))
 
 
 def warmup10(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
@@ -164,25 +176,26 @@ def warmup50(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Sched
 
 
 def jsd(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
-    """beta_t = 1/T, 1/(T-1) .. 1, the original diffusion paper's; abar_t = 1 - t/T, so abar_T = 0 (official code).
+    """beta_t = 1/(T - t + 1), so that abar_t falls linearly from 1 to 0 (official code).
 
-    beta_1 and beta_T are not used. At t = T nothing of x_0 is left, so eps prediction cannot give x_0 there.
+    This is the schedule of the original diffusion paper: 1/T, 1/(T-1) .. 1, and so abar_t = 1 - t/T. beta_1 and beta_T
+    are not used. At t = T nothing of x_0 is left, so eps prediction cannot give x_0 there.
 
     >>> [round(a, 2) for a in jsd(4).alpha_bar.tolist()]
     [1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    return from_beta(1 / _line(T, 1, T))
+    return from_beta(1 / _linspace(T, 1, T))
 
 
 def cosine(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02, s: float = 0.008) -> Schedule:
-    """abar_t = f(t)/f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), beta_t <= 0.999 (Nichol & Dhariwal 2021, Eq. 17).
+    """abar_t = f(t)/f(0), where f is a squared cosine (Nichol & Dhariwal 2021, Eq. 17).
 
-    beta_1 and beta_T are not used.
+    f(t) = cos^2((t/T + s)/(1 + s) pi/2), and beta_t is at most 0.999. beta_1 and beta_T are not used.
 
     >>> round(float(cosine().alpha_bar[500]), 3)
     0.494
     """
-    f = torch.cos((_line(0, 1, T + 1) + s) / (1 + s) * math.pi / 2) ** 2
+    f = torch.cos((_linspace(0, 1, T + 1) + s) / (1 + s) * math.pi / 2) ** 2
     return from_beta((1 - f[1:] / f[:-1]).clamp(max=0.999))
 
 

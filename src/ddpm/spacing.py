@@ -1,6 +1,7 @@
-"""Which of the T levels a sampler visits: rising lists that end at the level it starts from.
+"""Spacings: which of the T levels a sampler visits. Each returns a rising list that ends at the level to start from.
 
-Every sampler takes such a list for its `steps`; a number alone is `uniform`.
+Every sampler takes such a list as its `steps`; a number alone means `uniform`. The arguments are those of
+`Schedule.levels`, and so are the errors.
 """
 
 import math
@@ -9,13 +10,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ddpm import pixels
+from ddpm import float64, pixels
 from ddpm.errors import InputError
 from ddpm.schedule import Schedule
 
 
 def uniform(schedule: Schedule, steps: int, start: int | None = None) -> list[int]:
-    """`steps` levels evenly over 1..start (None: T), as published samplers take them.
+    """Levels evenly over 1..start (None: T), as in published samplers.
 
     >>> from ddpm import schedule
     >>> uniform(schedule.linear(), 4)
@@ -25,7 +26,7 @@ def uniform(schedule: Schedule, steps: int, start: int | None = None) -> list[in
 
 
 def quadratic(schedule: Schedule, steps: int, start: int | None = None) -> list[int]:
-    """Levels that rise as i^2, closer near data (Song et al. 2021, DDIM, Appendix D.2).
+    """Levels that rise as i^2, which are closer together near data (Song et al. 2021, DDIM, Appendix D.2).
 
     >>> from ddpm import schedule
     >>> quadratic(schedule.linear(), 4)
@@ -36,7 +37,9 @@ def quadratic(schedule: Schedule, steps: int, start: int | None = None) -> list[
 
 
 def log_snr(schedule: Schedule, steps: int, start: int | None = None) -> list[int]:
-    """Levels evenly in log-SNR from level 1 to start (Lu et al. 2022, DPM-Solver); `start` alone for one step.
+    """Levels evenly in log-SNR from level 1 to start (Lu et al. 2022, DPM-Solver).
+
+    One step has the level `start` alone. Raises InputError if the schedule has no log-SNR at `start`, where abar is 0.
 
     >>> from ddpm import schedule
     >>> log_snr(schedule.linear(), 4)
@@ -49,6 +52,8 @@ def log_snr(schedule: Schedule, steps: int, start: int | None = None) -> list[in
 
 def karras(schedule: Schedule, steps: int, start: int | None = None, rho: float = 7.0) -> list[int]:
     """Levels evenly in (sigma/alpha)^(1/rho) from level 1 to start (Karras et al. 2022, Eq. 5).
+
+    Raises InputError as `log_snr` does.
 
     >>> from ddpm import schedule
     >>> karras(schedule.linear(), 4)
@@ -63,7 +68,7 @@ SPACINGS = {"uniform": uniform, "quadratic": quadratic, "log_snr": log_snr, "kar
 
 
 def _nearest(schedule: Schedule, wanted: Tensor, start: int) -> list[int]:
-    """The levels nearest to `wanted` in 1/2 log-SNR, falling, each once, the last one `start`."""
+    """The levels nearest to `wanted`, falling values of 1/2 log-SNR; each level once, and the last one `start`."""
     if not wanted.isfinite().all():
         raise InputError(
             "spacing: the schedule ends at alpha_bar 0, which has no log-SNR; want ancestral or ddim on uniform levels"
@@ -75,17 +80,20 @@ def _nearest(schedule: Schedule, wanted: Tensor, start: int) -> list[int]:
 
 
 def _distinct(wanted: Tensor, start: int) -> list[int]:
-    """Rounded, with no level twice: one that is taken moves up, or down where there is no room above."""
-    i = torch.arange(len(wanted))  # rising by at least one is: level - i does not fall
-    room = (wanted.round().long() - i).cummax(0).values.clamp(1, start - len(wanted) + 1)
-    return (room + i).tolist()
+    """Round the levels and make them distinct: a level that is taken moves up, or down if there is no room above."""
+    i = torch.arange(len(wanted))  # levels rise by at least one if level - i does not fall
+    offset = (wanted.round().long() - i).cummax(0).values.clamp(1, start - len(wanted) + 1)
+    return (offset + i).tolist()
 
 
 def optimised(cost: Tensor, steps: int) -> list[int]:
-    """The levels of least total cost, exactly, by dynamic programme (Watson et al. 2021).
+    """The levels of least total cost, found exactly by dynamic programming (Watson et al. 2021).
 
-    cost float [T+1, T+1]: cost[s, t] of a step from level t down to s < t, as `bound_cost` or `path_cost` measure it.
-    Returns `steps` rising levels, the last one T. Raises InputError for steps out of range.
+    cost   float [T+1, T+1]: cost[s, t] is the cost of a step from level t down to s < t, as `bound_cost` or `path_cost`
+           computes it
+    steps  the number of levels, 1..T
+
+    Returns rising levels, the last one T. Raises InputError for steps out of range.
 
     >>> cost = torch.tensor([[0.0, 1, 5, 9], [0, 0, 1, 1], [0, 0, 0, 9], [0, 0, 0, 0]])
     >>> optimised(cost, 2), optimised(cost, 1)
@@ -99,7 +107,7 @@ def optimised(cost: Tensor, steps: int) -> list[int]:
     best[0] = 0.0
     came_from = []
     for _ in range(steps):
-        best, s = (best[:, None] + down).min(0)  # over s: the cheapest way from each t to 0 in one step more
+        best, s = (best[:, None] + down).min(0)  # the cheapest path from each t to 0 with one more step
         came_from.append(s)
     levels = [T]
     for s in reversed(came_from[1:]):
@@ -108,11 +116,12 @@ def optimised(cost: Tensor, steps: int) -> list[int]:
 
 
 def bound_cost(schedule: Schedule, mse: Tensor) -> Tensor:
-    """What each step adds to the bound with the best variance, nats per dimension, float64 [T+1, T+1] as cost[s, t].
+    """What a step from t to s adds to the bound at the best variance, nats/dim: float64 [T+1, T+1] as cost[s, t].
 
-    mse float64 [T] is x0^'s mean squared error at levels 1..T, as `ddpm calibrate` measures it. For s > 0 the cost is
-    E KL(q(x_s|x_t, x_0) || p(x_s|x_t)) = 1/2 log(1 + (SNR_s - SNR_t) mse_t), SNR = abar / (1 - abar): Eq. 6-7 between
-    levels s and t, with the variance of Bao et al. 2022. For s = 0 it is the entropy of pixels with errors of mse_t.
+    mse float64 [T] is the mean squared error of x0^ at levels 1..T, which `ddpm calibrate` measures. For s > 0 the cost
+    is E KL(q(x_s|x_t, x_0) || p(x_s|x_t)) = 1/2 log(1 + (SNR_s - SNR_t) mse_t) with SNR = abar / (1 - abar): this is
+    Eq. 6-7 between levels s and t with the variance of Bao et al. 2022. For s = 0 it is the entropy of pixels with
+    errors of mse_t.
 
     >>> from ddpm import schedule
     >>> cost = bound_cost(schedule.linear(), torch.linspace(1e-4, 0.3, 1000))
@@ -121,18 +130,21 @@ def bound_cost(schedule: Schedule, mse: Tensor) -> Tensor:
     """
     error = torch.cat([torch.zeros(1), mse]).double()
     snr = (2 * schedule.half_log_snr).exp().cpu()
-    snr[0] = 0  # level 0 has its own row
+    snr[0] = 0  # SNR_0 is infinite; the row of level 0 is computed below
     cost = 0.5 * ((snr[:, None] - snr).clamp(min=0) * error).log1p()
     cost[0] = 0.5 * (2 * math.pi * math.e * (error / pixels.BIN**2 + 1 / 12)).log()
     return cost
 
 
 def path_cost(schedule: Schedule, x: Tensor, path: Iterable[tuple[int, Tensor, Tensor]]) -> Tensor:
-    """How far a DDIM step from t to s misses the path that all levels together take, float64 [T+1, T+1] as cost[s, t].
+    """The distance cost[s, t] between a DDIM step from t to s and the path through all levels, float64 [T+1, T+1].
 
-    x [B, C, H, W] is x_T, path the Steps (t, x, x0) of `ddim` from there through all levels. The error is the root mean
-    square over images and dimensions of x_s in signal units; they are taken as if each came whole into the image, so
-    that the sum bounds what `optimised` makes small. Memory for T times x and x0.
+    x     [B, C, H, W], x_T
+    path  the Steps (t, x, x0) of `ddim` from x through all levels
+
+    The distance is the root mean square over images and dimensions of the error of x_s, in signal units. A sum of these
+    distances treats every error as if it reached the image undiminished, so it is an upper estimate of what `optimised`
+    should make small. The memory holds x and x0 of T levels in float64.
 
     >>> from ddpm import Denoiser, samplers, schedule
     >>> s, x = schedule.linear(20, 1e-3, 0.6), torch.randn(2, 1, 4, 4)
@@ -142,18 +154,18 @@ def path_cost(schedule: Schedule, x: Tensor, path: Iterable[tuple[int, Tensor, T
     """
     T, N = schedule.T, x.numel()
     xs, x0s = torch.zeros(T + 1, N, dtype=torch.float64), torch.zeros(T + 1, N, dtype=torch.float64)
-    xs[T] = x.flatten()
+    xs[T] = float64.convert(x).flatten()
     for t, xt, x0 in path:
-        xs[t], x0s[t + 1] = xt.flatten(), x0.flatten()
+        xs[t], x0s[t + 1] = float64.convert(xt).flatten(), float64.convert(x0).flatten()
     signal, sigma = schedule.alpha_bar.sqrt().cpu()[:, None], (1 - schedule.alpha_bar).sqrt().cpu()[:, None]
     eps = torch.zeros_like(xs)
     eps[1:] = (xs[1:] - signal[1:] * x0s[1:]) / sigma[1:]
-    # |signal_s x0_t + sigma_s eps_t - x_s|^2 multiplied out, s down and t across
+    # |signal_s x0_t + sigma_s eps_t - x_s|^2, multiplied out; s indexes rows and t columns
     ends = signal**2 * _dots(x0s, x0s) + sigma**2 * _dots(eps, eps) + 2 * signal * sigma * _dots(x0s, eps)
     mixed = signal * (xs @ x0s.T) + sigma * (xs @ eps.T)
     return ((ends - 2 * mixed + _dots(xs, xs)[:, None]).clamp(min=0) / N).sqrt().triu(1)
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """The products of rows, [T, N] -> [T]."""
+    """The dot product of each row of a with the same row of b, [T, N] -> [T]."""
     return (a * b).sum(1)

@@ -1,6 +1,6 @@
-"""The paper's U-Net (Appendix B and the official code); it knows nothing of diffusion.
+"""The paper's U-Net (Appendix B and the official code). This module knows nothing about diffusion.
 
-Shapes: images [B, C, H, W], time embedding [B, 4 width].
+Shapes: images are [B, C, H, W], and the time embedding is [B, 4 width].
 """
 
 import math
@@ -16,35 +16,35 @@ from torch.utils.checkpoint import checkpoint
 from ddpm import kernels
 from ddpm.errors import InputError, check_size
 
-STEP = 32  # channels are multiples of this
+CHANNEL_STEP = 32  # the channels of every level are a multiple of this
 
 
 def _xavier(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> None:
-    """Uniform with variance scale / fan_avg, bias 0 (official code)."""
+    """Initialise the weight uniformly with variance scale / fan_avg and the bias with 0 (official code)."""
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
 
 
 def conv(c_in: int, c_out: int, kernel: int = 3, scale: float = 1.0) -> nn.Conv2d:
-    """A convolution as the official code initialises it; `scale` 1e-10 starts it at nearly nothing."""
+    """A convolution with the official code's initialisation; with `scale` 1e-10 its output starts near 0."""
     layer = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
     _xavier(layer, scale)
     return layer
 
 
 def linear(c_in: int, c_out: int) -> nn.Linear:
-    """A dense layer as the official code initialises it."""
+    """A dense layer with the official code's initialisation."""
     layer = nn.Linear(c_in, c_out)
     _xavier(layer)
     return layer
 
 
 def groups_of(width: int) -> int:
-    """Groups of every norm of a network: 32, or so many that each has 4 channels at the first level.
+    """The number of groups of every norm in a network: 32, or fewer so that each has 4 channels at the first level.
 
-    A group of one channel would take away what the time embedding adds to it (EDM's rule; the paper's networks have at
-    least 4).
+    A group of one channel would remove what the time embedding adds to the channel. EDM has the same rule, and the
+    groups of the paper's networks have at least 4 channels.
 
     >>> groups_of(128), groups_of(32)
     (32, 8)
@@ -53,7 +53,7 @@ def groups_of(width: int) -> int:
 
 
 def norm(channels: int, groups: int) -> nn.GroupNorm:
-    """GroupNorm, eps 1e-6."""
+    """GroupNorm with epsilon 1e-6."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -61,7 +61,10 @@ def convolve(
     layer: nn.Conv2d, x: Tensor, norm: nn.GroupNorm | None = None, swish: bool = False, dropout: float = 0.0,
     add: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """layer(dropout(swish(norm(x)))) + add + residual, [B, c_out, H, W]; x [B, c_in, H, W], add [B or 1, c_out]."""
+    """layer(dropout(swish(norm(x)))) + add + residual, [B, c_out, H, W]; x [B, c_in, H, W], add [B or 1, c_out].
+
+    `ddpm.kernels` computes it if the machine and the layers allow.
+    """
     if kernels.usable(x, layer, norm):
         return kernels.convolution(x, layer, norm, swish, dropout, add, residual)
     if norm is not None:
@@ -75,14 +78,14 @@ def convolve(
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
-    """Within it CUDA's float32 convolutions are not TensorFloat-32, so that a seed is one image on every device."""
-    now = torch.backends.cudnn
-    keep = {"enabled": now.enabled, "benchmark": now.benchmark, "deterministic": now.deterministic}
-    return now.flags(**keep, allow_tf32=False)
+    """A context without TensorFloat-32 in CUDA's float32 convolutions: a seed then gives one image on every device."""
+    cudnn = torch.backends.cudnn
+    unchanged = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    return cudnn.flags(**unchanged, allow_tf32=False)
 
 
 def time_embedding(timestep: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Sinusoids of the integer timestep [B] -> [B, width]: sines, then cosines, at 1 .. 1e-4 radians a level.
+    """Sinusoids of the integer timestep [B]: [B, width], sines and then cosines, at 1 .. 1e-4 radians per level.
 
     >>> time_embedding(torch.tensor([0]), 4).tolist()
     [[0.0, 0.0, 1.0, 1.0]]
@@ -94,7 +97,7 @@ def time_embedding(timestep: Tensor, width: int, dtype: torch.dtype = torch.floa
 
 
 class ResidualBlock(nn.Module):
-    """Norm, swish, conv, + time, norm, swish, dropout, conv; + the input, through a 1x1 iff the channels change."""
+    """Norm, swish, conv, + time, norm, swish, dropout, conv, + input (through a 1x1 conv if the channels change)."""
 
     def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float, groups: int) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = conv(c_in, c_out, kernel=1) if c_in != c_out else None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, c_in, H, W], time [B, c_time] after its swish -> [B, c_out, H, W]."""
+        """x [B, c_in, H, W] and time [B, c_time], which has passed its swish: [B, c_out, H, W]."""
         h = convolve(self.conv1, x, self.norm1, swish=True, add=self.time(time))
         shortcut = x if self.shortcut is None else convolve(self.shortcut, x)
         return convolve(
@@ -115,20 +118,20 @@ class ResidualBlock(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T C^-0.5) v, each [B, N, C]."""
-    if q.device.type == "cpu" and q.shape[1] <= 1024:  # torch's fused attention takes twice as long on the way back
+    if q.device.type == "cpu" and q.shape[1] <= 1024:  # PyTorch's fused attention is twice as slow in the backward pass
         weights: Tensor = (q @ k.transpose(1, 2) * q.shape[2] ** -0.5).softmax(dim=2)
         return weights.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 
 class Attention(nn.Module):
-    """Self-attention over the H W positions, one head, scale C^-0.5; + the input."""
+    """Self-attention over the H W positions with one head and scale C^-0.5, + input."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm = norm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        for part in self.qkv.weight.data.chunk(3):  # three layers of the official code, held as one
+        for part in self.qkv.weight.data.chunk(3):  # q, k and v are three layers in the official code
             nn.init.xavier_uniform_(part)
         nn.init.zeros_(self.qkv.bias)  # type: ignore[arg-type]
         self.out = conv(channels, channels, kernel=1, scale=1e-10)
@@ -141,7 +144,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Conv3x3 of stride 2, padded right and bottom only: [B, c_in, H, W] -> [B, c_out, H/2, W/2]."""
+    """A 3x3 conv of stride 2, padded at the right and the bottom only: [B, c_in, H, W] to [B, c_out, H/2, W/2]."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -149,13 +152,14 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if kernels.usable(x, self.conv) and not torch.is_autocast_enabled("cpu"):
-            every = convolve(self.conv, x)  # four times as much, at a quarter of the price
-            return every[:, :, 1::2, 1::2].contiguous(memory_format=torch.channels_last)
+            # The kernels compute four times as many outputs, each at a quarter of the cost.
+            all_outputs = convolve(self.conv, x)
+            return all_outputs[:, :, 1::2, 1::2].contiguous(memory_format=torch.channels_last)
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, then conv3x3: [B, C, H, W] -> [B, C, 2H, 2W]."""
+    """Nearest-neighbour upsampling and then a 3x3 conv: [B, C, H, W] to [B, C, 2H, 2W]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -166,7 +170,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and the attention that may follow it."""
+    """A residual block and, if wanted, attention after it."""
 
     def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float, attention: bool, groups: int) -> None:
         super().__init__()
@@ -179,7 +183,7 @@ class Stage(nn.Module):
 
 
 class Patches(nn.Module):
-    """Conv3x3, then each position's channels as a patch of 2x2: [B, c_in, H/2, W/2] -> [B, c_out, H, W]."""
+    """A 3x3 conv whose output channels are then arranged as 2x2 patches: [B, c_in, H/2, W/2] to [B, c_out, H, W]."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -192,23 +196,28 @@ class Patches(nn.Module):
 class UNet(nn.Module):
     """(x [B, C, H, W], timestep int64 [B], or [1] for all, y int64 [B] or None) -> [B, out_channels, H, W].
 
-    y is each image's class, 0 .. classes - 1, or -1 for none; None is none for all.
+    y is the class of each image, 0 .. num_classes - 1, or -1 for an image without class; None is no class for any
+    image.
 
-    channels       C of the images
-    out_channels   C, or 2C where the variance is learned; None: C
-    width          channels of the first level, a multiple of 32
-    channel_multipliers    channels of each level over `width`; every level but the last halves H and W
-    num_res_blocks residual blocks a level on the way down, one more on the way up
-    attention      levels, from 0, with attention after every block; between the middle blocks it always is
-    dropout        probability, in every residual block
-    classes        number of class labels, 0 for none
-    patch          2: the levels start at half of H and W. Around them lies a level of 32 channels at full size, without
-                   blocks on the way down and with one on the way up, which sees x itself beside what the inner levels
-                   say of each 2x2 patch. So the network costs about a quarter, and patches do not show
-    bf16           compute in bfloat16 (autocast); weights and what is returned stay float32
-    checkpointing  keep the blocks' inputs only and compute the rest again on the way back: less memory, more time
+    channels                C of the images
+    out_channels            C, or 2C if the variance is learned; None means C
+    width                   channels of the first level, a multiple of 32
+    channel_multipliers     channels of each level divided by `width`; every level but the last halves H and W
+    num_res_blocks          residual blocks per level on the way down; there is one more per level on the way up
+    attention_levels        levels, counted from 0, with attention after every block. There is always attention between
+                            the two middle blocks
+    dropout                 its probability in every residual block
+    num_classes             number of class labels, 0 for none
+    patch                   2 starts the levels at half of H and W, and puts a level of 32 channels at full size around
+                            them. This level has no blocks on the way down and one block on the way up, which sees x
+                            beside the inner levels' output for each 2x2 patch. The network costs about a quarter, and
+                            the patches do not show
+    gradient_checkpointing  keep only the inputs of the blocks and compute the rest again in the backward pass, which
+                            saves memory and costs time
+    bf16                    compute in bfloat16 (autocast); the weights and the result stay float32
 
-    H and W need not be equal; each must divide by patch 2^(levels - 1), else InputError names the nearest that do.
+    H and W may differ. Each must be divisible by patch 2^(levels - 1); otherwise InputError names the nearest sizes
+    that are.
 
     >>> with torch.device("meta"):
     ...     net = UNet(channels=3)
@@ -231,22 +240,22 @@ class UNet(nn.Module):
         bf16: bool = False,
     ) -> None:
         super().__init__()
-        if width % STEP:
-            raise InputError(f"width {width}: want a multiple of {STEP}")
+        if width % CHANNEL_STEP:
+            raise InputError(f"width {width}: want a multiple of {CHANNEL_STEP}")
         self.width, self.levels = width, len(channel_multipliers) + patch - 1
         self.gradient_checkpointing, self.bf16 = gradient_checkpointing, bf16
         c_time = 4 * width
         self.time1, self.time2 = linear(width, c_time), linear(c_time, c_time)
         self.label: nn.Embedding | None = None
-        if num_classes:  # N(0, 1), as nn.Embedding draws it; on the meta device that imports torch._dynamo, for seconds
+        if num_classes:  # N(0, 1), as in nn.Embedding, which imports torch._dynamo on the meta device and takes seconds
             weight = torch.randn(num_classes, c_time)
             self.label = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
 
         def stage(c_in: int, c_out: int, level: int, attend: bool = False) -> Stage:
-            groups = groups_of(width if level >= 0 else STEP)
+            groups = groups_of(width if level >= 0 else CHANNEL_STEP)
             return Stage(c_in, c_out, c_time, dropout, attend or level in attention_levels, groups)
 
-        outer = width if patch == 1 else STEP
+        outer = width if patch == 1 else CHANNEL_STEP
         self.conv_in = conv(channels, outer)
         skips = [outer]
         self.down = nn.ModuleList()
@@ -277,7 +286,7 @@ class UNet(nn.Module):
 
     @property
     def computes(self) -> torch.dtype:
-        """What convolutions are computed in."""
+        """The dtype in which convolutions are computed."""
         return torch.bfloat16 if self.bf16 else self.conv_in.weight.dtype
 
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ import figures
 import record
 
 from ddpm import codec
-from ddpm.codec import archive
+from ddpm.codec import archive, container
 from ddpm.errors import InputError
 from ddpm.run.compress import load_codec
 
@@ -61,7 +61,7 @@ def damaged(rng: np.random.Generator, data: bytes, others: list[bytes]) -> bytes
 
 def with_checksums(data: bytes) -> bytes:
     """The file with a correct check byte of its header, if a header can be read, and a correct last checksum."""
-    read = archive.read_contents if data[:3] == archive.MAGIC else codec.read_header
+    read = container.read_contents if container.is_archive(data) else codec.read_header
     for end in range(10, min(len(data), 40)):
         trial = data[: end - 1] + bytes([zlib.crc32(data[: end - 1]) & 255]) + data[end:]
         try:
@@ -84,14 +84,14 @@ def valid_files(model: codec.Model, rng: np.random.Generator) -> tuple[list[byte
     c, h, w = model.shape
     noise = list(rng.integers(0, 256, (3, h, w, c), np.uint8))  # they fill an archive's stack with random bits
     files += [archive.compress(model, [*noise, *images], bits=bits, local=local) for local in (False, True)]
-    assert all(archive.read_contents(data)[0].files < len(noise) + len(images) for data in files[-2:])
+    assert all(container.read_contents(data)[0].files < len(noise) + len(images) for data in files[-2:])
     return files, {x.tobytes() for x in [*noise, *images]}
 
 
 def outcome(model: codec.Model, data: bytes, known: set[bytes]) -> str:
     """Read one damaged file and say in words what came of it."""
     try:
-        if data[:3] == archive.MAGIC:
+        if container.is_archive(data):
             right = all(x.tobytes() in known for _, x in archive.decompress(model, data))
             return "an archive that is right" if right else WRONG
         *_, last = codec.pictures(model, data)

@@ -123,12 +123,12 @@ def decompress(args: argparse.Namespace) -> int:
     check_numbers(args, at=1)
 
     with importing():
-        from ddpm.codec import archive
+        from ddpm.codec import container
         from ddpm.files import images
         from ddpm.run.compress import decompress, read
 
     path, out = Path(args.file), Path(args.out)
-    if read(path)[:3] == archive.MAGIC:
+    if container.is_archive(read(path)):
         if images.check_out(out) != "folder":
             raise InputError(f"--out {out}: {path} is an archive; want a folder")
     elif out.suffix.lower() != ".png" or images.check_out(out) != "png":

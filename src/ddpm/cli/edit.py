@@ -137,7 +137,7 @@ def _make(args: argparse.Namespace, make: "Callable[[Checkpoint, Way], torch.Ten
     asked = conditions(args).resolved(model)
     denoiser, labels = asked.apply(model)
     way = Way(args.sampler, args.steps, args.spacing, tuple(labels), args.batch_size)
-    pictures = make(replace(model, denoiser=denoiser), way).permute(0, 2, 3, 1).numpy()
+    pictures = images.channels_last(make(replace(model, denoiser=denoiser), way))
     images.save_many(args.out, pictures, [f"{i:03d}" for i in range(len(pictures))], columns=min(len(pictures), 16))
     names = ("sampler", "steps", "spacing", "t", "invert", "jump", "resample")
     how = {name: value for name in names if (value := getattr(args, name, None)) is not None}

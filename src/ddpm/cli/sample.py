@@ -69,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
         if not ranks.first:
             return 0
         if args.progressive:
-            tiles = pictures.flatten(0, 1).permute(0, 2, 3, 1).numpy()
+            tiles = images.channels_last(pictures.flatten(0, 1))
             images.save(args.out, images.grid(tiles, columns=pictures.shape[1]))
         else:
             names = [f"{args.seed + i:06d}" for i in range(args.n)]
             columns = columns_of(len(asked.apply(model)[1]))
-            images.save_many(args.out, pictures.permute(0, 2, 3, 1).numpy(), names, columns)
+            images.save_many(args.out, images.channels_last(pictures), names, columns)
         what = f"{args.n} image{'s' * (args.n != 1)}"
         summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"
         print(json.dumps({"out": args.out, **about}) if args.json else summary)

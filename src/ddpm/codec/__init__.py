@@ -7,8 +7,10 @@ try:
 except ModuleNotFoundError:
     raise not_installed("constriction", "codec") from None
 
+from ddpm.codec.container import Header, read_header
 from ddpm.codec.entropy import Damaged
-from ddpm.codec.picture import Header, Model, Picture, compress, compress_each, decompress, pictures, read_header
+from ddpm.codec.model import Model
+from ddpm.codec.picture import Picture, compress, compress_each, decompress, pictures
 
 __all__ = [
     "Damaged",

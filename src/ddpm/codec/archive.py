@@ -6,17 +6,6 @@ What is popped is not lost: the decoder, which goes the same way back, puts it w
 little to pop, as the first ones do, is coded as a file of its own, whose bytes are pushed for the next ones to pop: so
 nothing is wasted, and an archive stands alone. On top of each tile lies how many attempts it took, and 16 bits
 below it if any; on top of a picture that is a file lie _FILE, its length in twice 16 bits, and its bytes.
-
-    bytes   what
-    3       "DPA"
-    1       version << 4 | local << 1
-    1       K of the files
-    4       which model: the first of SHA-256 over its weights and tables
-    varints pictures, those of them that are files, length of the sizes and names, of the files, of the stack
-    2       local only: where it was written
-    1       CRC-8 of all of that
-    ...     sizes and names, deflated JSON; the stack: words of 4 bytes
-    8       CRC-32 of all pixels, CRC-32 of all of that
 """
 
 import json
@@ -32,13 +21,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.codec import entropy, picture, progressive
+from ddpm.codec.container import (
+    MOST_PIXELS,
+    Contents,
+    Header,
+    check_identity,
+    check_intact,
+    read_contents,
+    read_header,
+    sealed,
+)
 from ddpm.codec.entropy import Damaged
-from ddpm.codec.picture import Header, Image, Model
+from ddpm.codec.model import Model
+from ddpm.codec.picture import Image
 from ddpm.codec.plan import Group, Tables
 from ddpm.codec.progressive import Array, Predict, Undecided
 from ddpm.errors import InputError
 
-MAGIC, VERSION = b"DPA", 2
 _BYTE = constriction.stream.model.Uniform(256)
 _OFFSETS = 16  # places of a mean between two points of the grid
 _FINE = 4  # points of the grid a standard deviation of q(x_t | x_s)
@@ -263,44 +262,6 @@ class Coder:
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-class Contents(NamedTuple):
-    """An archive's header.
-
-    pictures    how many
-    files       those of them that are files of their own
-    about       length of the sizes and names, bytes
-    file_bytes  length of the files, which are on the stack
-    stack       length of the stack
-    """
-
-    local: bool
-    bits: int
-    identity: bytes
-    pictures: int
-    files: int
-    about: int
-    file_bytes: int
-    stack: int
-    where: bytes
-
-    def to_bytes(self) -> bytes:
-        numbers = b"".join(map(picture.varint, (self.pictures, self.files, self.about, self.file_bytes, self.stack)))
-        text = MAGIC + bytes([VERSION << 4 | self.local << 1, self.bits]) + self.identity + numbers + self.where
-        return text + picture.crc8(text)
-
-
-def read_contents(data: bytes) -> tuple[Contents, int]:
-    """An archive's header and how many bytes it takes. Raises Damaged for what is none."""
-    flags, kind, identity, numbers, where, end = picture.read_start(data, MAGIC, VERSION)
-    if flags & 13:
-        raise Damaged("header: of an archive with flags that this release does not know")
-    pictures, files, about, file_bytes, stack = numbers
-    found = Contents(bool(flags & 2), kind, identity, pictures, files, about, file_bytes, stack, where)
-    if not 1 <= found.files <= found.pictures <= picture.MOST_PIXELS or found.stack % 4:
-        raise Damaged("header: damaged; want the file as it was written")
-    return found, end
-
-
 def compress(
     model: Model, images: Sequence[Image], names: Sequence[str] = (), bits: int | None = None, local: bool = False,
     seed: int = 0, tick: Callable[[int], object] = lambda done: None,
@@ -331,13 +292,12 @@ def compress(
         tick(done + 1)
     about = zlib.compress(json.dumps([_sizes(images), list(names)], separators=(",", ":")).encode(), 9)
     words = stack.words()
-    chosen = picture.read_header(files[0])[0].bits
+    chosen = read_header(files[0])[0].bits
     contents = Contents(
         local, chosen, model.identity, len(images), len(files), len(about), sum(map(len, files)), len(words),
         model.where if local else b"",
     )  # fmt: skip
-    data = contents.to_bytes() + about + words + _sum(images).to_bytes(4, "big")
-    return data + zlib.crc32(data).to_bytes(4, "big")
+    return sealed(contents.to_bytes() + about + words + _sum(images).to_bytes(4, "big"))
 
 
 def _sizes(images: Sequence[Image]) -> list[list[int]]:
@@ -358,7 +318,7 @@ def _sizes_and_names(found: Any, pictures: int) -> tuple[list[tuple[int, ...]], 
     for count, *shape in runs:
         height, width, channels = shape
         whole = all(type(n) is int and n >= 1 for n in (count, *shape))
-        good = whole and channels in (1, 3) and height * width <= picture.MOST_PIXELS
+        good = whole and channels in (1, 3) and height * width <= MOST_PIXELS
         if not good or len(shapes) + count > pictures:
             raise ValueError
         shapes += [tuple(shape)] * count
@@ -413,7 +373,7 @@ def _pop(stack: Stack, coder: Coder, model: Model, header: Header) -> tuple[Imag
 
 
 def _of_file(model: Model, data: bytes, wanted: Header) -> Image:
-    header, begin = picture.read_header(data)
+    header, begin = read_header(data)
     same = (header.height, header.width, header.channels) == (wanted.height, wanted.width, wanted.channels)
     if not same or not header.lossless or len(data) != begin + header.length + header.trailer:
         raise Damaged("a file that is not whole and lossless, or of another size")
@@ -431,15 +391,12 @@ def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
     Raises Damaged as `picture.decompress` does; pictures come only when all are read and their checksum agrees.
     """
     contents, begin = read_contents(data)
-    if contents.identity != model.identity:
-        this, other = model.identity.hex(), contents.identity.hex()
-        raise Damaged(f"of model {other}; this one is {this}: other weights (checkpoint, ema or raw) or tables")
+    check_identity(contents.identity, model.identity)
     expected = begin + contents.about + contents.stack + 8
     if len(data) != expected:
         what = "more than the archive has" if len(data) > expected else "missing; an archive cannot be read in part"
         raise Damaged(f"{len(data)} bytes: {abs(len(data) - expected)} {what}")
-    if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "big"):
-        raise Damaged("checksum of the file does not agree: bits were changed; want the file as it was written")
+    check_intact(data)
     if model.chain is None:
         raise InputError("archive: the model has no tables for one; calibrate it again")
     try:

@@ -1,170 +1,31 @@
-"""One picture in one file: header, a stream whose every prefix is a picture, checksums.
-
-bytes   what
-3       "DPC"
-1       version << 4 | whole << 2 | local << 1 | lossless
-1       K << 2 | channels
-4       which model: the first of SHA-256 over its weights and tables
-varints width, height, seed, groups, length of the payload
-2       local only: where it was written
-1       CRC-8 of all of that
-length  the payload: of each group, of each tile, its scale and its indices; last the pixels of a lossless file
-7       lossless only: of x after a quarter, a half, three quarters of the groups, a byte each; CRC-32 of the pixels
-4       CRC-32 of all of that
-"""
+"""One picture in one file: tiles, the encoder's walk over the groups, and a picture from any prefix."""
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm import kernels, pixels
+from ddpm import pixels
 from ddpm.codec import progressive
+from ddpm.codec.container import MOST_PIXELS, Header, check_identity, check_intact, read_header, sealed
 from ddpm.codec.entropy import Certain, Damaged, Decoder, Encoder, Ends, Source
+from ddpm.codec.model import Model
 from ddpm.codec.plan import Group, Tables
-from ddpm.codec.progressive import Array, Predictor, Symbols, Undecided
+from ddpm.codec.progressive import Array, Symbols, Undecided
 from ddpm.codec.reverse import Picker
-from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 
-MAGIC, VERSION = b"DPC", 1
-MOST_PIXELS = 1 << 24
-"""Larger pictures are refused, both ways: a damaged header cannot ask for any amount of memory."""
+Image = NDArray[np.uint8]
 _MOST_VALUES = 1 << 26  # of all tiles, with what of them lies outside
 _MOST_LENT = 1 << 22  # values
 _TRIES = 64  # seeds before an image is given up
 _TOGETHER = 16  # tiles, after which no more pictures share network calls
-Image = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A denoiser and its codec's tables, as `ddpm.load_codec` opens them.
-
-    shape     [C, H, W] it was trained on: larger pictures are cut into tiles of it
-    tables    by K
-    identity  4 bytes over weights and tables, which every file carries
-    chain     tables for archives
-    factor    H and W of what the network takes divide by it
-    where     2 bytes that name machine, device and release, for the local profile
-    exact     the same denoiser with its network in float64, for the portable profile
-    batches   whether denoiser's x0^ is the same in any batch, to the bit
-    packed    weights as our kernels read them, once they were
-    """
-
-    denoiser: Denoiser
-    exact: Denoiser
-    shape: tuple[int, int, int]
-    tables: Mapping[int, Tables]
-    identity: bytes
-    chain: Tables | None = None
-    factor: int = 1
-    where: bytes = b"\0\0"
-    batches: bool = False
-    packed: kernels.Packed = field(default_factory=dict, repr=False)
-
-    def predictor(self, local: bool, check: bool = False) -> Predictor:
-        return Predictor(self.denoiser if local else self.exact, not local, check, self.packed)
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself before its payload."""
-
-    width: int
-    height: int
-    channels: int
-    bits: int
-    lossless: bool
-    local: bool
-    whole: bool
-    identity: bytes
-    seed: int
-    groups: int
-    length: int
-    where: bytes = b""
-
-    def to_bytes(self) -> bytes:
-        flags = VERSION << 4 | self.whole << 2 | self.local << 1 | self.lossless
-        numbers = b"".join(map(varint, (self.width, self.height, self.seed, self.groups, self.length)))
-        text = MAGIC + bytes([flags, self.bits << 2 | self.channels]) + self.identity + numbers + self.where
-        return text + crc8(text)
-
-    @property
-    def trailer(self) -> int:
-        """Bytes behind the payload."""
-        return 11 if self.lossless else 4
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 128:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def crc8(data: bytes) -> bytes:
-    return bytes([zlib.crc32(data) & 255])
-
-
-def read_start(data: bytes, magic: bytes, version: int) -> tuple[int, int, bytes, list[int], bytes, int]:
-    """What both kinds of file begin with: flags, the byte behind, identity, five numbers, where, and the length."""
-    if not data:
-        raise Damaged("0 bytes: want a file of `ddpm compress`")
-    if data[:3] != magic[: len(data)]:
-        raise Damaged(f"starts with {data[:3]!r}: not a file of `ddpm compress`, which starts with {magic!r}")
-    short = Damaged(f"{len(data)} bytes: ends within its header; want the whole file or a longer part of it")
-    if len(data) < 9:
-        raise short
-    flags, kind, at = data[3], data[4], 9
-    if flags >> 4 != version:
-        raise Damaged(f"version {flags >> 4}: this release reads version {version}")
-    numbers = []
-    for _ in range(5):
-        value = shift = 0
-        while True:
-            if at >= len(data):
-                raise short
-            value |= (data[at] & 127) << shift
-            shift, at = shift + 7, at + 1
-            if data[at - 1] < 128:
-                break
-            if shift > 35:
-                raise Damaged("header: damaged (a number without end); want the file as it was written")
-        numbers.append(value)
-    end = at + (2 if flags & 2 else 0)
-    if end >= len(data):
-        raise short
-    if crc8(data[:end]) != data[end : end + 1]:
-        raise Damaged("header: damaged (its check byte does not agree); want the file as it was written")
-    return flags, kind, data[5:9], numbers, data[at:end], end + 1
-
-
-def read_header(data: bytes) -> tuple[Header, int]:
-    """The header and how many bytes it takes. Raises Damaged for what is none, or of another version.
-
-    >>> header = Header(32, 32, 3, 12, True, False, False, b"abcd", 0, 40, 1500)
-    >>> read_header(header.to_bytes())[0] == header
-    True
-    """
-    flags, kind, identity, (width, height, seed, groups, length), where, end = read_start(data, MAGIC, VERSION)
-    lossless, local, whole = (bool(flags & bit) for bit in (1, 2, 4))
-    header = Header(width, height, kind & 3, kind >> 2, lossless, local, whole, identity, seed, groups, length, where)
-    if flags & 8 or header.channels not in (1, 3) or not 1 <= width * height <= MOST_PIXELS:
-        raise Damaged(
-            f"header: {width}x{height} of {header.channels} channels; want 1 to {MOST_PIXELS:,} pixels, 1 or 3"
-        )
-    return header, end
-
-
-# -- a picture and its tiles -------------------------------------------------------------------------------------------
 
 
 class Tiles(NamedTuple):
@@ -222,9 +83,6 @@ def _lends(tiles: Tiles, tables: Tables) -> bool:
     """Whether low bits of pixels pick candidates: not of a large picture, of which all x0^ would have to be kept."""
     _, *tile = tiles.pixels.shape
     return tiles.pixels.size <= _MOST_LENT and any(group.banded(math.prod(tile)) for group in tables.groups)
-
-
-# -- encoding ----------------------------------------------------------------------------------------------------------
 
 
 def compress(
@@ -362,8 +220,7 @@ def _written(
             image.tobytes()
         ).to_bytes(4, "big")
     payload = encoder.finish()
-    data = replace(header, groups=len(sent), length=len(payload)).to_bytes() + payload + trailer
-    return data + zlib.crc32(data).to_bytes(4, "big")
+    return sealed(replace(header, groups=len(sent), length=len(payload)).to_bytes() + payload + trailer)
 
 
 def _checked(groups: int) -> list[int]:
@@ -379,9 +236,6 @@ def _psnr(a: Image, b: Image) -> float:
 def _shown(x0: Array, header: Header, model: Model) -> Image:
     """x0^ as a picture (Eq. 15)."""
     return join(pixels.to_pixels(torch.from_numpy(x0)).numpy(), header, model)
-
-
-# -- decoding ----------------------------------------------------------------------------------------------------------
 
 
 class Picture(NamedTuple):
@@ -416,17 +270,15 @@ def decompress(model: Model, data: bytes, at: int | None = None) -> Image:
 def pictures(model: Model, data: bytes, at: int | None = None) -> Iterator[Picture]:
     """What `decompress` returns, as it gets better: first noise's x0^, then one picture a group, last the exact one."""
     header, begin = read_header(data)
-    if header.identity != model.identity:
-        this, other = model.identity.hex(), header.identity.hex()
-        raise Damaged(f"of model {other}; this one is {this}: other weights (checkpoint, ema or raw) or tables")
+    check_identity(header.identity, model.identity)
     if header.bits not in model.tables:
         raise Damaged(f"header: K {header.bits}; the model is calibrated for {sorted(model.tables)}")
     tables = model.tables[header.bits]
     expected = begin + header.length + header.trailer
     if len(data) > expected:
         raise Damaged(f"{len(data)} bytes: {len(data) - expected} more than the file has; want it as it was written")
-    if len(data) == expected and zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "big"):
-        raise Damaged("checksum of the file does not agree: bits were changed; want the file as it was written")
+    if len(data) == expected:
+        check_intact(data)
     if header.groups > len(tables.groups) or (header.lossless and header.groups != len(tables.groups)):
         raise Damaged(f"header: {header.groups} groups; the model has {len(tables.groups)}")
     if at is not None and at < begin:

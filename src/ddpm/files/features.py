@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ddpm.errors import InputError
 from ddpm.files import atomic
-from ddpm.files.images import one_line
+from ddpm.files.images import channels_last, one_line
 from ddpm.files.tensors import file_sha256
 from ddpm.inception import SIDE, Inception
 from ddpm.metrics import Moments, moments, softmax
@@ -275,7 +275,7 @@ def custom(spec: str) -> Network:
 
     def run(pixels: Tensor) -> tuple[Any, Any]:
         try:
-            result = function(np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy()))
+            result = function(channels_last(pixels.cpu()))
         except Exception as fault:
             raise InputError(f"{spec}: {type(fault).__name__}: {one_line(fault)}") from fault
         if isinstance(result, tuple):

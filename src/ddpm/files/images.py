@@ -10,7 +10,7 @@ import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm.errors import InputError
 from ddpm.files import atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
@@ -158,6 +161,17 @@ def note(notes: Notes | None, what: str, name: str, count: int = 1) -> None:
 def one_line(fault: BaseException) -> str:
     """What an exception says, in one line of at most 200 characters."""
     return " ".join(str(fault).split())[:200] or type(fault).__name__
+
+
+def channels_last(samples: "Tensor") -> Pixels:
+    """Samples uint8 [N, C, H, W], a torch tensor on the CPU, as the pictures [N, H, W, C] that this module writes.
+
+    >>> import torch
+    >>> channels_last(torch.zeros(2, 3, 8, 4, dtype=torch.uint8)).shape
+    (2, 8, 4, 3)
+    """
+    pixels: Pixels = samples.permute(0, 2, 3, 1).contiguous().numpy()
+    return pixels
 
 
 def grid(pixels: Pixels, columns: int | None = None, padding: int = 2, minimum_tile: int = 32) -> Pixels:

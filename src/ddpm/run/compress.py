@@ -4,7 +4,6 @@ import hashlib
 import json
 import platform
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from ddpm import kernels
 from ddpm.catalog import Precision
-from ddpm.codec import Model, archive, fit, picture
+from ddpm.codec import Model, archive, container, fit, picture
 from ddpm.codec.entropy import Damaged
 from ddpm.codec.plan import Tables
 from ddpm.denoiser import Denoiser
@@ -162,7 +161,7 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None) -> di
     if not agrees:
         warn = f"{path}: written in the local profile on another machine, device or release; it may not decode here"
         tqdm.write(f"warning: {warn}", file=sys.stderr)
-    if data[:3] == archive.MAGIC:
+    if container.is_archive(data):
         if at is not None:
             raise InputError(f"--at {at}: {path} is an archive, which cannot be read in part")
         with _of(path):
@@ -189,7 +188,7 @@ def _safe(name: str) -> str:
 
 def model_agrees(model: Model, data: bytes) -> bool:
     """Whether a file was written here, or in the portable profile, where it does not matter."""
-    header, _ = archive.read_contents(data) if data[:3] == archive.MAGIC else picture.read_header(data)
+    header, _ = container.read_contents(data) if container.is_archive(data) else container.read_header(data)
     return not header.local or header.where == model.where
 
 
@@ -214,15 +213,15 @@ def _state(data: bytes, length: int) -> str:
     """Whether a file is as it was written, by its length and its CRC-32."""
     if len(data) != length:
         return f"{length - len(data)} bytes are missing" if len(data) < length else f"{len(data) - length} bytes more"
-    return "whole" if zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "big") else "damaged"
+    return "whole" if container.intact(data) else "damaged"
 
 
 def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
     """What a file says of itself; with its model, what each group takes and shows."""
     data = read(path)
-    if data[:3] == archive.MAGIC:
+    if container.is_archive(data):
         with _of(path):
-            contents, size = archive.read_contents(data)
+            contents, size = container.read_contents(data)
         return {
             "file": str(path), "kind": "archive", "bytes": len(data), "pictures": contents.pictures,
             "profile": "local" if contents.local else "portable", "chunk_bits": contents.bits,
@@ -231,7 +230,7 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
             "state": _state(data, size + contents.about + contents.stack + 8),
         }  # fmt: skip
     with _of(path):
-        header, size = picture.read_header(data)
+        header, size = container.read_header(data)
     about: dict[str, Any] = {
         "file": str(path), "kind": "lossless" if header.lossless else "lossy", "bytes": len(data),
         "bits_per_dim": round(8 * len(data) / (header.width * header.height * header.channels), 4),

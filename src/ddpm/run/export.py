@@ -92,9 +92,7 @@ def illustrate(
     n, denoiser = _shown(preset), exported.denoiser.to(device)
     y = in_turn(range(classes), range(n))
     made = generate(denoiser, preset.shape, range(n), device=device, progress=progress, y=y)
-    images.save_many(
-        exported.path.with_suffix(".png"), made.permute(0, 2, 3, 1).numpy(), [], columns=columns_of(classes)
-    )
+    images.save_many(exported.path.with_suffix(".png"), images.channels_last(made), [], columns=columns_of(classes))
     atomic.write(exported.path.with_suffix(".md"), card(found, exported, license))
 
 

@@ -444,7 +444,7 @@ def _quality(s: Setup, wanted: Sequence[str]) -> dict[str, Any]:
     if not s.ranks.first:
         return {}
     if s.samples is None:
-        images.save(s.out / "samples.png", images.grid(made[:64].permute(0, 2, 3, 1).numpy()))
+        images.save(s.out / "samples.png", images.grid(images.channels_last(made[:64])))
     return quality.quality(wanted, made, real, network, s.cache, s.seed, s.ranks.device, s.progress)
 
 
@@ -471,7 +471,7 @@ def _csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> No
 def _picture(s: Setup, name: str, tiles: Tensor, about: dict[str, Any]) -> None:
     """A grid of tiles uint8 [rows, columns, C, H, W]."""
     if s.ranks.first:
-        flat = tiles.flatten(0, 1).permute(0, 2, 3, 1).numpy()
+        flat = images.channels_last(tiles.flatten(0, 1))
         images.save(s.out / f"{name}.png", images.grid(flat, columns=tiles.shape[1]))
         if about:
             atomic.write_json(s.out / f"{name}.json", about)

@@ -1,23 +1,19 @@
-"""Algorithm 1, with all that a long run needs; read `train` from top to bottom.
+"""Algorithm 1, with what a long run needs: `train` reads from top to bottom, and `_update` is the algorithm's step.
 
-Everything random in step n is a function of (seed, n), so nothing but weights and moments has to be saved.
+Everything random in step n is a function of (seed, n), so a checkpoint holds only weights and moments.
 """
 
 import copy
-import errno
-import importlib.util
 import json
 import math
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import filelock
 import torch
@@ -28,39 +24,42 @@ from tqdm import tqdm
 from ddpm import kernels, losses, noise, pixels, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
-from ddpm.files import atomic, checkpoints, data, images, tensors
-from ddpm.presets import Preset, build, from_json, to_json
-from ddpm.run import ema
+from ddpm.files import checkpoints, data, images, tensors
+from ddpm.presets import Preset, build, from_json
+from ddpm.run import ema, log
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.processes import Processes, pick_precision, processes, threads
 from ddpm.run.sample import generate, in_turn
+from ddpm.schedule import Schedule
 
 BUCKETS = 10
+"""Equal ranges of t in which the held-out loss is logged."""
 HELD_OUT_SEED = 1 << 40  # far from the seeds of runs, so that held-out draws are the same in every run
 
-# What a draw is for, so that no two come from the same generator.
+# The purpose of a draw. It keeps the draws of one step apart.
 _BATCH, _EPS, _DROPOUT = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished or interrupted run came to; losses are held-out L_simple of the averaged weights."""
+    """The end of a run, finished or interrupted. Losses are held-out L_simple of the averaged weights."""
 
     step: int
     held_out_before: float | None
     held_out: float | None
     images_per_second: float | None
-    interrupted: int | None  # the signal, where one ended the run
+    interrupted: int | None  # the signal that ended the run, if one did
 
 
 def train(preset: Preset, out: Path) -> Result:
-    """Train `preset` into the run folder `out`, or go on with the run that is there, to step `preset.steps`.
+    """Train `preset` into the run folder `out` up to step `preset.steps`, or resume the run in that folder.
 
-    Raises InputError for settings, data or a device that cannot be used, and Stopped where the run cannot go on.
+    Raises InputError for settings, data or a device that cannot be used, and Stopped if the run cannot go on.
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(processes(preset.device))
-        preset = _settle(preset, out, ranks)
+        preset = _check_settings(preset, out, ranks)
+        parts = _parts(preset, ranks)
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
         train_set, held_out_set = data.load_pair(
@@ -68,179 +67,258 @@ def train(preset: Preset, out: Path) -> Result:
             image_column=preset.image_column or None, label_column=preset.label_column or None,
             skip_bad=preset.skip_bad, progress=ranks.first,
         )  # fmt: skip
-        preset = _named(preset, out, train_set)
+        preset = _with_class_names(preset, out, train_set)
         if ranks.first:
-            _lock(out, stack)  # only now: a mistake in settings or data leaves no folder behind
+            _lock(out, stack)  # only now, so that a mistake in settings or data leaves no folder behind
 
-        # The network, its average, and Adam.
-        torch.manual_seed(preset.seed)
-        denoiser = build(preset)
-        schedule = denoiser.schedule  # stays on the CPU, where the levels of a batch are drawn
-        denoiser = denoiser.to(ranks.device)
-        network = denoiser.network
-        assert isinstance(network, nn.Module)
-        average = copy.deepcopy(network).eval().requires_grad_(False)
-        weights, averaged = list(network.parameters()), list(average.parameters())
-        adam = torch.optim.Adam(weights, lr=preset.lr, betas=(0.9, 0.999), eps=1e-8, fused=ranks.device.type != "mps")
-        step, seconds, before = _resume(preset, out, train_set.fingerprint, network, average, adam)
-        begun = step
-        if step >= preset.steps:
-            _say(ranks, f"{out} is trained to step {step} already; a larger --steps goes on")
-            return Result(step, before, None, None, None)
-
-        if pick_compile(preset.compile, ranks.device):
-            compile_stages(network)
-        model = network
-        if ranks.world > 1:
-            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            model = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-        training = replace(denoiser, network=model)
-        evaluating = replace(denoiser, network=average)
-        objective = losses.LOSSES[preset.loss]
-        parts = _parts(preset, ranks)
-
-        log = stack.enter_context(_metrics(out, step, preset, ranks))
-        _announce(preset, out, ranks, network, train_set, held_out_set, step)
+        model = _build(preset, ranks.device)
+        _resume(model, preset, out, train_set.fingerprint)
+        begun = model.step
+        if begun >= preset.steps:
+            log.say(ranks, f"{out} is trained to step {begun} already; more steps continue it")
+            return Result(begun, model.held_out_before, None, None, None)
+        training = _for_training(model, preset, ranks)
+        write = stack.enter_context(log.metrics(out, begun, preset, ranks))
+        _announce(preset, out, ranks, model, train_set, held_out_set)
 
         def evaluate(stop: Callable[[], bool] = lambda: False) -> float | None:
-            """Held-out L_simple, written to the log; None where the run is to stop."""
-            levels = held_out_by_level(evaluating, held_out_set, preset.eval_images, ranks, stop, preset.classes)
+            """The held-out L_simple, which goes into the log; None if the run is to stop."""
+            levels = held_out_by_level(model.averaged, held_out_set, preset.eval_images, ranks, stop, preset.classes)
             if ranks.any(stop()):
                 return None
             mean = float(torch.tensor(levels).nanmean())
             if not math.isfinite(mean):
-                raise _not_finite(f"step {step}: the held-out loss is not finite", out)
-            log(step, {"held_out": mean, "held_out_by_level": levels})
+                raise _not_finite(f"step {model.step}: the held-out loss is not finite", out)
+            write(model.step, {"held_out": mean, "held_out_by_level": levels})
             return mean
 
         def save(held_out: float | None) -> None:
-            watch.check(out, loss_sum)  # an image that cannot be read may come between a NaN and its report
-            if not ranks.first or step == begun:  # nothing was learned that is not there
-                return
-            moments = {f"{key}.{n}": adam.state[p][key] for n, p in network.named_parameters() for key in _MOMENTS}
-            state = {
-                "step": step,
-                "seconds": seconds + time.monotonic() - started,
-                "held_out": held_out,
-                "held_out_before": before,
-                "data": train_set.fingerprint,
-            }
-            tensors = {"ema": average.state_dict(), "raw": network.state_dict(), "optimizer": moments}
-            try:
-                checkpoints.save(out, preset, state, tensors)
-            except OSError as error:
-                last = checkpoints.newest(out) or "none"
-                raise Stopped(
-                    f"step {step}: cannot save to {out}: {_reason(error)}; the last whole checkpoint is {last}"
-                ) from error
-            checkpoints.prune(out, preset.keep)
+            watch.check(out, meter.total)  # a bad image may end the run between a NaN and its report
+            if ranks.first and model.step > begun:  # else nothing new was learned
+                _save(model, preset, out, meter.seconds(), held_out, train_set.fingerprint)
 
-        if before is None:
-            before = evaluate()
-            assert before is not None
-            _say(ranks, f"step 0: held-out L_simple {before:.4f}")
-        network.train()
-        started = logged_at = time.monotonic()
-        loss_sum, loss_steps = torch.zeros((), device=ranks.device), 0
-        rate, held_out, watch = None, None, _Watch(ranks.device)
+        if model.held_out_before is None:
+            model.held_out_before = evaluate()
+            log.say(ranks, f"step 0: held-out L_simple {model.held_out_before:.4f}")
+        model.network.train()
+        meter, watch, held_out = _Meter(model.seconds, ranks, preset.batch_size), _Watch(ranks.device), None
         stream = data.batches(
-            train_set, preset.seed, preset.batch_size, step, preset.steps,
+            train_set, preset.seed, preset.batch_size, begun, preset.steps,
             part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
         )  # fmt: skip
         draws = torch.Generator(ranks.device)
-        bar = tqdm(total=preset.steps, initial=step, unit="step", disable=None if ranks.first else True)
+        bar = tqdm(total=preset.steps, initial=begun, unit="step", disable=None if ranks.first else True)
         stack.callback(bar.close)
-        stop = stack.enter_context(_signals())  # until here there is nothing to save
+        stop = stack.enter_context(_signals())  # before this line there is nothing to save
 
         for batch in _saving(stream, save):
-            # Algorithm 1. The draws of the whole batch, then this process's parts of it. The noise is drawn on the
-            # device; a CPU's generator takes 32 bits of the seed, so that of a million steps some share their noise:
-            # with other images and levels, which does no harm.
-            g = noise.generator(preset.seed, step, _BATCH)
-            t = data.send(
-                timesteps.sample(schedule, preset.batch_size, preset.timestep_sampling, g, preset.predict), ranks.device
-            )
-            flips = data.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
-            draws.manual_seed(noise.mix(preset.seed, step, _EPS))
-            eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
-            y = _labels(train_set, preset, step, g, ranks) if preset.classes else None
-            adam.param_groups[0]["lr"] = learning_rate(preset, step)
-            for part in parts:
-                x0 = batch[part.start - parts[0].start : part.stop - parts[0].start]
-                if preset.flip:
-                    x0 = torch.where(flips[part][:, None, None, None], x0.flip(-1), x0)
-                x0 = pixels.to_signal(x0)
-                torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
-                last = part is parts[-1]
-                with nullcontext() if last or ranks.world == 1 else model.no_sync():  # type: ignore[operator]
-                    loss = objective(training, x0, t[part], eps[part], None if y is None else y[part])
-                    loss = (loss * losses.weight(denoiser, t[part], preset.weighting)).mean() / len(parts)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                loss_sum += loss.detach()
-            loss_steps += 1
-            norm = nn.utils.clip_grad_norm_(weights, preset.grad_clip or math.inf)
-            watch.see(step, norm)
+            loss, norm = _update(model, training, preset, parts, batch, train_set, draws, ranks, meter)
+            watch.see(model.step, norm)
             if ranks.device.type == "cpu":
                 watch.check(out, loss)
-            adam.step()
-            adam.zero_grad(set_to_none=True)
-            ema.update(averaged, weights, ema.decay_at(step, preset.ema_decay, preset.ema_warmup))
-            step += 1
+            _apply(model, preset)
             bar.update()
 
-            done, ended = step == preset.steps, ranks.any(stop.signal is not None)
-            saving = step % preset.save_every == 0 or done
-            if step % preset.log_every == 0 or saving or ended:
+            done, ended = model.step == preset.steps, ranks.any(stop.signal is not None)
+            saving = model.step % preset.save_every == 0 or done
+            if model.step % preset.log_every == 0 or saving or ended:
                 watch.check(out, loss)
-                now = time.monotonic()
-                rate = loss_steps * preset.batch_size / (now - logged_at)
-                loss_mean = float(ranks.total((loss_sum / loss_steps).cpu())) / ranks.world
-                line = {"loss": loss_mean, "lr": adam.param_groups[0]["lr"], "grad_norm": float(norm)}
-                line |= {"images_per_second": rate, "seconds": seconds + now - started}
-                log(step, line)
-                bar.set_postfix_str(f"loss {loss_mean:.4f}, {rate:.1f} images/s")
-                loss_sum.zero_()
-                loss_steps, logged_at = 0, now
+                line = meter.line(model.adam.param_groups[0]["lr"], norm)
+                write(model.step, line)
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s")
             if saving or ended:
                 held_out = None if ended else evaluate(lambda: stop.signal is not None)
                 save(held_out)
                 ended = ended or ranks.any(stop.signal is not None)  # a signal during the evaluation
-            if not ended and preset.sample_every and (step % preset.sample_every == 0 or done):
-                mine = list(ranks.mine(preset.sample_count))
-                classes = in_turn(range(len(preset.class_names)), mine)
-                grid = generate(
-                    evaluating, preset.shape, mine, "ddim", preset.sample_steps, device=ranks.device,
-                    stop=lambda: stop.signal is not None, y=classes,
-                )  # fmt: skip
-                grid = ranks.interleave(grid, preset.sample_count)
-                if not ranks.any(stop.signal is not None) and ranks.first:
-                    (out / "samples").mkdir(exist_ok=True)
-                    images.save(out / "samples" / f"{step:08d}.png", images.grid(grid.permute(0, 2, 3, 1).numpy()))
+            if not ended and preset.sample_every and (model.step % preset.sample_every == 0 or done):
+                _sample(model, preset, out, ranks, lambda: stop.signal is not None)
             if saving:
-                logged_at = time.monotonic()  # evaluation and samples are not training time
+                meter.restart()  # evaluation and samples are not training time
             if ended:
-                _say(ranks, f"stopped at step {step}, saved; the same command goes on")
-                return Result(step, before, held_out, rate, stop.signal or signal.SIGTERM)
+                log.say(ranks, f"stopped at step {model.step} and saved; the same command resumes the run")
+                return Result(model.step, model.held_out_before, held_out, meter.rate, stop.signal or signal.SIGTERM)
 
         if train_set.skipped:
-            _say(ranks, f"images that could not be read and were passed over: {train_set.skipped:,}")
-        return Result(step, before, held_out, rate, None)
+            log.say(ranks, f"skipped {train_set.skipped:,} images that could not be read")
+        return Result(model.step, model.held_out_before, held_out, meter.rate, None)
 
 
-def _saving(stream: Iterator[Tensor], save: Callable[[None], None]) -> Iterator[Tensor]:
-    """The stream; where an image cannot be read, what was learned so far is saved before that is said."""
+# -- what training changes ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Model:
+    """The network, its moving average, and Adam; `step` counts updates.
+
+    denoiser   with the network that is trained
+    averaged   with the average of the weights
+    schedule   on the CPU, where the noise levels of a batch are drawn
+    seconds    of training so far
+    """
+
+    denoiser: Denoiser
+    averaged: Denoiser
+    schedule: Schedule
+    network: nn.Module
+    average: nn.Module
+    adam: torch.optim.Adam
+    step: int = 0
+    seconds: float = 0.0
+    held_out_before: float | None = None
+
+    def __post_init__(self) -> None:
+        self.weights, self.average_weights = list(self.network.parameters()), list(self.average.parameters())
+
+
+def _build(preset: Preset, device: torch.device) -> _Model:
+    torch.manual_seed(preset.seed)
+    denoiser = build(preset)
+    schedule = denoiser.schedule
+    denoiser = denoiser.to(device)
+    network = denoiser.network
+    assert isinstance(network, nn.Module)
+    average = copy.deepcopy(network).eval().requires_grad_(False)
+    adam = torch.optim.Adam(
+        network.parameters(), lr=preset.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps"
+    )
+    return _Model(denoiser, replace(denoiser, network=average), schedule, network, average, adam)
+
+
+def _for_training(model: _Model, preset: Preset, ranks: Processes) -> Denoiser:
+    """The denoiser of the training step: compiled if that is wanted, and with gradients averaged over processes."""
+    if pick_compile(preset.compile, ranks.device):
+        compile_stages(model.network)
+    network = model.network
+    if ranks.world > 1:
+        ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+        network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return replace(model.denoiser, network=network)
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _resume(model: _Model, preset: Preset, out: Path, fingerprint: str) -> None:
+    """Load the newest whole checkpoint, if the run has one. Raises InputError if the run saw other images."""
+    folder = checkpoints.newest(out)
+    if folder is None:
+        if damaged := checkpoints.saved(out):
+            raise InputError(f"out {out}: none of its checkpoints is whole; delete {damaged[0].parent} to start again")
+        return
+    state = checkpoints.read_state(folder)
+    if state["data"] != fingerprint:
+        was = json.loads((out / "config.json").read_text())["data"]
+        raise InputError(
+            f"data {preset.data}: not the images that the run in {out} was trained on, which came from {was}; want "
+            "these, or another out"
+        )
+    model.network.load_state_dict(tensors.read_tensors(folder / "raw.safetensors"))
+    model.average.load_state_dict(tensors.read_tensors(folder / "ema.safetensors"))
+    moments = tensors.read_tensors(folder / "optimizer.safetensors")
+    for name, p in model.network.named_parameters():
+        # The moments have the memory layout of the weights, as fused Adam wants it.
+        model.adam.state[p] = {key: torch.empty_like(p).copy_(moments[f"{key}.{name}"]) for key in _MOMENTS}
+        model.adam.state[p]["step"] = torch.tensor(float(state["step"]), device=p.device if p.is_cuda else "cpu")
+    model.step, model.seconds, model.held_out_before = state["step"], state["seconds"], state["held_out_before"]
+
+
+def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: float | None, fingerprint: str) -> None:
+    """Write a checkpoint, and delete those that `preset.keep` does not keep. Raises Stopped if the disk is full."""
+    adam, named = model.adam, list(model.network.named_parameters())
+    state = {
+        "step": model.step,
+        "seconds": seconds,
+        "held_out": held_out,
+        "held_out_before": model.held_out_before,
+        "data": fingerprint,
+    }
+    files = {
+        "ema": model.average.state_dict(),
+        "raw": model.network.state_dict(),
+        "optimizer": {f"{key}.{name}": adam.state[p][key] for name, p in named for key in _MOMENTS},
+    }
     try:
-        yield from stream
-    except InputError:
-        save(None)
-        raise
+        checkpoints.save(out, preset, state, files)
+    except OSError as error:
+        last = checkpoints.newest(out) or "none"
+        raise Stopped(
+            f"step {model.step}: cannot save to {out}: {log.reason(error)}; the last whole checkpoint is {last}"
+        ) from error
+    checkpoints.prune(out, preset.keep)
+
+
+# -- a step ------------------------------------------------------------------------------------------------------------
+
+
+def _update(
+    model: _Model, training: Denoiser, preset: Preset, parts: list[slice], batch: Tensor, train_set: data.Images,
+    draws: torch.Generator, ranks: Processes, meter: "_Meter",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Algorithm 1: draw t and eps of the whole batch, and leave the gradient of this process's parts.
+
+    batch is this process's images, uint8 [b, C, H, W]. Returns the loss of the last part, and the norm of the gradient
+    before clipping. The noise is drawn on the device. A CPU generator takes 32 bits of the seed, so a few of a million
+    steps share their noise; they have other images and levels, so this does no harm.
+    """
+    step = model.step
+    g = noise.generator(preset.seed, step, _BATCH)
+    t = timesteps.sample(model.schedule, preset.batch_size, preset.timestep_sampling, g, preset.predict)
+    t = data.send(t, ranks.device)
+    flips = data.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
+    draws.manual_seed(noise.mix(preset.seed, step, _EPS))
+    eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
+    y = _labels(train_set, preset, step, g, ranks) if preset.classes else None
+    objective, network = losses.LOSSES[preset.loss], training.network
+    for part in parts:
+        x0 = batch[part.start - parts[0].start : part.stop - parts[0].start]
+        if preset.flip:
+            x0 = torch.where(flips[part][:, None, None, None], x0.flip(-1), x0)
+        x0 = pixels.to_signal(x0)
+        torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
+        last = part is parts[-1]
+        with nullcontext() if last or ranks.world == 1 else network.no_sync():  # type: ignore[attr-defined]
+            loss = objective(training, x0, t[part], eps[part], None if y is None else y[part])
+            loss = (loss * losses.weight(model.denoiser, t[part], preset.weighting)).mean() / len(parts)
+            loss.backward()  # type: ignore[no-untyped-call]
+        meter.total += loss.detach()
+    meter.steps += 1
+    return loss.detach(), nn.utils.clip_grad_norm_(model.weights, preset.grad_clip or math.inf)
+
+
+def _apply(model: _Model, preset: Preset) -> None:
+    """Update the weights and their average by the gradient, and count the step."""
+    model.adam.param_groups[0]["lr"] = learning_rate(preset, model.step)
+    model.adam.step()
+    model.adam.zero_grad(set_to_none=True)
+    decay = ema.decay_at(model.step, preset.ema_decay, preset.ema_warmup)
+    ema.update(model.average_weights, model.weights, decay)
+    model.step += 1
+
+
+def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
+    """The labels of a batch, int64 [batch_size]; -1 hides one (Ho & Salimans 2022, Algorithm 1)."""
+    assert train_set.labels is not None
+    y = train_set.labels[data.order(len(train_set), preset.seed, step, preset.batch_size)]
+    hidden = torch.rand(preset.batch_size, generator=g) < preset.label_dropout
+    return data.send(y.masked_fill(hidden, -1), ranks.device)
+
+
+def _parts(preset: Preset, ranks: Processes) -> list[slice]:
+    """This process's parts of the batch. One process that accumulates 2 parts computes what two processes do."""
+    n = ranks.world * preset.accumulate
+    if preset.batch_size % n:
+        wanted = f"want a multiple of {n}, {ranks.world} processes x accumulate {preset.accumulate}"
+        raise InputError(f"batch_size {preset.batch_size}: {wanted}")
+    size = preset.batch_size // n
+    first = ranks.rank * preset.accumulate
+    return [slice(i * size, (i + 1) * size) for i in range(first, first + preset.accumulate)]
 
 
 def learning_rate(preset: Preset, step: int) -> float:
-    """That of update `step`, counted from 0: up from 0 over `warmup` steps, constant, down to 0 over the `cooldown`.
+    """The learning rate of update `step`, counted from 0. It rises over `warmup` steps, and falls in the cooldown.
 
-    cooldown 1 is a linear decay over the whole run (Defazio et al. 2023); a smaller one (warmup-stable-decay, Hu et al.
-    2024) lets one run of a constant rate be gone on with, and only its end be done again for more steps.
+    cooldown 1 is a linear decay over the whole run (Defazio et al. 2023). A smaller one is warmup-stable-decay (Hu et
+    al. 2024): a run of a constant rate can be resumed for more steps, and only its end is trained again.
 
     >>> from dataclasses import replace
     >>> from ddpm.presets import PRESETS
@@ -253,7 +331,40 @@ def learning_rate(preset: Preset, step: int) -> float:
     return preset.lr * min(1.0, up, down)
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+# -- what is measured on the way ---------------------------------------------------------------------------------------
+
+
+class _Meter:
+    """The mean loss and the speed since the last line of the log: `total` is the sum of losses of `steps` steps."""
+
+    def __init__(self, seconds: float, ranks: Processes, batch_size: int) -> None:
+        self._before, self._ranks, self._batch_size = seconds, ranks, batch_size
+        self._started = self._since = time.monotonic()
+        self.total, self.steps = torch.zeros((), device=ranks.device), 0
+        self.rate: float | None = None
+
+    def seconds(self) -> float:
+        """Seconds of training, with those of earlier processes."""
+        return self._before + time.monotonic() - self._started
+
+    def line(self, lr: float, norm: Tensor) -> dict[str, float]:
+        """A line of the log; the next one begins here."""
+        now = time.monotonic()
+        self.rate = self.steps * self._batch_size / (now - self._since)
+        loss = float(self._ranks.total((self.total / self.steps).cpu())) / self._ranks.world
+        self.total.zero_()
+        self.steps, self._since = 0, now
+        return {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": float(norm),
+            "images_per_second": self.rate,
+            "seconds": self._before + now - self._started,
+        }
+
+    def restart(self) -> None:
+        """Leave the time since the last line out of the speed."""
+        self._since = time.monotonic()
 
 
 @torch.no_grad()
@@ -262,11 +373,11 @@ def held_out_by_level(
     denoiser: Denoiser, held_out: data.Images, most: int, ranks: Processes,
     stop: Callable[[], bool] = lambda: False, labelled: bool = False,
 ) -> list[float]:  # fmt: skip
-    """L_simple of held-out images in BUCKETS equal ranges of t, lowest first; nan for a range that has no image,
-    inf for one where a loss is not a number.
+    """L_simple of held-out images in BUCKETS equal ranges of t, lowest first.
 
-    Image i has a level and a noise of its own, the same in every run and on any number of processes. Where `stop`
-    comes true it returns early, with the means of what it has. labelled: the network is told their labels.
+    A range without an image is nan. A range with a loss that is not a number is inf. Image i has a level and a noise of
+    its own, which are the same in every run and for any number of processes. labelled tells the network the labels.
+    If `stop` returns true, the function returns early with the means so far.
     """
     n, T = min(most, len(held_out)), denoiser.schedule.T
     t = 1 + (torch.randperm(n, generator=noise.generator(HELD_OUT_SEED)) * T + T // 2) // n
@@ -288,53 +399,59 @@ def held_out_by_level(
     return means
 
 
-def _named(preset: Preset, out: Path, train_set: data.Images) -> Preset:
-    """The preset with the names of the classes, where it learns them; InputError where the images have no labels."""
-    if not preset.classes:
-        return preset
-    names = train_set.class_names
-    if names is None or train_set.labels is None:
-        raise InputError(
-            f"classes: {train_set.name} has no labels; want folders of classes, a column of labels, or --no-classes"
-        )
-    if preset.class_names not in ((), names):
-        raise InputError(f"classes {', '.join(names)}: the run in {out} has {', '.join(preset.class_names)}")
-    shown = set(train_set.labels.tolist())
-    if unseen := [name for i, name in enumerate(names) if i not in shown]:
-        warnings.warn(f"classes without a training image, which cannot be learned: {', '.join(unseen)}", stacklevel=2)
-    return replace(preset, class_names=names)
+def _sample(model: _Model, preset: Preset, out: Path, ranks: Processes, stop: Callable[[], bool]) -> None:
+    """Write a grid of samples of the averaged weights, unless `stop` returns true."""
+    mine = list(ranks.mine(preset.sample_count))
+    classes = in_turn(range(len(preset.class_names)), mine)
+    samples = generate(
+        model.averaged, preset.shape, mine, "ddim", preset.sample_steps, device=ranks.device, stop=stop, y=classes
+    )
+    samples = ranks.interleave(samples, preset.sample_count)
+    if not ranks.any(stop()) and ranks.first:
+        (out / "samples").mkdir(exist_ok=True)
+        grid = images.grid(images.channels_last(samples))
+        images.save(out / "samples" / f"{model.step:08d}.png", grid)
 
 
-def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
-    """The batch's classes, int64 [batch_size], some of them -1: not shown (Ho & Salimans 2022, Algorithm 1)."""
-    assert train_set.labels is not None
-    y = train_set.labels[data.order(len(train_set), preset.seed, step, preset.batch_size)]
-    hidden = torch.rand(preset.batch_size, generator=g) < preset.label_dropout
-    return data.send(y.masked_fill(hidden, -1), ranks.device)
+class _Watch:
+    """Whether every gradient so far was finite. The answer stays on the device until somebody asks for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.first_bad = torch.full((), -1, device=device)
+
+    def see(self, step: int, norm: Tensor) -> None:
+        self.first_bad.masked_fill_((self.first_bad < 0) & ~norm.isfinite(), step)
+
+    def check(self, out: Path, loss: Tensor) -> None:
+        """Raise Stopped if a gradient was not finite."""
+        if (step := int(self.first_bad)) >= 0:
+            raise _not_finite(f"step {step}: the gradient is not finite (loss {float(loss.detach()):.4g})", out)
 
 
-def _parts(preset: Preset, ranks: Processes) -> list[slice]:
-    """This process's parts of the global batch: one process with --accumulate 2 computes what two do with 1."""
-    n = ranks.world * preset.accumulate
-    if preset.batch_size % n:
-        wanted = f"want a multiple of {n}, {ranks.world} processes x accumulate {preset.accumulate}"
-        raise InputError(f"batch_size {preset.batch_size}: {wanted}")
-    size = preset.batch_size // n
-    first = ranks.rank * preset.accumulate
-    return [slice(i * size, (i + 1) * size) for i in range(first, first + preset.accumulate)]
+def _not_finite(what: str, out: Path) -> Stopped:
+    return Stopped(
+        f"{what}; the last good checkpoint is {checkpoints.newest(out) or 'none'}; "
+        "try a lower lr, a longer warmup, grad_clip 1 or precision float32"
+    )
 
 
-def _settle(preset: Preset, out: Path, ranks: Processes) -> Preset:
-    """The preset to train with: a run that exists keeps its settings. InputError for what cannot be; writes nothing."""
-    config = out / "config.json"
+# -- the run's folder, settings and signals ----------------------------------------------------------------------------
+
+
+def _check_settings(preset: Preset, out: Path, ranks: Processes) -> Preset:
+    """The preset to train with: it takes over from an existing run what was left open. Nothing is written.
+
+    Raises InputError for settings that do not fit the run in `out`, or this machine.
+    """
     if not preset.data:
-        raise InputError("data: this preset names no data set; want --data SOURCE")
+        raise InputError("data: this preset names no data set; want a SOURCE of images")
     _parts(preset, ranks)
+    config = out / "config.json"
     if config.is_file():
         try:
             old = from_json(json.loads(config.read_text()))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{config}: cannot be read ({error}); want another --out") from error
+            raise InputError(f"{config}: cannot be read ({error}); want another out") from error
         if preset.precision == "auto":
             preset = replace(preset, precision=old.precision)
         preset = replace(preset, class_names=old.class_names)
@@ -342,14 +459,28 @@ def _settle(preset: Preset, out: Path, ranks: Processes) -> Preset:
             was, now = getattr(old, f.name), getattr(preset, f.name)
             moved = f.name == "data" and not os.path.exists(os.path.expanduser(was))  # the fingerprint decides later
             if was != now and not f.metadata["resume"] and not moved:
-                raise InputError(
-                    f"{f.name} {now!r}: the run in {out} has {was!r}; want the same settings, or another --out"
-                )
+                raise InputError(f"{f.name} {now!r}: the run in {out} has {was!r}; want the same, or another out")
     elif out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
-        raise InputError(f"out {out}: exists and is not a run; want a new folder or a run to go on with")
-    if preset.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("tensorboard: not installed; want `pip install 'ddpm-kit[tensorboard]'`")
+        raise InputError(f"out {out}: exists and is not a run; want a new folder, or a run to resume")
+    log.check_tensorboard(preset)
     return replace(preset, precision=pick_precision(preset.precision, ranks.device))
+
+
+def _with_class_names(preset: Preset, out: Path, train_set: data.Images) -> Preset:
+    """The preset with the names of the data set's classes, if it learns them."""
+    if not preset.classes:
+        return preset
+    names = train_set.class_names
+    if names is None or train_set.labels is None:
+        raise InputError(
+            f"classes: {train_set.name} has no labels; want a folder per class, a column of labels, or no classes"
+        )
+    if preset.class_names not in ((), names):
+        raise InputError(f"classes {', '.join(names)}: the run in {out} has {', '.join(preset.class_names)}")
+    shown = set(train_set.labels.tolist())
+    if unseen := [name for i, name in enumerate(names) if i not in shown]:
+        warnings.warn(f"these classes have no training image and cannot be learned: {', '.join(unseen)}", stacklevel=2)
+    return replace(preset, class_names=names)
 
 
 def _lock(out: Path, stack: ExitStack) -> None:
@@ -360,54 +491,16 @@ def _lock(out: Path, stack: ExitStack) -> None:
     except filelock.Timeout:
         raise InputError(f"out {out}: another process is training this run; want another out") from None
     except OSError as error:
-        raise InputError(f"out {out}: cannot be written ({_reason(error)})") from error
+        raise InputError(f"out {out}: cannot be written ({log.reason(error)})") from error
 
 
-def _resume(
-    preset: Preset, out: Path, fingerprint: str, network: nn.Module, average: nn.Module, adam: torch.optim.Optimizer
-) -> tuple[int, float, float | None]:
-    """Load the newest whole checkpoint, if there is one: (step, seconds, held-out loss at step 0)."""
-    folder = checkpoints.newest(out)
-    if folder is None:
-        if there := checkpoints.saved(out):
-            raise InputError(f"out {out}: none of its checkpoints is whole; delete {there[0].parent} to begin anew")
-        return 0, 0.0, None
-    state = checkpoints.read_state(folder)
-    if state["data"] != fingerprint:
-        was = json.loads((out / "config.json").read_text())["data"]
-        raise InputError(
-            f"data {preset.data}: not the images that the run in {out} was trained on, those that {was} held; want "
-            "these, or another --out"
-        )
-    network.load_state_dict(tensors.read_tensors(folder / "raw.safetensors"))
-    average.load_state_dict(tensors.read_tensors(folder / "ema.safetensors"))
-    moments = tensors.read_tensors(folder / "optimizer.safetensors")
-    for name, p in network.named_parameters():
-        # as the weights lie in memory, which fused Adam wants
-        adam.state[p] = {key: torch.empty_like(p).copy_(moments[f"{key}.{name}"]) for key in _MOMENTS}
-        adam.state[p]["step"] = torch.tensor(float(state["step"]), device=p.device if p.is_cuda else "cpu")
-    return state["step"], state["seconds"], state["held_out_before"]
-
-
-class _Watch:
-    """Whether every gradient so far was finite; the answer stays on the device until it is asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.first_bad = torch.full((), -1, device=device)
-
-    def see(self, step: int, norm: Tensor) -> None:
-        self.first_bad.masked_fill_((self.first_bad < 0) & ~norm.isfinite(), step)
-
-    def check(self, out: Path, loss: Tensor) -> None:
-        if (step := int(self.first_bad)) >= 0:
-            raise _not_finite(f"step {step}: the gradient is not finite (loss {float(loss.detach()):.4g})", out)
-
-
-def _not_finite(what: str, out: Path) -> Stopped:
-    return Stopped(
-        f"{what}; the last good checkpoint is {checkpoints.newest(out) or 'none'}; "
-        "try a lower --lr, a longer --warmup, --grad-clip 1 or --precision float32"
-    )
+def _saving(stream: Iterator[Tensor], save: Callable[[None], None]) -> Iterator[Tensor]:
+    """The stream. If an image cannot be read, what was learned so far is saved before the error is raised."""
+    try:
+        yield from stream
+    except InputError:
+        save(None)
+        raise
 
 
 class _Stop:
@@ -416,7 +509,7 @@ class _Stop:
 
 @contextmanager
 def _signals() -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM set a flag that the loop reads after each step; a second Ctrl-C interrupts at once."""
+    """Ctrl-C and SIGTERM set a flag, which the loop reads after each step. A second Ctrl-C interrupts at once."""
     stop = _Stop()
 
     def handle(number: int, _: object) -> None:
@@ -432,88 +525,22 @@ def _signals() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator[Any]:
-    """config.json, and RUN/metrics.jsonl cut back to `step`; gives log(step, values)."""
-    if not ranks.first:
-        yield lambda *_: None
-        return
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() and step else []
-    kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
-    try:
-        atomic.write_json(out / "config.json", to_json(preset))
-        atomic.write(path, "".join(line + "\n" for line in kept))
-    except OSError as error:
-        raise Stopped(f"cannot write to {out}: {_reason(error)}") from error
-    with path.open("ab", buffering=0) as file, _tensorboard(out, preset.tensorboard, step) as board:
-
-        def log(step: int, values: dict[str, Any]) -> None:
-            try:
-                _write_line(file, {"step": step, **values})
-            except OSError as error:
-                raise Stopped(f"step {step}: cannot write {path}: {_reason(error)}") from error
-            if board is not None:
-                for name, value in values.items():
-                    for i, one in enumerate(value if isinstance(value, list) else [value]):
-                        board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, one, step)
-
-        yield log
-
-
-def _step_of(line: str) -> int | None:
-    try:
-        step: int = json.loads(line)["step"]
-        return step
-    except (ValueError, KeyError, TypeError):
-        return None  # half a line, from a process that was killed
-
-
-def _write_line(file: BinaryIO, values: dict[str, Any]) -> None:
-    """One JSON object a line; nan and infinity, which JSON does not have, as null."""
-    clean = json.loads(json.dumps(values), parse_constant=lambda _: None)
-    line = memoryview((json.dumps(clean) + "\n").encode())
-    while line:  # a disk with room for half a line writes that half first
-        line = line[file.write(line) :]
-
-
-def _tensorboard(out: Path, wanted: bool, step: int) -> AbstractContextManager[Any]:
-    if not wanted:
-        return nullcontext()
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(out / "tensorboard", purge_step=step and step + 1)  # what comes after is done again
-
-
 def _announce(
-    preset: Preset, out: Path, ranks: Processes, network: nn.Module,
-    train_set: data.Images, held_out: data.Images, step: int,
-) -> None:  # fmt: skip
-    """A line on what is about to happen, and the warning that a run is too short for its average."""
-    size = sum(p.numel() for p in network.parameters())
-    many = f" x {ranks.world} processes" if ranks.world > 1 else ""
-    _say(
+    preset: Preset, out: Path, ranks: Processes, model: _Model, train_set: data.Images, held_out: data.Images
+) -> None:
+    """Say what is about to be trained, and warn of a run that is too short for its moving average."""
+    size = sum(p.numel() for p in model.weights)
+    several = f" x {ranks.world} processes" if ranks.world > 1 else ""
+    log.say(
         ranks,
         f"{out}: {size:,} parameters, {len(train_set):,} images and {len(held_out):,} held out of {preset.data}, "
-        f"{ranks.device}{many}, {preset.precision}, steps {step:,} to {preset.steps:,}",
+        f"{ranks.device}{several}, {preset.precision}, steps {model.step:,} to {preset.steps:,}",
     )
     left = preset.ema_decay**preset.steps
     if left > 0.01 and not preset.ema_warmup and ranks.first:
         warnings.warn(
             f"ema_decay {preset.ema_decay} averages over about {1 / (1 - preset.ema_decay):,.0f} steps; "
-            f"after {preset.steps:,} steps {left:.0%} of the average is still the first weights, "
-            "so its samples will look like noise: "
-            "use --ema-warmup, a lower --ema-decay, or sample with --weights raw",
+            f"after {preset.steps:,} steps {left:.0%} of the average is still the first weights, so its samples will "
+            "look like noise; use ema_warmup, a lower ema_decay, or sample the raw weights",
             stacklevel=2,
         )
-
-
-def _reason(error: OSError) -> str:
-    if error.errno == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
-        return "the disk is full"
-    return error.strerror or str(error)
-
-
-def _say(ranks: Processes, line: str) -> None:
-    if ranks.first:
-        tqdm.write(line, file=sys.stderr)

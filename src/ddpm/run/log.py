@@ -1,0 +1,96 @@
+"""What a run writes while it trains: config.json, metrics.jsonl, and TensorBoard's files if they are wanted."""
+
+import errno
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from ddpm.errors import Stopped, not_installed
+from ddpm.files import atomic
+from ddpm.presets import Preset, to_json
+from ddpm.run.processes import Processes
+
+Log = Callable[[int, dict[str, Any]], None]
+"""log(step, values) writes one line of metrics.jsonl."""
+
+
+@contextmanager
+def metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator[Log]:
+    """Write config.json, cut RUN/metrics.jsonl back to `step`, and give the function that adds lines to it.
+
+    On other processes than the first one the function does nothing. Raises Stopped if a file cannot be written.
+    """
+    if not ranks.first:
+        yield lambda *_: None
+        return
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() and step else []
+    before = [line for line in lines if (logged := _step_of(line)) is not None and logged <= step]
+    try:
+        atomic.write_json(out / "config.json", to_json(preset))
+        atomic.write(path, "".join(line + "\n" for line in before))
+    except OSError as error:
+        raise Stopped(f"cannot write to {out}: {reason(error)}") from error
+    with path.open("ab", buffering=0) as file, _tensorboard(out, preset.tensorboard, step) as board:
+
+        def log(step: int, values: dict[str, Any]) -> None:
+            try:
+                _write_line(file, {"step": step, **values})
+            except OSError as error:
+                raise Stopped(f"step {step}: cannot write {path}: {reason(error)}") from error
+            if board is not None:
+                for name, value in values.items():
+                    for i, one in enumerate(value if isinstance(value, list) else [value]):
+                        board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, one, step)
+
+        yield log
+
+
+def check_tensorboard(preset: Preset) -> None:
+    """Raise InputError if TensorBoard's files are wanted and cannot be written."""
+    if preset.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise not_installed("tensorboard", "tensorboard")
+
+
+def say(ranks: Processes, line: str) -> None:
+    """Print a line on stderr, above a progress bar, on the first process only."""
+    if ranks.first:
+        tqdm.write(line, file=sys.stderr)
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, in a few words."""
+    if error.errno == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
+        return "the disk is full"
+    return error.strerror or str(error)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line; None for half a line, which a killed process leaves."""
+    try:
+        step: int = json.loads(line)["step"]
+        return step
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_line(file: BinaryIO, values: dict[str, Any]) -> None:
+    """Write one JSON object as a line. JSON has no NaN and no infinity, so these become null."""
+    clean = json.loads(json.dumps(values), parse_constant=lambda _: None)
+    line = memoryview((json.dumps(clean) + "\n").encode())
+    while line:  # if the disk has room for half a line, the first write writes only that half
+        line = line[file.write(line) :]
+
+
+def _tensorboard(out: Path, wanted: bool, step: int) -> AbstractContextManager[Any]:
+    if not wanted:
+        return nullcontext()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(out / "tensorboard", purge_step=step and step + 1)  # later steps are trained again
