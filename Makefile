@@ -1,4 +1,4 @@
-# `make demo` and `make test` work on a machine that has Python 3.11 and pip, and nothing else.
+# `make demo` and `make test` need only Python 3.11 and pip.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ demo: install
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n auto --dist loadscope
 
-# Lint, types and the tests of what changed since SINCE, in about a minute.
+# Lint, types, and the tests of the files that changed since the commit SINCE: about a minute.
 SINCE ?= HEAD
 quick: lint
 	$(BIN)/python -m pytest -n auto -q $$($(BIN)/python tests/changed.py $(SINCE))
@@ -39,15 +39,15 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The timings again, about an hour on two cores; DATA=cifar10 QUALITY=program adds quality per hour, an hour and a half.
-# gpu.py ends with code 2 where there is no GPU. It goes on with the record that is in benchmarks/cache/gpu.
+# Measure the times again: about an hour on two cores. DATA=cifar10 QUALITY=program adds quality per hour, which takes an
+# hour and a half. gpu.py exits with code 2 without a GPU; with one it resumes the record in benchmarks/cache/gpu.
 bench: $(VENV)/.tested
 	for script in speed profile_step sampling start scaling memory; do $(BIN)/python benchmarks/$$script.py || exit; done
 	$(BIN)/python benchmarks/profile_step.py --plain
 	$(BIN)/python benchmarks/gpu.py || test $$? = 2
 	if [ -n "$(DATA)" ]; then \
 		$(BIN)/python benchmarks/quality_per_hour.py --data "$(DATA)" $(if $(QUALITY),--quality "$(QUALITY)"); fi
-	@echo "records: benchmarks/results; of a GPU: benchmarks/cache/gpu"
+	@echo "records: benchmarks/results; records of a GPU: benchmarks/cache/gpu"
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

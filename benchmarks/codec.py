@@ -33,8 +33,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import figures
 import numpy as np
 import record
+import timing
 import torch
 from PIL import Image
 from torch import Tensor
@@ -275,7 +277,7 @@ def lossy(args: argparse.Namespace) -> dict[str, Any]:
 def timed(args: argparse.Namespace) -> dict[str, Any]:
     model, images = loaded(args)
     image = images[0].permute(1, 2, 0).contiguous().numpy()
-    cases: dict[str, record.Case] = {}
+    cases: dict[str, timing.Case] = {}
     sizes = {}
     for local in (False, True):
         for bits in sorted(model.tables):
@@ -288,7 +290,7 @@ def timed(args: argparse.Namespace) -> dict[str, Any]:
             cases[f"decode {name}"] = lambda data=data: codec.decompress(model, data)  # type: ignore[misc]
     spent = {}
     for name, case in cases.items():
-        parts = record.Parts()
+        parts = timing.Parts()
         with parts.timing(*PLACES), parts("the rest"):
             case()
         spent[name] = parts.seconds
@@ -297,7 +299,7 @@ def timed(args: argparse.Namespace) -> dict[str, Any]:
         fast = {"bits": min(model.tables), "local": True}
         cases["encode, one by one"] = lambda: [codec.compress(model, x, **fast) for x in some]
         cases["encode, together"] = lambda: list(codec.compress_each(model, some, **fast))
-    found = record.interleave(cases, args.repeats, args.seconds)
+    found = timing.interleave(cases, args.repeats, args.seconds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "seconds": found,
@@ -363,7 +365,7 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> str:
         text += [
             f"## Lossless files of one image, {s['images']} images, K = {s['bits']}\n",
             f"{read}.\n",
-            record.table(
+            figures.table(
                 ["bits/dim", ""],
                 [*limit, ["**our file**", f"**{s['file']:.3f}** ± {s['standard_error']:.3f}"],
                  ["of it groups", f"{s['groups']:.3f}"], ["of it pixels", f"{s['pixels']:.3f}"],
@@ -381,11 +383,11 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> str:
             "process, with another number of threads and hash seed.",
         ]
     if o := found.get("others"):
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in o.items() if name != "images")
-        text += [f"\nThe first {o['images']} images by others, bits/dim, a file each: {figures}."]
+        sizes = ", ".join(f"{name} {value:.3f}" for name, value in o.items() if name != "images")
+        text += [f"\nThe first {o['images']} images by others, bits/dim, a file each: {sizes}."]
     if curve := found.get("lossy"):
         rows = [[name, f"{size:.0f}", f"{error:.1f}"] for name, c in curve["curves"].items() for size, error in c]
-        text += [f"\n## RMSE against bytes, {curve['images']} images\n", record.table(["", "bytes", "RMSE"], rows)]
+        text += [f"\n## RMSE against bytes, {curve['images']} images\n", figures.table(["", "bytes", "RMSE"], rows)]
     if t := found.get("training"):
         test, train = t["test"], t["train"]
         more = test["bits_per_dim"] - train["bits_per_dim"]
@@ -404,21 +406,21 @@ def report(found: dict[str, Any], args: argparse.Namespace) -> str:
             "\n## Photographs of 256x256, as 64 tiles, portable profile, the fastest K\n",
             f"{p['read_back']} of {len(rows)} read back exactly by another process with another number of threads, "
             f"{p['decode_seconds']:.0f} s each.\n",
-            record.table(["bits/dim", *names, "encode, s"], rows),
+            figures.table(["bits/dim", *names, "encode, s"], rows),
         ]
     if t := found.get("time"):
         rows = []
         for name, bits in t["bits_per_dim_of_this_image"].items():
-            spent = [str(record.spread(t["seconds"][f"{way} {name}"])) for way in ("encode", "decode")]
+            spent = [str(figures.spread(t["seconds"][f"{way} {name}"])) for way in ("encode", "decode")]
             rows.append([name, t["groups"][name.split()[-1]], *spent, f"{bits:.3f}"])
         header = ["", "groups", "encode, s", "decode, s", "bits/dim of this image"]
-        text += ["\n## Seconds a picture\n", record.table(header, rows), f"\nPeak memory {t['peak_MiB']:.0f} MiB."]
+        text += ["\n## Seconds a picture\n", figures.table(header, rows), f"\nPeak memory {t['peak_MiB']:.0f} MiB."]
         if "encode, together" in t["seconds"]:
-            faster = record.ratio(t["seconds"], "encode, together", "encode, one by one")
+            faster = timing.ratio(t["seconds"], "encode, together", "encode, one by one")
             text += [f"\n16 pictures that share the network's calls, local, the fastest K: {faster} times as fast."]
         parts = list(dict.fromkeys(part for seconds in t["spent"].values() for part in seconds))
         rows = [[name, *(f"{seconds.get(part, 0):.2f}" for part in parts)] for name, seconds in t["spent"].items()]
-        text += ["\nWhere they go, in one more run of each:\n", record.table(["seconds", *parts], rows)]
+        text += ["\nWhere they go, in one more run of each:\n", figures.table(["seconds", *parts], rows)]
     return "\n".join(text)
 
 

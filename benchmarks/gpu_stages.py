@@ -1,16 +1,15 @@
-"""The stages of benchmarks/gpu.py. That script starts each stage as a process of its own:
+"""The stages of benchmarks/gpu.py, which starts each stage as a process of its own:
 
     python benchmarks/gpu_stages.py STAGE FOLDER
 
-FOLDER holds plan.json, which says what to do, and STAGE.jsonl, one line per case. The stage appends a line as soon as a
-case has ended, so a stage that is killed leaves the cases that had ended. The stage passes over a case that has a line.
+FOLDER holds plan.json with the settings, and STAGE.jsonl with one line per case. The stage appends a line as soon as a
+case has finished, so a stage that is killed leaves the finished cases. The stage skips a case that has a line.
 """
 
 import argparse
 import gc
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -24,13 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import machine
+import figures
 import peers
 import record
+import timing
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm import kernels
 from ddpm.presets import PRESETS, Preset, build
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.sample import generate
@@ -42,7 +43,7 @@ REAL: Values = {
     "ours": [("cifar10", 128), ("cifar10_fast", 256), ("cifar10", 512), ("cifar10_fast", 1024)],
     "large": [("celebahq256", 64)],
     "log_every": 10,
-    "lines": 6,  # of `ddpm train` in the stage ours; the first has the start in it
+    "lines": 6,  # log lines of `ddpm train` in the stage ours; the first one contains the start
     "beside": ("cifar10", 128),
     "samples": (1024, 256, 20),  # images, batch, network calls an image
     "train": ([], 60, 10**9),  # options of `ddpm train`, seconds, lines of its log
@@ -65,32 +66,34 @@ TINY: Values = {
 DIFFUSERS = {"eager": {}, "compiled": {"compiled": True}}
 
 
-# -- the card, and what stands for it in a rehearsal -------------------------------------------------------------------
+# -- the card, and its stand-in for a rehearsal ------------------------------------------------------------------------
 
 
 class Cuda:
-    """What a stage asks of a CUDA device."""
+    """The functions of a CUDA device that a stage uses."""
 
     device = torch.device("cuda")
     backend = "inductor"
     activities = (ProfilerActivity.CUDA,)
-    busy = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace in which the device works
+    busy = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events in a trace in which the device works
 
     def compiles(self) -> bool:
         return pick_compile("auto", self.device)
 
     def about(self) -> Values:
         card = torch.cuda.get_device_properties(self.device)
-        asked = "driver_version,memory.used,utilization.gpu"
-        words = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits", f"--id=GPU-{card.uuid}"]
+        fields = "driver_version,memory.used,utilization.gpu"
+        words = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id=GPU-{card.uuid}"]
         try:
-            said = subprocess.check_output(words, text=True, stderr=subprocess.DEVNULL, timeout=20).strip().split(", ")
+            values = (
+                subprocess.check_output(words, text=True, stderr=subprocess.DEVNULL, timeout=20).strip().split(", ")
+            )
         except (OSError, subprocess.SubprocessError):
-            said = ["unknown"] * 3
+            values = ["unknown"] * 3
         return {
             "card": card.name,
             "memory_gib": round(card.total_memory / 2**30, 1),
-            **dict(zip(("driver", "mib_used_before", "percent_busy_before"), said, strict=False)),
+            **dict(zip(("driver", "mib_used_before", "percent_busy_before"), values, strict=False)),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
@@ -99,7 +102,7 @@ class Cuda:
         torch.cuda.synchronize()
 
     def held(self) -> int:
-        """Bytes held now; the peak starts from here."""
+        """Bytes in use now. The peak counts from here on."""
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
 
@@ -111,7 +114,7 @@ class Cuda:
 
 
 class Stub(Cuda):
-    """The CPU in place of the card, so that a rehearsal goes the same way."""
+    """The CPU in place of the card, so that a rehearsal runs the same code."""
 
     device = torch.device("cpu")
     backend = "eager"
@@ -141,7 +144,7 @@ class Stub(Cuda):
 
 
 class Cases:
-    """The cases of a stage: runs those that have no line yet, and writes a line for each."""
+    """The cases of a stage. It runs each case that has no line yet, and writes its line."""
 
     def __init__(self, file: Path, card: Cuda) -> None:
         self.file, self.card = file, card
@@ -158,12 +161,12 @@ class Cases:
             self.add(name, tried(function))
             gc.collect()
             self.card.clear()
-            if "torch._dynamo" in sys.modules:  # which takes seconds to import
+            if "torch._dynamo" in sys.modules:  # its import takes seconds
                 torch.compiler.reset()
 
 
 def tried(function: Callable[[], Values]) -> Values:
-    """What the function returns, or the error that it raises: the other cases go on."""
+    """The result of the function, or the error that it raises, so that the other cases still run."""
     try:
         return function()
     except Exception as error:
@@ -171,42 +174,42 @@ def tried(function: Callable[[], Values]) -> Values:
 
 
 def first_line(text: str) -> str:
-    return next((line for line in text.splitlines() if line.strip()), "no reason was given").strip()[:300]
+    return next((line for line in text.splitlines() if line.strip()), "no message").strip()[:300]
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 def flops(preset: Preset) -> float:
-    """Floating-point operations of a training step per image: three times those of a forward pass, counted on the CPU.
+    """Floating-point operations of a training step per image: three times those of a forward pass.
 
-    Only convolutions and matrix products count.
+    The count runs on the CPU and contains only convolutions and matrix products.
     """
     network = build(replace(preset, precision="float32")).network
-    with record.plain(), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with kernels.disabled(), FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, *preset.shape), torch.zeros(1, dtype=torch.int64))
     return 3.0 * counter.get_total_flops()
 
 
-def product_rate(card: Cuda, side: int, repeats: int, seconds: float) -> record.Spread:
-    """FLOP a second of a bf16 product of two square matrices."""
+def product_rate(card: Cuda, side: int, repeats: int, seconds: float) -> figures.Spread:
+    """FLOP per second of a bf16 product of two square matrices."""
     a = torch.randn(side, side, device=card.device, dtype=torch.bfloat16)
-    found = record.interleave({"": partial(torch.mm, a, a)}, repeats, seconds, card.wait)
-    return record.spread(2 * side**3 / s for s in found[""])
+    found = timing.interleave({"": partial(torch.mm, a, a)}, repeats, seconds, card.wait)
+    return figures.spread(2 * side**3 / s for s in found[""])
 
 
 def speeds(seconds: Iterable[float], images: int, flop: float, plan: Values) -> Values:
-    """Milliseconds, images a second, and the share of the product's rate, each with its spread."""
+    """Milliseconds, images per second and the share of the matrix rate, each with its spread."""
     seconds = list(seconds)
-    found: Values = {"ms": record.spread(1000 * s for s in seconds)._asdict()}
-    found["images_per_second"] = record.spread(images / s for s in seconds)._asdict()
+    found: Values = {"ms": figures.spread(1000 * s for s in seconds)._asdict()}
+    found["images_per_second"] = figures.spread(images / s for s in seconds)._asdict()
     if rate := plan.get("product_flops"):
-        found["matrix_share"] = record.spread(flop * images / s / rate for s in seconds)._asdict()
+        found["matrix_share"] = figures.spread(flop * images / s / rate for s in seconds)._asdict()
     return found
 
 
-def started(card: Cuda, make: Callable[[], record.Case]) -> tuple[record.Case, float, int]:
-    """Make a case and call it twice: the case, the seconds of its first call, and the most bytes that it held."""
+def started(card: Cuda, make: Callable[[], timing.Case]) -> tuple[timing.Case, float, int]:
+    """Make a case and call it twice. Returns the case, the seconds of its first call, and its peak memory in bytes."""
     held = card.held()
     case = make()
     card.wait()
@@ -225,9 +228,10 @@ PRODUCTS = re.compile(
 
 
 def is_product(kernel: str) -> bool:
-    """Whether the kernel of this name is a convolution or a matrix product (attention is matrix products).
+    """Whether the kernel of this name is a convolution or a matrix product. Attention counts as matrix products.
 
-    Inductor names a kernel after all that is fused in it, so `triton_poi_fused_convolution_...` only adds a bias.
+    Inductor names a kernel after all operations that are fused in it, so `triton_poi_fused_convolution_...` only adds
+    a bias.
     """
     if kernel.startswith("triton_"):
         return kernel.startswith(("triton_tem", "triton_mm"))
@@ -235,10 +239,10 @@ def is_product(kernel: str) -> bool:
 
 
 def where_time_goes(events: Sequence[tuple[str, float, float]]) -> Values:
-    """Shares of the time from the first kernel's start to the last one's end; events are (name, start, duration).
+    """Shares of the time between the first kernel's start and the last one's end; events are (name, start, duration).
 
-    Kernels may overlap: a moment in which several run counts once, and products and others split the busy time by
-    their durations.
+    Kernels may overlap. Time in which several kernels run counts once, and products and other kernels share the busy
+    time in proportion to their durations.
     """
     if not events:
         raise RuntimeError("the profiler saw no kernel")
@@ -264,16 +268,16 @@ def where_time_goes(events: Sequence[tuple[str, float, float]]) -> Values:
     }
 
 
-def profiled(card: Cuda, case: record.Case, steps: int = 3) -> Values:
-    """`where_time_goes` for a few steps in a row, as in training; the first profile only starts the profiler."""
+def profiled(card: Cuda, case: timing.Case, steps: int = 3) -> Values:
+    """`where_time_goes` for a few steps in a row, as in training. The first profile only warms up the profiler."""
     for _ in range(2):
         card.wait()
-        with profile(activities=card.activities) as found:
+        with profile(activities=card.activities) as profiler:
             for _ in range(steps):
                 case()
             card.wait()
     with tempfile.TemporaryDirectory() as folder:
-        found.export_chrome_trace(f"{folder}/trace.json")
+        profiler.export_chrome_trace(f"{folder}/trace.json")
         trace = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     values = where_time_goes([(e["name"], e["ts"], e["dur"]) for e in trace if e.get("cat") in card.busy])
     return {**values, "kernels": round(values["kernels"] / steps)}
@@ -283,7 +287,7 @@ def profiled(card: Cuda, case: record.Case, steps: int = 3) -> Values:
 
 
 def preset(name: str, plan: Values) -> Preset:
-    """The preset of this name; in a rehearsal with tiny sizes."""
+    """The preset of this name. A rehearsal has tiny sizes."""
     found = PRESETS[name]
     if plan["rehearse"]:
         found = replace(
@@ -293,13 +297,15 @@ def preset(name: str, plan: Values) -> Preset:
 
 
 def sizes(plan: Values) -> Values:
+    """The sizes of all stages."""
     return TINY if plan["rehearse"] else REAL
 
 
 def the_card(cases: Cases, plan: Values, card: Cuda) -> None:
-    """What card this is, and the rate of one large product."""
-    about = {"hardware": machine.hardware(), "versions": machine.versions(), "python": platform.python_version()}
-    cases("card", lambda: {**about, "commit": record.commit(), **card.about()})
+    """The properties of the card, and the rate of one large matrix product."""
+    about = record.provenance()
+    about = {key: about[key] for key in ("hardware", "versions", "python", "commit")}
+    cases("card", lambda: {**about, **card.about()})
     side = sizes(plan)["product"]
     cases(
         f"bf16 product of {side} x {side}",
@@ -308,7 +314,7 @@ def the_card(cases: Cases, plan: Values, card: Cuda) -> None:
 
 
 class Recorder:
-    """A plugin of pytest: each test is a case, written as soon as the test has ended."""
+    """A pytest plugin that makes each test a case, and writes its line as soon as the test has finished."""
 
     def __init__(self, cases: Cases) -> None:
         self.cases = cases
@@ -328,23 +334,23 @@ class Recorder:
             reason = f"line {crash.lineno}: {first_line(crash.message)}" if crash else lines[-1][:300]
             values |= {"error": reason, "trace": "\n".join(lines)[-3000:]}
         elif report.outcome == "skipped":
-            said = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
-            values["reason"] = said.removeprefix("Skipped: ")
+            text = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
+            values["reason"] = text.removeprefix("Skipped: ")
         self.cases.add(report.nodeid, values)
 
 
 def tests(cases: Cases, plan: Values, card: Cuda) -> None:
-    """tests/test_cuda.py, without the tests that have passed."""
+    """tests/test_cuda.py, without the tests that already have a line."""
     import pytest
 
     words = [plan["tests"], "-p", "no:cacheprovider", "-o", "addopts=", "-q", f"--rootdir={record.ROOT}"]
     code = pytest.main([*words, *(f"--deselect={name}" for name in cases.done)], plugins=[Recorder(cases)])
-    if code not in (0, 1, 5):  # passed, failed, nothing left to run
+    if code not in (0, 1, 5):  # pytest: all passed, some failed, no test was selected
         cases.add("pytest", {"outcome": "failed", "error": f"pytest ended with code {int(code)}"})
 
 
-def training_step(card: Cuda, shape: Preset, count: int) -> record.Case:
-    """The bare step of `ddpm train`, compiled where `ddpm train` compiles."""
+def training_step(card: Cuda, shape: Preset, count: int) -> timing.Case:
+    """The step of `ddpm train` alone, compiled if `ddpm train` compiles on this device."""
     ours = peers.Ours(shape, "bf16", card.device)
     if card.compiles():
         compile_stages(ours.network, card.backend)
@@ -355,7 +361,7 @@ def bare_step(name: str, count: int, plan: Values, card: Cuda) -> Values:
     shape = preset(name, plan)
     flop = flops(shape)
     case, first, peak = started(card, lambda: training_step(card, shape, count))
-    seconds = record.interleave({"": case}, plan["repeats"], plan["seconds"], card.wait)[""]
+    seconds = timing.interleave({"": case}, plan["repeats"], plan["seconds"], card.wait)[""]
     values = {
         **speeds(seconds, count, flop, plan),
         "peak_bytes": peak,
@@ -367,7 +373,7 @@ def bare_step(name: str, count: int, plan: Values, card: Cuda) -> Values:
 
 
 def whole_step(name: str, count: int, plan: Values, card: Cuda) -> Values:
-    """`ddpm train` by the lines of its log after the first."""
+    """`ddpm train`, measured by the lines of its log after the first one."""
     shape, size = preset(name, plan), sizes(plan)
     held = card.held()
     steps = size["log_every"] * size["lines"]
@@ -388,7 +394,7 @@ def large(cases: Cases, plan: Values, card: Cuda) -> None:
 
 
 def real_run(plan: Values) -> Values:
-    """The program itself on images from a file, ended by SIGTERM; its log after the first line."""
+    """`ddpm train` on images from a file, stopped by SIGTERM and measured by its log after the first line."""
     options, most, enough = sizes(plan)["train"]
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "ddpm", "train", "cifar10", "--data", plan["data"], *options]
@@ -405,8 +411,8 @@ def real_run(plan: Values) -> Values:
             process.wait()
         lines = peers.training_lines(Path(folder, "run"))
         if len(lines) < 3:
-            said = Path(folder, "log").read_text().replace(plan["data"], "DATA").strip().splitlines()
-            raise RuntimeError(f"{len(lines)} lines of log; the program's last words: {said[-1] if said else 'none'}")
+            output = Path(folder, "log").read_text().replace(plan["data"], "DATA").strip().splitlines()
+            raise RuntimeError(f"{len(lines)} log lines; the last line of output: {output[-1] if output else 'none'}")
         config = json.loads(Path(folder, "run", "config.json").read_text())
     seconds = [config["batch_size"] / line["images_per_second"] for line in lines[1:]]
     values = speeds(seconds, config["batch_size"], flops(preset("cifar10", plan)), plan)
@@ -426,12 +432,12 @@ def diffusers_network(card: Cuda, shape: Preset, settings: Values) -> peers.Thei
 
 def turns(
     card: Cuda, plan: Values, images: int, flop: float, repeats: int, seconds: float,
-    makers: dict[str, Callable[[], record.Case]],
+    makers: dict[str, Callable[[], timing.Case]],
 ) -> Values:  # fmt: skip
-    """Ours and diffusers' in turns: speeds, memory and compilation of each, and the ratio within each turn."""
+    """Measure ours and diffusers in turns: speed, memory and compilation of each, and the ratio within each turn."""
     ready = {name: started(card, make) for name, make in makers.items()}
-    found = record.interleave({name: case for name, (case, *_) in ready.items()}, repeats, seconds, card.wait)
-    values: Values = {"ratio": record.ratio(found, "ours", "diffusers")._asdict()}
+    found = timing.interleave({name: case for name, (case, *_) in ready.items()}, repeats, seconds, card.wait)
+    values: Values = {"ratio": timing.ratio(found, "ours", "diffusers")._asdict()}
     for name, (_, first, peak) in ready.items():
         values[name] = speeds(found[name], images, flop, plan)
         values[name] |= {"peak_bytes": peak, "compile_seconds": max(0.0, first - min(found[name]))}
@@ -439,12 +445,12 @@ def turns(
 
 
 def beside(cases: Cases, plan: Values, card: Cuda) -> None:
-    """A training step of ours and of diffusers in turns: the same network, the same batch."""
+    """A training step of ours and of diffusers in turns, with the same network and batch."""
     name, count = sizes(plan)["beside"]
     shape = preset(name, plan)
 
     def compared(settings: Values) -> Values:
-        def theirs() -> record.Case:
+        def theirs() -> timing.Case:
             return partial(diffusers_network(card, shape, settings).step, peers.batch(shape, count, card.device))
 
         makers = {"ours": lambda: training_step(card, shape, count), "diffusers": theirs}
@@ -455,17 +461,17 @@ def beside(cases: Cases, plan: Values, card: Cuda) -> None:
 
 
 def samples(cases: Cases, plan: Values, card: Cuda) -> None:
-    """Images by DDIM, ours and diffusers' in turns; each call makes all of them."""
+    """Images by DDIM from ours and from diffusers in turns. Each call makes all images."""
     shape = preset("cifar10", plan)
     count, batch, calls = sizes(plan)["samples"]
 
     def compared(settings: Values) -> Values:
-        def our_images() -> record.Case:
+        def our_images() -> timing.Case:
             own = peers.Ours(shape, "bf16", card.device)
-            own.network.eval().requires_grad_(False)  # CUDA graphs need both
+            own.network.eval().requires_grad_(False)  # CUDA graphs need both settings
             return partial(generate, own.denoiser, shape.shape, range(count), "ddim", calls, batch, card.device)
 
-        def their_images() -> record.Case:
+        def their_images() -> timing.Case:
             loop = diffusers_network(card, shape, settings)
             loop.network.eval()
             return lambda: [peers.ddim(loop, shape, batch, calls) for _ in range(count // batch)]
@@ -484,7 +490,7 @@ STAGES = {
 
 
 def end_with_the_parent(parent: int) -> None:
-    """gpu.py may be killed without a warning; then nothing may stay on the card."""
+    """End this process group when gpu.py is gone: gpu.py may be killed, and nothing may stay on the card."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)
@@ -496,15 +502,15 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     plan = json.loads((args.folder / "plan.json").read_text())
-    if os.getpgrp() == os.getpid():  # gpu.py makes a group for each stage, so the group holds nothing else
+    if os.getpgrp() == os.getpid():  # the process group that gpu.py made for this stage
         threading.Thread(target=end_with_the_parent, args=(plan["parent"],), daemon=True).start()
     if not plan["rehearse"] and not torch.cuda.is_available():
         return 2
     card = Stub() if plan["rehearse"] else Cuda()
     cases = Cases(args.folder / f"{args.stage}.jsonl", card)
     if plan["rehearse"]:
-        torch.set_num_threads(1)  # threads only get in each other's way where the networks are this small
-        with record.plain():  # compiled stages do without the CPU's kernels
+        torch.set_num_threads(1)  # more threads are slower for networks this small
+        with kernels.disabled():  # compiled stages do not use the CPU kernels
             STAGES[args.stage](cases, plan, card)
     else:
         STAGES[args.stage](cases, plan, card)

@@ -1,13 +1,13 @@
-"""Peak memory of a training step at the paper's batch, for each way to save some.
+"""Measure the peak memory of a training step at the paper's batch size, with and without the options that save memory.
 
     python benchmarks/memory.py [--networks cifar10 celebahq256] [--batch N] [--device cuda]
 
-Each case is a process of its own: two small steps give a line (GiB against images), and where that says that the whole
-batch fits, it is measured; else the record says so and gives the line's value. Counted are weights, gradients, Adam's
-moments, the average and activations, in bf16 where the hardware has it, else in float32: on the CPU the process's peak
-resident set less that of its imports, on a GPU what its allocator held. On the CPU the 256x256 network is measured
-at batch 2, as 64 would take minutes a step; with `--accumulate` a batch has the peak of one of its parts, so that 2 is
-also the paper's 64 in 32 parts.
+Each case runs in a process of its own. Two small steps give a line through (images, bytes). If the whole batch fits by
+that line, it is measured; if not, the record says so and gives the line's value. The figure contains weights,
+gradients, Adam's moments, the moving average and activations, in bf16 if the hardware has it, otherwise in float32. On
+the CPU it is the peak resident set minus that of the imports; on a GPU it is what the allocator held. On the CPU the
+256x256 network is measured at batch 2, because a step of 64 images takes minutes. A batch with `--accumulate` has the
+peak of one of its parts, so batch 2 is also the paper's 64 in 32 parts.
 """
 
 import json
@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import figures
 import record
 
 SAVING: dict[str, dict[str, Any]] = {
@@ -32,7 +33,7 @@ GIB = 2**30
 
 
 def cases(device: str) -> dict[str, dict[str, Any]]:
-    """What is measured: plain float32, and in the precision that `ddpm train` takes here each way to save."""
+    """Settings by name: float32, and each option in SAVING with the precision that `ddpm train` chooses."""
     import torch
 
     from ddpm.run.processes import pick_precision
@@ -44,13 +45,13 @@ def cases(device: str) -> dict[str, dict[str, Any]]:
 
 
 def line(batches: list[int], peaks: list[float], target: int) -> float:
-    """The value at `target` of the line through two points."""
+    """The value at `target` of the line through two points (batch, peak)."""
     slope = (peaks[1] - peaks[0]) / (batches[1] - batches[0])
     return peaks[1] + slope * (target - batches[1])
 
 
 def room(device: str) -> float:
-    """Bytes that may be used: nine tenths of what is free."""
+    """Bytes that a case may use: nine tenths of the free memory."""
     if device == "cuda":
         import torch
 
@@ -59,7 +60,7 @@ def room(device: str) -> float:
 
 
 def peak(device: str) -> float:
-    """Bytes, the most so far."""
+    """The peak memory of this process so far, in bytes."""
     if device == "cuda":
         import torch
 
@@ -71,7 +72,7 @@ def peak(device: str) -> float:
 
 
 def child(case: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
-    """Measure one case in this process: small batches first, then the target where it fits."""
+    """Measure one case in this process: two small batches, then the whole batch if it fits."""
     import peers
 
     from ddpm.presets import PRESETS
@@ -80,20 +81,26 @@ def child(case: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
     preset = replace(PRESETS[case["network"]], gradient_checkpointing=case.get("checkpointing", False))
     base = peak(device) if device == "cpu" else 0.0
     ours = peers.Ours(preset, case["precision"], device)
-    whole = target * accumulate if target <= 2 else target  # parts of the whole size where that is as small as can be
+    whole = target * accumulate if target <= 2 else target  # a batch of 2 cannot be split
     part = whole // accumulate
     small = [max(1, part // 8), max(2, part // 4)]
-    ours.step(peers.batch(preset, 1, device))  # Adam's moments exist from now on
+    ours.step(peers.batch(preset, 1, device))  # this step creates Adam's moments
     peaks = []
     for batch in small:
         ours.step(peers.batch(preset, batch, device))
         peaks.append(peak(device) - base)
     wanted = line(small, peaks, part)
-    found: dict[str, Any] = {"part": part, "batch": whole, "small": small, "small_bytes": peaks, "line_bytes": wanted}
+    result: dict[str, Any] = {
+        "part": part,
+        "batch": whole,
+        "small": small,
+        "small_bytes": peaks,
+        "line_bytes": wanted,
+    }
     if wanted < (limit or room(device)):
         ours.step(peers.batch(preset, whole, device), accumulate)
-        found["bytes"] = peak(device) - base
-    return found
+        result["bytes"] = peak(device) - base
+    return result
 
 
 def measure(case: dict[str, Any], threads: int | None = None) -> dict[str, Any]:
@@ -104,26 +111,33 @@ def measure(case: dict[str, Any], threads: int | None = None) -> dict[str, Any]:
     out = subprocess.run(command, capture_output=True, text=True)
     if out.returncode:
         return {"failed": (out.stderr.strip().splitlines() or [f"exit {out.returncode}"])[-1]}
-    found: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+    return result
 
 
-def row(name: str, found: dict[str, Any]) -> list[str]:
-    if "failed" in found:
-        return [name, "", "", "", found["failed"]]
-    (a, b), (low, high) = found["small"], found["small_bytes"]
-    image = f"{(high - low) / (b - a) / 2**20:.0f}" if b > a else ""
-    known = "bytes" in found
-    total = f"{found['bytes' if known else 'line_bytes'] / GIB:.2f}"
-    return [name, str(found["batch"]), total, image, "measured" if known else "not run: would not fit; by the line"]
+def row(name: str, result: dict[str, Any]) -> list[str]:
+    """A row of the table for the figures of `child`."""
+    if "failed" in result:
+        return [name, "", "", "", result["failed"]]
+    (a, b), (low, high) = result["small"], result["small_bytes"]
+    per_image = f"{(high - low) / (b - a) / 2**20:.0f}" if b > a else ""
+    known = "bytes" in result
+    total = f"{result['bytes' if known else 'line_bytes'] / GIB:.2f}"
+    return [
+        name,
+        str(result["batch"]),
+        total,
+        per_image,
+        "measured" if known else "not run: would not fit; value of the line",
+    ]
 
 
 def main() -> None:
     parser = record.parser(__doc__, repeats=1, seconds=0)
     parser.add_argument("--networks", nargs="+", choices=PAPER, default=list(PAPER))
-    parser.add_argument("--batch", type=int, help="images (the paper's; 2 for 256x256 on the CPU)")
+    parser.add_argument("--batch", type=int, help="images per step (the paper's; 2 for 256x256 on the CPU)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--child", type=json.loads, help="one case, in this process")
+    parser.add_argument("--child", type=json.loads, help="measure one case in this process")
     args = parser.parse_args()
     with record.measuring(args):
         if args.child:
@@ -136,12 +150,12 @@ def main() -> None:
             rows = []
             for name, settings in cases(args.device).items():
                 case = {"network": network, "batch": batch, "device": args.device, **settings}
-                found = values[f"{network}, {name}"] = measure(case, args.threads)
-                rows.append(row(name, found))
+                result = values[f"{network}, {name}"] = measure(case, args.threads)
+                rows.append(row(name, result))
                 print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
             text += f"## {network}, batch {batch} (the paper's is {PAPER[network]})\n\n"
-            header = ["", "images a step", "peak, GiB", "MiB an image of a part", ""]
-            text += record.table(header, rows) + "\n"
+            header = ["", "images per step", "peak, GiB", "MiB per image of a part", ""]
+            text += figures.table(header, rows) + "\n"
     record.write("memory", "Peak memory of a training step", args, values, text, args.device)
 
 

@@ -1,8 +1,8 @@
-"""The networks that are compared, and one training step of each with the parts that its own loop has.
+"""The networks that are compared, and one training step of each, with all parts of its own training loop.
 
-`Ours` makes the step of `ddpm train`: L_simple, clipping, fused Adam, average. `Theirs` makes that of diffusers'
-train_unconditional.py (without accelerate, which wraps it): add_noise, mean squared error, clipping, AdamW, EMAModel.
-Only what is of diffusers imports it: our figures can be had on a machine without it.
+`Ours` makes the step of `ddpm train`: L_simple, clipping, fused Adam, moving average. `Theirs` makes the step of
+diffusers' train_unconditional.py, without accelerate, which wraps it: add_noise, mean squared error, clipping, AdamW,
+EMAModel. Functions import diffusers where they need it, so our own figures can be measured without diffusers.
 """
 
 import copy
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import Timed
+from timing import Timed
 from torch import Tensor, nn
 
 from ddpm import losses, noise, timesteps
@@ -30,13 +30,13 @@ from ddpm.run.train import train
 PAPER = PRESETS["cifar10"]
 PAPER_256 = PRESETS["celebahq256"]
 SMALL = PRESETS["cifar10_small"]
-"""In shape and size the network of `example_network`: 64, 128, 128 channels at 32x32."""
+"""A network of the size of `example_network`: 64, 128, 128 channels at 32x32."""
 
 Call = Callable[[Tensor, Tensor], Tensor]  # (x_t, timestep) -> eps
 
 
 def paper_network(preset: Preset) -> nn.Module:
-    """diffusers' network of the preset's shape, configured as google/ddpm-cifar10-32 and ddpm-celebahq-256 are."""
+    """The preset's network in diffusers, configured like google/ddpm-cifar10-32 and google/ddpm-celebahq-256."""
     from diffusers import UNet2DModel
 
     levels = range(len(preset.channel_multipliers))
@@ -59,10 +59,10 @@ def paper_network(preset: Preset) -> nn.Module:
 
 
 def example_network(preset: Preset = SMALL) -> nn.Module:
-    """diffusers' own settings, as its example of training has them: two layers a block, attention in the last but one.
+    """The network of diffusers' training example: two layers per block, attention in the last level but one.
 
-    The example (docs, "Train a diffusion model") has 128, 128, 256, 256, 512, 512 channels for 128x128; here 64, 128,
-    128 for 32x32, which has as many parameters as SMALL.
+    The example (docs, "Train a diffusion model") has 128, 128, 256, 256, 512, 512 channels for 128x128. This network
+    has 64, 128, 128 channels for 32x32, and as many parameters as SMALL.
     """
     from diffusers import UNet2DModel
 
@@ -82,7 +82,7 @@ def example_network(preset: Preset = SMALL) -> nn.Module:
 
 
 def batch(preset: Preset, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """x_0 [count, C, H, W] in [-1, 1], the same for all."""
+    """Random x0 [count, C, H, W] in [-1, 1]. Every caller gets the same values."""
     return torch.rand(count, *preset.shape, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
 
 
@@ -125,12 +125,11 @@ class Ours:
 
 
 class Theirs:
-    """A network of another package, and a training loop's step with the settings of diffusers' example.
+    """A network of another package, and a training step with the settings of diffusers' example.
 
-    autocast       run the network in bf16
-    channels_last  its memory layout
-    quick          the fused AdamW and the average by torch._foreach, which the example does not ask for
-    compiled       through torch.compile, by this backend
+    autocast: run the network in bf16. channels_last: the memory layout of the weights and the input. quick: the fused
+    AdamW, and the moving average by torch._foreach; the example uses neither. compiled: run the network through
+    torch.compile with `backend`. call: how to call the network (x_t, timestep) -> eps, if it is not diffusers'.
     """
 
     def __init__(
@@ -174,7 +173,7 @@ class Theirs:
 
 @torch.no_grad()
 def ddim(loop: Theirs, preset: Preset, count: int, steps: int) -> Tensor:
-    """`count` images by diffusers' DDIM from torch's global generator, uint8 [count, C, H, W] on the CPU."""
+    """`count` images by diffusers' DDIM, uint8 [count, C, H, W] on the CPU; noise from torch's global generator."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(num_train_timesteps=1000)
@@ -198,24 +197,24 @@ def logged(
 
 
 def trained(preset: Preset, batch_size: int, steps: int, precision: Precision = "bf16", device: str = "cpu") -> Timed:
-    """Seconds a step of `train` itself, without the first step."""
+    """Seconds per step of `ddpm.run.train.train` itself, without the first step."""
     return Timed(seconds_a_step(logged(preset, batch_size, steps + 1, precision, device)))
 
 
 def training_lines(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log that are about training steps; half a line, which is being written, is left out."""
+    """The lines of a run's log that are about training steps, without a last line that is still being written."""
     file = run / "metrics.jsonl"
-    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
-    return [line for line in map(json.loads, whole.splitlines()) if "loss" in line]
+    complete = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    return [line for line in map(json.loads, complete.splitlines()) if "loss" in line]
 
 
 def seconds_a_step(lines: list[dict[str, Any]]) -> float:
-    """By a run's log, without what came before its first line: that has the start in it."""
+    """Seconds per step by the lines of a log. The time before the first line is left out: it contains the start."""
     first, last = lines[0], lines[-1]
     return float((last["seconds"] - first["seconds"]) / (last["step"] - first["step"]))
 
 
-# -- packages that the user has a checkout of --------------------------------------------------------------------------
+# -- checkouts of other packages ---------------------------------------------------------------------------------------
 
 
 def checkout(name: str, path: Path) -> tuple[nn.Module, Call]:
@@ -235,9 +234,9 @@ def checkout(name: str, path: Path) -> tuple[nn.Module, Call]:
 
 
 def denoising_diffusion_pytorch() -> tuple[nn.Module, Call] | str:
-    """Its nearest network, 128 x (1, 2, 2, 2), or why there is none.
+    """The package's nearest network to the paper's, 128 x (1, 2, 2, 2), or the reason why there is none.
 
-    It imports torchvision; that of the index (0.29.2) does not load beside the CPU build of torch 2.13.0.
+    The package imports torchvision. torchvision 0.29.2 of the index does not load with the CPU build of torch 2.13.0.
     """
     try:
         network = importlib.import_module("denoising_diffusion_pytorch").Unet(dim=128, dim_mults=(1, 2, 2, 2))

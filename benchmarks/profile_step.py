@@ -1,11 +1,11 @@
-"""Where the time of one training step and of one sampling call goes, by torch.profiler.
+"""Find where one training step and one sampling call spend their time, with torch.profiler.
 
     python benchmarks/profile_step.py [--network paper] [--batch 16] [--plain]
 
-Every operation's own time on the CPU counts for the first group of GROUPS that its name matches, else for that of the
-operation or range it runs in: a multiplication inside a dropout is dropout. Our own operations are found by their names
-too: an autograd Function, a custom operation ddpm::NAME, or code called through ctypes in
-record_function("ddpm.conv"), "ddpm.norm" and so on. What is outside all operations is Python.
+The time of each operation on the CPU, without the operations that it calls, counts for the first group of GROUPS that
+matches its name. If none matches, it counts for the group of the operation that calls it: a multiplication inside a
+dropout is dropout. The operations of this package have names too: an autograd Function, a custom operation ddpm::NAME,
+or C code in record_function("ddpm.conv"), "ddpm.norm" and so on. Time outside all operations is Python.
 """
 
 import re
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import figures
 import peers
 import record
 from speed import BEST, NETWORKS
@@ -33,7 +34,7 @@ WHOLE = "benchmark: whole"
 
 
 def group(event: Any) -> str:
-    """The group that this event's own time belongs to."""
+    """The group for the time of an event of the profiler."""
     while event is not None and event.name != WHOLE:
         for name, pattern in GROUPS.items():
             if re.search(pattern, event.name, re.IGNORECASE):
@@ -43,31 +44,32 @@ def group(event: Any) -> str:
 
 
 def profiled(function: Callable[[], object], calls: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds a call by group, and by operation; after two calls to warm up."""
+    """Milliseconds per call, by group and by operation. Two calls before warm up."""
     for _ in range(2):
         function()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(calls):
             with record_function(WHOLE):
                 function()
     groups, operations = Counter[str](), Counter[str]()
-    for event in found.events():
+    for event in profiler.events():
         own = event.self_cpu_time_total / 1000 / calls
         if event.name == WHOLE:
             groups[PYTHON] += own
-        elif event.cpu_parent is not None:  # within the whole
+        elif event.cpu_parent is not None:  # an operation inside the measured function
             groups[group(event)] += own
             operations[event.name] += own
     return dict(groups.most_common()), dict(operations.most_common(15))
 
 
 def shares(groups: dict[str, float]) -> dict[str, float]:
+    """The fraction of the total for each group."""
     total = sum(groups.values())
     return {name: value / total for name, value in groups.items()}
 
 
 def programs(network: str, batch: int, precision: Any) -> dict[str, Callable[[], object]]:
-    """One training step, and one call of DDIM with all that it does around the network."""
+    """One training step, and one step of DDIM with everything that it does around the network call."""
     preset = NETWORKS[network][0]
     ours, x0 = peers.Ours(preset, precision), peers.batch(preset, batch)
     sampling = peers.Ours(preset, precision)
@@ -82,22 +84,22 @@ def main() -> None:
     parser = record.parser(__doc__, seconds=0)
     parser.add_argument("--network", choices=NETWORKS, default="paper")
     parser.add_argument("--precision", choices=("bf16", "float32"), default=BEST)
-    parser.add_argument("--batch", type=int, default=16, help="images (%(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="images per call (%(default)s)")
     args = parser.parse_args()
     values: dict[str, Any] = {}
-    text = f"The {args.network} network, {args.precision}, batch {args.batch}; the profiler itself costs some. "
-    text += "`_Convolution` and its backward are ours: norm, swish and dropout are in their time.\n\n"
+    text = f"The {args.network} network, {args.precision}, batch {args.batch}; the profiler itself takes some time. "
+    text += "`_Convolution` and its backward are our kernels: their time contains norm, swish and dropout.\n\n"
     with record.measuring(args):
         for name, function in programs(args.network, args.batch, args.precision).items():
-            found = [profiled(function, 1) for _ in range(args.repeats)]
-            names = list(dict.fromkeys(key for groups, _ in found for key in groups))
-            part = {key: record.spread(100 * shares(groups).get(key, 0.0) for groups, _ in found) for key in names}
-            time = {key: record.spread(groups.get(key, 0.0) for groups, _ in found) for key in names}
-            values[name] = [{"groups_ms": groups, "operations_ms": operations} for groups, operations in found]
-            total = record.spread(sum(groups.values()) for groups, _ in found)
+            profiles = [profiled(function, 1) for _ in range(args.repeats)]
+            names = list(dict.fromkeys(key for groups, _ in profiles for key in groups))
+            part = {key: figures.spread(100 * shares(groups).get(key, 0.0) for groups, _ in profiles) for key in names}
+            time = {key: figures.spread(groups.get(key, 0.0) for groups, _ in profiles) for key in names}
+            values[name] = [{"groups_ms": groups, "operations_ms": operations} for groups, operations in profiles]
+            total = figures.spread(sum(groups.values()) for groups, _ in profiles)
             text += f"## {name}: {total} ms\n\n"
-            text += record.table(["", "ms", "share, %"], [(key, time[key], part[key]) for key in names])
-            operations = "; ".join(f"`{key}` {value:.3g}" for key, value in found[-1][1].items())
+            text += figures.table(["", "ms", "share, %"], [(key, time[key], part[key]) for key in names])
+            operations = "; ".join(f"`{key}` {value:.3g}" for key, value in profiles[-1][1].items())
             text += f"\nThe longest operations of the last repeat, ms: {operations}\n\n"
     suffix = "-plain" if args.plain else ""
     record.write(f"profile{suffix}", "Where a training step and a sampling call spend their time", args, values, text)

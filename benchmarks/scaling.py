@@ -1,9 +1,10 @@
-"""Time of a training step by batch, by image size, and by processes.
+"""Time a training step by batch size, by image size, and by number of processes.
 
     python benchmarks/scaling.py [--network small] [--parts batch size processes]
 
-Batch 1..128 at 32x32 and sides 32..128 at one batch are steps in this process. Processes are `ddpm train` on its own
-log: one with one thread, one with two, and two under torchrun with one thread each, on the same global batch.
+Batches of 1 to 128 at 32x32, and sides of 32 to 128 at one batch size, are steps in this process. The part `processes`
+times `ddpm train` by its log with the same global batch: one process with one thread, one process with two threads, and
+two processes under torchrun with one thread each.
 """
 
 import argparse
@@ -17,8 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import figures
 import peers
 import record
+import timing
 from speed import BEST
 
 NETWORKS = {"paper": peers.PAPER, "small": peers.SMALL}
@@ -26,37 +29,39 @@ PROCESSES = {
     "1 process, 1 thread": (1, 1),
     "1 process, 2 threads": (1, 2),
     "2 processes, 1 thread each": (2, 1),
-}  # what: (processes, threads of each)
+}
+"""(processes, threads of each) by name."""
 
 
 def by_batch(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds a step for each batch."""
+    """Seconds per step for each batch size."""
     preset = NETWORKS[args.network]
     ours = peers.Ours(preset, BEST)
-    cases: dict[str, record.Case] = {str(n): partial(ours.step, peers.batch(preset, n)) for n in args.batches}
-    return record.interleave(cases, args.repeats, args.seconds)
+    cases: dict[str, timing.Case] = {str(n): partial(ours.step, peers.batch(preset, n)) for n in args.batches}
+    return timing.interleave(cases, args.repeats, args.seconds)
 
 
 def by_size(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds a step for each side."""
+    """Seconds per step for each side of the images."""
     presets = {side: replace(NETWORKS[args.network], size=(side, side)) for side in args.sides}
     ours = peers.Ours(NETWORKS[args.network], BEST)  # convolutions take any size
-    cases: dict[str, record.Case] = {
+    cases: dict[str, timing.Case] = {
         str(side): partial(ours.step, peers.batch(preset, args.size_batch)) for side, preset in presets.items()
     }
-    return record.interleave(cases, args.repeats, args.seconds)
+    return timing.interleave(cases, args.repeats, args.seconds)
 
 
 def by_processes(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds a step of `ddpm train` for each number of processes and threads."""
-    cases: dict[str, record.Case] = {
-        name: partial(program, args.network, args.process_batch, args.steps, *how) for name, how in PROCESSES.items()
+    """Seconds per step of `ddpm train` for each number of processes and threads."""
+    cases: dict[str, timing.Case] = {
+        name: partial(program, args.network, args.process_batch, args.steps, *counts)
+        for name, counts in PROCESSES.items()
     }
-    return record.interleave(cases, args.repeats)
+    return timing.interleave(cases, args.repeats)
 
 
-def program(network: str, batch: int, steps: int, processes: int, threads: int) -> record.Timed:
-    """Seconds a step of one `ddpm train`, by its log, without the first step."""
+def program(network: str, batch: int, steps: int, processes: int, threads: int) -> timing.Timed:
+    """Seconds per step of one `ddpm train` by its log, without the first step."""
     with tempfile.TemporaryDirectory() as folder:
         name = "cifar10" if network == "paper" else "cifar10_small"
         words = ["-m", "ddpm", "train", name, "--data", "digits", "--eval-images", "1", "--sample-every", "0"]
@@ -72,7 +77,7 @@ def program(network: str, batch: int, steps: int, processes: int, threads: int) 
         done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
-        return record.Timed(peers.seconds_a_step(peers.training_lines(Path(folder) / "run")))
+        return timing.Timed(peers.seconds_a_step(peers.training_lines(Path(folder) / "run")))
 
 
 def main() -> None:
@@ -81,13 +86,15 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=("batch", "size", "processes"), default=None)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--sides", nargs="+", type=int, default=[32, 48, 64, 96, 128])
-    parser.add_argument("--size-batch", type=int, default=8, help="images at each size (%(default)s)")
-    parser.add_argument("--process-batch", type=int, default=64, help="images a step of all processes (%(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="timed, of each program (%(default)s)")
+    parser.add_argument("--size-batch", type=int, default=8, help="images per step in the part size (%(default)s)")
+    parser.add_argument(
+        "--process-batch", type=int, default=64, help="global batch in the part processes (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of `ddpm train` (%(default)s)")
     args = parser.parse_args()
     parts = args.parts or ["batch", "size", "processes"]
     values: dict[str, Any] = {}
-    text = f"The {args.network} network, bf16 where the hardware has it. Milliseconds an image, images/s.\n\n"
+    text = f"The {args.network} network, bf16 where the hardware has it. Milliseconds per image and images/s.\n\n"
     with record.measuring(args):
         if "batch" in parts:
             found = values["batch"] = by_batch(args)
@@ -102,21 +109,22 @@ def main() -> None:
             text += f"## Processes, batch {args.process_batch} in all\n\n{report('', found, counts)}\n"
             two = list(PROCESSES)
             for other in two[:2]:
-                text += f"{two[2]} against {other}: {record.ratio(found, two[2], other)} times as fast. "
+                text += f"{two[2]} against {other}: {timing.ratio(found, two[2], other)} times as fast. "
     record.write("scaling", "Time by batch, image size and processes", args, values, text + "\n")
 
 
 def report(name: str, found: dict[str, list[float]], counts: dict[str, int], pixels: bool = False) -> str:
+    """A table of seconds per step; counts: images per step of each row; pixels: add the time per pixel."""
     rows: list[list[object]] = []
     for key, seconds in found.items():
-        image = record.spread(1000 * s / counts[key] for s in seconds)
-        rate = record.spread(counts[key] / s for s in seconds)
-        row: list[object] = [key, image, rate]
+        per_image = figures.spread(1000 * s / counts[key] for s in seconds)
+        rate = figures.spread(counts[key] / s for s in seconds)
+        row: list[object] = [key, per_image, rate]
         if pixels:
-            row.append(record.spread(1e9 * s / counts[key] / int(key) ** 2 for s in seconds))
+            row.append(figures.spread(1e9 * s / counts[key] / int(key) ** 2 for s in seconds))
         rows.append(row)
-    header = [name, "ms an image", "images/s", "ns a pixel"]
-    return record.table(header if pixels else header[:3], rows)
+    header = [name, "ms per image", "images/s", "ns per pixel"]
+    return figures.table(header if pixels else header[:3], rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Seconds from `ddpm train digits` to its first step, and from `ddpm sample` to its first image, and on what.
+"""Time `ddpm train digits` to its first step and `ddpm sample` to its first image, and find where the time goes.
 
     python benchmarks/start.py [--repeats 5]
 
-Each repeat is a fresh process. The total is from before it is started until the first step is in the log, or the
-picture is on disk; the parts are those of another process, each without what it calls. What imports take by package,
-`-X importtime` says of one process more (it costs some).
+Each repeat is a fresh process. The total lasts from the start of the process until the first step is in the log, or the
+picture is on disk. Another process measures the parts; the time of a part leaves out the parts that it calls. A third
+process measures the imports by package with `-X importtime`, which itself takes some time.
 """
 
 import json
@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any
 
 BEGUN = "DDPM_BENCHMARK_BEGUN"
+"""The environment variable with the time at which a timed process was started."""
 
 
 def child(command: list[str]) -> None:
-    """`ddpm COMMAND` with its parts timed; ends at the first step or image, with its parts as JSON on stdout."""
+    """Run `ddpm COMMAND` and time its parts. At the first step or image, print them as JSON and end the process."""
     begun = float(os.environ[BEGUN])
-    stamps = {"Python": time.time() - begun}  # until this line
+    stamps = {"Python": time.time() - begun}
     start = time.perf_counter()
     import torch
 
     stamps["import torch"] = time.perf_counter() - start
     start = time.perf_counter()
-    import record
+    import timing
 
     import ddpm.noise
     import ddpm.run.processes
@@ -42,7 +43,7 @@ def child(command: list[str]) -> None:
     from ddpm.files import images
 
     stamps["other imports"] = time.perf_counter() - start
-    parts = record.Parts()
+    parts = timing.Parts()
     places = [
         (datasets, "load_pair", "data"),
         (torch.optim.Adam, "__init__", "making Adam, which imports torch._dynamo"),
@@ -64,31 +65,31 @@ def child(command: list[str]) -> None:
 
     def held_out(*args: Any, **kwargs: Any) -> Any:
         with parts("held-out loss before training"):
-            found = measure_held_out(*args, **kwargs)
-        resting.enter_context(parts("first step"))  # which is all that follows
-        return found
+            losses = measure_held_out(*args, **kwargs)
+        rest.enter_context(parts("first step"))  # all that follows belongs to the first step
+        return losses
 
     def first_step(*args: Any, **kwargs: Any) -> Any:
         step(*args, **kwargs)
         finish()
 
     training.held_out_by_level, torch.optim.Adam.step = held_out, first_step  # type: ignore[method-assign]
-    with ExitStack() as resting, parts.timing(*places), parts("the rest"):
+    with ExitStack() as rest, parts.timing(*places), parts("the rest"):
         cli.main(command)
     finish()
 
 
 def started(command: list[str]) -> dict[str, float]:
-    """Seconds by part of one process."""
+    """Seconds of one timed process by part."""
     environment = {**os.environ, BEGUN: repr(time.time())}
     words = [sys.executable, __file__, "--child", *command]
     out = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(out.stdout.splitlines()[-1])
-    return found
+    seconds: dict[str, float] = json.loads(out.stdout.splitlines()[-1])
+    return seconds
 
 
 def first_line(out: Path) -> float:
-    """Seconds from `ddpm train digits` to the line of its first step, without anything of ours in the process."""
+    """Seconds from `ddpm train digits` to the log line of its first step, in a process that nothing else times."""
     log, begun = out / "metrics.jsonl", time.perf_counter()
     words = [sys.executable, "-m", "ddpm", "train", "digits", "--log-every", "1", "--out", str(out)]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -116,24 +117,25 @@ def sampling(run: Path, out: Path) -> list[str]:
 
 
 def imports(module: str) -> dict[str, float]:
-    """Seconds of own time by package that `import module` takes, most first."""
+    """Seconds that `import module` spends in each top-level package, longest first."""
     words = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
     return by_package(subprocess.run(words, capture_output=True, text=True, check=True).stderr)
 
 
 def by_package(report: str) -> dict[str, float]:
-    """The report of -X importtime, own microseconds | sum | name a line, as seconds by top package.
+    """Seconds by top-level package, from a report of -X importtime: lines of own microseconds | sum | name.
 
     >>> by_package("import time:       100 |        100 |   torch.nn\\nimport time:       50 |   150 | torch\\n")
     {'torch': 0.00015}
     """
-    found = Counter[str]()
+    microseconds = Counter[str]()
     for own, name in re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)", report):
-        found[name.split(".")[0]] += int(own)
-    return {name: own / 1e6 for name, own in found.most_common()}
+        microseconds[name.split(".")[0]] += int(own)
+    return {name: own / 1e6 for name, own in microseconds.most_common()}
 
 
 def main() -> None:
+    import figures
     import record
 
     args = record.parser(__doc__, seconds=0).parse_args()
@@ -152,12 +154,12 @@ def main() -> None:
             parts["sample"].append(started(sampling(run, folder / "sample.png")))
     packages = {module: imports(module) for module in ("ddpm.run.train", "ddpm.run.sample")}
     text = ""
-    for name, what in (("train", "`ddpm train digits` to its first step"), ("sample", "`ddpm sample` to an image")):
+    for name, title in (("train", "`ddpm train digits` to its first step"), ("sample", "`ddpm sample` to an image")):
         keys = list(dict.fromkeys(key for found in parts[name] for key in found))
-        rows = [(key, record.spread(found.get(key, 0.0) for found in parts[name])) for key in keys]
-        inside = record.spread(sum(found.values()) for found in parts[name])
-        text += f"## {what}: {record.spread(totals[name])} s\n\n"
-        text += record.table(["", "s"], [*rows, ("sum, in the timed process", inside)]) + "\n"
+        rows = [(key, figures.spread(found.get(key, 0.0) for found in parts[name])) for key in keys]
+        inside = figures.spread(sum(found.values()) for found in parts[name])
+        text += f"## {title}: {figures.spread(totals[name])} s\n\n"
+        text += figures.table(["", "s"], [*rows, ("sum, in the timed process", inside)]) + "\n"
     for module, found in packages.items():
         most = ", ".join(f"{package} {seconds:.2f}" for package, seconds in list(found.items())[:8])
         text += f"`import {module}`, {sum(found.values()):.2f} s by `-X importtime`: {most}.\n\n"

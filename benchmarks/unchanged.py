@@ -1,11 +1,11 @@
-"""Whether a change of the code left every result as it was, bit for bit.
+"""Check that a change of the code left every result the same, bit for bit.
 
-    python benchmarks/unchanged.py record FILE.json          # runs everything, writes a hash (SHA-256) of each result
-    python benchmarks/unchanged.py compare OLD.json NEW.json     # says what differs or is missing; exit 1 if anything
+    python benchmarks/unchanged.py record FILE.json          # computes everything, writes a SHA-256 of each result
+    python benchmarks/unchanged.py compare OLD.json NEW.json     # prints what differs or is missing; then exits with 1
 
-Hashes compare between two versions of the code on one machine, with the same packages. Another CPU, another PyTorch or
-another number of threads may give other bits. GOMP_SPINCOUNT=1000 in the environment makes it faster beside other work.
-A word about names: an item keeps the name that it had in the first version, whatever the package calls it now.
+Compare two versions of the code on one machine with the same packages. Another CPU, another PyTorch or another number
+of threads may give other bits. GOMP_SPINCOUNT=1000 in the environment makes the script faster beside other work. An
+item keeps the name that it had in the first version of this script, even if the package has renamed its parts since.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-# -- all names that depend on the package: a later version of this script changes them here and nowhere else -----------
+# -- names of the package: when the package renames something, this part of the script changes and no other ------------
 import ddpm
 from ddpm import kernels, likelihood, losses, metrics, noise, ode, pixels, timesteps
 from ddpm.cli import main
@@ -46,7 +45,7 @@ from ddpm.samplers import SAMPLERS
 from ddpm.schedule import SCHEDULES
 from ddpm.spacing import SPACINGS
 
-RENAMED = {  # settings, as they were called: as they are called now
+RENAMED = {  # old name of a setting: its name now
     "multipliers": "channel_multipliers",
     "blocks": "num_res_blocks",
     "attention": "attention_resolutions",
@@ -55,13 +54,14 @@ RENAMED = {  # settings, as they were called: as they are called now
     "checkpointing": "gradient_checkpointing",
     "ema": "ema_decay",
 }
-# Words of the command line (options, commands, values), as below: as they are called now.
+# Words of the command line that the items below use (options, commands, values): their names now.
 WORDS = {f"--{was}": f"--{is_now.replace('_', '-')}" for was, is_now in RENAMED.items()} | {"flow": "pf_ode"}
-# Keys of JSON that the package writes, as they are called now: as they were called.
+# Keys of JSON files that the package writes: their old names.
 KEYS = {is_now: was for was, is_now in RENAMED.items()} | {"levels_per_image": "levels"}
-TIMED = {"seconds", "images_per_second"}  # keys of JSON that differ from run to run,
-VERSIONED = {"version", "_diffusers_version"}  # .. from version to version,
-NAMED = {"sha256", "identity", "weights_sha256", "model", "measured_on"}  # .. and with how a model is identified
+# Keys of JSON files that are left out: they differ between runs, between versions, and with the identity of a model.
+TIMED = {"seconds", "images_per_second"}
+VERSIONED = {"version", "_diffusers_version"}
+NAMED = {"sha256", "identity", "weights_sha256", "model", "measured_on"}
 SAMPLED = "ancestral ddim dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc unipc_3 heun flow".split()
 PRESET = "cifar10 celebahq256 lsun_bedroom lsun_bedroom_large lsun_church lsun_cat digits mnist cifar10_small".split()
 PRESET += ["cifar10_fast", "cifar10_likelihood"]
@@ -69,22 +69,22 @@ PAPER = "table1 table3 table4 fig5 fig6 fig7 fig8 fig9 fig10 neighbours".split()
 
 
 def now(word: object) -> str:
-    """A word of the command line, or the name of a sampler, schedule, spacing or preset, as it is called now."""
+    """The name that a word of the command line, a sampler, schedule, spacing or preset has now."""
     return WORDS.get(str(word), str(word))
 
 
 def checkpoint(run: str, step: int, kind: str) -> Path:
-    """A file of weights of a run: kind is ema, raw or optimizer."""
+    """The path of a file of weights in a run: kind is ema, raw or optimizer."""
     return Path(run, "checkpoints", f"{step:08d}", f"{kind}.safetensors")
 
 
 def calibration(weights: Path) -> Path:
-    """The file of the calibration that belongs to a file of weights."""
+    """The path of the calibration that belongs to a file of weights."""
     return weights.with_name(f"{weights.stem}.calibration.json")
 
 
 def anonymous(model: Any) -> Any:
-    """A codec's model that writes zeros for its identity."""
+    """The codec's model with zeros in place of its identity."""
     return replace(model, identity=bytes(4))
 
 
@@ -95,45 +95,45 @@ THREADS = 2
 
 
 def digest(value: Any) -> str:
-    """The SHA-256 of a value: of arrays type, shape and bytes; of dicts the entries by name; of the rest its JSON."""
-    found = hashlib.sha256()
+    """The SHA-256 of a value: type, shape and bytes of an array, the sorted entries of a dict, JSON of the rest."""
+    sha256 = hashlib.sha256()
 
-    def add(one: Any) -> None:
-        if isinstance(one, torch.Tensor):
-            flat = one.detach().cpu().contiguous()
-            found.update(f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)} ".encode())
-            found.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(one, np.ndarray):
-            found.update(f"{one.dtype} {list(one.shape)} ".encode() + np.ascontiguousarray(one).tobytes())
-        elif isinstance(one, bytes):
-            found.update(f"bytes {len(one)} ".encode() + one)
-        elif isinstance(one, dict):
-            found.update(f"dict {len(one)} ".encode())
-            for key in sorted(one, key=str):
-                found.update(f"{key} ".encode())
-                add(one[key])
-        elif isinstance(one, list | tuple):
-            found.update(f"list {len(one)} ".encode())
-            for part in one:
+    def add(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            flat = item.detach().cpu().contiguous()
+            sha256.update(f"{str(item.dtype).removeprefix('torch.')} {list(item.shape)} ".encode())
+            sha256.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(item, np.ndarray):
+            sha256.update(f"{item.dtype} {list(item.shape)} ".encode() + np.ascontiguousarray(item).tobytes())
+        elif isinstance(item, bytes):
+            sha256.update(f"bytes {len(item)} ".encode() + item)
+        elif isinstance(item, dict):
+            sha256.update(f"dict {len(item)} ".encode())
+            for key in sorted(item, key=str):
+                sha256.update(f"{key} ".encode())
+                add(item[key])
+        elif isinstance(item, list | tuple):
+            sha256.update(f"list {len(item)} ".encode())
+            for part in item:
                 add(part)
         else:
-            found.update(json.dumps(one).encode() + b" ")
+            sha256.update(json.dumps(item).encode() + b" ")
 
     add(value)
-    return found.hexdigest()
+    return sha256.hexdigest()
 
 
 def plain(value: Any) -> Any:
-    """JSON without what is of a run, of a version or of a model's identity: NAMED, and hashes of 64 digits."""
+    """JSON with old names of keys, without the keys TIMED, VERSIONED and NAMED and without SHA-256 hashes."""
     if isinstance(value, dict):
-        left = {KEYS.get(key, key): one for key, one in value.items()}
+        entries = {KEYS.get(key, key): entry for key, entry in value.items()}
         return {
-            key: one if key == "fingerprint" else plain(one)
-            for key, one in left.items()
+            key: entry if key == "fingerprint" else plain(entry)
+            for key, entry in entries.items()
             if key not in TIMED | VERSIONED | NAMED
         }
     if isinstance(value, list):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     return "a hash" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
@@ -144,27 +144,29 @@ def picture(path: Path) -> np.ndarray:
 
 
 def content(path: Path) -> Any:
-    """What a file says, apart from how it is packed."""
+    """The content of a file without its packing: pixels, JSON, arrays, tensors, or bytes."""
     if path.suffix == ".png":
         return picture(path)
     if path.suffix == ".json":
         return plain(json.loads(path.read_text()))
     if path.suffix == ".npz":
         with np.load(path) as arrays:
-            return {name: plain(json.loads(str(one))) if one.dtype.kind == "U" else one for name, one in arrays.items()}
+            return {
+                name: plain(json.loads(str(item))) if item.dtype.kind == "U" else item for name, item in arrays.items()
+            }
     return tensors(path) if path.suffix == ".safetensors" else path.read_bytes()
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What all files under a folder say, by name.
+    """The contents of all files under a folder, by name.
 
-    The name of a cache ends in a key of the model's identity and the version. It is left out. So some files may share a
-    name, and their contents are put in the order of their hashes.
+    The name of a cache ends in a key that depends on the model's identity and the version; it is left out. Several
+    files may then share a name, so each name has a list of contents in the order of their hashes.
     """
-    found: dict[str, list[Any]] = {}
+    results: dict[str, list[Any]] = {}
     for path in filter(Path.is_file, folder.rglob("*")):
-        found.setdefault(re.sub("-[0-9a-f]{16}", "-KEY", str(path.relative_to(folder))), []).append(content(path))
-    return {name: sorted(some, key=digest) for name, some in found.items()}
+        results.setdefault(re.sub("-[0-9a-f]{16}", "-KEY", str(path.relative_to(folder))), []).append(content(path))
+    return {name: sorted(values, key=digest) for name, values in results.items()}
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -174,13 +176,13 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a safetensors file, the settings in it as JSON."""
+    """The metadata of a safetensors file, with its settings as JSON."""
     with safe_open(path, "pt") as file:
         return {key: json.loads(text) if key == "config" else text for key, text in file.metadata().items()}
 
 
 def cli(*words: object) -> Any:
-    """Run a command of `ddpm` in this process and return the JSON that it prints; RuntimeError where it fails."""
+    """Run a command of `ddpm` in this process and return the JSON that it prints. RuntimeError if it fails."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         code = main([now(word) for word in (*words, "--json")])
@@ -189,7 +191,7 @@ def cli(*words: object) -> Any:
     return plain(json.loads(out.getvalue().splitlines()[-1]))
 
 
-# -- what the items work on; the working directory is an empty folder --------------------------------------------------
+# -- inputs of the items; the working directory is a temporary folder --------------------------------------------------
 
 CIFAR = {name: f"{name}.safetensors" for name in ("cifar10_fast", "cifar10_likelihood")}
 MODELS = {"digits": "digits", **CIFAR}
@@ -204,8 +206,8 @@ FEATURES = (
 )
 
 
-def made(seed: int, height: int, width: int, channels: int) -> np.ndarray:
-    """A picture uint8 [H, W, C]: coarse patches, a slope and some noise."""
+def synthetic(seed: int, height: int, width: int, channels: int) -> np.ndarray:
+    """A synthetic picture uint8 [H, W, C]: coarse patches, a slope and some noise."""
     draws = np.random.default_rng(seed)
     coarse = np.kron(draws.uniform(40, 200, (height // 8 + 1, width // 8 + 1, channels)), np.ones((8, 8, 1)))
     slope = np.linspace(-30, 30, width)[None, :, None]
@@ -214,9 +216,9 @@ def made(seed: int, height: int, width: int, channels: int) -> np.ndarray:
 
 
 def draw(path: str, seed: int, height: int, width: int, mode: str = "RGB") -> None:
-    """A file of a made picture in one of Pillow's modes."""
+    """Write a synthetic picture in one of Pillow's modes."""
     channels = {"L": 1, "RGBA": 4, "I;16": 1}.get(mode, 3)
-    array = made(seed, height, width, channels)
+    array = synthetic(seed, height, width, channels)
     array = array[..., 0] if channels == 1 else array
     image = Image.fromarray(array.astype(np.uint16) * 257 + 3 if mode == "I;16" else array)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -224,13 +226,13 @@ def draw(path: str, seed: int, height: int, width: int, mode: str = "RGB") -> No
 
 
 def prepare() -> None:
-    """The files that items read."""
+    """Write the files that the items read."""
     for name, file in CIFAR.items():
         for source in (ROOT / "models" / file, calibration(ROOT / "models" / file)):
             shutil.copy(source, ".")
         assert calibration(Path(file)).is_file(), name
     Path("features.py").write_text(FEATURES)
-    for i in range(24):  # names that sort by number, sides that do not fit
+    for i in range(24):  # names that sort by number, sides that no preset has
         draw(f"photos/{'ab'[i % 2]}/{i}.png", i, 16 + 3 * (i % 5), 16 + 5 * (i % 3), "P" if i % 6 == 5 else "RGB")
     for i in range(5):
         for k, mode in enumerate(("L", "RGBA", "I;16")):
@@ -252,7 +254,7 @@ def prepare() -> None:
 
 @cache
 def small() -> str:
-    """A run of few levels and steps, for what would take long with more."""
+    """A run with few levels and steps, for items that would take long with more."""
     options = "--levels 40 --steps 20 --save-every 20 --sample-every 0 --eval-images 32 --sample-steps 5"
     cli("train", "digits", "--out", "small", *options.split())
     return "small"
@@ -260,51 +262,51 @@ def small() -> str:
 
 @cache
 def calibrated() -> str:
-    """The weights of `small`, on their own, after `ddpm calibrate`."""
+    """A copy of the weights of `small`, after `ddpm calibrate`."""
     shutil.copy(checkpoint(small(), 20, "ema"), "calibrated.safetensors")
     cli("calibrate", "calibrated.safetensors", "-n", 24, "--codec", 8)
     return "calibrated.safetensors"
 
 
-# -- items: each gives a value, or a dict of values that become items of their own -------------------------------------
+# -- items: each returns a value, or a dict whose values become items of their own -------------------------------------
 
 
 def sampled(model: str, *options: object) -> dict[str, Any]:
-    """Four images by the command line, and every state and estimate on the way by Python.
+    """Four images by the command line, and every x_t and x0^ of the same sampling by Python.
 
-    Six steps are the fewest at which solvers of order 3 differ clearly from those of order 2.
+    With fewer than six steps, solvers of order 3 hardly differ from those of order 2.
     """
     cli("sample", MODELS[model], "-n", 4, "--steps", 6, "--out", "samples.npz", "--sampler", *options)
     uint8 = content(Path("samples.npz"))
     Path("samples.npz").unlink()
-    found = open_checkpoint(MODELS[model])
-    way = list(trajectory(found.denoiser, found.preset.shape, range(4), now(options[0]), 6))
-    return {"uint8": uint8, "float32": [(step.t, step.x, step.x0) for step in way]}
+    checkpoint = open_checkpoint(MODELS[model])
+    steps = list(trajectory(checkpoint.denoiser, checkpoint.preset.shape, range(4), now(options[0]), 6))
+    return {"uint8": uint8, "float32": [(step.t, step.x, step.x0) for step in steps]}
 
 
 def sample_options(options: str, out: str) -> Any:
-    """What `ddpm sample digits` leaves with these options."""
+    """The files that `ddpm sample digits` writes with these options."""
     cli("sample", "digits", "-n", 4, "--out", out, *options.split())
     path = Path(out)
-    found = contents(path) if path.is_dir() else content(path)
+    results = contents(path) if path.is_dir() else content(path)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return found
+    return results
 
 
 def trained(name: str, preset: str, options: str, stops: tuple[int, ...]) -> dict[str, Any]:
-    """A run: losses in its log, settings, pictures, and the weights in the end."""
+    """A run: the losses in its log, its settings, its samples, and its last weights."""
     for steps in stops:
         cli("train", preset, "--out", name, "--steps", steps, *options.split())
     log = [plain(json.loads(line)) for line in Path(name, "metrics.jsonl").read_text().splitlines()]
-    found = {kind: tensors(checkpoint(name, stops[-1], kind)) for kind in ("ema", "raw", "optimizer")}
+    results = {kind: tensors(checkpoint(name, stops[-1], kind)) for kind in ("ema", "raw", "optimizer")}
     settings = plain(metadata(checkpoint(name, stops[-1], "ema")))
-    return {"log": log, "settings": settings, "samples": contents(Path(name, "samples")), **found}
+    return {"log": log, "settings": settings, "samples": contents(Path(name, "samples")), **results}
 
 
 DIGITS = "--log-every 10 --save-every 25 --sample-every 25 --sample-count 8 --sample-steps 10 --eval-images 64"
 TINY = "--width 32 --blocks 1 --attention 8 --batch-size 8 --warmup 4 --save-every 6 --log-every 3 --eval-images 16 "
 TINY += "--sample-every 12 --sample-count 4 --sample-steps 5 --data photos --size"
-TRAINED = [  # preset, options, at which steps it stops
+TRAINED = [  # preset, options, steps at which the run stops
     ("digits", DIGITS, (50,)),
     ("digits", DIGITS, (25, 50)),
     ("cifar10_small", f"{TINY} 16 --multipliers 1,2 --dropout 0.2 --variance learned_range --loss hybrid --schedule "
@@ -335,35 +337,35 @@ def bound() -> dict[str, Any]:
 
 
 def evaluated(run: Callable[[], str], options: str) -> dict[str, Any]:
-    """The files that `ddpm evaluate` leaves."""
+    """The files that `ddpm evaluate` writes."""
     out = Path(tempfile.mkdtemp(dir="."))
     cli("evaluate", run(), "--out", out, *options.replace("--levels", "--levels-per-image").split())
     return contents(out)
 
 
 def blanked(data: bytes) -> bytes:
-    """A file of the codec without what changes with the identity of the model or the machine: zeros are there instead.
+    """A file of the codec with zeros in place of the bytes that depend on the model's identity or the machine.
 
-    Pictures (DPC) and archives (DPA) begin alike. Bytes 0-2 are the kind, 3 the version and flags, 4 is K. Bytes 5-8
-    are the model's identity. Then come five varints; in the local profile 2 bytes that name the machine; and the
-    header's check byte, a CRC-8 over all before it. The last 4 bytes of a file are the CRC-32 of all before them. The
-    checksums of x and of the pixels, which stand before it, are of the picture alone, and stay.
+    Pictures (DPC) and archives (DPA) begin alike. Bytes 0-2 are the kind, byte 3 the version and flags, byte 4 is K,
+    and bytes 5-8 are the model's identity. Then come five varints; in the local profile 2 bytes that name the machine;
+    and the header's check byte, a CRC-8 of all bytes before it. The last 4 bytes of a file are the CRC-32 of all bytes
+    before them. The checksums of x and of the pixels depend on the picture alone and stay.
     """
-    at = 9
+    position = 9
     for _ in range(5):
-        while data[at] & 128:
-            at += 1
-        at += 1
-    end = at + (2 if data[3] & 2 else 0)
-    return data[:5] + bytes(4) + data[9:at] + bytes(end + 1 - at) + data[end + 1 : -4] + bytes(4)
+        while data[position] & 128:
+            position += 1
+        position += 1
+    end = position + (2 if data[3] & 2 else 0)
+    return data[:5] + bytes(4) + data[9:position] + bytes(end + 1 - position) + data[end + 1 : -4] + bytes(4)
 
 
 def coded(model: str, files: str, options: str) -> dict[str, Any]:
-    """Files of pictures, each of which is read again; exactly, unless a limit of bits or decibels was set."""
+    """Compressed pictures, whole and cut in half. A whole file must be read exactly unless its options set a limit."""
     folder = Path(tempfile.mkdtemp(dir="."))
     names = [f"{file}.png" for file in files.split()]
     cli("compress", MODELS[model], *names, "--out", folder, *options.split())
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for path in sorted(folder.glob("*")):
         back = path.with_suffix(".png")
         about = cli("decompress", MODELS[model], path, "--out", back)
@@ -371,23 +373,23 @@ def coded(model: str, files: str, options: str) -> dict[str, Any]:
             assert np.array_equal(picture(back), picture(Path(back.name))), f"{path.name} is not read exactly"
         data = path.read_bytes()
         early = cli("decompress", MODELS[model], path, "--out", "early.png", "--at", max(len(data) // 2, 25))
-        found[path.stem] = {
+        results[path.stem] = {
             "file": blanked(data),
             "read": (picture(back), about["exact"], about["groups"]),
             "half": (picture(Path("early.png")), early["exact"], early["groups"]),
         }
         Path("early.png").unlink()
-        said = cli("inspect", path, "--run", MODELS[model])
-        found[path.stem]["said"] = {key: one for key, one in said.items() if key != "file"}
-    assert len(found) == len(names)
-    return found
+        inspected = cli("inspect", path, "--run", MODELS[model])
+        results[path.stem]["said"] = {key: item for key, item in inspected.items() if key != "file"}
+    assert len(results) == len(names)
+    return results
 
 
 def archived(model: str, files: str, local: bool) -> dict[str, Any]:
-    """An archive of pictures, as it is written by a model without identity; the command line reads its own.
+    """An archive of pictures from a model without identity. The command line also writes and reads one with identity.
 
-    What is pushed onto an archive's stack contains whole files, and these contain the identity. So all of it changes
-    with the identity, and blanking two fields of it would not be enough.
+    The stack of an archive contains whole files, which contain the identity. So every byte depends on the identity, and
+    zeros in two fields would not be enough.
     """
     names = [f"{file}.png" for file in files.split()]
     arrays = [picture(Path(name)) for name in names]
@@ -427,15 +429,15 @@ DPC = [  # model, pictures, options: 36 files
 
 
 def exported() -> dict[str, Any]:
-    """A file and a folder for others, and what comes back from the folder."""
+    """An exported file, an exported diffusers folder, and the import of that folder."""
     cli("export", calibrated(), "--out", "mine.safetensors")
     cli("export", calibrated(), "--to", "diffusers", "theirs")
     cli("import", "theirs", "--out", "back.safetensors", "--data", "digits")
-    found = {f"diffusers {name}": one for name, one in contents(Path("theirs")).items()}
+    results = {f"diffusers {name}": item for name, item in contents(Path("theirs")).items()}
     for file in (Path("mine.safetensors"), Path("back.safetensors")):
-        found |= {f"{file.stem} weights": tensors(file), f"{file.stem} metadata": plain(metadata(file))}
+        results |= {f"{file.stem} weights": tensors(file), f"{file.stem} metadata": plain(metadata(file))}
     mine = Path("mine.safetensors")
-    return found | {"calibration": content(calibration(mine)), "grid": picture(mine.with_suffix(".png"))}
+    return results | {"calibration": content(calibration(mine)), "grid": picture(mine.with_suffix(".png"))}
 
 
 def paper(name: str) -> dict[str, Any]:
@@ -455,13 +457,13 @@ def ablation() -> dict[str, Any]:
 
 
 def edited(command: str, options: str) -> Any:
-    """The picture that a command of editing leaves."""
+    """The picture that an editing command writes."""
     cli(command, "digits", *options.split(), "--out", "edited.png")
     return picture(Path("edited.png"))
 
 
 def scored() -> dict[str, Any]:
-    """The metrics of two sets of made features."""
+    """The metrics of two sets of synthetic features."""
     draws = np.random.default_rng(0)
     a, b = draws.normal(size=(200, 16)), draws.normal(size=(150, 16)) * 1.1 + 0.1
     return {
@@ -474,19 +476,19 @@ def scored() -> dict[str, Any]:
 
 
 def loaded(source: str, channels: int, cached: int = 1 << 30) -> dict[str, Any]:
-    """The images of a folder in their order, with all that is said of them, and those of some steps of training."""
-    found = {}
+    """The images of a source with labels, class names and fingerprint, and the batches of some training steps."""
+    results = {}
     for kind, images in zip(
         ("train", "held out"), data.load_pair(source, (12, 10), channels, cache_bytes=cached), strict=True
     ):
-        found[kind] = (images.batch(range(len(images))), images.labels, images.class_names, images.fingerprint)
+        results[kind] = (images.batch(range(len(images))), images.labels, images.class_names, images.fingerprint)
         steps = data.batches(images, 1, 3, 0, 4, workers=0)
-        found[f"{kind}, batches"] = list(steps)
-    return found
+        results[f"{kind}, batches"] = list(steps)
+    return results
 
 
 def drawn() -> dict[str, Any]:
-    """Everything random that is not a picture's: noise, mixed seeds, order, levels of a batch and their weights."""
+    """Random numbers: noise, mixed seeds, the order of images, the levels of a batch and their weights."""
     plan = SCHEDULES[now("cosine")](1000, 1e-4, 0.02)
     draws = noise.per_image([0, 7, 1 << 40], (3, 5, 7))
     how = ("uniform", "stratified", "lognormal", "bound")
@@ -506,33 +508,33 @@ def drawn() -> dict[str, Any]:
 
 
 def spaced() -> dict[str, Any]:
-    """The levels that each spacing takes of each schedule, and those that the bound's spacing takes of the digits'."""
-    found: dict[str, Any] = {}
+    """The levels of each spacing for each schedule, and the levels of the spacing `bound` for the digits."""
+    results: dict[str, Any] = {}
     for name in ("linear", "quad", "const", "cosine"):
         for kind in ("uniform", "quadratic", "log_snr", "karras"):
             plan = SCHEDULES[now(name)](1000, 1e-4, 0.02)
-            found[f"{name}, {kind}"] = [SPACINGS[now(kind)](plan, n, s) for n, s in ((7, None), (5, 400))]
+            results[f"{name}, {kind}"] = [SPACINGS[now(kind)](plan, n, s) for n, s in ((7, None), (5, 400))]
     digits = open_checkpoint("digits")
-    return found | {"bound": [visited(digits, now("ddim"), n, now("bound")) for n in (1, 4, 30)]}
+    return results | {"bound": [visited(digits, now("ddim"), n, now("bound")) for n in (1, 4, 30)]}
 
 
 def items() -> dict[str, Callable[[], Any]]:
-    """Every item by name; the order is that of a run."""
-    found: dict[str, Callable[[], Any]] = {"draws": drawn, "spacings": spaced, "metrics": scored}
+    """Every item by name, in the order in which they run."""
+    results: dict[str, Callable[[], Any]] = {"draws": drawn, "spacings": spaced, "metrics": scored}
     for name in ("linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"):
-        found[f"schedules/{name}"] = lambda name=name: SCHEDULES[now(name)](1000, 1e-4, 0.02).alpha_bar
+        results[f"schedules/{name}"] = lambda name=name: SCHEDULES[now(name)](1000, 1e-4, 0.02).alpha_bar
     for name in PRESET:
-        found[f"presets/{name}"] = lambda name=name: plain(json.loads(json.dumps(to_json(PRESETS[now(name)]))))
+        results[f"presets/{name}"] = lambda name=name: plain(json.loads(json.dumps(to_json(PRESETS[now(name)]))))
     for source in ("photos", "photos.zip", "L", "R", "I"):
         for channels in (1, 3, 4):
-            found[f"data/{source} as {channels}"] = partial(loaded, source, channels)
-    found["data/photos, decoded late"] = partial(loaded, "photos", 3, 0)
-    found["data/digits"] = partial(loaded, "digits", 1)
+            results[f"data/{source} as {channels}"] = partial(loaded, source, channels)
+    results["data/photos, decoded late"] = partial(loaded, "photos", 3, 0)
+    results["data/digits"] = partial(loaded, "digits", 1)
     for model in MODELS:
         for sampler in SAMPLED:
-            found[f"samples/{model}, {sampler}"] = partial(sampled, model, sampler)
+            results[f"samples/{model}, {sampler}"] = partial(sampled, model, sampler)
         for precision in ("float32", "bf16"):
-            found[f"samples/{model}, {precision}"] = partial(sampled, model, "ddim", "--precision", precision)
+            results[f"samples/{model}, {precision}"] = partial(sampled, model, "ddim", "--precision", precision)
     for options in (
         "--class 7 --guidance 2 --steps 4", "--class all --steps 4", "--class 1 2 --steps 4 --batch-size 3 --seed 9",
         "--class 3 --guidance 3 --guidance-interval 200,800 --sampler unipc --steps 4", "--clip none --steps 4",
@@ -540,59 +542,59 @@ def items() -> dict[str, Callable[[], Any]]:
         *(f"--sampler ddim --steps 4 --spacing {kind}" for kind in "uniform quadratic log_snr karras bound".split()),
         *(f"--steps 4 --variance {kind}" for kind in ("fixed_large", "fixed_small", "calibrated")),
     ):  # fmt: skip
-        found[f"samples/digits {options}"] = partial(sample_options, options, "sampled.npz")
-    found["samples/grid"] = partial(sample_options, "--class all --steps 4", "sampled.png")
-    found["samples/folder"] = partial(sample_options, "--steps 4", "sampled")
-    found["samples/progressive"] = partial(sample_options, "--steps 15 --progressive", "progressive.png")
+        results[f"samples/digits {options}"] = partial(sample_options, options, "sampled.npz")
+    results["samples/grid"] = partial(sample_options, "--class all --steps 4", "sampled.png")
+    results["samples/folder"] = partial(sample_options, "--steps 4", "sampled")
+    results["samples/progressive"] = partial(sample_options, "--steps 15 --progressive", "progressive.png")
     for number, (preset, options, stops) in enumerate(TRAINED):
         changed = options.replace(TINY, "tiny").replace(DIGITS, "")
-        found[f"training/{preset} {changed} {stops}"] = partial(trained, f"run{number}", preset, options, stops)
-    found["bound"] = bound
-    found["calibration"] = lambda: content(calibration(Path(calibrated())))
+        results[f"training/{preset} {changed} {stops}"] = partial(trained, f"run{number}", preset, options, stops)
+    results["bound"] = bound
+    results["calibration"] = lambda: content(calibration(Path(calibrated())))
     for options in ("-n 6 --metrics nll ode --ode-steps 6", "-n 6 --variance calibrated --levels 5 --draws 2"):
-        found[f"evaluate/{options}"] = partial(evaluated, calibrated, options)
+        results[f"evaluate/{options}"] = partial(evaluated, calibrated, options)
     quality = "-n 40 --metrics fid is kid pr --features features.py:network --sampler ddim --steps 5"
-    found["evaluate/fid is kid pr"] = partial(evaluated, small, quality)
+    results["evaluate/fid is kid pr"] = partial(evaluated, small, quality)
     for model, files, options in DPC:
-        found[f"codec/{model} {files} {options}"] = partial(coded, model, files, options)
+        results[f"codec/{model} {files} {options}"] = partial(coded, model, files, options)
     for model, files in (("digits", "d0 d1 d2 d3 d4 d5 grey"), ("cifar10_likelihood", "c0 c1 crop")):
         for local in (False, True):
-            found[f"archive/{model}{', local' * local}"] = partial(archived, model, files, local)
-    found["export"] = exported
+            results[f"archive/{model}{', local' * local}"] = partial(archived, model, files, local)
+    results["export"] = exported
     for name in PAPER:
-        found[f"paper/{name}"] = partial(paper, name)
-    found["paper/table2"] = ablation
+        results[f"paper/{name}"] = partial(paper, name)
+    results["paper/table2"] = ablation
     for command, options in (
         ("edit", "d0.png --t 400 -n 3 --steps 5"), ("edit", "d0.png --t 300 --invert 2 --class 7 --steps 5"),
         ("interpolate", "d0.png d1.png -n 4 --steps 6"), ("interpolate", "d0.png d1.png -n 3 --sampler unipc --t 700"),
         ("inpaint", "d0.png mask.png -n 2 --steps 8 --resample 2 --jump 2"),
     ):  # fmt: skip
-        found[f"{command}/{options}"] = partial(edited, command, options)
-    return found
+        results[f"{command}/{options}"] = partial(edited, command, options)
+    return results
 
 
 # -- the record --------------------------------------------------------------------------------------------------------
 
 
 def about() -> dict[str, Any]:
-    """Where and of what a record was made."""
-    from machine import hardware, versions  # beside this file
+    """Where a record was made, and from which code."""
+    from record import provenance  # a file beside this script
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     used = {str(dtype).removeprefix("torch."): kernels.identity(dtype) for dtype in kernels.SOURCES}
     return {
-        "commit": commit.stdout.strip(), "package": str(Path(ddpm.__file__).parent), "hardware": hardware(),
-        "threads": torch.get_num_threads(), "versions": versions(), "kernels": used,
+        **provenance(),
+        "package": str(Path(ddpm.__file__).parent),
+        "kernels": used,
         "model written by": load_codec(MODELS["cifar10_likelihood"]).where.hex(),
-    }  # fmt: skip
+    }
 
 
 def record(out: Path, only: str) -> int:
-    """Run all items whose name holds `only`, and write their hashes; 1 where one of them failed."""
+    """Run all items whose name contains `only`, and write their hashes. Returns 1 if an item failed."""
     torch.set_num_threads(THREADS)
-    warnings.simplefilter("ignore")  # of conversions, in words that may change
+    warnings.simplefilter("ignore")  # the package warns of conversions of images
     hashes: dict[str, str] = {}
-    out, here, begun = out.absolute(), os.getcwd(), time.perf_counter()
+    out, start_folder, begun = out.absolute(), os.getcwd(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
@@ -606,13 +608,13 @@ def record(out: Path, only: str) -> int:
                 try:
                     value = item()
                     parts = value if isinstance(value, dict) else {"": value}
-                    hashes |= {f"{name}: {part}".removesuffix(": "): digest(one) for part, one in parts.items()}
+                    hashes |= {f"{name}: {key}".removesuffix(": "): digest(part) for key, part in parts.items()}
                 except Exception as error:
                     hashes[name] = f"error: {type(error).__name__}: {error}"
                     print(f"{name}: {hashes[name]}", file=sys.stderr)
                 print(f"{time.perf_counter() - start:6.1f} s  {name}", file=sys.stderr)
         finally:
-            os.chdir(here)
+            os.chdir(start_folder)
     out.write_text(json.dumps({"about": info, "items": hashes}, indent=1) + "\n")
     failed = sum(value.startswith("error: ") for value in hashes.values())
     print(f"{len(hashes)} items, {failed} errors, {time.perf_counter() - begun:.0f} s: {out}", file=sys.stderr)
@@ -620,7 +622,7 @@ def record(out: Path, only: str) -> int:
 
 
 def compare(old: Path, new: Path) -> int:
-    """Print what of two records differs; 1 if anything but where they were made does."""
+    """Print the items that differ between two records. Returns 1 if there are any."""
     before, after = (json.loads(path.read_text()) for path in (old, new))
     for key in before["about"].keys() | after["about"].keys():
         if before["about"].get(key) != after["about"].get(key):
@@ -639,11 +641,11 @@ def compare(old: Path, new: Path) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("record")
-    one.add_argument("out", type=Path)
-    one.add_argument("--only", default="", metavar="TEXT", help="items whose name holds it (all)")
-    two = commands.add_parser("compare")
-    two.add_argument("old", type=Path)
-    two.add_argument("new", type=Path)
+    record_parser = commands.add_parser("record")
+    record_parser.add_argument("out", type=Path)
+    record_parser.add_argument("--only", default="", metavar="TEXT", help="only items whose name contains TEXT (all)")
+    compare_parser = commands.add_parser("compare")
+    compare_parser.add_argument("old", type=Path)
+    compare_parser.add_argument("new", type=Path)
     args = parser.parse_args()
     sys.exit(record(args.out, args.only) if args.command == "record" else compare(args.old, args.new))

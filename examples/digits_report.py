@@ -1,11 +1,11 @@
-"""How many generated digits does a classifier recognise that has only ever seen real ones?
+"""Measure how many generated digits a classifier recognises that has seen only real digits.
 
     python examples/digits_report.py SAMPLES.npz [--asked]
 
-The classifier has eleven classes: the ten digits, and real digits with their pixels shuffled, so that it can
-also say "not a digit". Prints the share to which it gives some digit a probability above 0.9: of the samples,
-of held-out real digits, and of uniform noise, which should be near 0. With --asked the samples are those of
-`ddpm sample --class all`, 0 to 9 in turn: then also the share of them that are taken for the digit they should be.
+The classifier has eleven classes: the ten digits, and real digits with shuffled pixels, which stand for "not a digit".
+The script prints the share of images for which some digit has a probability above 0.9: of the samples, of held-out real
+digits, and of uniform noise, for which it should be near 0. --asked is for samples of `ddpm sample --class all`, which
+are 0 to 9 in turn. The script then also prints the share of samples that are recognised as the digit asked for.
 """
 
 import json
@@ -19,11 +19,12 @@ from ddpm.files import data as datasets
 
 
 def flat(images: datasets.Images) -> np.ndarray:
+    """All images as rows of pixels in [0, 1], [N, 64]."""
     return images.batch(range(len(images))).flatten(1).numpy() / 255
 
 
 def report(samples: np.ndarray, asked: bool = False) -> dict[str, object]:
-    """The shares, for uint8 samples [N, 8, 8, 1], and how the samples spread over the ten classes."""
+    """The shares for uint8 samples [N, 8, 8, 1], and the number of samples that are recognised as each digit."""
     train, test = datasets.load_pair("digits", (8, 8), 1)
     x, x_test = flat(train), flat(test)
     random = np.random.default_rng(0)
@@ -32,9 +33,11 @@ def report(samples: np.ndarray, asked: bool = False) -> dict[str, object]:
     classifier.fit(np.concatenate([x, shuffled]), np.concatenate([train.labels, np.full(len(x), 10)]))
 
     def digit(x: np.ndarray) -> np.ndarray:
+        """The probability of each of the ten digits."""
         return classifier.predict_proba(x)[:, :10]
 
     def share(x: np.ndarray) -> float:
+        """The share of the rows that are recognised as some digit."""
         return round(float((digit(x).max(1) > 0.9).mean()), 4)
 
     generated = samples.reshape(len(samples), -1) / 255

@@ -1,7 +1,7 @@
-"""The test files of what changed since a commit, for `make quick`: `python tests/changed.py [COMMIT]`.
+"""Print the test files for the files that changed since a commit, for `make quick`: `python tests/changed.py [COMMIT]`.
 
-A changed test stands for itself. A changed source file stands for itself, because its docstrings hold tests, and for
-the test files that import it. tests/test_imports.py is always among them. Slow test files are left to `make test`.
+A changed test file runs. For a changed source file, its doctests and the test files that import it run. For a changed
+benchmark, the test files that import it run. tests/test_imports.py always runs. Slow test files are left out.
 """
 
 import re
@@ -24,19 +24,26 @@ def changed(since: str) -> list[Path]:
 
 
 def tests_of(files: list[Path]) -> list[str]:
-    """Paths for pytest."""
-    found = {ROOT / "tests" / "test_imports.py"}
+    """The paths for pytest, relative to the repository."""
+    paths = {ROOT / "tests" / "test_imports.py"}
     for file in files:
         if file.parent.name == "tests" and file.name.startswith("test_"):
-            found.add(file)
+            paths.add(file)
         elif file.is_relative_to(ROOT / "src"):
-            found.add(file)
-            module = ".".join(file.relative_to(ROOT / "src").with_suffix("").parts)
-            package, _, name = module.removesuffix(".__init__").rpartition(".")
-            package, module = re.escape(package), re.escape(module)
-            words = rf"from {package} import [^\n]*\b{name}\b|from {module} import|import {module}\b"
-            found |= {test for test in (ROOT / "tests").glob("test_*.py") if re.search(words, test.read_text())}
-    return sorted(str(path.relative_to(ROOT)) for path in found if path.name not in SLOW)
+            module = ".".join(file.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+            paths |= {file, *importing(module)}
+        elif file.parent.name == "benchmarks":
+            paths |= importing(file.stem)
+    return sorted(str(path.relative_to(ROOT)) for path in paths if path.name not in SLOW)
+
+
+def importing(module: str) -> set[Path]:
+    """The test files that import a module such as ddpm.files.images."""
+    package, _, name = map(re.escape, module.rpartition("."))
+    pattern = rf"^\s*(from {re.escape(module)} import|import {re.escape(module)}\b"
+    pattern += rf"|from {package} import [^\n]*\b{name}\b)" if package else ")"
+    tests = (ROOT / "tests").glob("test_*.py")
+    return {test for test in tests if re.search(pattern, test.read_text(encoding="utf-8"), re.MULTILINE)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/: their statistics and counting exactly, their measurements once on tiny networks."""
+"""The scripts in benchmarks/: statistics and counts are checked exactly, measurements run once on tiny networks."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from exact import one_thread  # noqa: F401
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import codec
+import figures
 import memory
 import peers
 import profile_step
@@ -24,6 +25,7 @@ import sampling
 import scaling
 import speed
 import start
+import timing
 
 from ddpm.gaussian import q_sample
 from ddpm.presets import PRESETS
@@ -41,7 +43,7 @@ TINY = replace(
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Tiny networks for the names that scripts take."""
+    """Put a tiny network in place of each network that a script can name."""
     monkeypatch.setattr(peers, "PAPER", TINY)
     monkeypatch.setattr(peers, "SMALL", TINY)
     monkeypatch.setitem(speed.NETWORKS, "small", (TINY, peers.example_network))
@@ -50,7 +52,7 @@ def tiny(monkeypatch):
     return TINY
 
 
-def test_codec_reads_its_files_back_and_goes_on_only_where_nothing_has_changed(tmp_path, monkeypatch, capsys):
+def test_codec_reads_its_files_back_and_resumes_only_with_the_same_settings(tmp_path, monkeypatch, capsys):
     def run(*options):
         about = ["codec.py", "digits", "--data", "digits", "--parts", "single", "others", "--repeats", "1"]
         monkeypatch.setattr(sys, "argv", [*about, "--work", str(tmp_path), "--out", str(tmp_path), *options])
@@ -72,38 +74,38 @@ def test_codec_reads_its_files_back_and_goes_on_only_where_nothing_has_changed(t
 def test_repeats_are_taken_in_turns():
     order = []
     cases = {name: lambda name=name: order.append(name) or time.sleep(0.002) for name in "abc"}
-    found = record.interleave(cases, repeats=3, seconds=0)
+    found = timing.interleave(cases, repeats=3, seconds=0)
     assert "".join(order).endswith("abc" * 3)
     assert [len(times) for times in found.values()] == [3, 3, 3]
     assert all(0.002 <= t < 1 for times in found.values() for t in times)
 
 
-def test_a_repeat_has_as_many_calls_as_take_the_seconds():
+def test_a_repeat_makes_enough_calls_for_its_duration():
     calls = []
-    found = record.interleave({"a": lambda: calls.append(0) or time.sleep(0.01)}, repeats=1, seconds=0.05)
-    assert 3 <= len(calls) <= 7  # one to warm up, one to see how long it takes
-    assert found["a"][0] < 0.1  # seconds a call, not of all
+    found = timing.interleave({"a": lambda: calls.append(0) or time.sleep(0.01)}, repeats=1, seconds=0.05)
+    assert 3 <= len(calls) <= 7  # one warms up, and one measures how long a call takes
+    assert found["a"][0] < 0.1  # seconds per call, not of all calls
 
 
-def test_a_case_that_times_itself_counts_for_what_it_says():
+def test_a_case_may_time_itself():
     calls = []
-    found = record.interleave({"a": lambda: calls.append(0) or record.Timed(7.0)}, repeats=2, seconds=100)
+    found = timing.interleave({"a": lambda: calls.append(0) or timing.Timed(7.0)}, repeats=2, seconds=100)
     assert found == {"a": [7.0, 7.0]}
     assert len(calls) == 3
 
 
-def test_the_ratio_is_that_of_pairs_taken_together():
-    """A machine that doubles its time in the second turn changes no ratio."""
+def test_a_ratio_compares_times_of_the_same_turn():
+    """If the machine is half as fast in the second turn, no ratio changes."""
     found = {"ours": [1.0, 2.0, 1.0], "theirs": [3.0, 6.0, 2.0], "other": [9.0, 9.0, 9.0]}
-    assert record.ratio(found, "ours", "theirs") == (3.0, 2.0, 3.0)
-    assert record.ratio(found, "ours", "ours") == (1.0, 1.0, 1.0)
-    assert record.fastest(found, ["theirs", "other"]) == "theirs"
-    assert record.spread([4.0, 1.0, 2.0, 10.0]) == (3.0, 1.0, 10.0)
-    assert str(record.Spread(3.14159, 0.001, 12345.6)) == "3.14 (0.001 - 12,346)"
+    assert timing.ratio(found, "ours", "theirs") == (3.0, 2.0, 3.0)
+    assert timing.ratio(found, "ours", "ours") == (1.0, 1.0, 1.0)
+    assert timing.fastest(found, ["theirs", "other"]) == "theirs"
+    assert figures.spread([4.0, 1.0, 2.0, 10.0]) == (3.0, 1.0, 10.0)
+    assert str(figures.Spread(3.14159, 0.001, 12345.6)) == "3.14 (0.001 - 12,346)"
 
 
-def test_parts_count_their_own_time_only():
-    parts = record.Parts()
+def test_a_part_leaves_out_the_parts_that_it_calls():
+    parts = timing.Parts()
     owner = argparse.Namespace(work=lambda: time.sleep(0.03))
     work = owner.work
     with parts.timing((owner, "work", "inner")), parts("outer"):
@@ -113,23 +115,23 @@ def test_parts_count_their_own_time_only():
     assert 0.01 <= parts.seconds["outer"] < 0.03 <= parts.seconds["inner"]
 
 
-def test_a_generators_part_is_what_it_does_itself():
+def test_a_generators_part_leaves_out_its_consumer():
     def each():
         for i in range(3):
             time.sleep(0.01)
             yield i
 
-    parts, owner = record.Parts(), argparse.Namespace(each=each)
+    parts, owner = timing.Parts(), argparse.Namespace(each=each)
     with parts.timing((owner, "each", "inner")), parts("outer"):
         for _ in owner.each():
             time.sleep(0.02)
     assert 0.03 <= parts.seconds["inner"] < 0.06 <= parts.seconds["outer"]
 
 
-def test_a_record_says_of_what_it_is(tmp_path, capsys):
+def test_a_record_names_its_provenance_and_no_folder(tmp_path, capsys):
     args = record.parser("").parse_args(["--out", str(tmp_path), "--plain"])
     args.data = "/a/secret/path"
-    path = record.write("name", "Title", args, {"x": [1, 2]}, record.table(["a"], [["b"]]))
+    path = record.write("name", "Title", args, {"x": [1, 2]}, figures.table(["a"], [["b"]]))
     values, text = json.loads(path.with_suffix(".json").read_text()), path.read_text()
     assert values["x"] == [1, 2]
     assert {"hardware", "threads", "versions", "commit", "date", "settings"} <= values.keys()
@@ -158,7 +160,7 @@ def test_ours_and_theirs_are_networks_of_one_size():
 
 @pytest.mark.parametrize("settings", [{}, {"autocast": True, "quick": True, "channels_last": True}])
 def test_both_steps_train(settings):
-    """Nothing that a step has may be left out: weights, averages and the count all move; the loss falls."""
+    """A step changes weights, averages and the count of steps."""
     x0 = peers.batch(TINY, 2)
     theirs = peers.Theirs(peers.example_network(TINY), **settings)
     before = [p.clone() for p in theirs.weights]
@@ -177,7 +179,7 @@ def test_both_steps_train(settings):
 def test_speed(tiny):
     cases = speed.training_cases(tiny, peers.example_network, 2, steps=1)
     assert {speed.MAIN, f"{speed.MAIN}, `ddpm train`", "diffusers float32 (its default)"} < set(cases)
-    found = record.interleave({name: cases[name] for name in cases if speed.BEST in name}, 1, 0)
+    found = timing.interleave({name: cases[name] for name in cases if speed.BEST in name}, 1, 0)
     values, text = speed.summary(found, 2)
     assert values[speed.MAIN]["ours_is_faster_by"]["median"] == 1
     assert "`ddpm train`" in text
@@ -189,7 +191,7 @@ def test_speed(tiny):
             case()
 
 
-def test_peers_that_are_not_here_have_a_reason(tmp_path, monkeypatch):
+def test_a_missing_peer_has_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "denoising_diffusion_pytorch", lambda: "ImportError: no torchvision")
     found, missing = speed.others({})
     assert not found
@@ -206,7 +208,7 @@ def event(name, parent=None):
     return argparse.Namespace(name=name, cpu_parent=parent)
 
 
-def test_operations_are_grouped_by_their_names_and_by_where_they_run():
+def test_operations_are_grouped_by_name_and_by_caller():
     products = "convolutions and matrix products"
     for name in ("aten::mkldnn_convolution", "aten::addmm", "aten::bmm", "ddpm.conv", "ddpm::conv", "ConvBackward"):
         assert profile_step.group(event(name)) == products, name
@@ -239,7 +241,7 @@ def test_memory_of_a_case(tiny):
     assert found["part"] == 2
     assert found["bytes"] >= 0
     assert "bytes" not in memory.child(case, limit=-1e12)
-    assert memory.child({**case, "batch": 2}, limit=-1e12)["batch"] == 8  # four parts of 2
+    assert memory.child({**case, "batch": 2}, limit=-1e12)["batch"] == 8  # four parts of 2 images
 
 
 def test_sampling(tiny, tmp_path):
@@ -272,7 +274,7 @@ def test_scaling(tiny):
     assert "| 1 | 500 (500 - 500) | 2 (2 - 2) |" in scaling.report("x", {"1": [0.5, 0.5]}, {"1": 1})
 
 
-def test_clock_plans_for_what_is_left():
+def test_clock_plans_for_the_rest_of_its_budget():
     clock = quality_per_hour.Clock(100)
     assert clock.steps(1.0) == 96
     assert clock.steps(1000.0) == 1
@@ -281,7 +283,7 @@ def test_clock_plans_for_what_is_left():
 
 @pytest.fixture
 def contest(tiny, tmp_path, monkeypatch):
-    """The settings of a contest of a few steps."""
+    """Settings for a contest of a few steps."""
     monkeypatch.setattr(quality_per_hour, "BATCH", 2)
     return argparse.Namespace(
         data="digits", preset="cifar10", minutes=0.02, probe=0.2, work=tmp_path, samples=2, levels=1, nll_images=2,
@@ -290,7 +292,7 @@ def contest(tiny, tmp_path, monkeypatch):
 
 
 def test_theirs_trains_samples_and_is_our_denoiser(contest, monkeypatch):
-    """Their network read by ours: x0^ is Eq. 15 of what it says of x_t at diffusers' timestep t - 1."""
+    """Our Denoiser around their network gives the eps that their network gives at diffusers' timestep t - 1."""
     name, folder = "diffusers-float32", contest.work / "diffusers-float32"
     trained = quality_per_hour.do("train", name, contest)
     assert 1 <= trained["steps"] <= (trained["planned_steps"] or 1e9)
@@ -304,12 +306,12 @@ def test_theirs_trains_samples_and_is_our_denoiser(contest, monkeypatch):
     x0, eps, t = peers.batch(TINY, 2), torch.ones(2, 3, 8, 8), torch.tensor([500, 900])
     xt = q_sample(denoiser.schedule, x0, t, eps)
     with torch.no_grad():
-        said = quality_per_hour.opened(folder, {}).network(xt.float(), t - 1).sample
-    assert torch.allclose(denoiser.unclipped()(xt, t).eps.float(), said, atol=1e-4)
+        eps = quality_per_hour.load_theirs(folder, {}).network(xt.float(), t - 1).sample
+    assert torch.allclose(denoiser.unclipped()(xt, t).eps.float(), eps, atol=1e-4)
     assert [model.denoiser.variance for model in seen] == ["fixed_large", "fixed_small"]
 
 
-def test_ours_trains_for_the_time_and_what_is_done_is_not_done_again(contest, monkeypatch, capsys):
+def test_ours_trains_for_the_time_and_finished_parts_do_not_run_again(contest, monkeypatch, capsys):
     assert threading.current_thread() is threading.main_thread()
     trained = quality_per_hour.do("train", "ours", contest)
     assert 1 <= trained["steps"] <= trained["planned_steps"]

@@ -35,6 +35,7 @@ def ddpm(folder: Path, *words: str, hidden: tuple[str, ...]) -> subprocess.Compl
     "words",
     [
         "sample digits -n 2 --steps 2 --out a.png",
+        "train digits --steps 1 --num-timesteps 10 --sample-steps 5 --eval-images 4 --out run",
         "evaluate digits -n 2 --levels-per-image 2 --out e",
         "inspect --help",
     ],

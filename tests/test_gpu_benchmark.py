@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py without a GPU: all stages on tiny networks, and what the script keeps when it is cut off."""
+"""benchmarks/gpu.py without a GPU: all stages on tiny networks, time limits, and what an interrupted call leaves."""
 
 import argparse
 import io
@@ -23,8 +23,8 @@ import cut_cifar10
 import gpu
 import gpu_caches
 import gpu_stages
-import record
 
+from ddpm import kernels
 from ddpm.presets import PRESETS
 
 BENCHMARKS = Path(gpu.__file__).parent
@@ -52,7 +52,7 @@ for name, values in cases.items():
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """Stages that do nothing, or sleep after their first case where SLEEPS names them."""
+    """Stages that do nothing. A stage that the variable SLEEPS names sleeps after its first case."""
     file = tmp_path / "stub.py"
     file.write_text(STUB)
     monkeypatch.setattr(gpu, "CHILD", file)
@@ -61,7 +61,7 @@ def stub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def call(tmp_path, monkeypatch):
-    """Runs the script in this process: the exit code and the record."""
+    """A function that runs the script in this process and returns the exit code and the record."""
 
     def run(*options):
         out = tmp_path / "out"
@@ -82,7 +82,7 @@ def states(found):
 
 @pytest.fixture
 def images(tmp_path):
-    """A parquet file of a few images, cut from a data set as the hub has it."""
+    """A parquet file of a few images, cut from a data set in the layout of the hub."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
@@ -103,14 +103,14 @@ def images(tmp_path):
 
 
 def test_all_stages_run_and_are_not_run_again(call, images, monkeypatch):
-    """In this process, all but the tests, which have a test of their own here."""
+    """All stages in this process, except `tests`, which the next test runs."""
     ran = []
 
     def run(stage, work, limit, env, see):
         ran.append(stage)
         plan, card = json.loads((work / "plan.json").read_text()), gpu_stages.Stub()
         cases = gpu_stages.Cases(work / f"{stage}.jsonl", card)
-        with record.plain():
+        with kernels.disabled():
             gpu_stages.STAGES[stage](cases, plan, card)
         return 0, ""
 
@@ -133,7 +133,7 @@ def test_all_stages_run_and_are_not_run_again(call, images, monkeypatch):
             assert values["ratio"]["median"] == pytest.approx(ratio)
     assert "A rehearsal" in text.splitlines()[0]
     assert all(f"## {gpu.TITLES[name]}" in text for name in stages)
-    assert str(images) not in text + json.dumps(found)  # a record names no folder of the machine
+    assert str(images) not in text + json.dumps(found)  # a record names no folder of this machine
     again = call(*options)[1]
     assert ran == ["card", *stages, "card"]
     assert again["stages"] == found["stages"]
@@ -141,7 +141,7 @@ def test_all_stages_run_and_are_not_run_again(call, images, monkeypatch):
 
 
 def test_the_script_runs_tests_and_says_why_some_fail(tmp_path):
-    """The processes as they are; then only the tests that have failed run again."""
+    """With real processes. A second call runs only the tests that failed."""
     tests, out = tmp_path / "test_some.py", tmp_path / "out"
     tests.write_text(
         "import pytest\n"
@@ -184,7 +184,7 @@ def test_the_script_runs_tests_and_says_why_some_fail(tmp_path):
     }
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu_is_one_line_and_code_2(call, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "save", None)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
@@ -218,7 +218,7 @@ def test_flops_are_those_of_a_convolution_counted_by_hand(monkeypatch):
 
 
 def test_a_profile_of_events_made_by_hand():
-    """Of 10 units, a product takes 4 and another kernel 3, of which 1 at the same time; for 4 units nothing runs."""
+    """In 10 units of time, a product runs for 4 and other kernels for 3, 1 of them at the same time; 4 are gaps."""
     events = [("sm90_xmma_gemm", 100, 4), ("elementwise", 103, 2), ("elementwise", 109, 1)]
     found = gpu_stages.where_time_goes(events)
     assert found["gaps"] == pytest.approx(0.4)
@@ -226,7 +226,7 @@ def test_a_profile_of_events_made_by_hand():
     assert found["others"] == pytest.approx(0.6 * 3 / 7)
     assert found["kernels"] == 3
     assert list(found["longest"]) == ["sm90_xmma_gemm", "elementwise"]
-    inside = [("a", 0, 10), ("b", 2, 3), ("c", 9, 11)]  # one within another, and one that goes on past it
+    inside = [("a", 0, 10), ("b", 2, 3), ("c", 9, 11)]  # one event inside another, and one that ends after it
     assert gpu_stages.where_time_goes(inside)["gaps"] == 0
 
 
@@ -252,7 +252,7 @@ def test_speeds_are_shares_of_the_product():
     assert "matrix_share" not in gpu_stages.speeds([1.0], 1, 1.0, {})
 
 
-# Time limits, and what is left after a cut.
+# Time limits, and what an interrupted call leaves.
 
 
 def test_a_stage_that_overruns_is_ended_and_keeps_its_cases(call, stub, monkeypatch):
@@ -263,7 +263,7 @@ def test_a_stage_that_overruns_is_ended_and_keeps_its_cases(call, stub, monkeypa
     assert code == 0
     assert states(found) == {"tests": "cut", "ours": "done", "large": "done"}
     assert list(found["stages"]["tests"]["cases"]) == ["a"]
-    assert "not ended after 1 s" in text
+    assert "not finished after 1 s" in text
     monkeypatch.delenv("SLEEPS")
     again = call("--rehearse")[1]
     assert states(again)["tests"] == "done"
@@ -278,7 +278,7 @@ def test_stages_for_which_there_is_no_time_are_not_reached(call, stub, monkeypat
     assert code == 0
     assert states(found) == {"tests": "cut", "data": "not reached", "large": "not reached"}
     assert found["stages"]["data"]["note"] == "no --data was given"
-    assert found["stages"]["large"]["note"] == "--minutes 0.03 were spent"
+    assert found["stages"]["large"]["note"] == "--minutes 0.03 are over"
     assert "| large | not reached |" in text
 
 
@@ -324,7 +324,7 @@ def test_a_record_of_something_else_is_refused(call, stub, tmp_path):
         call("--rehearse", "--only", "large")
 
 
-# What lies beside: wheels, and archives of caches.
+# Wheels, and archives of caches.
 
 
 def test_wheels_are_installed_for_the_stages_only(tmp_path):
@@ -378,8 +378,8 @@ def test_archives_that_are_damaged_or_leave_their_folder_are_not_taken(tmp_path)
     with tarfile.open(out / "gpu-cache-2.tar.gz", "w:gz") as archive:
         for name in ("triton/../../escaped", "../escaped", "inductor/fxgraph/pickle"):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
-    taken, problems = gpu_caches.unpack(out, folder)
-    assert taken == []
+    unpacked, problems = gpu_caches.unpack(out, folder)
+    assert unpacked == []
     assert [line.partition(" ")[0] for line in problems] == ["gpu-cache-1.tar.gz", "gpu-cache-2.tar.gz"]
     assert not [path for path in tmp_path.rglob("*") if path.name in ("escaped", "pickle")]
 
@@ -396,4 +396,4 @@ def test_the_next_call_takes_the_caches_up(call, stub, tmp_path, capsys):
     assert [one["caches"] for one in found["calls"]] == [0, 1]
     assert "gpu-cache-1.tar.gz" in text
     gpu_caches.unpack(tmp_path / "out", tmp_path / "there")
-    assert (tmp_path / "there/triton/k.cubin").read_bytes() == b"kkkk"  # two stages, twice
+    assert (tmp_path / "there/triton/k.cubin").read_bytes() == b"kkkk"  # two stages in each of two calls

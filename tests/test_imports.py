@@ -1,8 +1,10 @@
 """Imports go one way: mathematics <- codec, files <- run <- cli. There is no circle, and leaves can be deleted."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,16 @@ def test_a_model_loads_without_torchs_compiler():
     code = "import sys, ddpm; ddpm.load('digits'); print('torch._dynamo' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+def test_the_distribution_has_the_extras_that_errors_name():
+    """And its citation has the version of the package."""
+    repository = ROOT.parents[1]
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["name"] == "ddpm-kit"
+    for path in ROOT.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        extras = re.findall(r'not_installed\("\w+", "(\w+)"\)', source) + re.findall(r"ddpm-kit\[(\w+)\]", source)
+        assert set(extras) <= project["optional-dependencies"].keys(), path
+    citation = (repository / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {ddpm.__version__}\n" in citation
