@@ -212,7 +212,7 @@ def single(args: argparse.Namespace) -> dict[str, Any]:
     found["standard_error"] = bits_per_dim(sizes.std() / len(sizes) ** 0.5, images)
     headers = [codec.read_header(data) for data in made]
     found["container"] = bits_per_dim(np.mean([begin + h.trailer for h, begin in headers]), images)
-    stages = [list(picture.spent(model, data)) for data in made[:50]]
+    stages = [list(picture.group_costs(model, data)) for data in made[:50]]
     found["pixels"] = np.mean([rows[-1].bits for rows in stages]) / images[0].numel()
     found["groups"] = np.mean([sum(r.bits for r in rows[:-1]) for rows in stages]) / images[0].numel()
     found["restarts"] = sum(h.seed for h, _ in headers)

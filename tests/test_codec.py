@@ -18,7 +18,7 @@ from scipy import stats
 
 from ddpm import codec, pixels, schedule
 from ddpm.codec import archive, container, entropy, fit, picture, plan, progressive, reverse, shared
-from ddpm.codec.entropy import Certain, Damaged, Decoder, Encoder, Ends, frequencies
+from ddpm.codec.entropy import Damaged, Decoder, Encoder, EndOfPrefix, PrefixDecoder, frequencies
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 
@@ -130,7 +130,7 @@ def test_frequencies_are_positive_and_sum_to_one(weights):
 
 @st.composite
 def messages(draw):
-    """What an encoder is told, in order."""
+    """The calls of an encoder, in order."""
     found = []
     for _ in range(draw(st.integers(0, 30))):
         if draw(st.booleans()):
@@ -188,11 +188,11 @@ def test_what_is_encoded_is_decoded_in_hardly_more_bits(message):
 def test_what_is_certain_of_a_prefix_is_right(message, data):
     text, bits = encoded(message)
     cut = text[: data.draw(st.integers(0, len(text)))]
-    decoder, taken = Certain(cut), 0.0
+    decoder, taken = PrefixDecoder(cut), 0.0
     for kind, value, table in message:
         try:
             found = {"one": decoder.get, "bits": decoder.get_bits, "each": decoder.get_each}[kind](table)
-        except Ends:
+        except EndOfPrefix:
             break
         said = np.atleast_1d(value)[: np.size(found)]
         assert np.array_equal(np.atleast_1d(found), said)
@@ -210,14 +210,14 @@ def test_what_is_certain_of_a_prefix_is_right(message, data):
 def test_what_is_certain_of_many_symbols_at_once():
     values, flat = np.random.default_rng(0).integers(0, 4, 4000), np.stack([frequencies([1, 1, 1, 1])] * 4000)
     text, _ = encoded([("each", values, flat)])
-    found = Certain(text[:900]).get_each(flat)
+    found = PrefixDecoder(text[:900]).get_each(flat)
     assert 3596 <= len(found) <= 3600
     assert np.array_equal(found, values[: len(found)])
 
 
 def test_few_bytes_cannot_say_much():
     decoder, table = Decoder(b"\x00"), frequencies([3, 1])
-    with pytest.raises(Damaged, match="more than it has bytes for"):
+    with pytest.raises(Damaged, match="more symbols than its bytes allow"):
         [decoder.get(table) for _ in range(1000)]
 
 
@@ -373,7 +373,7 @@ def test_lent_bits_come_back(banded, monkeypatch):
     images = hwc(draws(6, seed=9))
     lending = [codec.compress(banded, image) for image in images]
     assert all(np.array_equal(codec.decompress(banded, a), b) for a, b in zip(lending, images, strict=True))
-    monkeypatch.setattr(picture, "_lends", lambda tiles, tables: False)
+    monkeypatch.setattr(picture, "_picks_by_pixels", lambda tiles, tables: False)
     plain = [codec.compress(banded, image) for image in images]
     assert all(np.array_equal(codec.decompress(banded, a), b) for a, b in zip(plain, images, strict=True))
     saved = [len(a) - len(b) for a, b in zip(plain, lending, strict=True)]
@@ -781,15 +781,15 @@ def test_undecided_is_about_the_grid():
 def test_what_a_file_spends_is_the_file(either):
     data = codec.compress(either, hwc(draws(1, seed=13))[0], bits=6)
     header, _ = codec.read_header(data)
-    rows = list(picture.spent(either, data))
+    rows = list(picture.group_costs(either, data))
     assert sum(row.bits for row in rows) == pytest.approx(8 * header.length)
     assert [row.t for row in rows] == list(either.tables[6].levels)
     assert rows[0].rmse > rows[-1].rmse
     with pytest.raises(Damaged, match=r"\b5\b"):
-        list(picture.spent(either, reheaded(data, b"", bits=5)))
+        list(picture.group_costs(either, reheaded(data, b"", bits=5)))
     for cut in (data[:-1], data[:40]):
         with pytest.raises(Damaged, match="cut short"):
-            list(picture.spent(either, cut))
+            list(picture.group_costs(either, cut))
 
 
 # -- archives ----------------------------------------------------------------------------------------------------------

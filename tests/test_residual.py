@@ -17,20 +17,20 @@ def correlated_errors(n=6, channels=3, size=12, seed=0):
 
 def test_prediction_takes_off_what_goes_together_and_nothing_else():
     errors = correlated_errors()
-    left = residual.left(residual.fit(errors), errors)
+    left = residual.remaining(residual.fit(errors), errors)
     assert (left**2).mean() < 0.7 * (errors**2).mean()
     white = np.random.default_rng(1).normal(size=(6, 3, 12, 12))
-    assert (residual.left(residual.fit(white), white) ** 2).mean() == pytest.approx((white**2).mean(), rel=0.03)
+    assert (residual.remaining(residual.fit(white), white) ** 2).mean() == pytest.approx((white**2).mean(), rel=0.03)
 
 
 def test_prediction_knows_only_what_is_before():
     """An error that changes changes no prediction of those before it: x + 2 y less, or a colour before it there."""
     errors = correlated_errors(n=1)
     weights = residual.fit(errors)
-    predicted = errors - residual.left(weights, errors)
+    predicted = errors - residual.remaining(weights, errors)
     changed = errors.copy()
     changed[0, 1, 5, 6] += 1
-    moved = np.argwhere(np.abs(predicted - (changed - residual.left(weights, changed))) > 1e-9)
+    moved = np.argwhere(np.abs(predicted - (changed - residual.remaining(weights, changed))) > 1e-9)
     assert len(moved)
     for _, channel, y, x in moved:
         assert (x + 2 * y, channel) > (6 + 2 * 5, 1)
@@ -41,7 +41,7 @@ def test_both_sides_walk_the_same_way(shape):
     """The frequencies that the decoder is given are those that the encoder had, to the last, and none is left out."""
     rng = np.random.default_rng(0)
     image, x0 = rng.integers(0, 256, shape, np.uint8), rng.uniform(-1, 1, shape)
-    said = rng.random(shape) < 0.7
+    coded = rng.random(shape) < 0.7
     weights = tuple(tuple(rng.normal(size=count) / 9) for count in residual.counts(shape[1]))
     sigma = np.ones(shape[0])
     sent = []
@@ -53,7 +53,7 @@ def test_both_sides_walk_the_same_way(shape):
     def means(mean, sigma):
         return np.stack([mean, sigma], 1)
 
-    residual.walk(weights, x0, sigma, said, means, put)
+    residual.walk(weights, x0, sigma, coded, means, put)
     queue = iter(sent)
 
     def get(frequency, at):
@@ -61,9 +61,9 @@ def test_both_sides_walk_the_same_way(shape):
         assert np.array_equal(frequency, expected)
         return symbols
 
-    found = residual.walk(weights, x0, sigma, said, means, get)
-    assert np.array_equal(found[said], image[said])
-    assert sum(len(symbols) for _, symbols in sent) == said.sum()
+    found = residual.walk(weights, x0, sigma, coded, means, get)
+    assert np.array_equal(found[coded], image[coded])
+    assert sum(len(symbols) for _, symbols in sent) == coded.sum()
 
 
 def test_walking_predicts_what_left_says():
@@ -78,4 +78,4 @@ def test_walking_predicts_what_left_says():
         return image[at]
 
     residual.walk(weights, x0, np.ones(2), np.ones(errors.shape, bool), lambda mean, sigma: mean[:, None], put)
-    assert np.allclose(image / 127.5 - 1 - seen, residual.left(weights, errors), atol=1e-12)
+    assert np.allclose(image / 127.5 - 1 - seen, residual.remaining(weights, errors), atol=1e-12)

@@ -1,11 +1,14 @@
 """Many pictures in one file, each at nearly the bound: bits-back coding in Bit-Swap's order (Kingma et al. 2019).
 
+The encoder works on a stack of bits. To pop a symbol means to decode it from the stack, which draws it at random and
+makes the stack shorter; to push a symbol means to encode it. For each picture it does
+
     pop x_1 ~ q(.|x_0), push x_0; pop x_{t+1} ~ q(.|x_t), push x_t by p(.|x_{t+1}); at last push x_T
 
-What is popped is not lost: the decoder, which goes the same way back, puts it where it was. A picture that finds too
-little to pop, as the first ones do, is coded as a file of its own, whose bytes are pushed for the next ones to pop: so
-nothing is wasted, and an archive stands alone. On top of each tile lies how many attempts it took, and 16 bits
-below it if any; on top of a picture that is a file lie _FILE, its length in twice 16 bits, and its bytes.
+The decoder goes the same way back, and pushes again what the encoder popped, so nothing is lost. The first pictures
+find too little to pop. They are coded as files of their own, whose bytes are pushed for the next pictures to pop. So
+nothing is wasted, and an archive stands alone. On top of each tile lies the number of its attempts, and below it 16
+bits if there were any. On top of a picture that is a file lie _FILE, its length in twice 16 bits, and its bytes.
 """
 
 import json
@@ -39,13 +42,13 @@ from ddpm.codec.progressive import Array, Predict, Undecided
 from ddpm.errors import InputError
 
 _BYTE = constriction.stream.model.Uniform(256)
-_OFFSETS = 16  # places of a mean between two points of the grid
-_FINE = 4  # points of the grid a standard deviation of q(x_t | x_s)
-_REACH = 8  # standard deviations to each side; beyond them a symbol says how far
-_FAR = 20  # bits of that distance
+_OFFSETS = 16  # places of a mean between two grid points
+_FINE = 4  # grid points per standard deviation of q(x_t | x_s)
+_REACH = 8  # standard deviations to each side; a further point needs an extra number
+_FAR = 20  # bits of that number
 
 _FILE = 7
-_ATTEMPTS = entropy.frequencies([60, 1, 1, 1, 1, 1, 1, 1])  # how many a tile took; _FILE: the picture is a file
+_ATTEMPTS = entropy.frequencies([60, 1, 1, 1, 1, 1, 1, 1])  # attempts of a tile; _FILE marks a file
 
 _DIFFERS = "this machine's network differs from the writer's"
 
@@ -54,7 +57,7 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class GridNormal:
-    """N(mean, sigma^2) on the multiples of delta, by tables of integers: one for each of 17 places of the mean."""
+    """N(mean, sigma^2) on the multiples of delta, by 17 integer tables for the place of the mean on the grid."""
 
     sigma: float
     delta: float
@@ -76,17 +79,17 @@ class GridNormal:
         return found
 
     def split(self, mean: Array) -> tuple[Integers, Integers]:
-        """The grid's point next to the mean, and which table."""
+        """The grid point nearest to the mean, and the number of the table."""
         centre = np.rint(mean / self.delta)
         return centre.astype(np.int64), np.rint((mean / self.delta - centre + 0.5) * _OFFSETS).astype(np.int64)
 
 
 class Empty(Exception):
-    """More was popped than there was."""
+    """The stack had too few bits to pop."""
 
 
 class Stack:
-    """Last in, first out, over constriction's ANS coder: what `pop` takes, `push` of the same puts back to the bit.
+    """A stack of symbols over constriction's ANS coder. A `push` of what a `pop` gave restores the stack to the bit.
 
     >>> stack, normal, mean = Stack(), GridNormal(1.0, 0.25), np.linspace(-3, 3, 50)
     >>> stack.push_bytes(bytes(range(256)))
@@ -97,7 +100,7 @@ class Stack:
     """
 
     def __init__(self, words: bytes = b"") -> None:
-        """Empty, or of what `words` gave."""
+        """An empty stack, or the stack whose `words` are given."""
         numbers = np.frombuffer(words, "<u4").astype(np.uint32)
         self._coder = constriction.stream.stack.AnsCoder(numbers)
 
@@ -120,7 +123,7 @@ class Stack:
             raise Empty
 
     def pop(self, mean: Array, normal: GridNormal) -> Integers:
-        """Points of the grid, int64 like mean [m], drawn from N(mean, sigma^2) by what the stack holds."""
+        """Grid points, int64 like mean [m], drawn from N(mean, sigma^2) with bits of the stack."""
         centre, place = normal.split(mean)
         away = np.empty(len(mean), np.int64)
         for i, table in enumerate(normal.tables):
@@ -139,7 +142,7 @@ class Stack:
         for far in np.flatnonzero(np.abs(near) == normal.window)[::-1]:
             distance = abs(int(away[far])) - normal.window
             if distance >> _FAR:
-                raise Empty  # no number of bits will do
+                raise Empty  # too far for any number of bits
             self.push_bits(distance, _FAR)
         for i, table in reversed(list(enumerate(normal.tables))):
             here = place == i
@@ -155,9 +158,9 @@ class Stack:
         self._coder.encode_reverse(int(value), constriction.stream.model.Uniform(1 << bits))
 
     def pop_bytes(self) -> bytes:
-        """Raises Damaged for more of them than the stack has."""
+        """Bytes that `push_bytes` put there. Raises Damaged if their length is more than the stack has."""
         length = self.pop_bits(16) << 16 | self.pop_bits(16)
-        if length > 4 * self._coder.num_words() + 4:  # zeros at the very bottom take no word
+        if length > 4 * self._coder.num_words() + 4:  # zeros at the bottom need no word
             raise Damaged("a file with more bytes than there are")
         return self._coder.decode(_BYTE, length).astype(np.uint8).tobytes()  # type: ignore[no-any-return]
 
@@ -167,7 +170,7 @@ class Stack:
         self.push_bits(len(data) >> 16, 16)
 
     def pop_each(self, frequency: Integers) -> NDArray[np.int32]:
-        """Symbols [m], each of its own frequencies [m, n]."""
+        """Symbols [m], each with its own frequencies [m, n]."""
         return np.array(self._coder.decode(constriction.stream.model.Categorical(perfect=False), frequency - 1.0))
 
     def push_each(self, symbols: NDArray[np.integer], frequency: Integers) -> None:
@@ -176,7 +179,7 @@ class Stack:
 
 
 class Link(NamedTuple):
-    """Between x_s and x_t: the grid of x_t, q(x_t | x_s) and p(x_s | x_t), whose grid is that of x_s."""
+    """The step between x_s and x_t: q(x_t | x_s) on the grid of x_t, and p(x_s | x_t) on the grid of x_s."""
 
     group: Group
     signal: float
@@ -185,7 +188,7 @@ class Link(NamedTuple):
 
 
 def _links(chain: Tables) -> tuple[list[Link], GridNormal]:
-    """From data to noise: the first from x_0 to x_1, which has no p; and N(0, 1) on the last grid."""
+    """The links from data to noise, and N(0, 1) on the last grid. The first link, from x_0, has no p."""
     found: list[Link] = []
     delta = 1.0
     for group in (chain.last, *reversed(chain.groups)):
@@ -197,14 +200,14 @@ def _links(chain: Tables) -> tuple[list[Link], GridNormal]:
 
 
 class Coder:
-    """One tile uint8 [C, H, W] onto a stack and off it again; `push` and `pop` are mirror images."""
+    """Puts a tile uint8 [C, H, W] onto a stack and takes it off again; `push` and `pop` are mirror images."""
 
     def __init__(self, chain: Tables, predict: Predict, shape: Sequence[int]) -> None:
         self.chain, self.predict, self.shape = chain, predict, shape
         self.links, self.prior = _links(chain)
 
     def _x0(self, k: Integers, link: Link) -> tuple[Array, Array]:
-        """x_t of its points, and x0^ of it, flat."""
+        """x_t at the grid points k, and its x0^, both flat."""
         x: Array = k.astype(np.float64) * link.q.delta
         return x, self.predict(x.reshape(1, *self.shape), link.group.t).ravel()
 
@@ -239,8 +242,8 @@ class Coder:
         return tile
 
     def _push_pixels(self, stack: Stack, tile: Image, x0: Array) -> None:
-        said = np.ones(tile.shape, bool)
-        scales = progressive.pixel_scales(self.chain, tile, x0, said)
+        coded = np.ones(tile.shape, bool)
+        scales = progressive.pixel_scales(self.chain, tile, x0, coded)
         found: list[tuple[Image, Integers]] = []
 
         def keep(frequency: Integers, at: Any) -> Image:
@@ -248,15 +251,15 @@ class Coder:
             found.append((symbols, frequency))
             return symbols
 
-        progressive.pixel_walk(self.chain, x0, scales, said, keep)
+        progressive.pixel_walk(self.chain, x0, scales, coded, keep)
         for symbols, frequency in reversed(found):
             stack.push_each(symbols, frequency)
         stack.push_each(np.array([self.chain.scale_symbol(scales[0])]), self.chain.scale_frequency[None])
 
     def _pop_pixels(self, stack: Stack, x0: Array) -> Image:
         scale = self.chain.scale_of_symbol(int(stack.pop_each(self.chain.scale_frequency[None])[0]))
-        said = np.ones(x0.shape, bool)
-        return progressive.pixel_walk(self.chain, x0, [scale], said, lambda frequency, at: stack.pop_each(frequency))
+        coded = np.ones(x0.shape, bool)
+        return progressive.pixel_walk(self.chain, x0, [scale], coded, lambda frequency, at: stack.pop_each(frequency))
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -266,10 +269,10 @@ def compress(
     model: Model, images: Sequence[Image], names: Sequence[str] = (), bits: int | None = None, local: bool = False,
     seed: int = 0, tick: Callable[[int], object] = lambda done: None,
 ) -> bytes:  # fmt: skip
-    """Pictures uint8 [H, W, C] to one lossless archive, at about the model's bound once there are some.
+    """Compress pictures uint8 [H, W, C] to one lossless archive, at about the model's bound if there are several.
 
-    names are kept beside them; bits and local as for `picture.compress`; tick hears how many are done. Raises
-    InputError where the model has no tables for archives, or none of the pictures.
+    names are stored with the pictures; bits, local and seed are as for `picture.compress`; tick is called with the
+    number of finished pictures. Raises InputError for a model without tables for archives, and for no pictures.
     """
     if model.chain is None:
         raise InputError("archive: the model has no tables for one; calibrate it again")
@@ -301,7 +304,7 @@ def compress(
 
 
 def _sizes(images: Sequence[Image]) -> list[list[int]]:
-    """Runs of [count, height, width, channels]."""
+    """The shapes as runs of [count, height, width, channels]."""
     runs: list[list[int]] = []
     for image in images:
         if runs and runs[-1][1:] == list(image.shape):
@@ -312,7 +315,7 @@ def _sizes(images: Sequence[Image]) -> list[list[int]]:
 
 
 def _sizes_and_names(found: Any, pictures: int) -> tuple[list[tuple[int, ...]], list[str]]:
-    """Shapes and names out of the JSON of an archive. ValueError or TypeError for what no archive has."""
+    """The shapes and names in an archive's JSON. Raises ValueError or TypeError for values that no archive has."""
     runs, names = found
     shapes: list[tuple[int, ...]] = []
     for count, *shape in runs:
@@ -340,7 +343,8 @@ def _coder(model: Model, local: bool, check: bool) -> Coder:
 
 
 def _push(stack: Stack, coder: Coder, tile: Image) -> None:
-    """The tile, again with other bits on top where an x0^ lies too near a rounding boundary, and how often."""
+    """Push a tile and the number of attempts. An attempt fails if an x0^ lies too near a rounding boundary; the next
+    one has other bits on top."""
     for attempt in range(_FILE):
         trial = stack.copy()
         if attempt:
@@ -356,7 +360,7 @@ def _push(stack: Stack, coder: Coder, tile: Image) -> None:
 
 
 def _pop(stack: Stack, coder: Coder, model: Model, header: Header) -> tuple[Image, int]:
-    """A picture, and how many bytes its file has, 0 where it is none."""
+    """The next picture, and the length of its file in bytes, or 0 if it is not a file."""
     c, _, _, down, across = picture.grid(header, model)
     found: list[Image] = []
     for tile in range(down * across * (header.channels if c == 1 else 1)):
@@ -386,9 +390,9 @@ def _header(model: Model, shape: Sequence[int], local: bool) -> Header:
 
 
 def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
-    """Every picture of an archive with its name ("" where it has none), the first one first.
+    """The pictures of an archive with their names, in order; a name is "" if there are none.
 
-    Raises Damaged as `picture.decompress` does; pictures come only when all are read and their checksum agrees.
+    Raises Damaged as `picture.decompress` does. No picture is given before all are read and their checksum agrees.
     """
     contents, begin = read_contents(data)
     check_identity(contents.identity, model.identity)

@@ -1,7 +1,8 @@
-"""Symbols to bytes and back: a range coder over integer frequencies, first in, first out.
+"""Symbols to bytes and back: a range coder over integer frequencies.
 
-constriction's range coder is underneath. Every distribution is a table of positive integers that sums to 2^24, so the
-bytes do not depend on how anybody rounds a float. The first bytes of a message decode to its first symbols.
+A range coder writes a symbol of probability p in about -log2 p bits. It is first in, first out: the first bytes of a
+message decode to its first symbols. The coder itself is constriction's. Every distribution is a table of positive
+integers that sum to 2^24, so the bytes do not depend on how a machine rounds floats.
 """
 
 import functools
@@ -22,19 +23,19 @@ model: Any = constriction.stream.model
 queue: Any = constriction.stream.queue
 
 BITS = 24
-"""Frequencies sum to 2^24: the resolution of a probability."""
-_WORD = 4  # bytes that constriction writes at a time
+"""Frequencies sum to 2^24, which is the resolution of a probability."""
+_WORD = 4  # constriction writes so many bytes at a time
 _PHI = "ccce9177"
-_STEPS = 256  # entries of the table of Phi a standard deviation
-_REACH = 8  # standard deviations; beyond them Phi is 0 or 1
+_STEPS = 256  # entries of the table of Phi per standard deviation
+_REACH = 8  # standard deviations, beyond which Phi is taken as 0 or 1
 
 
 class Damaged(InputError):
-    """The bytes are not what an encoder wrote."""
+    """The bytes are not bytes that an encoder wrote."""
 
 
 def frequencies(weights: ArrayLike) -> NDArray[np.int64]:
-    """Integers of at least 1 that sum to 2^24, in proportion to non-negative integers [..., n] to 2^-24.
+    """Frequencies [..., n]: integers of at least 1 that sum to 2^24, in proportion to non-negative integer weights.
 
     >>> frequencies([3, 1, 0]).tolist()
     [12582910, 4194305, 1]
@@ -46,19 +47,22 @@ def frequencies(weights: ArrayLike) -> NDArray[np.int64]:
         raise ValueError("weights: want non-negative integers that sum to 1 .. 2^38")
     n, total = weights.shape[-1], edges[..., -1:]
     if total.size and (total == total.flat[0]).all():
-        total = total.flat[0]  # NumPy divides by one number several times as fast as by many
+        total = total.flat[0]  # one divisor is several times as fast as many
     scaled = edges * ((1 << BITS) - n) // total
     found: NDArray[np.int64] = np.diff(scaled) + 1
     return found
 
 
 def categorical(frequency: NDArray[np.int64]) -> Any:
-    """constriction's, which gives n symbols 1 each, and the rest of 2^24 in proportion: so exactly `frequency`."""
+    """constriction's distribution with exactly these frequencies.
+
+    constriction gives each of n symbols 1, and shares the rest of 2^24 in proportion to what it is given.
+    """
     return model.Categorical((frequency - 1).astype(np.float64), perfect=False)
 
 
 class Encoder:
-    """Symbols in, bytes out; `Decoder` takes the same calls in the same order.
+    """Symbols in, bytes out. `Decoder` takes the same calls in the same order.
 
     >>> encoder = Encoder()
     >>> encoder.put(2, frequencies([1, 1, 6]))
@@ -71,21 +75,21 @@ class Encoder:
     def __init__(self) -> None:
         self._coder = queue.RangeEncoder()
         self.bits = 0.0
-        """What the symbols so far take, -log2 of their probabilities."""
+        """The cost of the symbols so far, -log2 of their probabilities."""
 
     def put(self, symbol: int, frequency: NDArray[np.int64]) -> None:
-        """A symbol 0 .. n - 1 of frequencies [n]."""
+        """Code a symbol 0 .. n - 1 that has frequencies [n]."""
         self._coder.encode(int(symbol), categorical(frequency))
         self.bits += BITS - math.log2(frequency[symbol])
 
     def put_bits(self, value: int, bits: int) -> None:
-        """A number 0 .. 2^bits - 1, all equally likely; bits 0 .. 23."""
+        """Code a number 0 .. 2^bits - 1, all equally likely; bits is 0 to 23."""
         if bits:
             self._coder.encode(int(value), model.Uniform(1 << bits))
         self.bits += bits
 
     def put_each(self, symbols: NDArray[np.integer], frequency: NDArray[np.int64]) -> None:
-        """Symbols [m], each of its own frequencies, [m, n]."""
+        """Code symbols [m], each with its own frequencies [m, n]."""
         if len(symbols):
             self._coder.encode(
                 np.ascontiguousarray(symbols, np.int32), model.Categorical(perfect=False), (frequency - 1.0)
@@ -94,14 +98,14 @@ class Encoder:
         self.bits += float((BITS - np.log2(chosen)).sum())
 
     def finish(self) -> bytes:
-        """The fewest bytes that, with zeros behind them, decode to the symbols; not below what they take by 7 bytes."""
+        """The shortest bytes that decode to the symbols if zeros follow them. They may be 7 bytes below the cost."""
         words, (lower, extent) = self._coder.pos()  # integers
-        size = _WORD * (int(words) + 2)  # what is written, and the two words of the state
-        some = self._coder.get_compressed().astype(">u4").tobytes()  # a number that decodes to the symbols
+        size = _WORD * (int(words) + 2)  # the words that are written, and the two words of the state
+        some = self._coder.get_compressed().astype(">u4").tobytes()  # one number that decodes to the symbols
         number = int.from_bytes(some.ljust(size, b"\0")[:size], "big")
         written = number >> 64
         low = (written << 64) + int(lower)
-        if low > number:  # a carry that is still to come
+        if low > number:  # the coder has yet to carry
             low -= 1 << 64
         for length in range(max(0, int(self.bits / 8) - 7), size + 1):
             unit = 8 * (size - length)
@@ -112,10 +116,10 @@ class Encoder:
 
 
 class Decoder:
-    """Bytes in, symbols out; behind the last byte it reads `fill`, 0 or 255, without end.
+    """Bytes in, symbols out. After the last byte it reads `fill`, 0 or 255, without end.
 
-    Raises Damaged where no encoder writes such bytes, and where symbols take more than there is by 64 bits: so few
-    bytes cannot ask for much work.
+    Raises Damaged for bytes that no encoder writes, and for symbols that cost 64 bits more than there are. So a short
+    file cannot ask for much work.
     """
 
     def __init__(self, data: bytes, fill: int = 0) -> None:
@@ -142,26 +146,29 @@ class Decoder:
     def _spend(self, bits: float) -> None:
         self._left -= bits
         if self._left < 0:
-            raise Damaged("payload: says more than it has bytes for; want the file as it was written")
+            raise Damaged("payload: holds more symbols than its bytes allow; want the file as it was written")
 
     def _decoded(self, *distribution: Any) -> Any:
         try:
             return self._coder.decode(*distribution)
-        except AssertionError as error:  # constriction's, of a number that lies behind every symbol
+        except AssertionError as error:  # constriction's, for a number that lies beyond every symbol
             raise Damaged("payload: no encoder writes such bytes; want the file as it was written") from error
 
 
-class Ends(Exception):
-    """What comes next hangs on bytes that are not there."""
+class EndOfPrefix(Exception):
+    """The next symbol depends on bytes that are missing."""
 
 
-class Certain:
-    """`Decoder` of a message's first bytes: what they say whatever follows, and then Ends.
+class PrefixDecoder:
+    """`Decoder` for the first bytes of a message. It gives the symbols that these bytes determine, and then raises
+    EndOfPrefix.
+
+    Two decoders read zeros and ones after the last byte. A symbol on which both agree is determined.
 
     >>> encoder, flat = Encoder(), frequencies([1, 1, 1, 1])
     >>> for symbol in (3, 0, 2, 2, 1, 3, 0, 1):
     ...     encoder.put(symbol, flat)
-    >>> Certain(encoder.finish()[:1]).get_each(np.stack([flat] * 8)).tolist()
+    >>> PrefixDecoder(encoder.finish()[:1]).get_each(np.stack([flat] * 8)).tolist()
     [3, 0, 2]
     """
 
@@ -175,9 +182,9 @@ class Certain:
         return self._same(lambda decoder: decoder.get_bits(bits))
 
     def get_each(self, frequency: NDArray[np.int64]) -> NDArray[np.int32]:
-        """The symbols [m], or fewer: those before the first that is not certain, which is the end."""
+        """The symbols [m], or only those before the first one that is not determined."""
         found: list[int] = []
-        with suppress(Ends):  # one by one: what is beyond the end must not take the others with it
+        with suppress(EndOfPrefix):  # one by one, so that an undetermined symbol does not lose those before it
             for row in frequency:
                 found.append(self.get(row))
         return np.array(found, np.int32)
@@ -185,35 +192,41 @@ class Certain:
     def _same(self, get: Callable[[Decoder], int]) -> int:
         low, high = self._both(get)
         if low != high:
-            raise Ends
+            raise EndOfPrefix
         return low
 
     def _both(self, get: Callable[[Decoder], T]) -> tuple[T, T]:
         try:
             low, high = map(get, self._decoders)
-        except Damaged as error:  # behind the last byte anything may stand
-            raise Ends from error
+        except Damaged as error:  # after the last byte there may be anything
+            raise EndOfPrefix from error
         return low, high
 
 
-Source: TypeAlias = Decoder | Certain
+Source: TypeAlias = Decoder | PrefixDecoder
 
 
 @functools.cache
 def _phi() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Phi(i / 256 - 8) of 2^32, i = 0 .. 4096, checked to be what every platform has, and what it rises from each to
-    the next; falls nowhere, ends at 2^32."""
+    """2^32 Phi(i / 256 - 8) for i = 0 .. 4096, rounded, and the differences of neighbours.
+
+    The table never falls and ends at 2^32. Its hash is checked, so every platform has the same one.
+    """
     half = [round(math.erfc(i / _STEPS / math.sqrt(2)) * (1 << 31)) for i in range(_STEPS * _REACH, -1, -1)]
     table = np.array([*half, *((1 << 32) - v for v in reversed(half[:-1]))], "<i8")
     table[0], table[-1] = 0, 1 << 32
     found = hashlib.sha256(table.tobytes()).hexdigest()[: len(_PHI)]
     if found != _PHI:
-        raise RuntimeError(f"normal distribution function of {found} instead of {_PHI}: this platform rounds otherwise")
+        raise RuntimeError(
+            f"normal distribution function of {found} instead of {_PHI}: this platform rounds differently"
+        )
     return table, np.diff(table)
 
 
 def cdf(z: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Phi(z) of 2^32, integers, from a table with lines between: float64 arithmetic that IEEE 754 fixes to the bit.
+    """2^32 Phi(z) as integers, by linear interpolation in a table.
+
+    It uses only float64 operations whose result IEEE 754 fixes to the bit.
 
     >>> cdf(np.array([-np.inf, 0.0, 1.0, np.inf])) / 2**32
     array([0.        , 0.5       , 0.84134475, 1.        ])

@@ -1,4 +1,5 @@
-"""Setting a model's codec on training images, with the codec in the loop: its samples are not quite the model's own."""
+"""Fit a model's codec tables on training images. The codec runs in the loop, since its draws differ a little from
+exact ones."""
 
 import math
 from collections.abc import Callable
@@ -15,19 +16,19 @@ from ddpm.codec.progressive import Array, Predictor
 from ddpm.denoiser import Denoiser
 from ddpm.gaussian import q_sample
 
-_CHAIN = 301  # what a draw is for
-_SCALE = 2.0  # bits that a group's scale takes, ..
-_GROUP = 1 / 512  # .. and bits a dimension that a group more has to save beside them
-_CALL = 5e-4  # bits a dimension that a level more of an archive's chain has to save
+_CHAIN = 301  # the purpose of a draw
+_SCALE = 2.0  # bits of a group's scale
+_GROUP = 1 / 512  # bits per dimension that one more group must save beyond its scale
+_CALL = 5e-4  # bits per dimension that one more level of an archive's chain must save
 
 
 def fit(
     denoiser: Denoiser, mse: Tensor, images: Tensor, gain: Array, bits: int,
     tick: Callable[[int], object] = lambda groups: None,
 ) -> Tables:  # fmt: skip
-    """Tables for chunks of `bits` = K, from errors mse float64 [n, T] and images uint8 [m, C, H, W] to train on.
+    """The tables for chunks of `bits` = K, from errors mse float64 [n, T] and training images uint8 [m, C, H, W].
 
-    gain is what `gains` makes of these images; tick hears of every group that was coded.
+    gain is the result of `gains` for these images. tick is called after every group.
     """
     dims, channels, schedule = images[0].numel(), images.shape[1], denoiser.schedule.to("cpu")
     chosen = plan.levels(schedule, mse, dims, bits, gain, _SCALE + _GROUP * dims)
@@ -37,7 +38,7 @@ def fit(
     scales = np.zeros(2 * len(SCALES) - 1, np.int64)
     buckets = np.zeros((len(tables.buckets), bits + plan.PAD + 1), np.int64)
     state = progressive.start(true.shape, 0)
-    pickers = progressive.pickers(images.numpy(), real, 0, lend=False)
+    pickers = progressive.pickers(images.numpy(), real, 0, use_pixels=False)
 
     def step(number: int, group: Group, x0: Array) -> bool:
         before = list(state.scales)
@@ -58,7 +59,7 @@ def fit(
 
 
 def fit_chain(denoiser: Denoiser, mse: Tensor, images: Tensor, gain: Array) -> Tables:
-    """Tables for archives, whose x_t are exact draws of q; arguments as for `fit`."""
+    """The tables for archives, whose x_t are exact draws of q; arguments as for `fit`."""
     dims, channels, schedule = images[0].numel(), images.shape[1], denoiser.schedule.to("cpu")
     chosen = plan.levels(schedule, mse, dims, None, gain, _CALL * dims)
     tables = plan.empty(schedule, mse, chosen, 8, channels)
@@ -68,9 +69,9 @@ def fit_chain(denoiser: Denoiser, mse: Tensor, images: Tensor, gain: Array) -> T
 
 
 def gains(denoiser: Denoiser, images: Tensor) -> Array:
-    """What prediction and mixture take off the entropy of Gaussian errors at each level, bits a dimension, [T].
+    """The bits per dimension that prediction and mixture save against Gaussian errors, at each level [T].
 
-    Measured at levels that double from 1 on, up to T/4, and between them taken along a line in log t.
+    They are measured at the levels 1, 2, 4, ... up to T/4, and interpolated linearly in log t between these.
     """
     T = denoiser.schedule.T
     levels = [t for t in (1 << i for i in range(20)) if t <= max(1, T // 4)]
@@ -78,7 +79,7 @@ def gains(denoiser: Denoiser, images: Tensor) -> Array:
     for t in levels:
         errors = _errors(denoiser, images, t)
         sigma = np.sqrt((errors**2).mean((1, 2, 3), keepdims=True)) + 1e-9
-        left = residual.left(residual.fit(errors / sigma), errors)
+        left = residual.remaining(residual.fit(errors / sigma), errors)
         rest = np.sqrt((left**2).mean((1, 2, 3), keepdims=True)) + 1e-9
         spread = np.array(plan.mixture(left.ravel(), np.broadcast_to(rest, left.shape).ravel()))
         coded = -np.log2(spread / spread.sum() @ plan.masses(left.ravel(), np.broadcast_to(rest, left.shape).ravel()))
@@ -88,7 +89,7 @@ def gains(denoiser: Denoiser, images: Tensor) -> Array:
 
 
 def _errors(denoiser: Denoiser, images: Tensor, t: int) -> Array:
-    """x_0 - x0^ of exact draws of x_t."""
+    """The errors x_0 - x0^ for exact draws of x_t."""
     true = pixels.to_signal(images).double()
     eps = noise.normal(range(len(images)), true.shape[1:], _CHAIN, t).to(true)
     xt = q_sample(denoiser.schedule.to("cpu"), true, torch.full((len(images),), t), eps).numpy()
@@ -97,10 +98,10 @@ def _errors(denoiser: Denoiser, images: Tensor, t: int) -> Array:
 
 
 def _pixels(tables: Tables, errors: Array) -> tuple[Tables, list[int]]:
-    """The tables with prediction and mixture that suit these errors of the last level, and each image's scale."""
+    """The tables with prediction and mixture fitted to the last level's errors, and the scale of each image."""
     sigma = np.sqrt((errors**2).mean((1, 2, 3), keepdims=True)) + 1e-9
     weights = residual.fit(errors / sigma)
-    left = residual.left(weights, errors)
+    left = residual.remaining(weights, errors)
     tables = replace(tables, weights=weights, mse=(*tables.mse[:-1], float((left**2).mean()) + 1e-12))
     scales = [progressive.scale_of(float(np.mean(part**2)), tables.last) for part in left]
     sigmas = np.sqrt([tables.last.error(scale) for scale in scales]).repeat(left[0].size)

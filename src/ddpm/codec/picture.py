@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ddpm import pixels
 from ddpm.codec import progressive
 from ddpm.codec.container import MOST_PIXELS, Header, check_identity, check_intact, read_header, sealed
-from ddpm.codec.entropy import Certain, Damaged, Decoder, Encoder, Ends, Source
+from ddpm.codec.entropy import Damaged, Decoder, Encoder, EndOfPrefix, PrefixDecoder, Source
 from ddpm.codec.model import Model
 from ddpm.codec.plan import Group, Tables
 from ddpm.codec.progressive import Array, Symbols, Undecided
@@ -22,22 +22,27 @@ from ddpm.codec.reverse import Picker
 from ddpm.errors import InputError
 
 Image = NDArray[np.uint8]
-_MOST_VALUES = 1 << 26  # of all tiles, with what of them lies outside
-_MOST_LENT = 1 << 22  # values
-_TRIES = 64  # seeds before an image is given up
-_TOGETHER = 16  # tiles, after which no more pictures share network calls
+_MOST_VALUES = 1 << 26  # values of all tiles, also outside the picture
+_MOST_PICKING = 1 << 22  # values of a picture whose pixels choose candidates
+_TRIES = 64  # seeds that are tried for an image
+_TOGETHER = 16  # tiles that share network calls
 
 
 class Tiles(NamedTuple):
-    """A picture cut up: uint8 [n, C, H, W], what of it is picture, and what of that the last stage has to say."""
+    """A picture in tiles.
+
+    pixels  uint8 [n, C, H, W]
+    real    which values lie in the picture
+    coded   which of those the last stage codes; a grey picture in a colour network codes one channel
+    """
 
     pixels: Image
     real: NDArray[np.bool_]
-    said: NDArray[np.bool_]
+    coded: NDArray[np.bool_]
 
 
 def grid(header: Header, model: Model) -> tuple[int, int, int, int, int]:
-    """C, H, W of a tile, tiles down and across. Raises InputError for too large a picture."""
+    """C, H and W of a tile, and the number of tiles down and across. Raises InputError for too large a picture."""
     c, h, w = model.shape
     if header.whole:
         f = model.factor
@@ -50,7 +55,10 @@ def grid(header: Header, model: Model) -> tuple[int, int, int, int, int]:
 
 
 def cut(image: Image, header: Header, model: Model) -> Tiles:
-    """[H, W, C] to tiles: edges filled up, grey repeated for a network of colours, colours as tiles for one of grey."""
+    """Cut a picture [H, W, C] into tiles, with padded edges.
+
+    Grey is repeated for a colour network, and colours become tiles of their own for a grey network.
+    """
     c, h, w, down, across = grid(header, model)
     grey = header.channels == 1 and c == 3
     planes = np.repeat(image, 3, axis=2) if grey else image
@@ -61,13 +69,13 @@ def cut(image: Image, header: Header, model: Model) -> Tiles:
         return np.ascontiguousarray(parts.reshape(-1, c, h, w))
 
     real = tiled(np.pad(np.ones(planes.shape, bool), fill)).astype(bool)
-    said = real.copy()
-    said[:, 1:] &= not grey
-    return Tiles(tiled(np.pad(planes, fill)).astype(np.uint8), real, said)
+    coded = real.copy()
+    coded[:, 1:] &= not grey
+    return Tiles(tiled(np.pad(planes, fill)).astype(np.uint8), real, coded)
 
 
 def join(tiles: Image, header: Header, model: Model) -> Image:
-    """What `cut` cut up, [n, C, H, W] to [H, W, C]."""
+    """The picture [H, W, C] of tiles [n, C, H, W]: the inverse of `cut`."""
     c, h, w, down, across = grid(header, model)
     parts = tiles.reshape(down, across, -1, c, h, w).transpose(0, 4, 1, 5, 2, 3)
     image = parts.reshape(down * h, across * w, -1)[: header.height, : header.width]
@@ -75,14 +83,14 @@ def join(tiles: Image, header: Header, model: Model) -> Image:
 
 
 def _real(header: Header, model: Model) -> Tiles:
-    """The tiles of a picture that is not known yet."""
+    """The tiles of a picture whose pixels are not known yet."""
     return cut(np.zeros((header.height, header.width, header.channels), np.uint8), header, model)
 
 
-def _lends(tiles: Tiles, tables: Tables) -> bool:
-    """Whether low bits of pixels pick candidates: not of a large picture, of which all x0^ would have to be kept."""
+def _picks_by_pixels(tiles: Tiles, tables: Tables) -> bool:
+    """Whether low bits of pixels choose candidates. Not for a large picture, since every x0^ must stay in memory."""
     _, *tile = tiles.pixels.shape
-    return tiles.pixels.size <= _MOST_LENT and any(group.banded(math.prod(tile)) for group in tables.groups)
+    return tiles.pixels.size <= _MOST_PICKING and any(group.banded(math.prod(tile)) for group in tables.groups)
 
 
 def compress(
@@ -95,13 +103,17 @@ def compress(
     whole: bool = False,
     seed: int = 0,
 ) -> bytes:
-    """A picture uint8 [H, W, C], C of 1 or 3, to a file that `decompress` reads with the same model.
+    """Compress a picture uint8 [H, W, C], C = 1 or 3, to the bytes of a file for `decompress` with the same model.
 
-    Lossless, unless bits_per_dim gives the most bits the file may take for each of H W C numbers, or psnr the decibels
-    at which to stop; lossless all the same where it takes no more. bits is K, one of the model's tables (None: the
-    largest): more takes longer and saves bytes. local is faster by the network's own precision, and decodes where it
-    was written only; whole codes a picture as one tile of its own size. Raises InputError for another picture and
-    settings out of range.
+    bits_per_dim  lossy: the most bits that the file may have per value, H W C values; None for lossless
+    psnr          lossy: stop at this quality, decibels; None for lossless
+    bits          K, for which the model has tables; None for the largest. A larger K saves bytes and takes longer
+    local         use the network's own precision: faster, but the file decodes only where it was written
+    whole         code the picture as one tile of its own size
+    seed          of the shared noise; the next seeds are tried if x0^ lies too near a rounding boundary
+
+    A lossy file is lossless if that needs no more bytes. Raises InputError for another kind of picture and for settings
+    out of range.
     """
     header = _header(model, image, bits_per_dim, psnr, bits, local, whole, seed)
     predict = model.predictor(local, check=True)
@@ -115,7 +127,7 @@ def compress(
 
 
 def compress_each(model: Model, images: Sequence[Image], **settings: Any) -> Iterator[bytes]:
-    """What `compress` makes of each, to the bit; in the local profile some share network calls, where they may."""
+    """The files that `compress` makes, to the bit. In the local profile several pictures may share network calls."""
     if not (settings.get("local") and model.batches):
         yield from (compress(model, image, **settings) for image in images)
         return
@@ -152,7 +164,7 @@ def _header(
 
 
 def checked(image: Image) -> tuple[int, int, int]:
-    """Height, width and channels of a picture that the codec takes; InputError for another."""
+    """Height, width and channels of a picture. Raises InputError for one that the codec does not take."""
     if not isinstance(image, np.ndarray):
         raise InputError(f"image {type(image).__name__}: want a NumPy array, uint8 [H, W, C], C of 1 or 3")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
@@ -166,16 +178,16 @@ def checked(image: Image) -> tuple[int, int, int]:
 def _walk(
     model: Model, image: Image, header: Header, bits_per_dim: float | None, psnr: float | None
 ) -> progressive.Walk[bytes]:
-    """To the file of an image."""
+    """The walk of the encoder, which returns the file."""
     tables = model.tables[header.bits]
     tiles = cut(image, header, model)
     true = progressive.signal(tiles.pixels)
     state = progressive.start(true.shape, header.seed)
     most = math.inf if bits_per_dim is None else bits_per_dim * image.size / 8
-    lends = _lends(tiles, tables)
-    pickers = progressive.pickers(tiles.pixels, tiles.said, header.seed, lends)
+    picks_by_pixels = _picks_by_pixels(tiles, tables)
+    pickers = progressive.pickers(tiles.pixels, tiles.coded, header.seed, picks_by_pixels)
     sent: list[Symbols] = []
-    price = Encoder()  # what it takes so far
+    price = Encoder()  # counts the bits so far
 
     def step(number: int, group: Group, x0: Array) -> bool:
         before = list(state.scales)
@@ -186,10 +198,17 @@ def _walk(
         return price.bits / 8 <= most
 
     x0 = yield from progressive.walk(tables, state, step)
-    fits = price.bits / 8 <= most  # and x0^ is of the last group
+    fits = price.bits / 8 <= most  # then x0^ is the last group's
     if fits and len(sent) == len(tables.groups) and (psnr is None or _psnr(_shown(x0, header, model), image) < psnr):
         data = _written(
-            replace(header, lossless=True), tables, sent, tiles, x0, state.sums, image, pickers if lends else None
+            replace(header, lossless=True),
+            tables,
+            sent,
+            tiles,
+            x0,
+            state.sums,
+            image,
+            pickers if picks_by_pixels else None,
         )
         if len(data) <= most:
             return data
@@ -207,7 +226,7 @@ def _written(
     header: Header, tables: Tables, sent: Sequence[Symbols], tiles: Tiles, x0: Array | None = None,
     sums: Sequence[int] = (), image: Image | None = None, pickers: Sequence[Sequence[Picker]] | None = None,
 ) -> bytes:  # fmt: skip
-    """The file: groups, and the pixels where there is x0^ to code them by."""
+    """The file: the groups, and with x0^ also the pixels."""
     encoder = Encoder()
     before = [0] * len(tiles.real)
     for group, symbols in zip(tables.groups, sent, strict=False):
@@ -215,7 +234,7 @@ def _written(
         before = symbols.scales
     trailer = b""
     if x0 is not None and image is not None:
-        progressive.put_pixels(encoder, tables, tiles.pixels, x0, before, tiles.said, pickers)
+        progressive.put_pixels(encoder, tables, tiles.pixels, x0, before, tiles.coded, pickers)
         trailer = bytes(sums[i] & 255 if sums else 0 for i in _checked(len(sums))) + zlib.crc32(
             image.tobytes()
         ).to_bytes(4, "big")
@@ -224,7 +243,7 @@ def _written(
 
 
 def _checked(groups: int) -> list[int]:
-    """After which groups a lossless file has a checksum of x."""
+    """The groups after which a lossless file has a check byte of x."""
     return [groups * quarter // 4 for quarter in (1, 2, 3)]
 
 
@@ -234,18 +253,18 @@ def _psnr(a: Image, b: Image) -> float:
 
 
 def _shown(x0: Array, header: Header, model: Model) -> Image:
-    """x0^ as a picture (Eq. 15)."""
+    """x0^ (Eq. 15) as a picture."""
     return join(pixels.to_pixels(torch.from_numpy(x0)).numpy(), header, model)
 
 
 class Picture(NamedTuple):
-    """What so much of a file shows.
+    """The picture that the first bytes of a file show.
 
-    groups  coded groups that it took
-    pixels  of H W C numbers, how many are the picture's own, and not x0^'s
+    groups  the number of groups that were decoded
+    pixels  how many of H W C values are exact; the others are x0^
     image   uint8 [H, W, C]
     exact   whether it is the picture itself, bit for bit
-    whole   whether it is all that the file has
+    whole   whether the whole file was used
     """
 
     groups: int
@@ -256,19 +275,19 @@ class Picture(NamedTuple):
 
 
 def decompress(model: Model, data: bytes, at: int | None = None) -> Image:
-    """The picture uint8 [H, W, C] of a file, or the best one of its first `at` bytes.
+    """The picture uint8 [H, W, C] of a file, or the best picture of its first `at` bytes.
 
-    Raises Damaged for a file of another model, with flipped bits or with more bytes than it should have, and where
-    this machine's network differs too much from the writer's: a wrong picture is never taken for a lossless one. A
-    file that ends early gives what its whole groups show, and those pixels that are there: without the checksums of its
-    end, which nobody has, it is taken on trust that this machine's network agrees.
+    Raises Damaged for a file of another model, for changed bits, for too many bytes, and if this machine's network
+    differs too much from the writer's. So a wrong picture is never taken for a lossless one. A file that ends early
+    gives the picture of its whole groups, with the pixels that its bytes determine. Its checksums are missing then,
+    so nothing shows whether this machine's network agrees.
     """
     *_, last = pictures(model, data, at)
     return last.image
 
 
 def pictures(model: Model, data: bytes, at: int | None = None) -> Iterator[Picture]:
-    """What `decompress` returns, as it gets better: first noise's x0^, then one picture a group, last the exact one."""
+    """Better and better pictures: x0^ of noise, then one picture per group, and last the exact one."""
     header, begin = read_header(data)
     check_identity(header.identity, model.identity)
     if header.bits not in model.tables:
@@ -292,15 +311,15 @@ def pictures(model: Model, data: bytes, at: int | None = None) -> Iterator[Pictu
 def _pictures(
     model: Model, header: Header, tables: Tables, payload: bytes, trailer: bytes, complete: bool
 ) -> Iterator[Picture]:
-    """Of a payload, or of its first bytes; `trailer` is empty where the file itself is cut."""
+    """The pictures of a payload, or of its first bytes. `trailer` is empty if the file is cut short."""
     tiles = _real(header, model)
-    decoder = Decoder(payload) if complete else Certain(payload)
+    decoder = Decoder(payload) if complete else PrefixDecoder(payload)
     sent: list[Symbols] = []
-    with suppress(Ends):
+    with suppress(EndOfPrefix):
         sent.extend(_groups(decoder, header, tables, tiles.real))
     state = progressive.start(tiles.pixels.shape, header.seed)
-    told: list[progressive.Told] = []
-    keep = header.lossless and _lends(tiles, tables)
+    sent_groups: list[progressive.BandedGroup] = []
+    keep = header.lossless and _picks_by_pixels(tiles, tables)
     checks = dict(zip(_checked(header.groups), trailer, strict=False)) if header.lossless else {}
     elsewhere = f"; it was written in the {'local' if header.local else 'portable'} profile"
 
@@ -308,7 +327,7 @@ def _pictures(
         if number == len(sent):
             return False
         if keep and group.banded(x0[0].size):
-            told.append(progressive.Told(group, x0, sent[number]))
+            sent_groups.append(progressive.BandedGroup(group, x0, sent[number]))
         progressive.advance(state, group, x0, sent[number], tiles.real, tables, header.seed)
         if checks.get(number, state.sums[-1] & 255) != state.sums[-1] & 255:
             raise Damaged(f"group {number + 1}: this machine's network gives another x than the writer's" + elsewhere)
@@ -325,18 +344,18 @@ def _pictures(
     if not header.lossless or len(sent) < header.groups:
         return
     if not complete and header.local and header.where != model.where and not trailer:
-        return  # another x0^, other pixels
+        return  # this machine's x0^ may differ, and then the pixels would be wrong
 
-    def lent(tile: int, band: int, state: int, known: Image) -> bytes:
-        true = progressive.signal(np.where(tiles.said[tile], known, known[:1]))  # grey stands for all colours
+    def recover(tile: int, band: int, state: int, known: Image) -> bytes:
+        true = progressive.signal(np.where(tiles.coded[tile], known, known[:1]))  # a grey value stands for all colours
         try:
-            return progressive.lent(told, true, tiles.real, tables, header.seed, tile, band, state)
+            return progressive.recover_message(sent_groups, true, tiles.real, tables, header.seed, tile, band, state)
         except Damaged:
             if complete:
                 raise
-            raise Ends from None  # of a file that is cut short what there is before is shown
+            raise EndOfPrefix from None  # a file that is cut short shows what came before
 
-    some, count = progressive.get_pixels(decoder, tables, x0, state.scales, tiles.said, lent if keep else None)
+    some, count = progressive.get_pixels(decoder, tables, x0, state.scales, tiles.coded, recover if keep else None)
     image = join(some, header, model)
     if not complete:
         if count:
@@ -355,8 +374,8 @@ def _groups(decoder: Source, header: Header, tables: Tables, real: NDArray[np.bo
         yield symbols
 
 
-class Spent(NamedTuple):
-    """What one group of a file takes and where it leads: from level t to s, with so many bits in so many chunks."""
+class GroupCost(NamedTuple):
+    """The cost of one group of a file: the step from level t to s, its chunks and bits, and the RMSE before it."""
 
     t: int
     s: int
@@ -365,8 +384,8 @@ class Spent(NamedTuple):
     rmse: float
 
 
-def spent(model: Model, data: bytes) -> Iterator[Spent]:
-    """What each group of a whole file takes; rmse of x0^ before it is from the file's last picture, in grey levels."""
+def group_costs(model: Model, data: bytes) -> Iterator[GroupCost]:
+    """The cost of each group of a whole file. rmse, in grey levels, is between x0^ before the group and the picture."""
     header, begin = read_header(data)
     seen = list(pictures(model, data))
     tables = model.tables[header.bits]
@@ -378,10 +397,10 @@ def spent(model: Model, data: bytes) -> Iterator[Spent]:
     for number, (group, symbols) in enumerate(zip(tables.groups, sent, strict=False)):
         progressive.put_group(price, tables, group, symbols, before, real)
         rmse = float(np.sqrt(np.mean((seen[number].image.astype(float) - seen[-1].image) ** 2)))
-        yield Spent(
+        yield GroupCost(
             group.t, group.s, sum(len(some) for tile in symbols.indices for some in tile), price.bits - taken, rmse
         )
         before, taken = symbols.scales, price.bits
     if header.lossless:
         rmse = float(np.sqrt(np.mean((seen[-2].image.astype(float) - seen[-1].image) ** 2)))
-        yield Spent(tables.levels[-1], 0, 0, 8 * header.length - taken, rmse)
+        yield GroupCost(tables.levels[-1], 0, 0, 8 * header.length - taken, rmse)

@@ -1,7 +1,7 @@
-"""What a model's codec is set to once, on training images: groups of levels, their variances, integer histograms.
+"""The tables of a model's codec, which are set once on training images: groups of levels, variances, histograms.
 
-All of it is a function of the model alone and stands beside the weights, so that neither side of the codec ever reads
-a probability from the other's network.
+The tables belong to the model and lie beside its weights. So neither the encoder nor the decoder takes a probability
+from a network that might compute otherwise on another machine.
 """
 
 import math
@@ -22,32 +22,36 @@ from ddpm.errors import InputError
 from ddpm.schedule import Schedule
 
 PAD = 2
-"""Candidates of a chunk are 2^(K + PAD), or in bands 2^(k + PAD) for a divergence of k bits, at most K."""
+"""A chunk has 2^(K + PAD) candidates; in bands 2^(k + PAD) for a divergence of k bits, k at most K."""
 MOST_BITS = 16
-"""The largest K: 2^18 rows of 64 are what both sides hold."""
-_BANDED = 40  # bits of a whole tile from which a group is coded in bands,
-_NEAR = 4e-3  # .. where the mean squared error is below this, eight grey levels
-_LOST = 3.0  # bits of a chunk there that do not come back, with what its samples fall short
+"""The largest K. Both sides then hold 2^18 rows of 64 normals."""
+_BANDED = 40  # a group is coded in bands if a whole tile costs at least so many bits,
+_NEAR = 4e-3  # .. and if the mean squared error is below this, about eight grey levels
+_LOST = 3.0  # bits per chunk in bands that are not recovered, with the loss of inexact samples
 _LOADS = 4
-"""Classes of how full a chunk is."""
+"""The number of classes of a chunk's load, its divergence over K."""
 SCALES = range(-12, 20)
-"""An image's error over the mean one's, in half octaves."""
+"""The error of an image over the mean error, in half octaves (factors of sqrt 2)."""
 SPREADS = range(-5, 2)
-"""Standard deviations of the parts of the last stage's mixture over that of the image's errors, in octaves."""
-_MIXTURE = 64  # the mixture's weights sum to it
+"""The standard deviations of the pixel mixture's components over that of the image's errors, in octaves."""
+_MIXTURE = 64  # the weights of the mixture sum to this
 
 
 @cache
 def _between() -> NDArray[np.float64]:
-    """Where one grey level's bin ends and the next one begins, [255]."""
+    """The edges between the bins of neighbouring grey levels, [255]."""
     _, lower, _ = pixels.bins(torch.zeros((), dtype=torch.float64))
     edges: NDArray[np.float64] = lower[1:].numpy()
     return edges
 
 
 class Chunks(NamedTuple):
-    """How many chunks of at most K bits; the bits of an index that is as long as the divergence wants it; and the class
-    of how full a chunk is."""
+    """How a part is cut into chunks of at most K bits of divergence.
+
+    number  how many chunks
+    bits    bits of an index that fit the divergence of a chunk
+    load    class of the divergence over K
+    """
 
     number: int
     bits: int
@@ -56,9 +60,9 @@ class Chunks(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """The step from x_t to x_s, s < t, as one: q(x_s | x_t, x_0) of Eq. 6-7 between these two levels.
+    """The step from x_t to x_s, s < t: q(x_s | x_t, x_0) of Eq. 6 and 7 with no level between.
 
-    mse is E|x_0 - x0^(x_t)|^2 / D of training images.
+    mse is E|x_0 - x0^(x_t)|^2 / D over training images.
     """
 
     t: int
@@ -69,32 +73,33 @@ class Group:
 
     @cached_property
     def coefficients(self) -> tuple[float, float, float]:
-        """c_0, c_x and beta~: mu~ = c_0 x_0 + c_x x_t  (Eq. 7)."""
+        """c_0, c_x and beta~ of mu~ = c_0 x_0 + c_x x_t  (Eq. 7)."""
         a2 = self.abar_t / self.abar_s
         b, left = 1 - a2, 1 - self.abar_t
         return math.sqrt(self.abar_s) * b / left, math.sqrt(a2) * (1 - self.abar_s) / left, b * (1 - self.abar_s) / left
 
     def error(self, scale: int) -> float:
-        """The image's mean squared error: mse 2^(scale / 2)."""
+        """The mean squared error of an image of this scale: mse 2^(scale / 2)."""
         return self.mse * math.ldexp(math.sqrt(2) if scale % 2 else 1.0, scale // 2)
 
     def variance(self, scale: int) -> float:
-        """The prior's, of the least divergence: beta~ + c_0^2 error (Bao et al. 2022)."""
+        """The variance of p of least divergence: beta~ + c_0^2 error (Bao et al. 2022)."""
         c_0, _, variance_q = self.coefficients
-        return variance_q + c_0 * c_0 * self.error(scale)  # not c_0**2, which is a library's
+        return variance_q + c_0 * c_0 * self.error(scale)  # not c_0**2, whose last bit depends on a library
 
     def divergence(self, scale: int) -> float:
-        """KL(q || p) a dimension where the error is what `scale` says, in bits."""
+        """KL(q || p) per dimension in bits, for an image of this scale."""
         _, _, variance_q = self.coefficients
         return 0.5 * math.log2(self.variance(scale) / variance_q)
 
     def banded(self, size: int) -> bool:
-        """Whether a tile of so many values is coded in bands, whose candidates low bits of pixels pick."""
+        """Whether a tile of `size` values is coded in bands, where low bits of pixels choose the candidates."""
         return self.mse < _NEAR and round(self.divergence(0) * 2**20) * size >= _BANDED << 20
 
     def chunks(self, scale: int, dims: int, bits: int) -> Chunks:
-        """What so many dimensions are coded in, for `bits` = K."""
-        whole = round(self.divergence(scale) * 2**20) * dims  # rounded: not to hang on a logarithm's last bit
+        """The chunks of so many dimensions for `bits` = K."""
+        # Rounded, so that the last bit of a logarithm does not matter.
+        whole = round(self.divergence(scale) * 2**20) * dims
         number = max(1, min(dims, -(-whole // (bits << 20))))
         each = min(bits, -(-whole // (number << 20))) + PAD
         return Chunks(number, each, min(_LOADS - 1, whole * _LOADS // (number * bits << 20)))
@@ -102,18 +107,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Tables:
-    """One setting of a model's codec.
+    """The tables of a model's codec for one K.
 
-    bits       K, the most divergence of a chunk; the encoder weighs up to 2^(K + PAD) candidates for each
-    levels     T = levels[0] > .. > levels[-1]: x is coded at each in turn, and from the last the pixels
-    alpha_bar  of these levels
-    mse        E|x_0 - x0^|^2 / D of training images at these levels
+    bits       K, the largest divergence of a chunk; the encoder weighs up to 2^(K + PAD) candidates per chunk
+    levels     T = levels[0] > .. > levels[-1]: x is coded at each level in turn, and the pixels from the last
+    alpha_bar  alpha_bar of these levels
+    mse        E|x_0 - x0^|^2 / D over training images at these levels; the last is after the prediction by `weights`
     scales     counts of each change of the scale between groups, -31 .. 31
-    buckets    counts of floor(log2(index + 1)) where there are no bands, for each class of how full a chunk is
-    spread     weights of the pixels' mixture, of 64
-    weights    of the prediction of each channel's error from those before (`residual`)
-
-    The last mse is that of the pixels' errors after this prediction.
+    buckets    counts of floor(log2(index + 1)) in groups without bands, for each class of load
+    spread     weights of the pixels' mixture, which sum to 64
+    weights    weights of the prediction of each channel's error (`residual`)
     """
 
     bits: int
@@ -126,7 +129,7 @@ class Tables:
     weights: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
-        """InputError for what no calibration writes."""
+        """Raise InputError for values that no calibration writes."""
         levels, abar, width = self.levels, self.alpha_bar, self.bits + PAD + 1
         good = (
             2 <= self.bits <= MOST_BITS and len(levels) == len(abar) == len(self.mse) >= 1
@@ -149,7 +152,7 @@ class Tables:
 
     @cached_property
     def last(self) -> Group:
-        """The step from the last level to the image, of which only the error is used."""
+        """The step from the last level to the image; only its error is used."""
         return Group(self.levels[-1], 0, self.alpha_bar[-1], 1.0, self.mse[-1])
 
     @cached_property
@@ -162,7 +165,7 @@ class Tables:
 
     @staticmethod
     def scale_of_symbol(symbol: int, before: int = 0) -> int:
-        """Raises Damaged where there is no such scale."""
+        """Raises Damaged if there is no such scale."""
         scale = symbol + before - len(SCALES) + 1
         if scale not in SCALES:
             raise entropy.Damaged("payload: no encoder writes such bytes; want the file as it was written")
@@ -174,11 +177,11 @@ class Tables:
 
     @cached_property
     def _mixture(self) -> NDArray[np.int64]:
-        """Octaves and weights of the parts that weigh anything, [2, parts]."""
+        """Octaves and weights of the components whose weight is not 0, [2, components]."""
         return np.array([pair for pair in zip(SPREADS, self.spread, strict=True) if pair[1]]).T
 
     def pixel_frequencies(self, mean: NDArray[np.float64], sigma: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Of the 256 grey levels under Eq. 13 with a mixture of Gaussians: mean, sigma [m] -> int64 [m, 256]."""
+        """Frequencies of the 256 grey levels by Eq. 13 with a mixture of Gaussians: mean, sigma [m] -> [m, 256]."""
         spreads, weights = self._mixture
         sigmas = np.ldexp(sigma, spreads[:, None])[..., None]  # [parts, m, 1]
         edges = np.zeros((len(mean), 257), np.int64)
@@ -194,7 +197,7 @@ class Tables:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "Tables":
-        """Raises InputError, KeyError or TypeError for what is not `to_json`'s."""
+        """The tables that `to_json` wrote. Raises InputError, KeyError or TypeError for other values."""
         lists = {key: tuple(values[key]) for key in ("levels", "alpha_bar", "mse", "scales", "spread")}
         buckets, weights = (tuple(map(tuple, values[key])) for key in ("buckets", "weights"))
         return Tables(int(values["bits"]), buckets=buckets, weights=weights, **lists)
@@ -203,12 +206,12 @@ class Tables:
 def levels(
     schedule: Schedule, mse: Tensor, dims: int, bits: int | None, gain: NDArray[np.float64], group_bits: float
 ) -> list[int]:
-    """The levels of least cost, falling from T, by dynamic programme over all groupings.
+    """The levels of least cost, falling from T, by dynamic programming over all groupings.
 
-    mse float64 [n, T] of n images; dims = D. A group from t to s costs its KL, what a chunk's index takes above it, and
-    `group_bits` for its scale and the network call. The pixels from level t cost the entropy of errors of mse_t, less
-    gain[t - 1] bits a dimension that prediction and mixture take off. bits None: of a chain for bits-back, without
-    indices.
+    mse is float64 [n, T] for n images, and dims is D. A group from t to s costs its KL, the excess of the chunks'
+    indices over it, and `group_bits` for its scale and the network call. The pixels from level t cost the entropy of
+    errors of mse_t, minus gain[t - 1] bits per dimension that prediction and mixture save. bits None means a chain for
+    bits-back coding, which has no indices.
 
     >>> from ddpm import schedule
     >>> error = torch.linspace(1e-4, 0.3, 1000).double()
@@ -239,9 +242,9 @@ def levels(
 
 
 def _above(kl: Tensor, bits: int, near: bool) -> Tensor:
-    """What indices take above a divergence: about log2(KL + 1) a chunk; most of it comes back in bands, not all.
+    """The excess of indices over a divergence: about log2(KL + 1) bits per chunk.
 
-    (Of these there are several, and so of chunks.)
+    In bands most of it is recovered. There are several bands, and each has at least one chunk.
     """
     chunks = (kl / bits).clamp(min=1)
     ordered = chunks * (kl / chunks + 1).log2()
@@ -249,7 +252,7 @@ def _above(kl: Tensor, bits: int, near: bool) -> Tensor:
 
 
 def empty(schedule: Schedule, mse: Tensor, chosen: Sequence[int], bits: int, channels: int) -> Tables:
-    """Tables before anything was coded: flat histograms, one Gaussian. mse [n, T], chosen levels as `levels` gives."""
+    """Tables to start from: flat histograms and one Gaussian. mse is [n, T], `chosen` the levels from `levels`."""
     nothing = tuple((0.0,) * count for count in residual.counts(channels))
     at = torch.tensor(chosen)
     flat = (tuple([1] * (bits + PAD + 1)),) * _LOADS
@@ -260,7 +263,7 @@ def empty(schedule: Schedule, mse: Tensor, chosen: Sequence[int], bits: int, cha
 
 
 def masses(residuals: NDArray[np.float64], sigmas: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What each of `SPREADS` gives to a grey level that is `residuals` [m] from the mean, [len(SPREADS), m]."""
+    """The mass of each component of SPREADS on a grey level `residuals` [m] from the mean, [len(SPREADS), m]."""
     half = pixels.BIN / 2
     mass = np.empty((len(SPREADS), len(residuals)))
     for row, spread in zip(mass, SPREADS, strict=True):
@@ -270,9 +273,9 @@ def masses(residuals: NDArray[np.float64], sigmas: NDArray[np.float64]) -> NDArr
 
 
 def mixture(residuals: NDArray[np.float64], sigmas: NDArray[np.float64]) -> tuple[int, ...]:
-    """Weights of `SPREADS` that suit residuals [m] of errors sigmas [m], by expectation-maximisation; integers of 64.
+    """The weights of SPREADS for residuals [m] with standard deviations sigmas [m], by expectation-maximisation.
 
-    The mass of each component is that of a grey level's bin, as when coding.
+    The weights are integers that sum to 64. A component's mass is its mass on a grey level's bin, as in coding.
 
     >>> mixture(np.linspace(-1, 1, 101) * 0.01, np.full(101, 0.01))[0]
     0

@@ -1,13 +1,15 @@
 """Algorithms 3 and 4 of the paper by reverse-channel coding: x_T, group by group, and the pixels given the last x.
 
-`encode_group` draws and both sides `advance`: so the encoder goes on from the x that the decoder will have. Arrays are
-float64 [n, C, H, W], n tiles of one picture; the arithmetic beside the network is NumPy's, one operation at a time, so
-that IEEE 754 fixes every bit of it.
+A group is a step from level t to a lower level s. The encoder draws x_s from q(x_s | x_t, x_0) and sends which shared
+candidate it drew (`encode_group`). Then both sides move to this x_s by one function (`advance`), so the encoder goes
+on from the x that the decoder will have. Arrays are float64 [n, C, H, W] for n tiles of one picture. Outside the
+network the arithmetic is NumPy's, one operation at a time, so that IEEE 754 fixes every bit of it.
 
-From where a group has much to say on, every tile is coded in bands of rows. What picks the candidates of a band are
-the low bits of the pixels of the next: once a band's pixels are read, `lent` tells them, and of the next band's pixels
-only what they leave open has to be said. So an index takes hardly more than the divergence, as with bits-back coding,
-but within one picture. The last band's come to nothing.
+A group that costs many bits is coded in bands of rows. There, the low bits of the next band's pixels choose among the
+candidates (bits-back coding): whoever knows both the choices and the band's pixels can compute these bits again
+(`recover_message`). So the decoder, once it has read a band's pixels, knows the low bits of the next band, and only
+the rest of those pixels is coded. An index then costs little more than the divergence. The last band has no next
+band, so its choices carry no bits.
 """
 
 import zlib
@@ -24,31 +26,31 @@ from torch import Tensor
 
 from ddpm import kernels, pixels
 from ddpm.codec import residual, reverse, shared
-from ddpm.codec.entropy import Damaged, Encoder, Ends, Source, frequencies
+from ddpm.codec.entropy import Damaged, Encoder, EndOfPrefix, Source, frequencies
 from ddpm.codec.plan import PAD, SCALES, Group, Tables
 from ddpm.codec.reverse import STATE, Picker
 from ddpm.denoiser import Denoiser
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
-_START, _FILL, _PICKS = 201, 202, 203  # what a stream of shared randomness is for
+_START, _FILL, _PICKS = 201, 202, 203  # purposes of streams of shared random numbers
 _GRID = 1024
-"""x0^ is a multiple of 2^-10 before anybody uses it."""
+"""x0^ is rounded to a multiple of 2^-10 before it is used."""
 _MARGIN = 1e-10
-"""How much float64 networks may differ between machines."""
+"""The largest difference that float64 networks may have between machines."""
 
 
 class Undecided(Exception):
-    """Another machine might round this x0^ to another multiple of 2^-10; another seed will not be as close."""
+    """Another machine might round this x0^ to another multiple of 2^-10. Another seed gives another x0^."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """x0^(x_t), clipped and on a grid of 2^-10, so that both sides have the same one.
+    """x0^(x_t), clipped and rounded to multiples of 2^-10, so that both sides have the same one.
 
-    careful  one tile at a time, in float64, as the portable profile wants it
-    check    raise Undecided where rounding hangs on less than 1e-10
-    packed   the network's weights as our kernels read them, which do not change any more
+    careful  compute one tile at a time, in float64, for the portable profile
+    check    raise Undecided if less than 1e-10 decides the rounding
+    packed   the network's weights in the layout of our kernels; the weights do not change any more
     """
 
     denoiser: Denoiser
@@ -69,7 +71,7 @@ class Predictor:
 
     def _estimate(self, x: Tensor, level: int) -> Tensor:
         x = x if self.careful else x.float()
-        t = torch.tensor([level])  # one time embedding: its matrix products may differ in another batch
+        t = torch.tensor([level])  # one time embedding, since a matrix product may differ in another batch
         device = self.denoiser.schedule.alpha_bar.device
         return self.denoiser(x.to(device), t.to(device)).x0.double().cpu()
 
@@ -79,7 +81,7 @@ Predict = Callable[[Array, int], Array]
 
 @dataclass(frozen=True)
 class Symbols:
-    """What is sent of one group: for each tile its scale and the indices of the chunks of each of its bands."""
+    """The symbols of one group: for each tile its scale, and the indices of the chunks of each band."""
 
     scales: list[int]
     indices: list[list[NDArray[np.int64]]]
@@ -87,7 +89,7 @@ class Symbols:
 
 @dataclass
 class State:
-    """Where both sides are: x at the next level, the scales said last, and a checksum of x after each group."""
+    """The state of both sides: x at the next level, the last scales, and a checksum of x after each group."""
 
     x: Array
     scales: list[int]
@@ -95,20 +97,20 @@ class State:
 
 
 def signal(image: NDArray[np.uint8]) -> Array:
-    """x_0 of pixels, of their shape."""
+    """The pixels as signal x_0, of the same shape."""
     x0: Array = pixels.to_signal(torch.from_numpy(image)).double().numpy()
     return x0
 
 
 def start(shape: Sequence[int], seed: int) -> State:
-    """x_T of n tiles, from shared noise."""
+    """The state at level T: x_T of n tiles, from shared noise."""
     n, *one = shape
     x = [shared.normals(int(np.prod(one)), _START, seed, tile).astype(np.float64).reshape(one) for tile in range(n)]
     return State(np.stack(x), [0] * n)
 
 
 def bands(height: int) -> list[slice]:
-    """Rows from the top, fewer and fewer.
+    """The bands of a tile: rows from the top, fewer in each next band.
 
     >>> [(band.start, band.stop) for band in bands(32)]
     [(0, 13), (13, 23), (23, 28), (28, 31), (31, 32)]
@@ -118,7 +120,7 @@ def bands(height: int) -> list[slice]:
 
 
 def parts(there: NDArray[np.bool_], group: Group | None = None) -> list[NDArray[np.bool_]]:
-    """What of `there` [C, H, W] lies in each band; all of it in one part for a group without bands."""
+    """The mask `there` [C, H, W] split by bands; one part for a group without bands."""
     if group and not group.banded(there.size):
         return [there]
     found = []
@@ -132,7 +134,7 @@ def parts(there: NDArray[np.bool_], group: Group | None = None) -> list[NDArray[
 def advance(
     state: State, group: Group, x0: Array, sent: Symbols, real: NDArray[np.bool_], tables: Tables, seed: int
 ) -> None:
-    """x_s = mu_p + sqrt(variance_p) z, from what was sent; where nothing is real, z is shared noise."""
+    """Move to x_s = mu_p + sqrt(variance_p) z, with z from the symbols. Outside the picture, z is shared noise."""
     c_0, c_x, _ = group.coefficients
     for tile, (scale, indices) in enumerate(zip(sent.scales, sent.indices, strict=True)):
         z = np.empty(real[tile].shape)
@@ -149,13 +151,13 @@ def advance(
 
 
 def scale_of(error: float, group: Group) -> int:
-    """The scale that says this mean squared error best."""
+    """The scale nearest to this mean squared error."""
     nearest = round(2 * float(np.log2(max(error, 1e-30) / group.mse)))
     return min(max(nearest, SCALES[0]), SCALES[-1])
 
 
 def index_bits(group: Group, scale: int, part: NDArray[np.bool_], tables: Tables) -> int:
-    """Of a part's indices: as many as there may be, or in bands, where all of them are paid for, as it takes."""
+    """The bits of a part's indices. A group without bands allows the most; in bands every bit is paid for."""
     if not group.banded(part.size):
         return tables.bits + PAD
     return group.chunks(scale, int(part.sum()), tables.bits).bits
@@ -164,7 +166,7 @@ def index_bits(group: Group, scale: int, part: NDArray[np.bool_], tables: Tables
 def drawn(
     group: Group, scale: int, true: Array, x0: Array, part: NDArray[np.bool_], tables: Tables, *keys: int
 ) -> reverse.Draw:
-    """x_s ~ q(x_s | x_t, x_0) of a band; `true` is x_0, `x0` is x0^."""
+    """The draw of x_s ~ q(x_s | x_t, x_0) in a band; `true` is x_0 and `x0` is x0^."""
     c_0, _, variance_q = group.coefficients
     chunks = group.chunks(scale, int(part.sum()), tables.bits).number
     variance_p = group.variance(scale)
@@ -176,7 +178,7 @@ def encode_group(
     state: State, group: Group, x0: Array, true: Array, real: NDArray[np.bool_], tables: Tables, seed: int,
     pickers: Sequence[Sequence[Picker]],
 ) -> Symbols:  # fmt: skip
-    """Draw x_s ~ q(x_s | x_t, x_0) and go there; `pickers` are those of each tile's bands."""
+    """Draw x_s ~ q(x_s | x_t, x_0), move there, and return the symbols. `pickers` choose in each tile's bands."""
     sent = Symbols([], [])
     for tile, there in enumerate(real):
         scale = scale_of(float(np.mean((true[tile] - x0[tile])[there] ** 2)), group)
@@ -196,26 +198,26 @@ def encode_group(
     return sent
 
 
-# -- low bits that pick ------------------------------------------------------------------------------------------------
+# -- low bits of pixels as choices -------------------------------------------------------------------------------------
 
 
-def pickers(image: NDArray[np.uint8], said: NDArray[np.bool_], seed: int, lend: bool) -> list[list[Picker]]:
-    """Of each tile's bands: by the pixels [n, C, H, W] of the next band, where they `lend`, or by shared randomness."""
+def pickers(image: NDArray[np.uint8], coded: NDArray[np.bool_], seed: int, use_pixels: bool) -> list[list[Picker]]:
+    """A picker for each band of each tile. It chooses by the pixels of the next band, or by shared random bits."""
     found = []
-    for tile, (pixel, there) in enumerate(zip(image, said, strict=True)):
+    for tile, (pixel, there) in enumerate(zip(image, coded, strict=True)):
         _, *after = parts(there)
-        messages = [low_bits(pixel[part]) if lend else b"" for part in after]
+        messages = [low_bits(pixel[part]) if use_pixels else b"" for part in after]
         found.append([Picker(text, _PICKS, seed, tile, band) for band, text in enumerate([*messages, b""])])
     return found
 
 
 def low_bits(pixel: NDArray[np.uint8]) -> bytes:
-    """The bits of pixels [m], the lowest of all of them first."""
+    """The bits of pixels [m]: first the lowest bit of every pixel, then the next one, and so on."""
     return np.packbits(pixel >> np.arange(8, dtype=np.uint8)[:, None] & 1).tobytes()
 
 
 def known_bits(text: bytes, count: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Of `count` pixels, those bits that `text` begins with of `low_bits`, and which these are, uint8 [count].
+    """The known bits of `count` pixels, and a mask of them, uint8 [count]; `text` is the beginning of `low_bits`.
 
     >>> pixel = np.array([200, 77, 3], np.uint8)
     >>> known_bits(low_bits(pixel)[:1], 3)
@@ -228,8 +230,8 @@ def known_bits(text: bytes, count: int) -> tuple[NDArray[np.uint8], NDArray[np.u
     return tuple(np.bitwise_or.reduce(a.reshape(8, count).astype(np.uint8) << place) for a in (bits, there))
 
 
-class Told:
-    """Of a group in bands: x0^ before it, and what was sent. x0^ is held in 1024ths, as 16 bits."""
+class BandedGroup:
+    """A group that was coded in bands: x0^ before it, in 16 bits as multiples of 2^-10, and its symbols."""
 
     def __init__(self, group: Group, x0: Array, sent: Symbols) -> None:
         self.group, self.sent, self._x0 = group, sent, np.rint(x0 * _GRID).astype(np.int16)
@@ -240,8 +242,8 @@ class Told:
         return x0
 
 
-def lent(
-    told: Sequence[Told],
+def recover_message(
+    sent_groups: Sequence[BandedGroup],
     true: Array,
     real: NDArray[np.bool_],
     tables: Tables,
@@ -250,16 +252,21 @@ def lent(
     band: int,
     state: int,
 ) -> bytes:
-    """The message that the picks of a tile's band were made by, once its pixels are known, x_0 [C, H, W] of which."""
+    """The message by which the choices in a tile's band were made. `true` [C, H, W] is x_0, known in this band."""
     part = parts(real[tile])[band]
-    told = told if part.any() else []
-    order = sorted(range(len(told)), key=lambda i: index_bits(told[i].group, told[i].sent.scales[tile], part, tables))
+    sent_groups = sent_groups if part.any() else []
+    order = sorted(
+        range(len(sent_groups)),
+        key=lambda i: index_bits(sent_groups[i].group, sent_groups[i].sent.scales[tile], part, tables),
+    )
     chances = reverse.races(
         drawn(one.group, one.sent.scales[tile], true, one.x0(tile), part, tables, seed, tile, one.group.t, band)
-        for one in (told[i] for i in order)  # those of one table together
+        for one in (sent_groups[i] for i in order)  # draws with tables of one size together
     )
-    found = {i: [next(chances).slot(index) for index in told[i].sent.indices[tile][band].tolist()] for i in order}
-    slots = [slot for i in range(len(told)) for slot in found[i]]
+    found = {
+        i: [next(chances).slot(index) for index in sent_groups[i].sent.indices[tile][band].tolist()] for i in order
+    }
+    slots = [slot for i in range(len(sent_groups)) for slot in found[i]]
     return reverse.returned(state, slots, _PICKS, seed, tile, band)
 
 
@@ -277,7 +284,7 @@ def get_scale(decoder: Source, tables: Tables, before: int) -> int:
 def put_group(
     encoder: Encoder, tables: Tables, group: Group, sent: Symbols, before: Sequence[int], real: NDArray[np.bool_]
 ) -> None:
-    """The symbols of a group; `before` are the scales of the group before."""
+    """Code the symbols of a group; `before` holds the scales of the group before it."""
     for scale, indices, last, there in zip(sent.scales, sent.indices, before, real, strict=True):
         put_scale(encoder, tables, scale, last)
         banded = group.banded(there.size)
@@ -314,61 +321,65 @@ def get_group(decoder: Source, tables: Tables, group: Group, before: Sequence[in
     return sent
 
 
-def pixel_scales(tables: Tables, image: NDArray[np.uint8], x0: Array, said: NDArray[np.bool_]) -> list[int]:
-    """Of each tile, the scale of what prediction leaves of its errors."""
-    left = residual.left(tables.weights, np.where(said, signal(image) - x0, 0.0))
-    return [scale_of(float(np.mean(part[there] ** 2)), tables.last) for part, there in zip(left, said, strict=True)]
+def pixel_scales(tables: Tables, image: NDArray[np.uint8], x0: Array, coded: NDArray[np.bool_]) -> list[int]:
+    """The scale of each tile's errors after the prediction."""
+    left = residual.remaining(tables.weights, np.where(coded, signal(image) - x0, 0.0))
+    return [scale_of(float(np.mean(part[there] ** 2)), tables.last) for part, there in zip(left, coded, strict=True)]
 
 
 def pixel_walk(
-    tables: Tables, x0: Array, scales: Sequence[int], said: NDArray[np.bool_], symbols: residual.Symbols,
+    tables: Tables, x0: Array, scales: Sequence[int], coded: NDArray[np.bool_], symbols: residual.Symbols,
     image: NDArray[np.uint8] | None = None, rows: slice | None = None,
 ) -> NDArray[np.uint8]:  # fmt: skip
-    """The pixels uint8 [n, C, H, W] given x0^ at the last level (L_0, Eq. 13), as `symbols` puts or gets them.
+    """Code or read the pixels uint8 [n, C, H, W] given x0^ at the last level (L_0, Eq. 13).
 
-    Of some rows only, where image has those above.
+    With `rows` only these rows, into `image`, which holds the rows above.
     """
     sigma = np.sqrt([tables.last.error(scale) for scale in scales])
-    return residual.walk(tables.weights, x0, sigma, said, tables.pixel_frequencies, symbols, image, rows)
+    return residual.walk(tables.weights, x0, sigma, coded, tables.pixel_frequencies, symbols, image, rows)
 
 
 def left_open(frequency: NDArray[np.int64], low: NDArray[np.uint8], which: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Frequencies [m, 256] of pixels of which some bits are known."""
+    """The frequencies [m, 256] that remain for pixels of which some bits are known."""
     if not which.any():
         return frequency
     agree = (np.arange(256, dtype=np.uint8) & which[:, None]) == low[:, None]
     return frequencies(np.where(agree, frequency, 0))
 
 
-Lend = Callable[[int, int], bytes]
-"""What a tile's band's picks say of the low bits of the next band's pixels; puts, or gets, what it takes to tell."""
+NextBits = Callable[[int, int], bytes]
+"""(tile, band) -> the next band's low bits, recovered from this band's choices. It codes or reads the picker's
+state."""
 
 
 def _band_by_band(
-    tables: Tables, x0: Array, scales: Sequence[int], said: NDArray[np.bool_], image: NDArray[np.uint8],
-    symbols: residual.Symbols, lend: Lend | None,
+    tables: Tables, x0: Array, scales: Sequence[int], coded: NDArray[np.bool_], image: NDArray[np.uint8],
+    symbols: residual.Symbols, next_bits: NextBits | None,
 ) -> None:  # fmt: skip
-    """All pixels, into `image`; of all bands but the first, only what the band before leaves open."""
+    """Code or read all pixels into `image`. After the first band, only what the band before does not determine."""
     low, which = np.zeros_like(image), np.zeros_like(image)
 
     def opened(frequency: NDArray[np.int64], at: Any) -> NDArray[np.integer]:
         return symbols(left_open(frequency, low[at], which[at]), at)
 
     for band, rows in enumerate(bands(image.shape[2])):
-        if band and lend:
-            for tile, there in enumerate(said):
+        if band and next_bits:
+            for tile, there in enumerate(coded):
                 part = parts(there)[band]
                 if part.any():
-                    low[tile][part], which[tile][part] = known_bits(lend(tile, band - 1), int(part.sum()))
-        pixel_walk(tables, x0, scales, said, opened, image, rows)
+                    low[tile][part], which[tile][part] = known_bits(next_bits(tile, band - 1), int(part.sum()))
+        pixel_walk(tables, x0, scales, coded, opened, image, rows)
 
 
 def put_pixels(
     encoder: Encoder, tables: Tables, image: NDArray[np.uint8], x0: Array, before: Sequence[int],
-    said: NDArray[np.bool_], pickers: Sequence[Sequence[Picker]] | None,
+    coded: NDArray[np.bool_], pickers: Sequence[Sequence[Picker]] | None,
 ) -> None:  # fmt: skip
-    """Scales and pixels of all tiles; `before` are the last group's scales, `pickers` None where nothing is lent."""
-    scales = pixel_scales(tables, image, x0, said)
+    """Code the scales and pixels of all tiles; `before` holds the last group's scales.
+
+    `pickers` is None if no pixels choose.
+    """
+    scales = pixel_scales(tables, image, x0, coded)
     for scale, last in zip(scales, before, strict=True):
         put_scale(encoder, tables, scale, last)
 
@@ -377,23 +388,23 @@ def put_pixels(
         found: NDArray[np.uint8] = image[at]
         return found
 
-    def lend(tile: int, band: int) -> bytes:
+    def next_bits(tile: int, band: int) -> bytes:
         assert pickers is not None
         picker = pickers[tile][band]
         encoder.put_bits(picker.state >> STATE // 2, STATE // 2)
         encoder.put_bits(picker.state & (1 << STATE // 2) - 1, STATE // 2)
         return picker.used
 
-    _band_by_band(tables, x0, scales, said, np.zeros_like(image), put, None if pickers is None else lend)
+    _band_by_band(tables, x0, scales, coded, np.zeros_like(image), put, None if pickers is None else next_bits)
 
 
 def get_pixels(
-    source: Source, tables: Tables, x0: Array, before: Sequence[int], said: NDArray[np.bool_],
-    lent: Callable[[int, int, int, NDArray[np.uint8]], bytes] | None,
+    source: Source, tables: Tables, x0: Array, before: Sequence[int], coded: NDArray[np.bool_],
+    recover: Callable[[int, int, int, NDArray[np.uint8]], bytes] | None,
 ) -> tuple[NDArray[np.uint8], int]:  # fmt: skip
-    """x0^ as pixels, in them as many of the true ones as the bytes determine; and how many.
+    """The picture: true pixels as far as the bytes determine them, and x0^ elsewhere; and the number of true values.
 
-    lent is of (tile, band, state, pixels so far); None where nothing is.
+    recover(tile, band, state, pixels so far) gives the low bits of the next band; it is None if no pixels choose.
     """
     image, done = np.zeros(x0.shape, np.uint8), np.zeros(x0.shape, bool)
 
@@ -403,29 +414,29 @@ def get_pixels(
         image[tile[sure], channel, y[sure], x[sure]] = found
         done[tile[sure], channel, y[sure], x[sure]] = True
         if len(found) < len(frequency):
-            raise Ends
+            raise EndOfPrefix
         return found
 
-    def lend(tile: int, band: int) -> bytes:
-        assert lent is not None
+    def next_bits(tile: int, band: int) -> bytes:
+        assert recover is not None
         state = source.get_bits(STATE // 2) << STATE // 2 | source.get_bits(STATE // 2)
-        return lent(tile, band, state, image[tile])
+        return recover(tile, band, state, image[tile])
 
-    with suppress(Ends):
+    with suppress(EndOfPrefix):
         scales = [get_scale(source, tables, last) for last in before]
-        _band_by_band(tables, x0, scales, said, image, get, None if lent is None else lend)
+        _band_by_band(tables, x0, scales, coded, image, get, None if recover is None else next_bits)
     shown: NDArray[np.uint8] = np.where(done, image, pixels.to_pixels(torch.from_numpy(x0)).numpy())
     return shown, int(done.sum())
 
 
-Do = Callable[[int, Group, Array], bool]
-"""Do the group of this number from this x0^; False: not, and no more."""
+Step = Callable[[int, Group, Array], bool]
+"""(number, group, x0^) -> whether the group was done; False ends the walk."""
 Walk: TypeAlias = Generator[tuple[Array, int], Array, T]
-"""Asks for x0^ of (x, level), again and again, and comes to something."""
+"""A generator that yields (x, level), is sent x0^, and returns a result at its end."""
 
 
-def walk(tables: Tables, state: State, step: Do) -> Walk[Array]:
-    """Asks for x0^ before every group, and calls `step` to do it, until it says False; comes to the last x0^."""
+def walk(tables: Tables, state: State, step: Step) -> Walk[Array]:
+    """Ask for x0^ before each group and call `step`, until it returns False. Returns the last x0^."""
     for number, group in enumerate(tables.groups):
         x0 = yield state.x, group.t
         if not step(number, group, x0):
@@ -434,7 +445,7 @@ def walk(tables: Tables, state: State, step: Do) -> Walk[Array]:
 
 
 def answer(predict: Predict, walks: Sequence[Walk[T]]) -> list[T]:
-    """What each comes to. They go on together: all that ask at one level, of one size, are one call of `predict`."""
+    """The results of walks that go on together: those at one level and of one size share a call of `predict`."""
     found: dict[int, T] = {}
     asked = {i: next(walk) for i, walk in enumerate(walks)}
     while asked:

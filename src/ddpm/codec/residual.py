@@ -1,8 +1,9 @@
-"""The pixels given x0^ at the last level: L_0 (Eq. 13) with means that learn from the pixels before.
+"""The pixels given x0^ at the last level: L_0 (Eq. 13), with means that also use the pixels before.
 
-The chain's small steps would say little by little how the errors of neighbours and colours go together; a few numbers,
-fitted on training images, say most of it: the mean of a pixel is x0^ plus a linear prediction of its error from those
-of the pixels to the left and above, and of the colours before it. So the chain may stop at a much higher level.
+The errors x_0 - x0^ of neighbouring pixels and colours are correlated. The small steps of the chain would learn this
+little by little. A few numbers that are fitted on training images give most of it at once: the mean of a pixel is x0^
+plus a linear prediction of its error. The prediction uses the errors of the pixels to the left and above, and of the
+colours before it. So the chain can stop at a much higher level.
 """
 
 from collections.abc import Callable
@@ -18,14 +19,14 @@ Array = NDArray[np.float64]
 Frequencies = Callable[[Array, Array], NDArray[np.int64]]
 """(mean [m], sigma [m]) -> frequencies of the 256 grey levels [m, 256]."""
 Symbols = Callable[[NDArray[np.int64], Any], NDArray[np.integer]]
-"""Frequencies [m, 256] of the pixels at an index, to those pixels [m]: puts them, or gets them."""
-_AT_ONCE = 1 << 12  # pixels whose frequencies are held
+"""(frequencies [m, 256], index) -> the pixels [m] at that index. The encoder codes them, the decoder reads them."""
+_AT_ONCE = 1 << 12  # pixels whose frequencies are in memory at once
 _ABOVE = ((0, -1), (-1, 0), (-1, -1), (-1, 1))
-"""The neighbours that are known, down and right: left, above, and both diagonals above."""
+"""The known neighbours as (rows down, columns right): left, above, and both diagonals above."""
 
 
 def counts(channels: int) -> list[int]:
-    """From how many errors each channel's is predicted.
+    """The number of errors from which each channel's error is predicted.
 
     >>> counts(3)
     [12, 13, 14]
@@ -34,9 +35,10 @@ def counts(channels: int) -> list[int]:
 
 
 def _known(errors: Array, channel: int, y: NDArray[np.int64], x: NDArray[np.int64]) -> Array:
-    """The errors [k, n, m] that those of a channel at (y, x) are predicted from; `errors` [n, C, ..] has a border of 1.
+    """The errors [k, n, m] from which a channel's errors at (y, x) [m] are predicted.
 
-    First those of the channels before, then of each channel the neighbours'.
+    `errors` [n, C, H + 2, W + 2] has a border of one pixel. The errors of the earlier channels come first, and then the
+    neighbours' errors of each channel.
     """
     down, right = np.array(_ABOVE).T[:, :, None]
     around = errors[:, :, y + 1 + down, x + 1 + right]  # [n, C, neighbours, m]
@@ -45,7 +47,7 @@ def _known(errors: Array, channel: int, y: NDArray[np.int64], x: NDArray[np.int6
 
 
 def _predicted(weights: tuple[float, ...], known: Array) -> Array:
-    """Their sum, one product at a time, so that IEEE 754 fixes it."""
+    """The weighted sum, one product at a time, so that IEEE 754 fixes its last bit."""
     total = np.zeros(known.shape[1:])
     for product in np.array(weights)[:, None, None] * known:
         total += product
@@ -53,7 +55,9 @@ def _predicted(weights: tuple[float, ...], known: Array) -> Array:
 
 
 def fit(errors: Array) -> tuple[tuple[float, ...], ...]:
-    """Weights of the prediction for each channel, by least squares, from x_0 - x0^ [n, C, H, W] of one spread each.
+    """The weights of the prediction for each channel, by least squares.
+
+    errors are x_0 - x0^ [n, C, H, W], each image divided by its own standard deviation.
 
     >>> some = np.random.default_rng(0).normal(size=(4, 1, 16, 16))
     >>> some[:, :, :, 1:] += some[:, :, :, :-1].copy()
@@ -72,8 +76,8 @@ def fit(errors: Array) -> tuple[tuple[float, ...], ...]:
     return tuple(found)
 
 
-def left(weights: tuple[tuple[float, ...], ...], errors: Array) -> Array:
-    """What is left of the errors [n, C, H, W] after the prediction."""
+def remaining(weights: tuple[tuple[float, ...], ...], errors: Array) -> Array:
+    """The errors [n, C, H, W] minus their prediction."""
     _, channels, height, width = errors.shape
     y, x = (a.ravel() for a in np.mgrid[:height, :width])
     wide = np.pad(errors, ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -82,13 +86,14 @@ def left(weights: tuple[tuple[float, ...], ...], errors: Array) -> Array:
 
 
 def walk(
-    weights: tuple[tuple[float, ...], ...], x0: Array, sigma: Array, said: NDArray[np.bool_],
+    weights: tuple[tuple[float, ...], ...], x0: Array, sigma: Array, coded: NDArray[np.bool_],
     frequencies: Frequencies, symbols: Symbols, image: NDArray[np.uint8] | None = None, rows: slice | None = None,
 ) -> NDArray[np.uint8]:  # fmt: skip
-    """The pixels uint8 [n, C, H, W], as `symbols` puts or gets them, where they are `said`; x0 is x0^, sigma [n].
+    """Code or read the pixels uint8 [n, C, H, W] by `symbols`, and return them.
 
-    From left and top, x + 2 y at a time: so of all that a pixel is predicted from, both sides have it. With `rows` only
-    these, into `image`, which has those above.
+    x0 is x0^, sigma [n] the standard deviation of each tile's errors, and `coded` marks the pixels that are coded.
+    Pixels of equal x + 2 y go together, from the top left on. So both sides already have every pixel that a prediction
+    needs. With `rows` only these rows are coded, into `image`, which already holds the rows above.
     """
     centre = pixels.bins(torch.zeros((), dtype=torch.float64))[0].numpy()
     _, channels, height, width = x0.shape
@@ -97,12 +102,12 @@ def walk(
         image = np.zeros(x0.shape, np.uint8)
     errors = np.zeros((len(x0), channels, height + 2, width + 2))
     above = np.s_[:, :, max(top - 1, 0) : top]
-    errors[:, :, 1:-1, 1:-1][above] = np.where(said[above], centre[image[above]] - x0[above], 0.0)
+    errors[:, :, 1:-1, 1:-1][above] = np.where(coded[above], centre[image[above]] - x0[above], 0.0)
     for wave in range(2 * top, width + 2 * bottom - 2):
         y = np.arange(max(top, -(-(wave - width + 1) // 2)), min(bottom, wave // 2 + 1))
         x = wave - 2 * y
         for channel in range(channels):
-            there = said[:, channel, y, x]
+            there = coded[:, channel, y, x]
             if not there.any():
                 continue
             tile, place = np.nonzero(there)

@@ -1,15 +1,17 @@
-"""Reverse-channel coding: a draw from a Gaussian that only the encoder knows, by the index of a shared candidate.
+"""Reverse-channel coding: send a draw from a Gaussian q that only the encoder knows, as a shared candidate's index.
 
-Of N candidates from p the encoder takes one with probability in proportion to w = q / p. With ordered random coding
-(`winner`) its index is small where the divergence is: about KL + log2(KL + 1) bits. With minimal random coding (Havasi
-et al. 2019, which the paper names) it takes log2 N, a few more than the divergence, but these are not lost where the
-encoder tosses no coin and lets bits of something else that it has to send pick the candidate (`Picker`): who knows q
-too, in the end, sees from the pick what they were (`returned`).
+Both sides have the same N candidates from p. The encoder takes one of them with probability in proportion to
+w = q / p, and sends its index. There are two ways to choose:
 
-There is one table of normals, 2^bits rows of 64; a candidate is a row of it for every 64 of a chunk's dimensions, each
-block of them counting from another row, with an order and signs of the chunk's own. So one small table serves all, and
-all chunks of a group are weighed by a few matrix products. Who only draws takes the chosen rows alone. Weights are
-integers all along, float64 holding them exactly, so that they are the same on every machine.
+* Ordered random coding (`winner`) favours small indices, which cost about KL + log2(KL + 1) bits.
+* Minimal random coding (Havasi et al. 2019, which the paper names) costs log2 N bits, a few more than the divergence.
+  But the choice itself can carry data: `Picker` selects the candidate with bits of data still to be sent (bits-back
+  coding). Whoever later knows q as well computes these bits from the choice (`returned`).
+
+One table of normals serves all: 2^bits rows of 64. A candidate takes one row for each 64 dimensions of a chunk. Every
+block of 64 starts at another row, and every chunk has an order and signs of its own. So all chunks of a group are
+weighed by a few matrix products, and a decoder, which weighs nothing, computes the chosen rows alone. Weights are
+whole numbers in float64, which holds them exactly, so they are the same on every machine.
 """
 
 import functools
@@ -26,15 +28,16 @@ from ddpm.codec import shared
 from ddpm.codec.entropy import BITS, Damaged, frequencies
 from ddpm.noise import mix
 
-_ROWS, _SIGNS, _ORDER, _FIRST, _RACE, _COINS = 101, 102, 103, 104, 105, 106  # what a stream of shared randomness is for
+# Purposes of streams of shared random numbers.
+_ROWS, _SIGNS, _ORDER, _FIRST, _RACE, _COINS = 101, 102, 103, 104, 105, 106
 WIDTH = 64
-"""Dimensions of a row."""
-_HELD = 1 << 21  # weights that are held at a time
+"""Dimensions per row."""
+_HELD = 1 << 21  # weights in memory at once
 _LOG2_E = 1.4426950408889634
-_UNIT = 4096  # a normal is so many parts of 1 ..
-_SLOPE = 1024  # .. what it is multiplied by of so many ..
-_STEPS = 256  # .. and log2 w is looked up in so many
-_LEAST = 20  # candidates of less than 2^-20 of the largest weight are never taken
+_UNIT = 4096  # a normal is a multiple of 1 / _UNIT
+_SLOPE = 1024  # its factor is a multiple of 1 / _SLOPE
+_STEPS = 256  # log2 w is looked up in steps of 1 / _STEPS
+_LEAST = 20  # candidates below 2^-20 of the largest weight are never taken
 _POWERS = "5d599a99"
 
 Integers = NDArray[np.int64]
@@ -42,17 +45,17 @@ Integers = NDArray[np.int64]
 
 @functools.cache
 def _powers() -> Integers:
-    """2^(20 - i / 256) for i = 0 .. 255, checked to be what every platform has."""
+    """2^(20 - i / 256) for i = 0 .. 255, rounded. The hash is checked, so every platform has the same table."""
     table = np.array([round(2.0 ** (_LEAST - i / _STEPS)) for i in range(_STEPS)], "<i8")
     found = hashlib.sha256(table.tobytes()).hexdigest()[: len(_POWERS)]
     if found != _POWERS:
-        raise RuntimeError(f"powers of two of {found} instead of {_POWERS}: this platform rounds otherwise")
+        raise RuntimeError(f"powers of two of {found} instead of {_POWERS}: this platform rounds differently")
     return table
 
 
 @functools.lru_cache(maxsize=32)
 def _table(bits: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """All rows as columns, [64, 2^bits], in 4096ths, and the sums of squares of their first 0 .. 64, [65, 2^bits]."""
+    """The rows as columns [64, 2^bits], times 4096, and the sums of squares of their first 0 .. 64 [65, 2^bits]."""
     rows = shared.normals(WIDTH << bits, _ROWS).reshape(-1, WIDTH).T.astype(np.float64) * _UNIT
     squares = np.zeros((WIDTH + 1, 1 << bits))
     np.cumsum(rows * rows, axis=0, out=squares[1:])
@@ -60,11 +63,11 @@ def _table(bits: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _layout(dims: int, chunks: int, keys: tuple[int, ...]) -> tuple[Integers, NDArray[np.float32]]:
-    """Which dimension stands where in each chunk, int64 [chunks, blocks, 64], and its sign; 0 where there is none."""
+    """The dimension at each place of each chunk, int64 [chunks, blocks, 64], and its sign; 0 marks no dimension."""
     width = -(-dims // chunks)
     blocks = -(-width // WIDTH)
     place = np.full((chunks, blocks * WIDTH), -1)
-    # chunk c has every chunks-th, so some have one less
+    # Chunk c takes every chunks-th dimension, so some chunks have one fewer.
     place[:, :width] = (
         np.append(shared.permutation(dims, _ORDER, *keys), [-1] * (width * chunks - dims)).reshape(width, chunks).T
     )
@@ -73,14 +76,16 @@ def _layout(dims: int, chunks: int, keys: tuple[int, ...]) -> tuple[Integers, ND
 
 
 def _first(shape: tuple[int, ...], bits: int, keys: tuple[int, ...]) -> Integers:
-    """The row that index 0 means, for every block: equal indices should not be the same rows every time."""
+    """The row of index 0 for every block, so that equal indices do not mean equal rows every time."""
     halves = shared.bits16(2 * int(np.prod(shape)), _FIRST, *keys).astype(np.int64).reshape(2, *shape)
     first: Integers = (halves[0] << 16 | halves[1]) & ((1 << bits) - 1)
     return first
 
 
 def draw(indices: Integers, dims: int, bits: int, *keys: int) -> NDArray[np.float64]:
-    """The normals z, float64 [dims], that `indices` [chunks] below 2^bits name; keys: of the image and the group.
+    """The normals z, float64 [dims], of the candidates `indices` [chunks], each below 2^bits.
+
+    keys name the image and the group.
 
     >>> draw(np.array([3, 0]), 5, 10, 1, 2).shape
     (5,)
@@ -94,13 +99,13 @@ def draw(indices: Integers, dims: int, bits: int, *keys: int) -> NDArray[np.floa
 
 
 class Race(NamedTuple):
-    """The candidates of a chunk that have a chance, rising, and their chances, of 2^24."""
+    """The candidates of a chunk with a chance to be taken, rising, and their frequencies, which sum to 2^24."""
 
     candidates: Integers
     frequency: Integers
 
     def slot(self, index: int) -> tuple[int, int]:
-        """The chance of a candidate, and of all before it. Raises Damaged where it has none."""
+        """The frequency of a candidate, and the sum of those before it. Raises Damaged if it has no chance."""
         i = int(np.searchsorted(self.candidates, index))
         if i == len(self.candidates) or self.candidates[i] != index:
             raise Damaged("payload: a candidate that no encoder takes; want the file as it was written")
@@ -108,8 +113,11 @@ class Race(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What the candidates of `chunks` chunks stand for: N(mean, variance), mean [dims], variance in (0, 1]; `keys` as
-    of `draw`."""
+    """A draw to be sent: N(mean, variance), mean [dims], variance in (0, 1], in `chunks` chunks.
+
+    bits  log2 of the number of candidates of each chunk
+    keys  as in `draw`
+    """
 
     mean: NDArray[np.float64]
     variance: float
@@ -119,9 +127,10 @@ class Draw(NamedTuple):
 
 
 def races(draws: Iterable[Draw]) -> Iterator[Race]:
-    """Of each chunk of each. What follows each other with the same bits is weighed together, which takes less time.
+    """The race of each chunk of each draw. Successive draws with the same bits are weighed together, which is faster.
 
-    The larger 2^bits is beside 2^KL of a chunk, the nearer is the `draw` of one that is taken by its chance.
+    A candidate that is taken by its frequency is a draw from N(mean, variance) in the limit of many candidates; 2^bits
+    must be large beside 2^KL of a chunk.
 
     >>> picker = Picker(b"", 7)
     >>> taken = [picker.pick(race) for race in races([Draw(np.full(64, 2.0), 0.5, 16, 14, (7,))])]
@@ -137,19 +146,19 @@ def races(draws: Iterable[Draw]) -> Iterator[Race]:
 
 
 class _Block(NamedTuple):
-    """64 dimensions of a chunk, log2 w = slope . z + curve |z|^2: slope [64] and curve, whole numbers."""
+    """64 dimensions of a chunk with log2 w = slope . z + curve |z|^2; slope [64] and curve are whole numbers."""
 
     slope: NDArray[np.float64]
     curve: float
-    there: int  # of the 64
-    first: int  # the row that index 0 means
-    last: bool  # of its chunk
+    there: int  # how many of the 64 exist
+    first: int  # the row of index 0
+    last: bool  # whether it is the chunk's last block
 
 
 def _blocks(one: Draw) -> Iterator[_Block]:
     place, sign = _layout(len(one.mean), one.chunks, one.keys)
     first = _first(place.shape[:2], one.bits, one.keys)
-    # log w = -|z - m|^2 / (2 rho^2) + |z|^2 / 2, but for a constant: z . m / rho^2 + |z|^2 (1 - 1 / rho^2) / 2
+    # Up to a constant, log w = -|z - m|^2 / (2 rho^2) + |z|^2 / 2 = z . m / rho^2 + |z|^2 (1 - 1 / rho^2) / 2.
     most = float(1 << 15)
     slope = np.where(sign != 0, one.mean[place], 0.0) * sign / one.variance * (_LOG2_E * _SLOPE)
     slope = np.rint(slope.clip(-most, most))
@@ -162,16 +171,16 @@ def _blocks(one: Draw) -> Iterator[_Block]:
 
 
 def _log_weights(blocks: Iterator[_Block], bits: int) -> Iterator[NDArray[np.float64]]:
-    """log2 w of all candidates of each chunk, [2^bits], whole numbers; but for a constant of the chunk."""
+    """log2 w of all candidates of each chunk, [2^bits], whole numbers, up to a constant of the chunk."""
     rows, squares = _table(bits)
     log_w, bend = np.zeros(1 << bits), np.empty(1 << bits)
-    some = max(1, _HELD >> bits)  # blocks at a time, not one by one: the table is long
+    some = max(1, _HELD >> bits)  # several blocks at a time, because the table is long
     room = None
     while part := list(islice(blocks, some)):
-        if room is None:  # once: new memory costs as much as the product
+        if room is None:  # allocated once: new memory costs as much as the product
             room = torch.empty((len(part), 1 << bits), dtype=torch.float64)
         slopes = torch.from_numpy(np.stack([block.slope for block in part]))
-        # By torch: NumPy's threads wait by spinning, in the way of the network's, which is called between products.
+        # torch multiplies: NumPy's waiting threads would spin and slow the network, which runs between products.
         products = torch.mm(slopes, torch.from_numpy(rows), out=room[: len(part)]).numpy()
         for product, block in zip(products, part, strict=True):
             product += np.multiply(squares[block.there], block.curve, out=bend)
@@ -183,9 +192,10 @@ def _log_weights(blocks: Iterator[_Block], bits: int) -> Iterator[NDArray[np.flo
 
 
 def winner(race: Race, bits: int, *keys: int) -> int:
-    """A candidate by its chance, and a small one of 2^bits where it can be: ordered random coding (Theis & Ahmed 2022).
+    """A candidate of 2^bits, taken by its frequency, with small indices favoured: ordered random coding.
 
-    argmin T_n / w_n with arrivals T_n = sum Exp(1) N / (N - i): the ordered exponentials of N runners.
+    It is argmin T_n / w_n with the arrivals T_n = sum Exp(1) N / (N - i), the ordered exponentials of N runners
+    (Theis & Ahmed 2022).
     """
     total = 1 << bits
     runners = np.random.Generator(np.random.Philox(key=mix(_RACE, *keys)))
@@ -193,16 +203,18 @@ def winner(race: Race, bits: int, *keys: int) -> int:
     return int(race.candidates[(arrivals / race.frequency).argmin()])
 
 
-# -- coins that are somebody's message ---------------------------------------------------------------------------------
+# -- choices that carry a message --------------------------------------------------------------------------------------
 
-_PAGE = 512  # random bytes that are made at a time
-_LOW = 1 << 32  # the state of a Picker is of 2^32 .. 2^40 - 1
+_PAGE = 512  # random bytes per page
+_LOW = 1 << 32  # the state of a Picker lies in 2^32 .. 2^40 - 1
 STATE = 40
-"""Bits of a state."""
+"""Bits of a picker's state."""
 
 
 class Picker:
-    """Takes candidates by the bits of a message, and then by shared random ones: range ANS, a byte at a time.
+    """Selects candidates with the bits of a message (bits-back coding), and after its end with shared random bits.
+
+    It is the decoder of a range asymmetric numeral system (rANS) that reads a byte at a time.
 
     >>> race = Race(np.arange(4), frequencies([1, 2, 3, 4]))
     >>> picker = Picker(b"whatever", 5)
@@ -216,7 +228,7 @@ class Picker:
         self.state = _LOW | int.from_bytes(_whitened(message, 0, 4, keys), "big")
 
     def pick(self, race: Race) -> int:
-        """One of the candidates."""
+        """Select one of the candidates by the next bits."""
         slot = self.state & (1 << BITS) - 1
         ends = np.cumsum(race.frequency)
         i = int(np.searchsorted(ends, slot, "right"))
@@ -229,12 +241,12 @@ class Picker:
 
     @property
     def used(self) -> bytes:
-        """The message as far as it has picked."""
+        """The part of the message that the choices so far have used."""
         return self._message[: self._next]
 
 
 def _whitened(message: bytes, begin: int, count: int, keys: tuple[int, ...]) -> bytes:
-    """Some bytes of a message that goes on with zeros, made random: a flat picture's bits would not pick by chance."""
+    """Bytes of the message, followed by zeros, made random: the bits of a flat picture would not choose by chance."""
     part = message[begin : begin + count].ljust(count, b"\0")
     return bytes(byte ^ _page(at // _PAGE, keys)[at % _PAGE] for at, byte in enumerate(part, begin))
 
@@ -245,9 +257,9 @@ def _page(number: int, keys: tuple[int, ...]) -> bytes:
 
 
 def returned(state: int, slots: Sequence[tuple[int, int]], *keys: int) -> bytes:
-    """The message as far as it was used, with what followed it, from the slots of what a `Picker` took.
+    """The used part of a `Picker`'s message, and what followed it, from its last state and the slots it selected.
 
-    Raises Damaged where none would have taken these and ended in this state.
+    Raises Damaged if no picker selects these and ends in this state.
     """
     out = bytearray()
     for chance, start in reversed(slots):

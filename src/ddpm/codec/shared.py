@@ -1,7 +1,7 @@
-"""Randomness that the encoder and the decoder share: functions of integers, the same on every platform.
+"""Random numbers that the encoder and the decoder share. They are functions of integers, the same on every platform.
 
-Philox, counter-based, gives 16 bits at a time, and a table of 65,536 quantiles makes each a normal draw. No draw is
-taken from a library's own normals, which may change between releases and devices.
+Philox, a counter-based generator, gives 16 bits at a time. A table of 65,536 quantiles turns each into a normal draw.
+Libraries' own normal draws are not used, because they may change between releases and devices.
 """
 
 import functools
@@ -18,9 +18,10 @@ _QUANTILES = "1ea009ce"  # the first digits of the table's SHA-256
 
 @functools.cache
 def quantiles() -> NDArray[np.float32]:
-    """The 65,536 standard normal quantiles of (i + 1/2) / 2^16, each a multiple of 2^-12; float32, rising.
+    """The 65,536 standard normal quantiles of (i + 1/2) / 2^16, rising, float32.
 
-    Rounded so, they do not depend on the last bit of a platform's logarithm; that they are the right ones is checked.
+    Each is rounded to a multiple of 2^-12, so it does not depend on the last bit of a platform's logarithm. The table's
+    hash is checked.
 
     >>> table = quantiles()
     >>> len(table), float(table[0]), float(table[32768]), bool((table == -table[::-1]).all())
@@ -30,12 +31,12 @@ def quantiles() -> NDArray[np.float32]:
     table = np.array([-value for value in reversed(upper)] + upper, dtype="<i2")
     found = hashlib.sha256(table.tobytes()).hexdigest()[: len(_QUANTILES)]
     if found != _QUANTILES:
-        raise RuntimeError(f"normal quantiles of {found} instead of {_QUANTILES}: this platform rounds otherwise")
+        raise RuntimeError(f"normal quantiles of {found} instead of {_QUANTILES}: this platform rounds differently")
     return table.astype(np.float32) / np.float32(4096)
 
 
 def bits16(count: int, *keys: int, first: int = 0) -> NDArray[np.uint16]:
-    """`count` draws of 16 bits, uint16, of the stream that `keys` names; from draw 16 `first` on, at once.
+    """`count` draws of 16 bits, uint16, from the stream that `keys` names. They start at draw 16 `first`.
 
     >>> bool((bits16(40, 1, 2)[16:] == bits16(24, 1, 2, first=1)).all())
     True
@@ -46,7 +47,7 @@ def bits16(count: int, *keys: int, first: int = 0) -> NDArray[np.uint16]:
 
 
 def rows16(width: int, numbers: NDArray[np.int64], *keys: int) -> NDArray[np.uint16]:
-    """Rows of `width`, a multiple of 16, of the same stream [m, width], by their numbers [m].
+    """Rows [m, width] of the same stream, by their numbers [m]. `width` is a multiple of 16.
 
     >>> bool((rows16(16, np.array([2, 0]), 1)[0] == bits16(16, 1, first=2)).all())
     True
@@ -54,14 +55,14 @@ def rows16(width: int, numbers: NDArray[np.int64], *keys: int) -> NDArray[np.uin
     philox, each, place = np.random.Philox(key=mix(*keys)), width // 16, 0
     found = np.empty((len(numbers), width // 4), "<u8")
     for row, number in zip(found, numbers.tolist(), strict=True):
-        philox.advance((number * each - place) % (1 << 256))  # a new one for each takes several times as long
+        philox.advance((number * each - place) % (1 << 256))  # a new generator for each row takes several times as long
         row[:] = philox.random_raw(width // 4)
         place = (number + 1) * each
     return found.view("<u2")
 
 
 def normals(count: int, *keys: int, first: int = 0) -> NDArray[np.float32]:
-    """`count` standard normal draws, float32, of the stream that `keys` names; `first` as in `bits16`.
+    """`count` standard normal draws, float32, from the stream that `keys` names; `first` as in `bits16`.
 
     >>> z = normals(100_000, 7)
     >>> abs(float(z.mean())) < 0.01, abs(float(z.std()) - 1) < 0.01
@@ -71,7 +72,7 @@ def normals(count: int, *keys: int, first: int = 0) -> NDArray[np.float32]:
 
 
 def permutation(count: int, *keys: int) -> NDArray[np.int64]:
-    """0 .. count - 1 in an order that `keys` names.
+    """0 .. count - 1 in a random order that `keys` names.
 
     >>> sorted(permutation(5, 3)) == [0, 1, 2, 3, 4]
     True
@@ -81,7 +82,7 @@ def permutation(count: int, *keys: int) -> NDArray[np.int64]:
 
 
 def signs(count: int, *keys: int) -> NDArray[np.float32]:
-    """`count` of 1 and -1, float32.
+    """`count` random signs, 1 or -1, float32, that `keys` names.
 
     >>> set(signs(100, 3).tolist()) == {1.0, -1.0}
     True

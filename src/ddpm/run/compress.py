@@ -242,5 +242,5 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
     }  # fmt: skip
     if model is not None:
         with _of(path):
-            about["by_group"] = [row._asdict() for row in picture.spent(model, data)]
+            about["by_group"] = [row._asdict() for row in picture.group_costs(model, data)]
     return about
