@@ -374,9 +374,9 @@ def test_labels_reach_the_network():
 @pytest.mark.parametrize("t", [-1, 51])
 def test_a_level_that_is_none_is_refused(t):
     noise = normal(2, (1, 2, 2))
-    with pytest.raises(InputError, match=f"t {t}: want 0 to 50"):
+    with pytest.raises(InputError, match=f"t {t}: want a whole number, 0 to 50"):
         between(exact(DATA, SHORT), [0.0, 1.0], t, noise)
-    with pytest.raises(InputError, match=f"t {t}: want 0 to 50"):
+    with pytest.raises(InputError, match=f"t {t}: want a whole number, 0 to 50"):
         last(editing.share_latent(exact(DATA, SHORT), A_END, t, noise))
 
 
@@ -395,7 +395,7 @@ def test_wrong_shapes_are_refused():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"resample": 0}, "resample 0: want at least 1"),
+        ({"resample": 0}, "resample 0: want a whole number of at least 1"),
         ({"jump": 0}, "jump 0: want 1 to 49"),
         ({"jump": 50}, "jump 50: want 1 to 49, below the number of levels, or resample 1"),
         ({"steps": 10}, "jump 10: want 1 to 9"),
@@ -485,9 +485,9 @@ def test_inpainting_by_ddim_steps_is_ddim_where_all_is_made():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda d: editing.redraw(d, A_END[None], 51, normal(1, (1, 2, 2))), "t 51: want 0 to 50"),
-        (lambda d: editing.invert(d, A_END[None], 10, iterations=0), "iterations 0: want at least 1"),
-        (lambda d: editing.invert(d, A_END[None], 10, 60), "start 60: want a noise level, 1 to 50"),
+        (lambda d: editing.redraw(d, A_END[None], 51, normal(1, (1, 2, 2))), "t 51: want a whole number, 0 to 50"),
+        (lambda d: editing.invert(d, A_END[None], 10, iterations=0), "iterations 0: want a whole number of at least 1"),
+        (lambda d: editing.invert(d, A_END[None], 10, 60), "start 60: want a whole number, 1 to 50"),
     ],
 )
 def test_mistakes_in_redrawing(call, words):

@@ -307,5 +307,5 @@ def test_what_is_refused():
     with pytest.raises(InputError, match="alpha_bar 0"):
         ode.probability_flow(Denoiser(lambda x, timestep, y: x, schedule.jsd(10), "v"), x, x)
     for steps in (1, 11):
-        with pytest.raises(InputError, match=f"steps {steps}: want 2 to 10"):
+        with pytest.raises(InputError, match=f"steps {steps}: want a whole number, 2 to 10"):
             ode.probability_flow(Denoiser(lambda x, timestep, y: x, schedule.linear(10)), x, x, steps)

@@ -341,7 +341,7 @@ def test_from_a_level_on_is_the_rest_of_the_whole_way(sampler):
 def test_a_start_that_is_no_level_is_refused():
     s = schedule.linear(12, 1e-3, 0.6)
     denoiser = Denoiser(network(correlated(), s, "eps"), s)
-    with pytest.raises(InputError, match="start 13: want a noise level, 1 to 12"):
+    with pytest.raises(InputError, match="start 13: want a whole number, 1 to 12"):
         next(samplers.ddim(denoiser, torch.zeros(1, 1, 2, 2), steps=2, start=13))
     with pytest.raises(InputError, match="steps 5: want 1 to 4"):
         next(samplers.ddim(denoiser, torch.zeros(1, 1, 2, 2), steps=5, start=4))

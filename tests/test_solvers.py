@@ -365,16 +365,16 @@ def test_path_cost_is_the_error_of_one_step():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda d, x: samplers.dpm_solver_pp(d, x, 5, order=4), "order 4: want 1, 2 or 3"),
+        (lambda d, x: samplers.dpm_solver_pp(d, x, 5, order=4), "order 4: want a whole number, 1 to 3"),
         (
             lambda d, x: samplers.ddim(d, x, [5, 3, 1000]),
             r"levels \[5, 3, 1000\]: want rising levels, the first at least 1",
         ),
         (lambda d, x: samplers.unipc(d, x, [3, 5]), "the first at least 1 and the last 1000"),
         (lambda d, x: samplers.heun(d, x, 1001), "steps 1001: want 1 to 1000"),
-        (lambda d, x: samplers.ddim(d, x, 5, 0.5), "eta 0.5: want 0 to 1, and the argument noise if"),
-        (lambda d, x: samplers.ddim(d, x, 5, sigma_hat=True), "and the argument noise if it is above 0"),
-        (lambda d, x: iter([spacing.optimised(torch.ones(11, 11), 11)]), "steps 11: want 1 to 10"),
+        (lambda d, x: samplers.ddim(d, x, 5, 0.5), "eta 0.5: want the argument noise"),
+        (lambda d, x: samplers.ddim(d, x, 5, sigma_hat=True), "eta 1.0: want the argument noise"),
+        (lambda d, x: iter([spacing.optimised(torch.ones(11, 11), 11)]), "steps 11: want a whole number, 1 to 10"),
     ],
 )
 def test_mistakes_are_named(call, words):

@@ -1,6 +1,5 @@
 """A denoiser turns the network's output into p_theta(x_{t-1} | x_t) and an estimate of x_0 (Section 3.2)."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -10,12 +9,13 @@ from torch import Tensor, nn
 
 from ddpm import float64, kernels
 from ddpm.catalog import Prediction, Variance
-from ddpm.errors import InputError
+from ddpm.errors import InputError, finite_number, whole_number
 from ddpm.gaussian import (
     Gaussian,
     beta_tilde,
     broadcast,
     calibrated_variance,
+    check_levels,
     extract,
     implied_mse,
     posterior_coefficients,
@@ -116,7 +116,12 @@ class Denoiser:
         return self.variance in ("learned", "learned_range") if isinstance(self.variance, str) else False
 
     def output(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The network's raw prediction of `target`, and its raw variance if that is learned; each has x_t's shape."""
+        """The network's raw prediction of `target`, and its raw variance if that is learned; each has x_t's shape.
+
+        xt is [B, C, H, W], t int64 [B], or [1] for all, in 1..T, and y int64 [B] or None. Raises InputError for levels
+        outside 1..T; those of a t on a GPU are not checked, because the check would have to wait for the GPU.
+        """
+        check_levels(t, 1, self.schedule.T)
         out = self.network(xt, extract(self.schedule.timestep, t).to(xt.device), y).to(xt.dtype)
         if not self.learned:
             return out, None
@@ -207,7 +212,7 @@ class Denoiser:
             )
         schedule, variance = self.schedule.respace(levels), self.variance
         if isinstance(variance, Tensor):
-            mse = implied_mse(self.schedule, variance)[torch.tensor(levels) - 1]
+            mse = implied_mse(self.schedule, variance)[torch.tensor([int(level) for level in levels]) - 1]
             variance = calibrated_variance(schedule, mse)
             variance[1] = variance[1] if mse[0] > 0 else beta_tilde(schedule)[1]  # a density needs a variance above 0
         return replace(self, schedule=schedule, variance=variance)
@@ -230,9 +235,8 @@ class Denoiser:
         >>> round(float(labelled.guided(1.5).output(x, t, y)[0].mean()), 3)  # -0.1 + 1.5 (0.3 + 0.1)
         0.5
         """
-        first, last = interval or (1, self.schedule.T)
-        if not math.isfinite(scale):
-            raise InputError(f"guidance {scale}: want a finite number")
+        first, last = (whole_number("guidance interval", t) for t in interval or (1, self.schedule.T))
+        scale = finite_number("guidance", scale)
         if not 1 <= first <= last <= self.schedule.T:
             raise InputError(f"guidance interval {first}, {last}: want two levels in order, 1..{self.schedule.T}")
         ends = self.schedule.timestep[[first, last]].tolist()

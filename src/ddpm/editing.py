@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError
+from ddpm.errors import InputError, whole_number
 from ddpm.gaussian import broadcast, q_sample, q_step
 from ddpm.noise import Noise
 from ddpm.samplers import Levels, Run, Step, ancestral
@@ -39,7 +39,7 @@ def redraw(
     >>> last.t, float(last.x.abs().max())
     (0, 0.0)
     """
-    _check_level(denoiser, t)
+    t = _check_level(denoiser, t)
     levels = torch.full((len(x0),), t, device=x0.device)
     xt = q_sample(denoiser.schedule, x0, levels, noise(t).to(x0)) if t > 0 else x0
     yield from _decode(denoiser, xt, t, noise, steps, y, run)
@@ -72,8 +72,7 @@ def invert(
     >>> up.t, bool((down.x - x0).abs().max() < 1e-3)
     (1000, True)
     """
-    if iterations < 1:
-        raise InputError(f"iterations {iterations}: want at least 1")
+    iterations = whole_number("iterations", iterations, 1)
     denoiser = denoiser.unclipped()
     abar, x = denoiser.schedule.alpha_bar.tolist(), x0
     for s, level in pairwise([0, *denoiser.schedule.levels(steps, t)]):
@@ -129,7 +128,7 @@ def interpolate(
     if not (a.ndim == 3 and a.shape == b.shape == noise_a.shape == noise_b.shape and weights.ndim == 1):
         shapes = ", ".join(str(list(x.shape)) for x in (a, b, noise_a, noise_b, weights))
         raise InputError(f"a, b, noise_a, noise_b, weights of shapes {shapes}: want [C, H, W] four times, and [K]")
-    _check_level(denoiser, t)
+    t = _check_level(denoiser, t)
     eps = torch.stack([noise_a, noise_b])
     ends = q_sample(denoiser.schedule, torch.stack([a, b]), torch.tensor([t, t]), eps)  # [2, C, H, W]
     w = broadcast(weights, ends)  # [K, 1, 1, 1]
@@ -158,16 +157,15 @@ def share_latent(
     >>> last.x.shape
     torch.Size([4, 1, 8, 8])
     """
-    _check_level(denoiser, t)
+    t = _check_level(denoiser, t)
     draw = noise(t)  # only its shape is used
     if xt.shape != draw.shape[1:]:
         raise InputError(f"xt of shape {list(xt.shape)}: want {list(draw.shape[1:])}, one image of the noise's shape")
     yield from _decode(denoiser, xt.expand_as(draw), t, noise, steps, y, run)
 
 
-def _check_level(denoiser: Denoiser, t: int) -> None:
-    if not 0 <= t <= denoiser.schedule.T:
-        raise InputError(f"t {t}: want 0 to {denoiser.schedule.T}")
+def _check_level(denoiser: Denoiser, t: int) -> int:
+    return whole_number("t", t, 0, denoiser.schedule.T)
 
 
 def _decode(
@@ -189,8 +187,7 @@ def repaint_path(n: int, jump: int = 10, resample: int = 10) -> list[int]:
     >>> repaint_path(6, jump=2, resample=2)
     [6, 5, 4, 3, 5, 4, 3, 2, 1, 3, 2, 1, 0]
     """
-    if n < 1 or resample < 1:
-        raise InputError(f"levels {n}, resample {resample}: want at least 1 of each")
+    n, resample, jump = whole_number("n", n, 1), whole_number("resample", resample, 1), whole_number("jump", jump)
     if jump < 1 or (resample > 1 and jump >= n):
         raise InputError(f"jump {jump}: want 1 to {n - 1}, below the number of levels, or resample 1")
     jumps_left = dict.fromkeys(range(1, n - jump + 1, jump), resample - 1)

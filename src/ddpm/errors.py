@@ -1,6 +1,9 @@
-"""The errors that users see, and a check of image sizes that several modules share."""
+"""The errors that users see, and the checks of arguments that several modules share."""
 
+import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -45,3 +48,62 @@ def check_size(size: Sequence[int], levels: int) -> None:
             raise InputError(
                 f"size {size[0]}x{size[1]}: {side} is not divisible by {factor}, which {levels} levels need; {nearest}"
             )
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether `value` is one number of Python, NumPy or torch, and no sequence or array of them.
+
+    >>> import numpy as np
+    >>> is_scalar(3), is_scalar(np.int64(3)), is_scalar([3]), is_scalar(np.array([3]))
+    (True, True, False, False)
+    """
+    return getattr(value, "ndim", 0) == 0 and not isinstance(value, (Sequence, range))
+
+
+def whole_number(name: str, value: Any, least: float | None = None, most: float | None = None) -> int:
+    """Return a whole number of Python, NumPy or torch as an int. Raises InputError for anything else, and out of range.
+
+    >>> import numpy as np
+    >>> whole_number("steps", np.int64(5), 1)
+    5
+    >>> whole_number("steps", 0.5, 1, 10)
+    Traceback (most recent call last):
+    ...
+    ddpm.errors.InputError: steps 0.5: want a whole number, 1 to 10
+    """
+    try:
+        number = None if isinstance(value, bool) or not is_scalar(value) else operator.index(value)
+    except (TypeError, RuntimeError):  # torch raises either for what is no whole number
+        number = None
+    if number is None or (least is not None and number < least) or (most is not None and number > most):
+        raise InputError(f"{name} {_shown(value)}: want a whole number{_range(least, most)}")
+    return number
+
+
+def finite_number(name: str, value: Any, least: float | None = None, most: float | None = None) -> float:
+    """Return a finite number of Python, NumPy or torch as a float. Raises InputError for anything else.
+
+    >>> import numpy as np
+    >>> finite_number("eta", np.float32(0.5), 0, 1), finite_number("eta", 1, 0, 1)
+    (0.5, 1.0)
+    """
+    try:
+        number = None if isinstance(value, (bool, str)) or not is_scalar(value) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = None
+    outside = number is None or (least is not None and number < least) or (most is not None and number > most)
+    if number is None or outside or not math.isfinite(number):
+        raise InputError(f"{name} {_shown(value)}: want a finite number{_range(least, most)}")
+    return number
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: its number if it is one, and what Python shows otherwise; at most a line."""
+    text = repr(value.item() if is_scalar(value) and hasattr(value, "item") else value)
+    return " ".join(text.split())[:80]
+
+
+def _range(least: float | None, most: float | None) -> str:
+    if most is None:
+        return "" if least is None else f" of at least {least}"
+    return f" of at most {most}" if least is None else f", {least} to {most}"

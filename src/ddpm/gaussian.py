@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm.errors import InputError
 from ddpm.schedule import Schedule
 
 
@@ -34,12 +35,39 @@ class Gaussian:
 
 
 def extract(table: Tensor, t: Tensor) -> Tensor:
-    """The entries of a float64 table [T+1] at the levels t int64 [B]: float64 [B], on the table's device."""
-    return table[t.to(table.device)]
+    """The entries of a table [T+1] at the levels t int64 [B]: [B], on the table's device.
+
+    Raises InputError for a level outside 0..T, if t is on the CPU. On a GPU the check would have to wait for the GPU,
+    so there only levels above T raise an error, which is CUDA's own.
+    """
+    return table[check_levels(t, 0, len(table) - 1).to(table.device)]
+
+
+def check_levels(t: Tensor, first: int, last: int) -> Tensor:
+    """Return t if it is an integer tensor; on the CPU its values must be in first..last. Raises InputError otherwise.
+
+    >>> check_levels(torch.tensor([1, 0]), 1, 1000)
+    Traceback (most recent call last):
+    ...
+    ddpm.errors.InputError: t 0: want a noise level, 1 to 1000
+    """
+    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+        raise InputError(f"t of dtype {t.dtype}: want int64")
+    t = t.long()
+    if t.device.type == "cpu" and t.numel():
+        least, most = (int(end) for end in t.aminmax())
+        if least < first or most > last:
+            raise InputError(f"t {least if least < first else most}: want a noise level, {first} to {last}")
+    return t
 
 
 def broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Shape coefficients [B], one per image, as [B, 1, ...], so that they multiply x; with x's dtype and device."""
+    """Shape coefficients [B], one per image, as [B, 1, ...], so that they multiply x; with x's dtype and device.
+
+    Raises InputError if x is not floating, because the coefficients would then be rounded to whole numbers.
+    """
+    if not x.is_floating_point():
+        raise InputError(f"x of dtype {x.dtype}: want the signal in [-1, 1], a floating dtype; see pixels.to_signal")
     # The dtype changes before the device does, because a device may have no float64 (mps).
     return coefficient.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1))
 

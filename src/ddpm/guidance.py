@@ -28,6 +28,7 @@ class Guided:
         inside = (timestep >= self.first) & (timestep <= self.last)
         if y is None or self.scale == 1 or not inside.any():
             return self.network(x, timestep, y)
+        timestep, inside, y = (a.expand(len(x)) for a in (timestep, inside, y))  # [1] stands for all images
         labels = torch.cat([y, torch.full_like(y, -1)])
         with_label, without = self.network(torch.cat([x, x]), torch.cat([timestep, timestep]), labels).chunk(2)
         out = torch.where(inside.view(-1, 1, 1, 1), without + self.scale * (with_label - without), with_label)

@@ -5,11 +5,12 @@ number of devices and the order of the images cannot change an image.
 """
 
 import itertools
+import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
@@ -22,17 +23,18 @@ Noise: TypeAlias = Callable[[int], Tensor]
 _MASK = (1 << 64) - 1
 
 
-def mix(*keys: int) -> int:
+def mix(*keys: SupportsIndex) -> int:
     """Hash integers to one seed of 63 bits. The result is the same on every platform.
 
-    The hash is SplitMix64's finaliser, applied to one key after another.
+    The hash is SplitMix64's finaliser, applied to one key after another. The keys are integers of Python, NumPy or
+    torch; equal numbers give equal seeds. Raises TypeError for any other key.
 
     >>> mix(1, 2) == mix(1, 2), mix(1, 2) == mix(2, 1)
     (True, False)
     """
     state = 0
     for key in keys:
-        state = (state + (key & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = (state + (operator.index(key) & _MASK) + 0x9E3779B97F4A7C15) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm import float64, likelihood, pixels
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError
+from ddpm.errors import InputError, whole_number
 from ddpm.gaussian import extract, q_sample, sum_per_image
 
 
@@ -24,13 +24,13 @@ def _even_levels(log_tan: Tensor, steps: int | None) -> list[int]:
     T = len(log_tan) - 1
     if steps is None:
         return list(range(1, T + 1))
-    if not 2 <= steps <= T:
-        raise InputError(f"steps {steps}: want 2 to {T}, the number of noise levels")
+    steps = whole_number("steps", steps, 2, T)
     even = torch.linspace(float(log_tan[1]), float(log_tan[T]), steps, dtype=torch.float64)
     nearest = (log_tan[1:] - even[:, None]).abs().argmin(1) + 1  # [steps]
     return sorted(set(nearest.tolist()))
 
 
+@torch.inference_mode(False)  # the divergence needs gradients, which inference mode cannot give
 @torch.no_grad()
 def probability_flow(
     denoiser: Denoiser, x: Tensor, probe: Tensor, steps: int | None = None, y: Tensor | None = None
@@ -86,7 +86,8 @@ def probability_flow(
             (row,) = torch.autograd.grad(v, x, probe)  # probe^T dv/dx
         return v.detach(), cos[level] * sin[level] * sum_per_image(row * probe)
 
-    x, probe = cos[1] * float64.require(x), probe.to(x.device, torch.float64)
+    y = None if y is None else y.clone()  # a clone of a tensor of inference mode is an ordinary tensor
+    x, probe = cos[1] * float64.require(x), probe.to(x.device, torch.float64, copy=True)
     log_det = x.new_full((len(x),), x[0].numel() * math.log(cos[1]))  # of the map from x to x_1
     for s, t in pairwise(_even_levels(log_tan, steps)):
         v, div = flow(x, s)

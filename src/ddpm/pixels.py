@@ -45,7 +45,7 @@ def eight_bit(x0: Tensor) -> Tensor:
     torch.float64
     """
     exact = float64.require(x0)
-    distance = float((x0 - to_signal(to_pixels(x0)).to(x0)).abs().max()) / BIN
+    distance = float((exact - to_signal(to_pixels(exact))).abs().max()) / BIN
     if not distance < 1e-3:
         raise InputError(
             f"x0: up to {distance:.2g} grey levels off the 256 of Eq. 13's decoder, so bits per dimension would mean "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from ddpm import catalog
 from ddpm.catalog import Compile, Precision, Prediction, TimestepSampling, Variance, Weighting
-from ddpm.errors import InputError, check_size
+from ddpm.errors import InputError, check_size, finite_number, whole_number
 
 if TYPE_CHECKING:
     from ddpm.denoiser import Denoiser
@@ -129,7 +129,8 @@ class Preset:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise InputError(f"{f.name} {value!r}: want {', '.join(choices)}")
-            check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
+            value = check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
+            object.__setattr__(self, f.name, value)
         if len(self.size) != 2:
             raise InputError(f"size {self.size}: want height and width, as 32 or 32x48")
         check_size(self.size, len(self.channel_multipliers) + self.patch - 1)
@@ -171,27 +172,27 @@ class Preset:
         return tuple(sorted(found - {-1}))
 
 
-def check(name: str, value: Any, kind: Any, least: float | None = None, most: float | None = None) -> None:
-    """Raise InputError unless `value` is of `kind` (int, float, bool, str, Literal, tuple) and within [least, most]."""
+def check(name: str, value: Any, kind: Any, least: float | None = None, most: float | None = None) -> Any:
+    """Return `value` as `kind` (int, float, bool, str, Literal, tuple); numbers of NumPy and torch become Python's.
+
+    Raises InputError for another kind of value, and for one outside [least, most].
+    """
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise InputError(f"{name} {value!r}: want {', '.join(map(str, get_args(kind)))}")
-        return
+        return value
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]
         if not isinstance(value, tuple) or not (value or element is str):
             raise InputError(f"{name} {value!r}: want whole numbers with commas between")
-        for one in value:
-            check(name, one, element, least, most)
-        return
-    accepted = (int, float) if kind is float else kind
-    finite = not isinstance(value, float) or value - value == 0
-    good_type = isinstance(value, accepted) and finite and (kind is bool or not isinstance(value, bool))
-    if not good_type or (least is not None and value < least) or (most is not None and value > most):
-        words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[kind]
-        limits = [f"of at least {least}"] if least is not None else []
-        limits += [f"of at most {most}"] if most is not None else []
-        raise InputError(f"{name} {value!r}: want {' '.join([words, ' and '.join(limits)]).strip()}")
+        return tuple(check(name, one, element, least, most) for one in value)
+    if kind is int:
+        return whole_number(name, value, least, most)
+    if kind is float:
+        return finite_number(name, value, least, most)
+    if not isinstance(value, kind):
+        raise InputError(f"{name} {value!r}: want {'true or false' if kind is bool else 'text'}")
+    return value
 
 
 _256 = Preset(

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ddpm.denoiser import Denoiser, Estimate
-from ddpm.errors import InputError
+from ddpm.errors import InputError, finite_number, is_scalar, whole_number
 from ddpm.noise import Noise
+from ddpm.schedule import Schedule
 from ddpm.spacing import SPACINGS
 
 Levels: TypeAlias = int | Sequence[int]
@@ -72,8 +73,9 @@ def ancestral(
     >>> last.t, float(last.x.abs().max())
     (0, 0.0)
     """
-    start = denoiser.schedule.T if start is None else start
-    levels = denoiser.schedule.levels(start if steps is None else steps, start)
+    whole = denoiser.schedule.T if start is None else start
+    levels = denoiser.schedule.levels(whole if steps is None else steps, start)
+    start = levels[-1]
     if len(levels) != start:
         denoiser = denoiser.respace(levels)
     for index in range(len(levels), 0, -1):
@@ -112,10 +114,10 @@ def ddim(
     >>> last.t, float(last.x.abs().max())
     (0, 0.0)
     """
-    eta = 1.0 if sigma_hat else eta
+    eta = 1.0 if sigma_hat else finite_number("eta", eta, 0, 1)
     noisy = eta > 0
-    if not 0 <= eta <= 1 or (noisy and noise is None):
-        raise InputError(f"eta {eta}: want 0 to 1, and the argument noise if it is above 0")
+    if noisy and noise is None:
+        raise InputError(f"eta {eta}: want the argument noise, which eta above 0 needs")
     abar = denoiser.schedule.alpha_bar.tolist()
     for t, s in _down(denoiser, steps, start):
         estimate = _estimate(denoiser, x, t, y)
@@ -172,8 +174,7 @@ def _multistep(
     denoiser: Denoiser, x: Tensor, steps: Levels, order: int, correct: bool, y: Tensor | None, start: int | None
 ) -> Iterator[Step]:
     """DPM-Solver++ (`dpm_solver_pp`), or UniPC (`unipc`) if `correct` is set."""
-    if order not in (1, 2, 3):
-        raise InputError(f"order {order}: want 1, 2 or 3")
+    order = whole_number("order", order, 1, 3)
     alpha, sigma, lam = _rates(denoiser, start)
     points: list[tuple[float, Tensor]] = []  # (lambda, x0^), the newest first
     down = _down(denoiser, steps, start)
@@ -305,7 +306,7 @@ def _heun(
 
 def _rates(denoiser: Denoiser, start: int | None) -> tuple[list[float], list[float], list[float]]:
     """alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t) and lambda_t = log(alpha_t / sigma_t) at levels 0..start."""
-    levels = slice(start if start is None else start + 1)
+    levels = slice(None if start is None else whole_number("start", start, 1, denoiser.schedule.T) + 1)
     abar, lam = denoiser.schedule.alpha_bar[levels], denoiser.schedule.half_log_snr[levels]
     if abar[-1] == 0:
         raise InputError("sampler: the schedule ends at alpha_bar 0, where lambda is infinite; want ancestral or ddim")
@@ -342,9 +343,8 @@ class Sampler(NamedTuple):
         if steps is None:
             most = schedule.T if start is None else start
             steps = min(self.steps or most, most)
-        return (
-            SPACINGS[self.spacing](schedule, steps, start) if isinstance(steps, int) else schedule.levels(steps, start)
-        )
+        spaced = SPACINGS[self.spacing] if is_scalar(steps) else Schedule.levels
+        return spaced(schedule, steps, start)  # type: ignore[arg-type]
 
     def calls(self, denoiser: Denoiser, steps: Levels | None, start: int | None = None) -> int:
         """How many network calls it makes from `start` on."""

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, is_scalar, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,14 +74,13 @@ class Schedule:
         >>> linear(1000).levels(4), linear(1000).levels(4, start=500), linear(1000).levels([1, 10, 1000])
         ([250, 500, 750, 1000], [125, 250, 375, 500], [1, 10, 1000])
         """
-        start = self.T if start is None else start
-        if not 1 <= start <= self.T:
-            raise InputError(f"start {start}: want a noise level, 1 to {self.T}")
-        if not isinstance(steps, int):
-            levels = [0, *steps]
+        start = self.T if start is None else whole_number("start", start, 1, self.T)
+        if not is_scalar(steps):
+            levels = [0, *(whole_number("levels", level) for level in steps)]  # type: ignore[union-attr]
             if levels[-1] != start or any(s >= t for s, t in pairwise(levels)):
                 raise InputError(f"levels {levels[1:]}: want rising levels, the first at least 1 and the last {start}")
             return levels[1:]
+        steps = whole_number("steps", steps)
         if not 1 <= steps <= start:
             limit = "the number of noise levels" if start == self.T else "the level to start from"
             raise InputError(f"steps {steps}: want 1 to {start}, {limit}")
@@ -96,7 +95,7 @@ class Schedule:
         >>> s.T, s.timestep.tolist(), bool(s.alpha_bar[2] == linear(1000).alpha_bar[500])
         (3, [-1, 249, 499, 999], True)
         """
-        keep = torch.tensor([0, *levels])
+        keep = torch.tensor([0, *(whole_number("levels", level) for level in levels)])
         if len(keep) < 2 or (keep.diff() <= 0).any() or keep[-1] > self.T:
             raise InputError(f"levels {list(levels)}: want levels that rise within 1..{self.T}")
         keep = keep.to(self.alpha_bar.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm import float64, pixels
-from ddpm.errors import InputError
+from ddpm.errors import InputError, whole_number
 from ddpm.schedule import Schedule
 
 
@@ -32,7 +32,7 @@ def quadratic(schedule: Schedule, steps: int, start: int | None = None) -> list[
     >>> quadratic(schedule.linear(), 4)
     [62, 250, 562, 1000]
     """
-    start = schedule.levels(steps, start)[-1]
+    steps, start = _count(schedule, steps, start)
     return _distinct(start * (torch.arange(1, steps + 1) / steps) ** 2, start)
 
 
@@ -45,7 +45,7 @@ def log_snr(schedule: Schedule, steps: int, start: int | None = None) -> list[in
     >>> log_snr(schedule.linear(), 4)
     [1, 74, 604, 1000]
     """
-    start = schedule.levels(steps, start)[-1]
+    steps, start = _count(schedule, steps, start)
     first, last = schedule.half_log_snr[[1, start]].tolist()
     return _nearest(schedule, torch.linspace(last, first, steps, dtype=torch.float64).flip(0), start)
 
@@ -59,12 +59,18 @@ def karras(schedule: Schedule, steps: int, start: int | None = None, rho: float 
     >>> karras(schedule.linear(), 4)
     [1, 302, 776, 1000]
     """
-    start = schedule.levels(steps, start)[-1]
+    steps, start = _count(schedule, steps, start)
     first, last = (-schedule.half_log_snr[[1, start]] / rho).exp().tolist()
     return _nearest(schedule, -rho * torch.linspace(last, first, steps, dtype=torch.float64).flip(0).log(), start)
 
 
 SPACINGS = {"uniform": uniform, "quadratic": quadratic, "log_snr": log_snr, "karras": karras}
+
+
+def _count(schedule: Schedule, steps: int, start: int | None) -> tuple[int, int]:
+    """The number of levels, and the level to start from, as Python's integers; the errors of `Schedule.levels`."""
+    levels = schedule.levels(steps, start)
+    return len(levels), levels[-1]
 
 
 def _nearest(schedule: Schedule, wanted: Tensor, start: int) -> list[int]:
@@ -100,8 +106,7 @@ def optimised(cost: Tensor, steps: int) -> list[int]:
     ([1, 3], [3])
     """
     T = len(cost) - 1
-    if not 1 <= steps <= T:
-        raise InputError(f"steps {steps}: want 1 to {T}, the number of noise levels")
+    steps = whole_number("steps", steps, 1, T)
     down = cost.double().masked_fill(torch.ones_like(cost, dtype=torch.bool).tril(), math.inf)  # s < t only
     best = torch.full((T + 1,), math.inf, dtype=torch.float64)
     best[0] = 0.0
