@@ -94,7 +94,7 @@ def test_a_seed_that_is_no_integer_is_refused():
 def test_finite_numbers():
     assert finite_number("eta", torch.tensor(0.5), 0, 1) == finite_number("eta", np.float32(0.5), 0, 1) == 0.5
     for value in (float("nan"), float("inf"), "1", None, True, -0.1, 1.1, [0.5], 1j):
-        with pytest.raises(InputError, match="^eta .*: want a finite number, 0 to 1$"):
+        with pytest.raises(InputError, match=r"^eta .*: want a finite number, 0 to 1$"):
             finite_number("eta", value, 0, 1)
 
 
@@ -196,4 +196,3 @@ def test_tables_that_inference_mode_computed_serve_training():
         losses.vlb(d, X.double(), torch.tensor([1, 9]), X.double()).sum().backward()
         losses.simple(replace(d, predict="v"), X.double(), torch.tensor([1, 9]), X.double()).sum().backward()
         assert scale.grad.isfinite()
-

@@ -2,6 +2,7 @@
 
 import itertools
 
+import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
@@ -229,7 +230,7 @@ def test_kid_refuses_what_has_no_estimate():
 def test_inception_score_at_its_ends():
     k = 5
     assert inception_score(np.full((40, k), 1 / k)) == pytest.approx((1, 0), abs=1e-12)
-    assert inception_score(np.tile(np.eye(k), (20, 1))) == pytest.approx((k, 0), abs=1e-12)
+    assert inception_score(np.tile(np.eye(k), (20, 1)), seed=None) == pytest.approx((k, 0), abs=1e-12)
     assert inception_score(np.eye(k)[np.zeros(20, int)]) == pytest.approx((1, 0), abs=1e-12)  # always the same class
 
 
@@ -237,14 +238,23 @@ def test_inception_score_by_hand():
     """Rows (3/4, 1/4), (1/4, 3/4): the marginal is 1/2, KL = 3/4 ln 3/2 + 1/4 ln 1/2; the second half is all alike."""
     p = np.array([[0.75, 0.25], [0.25, 0.75], [0.9, 0.1], [0.9, 0.1]])
     first = 1.5**0.75 * 0.5**0.25
-    assert inception_score(p, splits=2) == pytest.approx(((first + 1) / 2, (first - 1) / 2))
+    assert inception_score(p, splits=2, seed=None) == pytest.approx(((first + 1) / 2, (first - 1) / 2))
     assert inception_score(metrics.softmax(np.log(p[:2])), splits=1)[0] == pytest.approx(first)
 
 
 def test_parts_of_unequal_size_cover_every_row():
     p = metrics.softmax(gaussian(23, 4))
     scores = [inception_score(p[i * 23 // 10 : (i + 1) * 23 // 10], 1)[0] for i in range(10)]
-    assert inception_score(p) == pytest.approx((np.mean(scores), np.std(scores)))
+    assert inception_score(p, seed=None) == pytest.approx((np.mean(scores), np.std(scores)))
+
+
+def test_the_order_of_the_rows_does_not_change_the_score():
+    """Rows sorted by class would make ten parts of one class each, which score 1 where mixed rows score 9.3."""
+    mixed = np.eye(10)[rng().permutation(np.arange(600) % 10)]
+    by_class = mixed[np.argsort(mixed.argmax(1), kind="stable")]
+    assert inception_score(by_class, seed=None)[0] == pytest.approx(1)
+    scores = [inception_score(p, seed=seed)[0] for p in (mixed, by_class) for seed in range(5)]
+    assert 9.1 < min(scores) < max(scores) < 9.5
 
 
 def test_inception_score_refuses_logits():
@@ -292,18 +302,84 @@ def test_a_collapsed_generator_has_no_recall():
     assert precision_recall(real, np.repeat(real[:1], 50, 0)) == (1, 1 / 50)
 
 
-@pytest.mark.parametrize("n", [33, 50, 129])
-def test_equal_points_are_at_distance_0(n):
-    """Not at the 1e-12, or less than nothing, that the expanded square leaves of it."""
-    x = torch.from_numpy(np.repeat(gaussian(1, 2048, n), n, 0))
-    assert (metrics._squared_distances(x, x) == 0).all()
-    assert (metrics._squared_distances(x, x + 1e-3) > 0).all()
+def far_row(n, d, seed):
+    x = gaussian(n, d, seed)
+    x[0] += 1e8
+    return x
+
+
+def two_clusters(n, d, seed):
+    return gaussian(n, d, seed) + np.where(np.arange(n) % 2, 1e7, -1e7)[:, None]
+
+
+def repeated(n, d, seed):
+    return np.repeat(gaussian(n // 5, d, seed, 30.0), 5, 0)
+
+
+def near_copies(n, d, seed):
+    return 1e4 + 1e-4 * gaussian(n, d, seed)
+
+
+SETS = [far_row, two_clusters, repeated, near_copies]
+
+
+@pytest.mark.parametrize("block", [7, 1024])
+@pytest.mark.parametrize("fake", SETS)
+@pytest.mark.parametrize("real", SETS)
+def test_precision_recall_of_hard_sets_equals_brute_force(real, fake, block):
+    """The expanded square is off by more than the distances here; comparisons that it leaves open are made exactly."""
+    a, b = real(60, 5, 0), fake(50, 5, 1)
+    assert precision_recall(a, b, block=block) == brute_precision_recall(a, b, 3)
+    assert precision_recall(a, 0.5 * (a + a.mean(0)), 5, block=block) == brute_precision_recall(
+        a, 0.5 * (a + a.mean(0)), 5
+    )
+
+
+@pytest.mark.parametrize("make", SETS)
+def test_the_other_metrics_of_hard_sets_equal_exact_arithmetic(make):
+    """The Frechet distance against sums of 60 digits, as far as the covariances have them; KID against brute force."""
+    a, b = make(40, 3, 0), make(40, 3, 1)
+    size = max(np.trace(moments(x).covariance) for x in (a, b))
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(
+        exact_frechet(a, b), rel=1e-6, abs=1e-14 * max(size, 1)
+    )
+    assert frechet_distance(moments(a), moments(a)) <= 1e-14 * size
+    if make is not near_copies:  # the cubes of 1e4 that KID is made of do not differ in float64, whoever sums them
+        assert kid(a, b)[0] == pytest.approx(brute_mmd(a, b), rel=1e-6)
+
+
+def exact_frechet(a, b):
+    with mpmath.workdps(60):
+
+        def gaussian_of(x):
+            n, d = x.shape
+            x = mpmath.matrix(x.tolist())
+            mean = [mpmath.fsum(x[i, j] for i in range(n)) / n for j in range(d)]
+            for i in range(n):
+                for j in range(d):
+                    x[i, j] -= mean[j]
+            return mpmath.matrix(mean), x.T * x / (n - 1)
+
+        (mean_a, cov_a), (mean_b, cov_b) = gaussian_of(a), gaussian_of(b)
+        values, vectors = mpmath.eigsy(cov_a)
+        root = vectors * mpmath.diag([mpmath.sqrt(max(v, 0)) for v in values]) * vectors.T
+        cross = mpmath.eigsy(root * cov_b * root, eigvals_only=True)
+        traces = sum(cov_a[i, i] + cov_b[i, i] for i in range(a.shape[1]))
+        return float(
+            mpmath.norm(mean_a - mean_b) ** 2 + traces - 2 * mpmath.fsum(mpmath.sqrt(max(v, 0)) for v in cross)
+        )
 
 
 def test_precision_recall_in_bounded_memory(monkeypatch):
     """Never more than block x max(N, M) distances at once."""
     seen, compute = [], metrics._squared_distances
-    monkeypatch.setattr(metrics, "_squared_distances", lambda a, b: seen.append(len(a) * len(b)) or compute(a, b))
+
+    def watched(*args):
+        for start, squares, error in compute(*args):
+            seen.append(squares.numel())
+            yield start, squares, error
+
+    monkeypatch.setattr(metrics, "_squared_distances", watched)
     precision_recall(gaussian(300, 2), gaussian(200, 2, 1), block=16)
     assert max(seen) == 16 * 300
     assert sum(seen) == 300 * 300 + 200 * 200 + 2 * 300 * 200
@@ -365,8 +441,9 @@ def test_nearest_finds_planted_copies_and_near_copies():
     assert distances[0].tolist() == [0, 0]
     assert distances[2, 0] == 0
     assert float(distances[1, 0]) == pytest.approx(queries[1, 5] - data[400, 5], rel=1e-12)
-    squares = metrics._squared_distances(*map(torch.from_numpy, (queries, data)))
-    assert squares[1, 400] == 0  # negative control
+    ((_, squares, error),) = metrics._squared_distances(queries, data, 3, "cpu")
+    assert float(error[1, 400]) > 1e-18 * 1e6  # negative control: the expanded square alone cannot tell
+    assert abs(float(squares[1, 400])) <= float(error[1, 400])
 
 
 def test_nearest_orders_near_ties_by_their_true_distance():

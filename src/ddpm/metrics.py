@@ -14,12 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ddpm import float64
+from ddpm.errors import whole_number
 from ddpm.noise import generator
 
 Floats = NDArray[np.float64]
 
-_SUBSETS = 0x51D
-"""A key that separates the draws of `kid` from other draws with the same seed."""
+_SUBSETS, _SPLITS = 0x51D, 0x15
+"""Keys that separate the draws of `kid` and `inception_score` from other draws with the same seed."""
 
 
 # -- moments and the Frechet distance ----------------------------------------------------------------------------------
@@ -76,10 +77,10 @@ def moments(features: ArrayLike) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^{1/2} S_b S_a^{1/2})^{1/2}), the squared distance of two Gaussians (>= 0).
 
-    The last trace is the sum of the singular values of S_a^{1/2} S_b^{1/2}, and the roots come from symmetric
-    eigenvalues. Eigenvalues that are as small as rounding errors count as 0. So no value is complex, the two sets can
-    be swapped, and the arithmetic is right for fewer images than features. The estimate still has a bias of about +1/N,
-    so compare only values with the same N.
+    The last two terms are the least |F_a - F_b Q|^2 over rotations Q, where F F^T is a covariance. A sum of squares
+    cancels nothing, so no value is complex or negative, the two sets can be swapped, and the arithmetic is right for
+    fewer images than features and for rows far from the others. The estimate still has a bias of about +1/N, so compare
+    only values with the same N.
 
     Raises ValueError if the numbers of features differ. Source: Dowson and Landau (1982); Heusel et al. (2017).
 
@@ -90,16 +91,16 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"moments of {len(a.mean)} and of {len(b.mean)} features cannot be compared")
-    delta = a.mean - b.mean
-    cross = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
-    return max(0.0, float(delta @ delta + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross))
+    delta, left, right = a.mean - b.mean, _factor(a.covariance), _factor(b.covariance)
+    u, _, v = np.linalg.svd(left.T @ right)  # Q = v.T @ u.T; both factors are rotated, which is the same distance
+    return float(delta @ delta + ((left @ u - right @ v.T) ** 2).sum())
 
 
 def _factor(covariance: Floats) -> Floats:
-    """A factor F [D, rank] of the covariance, F F^T = covariance."""
+    """A factor F [D, D] of the covariance, F F^T = covariance. Eigenvalues as small as rounding errors count as 0."""
     values, vectors = np.linalg.eigh(covariance)  # ascending
-    keep = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
-    factor: Floats = vectors[:, keep] * np.sqrt(values[keep])
+    real = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    factor: Floats = vectors * np.sqrt(np.where(real, values, 0))
     return factor
 
 
@@ -195,15 +196,15 @@ def softmax(logits: ArrayLike) -> Floats:
     return probabilities
 
 
-def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, float]:
+def inception_score(probabilities: ArrayLike, splits: int = 10, seed: int | None = 0) -> tuple[float, float]:
     """exp E[KL(p(y|x) || p(y))] of class probabilities [N, K]: (mean, standard deviation) over `splits` parts.
 
-    The score is between 1 and K. The parts are consecutive rows, so rows that are sorted by class must be shuffled
-    first. The deviation is divided by `splits` and not by splits - 1, as in the original program. Raises ValueError if
-    rows do not sum to 1 (convert logits with `softmax`) and if there are fewer rows than parts. Source: Salimans et al.
-    (2016).
+    The score is between 1 and K. The parts are consecutive rows after a shuffle, which depends only on `seed`: rows
+    that are sorted by class would score 1. seed None keeps the order of the rows. The deviation is divided by `splits`
+    and not by splits - 1, as in the original program. Raises ValueError if rows do not sum to 1 (convert logits with
+    `softmax`) and if there are fewer rows than parts. Source: Salimans et al. (2016).
 
-    >>> inception_score(np.eye(4)[[0, 1, 2, 3, 0, 1, 2, 3]], splits=2)  # certain, and classes are equally frequent
+    >>> inception_score(np.eye(4)[[0, 1, 2, 3, 0, 1, 2, 3]], splits=2, seed=None)  # certain, equally frequent
     (4.0, 0.0)
     """
     p = _features(probabilities)
@@ -211,6 +212,8 @@ def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, 
         raise ValueError(f"{splits} splits of {len(p)} rows: want at least one row per split")
     if p.min() < 0 or abs(p.sum(1) - 1).max() > 1e-3:
         raise ValueError("rows are not probabilities: want values of at least 0 and rows with sum 1")
+    if seed is not None:
+        p = p[torch.randperm(len(p), generator=generator(seed, _SPLITS)).numpy()]
     scores = []
     for i in range(splits):
         part = p[i * len(p) // splits : (i + 1) * len(p) // splits]
@@ -224,14 +227,14 @@ def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, 
 
 
 def precision_recall(
-    real: ArrayLike, fake: ArrayLike, k: int = 3, *, block: int = 1024, device: torch.device | str = "cpu"
+    real: ArrayLike, fake: ArrayLike, k: int = 3, *, block: int = 256, device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
     """(precision, recall): the share of fakes [M, D] within the reals [N, D], and the share of reals within the fakes.
 
     A point is within a set if it lies in the ball around one of the set's points. The ball's radius is the distance to
     the k-th nearest other point of the set. The values depend on N and M, so compare only values with the same numbers.
 
-    Both sets are held in float64, together with block (N + M) distances at a time.
+    Both sets are held twice in float64, together with block (N + M) distances at a time.
 
     device  the device that computes the matrix products; the CPU does if it has no float64 (mps)
 
@@ -242,38 +245,23 @@ def precision_recall(
     ((1.0, 1.0), (0.0, 0.0), (1.0, 0.16666666666666666))
     """
     a, b = _pair(real, fake)
+    k = whole_number("k", k)
     if not 1 <= k < min(len(a), len(b)):
         raise ValueError(f"k = {k} neighbours of {len(a)} and {len(b)} rows: want k of at least 1 and more rows than k")
-    centre = a.mean(0)  # centring keeps the squares, and so their rounding errors, small
-    r, f = (torch.from_numpy(points - centre).to(float64.device_with(device)) for points in (a, b))
-    precision = _share_inside(f, r, _radii(r, k, block), block)
-    return precision, _share_inside(r, f, _radii(f, k, block), block)
+    return _share_inside(b, a, k, block, device), _share_inside(a, b, k, block, device)
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j|^2 [N, M]. Values as small as rounding errors are set to 0, so copies of a point are at distance 0."""
-    scale = (a**2).sum(1)[:, None] + (b**2).sum(1)
-    d = scale - 2 * a @ b.T
-    return d.masked_fill_(d < 1e-12 * scale, 0)
-
-
-def _radii(x: Tensor, k: int, block: int) -> Tensor:
-    """The squared distance of each row of x to its k-th nearest other row, [N]."""
-    radii = []
-    for start in range(0, len(x), block):
-        d = _squared_distances(x[start : start + block], x)
-        d.diagonal(start).fill_(torch.inf)  # exclude the row itself
-        radii.append(d.kthvalue(k, 1).values)
-    return torch.cat(radii)
-
-
-def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> float:
-    """The share of points that lie in at least one ball; radii are squared."""
-    inside = 0
-    for start in range(0, len(points), block):
-        d = _squared_distances(points[start : start + block], centres)
-        inside += int((d <= radii).any(1).sum())
-    return inside / len(points)
+def _share_inside(points: Floats, centres: Floats, k: int, block: int, device: torch.device | str) -> float:
+    """The share of points that lie in the ball around at least one centre, to its k-th nearest other centre."""
+    radii = nearest(centres, centres, k + 1, block=block, device=device)[0][:, -1].numpy()  # itself is the nearest
+    squared_radii = torch.from_numpy(radii**2).to(float64.device_with(device))
+    inside = np.zeros(len(points), bool)
+    for start, squares, error in _squared_distances(points, centres, block, device):
+        within = (squares + error < squared_radii).any(1)
+        i, j = _where((squares - error <= squared_radii * (1 + 1e-12)) & ~within[:, None])
+        inside[start : start + len(within)] = within.cpu().numpy()
+        inside[start + i[_distances(points[start:], centres, i, j, block) <= radii[j]]] = True
+    return float(inside.mean())
 
 
 # -- nearest neighbours ------------------------------------------------------------------------------------------------
@@ -298,24 +286,48 @@ def nearest(
     (tensor([[0., 3.]], dtype=torch.float64), tensor([[1, 0]]))
     """
     a, b = _pair(queries, data)
+    k = whole_number("k", k)
     if not 1 <= k <= len(b):
         raise ValueError(f"k = {k} neighbours of {len(b)} rows: want k of at least 1 and at most the number of rows")
-    centre = b.mean(0)  # centring keeps the squares, and so their rounding errors, small
-    q, d = (torch.from_numpy(points - centre).to(float64.device_with(device)) for points in (a, b))
-    q_squared, d_squared = ((points**2).sum(1) for points in (q, d))
-    rounding = 4 * (a.shape[1] + 4) * float(np.finfo(np.float64).eps)  # relative to |q|^2 + |d|^2
     distances, indices = np.empty((len(a), k)), np.empty((len(a), k), np.int64)
-    for start in range(0, len(a), block):
-        rows = slice(start, start + block)
-        squares = d_squared - 2 * q[rows] @ d.T  # [block, M], without |q|^2, which is constant in a row
-        limit = squares.kthvalue(k, 1).values + 2 * rounding * (q_squared[rows] + d_squared.max())
-        i, j = (squares <= limit[:, None]).cpu().numpy().nonzero()  # j rises in each row
-        parts = [slice(s, s + block) for s in range(0, len(i), block)]
-        exact = np.concatenate([np.linalg.norm(a[start + i[s]] - b[j[s]], axis=1) for s in parts])
+    for start, squares, error in _squared_distances(a, b, block, device):
+        limit = (squares + error).kthvalue(k, 1, keepdim=True).values
+        i, j = _where(squares - error <= limit)  # j rises in each row
+        exact = _distances(a[start:], b, i, j, block)
         order = np.lexsort((j, exact, i))
         first = np.searchsorted(i, np.arange(len(squares)))[:, None] + np.arange(k)  # the k nearest of each row
+        rows = slice(start, start + block)
         distances[rows], indices[rows] = exact[order[first]], j[order[first]]
     return torch.from_numpy(distances), torch.from_numpy(indices)
+
+
+def _squared_distances(
+    a: Floats, b: Floats, block: int, device: torch.device | str
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield |a_i - b_j|^2 for a block of rows of a: (first row, squares, bounds of their rounding errors), each [n, M].
+
+    The square is expanded, which is fast. The caller computes distances that the errors leave open from differences.
+    """
+    centre = b.mean(0)  # centring keeps the squares, and so their rounding errors, small
+    x, y = (torch.from_numpy(points - centre).to(float64.device_with(device)) for points in (a, b))
+    x_squared, y_squared = ((points**2).sum(1) for points in (x, y))
+    rounding = 8 * (a.shape[1] + 4) * float(np.finfo(np.float64).eps)
+    for start in range(0, len(a), block):
+        rows = slice(start, start + block)
+        scale = x_squared[rows, None] + y_squared
+        yield start, scale - 2 * x[rows] @ y.T, rounding * scale
+
+
+def _where(chosen: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The row and the column of each true entry, in order of the rows."""
+    i, j = chosen.cpu().numpy().nonzero()
+    return i, j
+
+
+def _distances(a: Floats, b: Floats, i: NDArray[np.int64], j: NDArray[np.int64], block: int) -> Floats:
+    """|a_i - b_j| for pairs of rows, from differences, `block` pairs at a time."""
+    parts = [slice(start, start + block) for start in range(0, len(i), block)]
+    return np.concatenate([np.empty(0), *(np.linalg.norm(a[i[part]] - b[j[part]], axis=1) for part in parts)])
 
 
 def _features(features: ArrayLike) -> Floats:

@@ -96,14 +96,17 @@ def fid(inputs: MetricInputs) -> dict[str, float]:
 
 
 def inception_score(inputs: MetricInputs) -> dict[str, float]:
-    """The Inception score of the samples: mean and standard deviation over ten parts (one part below 100 samples).
+    """The Inception score of the samples: mean and standard deviation over `inception_score_parts` random parts.
+
+    There are ten parts, as in published scores, and one below 100 samples.
 
     Raises InputError if there are no class probabilities.
     """
     if inputs.samples.probabilities is None:
         raise InputError("metric is: these features have no class probabilities, which the Inception score needs")
     mean, deviation = _inception_score("metric is", inputs.samples.probabilities)
-    return {"inception_score": mean, "inception_score_std": deviation}
+    parts = _parts(inputs.samples.probabilities)
+    return {"inception_score": mean, "inception_score_std": deviation, "inception_score_parts": parts}
 
 
 def kid(inputs: MetricInputs) -> dict[str, float]:
@@ -159,9 +162,13 @@ def check_network(network: features.Network, images: data.Images) -> None:
 def _inception_score(source: str, probabilities: metrics.Floats) -> tuple[float, float]:
     """The score's mean and standard deviation; InputError, which names `source`, for rows that do not sum to 1."""
     try:
-        return metrics.inception_score(probabilities, 10 if len(probabilities) >= 100 else 1)
+        return metrics.inception_score(probabilities, _parts(probabilities))
     except ValueError as error:
         raise InputError(f"{source}: {error}; the Inception score needs class probabilities") from error
+
+
+def _parts(probabilities: metrics.Floats) -> int:
+    return 10 if len(probabilities) >= 100 else 1
 
 
 def quality(
