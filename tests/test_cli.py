@@ -152,7 +152,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("sample RUN --out samples.jpg", nothing, ["samples.jpg", ".png or .npz"]),
     ("sample RUN --out pictures", lambda here: grey(here / "pictures"), ["pictures", "not empty"]),
     ("sample RUN --out notes.txt/a.png", lambda here: write(here / "notes.txt"), ["notes.txt/a.png", "cannot write"]),
-    ("sample RUN --progressive --out a.npz", nothing, ["a.npz", "--progressive", "want a .png"]),
+    ("sample RUN --progressive --out a.npz", nothing, ["a.npz", "--progressive", "want NAME.png"]),
 ]
 if not torch.cuda.is_available():
     MISTAKES.append(("train digits --device cuda", nothing, ["device 'cuda'", "auto or cpu"]))
@@ -428,7 +428,7 @@ def test_calibrate_and_use_it(trained: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["calibrate", str(run), "-n", "4"]) == 2
     assert capsys.readouterr().err == (
-        f"ddpm: {file}: has the codec's tables, which compressed files need; want --codec 0 or --replace\n"
+        f"ddpm: {file}: holds the codec's tables, which compressed files need; want --codec 0 or --replace\n"
     )
     assert file.read_bytes() == before
     assert main(["calibrate", str(run), "-n", "4", "--codec", "0"]) == 0

@@ -428,7 +428,7 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
         (["-n", "0"], "-n"),
         (["--levels-per-image", "21"], "--levels-per-image 21"),
         (["--split", "nothing"], "nothing"),
-        (["--samples", "a.npz"], "--samples a.npz: needs --metrics fid"),
+        (["--samples", "a.npz"], "--samples a.npz: needs one of --metrics fid"),
         (["--metrics", "fid", "--features", "mine.py"], "FILE.py:function"),
         (["--metrics", "fid", "--inception", "none.pth"], "none.pth"),
         (["--metrics", "fid", "--samples", "none.npz", "--features", "f.py:g"], "f.py"),
