@@ -357,7 +357,7 @@ def test_edit(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str])
     assert np.abs(made("--t", "8", "--steps", "8", "--invert", "30")[0] - a).max() <= 1
     for more, reason in (
         (["--t", "21"], "t 21: want 0 to 20"),
-        (["--invert", "2", "--sampler", "ancestral"], "draws noise, which inversion knows nothing of; want ddim"),
+        (["--invert", "2", "--sampler", "ancestral"], "draws noise, which an inversion cannot use; want ddim"),
         (["--invert", "-1"], "--invert -1: want a whole number of at least 0"),
         (["--class", "seven"], "was not trained with classes"),
     ):

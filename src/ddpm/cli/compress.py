@@ -125,10 +125,10 @@ def decompress(args: argparse.Namespace) -> int:
     with importing():
         from ddpm.codec import container
         from ddpm.files import images
-        from ddpm.run.compress import decompress, read
+        from ddpm.run.compress import decompress, read_file
 
     path, out = Path(args.file), Path(args.out)
-    if container.is_archive(read(path)):
+    if container.is_archive(read_file(path)):
         if images.check_out(out) != "folder":
             raise InputError(f"--out {out}: {path} is an archive; want a folder")
     elif out.suffix.lower() != ".png" or images.check_out(out) != "png":

@@ -19,7 +19,7 @@ from ddpm.files.models import Checkpoint, calibration_file, read_calibration
 from ddpm.files.opening import open_checkpoint
 from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
 from ddpm.presets import PRESETS, Preset, to_json
-from ddpm.run.sample import generate, in_turn
+from ddpm.run.sample import cycled_labels, generate
 from ddpm.version import __version__
 
 Stored = Literal["bf16", "float32"]
@@ -90,13 +90,13 @@ def illustrate(
     """Write the card and a grid of samples beside the exported file; `found` is what it was exported from."""
     preset, classes = found.preset, len(found.preset.class_names)
     n, denoiser = _shown(preset), exported.denoiser.to(device)
-    y = in_turn(range(classes), range(n))
+    y = cycled_labels(range(classes), range(n))
     made = generate(denoiser, preset.shape, range(n), device=device, progress=progress, y=y)
-    images.save_many(exported.path.with_suffix(".png"), images.channels_last(made), [], columns=columns_of(classes))
+    images.save_many(exported.path.with_suffix(".png"), images.channels_last(made), [], columns=grid_columns(classes))
     atomic.write(exported.path.with_suffix(".md"), card(found, exported, license))
 
 
-def columns_of(classes: int) -> int | None:
+def grid_columns(classes: int) -> int | None:
     """Of a grid of so many classes in turn: one each, where they are not too many."""
     return classes if 1 < classes <= 16 else None
 
