@@ -97,7 +97,7 @@ def export(args: argparse.Namespace) -> int:
                 out.with_suffix(".md").rename(out.with_name("README.md"))
                 place = hub.push(out.parent, place, f"ddpm {__version__}, step {model.step:,}")
     about = {"out": str(place), "kind": kind, **model.about()}
-    card = f", its card {Path(place).with_suffix('.md')} and grid" if kind == "file" else ""
+    card = f", with its card {Path(place).with_suffix('.md')} and its grid" if kind == "file" else ""
     print(json.dumps(about) if args.json else f"written: {place}{card}")
     return 0
 
