@@ -384,9 +384,9 @@ def test_inpaint(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (np.zeros((8, 8, 1)), "grey levels 0; want white, 255"),
-        (np.eye(8)[..., None], "grey levels 0, 1; want white, 255"),
-        (np.full((8, 8, 1), 128), "grey levels 128; want white"),
+        (np.zeros((8, 8, 1)), "grey levels 0; want 255 (white)"),
+        (np.eye(8)[..., None], "grey levels 0, 1; want 255 (white)"),
+        (np.full((8, 8, 1), 128), "grey levels 128; want 255 (white)"),
         (np.full((4, 8, 1), 255), "8x4; want a mask of the image's size, 8x8"),
     ],
 )

@@ -105,7 +105,7 @@ def test_what_a_folder_of_diffusers_is_refused(trained: Path, here: Path, capsys
         (["evaluate", "theirs"], "--data: this model names no data set; want --data SOURCE"),
         (
             ["export", str(trained), "--to", "diffusers", "new", "--license", "mit"],
-            "--license mit: not for --to diffusers",
+            "--license mit: not with --to diffusers",
         ),
         (["export", str(trained), "--to", "diffusers", "theirs"], "out theirs: is there already"),
     ):

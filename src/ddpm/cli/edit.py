@@ -88,7 +88,7 @@ def edit(args: argparse.Namespace) -> int:
     check("-n", args.n, int, 1, 10_000)
     check_numbers(args, seed=0, invert=0)
     if args.invert and args.clip is not None:
-        raise InputError("--clip: not with --invert, which does not clip")
+        raise InputError("--clip: not with --invert, which never clips")
 
     with importing():
         from ddpm.run.edit import redraw
@@ -139,13 +139,13 @@ def _make(args: argparse.Namespace, make: "Callable[[Checkpoint, SamplingSetting
     images.check_out(args.out)
     model = open_model(args, pick_device(args.device))
     check_sampler(args, model.denoiser.schedule.T)
-    asked = conditions(args).resolved(model)
-    denoiser, labels = asked.apply(model)
+    resolved = conditions(args).resolved(model)
+    denoiser, labels = resolved.apply(model)
     settings = SamplingSettings(args.sampler, args.steps, args.spacing, tuple(labels), args.batch_size)
     pictures = images.channels_last(make(replace(model, denoiser=denoiser), settings))
     images.save_many(args.out, pictures, [f"{i:03d}" for i in range(len(pictures))], columns=min(len(pictures), 16))
     names = ("sampler", "steps", "spacing", "t", "invert", "jump", "resample")
-    how = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    about = {"out": args.out, "count": len(pictures), **model.about(), **how, **asked.about(), "seed": args.seed}
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    about = {"out": args.out, "count": len(pictures), **model.about(), **given, **resolved.about(), "seed": args.seed}
     print(json.dumps(about) if args.json else f"{len(pictures)} image{'s' * (len(pictures) != 1)} in {args.out}")
     return 0
