@@ -127,6 +127,13 @@ def test_the_commands_of_the_card_make_the_model(trained: Path, here: Path) -> N
     assert all(torch.equal(again[name], value) for name, value in stored.items())
 
 
+def test_the_card_names_the_precision_of_the_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the machine that exports computes in float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert main(["export", "digits", "--out", "a.safetensors", "--device", "cpu"]) == 0
+    assert "ddpm train digits --out RUN --precision bf16 " in Path("a.md").read_text()
+
+
 def test_a_calibration_goes_along(trained: Path, here: Path) -> None:
     """It says of which weights it was measured, and is taken; without one, an old one does not stay."""
     run = Path(shutil.copytree(trained, here / "run"))

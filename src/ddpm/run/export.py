@@ -239,12 +239,12 @@ def _dtypes(model: Checkpoint) -> set[torch.dtype]:
 def _figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The figures of one file of evaluate/, as (name, figure with its images or samples)."""
     names = ("classes", "guidance", "guidance_interval", "clip")
-    asked = "".join(f", {name.replace('_', ' ')} {values[name]}" for name in names if name in values)
+    conditions = "".join(f", {name.replace('_', ' ')} {values[name]}" for name in names if name in values)
     if "bits_per_dim" in values:
         how = "ODE" if "bits_per_dim_decoder" in values else "bound (Eq. 5)"
         levels = f", {values['levels_per_image']} levels per image" if "levels_per_image" in values else ""
         error = values["standard_error"]
-        measured_on = f"{values['count']:,} images, {values['data']}, {values['split']}{asked}"
+        measured_on = f"{values['count']:,} images, {values['data']}, {values['split']}{conditions}"
         figure = f"{values['bits_per_dim']:.4f}" + (f" ± {error:.4f}" if error else "")
         yield f"bits/dim, {how}{levels}, {values['variance']}", f"{figure} ({measured_on})"
         for variance, bits in values.get("by_variance", {}).items():
@@ -252,7 +252,7 @@ def _figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield f"bits/dim, {how}, {variance}", f"{bits:.4f} ({measured_on})"
     if "samples" in values:
         how = f"{values['sampler']}, {values['steps']} steps, " if "sampler" in values else ""
-        scored = f"{values['samples']:,} samples, {how}features {values['features']}{asked}"
+        scored = f"{values['samples']:,} samples, {how}features {values['features']}{conditions}"
         scores = ("fid", "frechet_distance", "inception_score", "kid", "precision", "recall")
         yield from ((name, f"{values[name]:.4g} ({scored})") for name in scores if name in values)
 
@@ -269,7 +269,7 @@ def _last_logged(checkpoint: Checkpoint, key: str) -> tuple[int, float] | None:
 
 def _commands(checkpoint: Checkpoint, exported: Checkpoint) -> str:
     """The commands that make the same file: training from the nearest preset, and the export."""
-    preset, name = exported.preset, exported.path.stem
+    preset, name = open_checkpoint(exported.path).preset, exported.path.stem  # with the precision of the training
     fixed = {f.name for f in fields(Preset) if not f.metadata["resume"]} | {"steps", "sample_steps"}
     changes = {
         base: {key: getattr(preset, key) for key in sorted(fixed) if getattr(preset, key) != getattr(other, key)}

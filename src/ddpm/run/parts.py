@@ -24,7 +24,12 @@ CALIBRATION, SUBSET = 0xCA1B, 0x5B5E7
 
 
 def subset(images: data.Images, count: int | None) -> list[int]:
-    """Indices of a fixed random subset of `count` images (None: all); smaller subsets are prefixes of larger ones."""
+    """Indices of a fixed random subset of `count` images (None: all); smaller subsets are prefixes of larger ones.
+
+    >>> digits = data.load("digits", (8, 8), 1)
+    >>> subset(digits, 2) == subset(digits, 5)[:2]
+    True
+    """
     return torch.randperm(len(images), generator=noise.generator(SUBSET)).tolist()[:count]
 
 
