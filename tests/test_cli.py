@@ -357,7 +357,7 @@ def test_edit(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str])
     assert np.abs(made("--t", "8", "--steps", "8", "--invert", "30")[0] - a).max() <= 1
     for more, reason in (
         (["--t", "21"], "t 21: want 0 to 20"),
-        (["--invert", "2", "--sampler", "ancestral"], "draws noise, which inversion knows nothing of; want ddim"),
+        (["--invert", "2", "--sampler", "ancestral"], "draws noise, which an inversion cannot use; want ddim"),
         (["--invert", "-1"], "--invert -1: want a whole number of at least 0"),
         (["--class", "seven"], "was not trained with classes"),
     ):
@@ -384,9 +384,9 @@ def test_inpaint(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (np.zeros((8, 8, 1)), "grey levels 0; want white, 255"),
-        (np.eye(8)[..., None], "grey levels 0, 1; want white, 255"),
-        (np.full((8, 8, 1), 128), "grey levels 128; want white"),
+        (np.zeros((8, 8, 1)), "grey levels 0; want 255 (white)"),
+        (np.eye(8)[..., None], "grey levels 0, 1; want 255 (white)"),
+        (np.full((8, 8, 1), 128), "grey levels 128; want 255 (white)"),
         (np.full((4, 8, 1), 255), "8x4; want a mask of the image's size, 8x8"),
     ],
 )

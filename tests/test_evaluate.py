@@ -240,7 +240,7 @@ def test_the_first_variance_is_the_best_for_bins(own, tmp_path):
     table = opening.load(own, variance="calibrated").variance
     train = data.load("digits", (8, 8), 1)
     rows = parts.subset(train, 16)
-    signal, draws = parts.as_signal(train, rows), parts.draws_of(0, rows, 0, parts.CALIBRATION, (1, 8, 8))
+    signal, draws = parts.as_signal(train, rows), parts.image_noise(0, rows, 0, parts.CALIBRATION, (1, 8, 8))
     for factor in (0.8, 1.25):
         other = table.clone()
         other[1] *= factor

@@ -162,7 +162,7 @@ def _quality(
     results: _Results, cache: Path, ranks: Any, progress: bool,
 ) -> None:  # fmt: skip
     from ddpm.run import quality
-    from ddpm.run.sample import sampled, visited
+    from ddpm.run.sample import describe_sampling, sampler_levels
 
     samples = None if args.samples is None else Path(args.samples)
     if _features_are_a_file(args):
@@ -176,11 +176,11 @@ def _quality(
     if samples is not None:
         images, source = quality.read_samples(samples, model.preset.shape), {"samples_from": args.samples}
     else:
-        levels = visited(model, args.sampler, args.steps, args.spacing)
+        levels = sampler_levels(model, args.sampler, args.steps, args.spacing)
         images = quality.samples(
             model, cache, ranks, args.n or 50_000, args.seed, args.sampler, levels, args.batch_size, progress, labels
         )
-        source = {**sampled(model.denoiser, args.sampler, levels, args.spacing), **asked}
+        source = {**describe_sampling(model.denoiser, args.sampler, levels, args.spacing), **asked}
     if ranks.first:
         values = quality.quality(names, images, real, network, cache, args.seed, ranks.device, progress)
         results.keep("quality", {**source, **values}, "train")

@@ -295,13 +295,11 @@ def check_numbers(args: argparse.Namespace, **least: int) -> None:
 def open_model(args: argparse.Namespace, device: "torch.device", run: "str | Path | None" = None) -> "Checkpoint":
     """The model of the command, or of `run`, with --checkpoint, --weights, --precision and --variance, on `device`."""
     from ddpm.files.models import with_variance
-    from ddpm.run.processes import opened
+    from ddpm.run.processes import open_for_device
 
     check_model(args)
     precision = None if args.precision == "auto" else args.precision
-    model = opened(run or args.run, device, args.weights or "ema", args.checkpoint, precision)
-    if args.weights and model.weights != args.weights:
-        raise InputError(f"--weights {args.weights}: {model.path} holds the {model.weights} weights; want the run")
+    model = open_for_device(run or args.run, device, args.weights, args.checkpoint, precision)
     if args.variance is not None:
         model = with_variance(model, args.variance)
     return replace(model, denoiser=model.denoiser.to(device))

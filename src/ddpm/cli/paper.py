@@ -108,7 +108,7 @@ class _Setups:
 
     def __call__(self, model: "Checkpoint", out: Path, cache: Path) -> "experiments.Setup":
         from ddpm.run.paper import Setup
-        from ddpm.run.sample import visited
+        from ddpm.run.sample import sampler_levels
 
         args = self.args
         check_sampler(args, model.denoiser.schedule.T)
@@ -116,8 +116,8 @@ class _Setups:
             model, self.load, out, cache, self.ranks, self.network,
             named_features=args.features is not None or args.inception is not None,
             split=args.split, n=args.n, samples=None if args.samples is None else Path(args.samples),
-            sampler=args.sampler, steps=visited(model, args.sampler, args.steps, args.spacing), spacing=args.spacing,
-            seed=args.seed, batch_size=args.batch_size, progress=self.progress,
+            sampler=args.sampler, steps=sampler_levels(model, args.sampler, args.steps, args.spacing),
+            spacing=args.spacing, seed=args.seed, batch_size=args.batch_size, progress=self.progress,
         )  # fmt: skip
 
     def train(self, name: str, preset: Preset, out: Path) -> int:

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     with importing():
         from ddpm.files import images
-        from ddpm.run.export import columns_of
+        from ddpm.run.export import grid_columns
         from ddpm.run.processes import processes
         from ddpm.run.sample import sample
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             images.save(args.out, images.grid(tiles, columns=pictures.shape[1]))
         else:
             names = [f"{args.seed + i:06d}" for i in range(args.n)]
-            columns = columns_of(len(asked.apply(model)[1]))
+            columns = grid_columns(len(asked.apply(model)[1]))
             images.save_many(args.out, images.channels_last(pictures), names, columns)
         what = f"{args.n} image{'s' * (args.n != 1)}"
         summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"
