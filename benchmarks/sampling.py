@@ -40,7 +40,7 @@ PLACES = [
     (Denoiser, "__call__", "denoiser (from the network's output to mean and variance)"),
     (pixels, "to_pixels", "conversion to uint8"),
     (ddpm.files.images, "save_many", "saving"),
-    (ddpm.run.processes, "opened", "loading the checkpoint"),
+    (ddpm.run.processes, "open_for_device", "loading the checkpoint"),
     (ddpm.run.sample, "generate", "sampler"),
 ]
 

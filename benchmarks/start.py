@@ -48,7 +48,7 @@ def child(command: list[str]) -> None:
         (datasets, "load_pair", "data"),
         (torch.optim.Adam, "__init__", "making Adam, which imports torch._dynamo"),
         (training, "build", "network"),
-        (ddpm.run.processes, "opened", "network and weights"),
+        (ddpm.run.processes, "open_for_device", "network and weights"),
         (ddpm.run.sample, "generate", "sampling"),
         (images, "save_many", "saving"),
     ]

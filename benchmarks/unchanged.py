@@ -40,7 +40,7 @@ from ddpm.files import data
 from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS, to_json
 from ddpm.run.compress import load_codec
-from ddpm.run.sample import trajectory, visited
+from ddpm.run.sample import sampler_levels, trajectory
 from ddpm.samplers import SAMPLERS
 from ddpm.schedule import SCHEDULES
 from ddpm.spacing import SPACINGS
@@ -515,7 +515,7 @@ def spaced() -> dict[str, Any]:
             plan = SCHEDULES[now(name)](1000, 1e-4, 0.02)
             results[f"{name}, {kind}"] = [SPACINGS[now(kind)](plan, n, s) for n, s in ((7, None), (5, 400))]
     digits = open_checkpoint("digits")
-    return results | {"bound": [visited(digits, now("ddim"), n, now("bound")) for n in (1, 4, 30)]}
+    return results | {"bound": [sampler_levels(digits, now("ddim"), n, now("bound")) for n in (1, 4, 30)]}
 
 
 def items() -> dict[str, Callable[[], Any]]:

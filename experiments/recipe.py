@@ -35,7 +35,7 @@ from ddpm.files import data as datasets
 from ddpm.files.models import Checkpoint, with_variance
 from ddpm.presets import PRESETS, Preset, build
 from ddpm.run import calibrate, evaluate
-from ddpm.run.processes import Processes, opened, pick_device
+from ddpm.run.processes import Processes, open_for_device, pick_device
 from ddpm.run.sample import generate
 from ddpm.run.train import train
 
@@ -128,7 +128,7 @@ def bits(
 def measure(run: Path, data: tuple[datasets.Images, datasets.Images], args: argparse.Namespace) -> dict[str, Any]:
     """The figures of a trained run, as JSON values."""
     device = pick_device(args.device)
-    checkpoint = opened(run, device)
+    checkpoint = open_for_device(run, device)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     training, held_out = ([line for line in log if key in line] for key in ("loss", "held_out"))
     samples = run / f"samples-{checkpoint.step}-{args.samples}-{args.calls}.npz"

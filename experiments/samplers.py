@@ -30,7 +30,7 @@ from ddpm.denoiser import Denoiser
 from ddpm.files import atomic, plots
 from ddpm.files.models import Checkpoint, read_calibration, with_variance
 from ddpm.noise import per_image
-from ddpm.run.processes import opened, pick_device
+from ddpm.run.processes import open_for_device, pick_device
 from ddpm.run.sample import generate
 from ddpm.samplers import SAMPLERS, ddim
 
@@ -101,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
 
     device = pick_device(args.device)
-    model = Model(opened(args.model, device), device)
+    model = Model(open_for_device(args.model, device), device)
     for calls in args.calls:
         for row in args.only:
             name, spacing_name = row.split()

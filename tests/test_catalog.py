@@ -9,7 +9,7 @@ from ddpm.schedule import SCHEDULES
 def test_the_names_are_those_of_the_tables():
     assert list(catalog.samplers()) == list(SAMPLERS)
     assert list(catalog.schedules()) == list(SCHEDULES)
-    assert tuple(catalog.spacings()) == sample.SPACED
+    assert tuple(catalog.spacings()) == sample.SPACING_NAMES
     assert list(catalog.metrics()) == [*evaluate.LIKELIHOODS, *quality.METRICS]
     assert list(catalog.experiments()) == list(paper.EXPERIMENTS)
 

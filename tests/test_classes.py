@@ -23,7 +23,7 @@ from ddpm.errors import InputError
 from ddpm.files import interop
 from ddpm.files.opening import open_checkpoint
 from ddpm.run import device, edit
-from ddpm.run.edit import Way
+from ddpm.run.edit import SamplingSettings
 from ddpm.run.sample import generate
 from ddpm.unet import UNet
 
@@ -143,15 +143,15 @@ def test_guided_networks_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs reach the network inside, for both batches and with labels. (Here a replay is a call.)"""
     captured = []
 
-    def capture(self: device.Replayed, inputs: list[Tensor]) -> Any:
+    def capture(self: device.GraphedUNet, inputs: list[Tensor]) -> Any:
         captured.append([tuple(tensor.shape) for tensor in inputs])
         out = torch.empty_like(inputs[0])
         return inputs, out, lambda: out.copy_(self.network(*inputs))
 
-    monkeypatch.setattr(device.Replayed, "_capture", capture)
+    monkeypatch.setattr(device.GraphedUNet, "_capture", capture)
     network = unet().requires_grad_(False)
     plain = Denoiser(network, schedule.linear(20, 1e-3, 0.3)).guided(2.0, (5, 20))
-    graphed = device.replayed(plain, "cuda")
+    graphed = device.use_cuda_graphs(plain, "cuda")
     y = torch.tensor([0, 1, 2])
     found, want = (generate(d, (1, 8, 8), range(3), y=y) for d in (graphed, plain))
     assert torch.equal(found, want)
@@ -258,13 +258,13 @@ def test_edits_a_few_at_a_time_are_the_same(
         Image.fromarray(picture.reshape(8, 8).astype(np.uint8)).save(path)
 
     def made(**settings: Any) -> Tensor:
-        way = Way("ddim" if what == "invert" else "ancestral", 5, classes=classes, **settings)
+        sampling = SamplingSettings("ddim" if what == "invert" else "ancestral", 5, classes=classes, **settings)
         if what == "interpolate":
-            return edit.interpolate(found, a, b, 5, way=way, progress=False)
+            return edit.interpolate(found, a, b, 5, settings=sampling, progress=False)
         if what == "inpaint":
-            return edit.inpaint(found, a, mask, 5, way, jump=2, resample=2, progress=False)
+            return edit.inpaint(found, a, mask, 5, sampling, jump=2, resample=2, progress=False)
         n, iterations = (max(len(classes), 1), 2) if what == "invert" else (5, 0)
-        return edit.redraw(found, a, n, way=way, iterations=iterations, progress=False)
+        return edit.redraw(found, a, n, settings=sampling, iterations=iterations, progress=False)
 
     whole = made()
     assert torch.equal(made(batch_size=2), whole)
@@ -285,7 +285,7 @@ def test_edits_a_few_at_a_time_are_the_same(
         ("sample OTHER --class grey", "was not trained with classes"),
         ("edit RUN IMAGE --t -1", "t -1: want 0 to 20"),
         ("edit RUN IMAGE --batch-size 0", "--batch-size 0: want a whole number of at least 1"),
-        ("edit RUN IMAGE --invert 2 -n 2", "n 2: inversion has one answer for a class; want 1 at most"),
+        ("edit RUN IMAGE --invert 2 -n 2", "n 2: an inversion has one result per class; want at most 1"),
         ("edit RUN IMAGE --invert 2 --clip static", "--clip: not with --invert"),
         ("sample NEVER --class grey --guidance 2", "never saw an image without its label; want 1"),
         ("sample RUN --sigma-hat", "--sigma-hat: only --sampler ddim has it"),
@@ -363,4 +363,4 @@ def test_evaluate_measures_samples_of_classes(run: Path, tmp_path: Path, capsys:
     assert same["frechet_distance"] == pytest.approx(found["frechet_distance"])
     for wrong in (["--metrics", "nll"], ["--samples", str(tmp_path / "s.npz"), *features]):
         assert main(["evaluate", str(run), "--class", "black", *wrong]) == 2
-        assert "--class black: needs --metrics fid" in capsys.readouterr().err
+        assert "--class black: needs one of --metrics fid" in capsys.readouterr().err

@@ -152,7 +152,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("sample RUN --out samples.jpg", nothing, ["samples.jpg", ".png or .npz"]),
     ("sample RUN --out pictures", lambda here: grey(here / "pictures"), ["pictures", "not empty"]),
     ("sample RUN --out notes.txt/a.png", lambda here: write(here / "notes.txt"), ["notes.txt/a.png", "cannot write"]),
-    ("sample RUN --progressive --out a.npz", nothing, ["a.npz", "--progressive", "want a .png"]),
+    ("sample RUN --progressive --out a.npz", nothing, ["a.npz", "--progressive", "want NAME.png"]),
 ]
 if not torch.cuda.is_available():
     MISTAKES.append(("train digits --device cuda", nothing, ["device 'cuda'", "auto or cpu"]))
@@ -357,7 +357,7 @@ def test_edit(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str])
     assert np.abs(made("--t", "8", "--steps", "8", "--invert", "30")[0] - a).max() <= 1
     for more, reason in (
         (["--t", "21"], "t 21: want 0 to 20"),
-        (["--invert", "2", "--sampler", "ancestral"], "draws noise, which inversion knows nothing of; want ddim"),
+        (["--invert", "2", "--sampler", "ancestral"], "draws noise, which an inversion cannot use; want ddim"),
         (["--invert", "-1"], "--invert -1: want a whole number of at least 0"),
         (["--class", "seven"], "was not trained with classes"),
     ):
@@ -384,9 +384,9 @@ def test_inpaint(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (np.zeros((8, 8, 1)), "grey levels 0; want white, 255"),
-        (np.eye(8)[..., None], "grey levels 0, 1; want white, 255"),
-        (np.full((8, 8, 1), 128), "grey levels 128; want white"),
+        (np.zeros((8, 8, 1)), "grey levels 0; want 255 (white)"),
+        (np.eye(8)[..., None], "grey levels 0, 1; want 255 (white)"),
+        (np.full((8, 8, 1), 128), "grey levels 128; want 255 (white)"),
         (np.full((4, 8, 1), 255), "8x4; want a mask of the image's size, 8x8"),
     ],
 )
@@ -428,7 +428,7 @@ def test_calibrate_and_use_it(trained: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["calibrate", str(run), "-n", "4"]) == 2
     assert capsys.readouterr().err == (
-        f"ddpm: {file}: has the codec's tables, which compressed files need; want --codec 0 or --replace\n"
+        f"ddpm: {file}: holds the codec's tables, which compressed files need; want --codec 0 or --replace\n"
     )
     assert file.read_bytes() == before
     assert main(["calibrate", str(run), "-n", "4", "--codec", "0"]) == 0

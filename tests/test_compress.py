@@ -76,7 +76,7 @@ def test_several_pictures_go_to_a_folder_and_an_archive_to_a_file(model, picture
         (archive, lambda data: data[:-20], "20 bytes are missing"),
         (made[0]["file"], lambda data: data[:-20], "20 bytes are missing"),
         (made[0]["file"], lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:], "damaged"),
-        (made[0]["file"], lambda data: data + b"x", "1 bytes more"),
+        (made[0]["file"], lambda data: data + b"x", "1 bytes too many"),
     ]:
         file = tmp_path / "damaged.ddpm"
         file.write_bytes(damage(open(name, "rb").read()))
@@ -155,7 +155,7 @@ def test_mistakes_are_one_line(pictures, tmp_path, capsys, model):
         (["compress", "digits", good, "--out", new, "--lossless", "--psnr", "30"], "--lossless, --psnr"),
         (["compress", "digits", good, "--out", new, "--archive", "--psnr", "30"], "--archive"),
         (["compress", "digits", good, "--out", new, "--bits-per-dim", "0.001"], "want more"),
-        (["compress", "digits", good, good, "--out", str(tmp_path / "two")], "the name of two images"),
+        (["compress", "digits", good, good, "--out", str(tmp_path / "two")], "two images have this name"),
         (["compress", "digits", good, deep, "--out", new], "want a folder, or --archive"),
         (["decompress", "digits", str(tmp_path / "junk.ddpm"), "--out", png], "not a file of `ddpm compress`"),
         (["decompress", "digits", str(tmp_path / "empty.ddpm"), "--out", png], "0 bytes"),
@@ -188,7 +188,7 @@ def test_a_model_of_transparent_pictures_has_no_codec(tmp_path):
     words = ["calibrate", str(tmp_path / "rgba.safetensors"), "--data", str(tmp_path / "set"), "-n", "1"]
     assert main(words) == 0
     assert main(words) == 0
-    with pytest.raises(ddpm.InputError, match=r"rgba\.safetensors: of images with 4 channels; .* takes grey and RGB"):
+    with pytest.raises(ddpm.InputError, match=r"rgba\.safetensors: its images have 4 channels; .* takes grey and RGB"):
         ddpm.load_codec(tmp_path / "rgba.safetensors")
 
 
@@ -223,7 +223,7 @@ def test_a_file_of_another_machine_is_warned_of(pictures, tmp_path, capsys, mode
     file, out = tmp_path / "a.ddpm", tmp_path / "a.png"
     words = ["compress", "digits", str(pictures / "digit0.png"), "--out", str(file), "--profile", "local"]
     assert main([*words, "--chunk-bits", "8"]) == 0
-    monkeypatch.setattr(compress, "_here", lambda *_: b"??")
+    monkeypatch.setattr(compress, "_environment", lambda *_: b"??")
     capsys.readouterr()
     assert main(["decompress", "digits", str(file), "--out", str(out)]) == 0
     assert "written in the local profile on another machine" in capsys.readouterr().err

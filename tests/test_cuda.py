@@ -86,7 +86,7 @@ def test_a_graph_gives_what_the_network_gives() -> None:
     """Each shape, called again with other inputs, and after the weights have changed in place."""
     network, x, t = small(bf16=True)
     network = network.eval().requires_grad_(False).to("cuda", memory_format=torch.channels_last)
-    graphed = device.Replayed(network)
+    graphed = device.GraphedUNet(network)
     for count in (4, 1, 4):
         x = torch.randn(count, 3, 16, 16, device="cuda")
         assert torch.equal(graphed(x, t[:count].cuda()), network(x, t[:count].cuda()))

@@ -240,7 +240,7 @@ def test_the_first_variance_is_the_best_for_bins(own, tmp_path):
     table = opening.load(own, variance="calibrated").variance
     train = data.load("digits", (8, 8), 1)
     rows = parts.subset(train, 16)
-    signal, draws = parts.as_signal(train, rows), parts.draws_of(0, rows, 0, parts.CALIBRATION, (1, 8, 8))
+    signal, draws = parts.as_signal(train, rows), parts.image_noise(0, rows, 0, parts.CALIBRATION, (1, 8, 8))
     for factor in (0.8, 1.25):
         other = table.clone()
         other[1] *= factor
@@ -428,7 +428,7 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
         (["-n", "0"], "-n"),
         (["--levels-per-image", "21"], "--levels-per-image 21"),
         (["--split", "nothing"], "nothing"),
-        (["--samples", "a.npz"], "--samples a.npz: needs --metrics fid"),
+        (["--samples", "a.npz"], "--samples a.npz: needs one of --metrics fid"),
         (["--metrics", "fid", "--features", "mine.py"], "FILE.py:function"),
         (["--metrics", "fid", "--inception", "none.pth"], "none.pth"),
         (["--metrics", "fid", "--samples", "none.npz", "--features", "f.py:g"], "f.py"),

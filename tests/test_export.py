@@ -109,7 +109,7 @@ def test_the_card_says_what_was_measured(trained: Path, here: Path) -> None:
     assert re.search(
         r"bits/dim, bound \(Eq\. 5\), fixed_large, before rounding \| \d+\.\d{4} ± .*2 images, digits", text
     )
-    assert re.search(r"bits/dim, bound \(Eq\. 5\), 5 levels an image, fixed_large \| \d", text)
+    assert re.search(r"bits/dim, bound \(Eq\. 5\), 5 levels per image, fixed_large \| \d", text)
     assert "fid" not in text
     assert Path("a.png").is_file()
 
@@ -117,13 +117,21 @@ def test_the_card_says_what_was_measured(trained: Path, here: Path) -> None:
 def test_the_commands_of_the_card_make_the_model(trained: Path, here: Path) -> None:
     """Run as they stand, but for the pictures and figures on the way, they give the same weights."""
     assert main(["export", str(trained), "--out", "a.safetensors"]) == 0
-    commands = re.findall(r"^ddpm (.*)$", Path("a.md").read_text(), re.M)
+    commands = re.findall(r"^ddpm (.*)$", Path("a.md").read_text().partition("## How it was made")[2], re.M)
+    assert [line.split()[0] for line in commands] == ["train", "export"]
     (here / "again").mkdir()
-    for line in commands[:2]:
+    for line in commands:
         words = [f"again/{word}" if word in ("RUN", "a.safetensors") else word for word in line.split()]
         assert main([*words, *(["--eval-images", "16", "--sample-every", "0"] if words[0] == "train" else [])]) == 0
     stored, again = load_file("a.safetensors"), load_file("again/a.safetensors")
     assert all(torch.equal(again[name], value) for name, value in stored.items())
+
+
+def test_the_card_names_the_precision_of_the_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the machine that exports computes in float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert main(["export", "digits", "--out", "a.safetensors", "--device", "cpu"]) == 0
+    assert "ddpm train digits --out RUN --precision bf16 " in Path("a.md").read_text()
 
 
 def test_a_calibration_goes_along(trained: Path, here: Path) -> None:
@@ -136,7 +144,7 @@ def test_a_calibration_goes_along(trained: Path, here: Path) -> None:
         assert main(["export", source, "--out", str(out)]) == 0
         values = json.loads(models.calibration_file(out).read_text())
         assert values["measured_on"] == original.identity
-        assert "| calibration | of the weights before rounding, on 4 images, digits |" in Path("a.md").read_text()
+        assert "| calibration | of the weights before rounding, on 4 images (digits) |" in Path("a.md").read_text()
         exported = models.read_calibration(opening.open_checkpoint(out))
         assert exported is not None
         assert torch.equal(exported[0], models.read_calibration(original)[0])  # type: ignore[index]
@@ -153,8 +161,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["RUN", "--out", ""], "want a name that ends in .safetensors"),
     (["RUN", "--out", "folder.safetensors"], "out folder.safetensors: want a name"),
     (["RUN", "--out", "words.txt/a.safetensors"], "words.txt: cannot write"),
-    (["RUN", "--out", "RUN/checkpoints/00000030/a.safetensors"], "within a checkpoint of a run"),
-    (["lone.safetensors", "--out", "lone.safetensors"], "the file that is read"),
+    (["RUN", "--out", "RUN/checkpoints/00000030/a.safetensors"], "inside a checkpoint of a run"),
+    (["lone.safetensors", "--out", "lone.safetensors"], "this file is the one to export"),
     (["RUN", "--out", "a.safetensors", "--precision", "fp16"], "--precision 'fp16': want bf16, float32"),
     (["lone.safetensors", "--out", "a.safetensors", "--weights", "raw"], "holds the ema weights"),
     (["RUN"], "--out, --to: want one of --out FILE.safetensors, --to diffusers DIR, --to hub OWNER/NAME"),

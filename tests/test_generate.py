@@ -23,7 +23,7 @@ from ddpm.files.models import read_calibration
 from ddpm.files.opening import open_checkpoint
 from ddpm.noise import per_image
 from ddpm.run import device
-from ddpm.run.sample import generate, progressive, trajectory, visited
+from ddpm.run.sample import generate, progressive, sampler_levels, trajectory
 from ddpm.samplers import SAMPLERS, Levels, named
 from ddpm.spacing import SPACINGS, bound_cost
 
@@ -176,14 +176,14 @@ def test_a_graph_is_fed_and_read_as_the_network_is(trained: Path, monkeypatch: p
     """One a shape, captured once, whose memory is its own: what it gave before stays. (Here it replays by a call.)"""
     denoiser, captured = ddpm.load(trained), []
 
-    def capture(self: device.Replayed, inputs: list[torch.Tensor]) -> Any:
+    def capture(self: device.GraphedUNet, inputs: list[torch.Tensor]) -> Any:
         captured.append(inputs[0].shape)
         out = torch.empty_like(inputs[0])
         return inputs, out, lambda: out.copy_(self.network(*inputs))
 
-    monkeypatch.setattr(device.Replayed, "_capture", capture)
+    monkeypatch.setattr(device.GraphedUNet, "_capture", capture)
     assert isinstance(denoiser.network, ddpm.UNet)
-    graphed = dataclasses.replace(denoiser, network=device.Replayed(denoiser.network))
+    graphed = dataclasses.replace(denoiser, network=device.GraphedUNet(denoiser.network))
     found, wanted = (generate(d, (1, 8, 8), range(7), batch_size=3) for d in (graphed, denoiser))
     assert torch.equal(found, wanted)
     assert captured == [(3, 1, 8, 8), (1, 1, 8, 8)]
@@ -196,16 +196,16 @@ def test_a_graph_is_fed_and_read_as_the_network_is(trained: Path, monkeypatch: p
 def test_where_a_graph_can_be(trained: Path) -> None:
     """On CUDA, for a UNet that neither draws dropout nor wants gradients."""
     denoiser = ddpm.load(trained)
-    assert device.replayed(denoiser, "cpu") is denoiser
-    assert isinstance(device.replayed(denoiser, "cuda").network, device.Replayed)
-    assert device.replayed(device.replayed(denoiser, "cuda"), "cuda").network.network is denoiser.network
+    assert device.use_cuda_graphs(denoiser, "cpu") is denoiser
+    assert isinstance(device.use_cuda_graphs(denoiser, "cuda").network, device.GraphedUNet)
+    assert device.use_cuda_graphs(device.use_cuda_graphs(denoiser, "cuda"), "cuda").network.network is denoiser.network
     assert isinstance(denoiser.network, nn.Module)
     other = dataclasses.replace(denoiser, network=lambda x, timestep, y: x)
-    assert device.replayed(other, "cuda") is other
+    assert device.use_cuda_graphs(other, "cuda") is other
     denoiser.network.train()
-    assert device.replayed(denoiser, "cuda") is denoiser
+    assert device.use_cuda_graphs(denoiser, "cuda") is denoiser
     denoiser.network.eval().requires_grad_(True)
-    assert device.replayed(denoiser, "cuda") is denoiser
+    assert device.use_cuda_graphs(denoiser, "cuda") is denoiser
 
 
 def test_the_spacing_of_the_bound_is_the_cheapest() -> None:
@@ -219,13 +219,13 @@ def test_the_spacing_of_the_bound_is_the_cheapest() -> None:
         return sum(float(cost[s, t]) for s, t in pairwise([0, *levels]))
 
     for steps, start in ((2, None), (3, 90), (1, 40), (90, 90)):
-        levels = visited(found, "ddim", steps, "bound", start)
+        levels = sampler_levels(found, "ddim", steps, "bound", start)
         assert (len(levels), levels[-1]) == (steps, start or 1000)
         others = combinations(range(1, levels[-1]), steps - 1)
         assert bits(levels) == min(bits([*some, levels[-1]]) for some in others)
-    assert len(visited(found, "heun", spaced="bound")) == 10
+    assert len(sampler_levels(found, "heun", spaced="bound")) == 10
     with pytest.raises(InputError, match="spacing 'even': want uniform, quadratic, log_snr, karras, bound"):
-        visited(found, "ddim", 5, "even")
+        sampler_levels(found, "ddim", 5, "even")
 
 
 @pytest.mark.parametrize(

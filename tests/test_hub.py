@@ -99,13 +99,13 @@ def test_what_a_folder_of_diffusers_is_refused(trained: Path, here: Path, capsys
             ["calibrate", "theirs", "--data", "digits"],
             "theirs: this model cannot be changed; calibrate a copy: `ddpm im",
         ),
-        (["export", "theirs", "--out", "a.safetensors"], "`ddpm import` makes one of our files of it"),
+        (["export", "theirs", "--out", "a.safetensors"], "want a file that `ddpm import` has written"),
         (["import", "theirs", "--preset", "cifar10", "--out", "a.safetensors"], "want no --preset"),
         (["sample", "theirs", "--checkpoint", "5"], "checkpoint '5': theirs is one model"),
         (["evaluate", "theirs"], "--data: this model names no data set; want --data SOURCE"),
         (
             ["export", str(trained), "--to", "diffusers", "new", "--license", "mit"],
-            "--license mit: not for --to diffusers",
+            "--license mit: not with --to diffusers",
         ),
         (["export", str(trained), "--to", "diffusers", "theirs"], "out theirs: is there already"),
     ):

@@ -113,7 +113,7 @@ def test_figures_7_to_9_visit_the_levels_that_are_asked_for(trained, tmp_path, m
         return forward(self, x, timestep, y)
 
     monkeypatch.setattr(UNet, "forward", spy)
-    visited = sample.visited(open_checkpoint(trained), "ancestral", 5, "quadratic")
+    visited = sample.sampler_levels(open_checkpoint(trained), "ancestral", 5, "quadratic")
     words = ["--run", str(trained), "-n", "1", "--steps", "5", "--spacing", "quadratic", "--out", str(tmp_path)]
     starts = {"fig7": [20], "fig8": [10], "fig9": [20, 17, 15, 12, 10, 7, 5, 2]}
     for name, tops in starts.items():

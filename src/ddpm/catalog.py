@@ -72,12 +72,14 @@ def experiments() -> dict[str, Entry]:
 
 
 def describe(entries: Mapping[str, Entry]) -> str:
-    """The entries as text for help: `name, meaning; name, meaning`.
+    """The entries as a table for help, one indented line each.
 
-    >>> describe({"a": Entry("the first", {}), "b": Entry("the second", {})})
-    'a, the first; b, the second'
+    >>> print(describe({"a": Entry("the first", {}), "bcd": Entry("the second", {})}))
+      a    the first
+      bcd  the second
     """
-    return "; ".join(f"{name}, {entry.meaning}" for name, entry in entries.items())
+    width = max(map(len, entries))
+    return "\n".join(f"  {name:<{width}}  {entry.meaning}" for name, entry in entries.items())
 
 
 @cache

@@ -4,6 +4,7 @@ import argparse
 
 from ddpm.cli.options import (
     MODEL,
+    SOURCE,
     Commands,
     add_batch_size,
     add_model,
@@ -21,17 +22,19 @@ from ddpm.errors import InputError
 def add(commands: Commands) -> None:
     parser = command(
         commands, "calibrate", run, "measure the best variances, and the codec's tables",
-        "Measure the error of x0^ at every noise level on training images, and keep the result beside the weights. "
-        "Then `evaluate` also reports the bound with the best variances, --variance calibrated uses them, and `ddpm "
-        "compress` has the tables that it needs.",
+        "Measure the error of x0^, the estimate of the image, at every noise level on training images, and keep the "
+        "result beside the weights. Then `ddpm evaluate` also reports the bound with the best variances, `--variance "
+        "calibrated` samples with them, and `ddpm compress` has the tables that it needs.",
         "ddpm calibrate runs/digits",
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help=MODEL)
-    parser.add_argument("--data", metavar="SOURCE", help="images to measure on (those of the run)")
-    parser.add_argument("-n", **number(int, 500), help="number of training images (%(default)s)")
-    images = "images on which the codec's tables are counted; 0 makes no new tables (%(default)s)"
-    parser.add_argument("--codec", **number(int, 32), help=images)
-    replace = "replace the codec's tables: files that were compressed with the old tables cannot be read any more"
+    parser.add_argument(
+        "--data", metavar="SOURCE", help=f"images to measure on: {SOURCE} (default: the data of the run)"
+    )
+    parser.add_argument("-n", **number(int, 500), help="number of training images (default: %(default)s)")
+    tables = "number of training images for the codec's tables; 0 makes no tables (default: %(default)s)"
+    parser.add_argument("--codec", **number(int, 32), help=tables)
+    replace = "replace the codec's tables; files that were compressed with the old tables can no longer be read"
     parser.add_argument("--replace", action="store_true", help=replace)
     add_batch_size(parser)
     add_model(parser, variance=False)
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         if args.codec and codec_tables(model) and not args.replace:
             file = calibration_file(model.path)
             raise InputError(
-                f"{file}: has the codec's tables, which compressed files need; want --codec 0 or --replace"
+                f"{file}: holds the codec's tables, which compressed files need; want --codec 0 or --replace"
             )
         progress = ranks.first and not args.json
         images = loader(args, model.preset, progress)("train")

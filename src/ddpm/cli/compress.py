@@ -68,7 +68,7 @@ def add(commands: Commands) -> None:
 
 
 def _add_model(parser: Parser) -> None:
-    """Which weights the codec uses, and where it runs."""
+    """The options that choose the weights and the device."""
     group = parser.add_argument_group("model")
     weights = "ema (the averaged weights) or raw, whichever is calibrated (ema)"
     group.add_argument("--weights", metavar="X", help=weights)
@@ -125,10 +125,10 @@ def decompress(args: argparse.Namespace) -> int:
     with importing():
         from ddpm.codec import container
         from ddpm.files import images
-        from ddpm.run.compress import decompress, read
+        from ddpm.run.compress import decompress, read_file
 
     path, out = Path(args.file), Path(args.out)
-    if container.is_archive(read(path)):
+    if container.is_archive(read_file(path)):
         if images.check_out(out) != "folder":
             raise InputError(f"--out {out}: {path} is an archive; want a folder")
     elif out.suffix.lower() != ".png" or images.check_out(out) != "png":
@@ -142,7 +142,7 @@ def decompress(args: argparse.Namespace) -> int:
     else:
         early = "" if about["whole"] else "; the file was read in part, or ended early"
         pixels = f" and {about['pixels']:,} pixel values" if about["pixels"] else ""
-        print(f"{out}: what {about['groups']} groups{pixels} show{early}")
+        print(f"{out}: the estimate after {about['groups']} groups{pixels}{early}")
     return 0
 
 

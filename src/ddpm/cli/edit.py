@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from ddpm.files.models import Checkpoint
-    from ddpm.run.edit import Way
+    from ddpm.run.edit import SamplingSettings
 
 
 def add(commands: Commands) -> None:
@@ -88,14 +88,16 @@ def edit(args: argparse.Namespace) -> int:
     check("-n", args.n, int, 1, 10_000)
     check_numbers(args, seed=0, invert=0)
     if args.invert and args.clip is not None:
-        raise InputError("--clip: not with --invert, which does not clip")
+        raise InputError("--clip: not with --invert, which never clips")
 
     with importing():
         from ddpm.run.edit import redraw
 
     return _make(
         args,
-        lambda model, way: redraw(model, args.image, args.n, args.t, way, args.seed, args.invert, not args.json),
+        lambda model, settings: redraw(
+            model, args.image, args.n, args.t, settings, args.seed, args.invert, not args.json
+        ),
     )
 
 
@@ -107,7 +109,8 @@ def interpolate(args: argparse.Namespace) -> int:
         from ddpm.run.edit import interpolate
 
     return _make(
-        args, lambda model, way: interpolate(model, args.a, args.b, args.n, args.t, way, args.seed, not args.json)
+        args,
+        lambda model, settings: interpolate(model, args.a, args.b, args.n, args.t, settings, args.seed, not args.json),
     )
 
 
@@ -118,29 +121,31 @@ def inpaint(args: argparse.Namespace) -> int:
     with importing():
         from ddpm.run.edit import inpaint
 
-    def make(model: "Checkpoint", way: "Way") -> "torch.Tensor":
-        return inpaint(model, args.image, args.mask, args.n, way, args.jump, args.resample, args.seed, not args.json)
+    def make(model: "Checkpoint", settings: "SamplingSettings") -> "torch.Tensor":
+        return inpaint(
+            model, args.image, args.mask, args.n, settings, args.jump, args.resample, args.seed, not args.json
+        )
 
     return _make(args, make)
 
 
-def _make(args: argparse.Namespace, make: "Callable[[Checkpoint, Way], torch.Tensor]") -> int:
+def _make(args: argparse.Namespace, make: "Callable[[Checkpoint, SamplingSettings], torch.Tensor]") -> int:
     """Open the model, make the images, and save them."""
     from ddpm.files import images
-    from ddpm.run.edit import Way
+    from ddpm.run.edit import SamplingSettings
     from ddpm.run.processes import pick_device
 
     check_numbers(args, batch_size=1)
     images.check_out(args.out)
     model = open_model(args, pick_device(args.device))
     check_sampler(args, model.denoiser.schedule.T)
-    asked = conditions(args).resolved(model)
-    denoiser, labels = asked.apply(model)
-    way = Way(args.sampler, args.steps, args.spacing, tuple(labels), args.batch_size)
-    pictures = images.channels_last(make(replace(model, denoiser=denoiser), way))
+    resolved = conditions(args).resolved(model)
+    denoiser, labels = resolved.apply(model)
+    settings = SamplingSettings(args.sampler, args.steps, args.spacing, tuple(labels), args.batch_size)
+    pictures = images.channels_last(make(replace(model, denoiser=denoiser), settings))
     images.save_many(args.out, pictures, [f"{i:03d}" for i in range(len(pictures))], columns=min(len(pictures), 16))
     names = ("sampler", "steps", "spacing", "t", "invert", "jump", "resample")
-    how = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    about = {"out": args.out, "count": len(pictures), **model.about(), **how, **asked.about(), "seed": args.seed}
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    about = {"out": args.out, "count": len(pictures), **model.about(), **given, **resolved.about(), "seed": args.seed}
     print(json.dumps(about) if args.json else f"{len(pictures)} image{'s' * (len(pictures) != 1)} in {args.out}")
     return 0

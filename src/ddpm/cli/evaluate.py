@@ -38,19 +38,23 @@ def add(commands: Commands) -> None:
     metrics = catalog.describe(catalog.metrics())
     parser = command(
         commands, "evaluate", run, "measure bits per dimension and sample quality",
-        f"Measure a model. The metrics are: {metrics}. Likelihoods are of held-out images. Sample quality is of 8-bit "
-        "samples, as they are saved, against the training images.",
+        f"Measure a model by these metrics:\n\n{metrics}\n\nnll and ode measure held-out images. The others compare "
+        "samples, in 8 bits as they are saved, with the training images. A stopped measurement resumes.",
         "ddpm evaluate runs/digits --metrics nll --levels-per-image 20",
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help=MODEL)
     names = ", ".join(catalog.metrics())
-    parser.add_argument("--metrics", nargs="+", default=["nll"], metavar="X", help=f"any of {names} (nll)")
-    parser.add_argument("-n", **number(int, None), help="number of images for nll and ode (all), of samples (50000)")
-    parser.add_argument("--draws", **number(int, 1), help="noise draws per level for nll (1)")
-    levels = "random noise levels per image for an estimate of nll; 4 pilot images use all T first (all levels)"
+    parser.add_argument(
+        "--metrics", nargs="+", default=["nll"], metavar="X", help=f"one or more of {names} (default: nll)"
+    )
+    count = "number of images for nll and ode (default: all), or of samples for the others (default: 50000)"
+    parser.add_argument("-n", **number(int, None), help=count)
+    parser.add_argument("--draws", **number(int, 1), help="noise draws per level for nll (default: %(default)s)")
+    levels = "estimate nll from N random noise levels per image, after 4 images at all levels (default: all levels)"
     parser.add_argument("--levels-per-image", **number(int, None), help=levels)
-    parser.add_argument("--ode-steps", **number(int, 100), help="noise levels that the ODE solver visits (%(default)s)")
-    folder = "folder for the results and for parts of a stopped measurement (RUN/evaluate/STEP-WEIGHTS and RUN/cache)"
+    steps = "number of noise levels that the ODE solver visits (default: %(default)s)"
+    parser.add_argument("--ode-steps", **number(int, 100), help=steps)
+    folder = "folder for results and finished parts (default: RUN/evaluate/STEP-WEIGHTS, and RUN/cache for the parts)"
     parser.add_argument("--out", metavar="DIR", help=folder)
     add_measuring(parser)
     add_conditions(parser)
@@ -91,24 +95,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_quality(args: argparse.Namespace, quality: list[str]) -> None:
-    """InputError for options of sample quality that have no effect or do not fit together."""
+    """Raise InputError for options of sample quality that have no effect or do not fit together."""
     names = ", ".join(name for name in catalog.metrics() if name not in LIKELIHOODS)
     if args.classes and (args.samples is not None or not quality):
-        raise InputError(f"--class {args.classes[0]}: needs --metrics {names}, and samples that are made here")
+        raise InputError(f"--class {args.classes[0]}: needs one of --metrics {names}, without --samples")
     for name in ("samples", "features", "inception"):
         if not quality and getattr(args, name) is not None:
-            raise InputError(f"--{name} {getattr(args, name)}: needs --metrics {names}")
-    if quality and _features_of_files(args) and args.samples is None:
-        raise InputError(f"--features {args.features}: holds features of images; want --samples FILE.npz with others")
+            raise InputError(f"--{name} {getattr(args, name)}: needs one of --metrics {names}")
+    if quality and _features_are_a_file(args) and args.samples is None:
+        raise InputError(
+            f"--features {args.features}: holds features of real images; want those of samples as --samples FILE.npz"
+        )
 
 
-def _features_of_files(args: argparse.Namespace) -> bool:
+def _features_are_a_file(args: argparse.Namespace) -> bool:
     return args.features is not None and args.features.endswith(".npz")
 
 
 @dataclass
 class _Results:
-    """One file per measurement, so that two measurements never mix, and all of them for the output."""
+    """The results so far. Each measurement has a file of its own, so that two measurements never mix."""
 
     out: Path
     load: "Callable[[str], data.Images]"
@@ -156,10 +162,10 @@ def _quality(
     results: _Results, cache: Path, ranks: Any, progress: bool,
 ) -> None:  # fmt: skip
     from ddpm.run import quality
-    from ddpm.run.sample import sampled, visited
+    from ddpm.run.sample import describe_sampling, sampler_levels
 
     samples = None if args.samples is None else Path(args.samples)
-    if _features_of_files(args):
+    if _features_are_a_file(args):
         assert samples is not None
         values = quality.quality_of_files(names, samples, Path(args.features), args.seed, ranks.device)
         results.keep("quality", {"samples_from": args.samples, **values}, None)
@@ -170,11 +176,11 @@ def _quality(
     if samples is not None:
         images, source = quality.read_samples(samples, model.preset.shape), {"samples_from": args.samples}
     else:
-        levels = visited(model, args.sampler, args.steps, args.spacing)
+        levels = sampler_levels(model, args.sampler, args.steps, args.spacing)
         images = quality.samples(
             model, cache, ranks, args.n or 50_000, args.seed, args.sampler, levels, args.batch_size, progress, labels
         )
-        source = {**sampled(model.denoiser, args.sampler, levels, args.spacing), **asked}
+        source = {**describe_sampling(model.denoiser, args.sampler, levels, args.spacing), **asked}
     if ranks.first:
         values = quality.quality(names, images, real, network, cache, args.seed, ranks.device, progress)
         results.keep("quality", {**source, **values}, "train")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddpm import cli
-from ddpm.cli.options import Parser
+from ddpm.cli.options import Help, Parser
 from ddpm.errors import InputError, Stopped
 from ddpm.version import __version__
 
@@ -29,11 +29,13 @@ def parser() -> Parser:
     """The parser of all commands, from the files of this package."""
     top = Parser(
         prog="ddpm",
-        description="Denoising Diffusion Probabilistic Models: train on your images, sample, and evaluate.",
+        description="Denoising Diffusion Probabilistic Models: train, sample, measure, edit and compress.",
+        epilog="`ddpm COMMAND --help` describes a command.\n\nexample:\n  ddpm sample digits -n 16 --out digits.png",
+        formatter_class=Help,
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"ddpm {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     names = {module.name for module in pkgutil.iter_modules(cli.__path__)} - {"main", "options"}
     for name in [*FIRST, *sorted(names - set(FIRST))]:
         importlib.import_module(f"ddpm.cli.{name}").add(commands)
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             raise command.unknown(unknown)
         if args.command is None:
-            raise InputError(f"no command; want {' or '.join(commands)}, see `ddpm --help`")
+            raise InputError(f"no command; want {', '.join(commands)}; see `ddpm --help`")
         code: int = args.run_command(args)
         return code
     except InputError as error:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 MODEL = (
-    "a run folder, a checkpoint folder, a .safetensors file, a diffusers folder, hf:OWNER/NAME on the hub, or digits, "
-    "the model in the package"
+    "a model: a run folder, a checkpoint folder, a .safetensors file, a diffusers folder, hf:OWNER/NAME on the Hugging "
+    "Face hub, or digits, the model in the package"
 )
 PICTURES = "FILE.png for a grid, FILE.npz, or a folder"
 SOURCE = "digits; a folder, zip or parquet file of images; a local or hub data set"
@@ -42,7 +42,13 @@ SOURCE = "digits; a folder, zip or parquet file of images; a local or hub data s
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with two changes: a mistake raises InputError, and an unknown option suggests the nearest one."""
+    """argparse, but a mistake raises InputError, and an unknown option or command suggests the nearest one."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        names = list(action.choices or [value])
+        if value not in names:
+            hint = suggestion(value, names)
+            raise argparse.ArgumentError(action, f"{value!r}: {hint}want {', '.join(names)}")
 
     def error(self, message: str) -> NoReturn:
         name = message.removeprefix("the following arguments are required: ")
@@ -72,20 +78,26 @@ def command(
         help=help,
         description=description,
         epilog=f"example:\n  {example}",
-        formatter_class=_Help,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     parser.set_defaults(run_command=run)
     return parser
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Wraps the description, as argparse does by default, but not the example at the end."""
+class Help(argparse.HelpFormatter):
+    """argparse's layout, but indented lines, which are tables and examples, are not wrapped."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text.startswith("example:"):
-            return text
-        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+        wrap = super()._fill_text
+        return "\n".join(
+            indent + line if line.startswith("  ") else wrap(line, width, indent) for line in text.splitlines()
+        )
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += 2  # commands are indented by two more columns, which argparse forgets
 
 
 # -- converters --------------------------------------------------------------------------------------------------------
@@ -134,84 +146,101 @@ def _clip(text: str) -> bool | float:
 # -- groups of options -------------------------------------------------------------------------------------------------
 
 
-def add_model(parser: Parser, weights: str = "ema (the averaged weights) or raw (ema)", variance: bool = True) -> None:
+def add_model(parser: Parser, variance: bool = True) -> None:
     """Which weights a command uses, and where it runs."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--weights", metavar="X", help=weights)
+    group = parser.add_argument_group("model", "which weights are used, and where they run")
+    group.add_argument("--weights", metavar="X", help="ema (the averaged weights) or raw (default: ema)")
     group.add_argument(
-        "--checkpoint", default="last", metavar="X", help="checkpoint of a run: last, best or a step (last)"
+        "--checkpoint", default="last", metavar="X", help="checkpoint of a run: last, best or a step (default: last)"
     )
     if variance:
-        group.add_argument("--variance", metavar="X", help="fixed_large, fixed_small or calibrated (the model's own)")
+        variances = "variance of the reverse process: fixed_large, fixed_small or calibrated (default: the model's)"
+        group.add_argument("--variance", metavar="X", help=variances)
     add_machine(group)
 
 
 def add_machine(
-    group: Any, precision: str = "auto, float32 or bf16 (auto: as trained, if the device is fast at it)"
+    group: Any,
+    precision: str = "auto, float32 or bf16; auto is the precision of training, if the device is fast at it (default: "
+    "auto)",
 ) -> None:
     group.add_argument("--precision", default="auto", metavar="X", help=precision)
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (auto)")
+    group.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     add_json(group)
 
 
 def add_json(group: Any) -> None:
-    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
-def add_sampler(parser: Parser, default: str = "ancestral") -> None:
-    """How the reverse process is sampled."""
-    samplers = catalog.samplers()
-    group = parser.add_argument_group("sampler")
-    group.add_argument("--sampler", default=default, metavar="X", help=f"{catalog.describe(samplers)} (%(default)s)")
-    steps = ", ".join(f"{name} {entry.settings.get('steps', 20) or 'all'}" for name, entry in samplers.items())
-    group.add_argument("--steps", **number(int, None), help=f"number of noise levels to visit (defaults: {steps})")
-    spacing = "; ".join(catalog.spacings())
-    bound = catalog.spacings()["bound"].meaning
-    group.add_argument(
-        "--spacing", metavar="X", help=f"how the levels are spaced: {spacing}, {bound} (the sampler's own)"
-    )
+def add_sampler(parser: Parser, default: str = "ancestral") -> Any:
+    """How the reverse process is sampled. Returns the group, for further options."""
+    samplers, spacings = catalog.samplers(), catalog.spacings()
+    about = f"how the reverse process is sampled\n\n{catalog.describe(samplers)}"
+    group = parser.add_argument_group("sampler", about)
+    group.add_argument("--sampler", default=default, metavar="X", help="a sampler of this table (default: %(default)s)")
+    steps = {name: entry.settings["steps"] or "all" for name, entry in samplers.items() if "steps" in entry.settings}
+    defaults = ", ".join(f"{count} for {name}" for name, count in steps.items())
+    levels = f"number of noise levels to visit (default: {defaults}, else 20)"
+    group.add_argument("--steps", **number(int, None), help=levels)
+    spacing = f"spacing of the levels: {', '.join(spacings)}; bound is {spacings['bound'].meaning}"
+    group.add_argument("--spacing", metavar="X", help=f"{spacing} (default: the sampler's)")
+    return group
 
 
 def add_conditions(parser: Parser) -> None:
     """What is sampled: classes, guidance and clipping."""
-    group = parser.add_argument_group("conditions")
-    classes = "class names to sample, cycled over the images; all for every class"
+    group = parser.add_argument_group("conditions", "what is sampled")
+    classes = "class names to sample, cycled over the images; 'all' for every class"
     group.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME", help=classes)
     group.add_argument(
-        "--guidance", **number(float, None), help="scale of guidance towards the class; 1 for none (1.5)"
+        "--guidance", **number(float, None), help="scale of guidance towards the class; 1 for none (default: 1.5)"
     )
     interval = converter(_interval, "two levels as 100,900")
     group.add_argument(
-        "--guidance-interval", type=interval, metavar="N,N", help="first and last noise level with guidance (all)"
+        "--guidance-interval",
+        type=interval,
+        metavar="N,N",
+        help="first and last noise level with guidance (default: all)",
     )
-    clip = "how x0^ is clipped: static, to [-1, 1]; none; or a quantile for dynamic thresholding (the model's own)"
+    clip = (
+        "clipping of x0^, the estimate of the image: static (to [-1, 1]), none, or a number between 0 and 1, the "
+        "quantile of dynamic thresholding (default: the model's)"
+    )
     wanted = "static, none or a number between 0 and 1"
     group.add_argument("--clip", type=converter(_clip, wanted), metavar="X", help=clip)
 
 
 def add_batch_size(parser: Parser) -> None:
     parser.add_argument(
-        "--batch-size", **number(int, 64), help="images at a time; no result depends on it (%(default)s)"
+        "--batch-size",
+        **number(int, 64),
+        help="images per network call; no result depends on it (default: %(default)s)",
     )
 
 
 def add_measuring(parser: Parser) -> None:
     """What `evaluate` and `paper` measure, and by what."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="SOURCE", help="images to measure on (those of the run)")
-    group.add_argument("--split", default="test", help="split of the data: test for held-out images (test)")
-    group.add_argument("--samples", metavar="PATH", help="score these samples, an .npz or a folder, and make none")
-    group.add_argument("--seed", **number(int, 0), help="seed of noise and samples (0)")
+    group = parser.add_argument_group("data", "what is measured")
+    data = f"images to measure on: {SOURCE} (default: the data of the run)"
+    group.add_argument("--data", metavar="SOURCE", help=data)
+    split = "split of the data; test is the images that were held out (default: %(default)s)"
+    group.add_argument("--split", default="test", metavar="NAME", help=split)
+    samples = "score these samples, an .npz file or a folder of images, instead of making some"
+    group.add_argument("--samples", metavar="PATH", help=samples)
+    group.add_argument("--seed", **number(int, 0), help="seed of noise and samples (default: %(default)s)")
     add_batch_size(parser)
-    group = parser.add_argument_group("features")
+    group = parser.add_argument_group("features", "the network that scores samples")
     features = (
-        "FILE.py:NAME, a function from images, uint8 NumPy [N, H, W, C], to features [N, D], or to features and class "
-        "probabilities [N, K]; or an .npz of features"
+        "FILE.py:NAME, a function of images (NumPy uint8 [N, H, W, C]) that returns features [N, D], or features and "
+        "class probabilities [N, K]; or an .npz file of features (default: Inception)"
     )
     group.add_argument("--features", metavar="X", help=features)
-    group.add_argument("--inception", metavar="FILE", help="weights of the Inception network of 2015 (downloaded once)")
     group.add_argument(
-        "--any-weights", action="store_true", help="accept other Inception weights; the score is no FID then"
+        "--inception", metavar="FILE", help="weights of the Inception network of 2015 (default: download)"
+    )
+    group.add_argument(
+        "--any-weights", action="store_true", help="accept other weights of Inception; the score is then not FID"
     )
     add_sampler(parser)
 
@@ -250,14 +279,14 @@ def suggestion(name: str, names: Sequence[str]) -> str:
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name; InputError suggests the nearest one."""
+    """The preset of that name. Raises InputError, which suggests the nearest one, if there is none."""
     if name not in PRESETS:
         raise InputError(f"preset {name!r}: {suggestion(name, list(PRESETS))}want {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def check_numbers(args: argparse.Namespace, **least: int) -> None:
-    """InputError for an option that is given and below its least value."""
+    """Raise InputError if an option is given and below its least value."""
     for name, value in least.items():
         if getattr(args, name) is not None:
             check("-n" if name == "n" else f"--{name.replace('_', '-')}", getattr(args, name), int, value)
@@ -266,13 +295,11 @@ def check_numbers(args: argparse.Namespace, **least: int) -> None:
 def open_model(args: argparse.Namespace, device: "torch.device", run: "str | Path | None" = None) -> "Checkpoint":
     """The model of the command, or of `run`, with --checkpoint, --weights, --precision and --variance, on `device`."""
     from ddpm.files.models import with_variance
-    from ddpm.run.processes import opened
+    from ddpm.run.processes import open_for_device
 
     check_model(args)
     precision = None if args.precision == "auto" else args.precision
-    model = opened(run or args.run, device, args.weights or "ema", args.checkpoint, precision)
-    if args.weights and model.weights != args.weights:
-        raise InputError(f"--weights {args.weights}: {model.path} holds the {model.weights} weights; want the run")
+    model = open_for_device(run or args.run, device, args.weights, args.checkpoint, precision)
     if args.variance is not None:
         model = with_variance(model, args.variance)
     return replace(model, denoiser=model.denoiser.to(device))
@@ -294,7 +321,7 @@ def conditions(args: argparse.Namespace) -> "Conditions":
 
 
 def check_sampler(args: argparse.Namespace, T: int) -> None:
-    """InputError for a --sampler, --spacing or --steps that does not exist for a model of T noise levels."""
+    """Raise InputError for a --sampler, --spacing or --steps that a model of T noise levels does not have."""
     check("--sampler", args.sampler, Literal[tuple(catalog.samplers())])
     if args.spacing is not None:
         check("--spacing", args.spacing, Literal[tuple(catalog.spacings())])
@@ -330,7 +357,7 @@ def feature_network(args: argparse.Namespace, device: "torch.device") -> "featur
 
 
 def out_folder(args: argparse.Namespace, default: Path) -> Path:
-    """The folder of --out, or `default`; InputError if it cannot be written."""
+    """The folder of --out, or `default`. Raises InputError if it cannot be written."""
     from ddpm.files.images import check_folder
 
     return check_folder(default if args.out is None else args.out)

@@ -37,14 +37,15 @@ def add(commands: Commands) -> None:
     names = catalog.experiments()
     parser = command(
         commands, "paper", run, "make the paper's tables and figures for a model",
-        "Each NAME leaves NAME.csv or NAME.png, with the paper's own numbers beside the model's, and NAME.json, which "
-        f"says what they are of. {catalog.describe(names)}. For table2, --run may also be a preset.",
+        f"Make one or more of these:\n\n{catalog.describe(names)}\n\nEach writes NAME.csv or NAME.png, with the "
+        "paper's numbers beside the model's, and NAME.json, which says what was measured. For table2, --run "
+        "can be a preset.",
         "ddpm paper table4 fig5 fig8 --run runs/digits",
     )  # fmt: skip
-    parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(names))
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(names)}")
     parser.add_argument("--run", "--model", required=True, metavar="RUN", help=f"{MODEL}; under torchrun write --model")
-    parser.add_argument("-n", **number(int, None), help="number of images or samples (the paper's, or a figure's)")
-    parser.add_argument("--out", metavar="DIR", help="folder for the results (RUN/paper)")
+    parser.add_argument("-n", **number(int, None), help="number of images or samples (default: as in the paper)")
+    parser.add_argument("--out", metavar="DIR", help="folder for the results (default: RUN/paper)")
     add_measuring(parser)
     add_model(parser)
 
@@ -89,16 +90,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_trains(args: argparse.Namespace, name: str) -> None:
-    """InputError for options that an experiment which trains its own runs cannot follow."""
+    """Raise InputError for options that an experiment which trains its own runs cannot use."""
     for option in ("samples", "steps", "variance", "checkpoint"):
         if getattr(args, option) not in (None, "last"):
-            raise InputError(f"--{option} {getattr(args, option)}: not for {name}, whose runs differ")
+            raise InputError(f"--{option} {getattr(args, option)}: not for {name}, which trains runs of its own")
     if args.spacing == "bound":
         raise InputError(f"--spacing bound: not for {name}, whose runs are not calibrated")
 
 
 class _Setups:
-    """Makes the `Setup` of an experiment from the options; images and the feature network are loaded once."""
+    """Makes the `Setup` of an experiment from the options. Images and the feature network are loaded once."""
 
     def __init__(self, args: argparse.Namespace, preset: Preset, ranks: Any, progress: bool) -> None:
         self.args, self.ranks, self.progress = args, ranks, progress
@@ -107,7 +108,7 @@ class _Setups:
 
     def __call__(self, model: "Checkpoint", out: Path, cache: Path) -> "experiments.Setup":
         from ddpm.run.paper import Setup
-        from ddpm.run.sample import visited
+        from ddpm.run.sample import sampler_levels
 
         args = self.args
         check_sampler(args, model.denoiser.schedule.T)
@@ -115,12 +116,12 @@ class _Setups:
             model, self.load, out, cache, self.ranks, self.network,
             named_features=args.features is not None or args.inception is not None,
             split=args.split, n=args.n, samples=None if args.samples is None else Path(args.samples),
-            sampler=args.sampler, steps=visited(model, args.sampler, args.steps, args.spacing), spacing=args.spacing,
-            seed=args.seed, batch_size=args.batch_size, progress=self.progress,
+            sampler=args.sampler, steps=sampler_levels(model, args.sampler, args.steps, args.spacing),
+            spacing=args.spacing, seed=args.seed, batch_size=args.batch_size, progress=self.progress,
         )  # fmt: skip
 
     def train(self, name: str, preset: Preset, out: Path) -> int:
-        """Run an experiment that trains its own runs from a preset; the signal that stopped it, or 0."""
+        """Run an experiment that trains its own runs from a preset. Returns the signal that stopped it, or 0."""
         from ddpm.run import paper
         from ddpm.run.quality import check_network
 

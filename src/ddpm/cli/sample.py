@@ -31,16 +31,17 @@ def add(commands: Commands) -> None:
         "ddpm sample digits -n 16 --class 7 --sampler unipc --steps 10 --out sevens.png",
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help=MODEL)
-    parser.add_argument("-n", **number(int, 64), help="number of images (%(default)s)")
-    parser.add_argument("--out", default="samples.png", help=f"{PICTURES} (%(default)s)")
-    parser.add_argument(
-        "--seed", **number(int, 0), help="seed of the first image; the next have +1, +2, ... (%(default)s)"
-    )
+    parser.add_argument("-n", **number(int, 64), help="number of images (default: %(default)s)")
+    parser.add_argument("--out", default="samples.png", metavar="PATH", help=f"{PICTURES} (default: %(default)s)")
+    seed = "seed of the first image; each next image has the next seed (default: %(default)s)"
+    parser.add_argument("--seed", **number(int, 0), help=seed)
     add_batch_size(parser)
-    parser.add_argument("--progressive", action="store_true", help="a row per image: x0^ on the way (Figure 6)")
-    add_sampler(parser)
-    parser.add_argument("--eta", **number(float, 0.0), help="noise of ddim, 0 to 1 (%(default)s)")
-    parser.add_argument("--sigma-hat", action="store_true", help="ddim with eta 1 and the larger noise of its Table 1")
+    progressive = "show each image as a row: x0^, the estimate of the image, during sampling (Figure 6)"
+    parser.add_argument("--progressive", action="store_true", help=progressive)
+    sampler = add_sampler(parser)
+    sampler.add_argument("--eta", **number(float, 0.0), help="noise of ddim, 0 to 1 (default: %(default)s)")
+    sigma_hat = "ddim with eta 1 and the larger noise sigma^ of the DDIM paper's Table 1"
+    sampler.add_argument("--sigma-hat", action="store_true", help=sigma_hat)
     add_conditions(parser)
     add_model(parser)
 
@@ -53,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
 
     with importing():
         from ddpm.files import images
-        from ddpm.run.export import columns_of
+        from ddpm.run.export import grid_columns
         from ddpm.run.processes import processes
         from ddpm.run.sample import sample
 
     if images.check_out(args.out) != "png" and args.progressive:
-        raise InputError(f"--out {args.out}: --progressive makes one picture; want a .png")
+        raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png")
     with processes(args.device) as ranks:
         model, asked = open_model(args, ranks.device), conditions(args)
         check_sampler(args, model.denoiser.schedule.T)
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             images.save(args.out, images.grid(tiles, columns=pictures.shape[1]))
         else:
             names = [f"{args.seed + i:06d}" for i in range(args.n)]
-            columns = columns_of(len(asked.apply(model)[1]))
+            columns = grid_columns(len(asked.apply(model)[1]))
             images.save_many(args.out, images.channels_last(pictures), names, columns)
         what = f"{args.n} image{'s' * (args.n != 1)}"
         summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"

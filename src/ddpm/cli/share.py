@@ -16,9 +16,9 @@ from ddpm.version import __version__
 def add(commands: Commands) -> None:
     parser = command(
         commands, "export", export, "write a model as one file for others, with a card",
-        "Write the weights, rounded to bf16, and their settings to FILE.safetensors. FILE.md beside it is a card of "
-        "what is known and was measured, FILE.png is a grid of 64 samples, and a calibration goes along. Instead, "
-        "--to writes a folder that diffusers' pipelines load, or puts the model on the Hugging Face hub.",
+        "Write the weights, rounded to bf16, and their settings to FILE.safetensors. Beside it FILE.md is a card with "
+        "what was measured, FILE.png is a grid of 64 samples, and a calibration is copied. With --to, write a folder "
+        "for diffusers' pipelines instead, or put the model on the Hugging Face hub.",
         "ddpm export runs/digits --out mine.safetensors",
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help=MODEL)
@@ -26,8 +26,10 @@ def add(commands: Commands) -> None:
     parser.add_argument("--to", nargs=2, metavar=("KIND", "PLACE"), help="instead: diffusers DIR, or hub OWNER/NAME")
     stored = "precision of the weights in the file: bf16, half the size, or float32 (bf16)"
     parser.add_argument("--precision", dest="stored", metavar="X", help=stored)
-    parser.add_argument("--data", metavar="NAME", help="public name of the data set (the run's, if a preset has it)")
-    parser.add_argument("--license", metavar="ID", help="license for the card, as apache-2.0 (none)")
+    parser.add_argument(
+        "--data", metavar="NAME", help="public name of the data set (the run's, if it is that of a preset)"
+    )
+    parser.add_argument("--license", metavar="ID", help="license for the card, such as apache-2.0 (none)")
     group = parser.add_argument_group("model")
     group.add_argument("--weights", metavar="X", help="ema (the averaged weights) or raw (ema)")
     group.add_argument(
@@ -48,7 +50,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("path", metavar="PATH", help=path)
     parser.add_argument("--out", required=True, metavar="FILE", help="NAME.safetensors")
     parser.add_argument(
-        "--preset", metavar="X", help="preset whose settings ddim's weights have (found by their shapes)"
+        "--preset", metavar="X", help="preset with the settings of ddim's weights (found by their shapes)"
     )
     parser.add_argument("--data", metavar="SOURCE", help=f"the images that the model was trained on: {SOURCE}")
     add_json(parser)
@@ -71,7 +73,7 @@ def export(args: argparse.Namespace) -> int:
         check("--to", kind, Literal["diffusers", "hub"])
     for name, value in (("precision", args.stored), ("data", args.data), ("license", args.license)):
         if kind == "diffusers" and value is not None:
-            raise InputError(f"--{name} {value}: not for --to diffusers, whose folders hold float32 and no card")
+            raise InputError(f"--{name} {value}: not with --to diffusers, which writes float32 and no card")
 
     with importing():
         from ddpm.files import hub, interop
@@ -97,7 +99,7 @@ def export(args: argparse.Namespace) -> int:
                 out.with_suffix(".md").rename(out.with_name("README.md"))
                 place = hub.push(out.parent, place, f"ddpm {__version__}, step {model.step:,}")
     about = {"out": str(place), "kind": kind, **model.about()}
-    card = f", its card {Path(place).with_suffix('.md')} and grid" if kind == "file" else ""
+    card = f", with its card {Path(place).with_suffix('.md')} and its grid" if kind == "file" else ""
     print(json.dumps(about) if args.json else f"written: {place}{card}")
     return 0
 

@@ -24,15 +24,15 @@ from ddpm.presets import GROUPS, PRESETS, Preset
 def add(commands: Commands) -> None:
     parser = command(
         commands, "train", run, "train a model, or resume a run",
-        "Train the preset PRESET into the run folder --out. The same command resumes a run that was stopped. Each "
-        "option below replaces one setting of the preset.",
+        "Train the network of a preset, and write checkpoints, samples and a log into the run folder. The same command "
+        "resumes a run that was stopped. Each grouped option replaces one setting of the preset.",
         "ddpm train cifar10_small --data ./photos --out runs/photos --steps 20000",
     )  # fmt: skip
-    parser.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
-    parser.add_argument("--out", metavar="RUN", help="the run's folder (runs/PRESET)")
+    parser.add_argument("preset", metavar="PRESET", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/PRESET)")
     add_json(parser)
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
-    groups["data"].add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=SOURCE)
+    groups["data"].add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=f"the images: {SOURCE}")
     hints = get_type_hints(Preset)
     for f in fields(Preset):
         if f.name not in ("data", "class_names"):
@@ -41,8 +41,8 @@ def add(commands: Commands) -> None:
 
 def _add_setting(group: Any, f: Any, kind: Any) -> None:
     """The option of one field. If it is not given, the preset's value stays."""
-    option, about = f"--{f.name.replace('_', '-')}", {"dest": f.name, "default": argparse.SUPPRESS}
-    about["help"] = f.metadata["help"]
+    option, help = f"--{f.name.replace('_', '-')}", f.metadata["help"]
+    about = {"dest": f.name, "default": argparse.SUPPRESS, "help": help}
     choices = f.metadata["choices"] or (get_args(kind) if get_origin(kind) is Literal else ())
     if kind is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, **about)
@@ -53,7 +53,8 @@ def _add_setting(group: Any, f: Any, kind: Any) -> None:
         group.add_argument(option, type=several, metavar="N,N", **about)
     elif choices:
         words = ", ".join(map(str, choices))
-        about["help"] += f" ({words})"
+        if not all(str(choice) in help for choice in choices):
+            about["help"] = f"{help}; one of {words}"
         group.add_argument(option, type=converter(type(choices[0]), words), metavar="X", **about)
     else:
         wanted = {int: "a whole number", float: "a number", str: "text"}[kind]

@@ -10,13 +10,22 @@ from ddpm import kernels, likelihood
 from ddpm.errors import InputError
 from ddpm.files import data, models
 from ddpm.gaussian import q_sample
-from ddpm.run.parts import CALIBRATION, as_signal, draws_of, in_parts, joined, model_key, parts_folder, subset
+from ddpm.run.parts import (
+    CALIBRATION,
+    as_signal,
+    compute_parts,
+    image_noise,
+    model_key,
+    parts_folder,
+    read_parts,
+    subset,
+)
 from ddpm.run.processes import Processes
 
 
 @kernels.frozen()
 def calibrate(
-    found: models.Checkpoint,
+    checkpoint: models.Checkpoint,
     images: data.Images,
     cache: Path,
     ranks: Processes,
@@ -25,45 +34,48 @@ def calibrate(
     progress: bool = True,
     codec: int = 32,
 ) -> Tensor:
-    """mse_t, the mean of |x_0 - x0^(x_t)|^2 / D at levels 1..T, over `count` images to train on: float64 [T].
+    """Measure mse_t, the mean of |x_0 - x0^(x_t)|^2 / D, at levels 1..T on `count` training images: float64 [T].
 
-    What is measured is kept under `cache`, so that the same call, or one for more images, goes on where it stopped. The
-    result is kept beside the weights, where likelihood, samplers and codec find it, with the sigma_1^2 of least L_0 on
-    the same images, to 6%, and with the codec's tables, counted while it codes `codec` of them (0: those that are there
-    stay). Raises InputError where the variance that is best does not follow: mu prediction, and a network that gives
-    its own.
+    The calibration file beside the weights gets three things, for the likelihood, the samplers and the codec:
+
+    mse             mse_t, from which the best variances follow (Bao et al. 2022)
+    first_variance  the sigma_1^2 of the least L_0 on the same images, to within 6%
+    codec           the codec's tables, fitted on the first `codec` images; 0 keeps the tables that the file has
+
+    Finished batches are stored under `cache`, so the same call, or one for more images, resumes where it stopped.
+    Raises InputError for mu prediction and for a learned variance, since the best variance does not follow from mse_t
+    then.
     """
-    denoiser, makes_tables = found.denoiser, codec > 0 and images.channels in (1, 3)
-    if makes_tables:
-        from ddpm.run import compress  # needs the extra `codec`, which may be missing: said before the work
+    denoiser, fits_codec = checkpoint.denoiser, codec > 0 and images.channels in (1, 3)
+    if fits_codec:
+        from ddpm.run import compress  # now, since it raises InputError if the extra `codec` is not installed
     if denoiser.learned or denoiser.predict == "mu":
-        why = "gives its own variance" if denoiser.learned else "predicts mu, whose error is not that of x0^"
-        raise InputError(f"{found.path}: the network {why}; want eps, x0 or v and a fixed variance")
-    chosen = subset(images, count)
-    variances = torch.logspace(-7, 0, 141, dtype=torch.float64)  # a grey level is 6e-5
+        reason = "gives its own variance" if denoiser.learned else "predicts mu, whose error is not that of x0^"
+        raise InputError(f"{checkpoint.path}: the network {reason}; want eps, x0 or v and a fixed variance")
+    indices = subset(images, count)
+    variances = torch.logspace(-7, 0, 141, dtype=torch.float64)  # a grey level squared is 6e-5
 
-    def make(places: slice) -> dict[str, Tensor]:
-        rows = chosen[places]
-        x0 = as_signal(images, rows).to(ranks.device)
-        draws = draws_of(0, rows, 0, CALIBRATION, x0.shape[1:])
+    def measure(part: slice) -> dict[str, Tensor]:
+        batch = indices[part]
+        x0 = as_signal(images, batch).to(ranks.device)
+        draws = image_noise(0, batch, 0, CALIBRATION, x0.shape[1:])
         mse = likelihood.vlb(denoiser, x0, draws).mse
         first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
         mean = denoiser(q_sample(denoiser.schedule, x0.double(), first, draws(1).to(x0.device).double()), first).mean
         return {"mse": mse.cpu(), "cost": likelihood.decoder_cost(x0, mean, variances.to(x0.device)).cpu()[None]}
 
-    folder = parts_folder(cache, "calibration", [*model_key(found), images.fingerprint])
-    made = joined(in_parts(folder, len(chosen), ranks, batch_size, "calibrating", progress, make))
-    mse, sigma = made["mse"].mean(0), float(variances[made["cost"].sum(0).argmin()])
+    folder = parts_folder(cache, "calibration", [*model_key(checkpoint), images.fingerprint])
+    table = read_parts(compute_parts(folder, len(indices), ranks, batch_size, "calibrating", progress, measure))
+    mse, first_variance = table["mse"].mean(0), float(variances[table["cost"].sum(0).argmin()])
     if ranks.first:
         about: dict[str, Any] = {
-            "data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": len(chosen),
-            "precision": found.preset.precision,
+            "data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": len(indices),
+            "precision": checkpoint.preset.precision,
         }  # fmt: skip
-        tables = models.codec_tables(found)
-        if makes_tables:
-            some = images.batch(torch.tensor(chosen[:codec]))
-            tables = compress.tables(denoiser, made["mse"], some, progress)
+        tables = models.codec_tables(checkpoint)
+        if fits_codec:
+            tables = compress.fit_tables(denoiser, table["mse"], images.batch(indices[:codec]), progress)
         if tables:
             about["codec"] = tables
-        models.save_calibration(found, mse, sigma, about)
+        models.save_calibration(checkpoint, mse, first_variance, about)
     return mse

@@ -1,4 +1,4 @@
-"""The codec and files: models with their tables, pictures to files of `ddpm compress` and back."""
+"""Open a model's codec, and turn picture files into compressed files and back."""
 
 import hashlib
 import json
@@ -24,21 +24,25 @@ from ddpm.errors import InputError
 from ddpm.files import atomic, images
 from ddpm.files.models import Checkpoint, Weights, calibration_file, codec_tables, read_calibration
 from ddpm.files.opening import open_checkpoint
-from ddpm.run.processes import opened
+from ddpm.run.processes import open_for_device
 from ddpm.unet import UNet
 
 BITS = (8, 12, 14)
-"""K that `ddpm calibrate` makes tables for, from fast to small."""
+"""Bits per chunk, K, that `ddpm calibrate` fits tables for: from the fastest to the smallest files."""
 _SUFFIX = ".ddpm"
 
 
-def tables(denoiser: Denoiser, mse: Tensor, some: Tensor, progress: bool = True) -> dict[str, Any]:
-    """The codec's tables from errors mse [n, T] and images uint8 [m, C, H, W], as `load_codec` finds them."""
-    gain = fit.gains(denoiser, some)
-    with tqdm(desc="setting the codec", unit="group", disable=None if progress else True) as bar:
-        made = [fit.fit(denoiser, mse, some, gain, bits, lambda _: bar.update()) for bits in BITS]
-        chain = fit.fit_chain(denoiser, mse, some, gain)
-    return {"tables": [table.to_json() for table in made], "chain": chain.to_json()}
+def fit_tables(denoiser: Denoiser, mse: Tensor, examples: Tensor, progress: bool = True) -> dict[str, Any]:
+    """Fit the codec's tables; returns the JSON values that `load_codec` reads.
+
+    mse       squared errors of x0^ at levels 1..T, float64 [n, T]
+    examples  training images, uint8 [m, C, H, W]
+    """
+    gain = fit.gains(denoiser, examples)
+    with tqdm(desc="fitting the codec", unit="group", disable=None if progress else True) as bar:
+        tables = [fit.fit(denoiser, mse, examples, gain, bits, lambda _: bar.update()) for bits in BITS]
+        chain = fit.fit_chain(denoiser, mse, examples, gain)
+    return {"tables": [table.to_json() for table in tables], "chain": chain.to_json()}
 
 
 def load_codec(
@@ -48,11 +52,16 @@ def load_codec(
     which: str = "last",
     weights: Weights | None = None,
 ) -> Model:
-    """The codec of a calibrated model, by what `ddpm.load` takes: for `ddpm.codec.compress` and `decompress`.
+    """Open a calibrated model for `ddpm.codec.compress` and `decompress`.
 
-    precision is the network's in the local profile (None: the run's own, but float32 where bf16 would only be slow).
-    mps has no float64: there it runs on the CPU. Raises InputError where there is no model, where it is not one of grey
-    or RGB images, and where its codec's tables are not there; `ddpm calibrate` makes them.
+    path       everything that `ddpm.load` takes
+    device     mps has no float64, so the codec runs on the CPU instead
+    precision  of the network in the local profile; None is the run's own, but float32 if the device has no fast bf16
+    which      checkpoint of a run: last, best or a step
+    weights    ema or raw; None is ema for a run, and for a file what it holds
+
+    Raises InputError if there is no model, if its images are neither grey nor RGB, and if it has no codec tables
+    (`ddpm calibrate` makes them).
 
     >>> import numpy as np
     >>> from ddpm import codec
@@ -63,59 +72,61 @@ def load_codec(
     True
     """
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)
-    found = opened(path, device, weights or "ema", which, precision)
-    if weights and found.weights != weights:
-        raise InputError(f"--weights {weights}: {found.path} holds the {found.weights} weights; want the run")
-    if found.preset.channels not in (1, 3):
-        raise InputError(f"{path}: of images with {found.preset.channels} channels; the codec takes grey and RGB")
-    read_calibration(found)  # says what is wrong with the file, if anything
+    checkpoint = open_for_device(path, device, weights, which, precision)
+    if checkpoint.preset.channels not in (1, 3):
+        raise InputError(f"{path}: its images have {checkpoint.preset.channels} channels; the codec takes grey and RGB")
+    read_calibration(checkpoint)  # raises if the file is damaged
     try:
-        codec = codec_tables(found) or {}
-        by_bits = {t.bits: t for t in map(Tables.from_json, codec["tables"])}
-        chain = Tables.from_json(codec["chain"])
+        stored = codec_tables(checkpoint) or {}
+        by_bits = {t.bits: t for t in map(Tables.from_json, stored["tables"])}
+        chain = Tables.from_json(stored["chain"])
     except (KeyError, TypeError, ValueError) as error:
         reason = f" ({error})" if isinstance(error, InputError) else ""
-        given = f" --weights {weights}" * bool(weights) + f" --checkpoint {which}" * (which != "last")
-        make = f"ddpm calibrate {path}{given}"
-        if found.foreign:
-            make = f"ddpm import {path} --out FILE.safetensors` and `ddpm calibrate FILE.safetensors"
-        raise InputError(f"{calibration_file(found.path)}: no tables for the codec{reason}; want `{make}`") from error
+        options = f" --weights {weights}" * bool(weights) + f" --checkpoint {which}" * (which != "last")
+        remedy = f"`ddpm calibrate {path}{options}`"
+        if checkpoint.foreign:
+            remedy = f"`ddpm import {path} --out FILE.safetensors` and `ddpm calibrate FILE.safetensors`"
+        raise InputError(
+            f"{calibration_file(checkpoint.path)}: no tables for the codec{reason}; want {remedy}"
+        ) from error
     exact = open_checkpoint(path, weights or "ema", which, "float32").denoiser
     assert isinstance(exact.network, UNet)
     exact.network.double()
-    settings = json.dumps([t.to_json() for t in (*by_bits.values(), chain)], sort_keys=True)
-    denoiser = found.denoiser.to(device)
-    place = denoiser.schedule.alpha_bar.device
-    build = _kernels(found) if place.type == "cpu" else ""
-    channels, height, width = found.preset.shape
+    all_tables = json.dumps([t.to_json() for t in (*by_bits.values(), chain)], sort_keys=True)
+    denoiser = checkpoint.denoiser.to(device)
+    device = denoiser.schedule.alpha_bar.device  # with its index
+    build = _kernel_build(checkpoint) if device.type == "cpu" else ""
+    channels, height, width = checkpoint.preset.shape
     return Model(
         denoiser, exact.to(device), (channels, height, width), by_bits,
-        hashlib.sha256((found.identity + settings).encode()).digest()[:4],
-        chain, 2 ** (exact.network.levels - 1), _here(found, place, build), bool(build),
+        hashlib.sha256((checkpoint.identity + all_tables).encode()).digest()[:4],
+        chain, 2 ** (exact.network.levels - 1), _environment(checkpoint, device, build), bool(build),
     )  # fmt: skip
 
 
-def _here(found: Checkpoint, device: torch.device, build: str) -> bytes:
-    """Two bytes that name what the local profile hangs on: the kind of machine, the device, the release of torch, the
-    build of our kernels."""
+def _environment(checkpoint: Checkpoint, device: torch.device, build: str) -> bytes:
+    """Two bytes that name what the bits of the local profile depend on: machine, device, torch, precision, kernels."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    about = [device.type, name, torch.__version__, found.preset.precision, build]
-    return hashlib.sha256(json.dumps(about).encode()).digest()[:2]
+    facts = [device.type, name, torch.__version__, checkpoint.preset.precision, build]
+    return hashlib.sha256(json.dumps(facts).encode()).digest()[:2]
 
 
-def _kernels(found: Checkpoint) -> str:
-    """The kernels of our own that the network runs through on a CPU; empty for none."""
-    assert isinstance(found.denoiser.network, UNet)
-    return kernels.identity(found.denoiser.network.computes)
+def _kernel_build(checkpoint: Checkpoint) -> str:
+    """The name of the kernels that the network uses on a CPU; empty if PyTorch computes it."""
+    assert isinstance(checkpoint.denoiser.network, UNet)
+    return kernels.identity(checkpoint.denoiser.network.computes)
 
 
 def read_image(path: str | Path) -> picture.Image:
-    """An image file as uint8 [H, W, C], C of 1 or 3, with nothing lost. InputError for more than that holds."""
+    """Read an image file as uint8 [H, W, C], where C is 1 or 3.
+
+    Raises InputError if the image has more: transparency, or more than 8 bits per channel.
+    """
     image = images.read(path)
     channels, deep = images.native(image), image.info.get("deep") or image.mode.startswith(("I", "F"))
     if deep or channels == 4:
-        what = "more than 8 bits a channel" if deep else "transparency"
-        raise InputError(f"{path}: has {what}, which the codec would lose; want 8-bit grey or RGB")
+        extra = "more than 8 bits per channel" if deep else "transparency"
+        raise InputError(f"{path}: has {extra}, which the codec would lose; want 8-bit grey or RGB")
     if image.mode not in ("1", "L", "P", "RGB"):
         raise InputError(f"{path}: mode {image.mode}; want 8-bit grey or RGB")
     pixels = np.asarray(images.convert(image, channels, str(path), notes={}))
@@ -125,102 +136,112 @@ def read_image(path: str | Path) -> picture.Image:
 def compress(
     model: Model, paths: Sequence[Path], out: Path, archived: bool = False, progress: bool = True, **settings: Any
 ) -> list[dict[str, Any]]:
-    """Image files to one file each, or to one archive; what came of each. `settings` are `codec.compress`'s.
+    """Compress image files to one file each, or to one archive. `settings` are those of `codec.compress`.
 
-    out is a file for one image or an archive, and a folder for more. Everything is read before anything is written.
+    `out` is a file for one image or an archive, and a folder for several images. All images are read before anything is
+    written. Returns one summary per file as plain JSON values.
     """
-    found = [read_image(path) for path in paths]
+    pictures = [read_image(path) for path in paths]
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{twice}: the name of two images; want names that differ")
-    bar = tqdm(total=len(found), desc="compressing", unit="image", disable=None if progress else True)
+        raise InputError(f"{twice}: two images have this name; want different names")
+    bar = tqdm(total=len(pictures), desc="compressing", unit="image", disable=None if progress else True)
     with bar:
         if archived:
-            data = archive.compress(model, found, names, tick=lambda done: bar.update(done - bar.n), **settings)
+            data = archive.compress(model, pictures, names, tick=lambda done: bar.update(done - bar.n), **settings)
             atomic.write(out, data)
-            return [_about(str(out), data, sum(image.size for image in found), len(found))]
+            return [_summary(out, data, sum(image.size for image in pictures), len(pictures))]
         written = []
-        for name, image, data in zip(names, found, picture.compress_each(model, found, **settings), strict=True):
-            target = out if len(found) == 1 and not out.is_dir() else out / f"{name}{_SUFFIX}"
+        for name, image, data in zip(names, pictures, picture.compress_each(model, pictures, **settings), strict=True):
+            target = out if len(pictures) == 1 and not out.is_dir() else out / f"{name}{_SUFFIX}"
             atomic.write(target, data)
-            written.append(_about(str(target), data, image.size, 1))
+            written.append(_summary(target, data, image.size, 1))
             bar.update()
     return written
 
 
-def _about(name: str, data: bytes, dims: int, count: int) -> dict[str, Any]:
-    return {"file": name, "images": count, "bytes": len(data), "bits_per_dim": round(8 * len(data) / dims, 4)}
+def _summary(file: Path, data: bytes, dims: int, count: int) -> dict[str, Any]:
+    return {"file": str(file), "images": count, "bytes": len(data), "bits_per_dim": round(8 * len(data) / dims, 4)}
 
 
 def decompress(model: Model, path: Path, out: Path, at: int | None = None) -> dict[str, Any]:
-    """A file of `compress` to a PNG, or an archive to a folder of them; what came of it."""
-    data = read(path)
-    with _of(path):
-        agrees = model_agrees(model, data)
-    if not agrees:
-        warn = f"{path}: written in the local profile on another machine, device or release; it may not decode here"
-        tqdm.write(f"warning: {warn}", file=sys.stderr)
+    """Write the picture of a compressed file as the PNG `out`, or those of an archive as PNGs in the folder `out`.
+
+    `at` reads only the first `at` bytes of the file. Returns a summary as plain JSON values. Warns about a file that
+    may not decode here, and raises InputError for one that does not.
+    """
+    data = read_file(path)
+    with _naming(path):
+        decodes = decodes_here(model, data)
+    if not decodes:
+        warning = f"{path}: written in the local profile on another machine, device or release; it may not decode here"
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
     if container.is_archive(data):
         if at is not None:
-            raise InputError(f"--at {at}: {path} is an archive, which cannot be read in part")
-        with _of(path):
-            made = list(archive.decompress(model, data))
+            raise InputError(f"at {at}: {path} is an archive, which cannot be read in part")
+        with _naming(path):
+            pictures = list(archive.decompress(model, data))
         taken: set[str] = set()
-        for number, (name, image) in enumerate(made):
-            safe = _safe(name)
-            while not safe or safe.casefold() in taken:  # as two names may look on some file system
-                safe = f"{safe}{number:0{len(str(len(made)))}d}"
+        for number, (name, image) in enumerate(pictures):
+            safe = _safe_name(name)
+            while not safe or safe.casefold() in taken:  # some file systems ignore case
+                safe = f"{safe}{number:0{len(str(len(pictures)))}d}"
             taken.add(safe.casefold())
             images.save(out / f"{safe}.png", image)
-        return {"out": str(out), "images": len(made), "exact": True}
-    with _of(path):
+        return {"out": str(out), "images": len(pictures), "exact": True}
+    with _naming(path):
         *_, last = picture.pictures(model, data, at)
     images.save(out, last.image)
-    about = {name: value for name, value in last._asdict().items() if name != "image"}
-    return {"out": str(out), "images": 1, **about}
+    summary = {name: value for name, value in last._asdict().items() if name != "image"}
+    return {"out": str(out), "images": 1, **summary}
 
 
-def _safe(name: str) -> str:
-    """A name out of a file, which may try to leave the folder."""
+def _safe_name(name: str) -> str:
+    """A file name from an archive, without characters that could lead out of the folder."""
     return "".join(c if c.isalnum() or c in "-_. " else "_" for c in name).strip(". ")[:200]
 
 
-def model_agrees(model: Model, data: bytes) -> bool:
-    """Whether a file was written here, or in the portable profile, where it does not matter."""
+def decodes_here(model: Model, data: bytes) -> bool:
+    """Whether a file decodes with this model on this machine: it is portable, or was written on such a machine."""
     header, _ = container.read_contents(data) if container.is_archive(data) else container.read_header(data)
     return not header.local or header.where == model.where
 
 
 @contextmanager
-def _of(path: Path) -> Iterator[None]:
-    """What is wrong with a file names it."""
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path before the message of a `Damaged` error."""
     try:
         yield
     except Damaged as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def read(path: Path) -> bytes:
-    """The bytes of a file; InputError where there is none."""
+def read_file(path: Path) -> bytes:
+    """The bytes of a file. Raises InputError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}, want a file of `ddpm compress`") from error
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}; want a file of `ddpm compress`") from error
 
 
 def _state(data: bytes, length: int) -> str:
-    """Whether a file is as it was written, by its length and its CRC-32."""
-    if len(data) != length:
-        return f"{length - len(data)} bytes are missing" if len(data) < length else f"{len(data) - length} bytes more"
+    """Whether a file of this length by its header is whole, by its true length and its CRC-32."""
+    if len(data) < length:
+        return f"{length - len(data)} bytes are missing"
+    if len(data) > length:
+        return f"{len(data) - length} bytes too many"
     return "whole" if container.intact(data) else "damaged"
 
 
 def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
-    """What a file says of itself; with its model, what each group takes and shows."""
-    data = read(path)
+    """The header of a compressed file as plain JSON values.
+
+    With the model that wrote it, by_group also lists each group's bits, and the error of x0^ before it.
+    """
+    data = read_file(path)
     if container.is_archive(data):
-        with _of(path):
+        with _naming(path):
             contents, size = container.read_contents(data)
         return {
             "file": str(path), "kind": "archive", "bytes": len(data), "pictures": contents.pictures,
@@ -229,7 +250,7 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
             "stack_bytes": contents.stack, "files": contents.files, "files_bytes": contents.file_bytes,
             "state": _state(data, size + contents.about + contents.stack + 8),
         }  # fmt: skip
-    with _of(path):
+    with _naming(path):
         header, size = container.read_header(data)
     about: dict[str, Any] = {
         "file": str(path), "kind": "lossless" if header.lossless else "lossy", "bytes": len(data),
@@ -241,6 +262,6 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
         "state": _state(data, size + header.length + header.trailer),
     }  # fmt: skip
     if model is not None:
-        with _of(path):
+        with _naming(path):
             about["by_group"] = [row._asdict() for row in picture.group_costs(model, data)]
     return about

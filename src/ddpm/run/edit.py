@@ -1,4 +1,4 @@
-"""Images edited by a model: drawn anew from a level on, between two files, and where a mask file is white."""
+"""Edit images with a model: redraw them from a noise level, interpolate between two, and inpaint under a mask."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,14 +16,20 @@ from ddpm.files import images
 from ddpm.files.models import Checkpoint
 from ddpm.noise import Noise, mix, per_image
 from ddpm.presets import Preset
-from ddpm.run.sample import in_turn, visited
+from ddpm.run.sample import cycled_labels, sampler_levels
 from ddpm.samplers import SAMPLERS, Step, named
 
 
 @dataclass(frozen=True)
-class Way:
-    """How the reverse process goes down: a sampler by name, its levels as in `sample.visited`, class labels, and how
-    many images at a time."""
+class SamplingSettings:
+    """How an edit runs the reverse process.
+
+    sampler     a name in SAMPLERS
+    steps       the number of noise levels to visit; None is the sampler's own
+    spacing     a name in `sample.SPACING_NAMES`; None is the sampler's own
+    classes     labels, over which the images cycle; empty for no label
+    batch_size  images at a time; no result depends on it
+    """
 
     sampler: str = "ancestral"
     steps: int | None = None
@@ -31,155 +37,164 @@ class Way:
     classes: tuple[int, ...] = ()
     batch_size: int = 64
 
-    def levels(self, found: Checkpoint, start: int) -> list[int]:
-        """Those visited from `start` on; none at 0. InputError where there is no such level."""
-        T = found.denoiser.schedule.T
+    def levels(self, checkpoint: Checkpoint, start: int) -> list[int]:
+        """The levels to visit, in rising order up to `start`; none for 0. Raises InputError if `start` is not 0..T."""
+        T = checkpoint.denoiser.schedule.T
         if not 0 <= start <= T:
             raise InputError(f"t {start}: want 0 to {T}")
-        return visited(found, self.sampler, self.steps, self.spacing, start) if start else []
+        return sampler_levels(checkpoint, self.sampler, self.steps, self.spacing, start) if start else []
 
     def labels(self, places: range, device: torch.device) -> Tensor | None:
-        """int64 [len(places)]: of classes in turn those at these places, or None where there are none."""
-        y = in_turn(self.classes, places)
+        """The labels of the images at these places, int64 [len(places)]; None without classes."""
+        y = cycled_labels(self.classes, places)
         return None if y is None else y.to(device)
 
-    def images(self, n: int, steps: Callable[[range], Iterator[Step]], progress: bool) -> Tensor:
-        """Of `n` images, uint8 [n, C, H, W], what `steps` comes to at these places of them, a batch at a time."""
+    def images(self, n: int, sample: Callable[[range], Iterator[Step]], progress: bool) -> Tensor:
+        """`n` images, uint8 [n, C, H, W], a batch at a time; sample(places) gives the steps of those at `places`."""
         with kernels.frozen():
-            parts = (steps(range(n)[i : i + self.batch_size]) for i in range(0, n, self.batch_size))
-            return torch.cat([_last(part, progress) for part in parts])
+            batches = (sample(range(n)[i : i + self.batch_size]) for i in range(0, n, self.batch_size))
+            return torch.cat([_last(steps, progress) for steps in batches])
 
     def versions(
-        self, x: Tensor, n: int, seed: int, steps: Callable[[Tensor, Noise, Tensor | None], Iterator[Step]],
+        self, x: Tensor, n: int, seed: int, sample: Callable[[Tensor, Noise, Tensor | None], Iterator[Step]],
         progress: bool,
     ) -> Tensor:  # fmt: skip
-        """`images` of x [1, C, H, W], a seed and a class each: what steps(x, noise, y) comes to."""
+        """`n` versions of x [1, C, H, W], uint8 [n, C, H, W], each with its own seed and label.
 
-        def some(i: range) -> Iterator[Step]:
-            noise = per_image([seed + k for k in i], x.shape[1:], x.device)
-            return steps(x.expand(len(i), -1, -1, -1), noise, self.labels(i, x.device))
+        sample(x, noise, y) gives the steps of a batch.
+        """
 
-        return self.images(n, some, progress)
+        def batch(places: range) -> Iterator[Step]:
+            noise = per_image([seed + place for place in places], x.shape[1:], x.device)
+            return sample(x.expand(len(places), -1, -1, -1), noise, self.labels(places, x.device))
+
+        return self.images(n, batch, progress)
 
 
 def redraw(
-    found: Checkpoint,
+    checkpoint: Checkpoint,
     image: str | Path,
     n: int = 1,
     t: int | None = None,
-    way: Way = Way("ddim"),
+    settings: SamplingSettings = SamplingSettings("ddim"),
     seed: int = 0,
     iterations: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """`n` versions of an image file made from its x_t (t None: T/2), uint8 [n, C, H, W].
+    """`n` versions of an image file, sampled from its x_t at noise level t (None: T/2): uint8 [n, C, H, W].
 
-    x_t is drawn from q(x_t | x_0), a seed a version (SDEdit); with iterations > 0 it is the one that DDIM comes back
-    from, by so many iterations a level, without label. Raises InputError for a file that is no image, for t or steps
-    out of range, and for a sampler that draws noise where DDIM is inverted.
+    With iterations 0, x_t is drawn from q(x_t | x_0) with the seeds seed, seed + 1, and so on (SDEdit). Otherwise DDIM
+    is inverted without a label, with so many iterations per level, and x_t is the same for all versions.
+
+    Raises InputError for a file that is no image, for t or steps out of range, and in an inversion for a sampler that
+    draws noise and for more versions than classes.
     """
-    T, device = found.denoiser.schedule.T, found.denoiser.schedule.alpha_bar.device
+    T, device = checkpoint.denoiser.schedule.T, checkpoint.denoiser.schedule.alpha_bar.device
     t = T // 2 if t is None else t
-    x0 = pixels.to_signal(_read(image, found.preset)).to(device)[None]
-    levels, run = way.levels(found, t), named(way.sampler).run
+    x0 = pixels.to_signal(_read(image, checkpoint.preset)).to(device)[None]
+    levels, run = settings.levels(checkpoint, t), named(settings.sampler).run
     if iterations == 0:
-        return way.versions(
-            x0, n, seed, lambda x, noise, y: editing.redraw(found.denoiser, x, t, noise, levels, y, run), progress
-        )
-    if SAMPLERS[way.sampler].noisy:
+
+        def noised(x: Tensor, noise: Noise, y: Tensor | None) -> Iterator[Step]:
+            return editing.redraw(checkpoint.denoiser, x, t, noise, levels, y, run)
+
+        return settings.versions(x0, n, seed, noised, progress)
+    if SAMPLERS[settings.sampler].noisy:
         quiet = ", ".join(name for name, sampler in SAMPLERS.items() if not sampler.noisy)
-        raise InputError(f"sampler {way.sampler}: draws noise, which inversion knows nothing of; want {quiet}")
-    if n > max(len(way.classes), 1):
-        raise InputError(f"n {n}: inversion has one answer for a class; want {max(len(way.classes), 1)} at most")
+        raise InputError(f"sampler {settings.sampler}: draws noise, which an inversion cannot use; want {quiet}")
+    most = max(len(settings.classes), 1)
+    if n > most:
+        raise InputError(f"n {n}: an inversion has one result per class; want at most {most}")
     if t == 0:
         return pixels.to_pixels(x0).expand(n, -1, -1, -1).cpu()
     with kernels.frozen():
-        *_, up = editing.invert(found.denoiser, x0, levels, t, iterations)
-    free = found.denoiser.unclipped()
-    return way.versions(up.x, n, seed, lambda x, noise, y: run(free, x, noise, levels, y, t), progress)
+        *_, inverted = editing.invert(checkpoint.denoiser, x0, levels, t, iterations)
+    unclipped = checkpoint.denoiser.unclipped()
+    return settings.versions(inverted.x, n, seed, lambda x, noise, y: run(unclipped, x, noise, levels, y, t), progress)
 
 
 def interpolate(
-    found: Checkpoint,
+    checkpoint: Checkpoint,
     a: str | Path,
     b: str | Path,
     n: int = 11,
     t: int | None = None,
-    way: Way = Way(),
+    settings: SamplingSettings = SamplingSettings(),
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """Figure 8: `n` images from file a to file b, mixed at level t (None: T/2), uint8 [n, C, H, W].
+    """Figure 8: `n` images from file a to file b, mixed at noise level t (None: T/2): uint8 [n, C, H, W].
 
     Raises InputError for files that are no images, and for t or steps out of range.
     """
-    T, device = found.denoiser.schedule.T, found.denoiser.schedule.alpha_bar.device
+    T, device = checkpoint.denoiser.schedule.T, checkpoint.denoiser.schedule.alpha_bar.device
     t = T // 2 if t is None else t
-    first, last = (pixels.to_signal(_read(path, found.preset)).to(device) for path in (a, b))
-    eps_a, eps_b = per_image([mix(seed, 0), mix(seed, 1)], found.preset.shape, device)(T)
-    weights, levels, run = torch.linspace(0, 1, n), way.levels(found, t), named(way.sampler).run
+    first, last = (pixels.to_signal(_read(path, checkpoint.preset)).to(device) for path in (a, b))
+    eps_a, eps_b = per_image([mix(seed, 0), mix(seed, 1)], checkpoint.preset.shape, device)(T)
+    weights, levels, run = torch.linspace(0, 1, n), settings.levels(checkpoint, t), named(settings.sampler).run
 
-    def between(i: range) -> Iterator[Step]:
-        noise = per_image([seed] * len(i), found.preset.shape, device)  # one for all, for a smooth change
-        some, y = weights[i.start : i.stop], way.labels(i, device)
-        return editing.interpolate(found.denoiser, first, last, some, t, eps_a, eps_b, noise, levels, y, run)
+    def between(places: range) -> Iterator[Step]:
+        noise = per_image([seed] * len(places), checkpoint.preset.shape, device)  # the same for all: a smooth change
+        w, y = weights[places.start : places.stop], settings.labels(places, device)
+        return editing.interpolate(checkpoint.denoiser, first, last, w, t, eps_a, eps_b, noise, levels, y, run)
 
-    return way.images(n, between, progress)
+    return settings.images(n, between, progress)
 
 
 def inpaint(
-    found: Checkpoint,
+    checkpoint: Checkpoint,
     image: str | Path,
     mask: str | Path,
     n: int = 1,
-    way: Way = Way(),
+    settings: SamplingSettings = SamplingSettings(),
     jump: int | None = None,
     resample: int = 10,
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """`n` versions of an image file with what is white in a mask file made anew (RePaint), uint8 [n, C, H, W].
+    """`n` versions of an image file, redrawn by RePaint where a mask file is white: uint8 [n, C, H, W].
 
-    Of ancestral's levels 250 are visited where `way` says no number; jump None is 1/25 of those visited. Raises
-    InputError for files that are no images, a mask that is not black and white or not of the image's size, and for
-    settings out of range.
+    The ancestral sampler visits 250 levels by default. jump None is 1/25 of the visited levels.
+
+    Raises InputError for files that are no images, for a mask that is not black and white or not of the image's size,
+    and for settings out of range.
     """
-    device = found.denoiser.schedule.alpha_bar.device
-    x0 = pixels.to_signal(_read(image, found.preset)).to(device)[None]
-    made = _read_mask(mask, image, found.preset).to(device)
-    T = found.denoiser.schedule.T
-    if way.sampler == "ancestral" and way.steps is None:
-        way = replace(way, steps=min(250, T))
-    levels = way.levels(found, T)
+    device = checkpoint.denoiser.schedule.alpha_bar.device
+    x0 = pixels.to_signal(_read(image, checkpoint.preset)).to(device)[None]
+    redrawn = _read_mask(mask, image, checkpoint.preset).to(device)[None]
+    T = checkpoint.denoiser.schedule.T
+    if settings.sampler == "ancestral" and settings.steps is None:
+        settings = replace(settings, steps=min(250, T))
+    levels, run = settings.levels(checkpoint, T), named(settings.sampler).run
     jump = max(1, len(levels) // 25) if jump is None else jump
-    if len(levels) == 1:  # there is nothing to go up to
+    if len(levels) == 1:  # there is no level to go back up to
         resample = 1
-    run = named(way.sampler).run
-    return way.versions(
-        x0, n, seed,
-        lambda x, noise, y: editing.inpaint(found.denoiser, x, made[None], noise, levels, jump, resample, y, run),
-        progress,
-    )  # fmt: skip
+
+    def sample(x: Tensor, noise: Noise, y: Tensor | None) -> Iterator[Step]:
+        return editing.inpaint(checkpoint.denoiser, x, redrawn, noise, levels, jump, resample, y, run)
+
+    return settings.versions(x0, n, seed, sample, progress)
 
 
-def _last(way: Iterator[Step], progress: bool) -> Tensor:
-    *_, last = tqdm(way, unit="call", desc="editing", disable=None if progress else True, leave=False)
+def _last(steps: Iterator[Step], progress: bool) -> Tensor:
+    """The pixels of the last step, on the CPU."""
+    *_, last = tqdm(steps, unit="call", desc="editing", disable=None if progress else True, leave=False)
     return pixels.to_pixels(last.x).cpu()
 
 
 def _read(path: str | Path, preset: Preset) -> Tensor:
-    """An image file as the model takes it: pixels uint8 [C, H, W]."""
+    """An image file in the model's size and channels: pixels uint8 [C, H, W]. Warns if it is scaled and cropped."""
     height, width = preset.size
-    read = images.read(path)
-    if read.height > height or read.width > width:  # enlarging is warned of by fit
-        size = f"{read.height}x{read.width}"
+    image = images.read(path)
+    if image.height > height or image.width > width:  # `fit` warns about smaller images
+        size = f"{image.height}x{image.width}"
         warnings.warn(f"{path}: {size} is scaled and cropped to {height}x{width}, the model's size", stacklevel=3)
-    picture = images.fit(read, (height, width), preset.channels, str(path))
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)
+    fitted = images.fit(image, (height, width), preset.channels, str(path))
+    return torch.from_numpy(fitted.copy()).permute(2, 0, 1)
 
 
 def _read_mask(path: str | Path, image: str | Path, preset: Preset) -> Tensor:
-    """A mask file of the image's own size, black and white, scaled and cropped as the image is: bool [1, H, W]."""
+    """A black and white mask file of the image's size, scaled and cropped like the image: bool [1, H, W]."""
     mask = images.convert(images.read(path), 1, str(path), {})
     size = images.read(image).size
     if mask.size != size:
@@ -187,5 +202,5 @@ def _read_mask(path: str | Path, image: str | Path, preset: Preset) -> Tensor:
     levels = np.unique(np.asarray(mask)).tolist()
     if not set(levels) <= {0, 255} or 255 not in levels:
         seen = ", ".join(map(str, levels[:4])) + ", .." * (len(levels) > 4)
-        raise InputError(f"{path}: grey levels {seen}; want white, 255, where it is to be made, else black, 0")
+        raise InputError(f"{path}: grey levels {seen}; want 255 (white) where to redraw and 0 (black) elsewhere")
     return _read(path, replace(preset, channels=1)) > 127

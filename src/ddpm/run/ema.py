@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def decay_at(step: int, decay: float, warmup: bool) -> float:
-    """The decay of update `step`, counted from 0: the first copies the weights, the rest are constant.
+    """The decay of update `step`, counted from 0. The first update copies the weights; the others use `decay`.
 
-    With `warmup` it rises as (1 + n)/(10 + n) to `decay`, so that a short run forgets its first weights. Until it is
-    there, for n below 9/(1 - decay), this is a power function profile of gamma 8, relative length 0.09 of the run at
-    any step: (1 - 1/n)^9 to first order in 1/n (Karras et al. 2024, Eq. 127).
+    With `warmup` the decay of update n rises as (1 + n)/(10 + n) up to `decay`, so a short run forgets its first
+    weights. While it rises, for n below 9/(1 - decay), the average is a power function average with gamma 8 and a
+    relative width of 0.09: the decay is (1 - 1/n)^9 to first order in 1/n (Karras et al. 2024, Eq. 127).
 
     >>> decay_at(0, 0.9999, False), decay_at(1, 0.9999, False), decay_at(1, 0.9999, True)
     (0.0, 0.9999, 0.18181818181818182)
@@ -23,7 +23,7 @@ def decay_at(step: int, decay: float, warmup: bool) -> float:
 
 @torch.no_grad()
 def update(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
-    """average <- decay average + (1 - decay) weights, in place, float32.
+    """Set average to decay * average + (1 - decay) * weights, in place. Both are lists of float32 tensors.
 
     >>> a = torch.zeros(1)
     >>> update([a], [torch.ones(1)], 0.75)

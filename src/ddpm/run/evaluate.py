@@ -18,7 +18,17 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import atomic, data, models, plots
 from ddpm.gaussian import bits_per_dim
-from ddpm.run.parts import as_signal, batches, draws_of, in_parts, joined, model_key, parts_folder, subset, variance_key
+from ddpm.run.parts import (
+    as_signal,
+    batches,
+    compute_parts,
+    image_noise,
+    model_key,
+    parts_folder,
+    read_parts,
+    subset,
+    variance_key,
+)
 from ddpm.run.processes import Processes
 
 _NLL, _ODE = 0xE7A1, 0x0DE
@@ -70,12 +80,12 @@ def nll(
         x0 = as_signal(images, batch).to(ranks.device)
         means: dict[str, Tensor] = {}
         for draw in range(draws):
-            values = _bound_of_batch(denoiser, variants, x0, draws_of(seed, batch, draw, _NLL, shape))
+            values = _bound_of_batch(denoiser, variants, x0, image_noise(seed, batch, draw, _NLL, shape))
             for name, value in values.items():
                 means[name] = means.get(name, 0) + value / draws
         return means
 
-    table = joined(in_parts(folder, len(indices), ranks, batch_size, "nll", progress, measure))
+    table = read_parts(compute_parts(folder, len(indices), ranks, batch_size, "nll", progress, measure))
     if ranks.first:
         _write_table(out, table)
     ranks.any(False)  # the other processes wait until the table is written
@@ -173,7 +183,7 @@ def nll_sampled(
     if n < 2:
         raise InputError(f"{n} image: want at least 2, for a standard error")
     x0 = as_signal(images, indices[:PILOT]).to(ranks.device)
-    pilot = likelihood.vlb(denoiser, x0, draws_of(seed, indices[:PILOT], 1, _NLL, shape))
+    pilot = likelihood.vlb(denoiser, x0, image_noise(seed, indices[:PILOT], 1, _NLL, shape))
     size = torch.cat([pilot.decoder[:, None], pilot.kl], dim=1).square().mean(0).sqrt().cpu()
     q = 0.9 * size / size.sum() + 0.1 / T  # a floor, so that no weight is huge
     cdf = q.cumsum(0)
@@ -184,7 +194,7 @@ def nll_sampled(
         # systematic sampling: one uniform draw per image, then even steps
         quantiles = (offsets.double()[:, None] + torch.arange(levels_per_image)) / levels_per_image
         t = 1 + torch.searchsorted(cdf, quantiles).clamp(max=T - 1)  # [B, K]
-        eps = [draws_of(seed, batch, 2 + k, _NLL, shape)(0) for k in range(levels_per_image)]
+        eps = [image_noise(seed, batch, 2 + k, _NLL, shape)(0) for k in range(levels_per_image)]
         terms = likelihood.sampled_terms(denoiser, x0, t.to(ranks.device), torch.stack(eps, dim=1).to(ranks.device))
         nats = (terms.cpu() / (levels_per_image * q[t - 1])).sum(1) + likelihood.prior(denoiser, x0.double()).cpu()
         bits[part] = bits_per_dim(nats, pilot.dims)
@@ -234,7 +244,7 @@ def ode(
     n = len(indices)
     bits = torch.zeros(2, n, dtype=torch.float64)
     for part, batch, x0 in batches(images, indices, ranks, batch_size, "ode", progress):
-        draws = draws_of(seed, batch, 0, _ODE, shape)
+        draws = image_noise(seed, batch, 0, _ODE, shape)
         u, probe, eps = torch.special.ndtr(draws(0).double()), draws(1).sign().to(x0.device), draws(2)
         uniform = probability_flow.bound(denoiser, x0, u.to(x0.device), probe, steps)
         decoder = probability_flow.decoder_bound(denoiser, x0, eps.to(x0.device), probe, steps)

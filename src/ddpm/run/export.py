@@ -1,6 +1,6 @@
-"""A model for others: one file of weights, a card that says what was measured of it, and a grid of its samples.
+"""Export a model for others: FILE.safetensors with the weights, FILE.md with a card, and FILE.png with samples.
 
-FILE.safetensors, FILE.md, FILE.png, and FILE.calibration.json where the model is calibrated.
+A calibrated model also has FILE.calibration.json.
 """
 
 import json
@@ -19,18 +19,18 @@ from ddpm.files.models import Checkpoint, calibration_file, read_calibration
 from ddpm.files.opening import open_checkpoint
 from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
 from ddpm.presets import PRESETS, Preset, to_json
-from ddpm.run.sample import generate, in_turn
+from ddpm.run.sample import cycled_labels, generate
 from ddpm.version import __version__
 
-Stored = Literal["bf16", "float32"]
 SAMPLES = 64
-"""Images of the card's grid, of classes as many of each as fit; their seeds are 0, 1, and so on."""
+"""Images in the card's grid, rounded down so that each class has the same number, which is at least 1."""
 
 
 def check_out(out: str | Path) -> Path:
-    """The file that `export` is to write; to be called before the work. One that is there will be replaced.
+    """Check the file that `export` is to write, before the work, and return its path. `export` replaces such a file.
 
-    Raises InputError for another suffix, a place that cannot be written, and a file that belongs to a run.
+    Raises InputError if the name does not end in .safetensors, if its folder cannot be written, or if the folder is a
+    checkpoint of a run.
 
     >>> check_out("model.pt")
     Traceback (most recent call last):
@@ -41,28 +41,32 @@ def check_out(out: str | Path) -> Path:
     if path.suffix != ".safetensors" or path.is_dir():
         raise InputError(f"out {out}: want a name that ends in .safetensors")
     if (path.parent / "state.json").exists():
-        raise InputError(f"out {out}: within a checkpoint of a run; want another folder")
+        raise InputError(f"out {out}: inside a checkpoint of a run; want another folder")
     check_folder(path.parent)
     return path
 
 
-def export(found: Checkpoint, out: Path, stored: Stored = "bf16", data: str | None = None) -> Checkpoint:
-    """Write the weights of `found` to `out`, rounded to bf16 or as they are, with what it takes to load them.
+def export(
+    checkpoint: Checkpoint, out: Path, precision: Literal["bf16", "float32"] = "bf16", data: str | None = None
+) -> Checkpoint:
+    """Write the weights of `checkpoint`, rounded to `precision`, with the settings that loading needs, to `out`.
 
-    Of the settings, the device goes, and a data set that others have not got under that name; `data` names it anew. A
-    calibration goes along, unless the file has one of its own. It is of the weights before they were rounded, and says
-    so: the bound holds with any variance, and what it costs is of second order in the variance's error (of the digits
-    1e-5 bits/dim).
-    Returns the model as it is read from `out`. Raises InputError where `out` is the file that is read.
+    The settings are those of `public`, and `data` is the public name of the data set. A calibration of the original
+    weights is copied, unless `ddpm calibrate` has measured the exported ones. The copy says that it was measured before
+    rounding. That is good enough: the bound holds with any variance, and its loss is of second order in the variance's
+    error (1e-5 bits/dim for the model `digits`).
+
+    Returns the model read from `out`. Raises InputError if `out` is the file that is exported, and for a model in
+    diffusers' format.
     """
-    if found.foreign:
-        raise InputError(f"{found.path}: of diffusers; `ddpm import` makes one of our files of it")
-    original = open_checkpoint(found.path)  # as it was trained; `found` may run otherwise
+    if checkpoint.foreign:
+        raise InputError(f"{checkpoint.path}: a diffusers model; want a file that `ddpm import` has written")
+    original = open_checkpoint(checkpoint.path)  # with the settings of its training, which `checkpoint` may override
     if out.exists() and out.samefile(original.path):
-        raise InputError(f"out {out}: the file that is read; want another name")
+        raise InputError(f"out {out}: this file is the one to export; want another name")
     calibrated = calibration_file(original.path) if read_calibration(original) else None
-    kind = {"bf16": torch.bfloat16, "float32": torch.float32}[stored]
-    tensors = {name: value.to(kind) for name, value in read_tensors(original.path).items()}
+    dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
+    tensors = {name: value.to(dtype) for name, value in read_tensors(original.path).items()}
     metadata = {
         "config": json.dumps(to_json(public(original.preset, data))),
         "step": str(original.step),
@@ -70,14 +74,14 @@ def export(found: Checkpoint, out: Path, stored: Stored = "bf16", data: str | No
         "version": __version__,
     }
     save_tensors(out, tensors, metadata)
-    exported = open_checkpoint(out, precision=found.preset.precision)
-    if _calibrated_itself(exported):  # on an earlier export of the same weights
-        pass
-    elif calibrated is None:
+    exported = open_checkpoint(out, precision=checkpoint.preset.precision)
+    if _has_own_calibration(exported):  # measured on an earlier export of the same weights
+        return exported
+    if calibrated is None:
         calibration_file(out).unlink(missing_ok=True)
     else:
         values = json.loads(calibrated.read_text())
-        values["data"] = _name(values["data"], original, exported)
+        values["data"] = _public_data_name(values["data"], original, exported)
         if exported.identity != original.identity:
             values |= {"weights": exported.identity, "measured_on": values.get("measured_on", original.identity)}
         atomic.write_json(calibration_file(out), values)
@@ -85,30 +89,35 @@ def export(found: Checkpoint, out: Path, stored: Stored = "bf16", data: str | No
 
 
 def illustrate(
-    found: Checkpoint, exported: Checkpoint, device: torch.device, license: str | None = None, progress: bool = True
+    checkpoint: Checkpoint,
+    exported: Checkpoint,
+    device: torch.device,
+    license: str | None = None,
+    progress: bool = True,
 ) -> None:
-    """Write the card and a grid of samples beside the exported file; `found` is what it was exported from."""
-    preset, classes = found.preset, len(found.preset.class_names)
-    n, denoiser = _shown(preset), exported.denoiser.to(device)
-    y = in_turn(range(classes), range(n))
-    made = generate(denoiser, preset.shape, range(n), device=device, progress=progress, y=y)
-    images.save_many(exported.path.with_suffix(".png"), images.channels_last(made), [], columns=columns_of(classes))
-    atomic.write(exported.path.with_suffix(".md"), card(found, exported, license))
+    """Write the card and a grid of samples beside the exported file; `checkpoint` is the model before the export."""
+    preset, classes = checkpoint.preset, len(checkpoint.preset.class_names)
+    n, denoiser = _grid_size(preset), exported.denoiser.to(device)
+    y = cycled_labels(range(classes), range(n))
+    samples = generate(denoiser, preset.shape, range(n), device=device, progress=progress, y=y)
+    grid = exported.path.with_suffix(".png")
+    images.save_many(grid, images.channels_last(samples), [], columns=grid_columns(classes))
+    atomic.write(exported.path.with_suffix(".md"), card(checkpoint, exported, license))
 
 
-def columns_of(classes: int) -> int | None:
-    """Of a grid of so many classes in turn: one each, where they are not too many."""
+def grid_columns(classes: int) -> int | None:
+    """The number of columns of a grid that cycles over classes: one per class if there are 2 to 16, else None."""
     return classes if 1 < classes <= 16 else None
 
 
-def _shown(preset: Preset) -> int:
-    """How many images the grid has."""
+def _grid_size(preset: Preset) -> int:
+    """The number of images in the card's grid."""
     classes = len(preset.class_names) or 1
     return max(SAMPLES // classes, 1) * classes
 
 
-def _calibrated_itself(exported: Checkpoint) -> bool:
-    """Whether `ddpm calibrate` measured these very weights, so that no calibration that is carried along is better."""
+def _has_own_calibration(exported: Checkpoint) -> bool:
+    """Whether `ddpm calibrate` measured these weights themselves, and not those before rounding."""
     try:
         values = json.loads(calibration_file(exported.path).read_text())
     except (OSError, ValueError):
@@ -117,35 +126,36 @@ def _calibrated_itself(exported: Checkpoint) -> bool:
 
 
 def public(preset: Preset, data: str | None = None) -> Preset:
-    """The preset without what is of one machine: its device, and a data set unless `data` or a preset names it so.
+    """The preset without what means something on one machine only: its device, and the place of its data.
+
+    The data set is `data` if given. Otherwise its name stays if a preset of the package has it, and else is ''.
 
     >>> public(replace(PRESETS["cifar10"], data="/home/me/cifar", device="cuda:1")).data
     ''
     >>> public(PRESETS["digits"]).data
     'digits'
     """
-    name = data or (preset.data if preset.data in _KNOWN and not Path(preset.data).exists() else "")
+    name = data or (preset.data if preset.data in _PUBLIC_DATA and not Path(preset.data).exists() else "")
     return replace(preset, data=name, device="auto")
 
 
-_KNOWN = {preset.data for preset in PRESETS.values()} - {""}
+_PUBLIC_DATA = {preset.data for preset in PRESETS.values()} - {""}
 
 
-def _name(data: str, found: Checkpoint, exported: Checkpoint) -> str:
-    """What others know the images of a measurement as, which may have been made by a path."""
-    if data == found.preset.data:
+def _public_data_name(data: str, checkpoint: Checkpoint, exported: Checkpoint) -> str:
+    """The public name of a measurement's data set, since `data` may be a path on this machine."""
+    if data == checkpoint.preset.data:
         return exported.preset.data or "own images"
-    return data if data in _KNOWN else "other images"
+    return data if data in _PUBLIC_DATA else "other images"
 
 
-def card(found: Checkpoint, exported: Checkpoint, license: str | None = None) -> str:
-    """The model card, Markdown with the front matter of the Hugging Face hub: what is known and was measured, no more.
+def card(checkpoint: Checkpoint, exported: Checkpoint, license: str | None = None) -> str:
+    """The model card in Markdown, with the front matter of the Hugging Face hub. It holds only what is known.
 
-    found is what was exported: of a run its metrics.jsonl and evaluate/ are read, and evaluate/ beside the exported
-    file, where `ddpm evaluate FILE` leaves its figures.
+    The measurements come from metrics.jsonl and evaluate/ of `checkpoint`'s run, and from evaluate/ of the exported
+    file, which `ddpm evaluate FILE` writes.
     """
-    file, preset, shown = exported.path, exported.preset, _shown(exported.preset)
-    name = file.stem
+    name, preset, n = exported.path.stem, exported.preset, _grid_size(exported.preset)
     about = {
         "library_name": "ddpm",
         "license": license,
@@ -155,101 +165,111 @@ def card(found: Checkpoint, exported: Checkpoint, license: str | None = None) ->
     front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in about.items() if value)
     image = {1: "grey", 3: "RGB", 4: "RGBA"}[preset.channels]
     size = "x".join(map(str, preset.size))
-    rows = "".join(f"| {key} | {value} |\n" for key, value in _facts(found, exported))
-    measured = "".join(f"| {key} | {value} |\n" for key, value in _measured(found, exported))
+    rows = "".join(f"| {key} | {value} |\n" for key, value in _facts(checkpoint, exported))
+    measured = "".join(f"| {key} | {value} |\n" for key, value in _measured(checkpoint, exported))
     measured = f"## Measured\n\n| | |\n|---|---|\n{measured}\n" if measured else ""
+    of_classes = " --class all --guidance 1" if preset.classes else ""
+    sampling = f"ddpm sample {name}.safetensors -n {n}{of_classes} --out {name}.png"
     limits = (
-        f"It makes images like those it was trained on, {size}, and no others. Nothing stops it from making one that "
-        "is close to a training image. The data's own terms and gaps carry over to what is made."
+        f"The model makes only images like those it was trained on, of {size} pixels. It may make an image that is "
+        "close to a training image. The terms of the training data, and its gaps, carry over to the samples."
     )
     return (
         f"---\n{front}---\n\n# {name}\n\n"
-        f"A denoising diffusion model (Ho, Jain, Abbeel 2020) of {size} {image} images, made and read by "
-        f"ddpm {__version__}.\n\n"
-        f"![{shown} samples]({name}.png)\n\n"
-        f"Samples of seeds 0 to {shown - 1}, not chosen, by ancestral sampling with all {preset.num_timesteps:,} levels"
-        f"{', the classes in turn, without guidance' if preset.classes else ''}.\n\n"
-        f"| | |\n|---|---|\n{rows}\n{measured}"
+        f"A denoising diffusion model (Ho, Jain, Abbeel 2020) of {size} {image} images, "
+        f"exported by ddpm {__version__}. The Python package is called ddpm-kit.\n\n"
+        f"![{n} samples]({name}.png)\n\n"
+        f"These samples have the seeds 0 to {n - 1}; none was chosen. They were made by ancestral sampling with all "
+        f"{preset.num_timesteps:,} levels"
+        f"{', with the classes in turn and without guidance' if preset.classes else ''}.\n\n"
+        f"## Use\n\n```sh\npip install ddpm-kit\n{sampling}\n```\n\n"
+        f"## Facts\n\n| | |\n|---|---|\n{rows}\n{measured}"
         f"## Limits\n\n{limits}\n\n"
-        f"## Made by\n\n```sh\n{_commands(found, exported)}```\n"
+        f"## How it was made\n\n```sh\n{_commands(checkpoint, exported)}```\n"
     )
 
 
-def _facts(found: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, str]]:
+def _facts(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, str]]:
     preset, network = exported.preset, exported.denoiser.network
     assert isinstance(network, torch.nn.Module)
-    stored = "rounded to bf16" if _kind(exported) == {torch.bfloat16} else "float32"
+    stored = "rounded to bf16" if _dtypes(exported) == {torch.bfloat16} else "float32"
     if preset.data:
         yield "data", preset.data
-    yield "training", f"{found.step:,} steps of {preset.batch_size} images: {found.step * preset.batch_size:,} images"
-    if logged := _logged(found, "seconds"):
-        yield "hours", f"{logged[1] / 3600:.2f}"
+    yield (
+        "training",
+        f"{checkpoint.step:,} steps of {preset.batch_size} images: {checkpoint.step * preset.batch_size:,} images",
+    )
+    if logged := _last_logged(checkpoint, "seconds"):
+        yield "hours of training", f"{logged[1] / 3600:.2f}"
     yield "seed", str(preset.seed)
     levels = ", ".join(str(preset.width * m) for m in preset.channel_multipliers)
-    shape = f"channels {levels}, residual blocks a level {preset.num_res_blocks}"
+    shape = f"channels {levels}; residual blocks per level: {preset.num_res_blocks}"
     yield "network", f"{sum(p.numel() for p in network.parameters()):,} parameters; {shape}"
     if preset.classes:
-        hidden = f"{preset.label_dropout:.0%} of them hidden in training"
+        hidden = f"{preset.label_dropout:.0%} of the labels were hidden in training"
         yield "classes", f"{', '.join(preset.class_names)}; {hidden}"
     yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {preset.num_timesteps:,}, {preset.variance}"
     yield "weights", f"{exported.weights}, {stored}; {exported.path.stat().st_size:,} bytes"
     if read_calibration(exported):
         values = json.loads(calibration_file(exported.path).read_text())
-        of = "the weights before rounding" if "measured_on" in values else "these weights"
-        yield "calibration", f"of {of}, on {values['count']:,} images, {_name(values['data'], found, exported)}"
+        weights = "the weights before rounding" if "measured_on" in values else "these weights"
+        data = _public_data_name(values["data"], checkpoint, exported)
+        yield "calibration", f"of {weights}, on {values['count']:,} images ({data})"
     yield "SHA-256 of the file", file_sha256(exported.path)
 
 
-def _measured(found: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, str]]:
-    """What lies in metrics.jsonl and in evaluate/ of the exported file and of what it was made from."""
-    logged = _logged(found, "held_out")
-    if found.weights == "ema" and logged and logged[0] == found.step:  # it is measured on the averaged weights
+def _measured(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, str]]:
+    """The measurements in metrics.jsonl and evaluate/, of the exported file and of the model before the export."""
+    logged = _last_logged(checkpoint, "held_out")
+    if checkpoint.weights == "ema" and logged and logged[0] == checkpoint.step:  # measured with the averaged weights
         yield "held-out L_simple, in training", f"{logged[1]:.4f}"
-    for source in (exported, found):
-        before = ", before rounding" if source is found and _kind(found) != _kind(exported) else ""
-        for file in sorted((source.home / "evaluate" / f"{found.step:08d}-{found.weights}").glob("*.json")):
+    for source in (exported, checkpoint):
+        before = ", before rounding" if source is checkpoint and _dtypes(checkpoint) != _dtypes(exported) else ""
+        for file in sorted((source.home / "evaluate" / f"{checkpoint.step:08d}-{checkpoint.weights}").glob("*.json")):
             values = json.loads(file.read_text())
             if values.get("identity") == source.identity:
-                values["data"] = _name(values.get("data", ""), found, exported)
+                values["data"] = _public_data_name(values.get("data", ""), checkpoint, exported)
                 yield from ((f"{key}{before}", value) for key, value in _figures(values))
 
 
-def _kind(model: Checkpoint) -> set[torch.dtype]:
+def _dtypes(model: Checkpoint) -> set[torch.dtype]:
     return {value.dtype for value in read_tensors(model.path).values()}
 
 
 def _figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The figures of one file of evaluate/, each with what it is of."""
+    """The figures of one file of evaluate/, as (name, figure with its images or samples)."""
     names = ("classes", "guidance", "guidance_interval", "clip")
-    asked = "".join(f", {name.replace('_', ' ')} {values[name]}" for name in names if name in values)
+    conditions = "".join(f", {name.replace('_', ' ')} {values[name]}" for name in names if name in values)
     if "bits_per_dim" in values:
         how = "ODE" if "bits_per_dim_decoder" in values else "bound (Eq. 5)"
-        levels = f", {values['levels_per_image']} levels an image" if "levels_per_image" in values else ""
+        levels = f", {values['levels_per_image']} levels per image" if "levels_per_image" in values else ""
         error = values["standard_error"]
-        of = f"{values['count']:,} images, {values['data']}, {values['split']}{asked}"
+        measured_on = f"{values['count']:,} images, {values['data']}, {values['split']}{conditions}"
         figure = f"{values['bits_per_dim']:.4f}" + (f" ± {error:.4f}" if error else "")
-        yield f"bits/dim, {how}{levels}, {values['variance']}", f"{figure} ({of})"
+        yield f"bits/dim, {how}{levels}, {values['variance']}", f"{figure} ({measured_on})"
         for variance, bits in values.get("by_variance", {}).items():
             if variance != values["variance"]:
-                yield f"bits/dim, {how}, {variance}", f"{bits:.4f} ({of})"
+                yield f"bits/dim, {how}, {variance}", f"{bits:.4f} ({measured_on})"
     if "samples" in values:
         how = f"{values['sampler']}, {values['steps']} steps, " if "sampler" in values else ""
-        of = f"{values['samples']:,} samples, {how}features {values['features']}{asked}"
+        scored = f"{values['samples']:,} samples, {how}features {values['features']}{conditions}"
         scores = ("fid", "frechet_distance", "inception_score", "kid", "precision", "recall")
-        yield from ((name, f"{values[name]:.4g} ({of})") for name in scores if name in values)
+        yield from ((name, f"{values[name]:.4g} ({scored})") for name in scores if name in values)
 
 
-def _logged(found: Checkpoint, key: str) -> tuple[int, float] | None:
-    """The last (step, value) of `key` in metrics.jsonl, at the checkpoint's step or before."""
-    file = found.home / "metrics.jsonl"
+def _last_logged(checkpoint: Checkpoint, key: str) -> tuple[int, float] | None:
+    """The last (step, value) of `key` in metrics.jsonl up to the checkpoint's step; None without one."""
+    file = checkpoint.home / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    values = [(line["step"], line[key]) for line in lines if line.get(key) is not None and line["step"] <= found.step]
+    values = [
+        (line["step"], line[key]) for line in lines if line.get(key) is not None and line["step"] <= checkpoint.step
+    ]
     return values[-1] if values else None
 
 
-def _commands(found: Checkpoint, exported: Checkpoint) -> str:
-    """How to make the model anew, and how to use it."""
-    preset, name = exported.preset, exported.path.stem
+def _commands(checkpoint: Checkpoint, exported: Checkpoint) -> str:
+    """The commands that make the same file: training from the nearest preset, and the export."""
+    preset, name = open_checkpoint(exported.path).preset, exported.path.stem  # with the precision of the training
     fixed = {f.name for f in fields(Preset) if not f.metadata["resume"]} | {"steps", "sample_steps"}
     changes = {
         base: {key: getattr(preset, key) for key in sorted(fixed) if getattr(preset, key) != getattr(other, key)}
@@ -265,11 +285,7 @@ def _commands(found: Checkpoint, exported: Checkpoint) -> str:
             words += [f"--{option}", ("x" if key == "size" else ",").join(map(str, value))]
         else:
             words += [f"--{option}", str(value) or "SOURCE"]  # only a data set may have no name
-    of = [] if found.step == preset.steps else ["--checkpoint", str(found.step)]
-    of += [] if exported.weights == "ema" else ["--weights", exported.weights]
-    of_classes = " --class all --guidance 1" if preset.classes else ""
-    return (
-        f"{shlex.join(words)}\n"
-        f"{shlex.join(['ddpm', 'export', 'RUN', *of, '--out', f'{name}.safetensors'])}\n"
-        f"ddpm sample {name}.safetensors -n {_shown(preset)}{of_classes} --out {name}.png\n"
-    )
+    which = [] if checkpoint.step == preset.steps else ["--checkpoint", str(checkpoint.step)]
+    which += [] if exported.weights == "ema" else ["--weights", exported.weights]
+    export = ["ddpm", "export", "RUN", *which, "--out", f"{name}.safetensors"]
+    return f"{shlex.join(words)}\n{shlex.join(export)}\n"

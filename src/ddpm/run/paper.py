@@ -141,7 +141,7 @@ class Setup:
 
     def about_sampler(self) -> dict[str, Any]:
         """How samples are made."""
-        return sample.sampled(self.checkpoint.denoiser, self.sampler, self.levels(), self.spacing)
+        return sample.describe_sampling(self.checkpoint.denoiser, self.sampler, self.levels(), self.spacing)
 
     def about_samples(self) -> dict[str, Any]:
         """Where samples come from: a file or folder, or how they are made."""

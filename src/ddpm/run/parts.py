@@ -1,4 +1,4 @@
-"""What is measured or made in parts that are kept, so that the same command goes on where it stopped."""
+"""Measurements in stored parts, so that the same command resumes where it stopped, and their images and noise."""
 
 import hashlib
 import json
@@ -20,88 +20,114 @@ from ddpm.run.processes import Processes
 from ddpm.version import __version__
 
 CALIBRATION, SUBSET = 0xCA1B, 0x5B5E7
-"""Keys that keep the draws of these apart from others of the same seed."""
+"""Keys of random draws: of `calibrate`, and of `subset`. They keep these draws apart from others of the same seed."""
 
 
 def subset(images: data.Images, count: int | None) -> list[int]:
-    """`count` of the images, ever the same and of a larger count the first, in no order; None: all."""
+    """Indices of a fixed random subset of `count` images (None: all); smaller subsets are prefixes of larger ones.
+
+    >>> digits = data.load("digits", (8, 8), 1)
+    >>> subset(digits, 2) == subset(digits, 5)[:2]
+    True
+    """
     return torch.randperm(len(images), generator=noise.generator(SUBSET)).tolist()[:count]
 
 
-def as_signal(images: data.Images, rows: Sequence[int]) -> Tensor:
-    """These images as x_0; InputError where they are not 8-bit by nature."""
-    x0 = pixels.to_signal(images.batch(rows))
+def as_signal(images: data.Images, indices: Sequence[int]) -> Tensor:
+    """The images of these indices as x_0 in [-1, 1], float32 [len(indices), C, H, W].
+
+    Raises InputError if one of them has more than 8 bits per channel.
+    """
+    x0 = pixels.to_signal(images.batch(indices))
     if pictures.DEEP in images.notes:
         first, _ = images.notes[pictures.DEEP]
         raise InputError(
-            f"{first}: {pictures.DEEP}; bits per dimension (Eq. 13) are of 256 grey levels, and of its 8-bit version "
-            "they are not those of the image; want 8-bit images"
+            f"{first}: {pictures.DEEP}; bits per dimension (Eq. 13) are defined for 256 grey levels, and those of an "
+            "8-bit copy are not those of the image; want 8-bit images"
         )
     return x0
 
 
 def batches(
-    images: data.Images, rows: Sequence[int], ranks: Processes, batch_size: int, what: str, progress: bool
+    images: data.Images, indices: Sequence[int], ranks: Processes, batch_size: int, title: str, progress: bool
 ) -> Iterator[tuple[slice, list[int], Tensor]]:
-    """This process's share of the images `rows`, every so many: their places in `rows`, themselves, x_0."""
-    starts = range(0, len(rows), batch_size)
-    with progress_bar(len(ranks.mine(len(starts))), what, "batch", progress) as bar:
-        for i in ranks.mine(len(starts)):
-            places = slice(starts[i], min(starts[i] + batch_size, len(rows)))
-            yield places, list(rows[places]), as_signal(images, rows[places]).to(ranks.device)
+    """This process's share of the images of these indices, in batches of at most `batch_size`.
+
+    Yields (part, indices[part], x_0 on the process's device). `title` names the progress bar.
+    """
+    parts = _parts(len(indices), batch_size)
+    with _progress_bar(len(ranks.mine(len(parts))), title, progress) as bar:
+        for i in ranks.mine(len(parts)):
+            batch = list(indices[parts[i]])
+            yield parts[i], batch, as_signal(images, batch).to(ranks.device)
             bar.update()
 
 
-def progress_bar(total: int, what: str, unit: str, progress: bool) -> "tqdm[Any]":
-    return tqdm(total=total, desc=what, unit=unit, disable=None if progress else True)
+def _parts(count: int, batch_size: int) -> list[slice]:
+    """0..count-1 in slices of `batch_size`; the last may be shorter."""
+    return [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-def draws_of(seed: int, images: Sequence[int], draw: int, key: int, shape: Sequence[int]) -> noise.Noise:
-    """The noise of these images of a data set: a function of (seed, image, draw, level), not of the batch."""
-    return noise.per_image([noise.mix(seed, image, draw, key) for image in images], shape)
+def _progress_bar(total: int, title: str, progress: bool) -> "tqdm[Any]":
+    return tqdm(total=total, desc=title, unit="batch", disable=None if progress else True)
+
+
+def image_noise(seed: int, indices: Sequence[int], draw: int, key: int, shape: Sequence[int]) -> noise.Noise:
+    """The noise of the images of these indices: a function of (seed, index, draw, key, level), not of the batch.
+
+    >>> both, second = (image_noise(0, indices, 0, CALIBRATION, (1, 8, 8))(5) for indices in ([3, 4], [4]))
+    >>> torch.equal(both[1], second[0])
+    True
+    """
+    return noise.per_image([noise.mix(seed, index, draw, key) for index in indices], shape)
 
 
 def parts_folder(cache: Path, name: str, about: Sequence[Any]) -> Path:
-    """Where parts of something that is made bit by bit are kept, by all that they depend on."""
+    """The folder for parts of the work `name`. `about` is everything that they depend on, as JSON values."""
     digest = hashlib.sha256(json.dumps([*about, __version__]).encode()).hexdigest()
     return cache / f"{name}-{digest[:16]}"
 
 
-def in_parts(
-    folder: Path, count: int, ranks: Processes, batch_size: int, what: str, progress: bool,
+def compute_parts(
+    folder: Path, count: int, ranks: Processes, batch_size: int, title: str, progress: bool,
     make: Callable[[slice], dict[str, Tensor]],
 ) -> list[Path]:  # fmt: skip
-    """Files of make(rows) for all of 0..count-1, every so many: those that are not there yet, split over processes."""
-    parts = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    files = [folder / f"{rows.start:08d}-{rows.stop:08d}.safetensors" for rows in parts]
-    with progress_bar(len(ranks.mine(len(parts))), what, "batch", progress) as bar:
+    """Store make(part) for every part of 0..count-1, in files under `folder`, and return these in order.
+
+    A part has at most `batch_size` rows. Files that exist are not made again. The rest is split over the processes, and
+    all files exist when the function returns. `title` names the progress bar.
+    """
+    parts = _parts(count, batch_size)
+    files = [folder / f"{part.start:08d}-{part.stop:08d}.safetensors" for part in parts]
+    with _progress_bar(len(ranks.mine(len(parts))), title, progress) as bar:
         try:
             for i in ranks.mine(len(parts)):
                 if not files[i].is_file():
                     tensors.save_tensors(files[i], make(parts[i]))
                 bar.update()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("whole batches that were done are kept, the same command goes on") from None
-    ranks.any(False)  # all parts are there
+            raise KeyboardInterrupt("finished batches are kept; the same command resumes") from None
+    ranks.any(False)  # wait for the parts of the other processes
     return files
 
 
-def joined(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The rows of all parts, by name."""
+def read_parts(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The tensors of all parts, by name, joined along the first dimension."""
     try:
         parts = [tensors.read_tensors(file) for file in files]
     except InputError as error:
-        raise InputError(f"{error}; delete it, and it is made again") from error
+        raise InputError(f"{error}; delete this file, and the same command makes it again") from error
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def model_key(found: Checkpoint) -> list[Any]:
-    """What a measurement of a model depends on: its weights, and how its denoiser reads them."""
-    denoiser = found.denoiser
+def model_key(checkpoint: Checkpoint) -> list[Any]:
+    """What a measurement of a model depends on, as JSON values: its weights, and how its denoiser uses them."""
+    denoiser = checkpoint.denoiser
     levels = [denoiser.schedule.alpha_bar.tolist(), denoiser.schedule.timestep.tolist()]
-    return [found.identity, found.preset.precision, denoiser.predict, denoiser.clip, variance_key(denoiser), levels]
+    precision = checkpoint.preset.precision
+    return [checkpoint.identity, precision, denoiser.predict, denoiser.clip, variance_key(denoiser), levels]
 
 
 def variance_key(denoiser: Denoiser) -> Any:
-    """Which one, for a key: a name or a list of numbers."""
+    """The variance of a denoiser as a JSON value: a name, or a list of numbers."""
     return denoiser.variance.tolist() if isinstance(denoiser.variance, Tensor) else denoiser.variance

@@ -1,4 +1,4 @@
-"""One process or many under torchrun: the same few words for both."""
+"""Devices, precision, threads, and the processes of torchrun: programs look the same with one process or many."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from ddpm.files.opening import open_checkpoint
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `world` ones, and its device."""
+    """This process, number `rank` of `world`, and its device."""
 
     rank: int
     world: int
@@ -27,11 +27,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of x over processes, on every one; x is on the CPU."""
+        """The sum of x over all processes, which every process gets. x is on the CPU."""
         if self.world > 1:
             x = x.clone()
             dist.all_reduce(x)
@@ -42,31 +42,40 @@ class Processes:
         return bool(self.total(torch.tensor(int(flag))) > 0)
 
     def interleave(self, x: Tensor, count: int) -> Tensor:
-        """Rows rank::world of `count` rows, one part a process -> all rows [count, ...] in order; x is on the CPU."""
+        """All `count` rows in order, [count, ...], from the rows that each process has: x holds rows `mine(count)`.
+
+        x is on the CPU. Every process gets all rows.
+        """
         if self.world == 1:
             return x
-        most = -(-count // self.world)
-        padded = torch.zeros(most, *x.shape[1:], dtype=x.dtype)
+        longest = -(-count // self.world)
+        padded = torch.zeros(longest, *x.shape[1:], dtype=x.dtype)
         padded[: len(x)] = x
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(parts, padded)
         return torch.stack(parts, dim=1).flatten(0, 1)[:count]
 
     def mine(self, count: int) -> range:
-        """This process's share of 0..count-1."""
+        """This process's share of 0..count-1: every `world`-th number, from `rank` on."""
         return range(self.rank, count, self.world)
 
 
 def pick_device(name: str, local_rank: int = 0, float64: bool = False) -> torch.device:
     """The device of that name; auto is the first of cuda, mps and cpu that this machine has.
 
-    float64  the work needs this type, which mps does not have: auto does not pick mps then
+    local_rank  the number of the CUDA device for auto and cuda: torchrun's number of this process on this machine
+    float64     whether the work needs this type; mps does not have it, so auto does not pick mps then
 
-    Raises InputError for a device that this machine does not have, or that cannot do the work.
+    Raises InputError for a device that this machine does not have, or that has no float64 if that is needed.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
     """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name in ("auto", "cuda") and 0 < devices <= local_rank:
-        raise InputError(f"process {local_rank} of torchrun: this machine has {devices} CUDA devices; want no more")
+        raise InputError(
+            f"process {local_rank} of torchrun: this machine has {devices} CUDA devices; want one process per device"
+        )
     if name == "auto":
         if devices:
             return torch.device("cuda", local_rank)
@@ -87,7 +96,7 @@ def pick_device(name: str, local_rank: int = 0, float64: bool = False) -> torch.
 
 
 def pick_precision(name: Precision, device: torch.device) -> Precision:
-    """auto -> bf16 where the device multiplies bfloat16 matrices in hardware, else float32."""
+    """Resolve auto: bf16 if the device multiplies bfloat16 matrices in hardware, else float32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -97,23 +106,34 @@ def pick_precision(name: Precision, device: torch.device) -> Precision:
     return "float32"
 
 
-def opened(
-    path: str | Path, device: torch.device, weights: Weights = "ema", which: str = "last",
+def open_for_device(
+    path: str | Path, device: torch.device, weights: Weights | None = None, which: str = "last",
     precision: Precision | None = None,
 ) -> Checkpoint:  # fmt: skip
-    """`open_checkpoint` for a device: in float32 where bf16 would only be slow, unless `precision` is given."""
-    found = open_checkpoint(path, weights, which, precision)
-    if precision is None and found.preset.precision == "bf16" and pick_precision("auto", device) != "bf16":
-        return open_checkpoint(path, weights, which, "float32")
-    return found
+    """Open a checkpoint for use on `device`; it stays on the CPU.
+
+    weights    ema or raw; None is ema for a run, and for a file what it holds
+    which      checkpoint of a run: last, best or a step
+    precision  of the network; None is the run's own, but float32 if bf16 is slow on the device
+
+    Raises InputError as `open_checkpoint` does, and for a file that does not hold the given `weights`.
+    """
+    checkpoint = open_checkpoint(path, weights or "ema", which, precision)
+    if weights and checkpoint.weights != weights:
+        raise InputError(f"weights {weights}: {checkpoint.path} holds the {checkpoint.weights} weights; want the run")
+    if precision is None and checkpoint.preset.precision == "bf16" and pick_precision("auto", device) != "bf16":
+        return open_checkpoint(path, weights or "ema", which, "float32")
+    return checkpoint
 
 
 @contextmanager
 def threads(work: int, device: torch.device) -> Iterator[None]:
-    """On a CPU one thread inside where layers are small: `work`, values of a batch in the first level, below 2^18.
+    """A context that uses one CPU thread if layers are small; a set OMP_NUM_THREADS decides instead.
 
-    There (the preset digits has 2^17) two threads take longer than one to finish a step beside any other work, and no
-    less without; OMP_NUM_THREADS, where it is set, decides instead.
+    work  the number of values that a batch has in the network's first level; below 2^18 layers are small
+
+    For small layers (the preset digits has 2^17) a second thread never shortens a step, and it lengthens one if other
+    programs use the CPU.
     """
     before = torch.get_num_threads()
     if device.type == "cpu" and work < 1 << 18 and "OMP_NUM_THREADS" not in os.environ:
@@ -126,7 +146,10 @@ def threads(work: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def processes(device: str, float64: bool = False) -> Iterator[Processes]:
-    """Join the others where torchrun started us, and leave them at the end; a group that is there already stays."""
+    """A context in which this process has its device and, under torchrun, belongs to the group of all processes.
+
+    A group that exists already is used and stays. `device` and `float64` are as in `pick_device`.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     picked = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")), float64)
     if picked.type == "cuda":
@@ -134,7 +157,7 @@ def processes(device: str, float64: bool = False) -> Iterator[Processes]:
     joins = world > 1 and not dist.is_initialized()
     if joins:
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may have much to measure alone
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while the first one works alone
     try:
         yield Processes(rank, world, picked)
     finally:

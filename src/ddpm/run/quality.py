@@ -14,10 +14,10 @@ from ddpm.errors import InputError
 from ddpm.files import data, features, models
 from ddpm.files import images as pictures
 from ddpm.guidance import Guided
-from ddpm.run.device import replayed
-from ddpm.run.parts import in_parts, joined, model_key, parts_folder
+from ddpm.run.device import use_cuda_graphs
+from ddpm.run.parts import compute_parts, model_key, parts_folder, read_parts
 from ddpm.run.processes import Processes
-from ddpm.run.sample import generate, in_turn
+from ddpm.run.sample import cycled_labels, generate
 from ddpm.samplers import Levels
 
 
@@ -45,18 +45,18 @@ def samples(
     key = [*model_key(checkpoint), seed, sampler, steps, [*classes], guidance]
     folder = parts_folder(cache, "samples", key)
     shape = checkpoint.preset.shape
-    denoiser = replayed(checkpoint.denoiser, ranks.device)  # recorded once for all batches
+    denoiser = use_cuda_graphs(checkpoint.denoiser, ranks.device)  # recorded once for all batches
 
     def make(part: slice) -> dict[str, Tensor]:
         seeds = range(seed + part.start, seed + part.stop)
-        labels = in_turn(classes, range(part.start, part.stop))
+        labels = cycled_labels(classes, range(part.start, part.stop))
         images = generate(denoiser, shape, seeds, sampler, steps, batch_size, ranks.device, progress=progress, y=labels)
         return {"images": images}
 
-    files = in_parts(folder, count, ranks, batch_size, "samples", progress, make)
+    files = compute_parts(folder, count, ranks, batch_size, "samples", progress, make)
     if not ranks.first:
         return torch.empty(0, *shape, dtype=torch.uint8)
-    return joined(files)["images"]
+    return read_parts(files)["images"]
 
 
 @dataclass(frozen=True)

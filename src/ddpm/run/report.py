@@ -1,6 +1,7 @@
-"""A run as one HTML file to look at, keep or send: read from what lies on disk, written for people.
+"""Write a run as one HTML file to look at, keep or send, from the files that the run left on disk.
 
-Nothing is fetched or run where it is opened. What is missing is left out; what is damaged is named and left out.
+The page loads nothing from elsewhere and has no scripts. A missing file is left out. A damaged file is left out, and a
+line says so.
 """
 
 import base64
@@ -25,10 +26,10 @@ from ddpm.files.plots import Panel, draw
 from ddpm.version import __version__
 
 LIMIT = 20_000_000
-"""Bytes; a file that would be larger goes without the earlier grids of samples."""
+"""Bytes of a page. A page that would be larger has only the newest grid of samples."""
 
 POINTS = 1000
-"""Values of a curve that are drawn, evenly chosen."""
+"""Most values of a curve that are drawn, evenly spaced."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #222; --pale: #666; --rule: #ddd; --ground: #fff }
@@ -58,10 +59,11 @@ Curve: TypeAlias = tuple[Sequence[float], Sequence[float]]
 
 
 def report(run: Path) -> Path:
-    """Write RUN/report.html from what lies under RUN, and return its path; the same files give the same bytes.
+    """Write RUN/report.html from the files under RUN, and return its path. The same files give the same bytes.
 
-    Settings (config.json), curves (metrics.jsonl), grids of samples, evaluations and what is in RUN/paper. Of paths,
-    which say where somebody keeps data, only the last component is shown. Raises InputError where run is no run.
+    The page shows the settings (config.json), curves (metrics.jsonl), grids of samples, evaluations, and the results in
+    RUN/paper. Of a path in the settings it shows only the last part, because a report gets shared. Raises InputError if
+    `run` is not a run folder.
 
     >>> report(Path("runs/nothing"))
     Traceback (most recent call last):
@@ -86,11 +88,11 @@ def report(run: Path) -> Path:
         f"<h1>{name} <small>a run of ddpm {__version__}</small></h1>\n"
         f"{re.sub(r'(?s)<svg .*?</svg>', own_ids, ''.join(body))}</body>\n</html>\n"
     )
-    atomic.write(run / "report.html", page.encode("utf-8", "replace"))  # a file's name may be no valid text
+    atomic.write(run / "report.html", page.encode("utf-8", "replace"))  # file names may be invalid Unicode
     return run / "report.html"
 
 
-# -- the sections, each empty where its files are missing --------------------------------------------------------------
+# -- the sections; a section is empty if its files are missing --------------------------------------------------------
 
 
 def _overview(run: Path, lines: Lines) -> str:
@@ -99,10 +101,10 @@ def _overview(run: Path, lines: Lines) -> str:
     facts = [("steps", f"{max(steps):,.0f}")] if steps else []
     facts += [("last loss", f"{losses[-1]:.4g}")] if losses else []
     facts += [("best held-out loss, step {1:,.0f}".format(*best), f"{best[0]:.4g}") for best in sorted(held_out)[:1]]
-    facts += [("h:min of training", f"{int(s) // 3600}:{int(s) // 60 % 60:02}") for s in seconds[-1:]]
+    facts += [("training time, h:min", f"{int(s) // 3600}:{int(s) // 60 % 60:02}") for s in seconds[-1:]]
     cells = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>\n" for name, value in facts)
     config = run / "config.json"
-    table = _attempt(run, config, partial(_values, config))
+    table = _html_or_note(run, config, partial(_values, config))
     return f'<div class="facts">\n{cells}</div>\n<h2>Settings</h2>\n<div class="settings">{table}</div>\n'
 
 
@@ -110,7 +112,7 @@ def _training(lines: Lines) -> str:
     loss, simple = _series(lines, "loss"), "L_simple"
     smoothed = {"smoothed": (loss[0], _smooth(loss[1]))} if len(loss[0]) >= 20 else {}
     faint = ["logged"] if smoothed else []
-    drawn = _drawn(
+    curves = _curves(
         Panel("Training loss", {"logged": loss, **smoothed}, "step", "loss", log_y=True, faint=faint),
         Panel("Held-out loss", {"held out": _series(lines, "held_out")}, "step", simple, log_y=True),
         Panel("Held-out loss by level", _by_level(lines), "step", simple, log_y=True),
@@ -118,11 +120,11 @@ def _training(lines: Lines) -> str:
         Panel("Learning rate", {"rate": _series(lines, "lr")}, "step", "learning rate"),
         Panel("Speed", {"speed": _series(lines, "images_per_second")}, "step", "images/s"),
     )
-    return f"<h2>Training</h2>\n{drawn}" if drawn else ""
+    return f"<h2>Training</h2>\n{curves}" if curves else ""
 
 
 def _by_level(lines: Lines) -> dict[str, Curve]:
-    """The curves of held_out_by_level: equal ranges of t, lowest first."""
+    """The curves of held_out_by_level, one per range of t; the ranges are equal, and the lowest comes first."""
     rows = [(line["step"], v) for line in lines if isinstance(v := line.get("held_out_by_level"), list)]
     n, steps = max((len(values) for _, values in rows), default=0), [step for step, _ in rows]
     names = [f"t/T {i / n:.2g}–{(i + 1) / n:.2g}" for i in range(n)]
@@ -130,26 +132,28 @@ def _by_level(lines: Lines) -> dict[str, Curve]:
 
 
 def _samples(run: Path, earlier: int = 6) -> str:
-    """The newest grid, large, and `earlier` of those before it."""
+    """The newest grid of samples, large, and `earlier` grids, evenly chosen from the others."""
     paths = sorted((p for p in _files(run, "samples/*.png") if p.stem.isdecimal()), key=lambda p: int(p.stem))
     if not paths:
         return ""
     n = min(earlier, len(paths) - 1)
     chosen = [paths[round(i * (len(paths) - 2) / max(1, n - 1))] for i in range(n)]
-    newest, *before = (_attempt(run, p, partial(_picture, p, f"step {int(p.stem):,}")) for p in [paths[-1], *chosen])
-    return f'<h2>Samples</h2>\n<div class="large">{newest}</div>\n<div class="grids">{"".join(before)}</div>\n'
+    newest, *others = (
+        _html_or_note(run, p, partial(_picture, p, f"step {int(p.stem):,}")) for p in [paths[-1], *chosen]
+    )
+    return f'<h2>Samples</h2>\n<div class="large">{newest}</div>\n<div class="grids">{"".join(others)}</div>\n'
 
 
 def _evaluations(run: Path) -> str:
     parts = []
     for path in _files(run, "evaluate/*/*.json", "evaluate/*/*.csv"):
         parts.append(f"<h3>{escape(path.relative_to(run / 'evaluate').as_posix())}</h3>\n")
-        parts.append(_attempt(run, path, partial(_values if path.suffix == ".json" else _bound, path)))
+        parts.append(_html_or_note(run, path, partial(_values if path.suffix == ".json" else _bound, path)))
     return "".join(["<h2>Evaluation</h2>\n", *parts]) if parts else ""
 
 
 def _bound(path: Path) -> str:
-    """The bound's terms, and what x_t has cost against the error of the x0^ that is made of it (Figure 5)."""
+    """The bound's terms by level, and rate against distortion: the bits of x_t and the error of its x0^ (Figure 5)."""
     header, *rows = _csv(path)
     try:
         table = {name: np.array([float(row[i]) for row in rows]) for i, name in enumerate(header)}
@@ -157,7 +161,7 @@ def _bound(path: Path) -> str:
         t, term, rate, error = (table[name].tolist() for name in names)
     except (KeyError, IndexError):
         raise ValueError("not what `ddpm evaluate` writes: a column is missing or a row is short") from None
-    return _drawn(
+    return _curves(
         Panel("The bound, level by level", {"term": (t, term)}, "noise level t", "bits/dim", log_y=True),
         Panel("Rate and distortion", {"x_t": (rate, error)}, "rate, bits/dim", "RMSE, grey levels"),
     )
@@ -168,10 +172,10 @@ def _paper(run: Path) -> str:
     kinds[".csv"] = lambda path: _table(_csv(path), header=True)
     kinds[".md"] = kinds[".txt"] = lambda path: f"<pre>{escape(path.read_text('utf-8'))}</pre>\n"
     parts = []
-    for path in _files(run, "paper/*", "paper/*/*"):  # deeper down are runs of their own
+    for path in _files(run, "paper/*", "paper/*/*"):  # deeper folders are other runs
         if path.suffix in kinds:
             parts.append(f"<h3>{escape(path.relative_to(run / 'paper').as_posix())}</h3>\n")
-            parts.append(_attempt(run, path, partial(kinds[path.suffix], path)))
+            parts.append(_html_or_note(run, path, partial(kinds[path.suffix], path)))
     return "".join(["<h2>Tables and figures of the paper</h2>\n", *parts]) if parts else ""
 
 
@@ -179,13 +183,13 @@ def _paper(run: Path) -> str:
 
 
 def _files(run: Path, *patterns: str) -> list[Path]:
-    """In order, without those that are hidden or half written."""
-    found = {p for pattern in patterns for p in run.glob(pattern) if p.is_file()}
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(run).parts))
+    """The files that match, sorted, without hidden ones. Files that are half written are hidden, too."""
+    paths = {p for pattern in patterns for p in run.glob(pattern) if p.is_file()}
+    return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(run).parts))
 
 
-def _attempt(run: Path, path: Path, make: Callable[[], str]) -> str:
-    """What `make` gives; nothing where the file is missing, and a line that says so where it is damaged."""
+def _html_or_note(run: Path, path: Path, make: Callable[[], str]) -> str:
+    """The HTML that `make` returns for a file; nothing if the file is missing, and a note if it cannot be read."""
     try:
         return make() if path.exists() else ""
     except (ValueError, OSError, csv.Error, RecursionError) as fault:
@@ -202,32 +206,32 @@ def _csv(path: Path) -> list[list[str]]:
 
 
 def _metrics(run: Path) -> Lines:
-    """The whole lines of metrics.jsonl that have a step; a process that was killed leaves half of one."""
-    path, found = run / "metrics.jsonl", []
+    """The lines of metrics.jsonl that are whole and have a step. A killed process may leave half a line."""
+    path, lines = run / "metrics.jsonl", []
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
         with suppress(ValueError, RecursionError):
             values = json.loads(line)
             if isinstance(values, dict) and math.isfinite(_number(values.get("step"))):
-                found.append(values)
-    return found
+                lines.append(values)
+    return lines
 
 
 def _number(value: Any) -> float:
-    """A JSON number; nan for all else."""
+    """A JSON number as a float; nan for everything else."""
     return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
 
 
 def _series(lines: Lines, key: str) -> Curve:
     """(steps, values) of the lines that have the key."""
-    found = [(line["step"], _number(line[key])) for line in lines if key in line]
-    return [step for step, _ in found], [value for _, value in found]
+    points = [(line["step"], _number(line[key])) for line in lines if key in line]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean over 4% on either side; at the start, where curves fall steeply, over as many as are before."""
+    """The mean over 4% of the curve on each side; near the start, where curves are steep, over a smaller window."""
     y, i, n = np.array(values), np.arange(len(values)), len(values)
     reach = np.minimum(i, max(1, n // 25))
     low, high = i - reach, np.minimum(n, i + reach + 1)
@@ -238,15 +242,15 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return means
 
 
-def _drawn(*panels: Panel) -> str:
-    """A picture each, so that they stack on a phone, of what there is to see."""
+def _curves(*panels: Panel) -> str:
+    """One picture per panel, so that they stack on a phone. Curves without values, and panels without curves, go."""
     figures = []
     for panel in panels:
         lines = {}
         for label, (x, y) in panel.lines.items():
             if np.isfinite(np.array(y)).any():
                 stride = math.ceil(len(x) / POINTS)
-                lines[label] = x[::-stride][::-1], y[::-stride][::-1]  # the last is among them
+                lines[label] = x[::-stride][::-1], y[::-stride][::-1]  # with the last value
         if lines:
             svg = draw([replace(panel, lines=lines)], format="svg").decode()
             svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
@@ -256,7 +260,7 @@ def _drawn(*panels: Panel) -> str:
 
 def _picture(path: Path, caption: str = "") -> str:
     data = path.read_bytes()
-    image = images.read(data)  # wholly decoded, so known to be whole
+    image = images.read(data)  # raises if the file is damaged
     small = ' class="pixels"' if image.width <= 640 else ""
     return (
         f'<figure><img{small} width="{image.width}" height="{image.height}" alt="{escape(path.stem)}" '
@@ -267,14 +271,14 @@ def _picture(path: Path, caption: str = "") -> str:
 
 def _values(path: Path) -> str:
     """A JSON object as a table of two columns."""
-    found = json.loads(path.read_text("utf-8"))
-    if not isinstance(found, dict):
+    values = json.loads(path.read_text("utf-8"))
+    if not isinstance(values, dict):
         raise ValueError("want a JSON object")
-    return _table(_flat(found))
+    return _table(_flat(values))
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Names, of what is nested with dots between, and values as text."""
+    """(name, value as text) of each value; the name of a nested value is its path with dots."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name}.")
@@ -288,12 +292,12 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return "; ".join(" ".join(pair) for pair in _flat(value))
     if isinstance(value, str):
-        return PurePosixPath(value.replace("\\", "/")).name  # of a path only this: a report gets shared
+        return PurePosixPath(value.replace("\\", "/")).name  # only the last part of a path
     return f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _table(rows: Iterable[Sequence[str]], header: bool = False) -> str:
-    """Rows of text; folded up where they are many."""
+    """Rows of text as a table, which is folded up if it has more than 60 rows."""
     lines = [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows]
     if header:
         lines[0] = lines[0].replace("td>", "th>")

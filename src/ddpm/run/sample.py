@@ -1,4 +1,4 @@
-"""Images from a denoiser: batches of seeds through a sampler, and the strip of Figure 6."""
+"""Sample images: from a denoiser in batches of seeds, the strips of Figure 6, and the program behind `ddpm sample`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,51 +14,60 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files.models import Checkpoint, read_calibration
 from ddpm.noise import ahead, per_image
-from ddpm.run.device import replayed
+from ddpm.run.device import use_cuda_graphs
 from ddpm.run.processes import Processes
 from ddpm.samplers import SAMPLERS, Levels, Sampler, Step, named
 
-SPACED = (*spacing.SPACINGS, "bound")
-"""How levels are chosen, by name: `bound` is `spacing.optimised` for this model."""
+SPACING_NAMES = (*spacing.SPACINGS, "bound")
+"""How levels can be spaced, by name: `bound` is `spacing.optimised` for this model."""
 
 
-def visited(
-    found: Checkpoint, sampler: str = "ancestral", steps: int | None = None, spaced: str | None = None,
+def sampler_levels(
+    checkpoint: Checkpoint, sampler: str = "ancestral", steps: int | None = None, spaced: str | None = None,
     start: int | None = None,
 ) -> list[int]:  # fmt: skip
-    """The levels that a sampler of that name visits from `start` (None: T) on; steps or `spaced`, of SPACED, None are
-    its own.
+    """The noise levels that a sampler visits, in rising order; the last one is `start` (None: T).
 
-    Raises InputError for what there is not, and for `bound` where the model is not calibrated.
+    steps   the number of levels; None is the sampler's own
+    spaced  a name in SPACING_NAMES; None is the sampler's own
+
+    Raises InputError for a name that does not exist, for steps or `start` out of range, and for `bound` if the model is
+    not calibrated.
 
     >>> from ddpm.files.opening import open_checkpoint
-    >>> visited(open_checkpoint("digits"), "unipc", 4), len(visited(open_checkpoint("digits"), "ddim", 4, "bound"))
+    >>> digits = open_checkpoint("digits")
+    >>> sampler_levels(digits, "unipc", 4), len(sampler_levels(digits, "ddim", 4, "bound"))
     ([1, 477, 995, 1000], 4)
     """
-    how = named(sampler)
-    if spaced is not None and spaced not in SPACED:
-        raise InputError(f"spacing {spaced!r}: want {', '.join(SPACED)}")
+    chosen = named(sampler)
+    if spaced is not None and spaced not in SPACING_NAMES:
+        raise InputError(f"spacing {spaced!r}: want {', '.join(SPACING_NAMES)}")
+    if spaced is not None and spaced != "bound":
+        chosen = chosen._replace(spacing=spaced)
+    levels = chosen.levels(checkpoint.denoiser, steps, start)
     if spaced != "bound":
-        return (how if spaced is None else how._replace(spacing=spaced)).levels(found.denoiser, steps, start)
-    measured = read_calibration(found)
-    if measured is None:
-        raise InputError(f"spacing bound: {found.path} is not calibrated; run `ddpm calibrate` on it first")
-    levels = how.levels(found.denoiser, steps, start)
-    cost = spacing.bound_cost(found.denoiser.schedule, measured[0])[: levels[-1] + 1, : levels[-1] + 1]
-    return spacing.optimised(cost, len(levels))
+        return levels
+    calibration = read_calibration(checkpoint)
+    if calibration is None:
+        raise InputError(f"spacing bound: {checkpoint.path} is not calibrated; run `ddpm calibrate` on it first")
+    top = levels[-1] + 1
+    mse, _ = calibration
+    return spacing.optimised(spacing.bound_cost(checkpoint.denoiser.schedule, mse)[:top, :top], len(levels))
 
 
-def sampled(denoiser: Denoiser, sampler: str, levels: Sequence[int], spaced: str | None) -> dict[str, Any]:
-    """How samples are made that visit these levels, as plain JSON values; `spaced` as in `visited`."""
-    how = SAMPLERS[sampler]
-    calls = how.calls(denoiser, levels)
-    return {"sampler": sampler, "spacing": spaced or how.spacing, "steps": len(levels), "network_calls": calls}
+def describe_sampling(denoiser: Denoiser, sampler: str, levels: Sequence[int], spaced: str | None) -> dict[str, Any]:
+    """How a sampler makes samples by visiting these levels, as plain JSON values; `spaced` as in `sampler_levels`."""
+    row = SAMPLERS[sampler]
+    calls = row.calls(denoiser, levels)
+    return {"sampler": sampler, "spacing": spaced or row.spacing, "steps": len(levels), "network_calls": calls}
 
 
-def in_turn(classes: Sequence[int], places: Sequence[int]) -> Tensor | None:
-    """The labels int64 [len(places)] of images at these places of a row where the classes take turns; None of none.
+def cycled_labels(classes: Sequence[int], places: Sequence[int]) -> Tensor | None:
+    """Labels for the images at these places of a series that cycles over `classes`: int64 [len(places)].
 
-    >>> in_turn([7, 3], range(5))
+    Returns None if there are no classes.
+
+    >>> cycled_labels([7, 3], range(5))
     tensor([7, 3, 7, 3, 7])
     """
     return torch.tensor([classes[i % len(classes)] for i in places], dtype=torch.int64) if classes else None
@@ -73,15 +82,22 @@ def trajectory(
     device: torch.device | str = "cpu",
     y: Tensor | None = None,
 ) -> Iterator[Step]:
-    """The steps from noise to the images of these seeds, each a Step of [len(seeds), *shape] on `device`.
+    """The steps from noise to the images of these seeds. The tensors of a Step are [len(seeds), *shape] on `device`.
 
-    sampler is a name or what `samplers.named` gives; steps a number, None for its own, or the levels themselves; y
-    int64 [len(seeds)] class labels or None.
+    shape    of one image, [C, H, W]
+    sampler  a name, or a result of `samplers.named`
+    steps    a number of levels, the levels themselves, or None for the sampler's own number
+    y        class labels, int64 [len(seeds)], or None
+
+    >>> from ddpm import schedule
+    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(10, 1e-3, 0.8), predict="x0")
+    >>> [step.t for step in trajectory(grey, (1, 4, 4), seeds=[0], sampler="ddim", steps=[2, 5, 10])]
+    [5, 2, 0]
     """
     sampler = named(sampler) if isinstance(sampler, str) else sampler
     levels = sampler.levels(denoiser, steps)
     noise = per_image(seeds, shape, device)
-    if torch.device(device).type == "cuda" and sampler.noisy:  # the others draw x_T only
+    if torch.device(device).type == "cuda" and sampler.noisy:  # other samplers draw x_T only
         noise = ahead(seeds, shape, device, levels[::-1])
     if y is not None:
         y = y.to(device)
@@ -101,10 +117,10 @@ def generate(
     stop: Callable[[], bool] = lambda: False,
     y: Tensor | None = None,
 ) -> Tensor:
-    """The images of these seeds, uint8 [len(seeds), C, H, W] on the CPU; each depends on its own seed only.
+    """The images of these seeds, uint8 [len(seeds), C, H, W] on the CPU; each depends only on its own seed.
 
-    shape is [C, H, W]; sampler, steps and y as in `trajectory`. Where `stop` comes true it returns early, with images
-    that are not finished.
+    shape, sampler, steps and y are as in `trajectory`. If `stop` becomes true, the function returns early, and the
+    images that are not finished are all zeros.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(10, 1e-3, 0.8), predict="x0")
@@ -112,7 +128,7 @@ def generate(
     torch.Size([3, 1, 4, 4])
     """
     images = torch.zeros(len(seeds), *shape, dtype=torch.uint8)
-    denoiser = replayed(denoiser, device)
+    denoiser = use_cuda_graphs(denoiser, device)
     sampler = named(sampler) if isinstance(sampler, str) else sampler
     total = len(seeds) * len(sampler.levels(denoiser, steps))
     with tqdm(total=total, unit="step", desc="sampling", disable=None if progress else True, leave=False) as bar:
@@ -140,9 +156,10 @@ def progressive(
     progress: bool = False,
     y: Tensor | None = None,
 ) -> Tensor:
-    """Figure 6: x0^ (Eq. 15) at `columns` times evenly over the way, then the image last.
+    """Figure 6: x0^ (Eq. 15) at `columns` evenly spaced steps of the sampling, of which the last is the image.
 
-    Returns uint8 [len(seeds), columns, C, H, W].
+    Returns uint8 [len(seeds), columns, C, H, W] on the CPU, with fewer columns if there are fewer steps. The other
+    arguments are as in `generate`.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(20, 1e-3, 0.6), predict="x0")
@@ -152,13 +169,13 @@ def progressive(
     sampler = named(sampler) if isinstance(sampler, str) else sampler
     n = len(sampler.levels(denoiser, steps))
     columns = min(columns, n)
-    denoiser = replayed(denoiser, device)
-    wanted = [round((n - 1) * i / max(columns - 1, 1)) for i in range(columns)]
+    denoiser = use_cuda_graphs(denoiser, device)
+    shown = [round((n - 1) * i / max(columns - 1, 1)) for i in range(columns)]
     strip = []
-    way = trajectory(denoiser, shape, seeds, sampler, steps, device, y)
-    bar = tqdm(way, total=n, unit="step", desc="sampling", disable=None if progress else True, leave=False)
+    path = trajectory(denoiser, shape, seeds, sampler, steps, device, y)
+    bar = tqdm(path, total=n, unit="step", desc="sampling", disable=None if progress else True, leave=False)
     for i, step in enumerate(bar):
-        if i in wanted:
+        if i in shown:
             strip.append(pixels.to_pixels(step.x if step.t == 0 else step.x0).cpu())
     return torch.stack(strip, dim=1)
 
@@ -206,7 +223,7 @@ class Conditions:
         Raises InputError for guidance without a class, for a model without classes, for a class that the model does not
         have, and for guidance of a model that never saw an image without its label.
         """
-        denoiser, names, label = checkpoint.denoiser, checkpoint.preset.class_names, self.resolved(checkpoint)
+        denoiser, names = checkpoint.denoiser, checkpoint.preset.class_names
         if self.clip is not None:
             denoiser = replace(denoiser, clip=self.clip)
         if not self.classes:
@@ -220,7 +237,7 @@ class Conditions:
         for name in wanted:
             if name not in names:
                 raise InputError(f"class {name!r}: want {', '.join(names)}, or all")
-        guidance = label.guidance
+        guidance = self.resolved(checkpoint).guidance
         assert guidance is not None
         if guidance != 1 and checkpoint.preset.label_dropout == 0:
             raise InputError(f"guidance {guidance}: {checkpoint.path} never saw an image without its label; want 1")
@@ -250,8 +267,8 @@ def sample(
     """
     conditions = conditions.resolved(checkpoint)
     denoiser, labels = conditions.apply(checkpoint)
-    levels = visited(checkpoint, sampler, steps, spacing)
-    seeds, y = [seed + i for i in ranks.mine(n)], in_turn(labels, ranks.mine(n))
+    levels = sampler_levels(checkpoint, sampler, steps, spacing)
+    seeds, y = [seed + i for i in ranks.mine(n)], cycled_labels(labels, ranks.mine(n))
     make = progressive if strips else partial(generate, batch_size=batch_size)
     solver = named(sampler, eta, sigma_hat)
     shape = checkpoint.preset.shape
@@ -259,7 +276,7 @@ def sample(
     about = {
         "count": n,
         **checkpoint.about(),
-        **sampled(denoiser, sampler, levels, spacing),
+        **describe_sampling(denoiser, sampler, levels, spacing),
         **conditions.about(),
         "sigma_hat": sigma_hat,
         "eta": 1.0 if sigma_hat else eta,

@@ -29,7 +29,7 @@ from ddpm.presets import Preset, build, from_json
 from ddpm.run import ema, log
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.processes import Processes, pick_precision, processes, threads
-from ddpm.run.sample import generate, in_turn
+from ddpm.run.sample import cycled_labels, generate
 from ddpm.schedule import Schedule
 
 BUCKETS = 10
@@ -402,7 +402,7 @@ def held_out_by_level(
 def _sample(model: _Model, preset: Preset, out: Path, ranks: Processes, stop: Callable[[], bool]) -> None:
     """Write a grid of samples of the averaged weights, unless `stop` returns true."""
     mine = list(ranks.mine(preset.sample_count))
-    classes = in_turn(range(len(preset.class_names)), mine)
+    classes = cycled_labels(range(len(preset.class_names)), mine)
     samples = generate(
         model.averaged, preset.shape, mine, "ddim", preset.sample_steps, device=ranks.device, stop=stop, y=classes
     )
