@@ -331,7 +331,7 @@ def test_sources_without_images(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"")
     refused(str(tmp_path / "a.parquet"), (8, 8), 3, match=r"a\.parquet: damaged or empty parquet")
     (tmp_path / "a.txt").write_text("text")
-    refused(str(tmp_path / "a.txt"), (8, 8), 3, match=r"a\.txt: neither")
+    refused(str(tmp_path / "a.txt"), (8, 8), 3, match=r"a\.txt: not a file of images")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a.txt").write_text("text")
     whole = zipped(tmp_path / "b", tmp_path / "b.zip")

@@ -6,7 +6,7 @@ digits is ./digits.
 """
 
 from ddpm.files.data.batches import batches, order, send
-from ddpm.files.data.listing import ACCEPTED, natural, walk
+from ddpm.files.data.listing import natural, walk
 from ddpm.files.data.loading import Images, load, load_pair, split_holdout
 
-__all__ = ["ACCEPTED", "Images", "batches", "load", "load_pair", "natural", "order", "send", "split_holdout", "walk"]
+__all__ = ["Images", "batches", "load", "load_pair", "natural", "order", "send", "split_holdout", "walk"]

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
-from ddpm.files.data.listing import SKIP_HINT, Encoded, Source
+from ddpm.files.data.listing import SKIP_HINT, Encoded, EncodedImages
 
 
 @dataclass(frozen=True)
 class Decoder:
-    source: Source
+    encoded: EncodedImages
     size: tuple[int, int]
     channels: int
     first: tuple[str, int]  # the first image's name and native channels, which all must share
@@ -26,8 +26,8 @@ class Decoder:
         """Images uint8 [B, C, H, W]; position -> fault of those that are not to be had; what was converted."""
         pixels = np.zeros((len(indices), self.channels, *self.size), np.uint8)
         faults, notes = dict[int, str](), pictures.Notes()
-        for k, (i, encoded) in enumerate(zip(indices, self.source.fetch(indices), strict=True)):
-            name = self.source.name(i)
+        for k, (i, encoded) in enumerate(zip(indices, self.encoded.fetch(indices), strict=True)):
+            name = self.encoded.name(i)
             try:
                 image = decoded(encoded, name)
                 if (found := pictures.native(image)) != self.first[1]:

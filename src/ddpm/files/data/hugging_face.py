@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
-from ddpm.files.data.listing import ACCEPTED, Encoded, Listing, Splits, natural
+from ddpm.files.data.listing import ACCEPTED, Columns, Encoded, Listing, Splits, natural, walk
 
 _LABELS = ("label", "labels", "class", "fine_label")
 
@@ -74,19 +74,25 @@ def _quiet(progress: bool, offline: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
-def load_local(source: str, path: Path, files: list[str], saved: bool, progress: bool) -> Any:
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved a data set as this folder."""
+    return any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+
+
+def load_local(source: str, path: Path, progress: bool) -> Any:
+    """The data set in a parquet file or a folder, as `datasets` gives it. Raises InputError if it cannot be read."""
     import datasets
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    for file in files:  # `datasets` does not say which one is damaged
-        if (path / file).suffix.lower() == ".parquet":
+    for file in [path] if path.is_file() else [path / name for name in walk(path)]:
+        if file.suffix.lower() == ".parquet":  # `datasets` does not say which file is damaged
             try:
-                pyarrow.parquet.ParquetFile(path / file).close()
+                pyarrow.parquet.ParquetFile(file).close()
             except (OSError, ValueError) as fault:
-                raise InputError(f"{path / file}: damaged or empty parquet file ({pictures.one_line(fault)})") from None
+                raise InputError(f"{file}: damaged or empty parquet file ({pictures.one_line(fault)})") from None
     with _quiet(progress, offline=True):
         try:
-            if saved:
+            if is_saved(path):
                 return datasets.load_from_disk(str(path))
             if path.is_file():
                 return datasets.load_dataset("parquet", data_files={"train": str(path)})
@@ -120,7 +126,7 @@ def load_hub(source: str, progress: bool) -> Any:
             raise InputError(f"{source}: cannot be loaded from the hub ({pictures.one_line(fault)})") from fault
 
 
-def listings(source: str, loaded: Any, columns: tuple[str | None, str | None]) -> Splits:
+def listings(source: str, loaded: Any, columns: Columns) -> Splits:
     splits = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
     def listing(split: str) -> Listing:

@@ -67,7 +67,7 @@ class Images:
             for start in range(0, len(self), 4096):
                 digest.update(self.pixels[self.rows[start : start + 4096]].numpy().data)
         else:
-            for part in self.decoder.source.identity():
+            for part in self.decoder.encoded.identity():
                 digest.update(part)
             digest.update(self.rows.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
@@ -138,14 +138,14 @@ def _build(
     cache_bytes: int,
     progress: bool,
 ) -> Images:
-    n = len(listing.source)
+    n = len(listing.encoded)
     if n == 0:
         raise InputError(f"{source} ({split}): no images")
     start, fault, image = 0, "", None
     while image is None and start < n:  # the first image says how many channels all have
-        name = listing.source.name(start)
+        name = listing.encoded.name(start)
         try:
-            image = decoded(listing.source.fetch([start])[0], name)
+            image = decoded(listing.encoded.fetch([start])[0], name)
             pictures.fit(image, size, channels, name, {})
         except InputError as error:
             if not skip_bad:
@@ -153,7 +153,7 @@ def _build(
             image, start, fault = None, start + 1, fault or str(error)
     if image is None:
         raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {fault}")
-    decoder = Decoder(listing.source, size, channels, (listing.source.name(start), pictures.native(image)))
+    decoder = Decoder(listing.encoded, size, channels, (listing.encoded.name(start), pictures.native(image)))
 
     labels = None if listing.labels is None else torch.from_numpy(listing.labels)
     found = Images(source, split, size, channels, labels, listing.class_names, decoder, torch.arange(n), None, skip_bad)
