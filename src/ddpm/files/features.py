@@ -4,12 +4,12 @@ A feature network is Inception of 2015, whose weights are found, fetched and che
 `measure` runs one over images; `save_statistics` keeps what came of the real ones, and where it came from.
 """
 
-import hashlib
 import http.client
 import importlib.util
 import json
 import os
 import pickle
+import shutil
 import sys
 import urllib.request
 import warnings
@@ -217,22 +217,17 @@ def _cached(progress: bool) -> Path:
 
 
 def _fetch(url: str, file: Path, progress: bool) -> None:
-    """Download, check, and only then name it. Raises OSError or HTTPException where that fails."""
+    """Download the weights to `file`. Raises OSError or HTTPException if that fails or the SHA-256 is another."""
     from tqdm import tqdm
 
-    digest = hashlib.sha256()
+    # torch.hub.download_url_to_file has no timeout: a server that stalls would keep us from asking the other one
     with urllib.request.urlopen(url, timeout=20) as response, atomic.whole(file) as part:
         size = int(response.headers.get("Content-Length") or 0) or None
-        with (
-            part.open("wb") as out,
-            tqdm(total=size, desc="Inception's weights", unit="B", unit_scale=True, disable=not progress) as bar,
-        ):
-            while piece := response.read(1 << 20):
-                out.write(piece)
-                digest.update(piece)
-                bar.update(len(piece))
-        if digest.hexdigest() != SHA256:
-            raise OSError(f"what came has SHA-256 {digest.hexdigest()}, want {SHA256}")
+        bar = tqdm.wrapattr(response, "read", total=size, desc="Inception's weights", disable=not progress)
+        with bar as body, part.open("wb") as out:
+            shutil.copyfileobj(body, out)
+        if (digest := file_sha256(part)) != SHA256:
+            raise OSError(f"the download has SHA-256 {digest}, want {SHA256}")
 
 
 # -- any other network -------------------------------------------------------------------------------------------------
