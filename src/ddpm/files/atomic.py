@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_WINDOWS = os.name == "nt"
+
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
@@ -56,8 +58,10 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Iterable[A
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or a folder's names are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, are on the disk. Windows cannot do it for folders."""
+    if _WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)  # Windows syncs only what is open for writing
     try:
         os.fsync(descriptor)
     finally:

@@ -57,7 +57,7 @@ def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[s
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None where every byte is as it was written."""
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_bytes())
         seal = state.pop("seal")
         if seal != _seal(state):
             return "state.json is altered"
@@ -94,7 +94,7 @@ def best(run: Path) -> Path | None:
 
 def _held_out(folder: Path) -> float | None:
     try:
-        loss = json.loads((folder / "state.json").read_text()).get("held_out")
+        loss = json.loads((folder / "state.json").read_bytes()).get("held_out")
         return loss if isinstance(loss, float) else None
     except (OSError, ValueError, AttributeError):
         return None
@@ -117,5 +117,5 @@ def prune(run: Path, keep: int) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What `save` was given as `state`."""
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    state: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
     return state

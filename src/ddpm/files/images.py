@@ -256,8 +256,8 @@ def check_folder(out: str | Path) -> Path:
 
     Raises InputError where it or what is above it is a file, or cannot be written.
 
-    >>> check_folder("new/results")
-    PosixPath('new/results')
+    >>> check_folder("new/results").name
+    'results'
     """
     if not str(out):
         raise InputError("out '': want a folder")

@@ -94,7 +94,7 @@ def read_calibration(found: Checkpoint) -> tuple[Tensor, float] | None:
     file, T = calibration_file(found.path), found.denoiser.schedule.T
     again = "measure it again with `ddpm calibrate`"
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_bytes())
         mse, first = torch.tensor(values["mse"], dtype=torch.float64), float(values["first_variance"])
         weights = values["weights"]
     except FileNotFoundError:
@@ -111,7 +111,7 @@ def read_calibration(found: Checkpoint) -> tuple[Tensor, float] | None:
 def codec_tables(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The codec's tables beside these weights, which compressed files need to be read; None if there are none."""
     try:
-        values = json.loads(calibration_file(checkpoint.path).read_text())
+        values = json.loads(calibration_file(checkpoint.path).read_bytes())
         return values["codec"] if values["weights"] == checkpoint.identity else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

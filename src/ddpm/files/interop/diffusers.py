@@ -143,7 +143,9 @@ def to_diffusers(found: Checkpoint, folder: Path) -> None:
         save_tensors(part / "unet" / WEIGHTS[0], tensors, {"format": "pt"})
         for written in (part / "unet", part / "scheduler", part):
             atomic.sync(written)
-        part.rename(target)  # in the place of an empty folder, if there is one
+        if target.exists():
+            target.rmdir()  # it is empty; Windows does not rename onto a folder
+        part.rename(target)
         atomic.sync(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -241,7 +243,7 @@ def _places(folder: Path) -> tuple[Path, Path]:
 def _settings(file: Path, known: Mapping[str, tuple[Any, ...]], *kinds: str) -> dict[str, Any]:
     """All `known` settings by a file; InputError for one that is unknown or not as accepted."""
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: damaged ({error}); want a configuration of {' or '.join(kinds)}") from error
     kind = config.get("_class_name") if isinstance(config, dict) else None
@@ -357,6 +359,6 @@ def is_diffusers(folder: Path) -> bool:
     """Whether a folder has the configurations of a network and a scheduler of diffusers."""
     try:
         network, _ = _places(folder)
-        return "_class_name" in json.loads((network / "config.json").read_text())
+        return "_class_name" in json.loads((network / "config.json").read_bytes())
     except (InputError, OSError, ValueError, TypeError):
         return False
