@@ -196,4 +196,4 @@ def test_the_hub_wants_to_know_who_asks(
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", stranger)
     assert main(["export", str(trained), "--to", "hub", "me/tiny"]) == 2
-    assert capsys.readouterr().err.endswith("me/tiny: the hub does not know you; want `hf auth login` first\n")
+    assert capsys.readouterr().err.endswith("me/tiny: you are not logged in to the hub; run `hf auth login` first\n")

@@ -221,7 +221,7 @@ def _fetch(url: str, file: Path, progress: bool) -> None:
     from tqdm import tqdm
 
     # torch.hub.download_url_to_file has no timeout: a server that stalls would keep us from asking the other one
-    with urllib.request.urlopen(url, timeout=20) as response, atomic.whole(file) as part:
+    with urllib.request.urlopen(url, timeout=20) as response, atomic.temporary(file) as part:
         size = int(response.headers.get("Content-Length") or 0) or None
         bar = tqdm.wrapattr(response, "read", total=size, desc="Inception's weights", disable=not progress)
         with bar as body, part.open("wb") as out:
@@ -462,7 +462,7 @@ def save_statistics(path: str | Path, moments: Moments, provenance: Provenance) 
     """
     said = np.array(json.dumps(asdict(provenance)))
     count = -1 if moments.count is None else moments.count
-    with atomic.whole(path) as part, part.open("wb") as file:
+    with atomic.temporary(path) as part, part.open("wb") as file:
         np.savez(file, mu=moments.mean, sigma=moments.covariance, count=np.array(count), provenance=said)
 
 

@@ -284,7 +284,7 @@ def save_many(out: str | Path, pixels: Pixels, names: Sequence[str], columns: in
     if kind == "png":
         save(path, pixels[0] if len(pixels) == 1 else grid(pixels, columns))
     elif kind == "npz":
-        with atomic.whole(path) as part, part.open("wb") as file:
+        with atomic.temporary(path) as part, part.open("wb") as file:
             np.savez(file, pixels)
     else:
         path.mkdir(parents=True, exist_ok=True)
