@@ -16,7 +16,7 @@ from ddpm import catalog
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
 
-SKIP_HINT = "`ddpm train --skip-bad` goes on without such"
+SKIP_HINT = "the setting skip_bad of `ddpm train` skips such images"
 
 ACCEPTED = f"want {catalog.accepted_sources()}"
 SPLIT_NAMES = {
@@ -103,6 +103,6 @@ def natural(path: str) -> tuple[tuple[tuple[str | int, ...], ...], str]:
 
 def refuse_columns(source: str, columns: Columns) -> None:
     """Raise InputError if a column is named, for a source that has none."""
-    for option, column in zip(("image column", "label column"), columns, strict=True):
+    for option, column in zip(("image_column", "label_column"), columns, strict=True):
         if column is not None:
             raise InputError(f"{option} {column}: {source} holds images only and has no columns")
