@@ -125,7 +125,11 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     (ON_PICTURES, lambda here: grey(here / "pictures", 1), ["pictures", "at least 2"]),
     (f"{ON_PICTURES} --image-column img", lambda here: grey(here / "pictures"), ["--image-column img", "no columns"]),
     ("train digits --label-column digit", nothing, ["--label-column digit", "digits", "no columns"]),
-    ("train digits --data notes.txt", lambda here: write(here / "notes.txt"), ["notes.txt", "a .zip or .parquet"]),
+    (
+        "train digits --data notes.txt",
+        lambda here: write(here / "notes.txt"),
+        ["notes.txt", "a .parquet file, a .zip file"],
+    ),
     # the run's folder
     ("train digits --out notes.txt", lambda here: write(here / "notes.txt"), ["out notes.txt", "a new folder"]),
     ("train digits --out pictures", lambda here: grey(here / "pictures"), ["out pictures", "not a run"]),
