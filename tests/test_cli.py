@@ -128,7 +128,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     (
         "train digits --data notes.txt",
         lambda here: write(here / "notes.txt"),
-        ["notes.txt", "a .parquet file, a .zip file"],
+        ["notes.txt", ".parquet file, a .zip"],
     ),
     # the run's folder
     ("train digits --out notes.txt", lambda here: write(here / "notes.txt"), ["out notes.txt", "a new folder"]),
