@@ -42,8 +42,8 @@ from ddpm.noise import generator
 class Source(NamedTuple):
     """A kind of source.
 
-    recognises  whether a SOURCE is of this kind, given SOURCE and the path that it names, if it is one
-    splits      the splits of a SOURCE of this kind, given SOURCE, its path, the columns, and whether to show progress
+    recognises  (SOURCE, SOURCE as a path) -> whether it is of this kind
+    splits      (SOURCE, SOURCE as a path, columns, whether to show progress) -> its splits
     meaning     what help and errors call this kind of source
     """
 

@@ -31,8 +31,7 @@ def from_ddim(file: Path, preset: Preset) -> dict[str, Tensor]:
         raise InputError(f"{file}: patch {preset.patch}: ddim does not have it; want 1")
     if groups_of(preset.width) != 32:
         raise InputError(
-            f"{file}: width {preset.width}: ddim's norms have 32 groups, and such a network has fewer; want at least "
-            "128"
+            f"{file}: width {preset.width}: ddim's norms have 32 groups, and this network's fewer; want at least 128"
         )
     state = read_ddim(file)
     with errors_named(file):
