@@ -136,7 +136,7 @@ def measure(run: Path, data: tuple[datasets.Images, datasets.Images], args: argp
         shape, size = checkpoint.preset.shape, args.batch_size
         denoiser = checkpoint.denoiser.to(device)
         images = generate(denoiser, shape, range(args.samples), "ddim", args.calls, size, device, progress=True)
-        with atomic.whole(samples) as part, part.open("wb") as file:
+        with atomic.temporary(samples) as part, part.open("wb") as file:
             np.savez(file, images.permute(0, 2, 3, 1).numpy())
     result = {
         "parameters": sum(p.numel() for p in checkpoint.denoiser.network.parameters()),

@@ -121,7 +121,7 @@ def main() -> None:
                 True,
             )
             samples = file.with_suffix(".npz")
-            with atomic.whole(samples) as part, part.open("wb") as open_file:
+            with atomic.temporary(samples) as part, part.open("wb") as open_file:
                 np.savez(open_file, images.permute(0, 2, 3, 1).numpy())
             about = {"row": row, "calls": calls, "network_calls": sampler.calls(denoiser, levels), "levels": levels}
             atomic.write_json(file, about | quality(args.quality, samples) | {"samples": args.samples})

@@ -1,6 +1,7 @@
 """The catalog, read from source text, is what the modules themselves hold."""
 
 from ddpm import catalog
+from ddpm.files.data.sources import SOURCES
 from ddpm.run import evaluate, paper, quality, sample
 from ddpm.samplers import SAMPLERS
 from ddpm.schedule import SCHEDULES
@@ -12,6 +13,7 @@ def test_the_names_are_those_of_the_tables():
     assert tuple(catalog.spacings()) == sample.SPACING_NAMES
     assert list(catalog.metrics()) == [*evaluate.LIKELIHOODS, *quality.METRICS]
     assert list(catalog.experiments()) == list(paper.EXPERIMENTS)
+    assert list(catalog.sources()) == list(SOURCES)
 
 
 def test_the_settings_are_those_of_the_tables():
@@ -23,7 +25,8 @@ def test_the_settings_are_those_of_the_tables():
 
 
 def test_every_entry_has_a_meaning_of_one_line():
-    for table in (catalog.samplers, catalog.spacings, catalog.schedules, catalog.metrics, catalog.experiments):
+    tables = (catalog.samplers, catalog.spacings, catalog.schedules, catalog.metrics, catalog.experiments)
+    for table in (*tables, catalog.sources):
         for entry in table().values():
             assert entry.meaning
             assert "\n" not in entry.meaning

@@ -3,6 +3,7 @@
 import ast
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,8 +20,9 @@ from safetensors.torch import save_file
 
 import ddpm
 from ddpm.cli import main
-from ddpm.files import checkpoints, opening
+from ddpm.files import atomic, checkpoints, opening
 from ddpm.files.tensors import save_tensors
+from ddpm.presets import PRESETS
 
 
 @pytest.fixture
@@ -317,6 +319,34 @@ def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as opened:
         found: dict[str, str] = opened.metadata()
     return found
+
+
+def test_windows_syncs_no_folder_and_only_files_that_are_open_for_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emulated."""
+    fcntl = pytest.importorskip("fcntl")
+    real_open, synced = os.open, []
+
+    def windows_open(path: Any, *args: Any, **kwargs: Any) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real_open(path, *args, **kwargs)
+
+    def windows_fsync(descriptor: int) -> None:
+        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, "fsync", windows_fsync)
+    with pytest.raises(OSError, match="Bad file descriptor"):  # negative control
+        atomic.write(tmp_path / "a.txt", "text")
+    monkeypatch.setattr(atomic, "_WINDOWS", True)
+    with monkeypatch.context() as context:
+        context.setattr(os, "open", windows_open)
+        folder = checkpoints.save(tmp_path, PRESETS["digits"], {"step": 3}, {"ema": {"w": torch.zeros(2)}})
+    assert checkpoints.damage(folder) is None
+    assert len(synced) == 2  # ema.safetensors and state.json
 
 
 def test_weights_may_be_read_by_whom_other_files_may(trained: Path, tmp_path: Path) -> None:

@@ -123,9 +123,13 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     (ON_PICTURES, broken(b""), ["2.png", "empty file"]),
     (ON_PICTURES, mixed, ["2.png", "RGB", "0.png", "grey"]),
     (ON_PICTURES, lambda here: grey(here / "pictures", 1), ["pictures", "at least 2"]),
-    (f"{ON_PICTURES} --image-column img", lambda here: grey(here / "pictures"), ["image column img", "no columns"]),
-    ("train digits --label-column digit", nothing, ["label column digit", "digits", "no columns"]),
-    ("train digits --data notes.txt", lambda here: write(here / "notes.txt"), ["notes.txt", "a .zip or .parquet"]),
+    (f"{ON_PICTURES} --image-column img", lambda here: grey(here / "pictures"), ["--image-column img", "no columns"]),
+    ("train digits --label-column digit", nothing, ["--label-column digit", "digits", "no columns"]),
+    (
+        "train digits --data notes.txt",
+        lambda here: write(here / "notes.txt"),
+        ["notes.txt", ".parquet file, a .zip"],
+    ),
     # the run's folder
     ("train digits --out notes.txt", lambda here: write(here / "notes.txt"), ["out notes.txt", "a new folder"]),
     ("train digits --out pictures", lambda here: grey(here / "pictures"), ["out pictures", "not a run"]),

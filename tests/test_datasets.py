@@ -124,7 +124,7 @@ def test_nested_files_with_classes(tmp_path, kind, cache_bytes):
     assert found.decoded == (cache_bytes > 0)
     assert holds(found, in_order_of_files())
     refused(str(source), (8, 8), 3, split="test", match=re.escape(f"{source}: no split test, it has train"))
-    refused(str(source), (8, 8), 3, label_column="y", match="label column y: .*has no columns")
+    refused(str(source), (8, 8), 3, label_column="y", match="label_column y: .*has no columns")
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -216,10 +216,10 @@ def test_hugging_face_columns(tmp_path):
     assert load(source, (8, 8), 3, label_column="number").labels.tolist() == LABELS
     assert load(source, (8, 8), 3, label_column="text").class_names == ("bbird", "bcat", "bdog")
     every = "picture, kind, text, number, half"
-    refused(source, (8, 8), 3, image_column="img", match=f"image column img: no such column.*{every}")
-    refused(source, (8, 8), 3, image_column="text", match=f"image column text: holds no images.*{every}")
-    refused(source, (8, 8), 3, label_column="y", match=f"label column y: no such column.*{every}")
-    refused(source, (8, 8), 3, label_column="half", match="label column half: .*kind, text, number")
+    refused(source, (8, 8), 3, image_column="img", match=f"image_column img: no such column.*{every}")
+    refused(source, (8, 8), 3, image_column="text", match=f"image_column text: holds no images.*{every}")
+    refused(source, (8, 8), 3, label_column="y", match=f"label_column y: no such column.*{every}")
+    refused(source, (8, 8), 3, label_column="half", match="label_column half: .*kind, text, number")
 
     two = str(tmp_path / "two.parquet")
     rows.add_column("mask", rows.cast_column("picture", datasets.Image(decode=False))["picture"]).cast_column(
@@ -331,7 +331,7 @@ def test_sources_without_images(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"")
     refused(str(tmp_path / "a.parquet"), (8, 8), 3, match=r"a\.parquet: damaged or empty parquet")
     (tmp_path / "a.txt").write_text("text")
-    refused(str(tmp_path / "a.txt"), (8, 8), 3, match=r"a\.txt: neither")
+    refused(str(tmp_path / "a.txt"), (8, 8), 3, match=r"a\.txt: not a file of images")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a.txt").write_text("text")
     whole = zipped(tmp_path / "b", tmp_path / "b.zip")
@@ -548,7 +548,7 @@ def test_workers_report_what_they_skip_and_convert(tmp_path):
         assert torch.equal(torch.stack(found), torch.stack(list(batches(again, 0, N, 0, 3, workers=0))))
     strict = load(str(tmp_path), (8, 8), 3, cache_bytes=0)
     with pytest.raises(
-        InputError, match=r"4\.png: empty file, want an image; `ddpm train --skip-bad` goes on without such$"
+        InputError, match=r"4\.png: empty file, want an image; the setting skip_bad of `ddpm train` skips such images$"
     ):
         list(batches(strict, 0, N, 0, 3))
 

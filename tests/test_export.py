@@ -220,7 +220,7 @@ def test_what_is_accepted_is_named(here: Path, capsys: pytest.CaptureFixture[str
         assert err.startswith(
             f"ddpm: {name}: no such file or folder; want a run folder, a checkpoint folder or a .safe"
         )
-        assert err.endswith("a model of the package: digits; a folder of diffusers; or hf:OWNER/NAME\n")
+        assert err.endswith("a model of the package: digits; a diffusers folder; or hf:OWNER/NAME\n")
 
 
 def folder(path: Path) -> dict[Path, int]:

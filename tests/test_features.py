@@ -250,7 +250,7 @@ def test_a_failed_download_leaves_nothing(server, published, tmp_path, fault):
     else:
         server.content, words = {}, ["404"]
     url = features.URLS[0]
-    refused(lambda: features.inception(progress=False), "cannot be fetched", url, tmp_path / "cache/ddpm", *words)
+    refused(lambda: features.inception(progress=False), "cannot be downloaded", url, tmp_path / "cache/ddpm", *words)
     assert cached(tmp_path) == []
 
 
@@ -332,7 +332,7 @@ def test_a_wrong_specification(script, tmp_path):
         ("None", ["want"]),
         ("['a', 'b']", ["not an array of numbers"]),
         ("(x[:, 0, 0], x[:1, 0, 0])", ["probabilities: shape [1, 3]"]),
-        ("(x[:, 0, 0], None, None)", ["returned 3 things"]),
+        ("(x[:, 0, 0], None, None)", ["returned 3 values"]),
         ("x[99]", ["IndexError"]),
     ],
 )

@@ -100,14 +100,17 @@ def test_what_a_folder_of_diffusers_is_refused(trained: Path, here: Path, capsys
             "theirs: this model cannot be changed; calibrate a copy: `ddpm im",
         ),
         (["export", "theirs", "--out", "a.safetensors"], "want a file that `ddpm import` has written"),
-        (["import", "theirs", "--preset", "cifar10", "--out", "a.safetensors"], "want no --preset"),
+        (
+            ["import", "theirs", "--preset", "cifar10", "--out", "a.safetensors"],
+            "--preset: theirs is a diffusers folder, which has its own settings; want no preset",
+        ),
         (["sample", "theirs", "--checkpoint", "5"], "checkpoint '5': theirs is one model"),
         (["evaluate", "theirs"], "--data: this model names no data set; want --data SOURCE"),
         (
             ["export", str(trained), "--to", "diffusers", "new", "--license", "mit"],
             "--license mit: not with --to diffusers",
         ),
-        (["export", str(trained), "--to", "diffusers", "theirs"], "out theirs: is there already"),
+        (["export", str(trained), "--to", "diffusers", "theirs"], "out theirs: exists already"),
     ):
         assert main(words) == 2
         assert reason in capsys.readouterr().err
@@ -170,10 +173,10 @@ def test_without_a_network_it_is_one_line(here: Path) -> None:
         (["sample", "hf:a/b/c"], "hf:a/b/c: want hf:OWNER/NAME, or hf:OWNER/NAME@REVISION"),
         (
             ["import", "nothing", "--out", "a.safetensors"],
-            "nothing: no such file or folder; want a folder of diff",
+            "nothing: no such file or folder; want a diffusers folder",
         ),
         (["import", "words.txt", "--out", "a.safetensors"], "words.txt: not plain weights"),
-        (["import", "folder", "--out", "a.safetensors"], "folder: not a folder of diffusers"),
+        (["import", "folder", "--out", "a.safetensors"], "folder: not a diffusers folder"),
         (["import", "words.txt", "--out", "a.pt"], "out a.pt: want a name that ends in .safetensors"),
         (["import", "words.txt", "--out", "a.safetensors", "--preset", "cifar"], "did you mean cifar10?"),
     ],
@@ -196,4 +199,4 @@ def test_the_hub_wants_to_know_who_asks(
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", stranger)
     assert main(["export", str(trained), "--to", "hub", "me/tiny"]) == 2
-    assert capsys.readouterr().err.endswith("me/tiny: the hub does not know you; want `hf auth login` first\n")
+    assert capsys.readouterr().err.endswith("me/tiny: you are not logged in to the hub; run `hf auth login` first\n")

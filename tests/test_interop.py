@@ -23,7 +23,7 @@ from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.files import interop, models
 from ddpm.files.interop import diffusers as folders
-from ddpm.files.interop import from_ddim, from_diffusers, to_diffusers, to_ours, to_theirs
+from ddpm.files.interop import export_state, from_ddim, from_diffusers, import_state, to_diffusers
 from ddpm.files.models import Checkpoint
 from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS, Preset, build
@@ -156,7 +156,7 @@ def test_the_published_cifar10_network_comes_in(tmp_path):
     assert preset == replace(CIFAR10, data="", dropout=0.0)  # which the published configuration does not say
     net = network(preset, state)
     assert apart(net, model, *inputs(preset)) < 1e-5
-    assert_same(model.state_dict(), to_theirs(state, preset, "diffusers"))
+    assert_same(model.state_dict(), export_state(state, preset, "diffusers"))
 
 
 def test_our_cifar10_network_goes_out(tmp_path):
@@ -180,15 +180,15 @@ def test_every_weight_of_the_published_networks(name):
     ddim = Ddim(preset, device="meta")
     ddim(torch.empty(1, *preset.shape, device="meta"), torch.empty(1, device="meta"))
     for package, theirs in (("diffusers", model.state_dict()), ("ddim", ddim.state)):
-        assert shapes(to_theirs(meta_state(preset), preset, package)) == shapes(theirs)
-        assert shapes(to_ours(theirs, preset, package)) == shapes(meta_state(preset))
+        assert shapes(export_state(meta_state(preset), preset, package)) == shapes(theirs)
+        assert shapes(import_state(theirs, preset, package)) == shapes(meta_state(preset))
 
 
 def test_the_published_256_network(tmp_path):
     """The architecture of CelebA-HQ and LSUN, whole, on a small image: six levels, attention on the fifth."""
     found = random_model(CELEBAHQ)
     (folder := tmp_path / "celebahq").mkdir()
-    state = to_theirs(found.denoiser.network.state_dict(), CELEBAHQ, "diffusers")
+    state = export_state(found.denoiser.network.state_dict(), CELEBAHQ, "diffusers")
     model = their_network(PUBLISHED_256)
     model.load_state_dict(state, assign=True)
     assert apart(found.denoiser.network, model, *inputs(CELEBAHQ, (32, 32), batch=1)) < 1e-5
@@ -227,7 +227,7 @@ SWAPS = {
 def test_the_comparison_has_teeth(swap):
     """Negative control: weights of one shape exchanged, wherever they are, and the outputs part."""
     found = random_model(SMALL)
-    state = to_theirs(found.denoiser.network.state_dict(), SMALL, "diffusers")
+    state = export_state(found.denoiser.network.state_dict(), SMALL, "diffusers")
     model = their_network(PUBLISHED | SMALL_CONFIG)
     model.load_state_dict(state, assign=True)
     net = found.denoiser.network
@@ -241,7 +241,7 @@ def test_the_comparison_has_teeth(swap):
     assert any(wrong[name] is not state[name] for name in state)
     model.load_state_dict(wrong, assign=True)
     assert apart(net, model, *inputs(SMALL)) > 1e-2
-    assert apart(network(SMALL, to_ours(wrong, SMALL, "diffusers")), model, *inputs(SMALL)) < 1e-5
+    assert apart(network(SMALL, import_state(wrong, SMALL, "diffusers")), model, *inputs(SMALL)) < 1e-5
 
 
 SMALL_CONFIG = {
@@ -487,7 +487,7 @@ REFUSED = [
     ("unet", "down_block_types", ["DownBlock2D"], "each of 2 levels"),
     ("unet", "mid_block_type", None, 'want "UNetMidBlock2D"'),
     ("unet", "up_block_types", ["UpBlock2D", "AttnUpBlock2D"], "as on the way down"),
-    ("unet", "block_out_channels", [48, 96], "and that of 32"),
+    ("unet", "block_out_channels", [48, 96], "which is a multiple of 32"),
     ("unet", "block_out_channels", [32, 48], "want multiples of the first"),
     ("unet", "block_out_channels", [], "want whole numbers"),
     ("unet", "layers_per_block", 0, "want a whole number of at least 1"),
@@ -498,22 +498,22 @@ REFUSED = [
     ("unet", "dropout", 1.5, "want a finite number"),
     ("unet", "act_fn", "gelu", 'want "silu"'),
     ("unet", "attention_head_dim", 8, "want null"),
-    ("unet", "norm_num_groups", 16, "want 8, as ours has"),
-    ("unet", "attn_norm_num_groups", 16, "want 8, as ours has"),
+    ("unet", "norm_num_groups", 16, "want 8, as our network has"),
+    ("unet", "attn_norm_num_groups", 16, "want 8, as our network has"),
     ("unet", "norm_eps", 1e-5, "want 1e-06"),
     ("unet", "resnet_time_scale_shift", "scale_shift", 'want "default"'),
     ("unet", "add_attention", False, "want true"),
     ("unet", "class_embed_type", "timestep", "want null"),
     ("unet", "num_class_embeds", -1, "want a whole number of at least 0"),
-    ("unet", "window_size", 7, "a setting that we do not know"),
+    ("unet", "window_size", 7, "an unknown setting"),
     ("scheduler", "_class_name", "PNDMScheduler", "want DDPMScheduler or DDIMScheduler"),
     ("scheduler", "num_train_timesteps", 0, "want a whole number of at least 1"),
     ("scheduler", "beta_start", 0, "want a finite number"),
     ("scheduler", "beta_end", 2.0, "want a finite number"),
     ("scheduler", "beta_schedule", "sigmoid", 'want "linear"'),
-    ("scheduler", "trained_betas", [0.1] * 9 + [0.11], "one of our schedules"),
-    ("scheduler", "trained_betas", [0.1] * 9, "want 10"),
-    ("scheduler", "trained_betas", [0.1] * 9 + ["x"], "want 10"),
+    ("scheduler", "trained_betas", [0.1] * 9 + [0.11], "one of the schedules"),
+    ("scheduler", "trained_betas", [0.1] * 9, "or 10 numbers"),
+    ("scheduler", "trained_betas", [0.1] * 9 + ["x"], "or 10 numbers"),
     ("scheduler", "variance_type", "learned", 'want "fixed_small"'),
     ("scheduler", "variance_type", "fixed_large_log", 'want "fixed_small"'),
     ("scheduler", "clip_sample", "yes", "want true, false"),
@@ -522,7 +522,7 @@ REFUSED = [
     ("scheduler", "clip_sample_range", 2.0, "want 1.0"),
     ("scheduler", "rescale_betas_zero_snr", True, "want false"),
     ("scheduler", "set_alpha_to_one", False, "want true"),
-    ("scheduler", "solver_order", 2, "a setting that we do not know"),
+    ("scheduler", "solver_order", 2, "an unknown setting"),
 ]
 
 
@@ -548,7 +548,7 @@ def test_a_setting_is_refused_by_name(part, name, value, words, small_folder, tm
 def test_an_absent_setting_is_their_default(name, default, small_folder, tmp_path):
     """Which is not what our network has; diffusers' own class says what it is."""
     message = refused(changed(small_folder, tmp_path / "changed", "unet", {}, absent=[name]))
-    assert f"{name} {default}, diffusers' default as it is absent: want" in message
+    assert f"{name} {default}, diffusers' default, as the setting is absent: want" in message
     with torch.device("meta"):
         assert json.dumps(UNet2DModel(block_out_channels=(32,) * 4).config[name]) == default
 
@@ -631,7 +631,7 @@ def test_damaged_folders(small_folder, tmp_path):
         (folder / name).write_text("[]")
         assert "_class_name None" in refused(folder)
         (folder / name).unlink()
-        assert "want a folder of diffusers" in refused(folder)
+        assert "want a diffusers folder" in refused(folder)
     folder = changed(small_folder, tmp_path / "changed", "unet", {})
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     data = weights.read_bytes()
@@ -645,35 +645,35 @@ def test_damaged_folders(small_folder, tmp_path):
 @pytest.mark.parametrize("package", ["diffusers", "ddim"])
 def test_weights_are_accounted_for(package):
     """Each missing one, one more, and each of another shape is named with what was wanted."""
-    state = to_theirs(meta_state(SMALL), SMALL, package)
-    to_ours(state, SMALL, package)
+    state = export_state(meta_state(SMALL), SMALL, package)
+    import_state(state, SMALL, package)
     for name in state:
         with pytest.raises(InputError) as error:
-            to_ours({k: v for k, v in state.items() if k != name}, SMALL, package)
+            import_state({k: v for k, v in state.items() if k != name}, SMALL, package)
         assert str(error.value) == f"{name} is missing; want {list(state[name].shape)}"
     for name, value in list(state.items())[::3]:
         for wrong in (value[:-1], value[None]):
             with pytest.raises(InputError) as error:
-                to_ours(state | {name: wrong}, SMALL, package)
+                import_state(state | {name: wrong}, SMALL, package)
             assert str(error.value) == f"{name} of shape {list(wrong.shape)}: want {list(value.shape)}"
-    with pytest.raises(InputError, match=r"^logvar: not of this network; want \d+ names without it"):
-        to_ours(state | {"logvar": torch.zeros(1000)}, SMALL, package)
+    with pytest.raises(InputError, match=r"^logvar: not of this network; want only its \d+ names"):
+        import_state(state | {"logvar": torch.zeros(1000)}, SMALL, package)
     with pytest.raises(InputError, match=r"^a and 1 more: not of this network"):
-        to_ours(state | {"logvar": torch.zeros(1000), "a": torch.zeros(())}, SMALL, package)
+        import_state(state | {"logvar": torch.zeros(1000), "a": torch.zeros(())}, SMALL, package)
 
 
 @pytest.mark.parametrize("file", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
 def test_old_names(file, tmp_path):
     """Of attention's layers; half precision becomes float32; one that is there by both names is refused."""
     found = random_model(SMALL)
-    state = {k: v.half() for k, v in to_theirs(found.denoiser.network.state_dict(), SMALL, "diffusers").items()}
+    state = {k: v.half() for k, v in export_state(found.denoiser.network.state_dict(), SMALL, "diffusers").items()}
     unet, scheduler = PUBLISHED | SMALL_CONFIG, SCHEDULER | {"num_train_timesteps": 10, "beta_end": 0.5}
     preset, ours = from_diffusers(as_published(tmp_path / "old", unet, scheduler, state, file))
     assert preset == SMALL
     assert_same(ours, {k: v.half().float() for k, v in found.denoiser.network.state_dict().items()})
     both = {name.replace(".to_q.", ".query."): value for name, value in state.items()} | state
     with pytest.raises(InputError, match=r"attentions\.0\.\S+: is there twice"):
-        folders._renewed(both)
+        folders._with_current_names(both)
 
 
 class Code:
@@ -688,7 +688,7 @@ class Code:
 
 def test_code_in_a_file_is_not_run(tmp_path):
     """Neither of diffusers' .bin nor of ddim's .ckpt; the file would run by itself."""
-    ran, state = tmp_path / "ran", to_theirs(random_model(SMALL).denoiser.network.state_dict(), SMALL, "ddim")
+    ran, state = tmp_path / "ran", export_state(random_model(SMALL).denoiser.network.state_dict(), SMALL, "ddim")
     file = tmp_path / "model.ckpt"
     torch.save(state | {"x": Code(ran)}, file)
     torch.load(file, weights_only=False)
@@ -729,7 +729,7 @@ def test_a_folder_with_something_in_it_stays(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     for path in (tmp_path / "full", tmp_path / "full/notes.txt"):
-        with pytest.raises(InputError, match=f"^out {path}: is there already; want a new folder or an empty one"):
+        with pytest.raises(InputError, match=f"^out {path}: exists already; want a new or an empty folder"):
             to_diffusers(found, path)
     assert [p.name for p in tmp_path.rglob("*")] == ["full", "notes.txt"]
     (tmp_path / "empty").mkdir()
@@ -837,10 +837,10 @@ def test_the_cifar10_network_of_ddim_comes_in(tmp_path):
     file = tmp_path / "ema_diffusion_cifar10_model-790000.ckpt"
     torch.save(model.state, file)
     assert interop.recognise(file) == "ddim"
-    assert interop.shape_of(interop.read_ddim(file)) == replace(CIFAR10, data="")
+    assert interop.infer_preset(interop.read_ddim(file)) == replace(CIFAR10, data="")
     net = network(CIFAR10, from_ddim(file, CIFAR10))
     assert apart(net, model, *inputs(CIFAR10)) < 1e-5
-    assert_same(to_theirs(net.state_dict(), CIFAR10, "ddim"), model.state)
+    assert_same(export_state(net.state_dict(), CIFAR10, "ddim"), model.state)
 
 
 @pytest.mark.parametrize(
@@ -896,7 +896,7 @@ def test_training_checkpoints_of_ddim(tmp_path):
         torch.save(saved, file, _use_new_zipfile_serialization=number % 2 == 0)
         assert interop.recognise(file) == "ddim"
         assert_same(interop.read_ddim(file), expected)
-        assert_same(from_ddim(file, WIDE), to_ours(expected, WIDE, "ddim"))
+        assert_same(from_ddim(file, WIDE), import_state(expected, WIDE, "ddim"))
 
 
 @pytest.mark.parametrize(
@@ -907,7 +907,7 @@ def test_training_checkpoints_of_ddim(tmp_path):
         ({}, "not a state dict but dict"),
         ({"state_dict": {"a": torch.zeros(1)}}, "state_dict is dict; want names and tensors"),
         ({0: 1}, "0 is int"),
-        ({"a": torch.zeros(1)}, "not weights of ddim, as those with temb.dense.0.weight"),
+        ({"a": torch.zeros(1)}, "not weights of ddim, which have temb.dense.0.weight"),
     ],
 )
 def test_other_files_are_not_ddims(saved, words, tmp_path):
@@ -954,7 +954,7 @@ def test_the_preset_must_be_of_the_weights(tmp_path):
 @pytest.mark.parametrize("name", ["cifar10", "celebahq256", "lsun_bedroom_large"])
 def test_the_sizes_are_told_by_the_weights(name):
     preset = PRESETS[name]
-    assert interop.shape_of(to_theirs(meta_state(preset), preset, "ddim")) == replace(preset, data="")
+    assert interop.infer_preset(export_state(meta_state(preset), preset, "ddim")) == replace(preset, data="")
 
 
 def test_sizes_that_no_preset_has():
@@ -967,12 +967,12 @@ def test_sizes_that_no_preset_has():
         num_res_blocks=3,
         attention_resolutions=(16, 8),
     )
-    state = to_theirs(meta_state(preset), preset, "ddim")
-    assert interop.shape_of(state) == preset
+    state = export_state(meta_state(preset), preset, "ddim")
+    assert interop.infer_preset(state) == preset
     with pytest.raises(InputError, match="no attention on the way down"):
-        interop.shape_of({name: value for name, value in state.items() if ".attn." not in name})
+        interop.infer_preset({name: value for name, value in state.items() if ".attn." not in name})
     with pytest.raises(InputError, match=r"want conv_in.weight"):
-        interop.shape_of({name: value for name, value in state.items() if name != "conv_in.weight"})
+        interop.infer_preset({name: value for name, value in state.items() if name != "conv_in.weight"})
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
@@ -985,7 +985,7 @@ def test_recognise(small_folder, tmp_path):
     (tmp_path / "file.txt").write_text("x")
     own = models.MODELS / "digits.safetensors"
     for path in (tmp_path, tmp_path / "run", tmp_path / "nothing", tmp_path / "file.txt", own):
-        with pytest.raises(InputError, match=r"want a folder of diffusers or a file of ddim's weights \(.ckpt"):
+        with pytest.raises(InputError, match=r"want a diffusers folder or a file of ddim's weights \(.ckpt"):
             interop.recognise(path)
 
 

@@ -71,6 +71,21 @@ def experiments() -> dict[str, Entry]:
     return _table("run/paper.py", "EXPERIMENTS")
 
 
+def sources() -> dict[str, Entry]:
+    """Where images can come from, in the order in which `files.data` tries to recognise a SOURCE."""
+    return _table("files/data/sources.py", "SOURCES")
+
+
+def accepted_sources() -> str:
+    """The sources as one phrase, for help and errors.
+
+    >>> accepted_sources().startswith("digits, a folder of images, ")
+    True
+    """
+    *first, last = (entry.meaning for entry in sources().values())
+    return f"{', '.join(first)} or {last}"
+
+
 def describe(entries: Mapping[str, Entry]) -> str:
     """The entries as a table for help, one indented line each.
 

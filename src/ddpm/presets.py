@@ -53,7 +53,7 @@ class Preset:
     (0.0002, 0.0001)
     """
 
-    data: str = _data("", "SOURCE of images: digits; a folder, zip or parquet file; a local or hub data set")
+    data: str = _data("", f"SOURCE of images: {catalog.accepted_sources()}")
     size: tuple[int, int] = _data((32, 32), "height x width to which images are resized and cropped: 32 or 32x48")
     channels: Literal[1, 3, 4] = _data(3, "1 for grey, 3 for RGB, 4 for RGBA")
     flip: bool = _data(True, "mirror each training image with probability 1/2")

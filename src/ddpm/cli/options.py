@@ -35,7 +35,7 @@ MODEL = (
     "Face hub, or digits, the model in the package"
 )
 PICTURES = "FILE.png for a grid, FILE.npz, or a folder"
-SOURCE = "digits; a folder, zip or parquet file of images; a local or hub data set"
+SOURCE = catalog.accepted_sources()
 
 
 # -- the parser --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under another name, synced, and only then renamed."""
+"""Files that appear complete or not at all: each is written under a temporary name, synced, and then renamed."""
 
 import csv
 import io
@@ -9,14 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_WINDOWS = os.name == "nt"
+
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
-    """Another name to write to; the file gets its own once nothing was raised. Missing folders are made.
+def temporary(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name to write to, and rename that file to `path` unless an exception was raised.
+
+    Missing folders are made.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "new" / "a.txt"
-    >>> with whole(target) as part:
+    >>> with temporary(target) as part:
     ...     _ = part.write_text("all of it")
     >>> target.read_text(), len(list(target.parent.iterdir()))
     ('all of it', 1)
@@ -26,7 +30,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.touch()
-        mode = part.stat().st_mode  # as the user's files are; some libraries make theirs for the owner only
+        mode = part.stat().st_mode  # the user's default; some libraries make files that only the owner can read
         yield part
         part.chmod(mode)
         sync(part)
@@ -36,18 +40,18 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 
 def write(path: str | Path, data: str | bytes) -> None:
-    """Write a file whole or not at all; raises OSError where the disk is full."""
-    with whole(path) as part:
+    """Write a file completely or not at all. Raises OSError if that fails, as on a full disk."""
+    with temporary(path) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: str | Path, values: Any) -> None:
-    """`write` of plain values as indented JSON."""
+    """`write` plain values as indented JSON."""
     write(path, json.dumps(values, indent=1) + "\n")
 
 
 def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    """`write` of a table."""
+    """`write` a table as CSV."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(header)
@@ -56,8 +60,10 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Iterable[A
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or a folder's names are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, are on the disk. Windows cannot do it for folders."""
+    if _WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)  # Windows syncs only what is open for writing
     try:
         os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run on disk: written, checked, found and pruned."""
+"""The checkpoints of a run on disk: how they are written, checked, found and deleted."""
 
 import json
 import shutil
@@ -16,14 +16,17 @@ from ddpm.version import __version__
 
 
 def _seal(state: Mapping[str, Any]) -> str:
+    """The hash of a state, which shows later whether it was altered."""
     return sha256_of(json.dumps(state, sort_keys=True).encode())
 
 
 def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """Write RUN/checkpoints/STEP whole or not at all, and return it.
+    """Write the folder run/checkpoints/STEP completely or not at all, and return it.
 
-    `state` is plain JSON with "step"; `tensors` maps a file's stem (ema, raw, optimizer) to what goes into it.
-    Raises OSError where the disk is full; what is there already stays as it is.
+    state    plain JSON values, among them "step"
+    tensors  the stem of a file (ema, raw, optimizer) -> the tensors that it holds
+
+    Raises OSError if that fails, as on a full disk; other checkpoints stay as they are.
     """
     folder = run / "checkpoints" / f"{state['step']:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -44,7 +47,7 @@ def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[s
         sealed = {**state, "files": hashes, "version": __version__}
         atomic.write(temporary / "state.json", json.dumps({**sealed, "seal": _seal(sealed)}, indent=1))
         atomic.sync(temporary)
-        if folder.exists():  # a damaged one that was skipped
+        if folder.exists():  # it is damaged, and `newest` passed over it
             shutil.rmtree(folder)
         temporary.rename(folder)
         atomic.sync(folder.parent)
@@ -55,9 +58,9 @@ def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[s
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None where every byte is as it was written."""
+    """What is wrong with a checkpoint folder; None if every byte is as it was written."""
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_bytes())
         seal = state.pop("seal")
         if seal != _seal(state):
             return "state.json is altered"
@@ -72,13 +75,13 @@ def damage(folder: Path) -> str | None:
 
 
 def saved(run: Path) -> list[Path]:
-    """The run's checkpoint folders, newest first."""
-    found = [p for p in (run / "checkpoints").glob("*") if p.name.isdecimal() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name), reverse=True)
+    """The run's checkpoint folders, the newest first, damaged ones too."""
+    folders = [p for p in (run / "checkpoints").glob("*") if p.name.isdecimal() and p.is_dir()]
+    return sorted(folders, key=lambda p: int(p.name), reverse=True)
 
 
 def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; warns of each damaged one that it passes over."""
+    """The newest undamaged checkpoint of a run, or None. Warns of each damaged one that is newer."""
     for folder in saved(run):
         if (reason := damage(folder)) is None:
             return folder
@@ -87,23 +90,24 @@ def newest(run: Path) -> Path | None:
 
 
 def best(run: Path) -> Path | None:
-    """The whole checkpoint of lowest held-out loss, or None."""
+    """The undamaged checkpoint with the lowest held-out loss, or None."""
     scored = [(loss, p) for p in saved(run) if (loss := _held_out(p)) is not None and damage(p) is None]
     return min(scored, default=(0.0, None), key=lambda pair: pair[0])[1]
 
 
 def _held_out(folder: Path) -> float | None:
+    """The held-out loss of a checkpoint; None if it was not measured or cannot be read."""
     try:
-        loss = json.loads((folder / "state.json").read_text()).get("held_out")
+        loss = json.loads((folder / "state.json").read_bytes()).get("held_out")
         return loss if isinstance(loss, float) else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, the best by held-out loss and those that are calibrated.
+    """Delete checkpoints, except the newest `keep`, the one with the lowest held-out loss, and calibrated ones.
 
-    A calibrated one may have compressed pictures, which nothing else reads.
+    Pictures may have been compressed with a calibrated checkpoint, and only that checkpoint can decompress them.
     """
     folders = saved(run)
     scored = [p for p in folders if _held_out(p) is not None]
@@ -116,6 +120,6 @@ def prune(run: Path, keep: int) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `save` was given as `state`."""
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    """The `state` that `save` wrote, with the hashes of the files."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
     return state

@@ -1,15 +1,15 @@
-"""Feature networks from files, features and their statistics on disk.
+"""Feature networks from files, and features and their statistics on disk.
 
-A feature network is Inception of 2015, whose weights are found, fetched and checked here, or a function of the user's.
-`measure` runs one over images; `save_statistics` keeps what came of the real ones, and where it came from.
+A feature network is the Inception network of 2015, whose weights are downloaded and checked here, or a function of the
+user. `measure` runs it over images. `save_statistics` writes the statistics of real images and their provenance.
 """
 
-import hashlib
 import http.client
 import importlib.util
 import json
 import os
 import pickle
+import shutil
 import sys
 import urllib.request
 import warnings
@@ -38,7 +38,7 @@ from ddpm.version import __version__
 Floats: TypeAlias = NDArray[np.float64]
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-"""The published weights' name, as pytorch-fid has it; torch-fidelity's weights-inception-... is the same file."""
+"""The name of the published weights in pytorch-fid. torch-fidelity publishes the same file under another name."""
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
@@ -53,15 +53,18 @@ _PARTS = {
     "blocks.2": tuple(f"Mixed_{block}" for block in "5b 5c 5d 6a 6b 6c 6d 6e".split()),
     "blocks.3": ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
 }
-"""How pytorch-fid's module, not its published file, numbers the same parts; it has no classifier."""
+"""Names of parts in pytorch-fid's module -> those in its published file. The module has no classifier."""
 
 
 @dataclass(frozen=True)
 class Network:
     """A feature network: images uint8 [N, C, H, W] -> features float64 [N, D], probabilities float64 [N, K] or None.
 
-    name, weights (SHA-256 of the file that holds them, or the user's function) and resize (what it does to images)
-    go into the provenance of statistics; batch_size is how many images it likes at once.
+    name        goes into the provenance of statistics, as do the next two
+    weights     SHA-256 of the file of the weights or of the user's function
+    resize      how the network resizes images
+    batch_size  a good number of images per call
+    function    pixels -> (features, probabilities or None)
     """
 
     name: str
@@ -71,34 +74,34 @@ class Network:
     function: Callable[[Tensor], tuple[Any, Any]]
 
     def __call__(self, pixels: Tensor) -> tuple[Floats, Floats | None]:
-        """Raises TypeError for images that are not uint8, InputError for features that are not finite [N, D]."""
+        """Raises TypeError for images that are not uint8, and InputError for features that are not finite [N, D]."""
         if pixels.dtype != torch.uint8 or pixels.ndim != 4:
             raise TypeError(f"want images uint8 [N, C, H, W], got {pixels.dtype} {list(pixels.shape)}")
         features, probabilities = self.function(pixels)
-        checked = _rows(f"{self.name}: features", features, len(pixels))
+        features = _checked(f"{self.name}: features", features, len(pixels))
         if probabilities is None:
-            return checked, None
-        return checked, _rows(f"{self.name}: probabilities", probabilities, len(pixels))
+            return features, None
+        return features, _checked(f"{self.name}: probabilities", probabilities, len(pixels))
 
 
-def _rows(what: str, array: Any, n: int | None) -> Floats:
-    """float64 [n, D], or InputError."""
+def _checked(what: str, array: Any, n: int | None) -> Floats:
+    """The array as float64 [n, D], D > 0; n None: any. Raises InputError if it has another shape or is not finite."""
     try:
-        found = np.asarray(array, dtype=np.float64)
+        rows = np.asarray(array, dtype=np.float64)
     except (TypeError, ValueError) as fault:
         raise InputError(f"{what}: not an array of numbers ({one_line(fault)}), want [N, D]") from fault
-    if found.ndim != 2 or found.shape[1] == 0 or n not in (None, len(found)):
-        raise InputError(f"{what}: shape {list(found.shape)}, want [{'N' if n is None else n}, D]")
-    if not np.isfinite(found).all():
-        raise InputError(f"{what}: nan or inf in row {int(np.argmin(np.isfinite(found).all(1)))}, want finite numbers")
-    return found
+    if rows.ndim != 2 or rows.shape[1] == 0 or n not in (None, len(rows)):
+        raise InputError(f"{what}: shape {list(rows.shape)}, want [{'N' if n is None else n}, D]")
+    if not np.isfinite(rows).all():
+        raise InputError(f"{what}: nan or inf in row {int(np.argmin(np.isfinite(rows).all(1)))}, want finite numbers")
+    return rows
 
 
 # -- Inception ---------------------------------------------------------------------------------------------------------
 
 
 def cache() -> Path:
-    """Where fetched weights lie: $XDG_CACHE_HOME/ddpm, by default ~/.cache/ddpm."""
+    """The folder of downloaded weights: $XDG_CACHE_HOME/ddpm, by default ~/.cache/ddpm."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm"
 
 
@@ -109,17 +112,17 @@ def inception(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Network:
-    """Inception of 2015: 2048 features and probabilities of 1008 classes (of logits without bias), in float32.
+    """The Inception network of 2015: 2048 features, and probabilities of 1008 classes (from logits without bias).
 
-    path         the weights, in the names of the published file, which pytorch-fid and torch-fidelity share, or in
-                 those of pytorch-fid's module, which lack the classifier (no probabilities then). None: the file in
-                 `cache()`, fetched if it is not there (90 MB)
-    any_weights  take a file other than the published one; what it gives is no FID
-    progress     a bar while fetching
+    path         the weights, under the names of the published file, or under those of pytorch-fid's module, which has
+                 no classifier and so gives no probabilities. None: the file in `cache()`, downloaded if it is not there
+                 (90 MB)
+    any_weights  accept another file than the published one; the score is then not FID
+    progress     show a bar during the download
 
-    Grey images become RGB of three equal channels. TensorFloat-32 and autocast are off while it runs. Raises
-    InputError for a file that is missing, damaged or not the published one, with both hashes, and where the weights
-    cannot be fetched, with the file to get and the place to put it.
+    It computes in float32, without TensorFloat-32 and autocast. Grey images become RGB of three equal channels. Raises
+    InputError for a file that is missing, damaged or not the published one, and if the download fails; the message then
+    says which file to get and where to put it.
 
     >>> inception("weights.pth")
     Traceback (most recent call last):
@@ -131,7 +134,9 @@ def inception(
         raise InputError(f"{file}: no such file; want Inception's weights, {WEIGHTS}")
     digest = file_sha256(file)
     if digest != SHA256 and not any_weights:
-        raise InputError(f"{file}: its SHA-256 is {digest}, want {SHA256} of {WEIGHTS}; --any-weights allows it")
+        raise InputError(
+            f"{file}: its SHA-256 is {digest}, want {SHA256} of {WEIGHTS}; the setting any_weights allows it"
+        )
     network, classifies = _read(file)
     network.to(device)
 
@@ -147,7 +152,7 @@ def inception(
 
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, and float32 that is float32, whatever training has set."""
+    """Switch gradients, autocast and TensorFloat-32 off, whatever training has set."""
     before = torch.get_float32_matmul_precision()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
@@ -160,90 +165,94 @@ def _exact(device: torch.device) -> Iterator[None]:
 
 
 def _read(file: Path) -> tuple[Inception, bool]:
-    """The network with the file's weights, every one accounted for; whether the classifier is among them."""
+    """The network with the file's weights, and whether they include the classifier.
+
+    Raises InputError if a weight is missing, unknown or of another shape.
+    """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as fault:
         raise InputError(f"{file}: not a file of weights ({one_line(fault)})") from fault
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{file}: not a table of weights; want names and tensors")
-    given = {_ours(str(name)): value for name, value in state.items() if not str(name).endswith("num_batches_tracked")}
+    weights = {
+        _published_name(str(name)): value
+        for name, value in state.items()
+        if not str(name).endswith("num_batches_tracked")
+    }
     numbered = any(str(name).startswith("blocks.") for name in state)
-    with torch.device("meta"):  # no memory, no random numbers
+    with torch.device("meta"):  # without memory and random numbers
         network = Inception()
     counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
     wanted = {name: list(value.shape) for name, value in network.state_dict().items() if name not in counters}
-    if numbered and not any(name.startswith("fc.") for name in given):
-        given |= {name: torch.zeros(shape) for name, shape in wanted.items() if name.startswith("fc.")}
-        classifies = False
-    else:
-        classifies = True
-    for names, what in ((wanted.keys() - given.keys(), "lacks"), (given.keys() - wanted.keys(), "has an unknown")):
+    classifies = not numbered or any(name.startswith("fc.") for name in weights)
+    if not classifies:
+        weights |= {name: torch.zeros(shape) for name, shape in wanted.items() if name.startswith("fc.")}
+    for names, what in ((wanted.keys() - weights.keys(), "lacks"), (weights.keys() - wanted.keys(), "has an unknown")):
         if names:
             more = f" and {len(names) - 1} more" * (len(names) > 1)
             raise InputError(f"{file}: {what} {min(names)}{more}; want the {len(wanted)} tensors of {WEIGHTS}")
     for name, shape in wanted.items():
-        if list(given[name].shape) != shape or not given[name].is_floating_point():
-            found = f"{given[name].dtype} {list(given[name].shape)}".removeprefix("torch.")
-            raise InputError(f"{file}: {name} is {found}, want floats {shape}")
-    network.load_state_dict({**{name: value.float() for name, value in given.items()}, **counters}, assign=True)
+        weight = weights[name]
+        if list(weight.shape) != shape or not weight.is_floating_point():
+            kind = f"{weight.dtype} {list(weight.shape)}".removeprefix("torch.")
+            raise InputError(f"{file}: {name} is {kind}, want floats {shape}")
+    network.load_state_dict({**{name: value.float() for name, value in weights.items()}, **counters}, assign=True)
     return network.eval().requires_grad_(False), classifies
 
 
-def _ours(name: str) -> str:
-    """`blocks.2.7.branch1x1...` -> `Mixed_6e.branch1x1...`; other names stay."""
-    part = name.split(".")
-    among = _PARTS.get(".".join(part[:2]), ())
-    if len(part) > 3 and part[2].isdigit() and int(part[2]) < len(among):
-        return ".".join([among[int(part[2])], *part[3:]])
+def _published_name(name: str) -> str:
+    """The name in the published file: `blocks.2.7.branch1x1...` becomes `Mixed_6e.branch1x1...`, other names stay."""
+    words = name.split(".")
+    parts = _PARTS.get(".".join(words[:2]), ())
+    if len(words) > 3 and words[2].isdigit() and int(words[2]) < len(parts):
+        return ".".join([parts[int(words[2])], *words[3:]])
     return name
 
 
 def _cached(progress: bool) -> Path:
+    """The file of weights in `cache()`, downloaded if it is not there. Raises InputError if no address has it."""
     file = cache() / WEIGHTS
     if file.is_file():
         return file
     reasons = []
     for url in URLS:
         try:
-            _fetch(url, file, progress)
+            _download(url, file, progress)
             return file
         except (OSError, http.client.HTTPException) as fault:
             reasons.append(one_line(fault))
     why = "; ".join(dict.fromkeys(reasons))
     raise InputError(
-        f"Inception's weights cannot be fetched ({why}): get {URLS[0]} and put it into {file.parent}, or give its path"
+        f"Inception's weights cannot be downloaded ({why}): get {URLS[0]} and put it into {file.parent}, or name its "
+        "path"
     )
 
 
-def _fetch(url: str, file: Path, progress: bool) -> None:
-    """Download, check, and only then name it. Raises OSError or HTTPException where that fails."""
+def _download(url: str, file: Path, progress: bool) -> None:
+    """Download the weights to `file`. Raises OSError or HTTPException if that fails or the SHA-256 is another."""
     from tqdm import tqdm
 
-    digest = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=20) as response, atomic.whole(file) as part:
+    # torch.hub.download_url_to_file has no timeout: a server that stalls would keep us from asking the other one
+    with urllib.request.urlopen(url, timeout=20) as response, atomic.temporary(file) as part:
         size = int(response.headers.get("Content-Length") or 0) or None
-        with (
-            part.open("wb") as out,
-            tqdm(total=size, desc="Inception's weights", unit="B", unit_scale=True, disable=not progress) as bar,
-        ):
-            while piece := response.read(1 << 20):
-                out.write(piece)
-                digest.update(piece)
-                bar.update(len(piece))
-        if digest.hexdigest() != SHA256:
-            raise OSError(f"what came has SHA-256 {digest.hexdigest()}, want {SHA256}")
+        bar = tqdm.wrapattr(response, "read", total=size, desc="Inception's weights", disable=not progress)
+        with bar as body, part.open("wb") as out:
+            shutil.copyfileobj(body, out)
+        if (digest := file_sha256(part)) != SHA256:
+            raise OSError(f"the download has SHA-256 {digest}, want {SHA256}")
 
 
 # -- any other network -------------------------------------------------------------------------------------------------
 
 
 def custom(spec: str) -> Network:
-    """The user's own: FILE.py:function, which takes images uint8 [N, H, W, C], a NumPy array, and returns features.
+    """The user's network, FILE.py:function.
 
-    It returns [N, D] numbers, or a pair of these and of class probabilities [N, K]; it is called once a batch. The
-    file is run, so it must be one that the user trusts. Of what the file itself loads nothing is known: its own
-    SHA-256 stands for it in the provenance. Raises InputError, also from the call, for what is wrong with it.
+    The function takes a NumPy array of images, uint8 [N, H, W, C], and is called once per batch. It returns features
+    [N, D], or the pair of features and class probabilities [N, K]. The file is run, so the user must trust it. Its
+    SHA-256 names the network in the provenance, although the file may load weights from other files. Raises InputError
+    if the file cannot be used, and also when the function is called, if the call fails.
 
     >>> custom("features.py")
     Traceback (most recent call last):
@@ -257,21 +266,21 @@ def custom(spec: str) -> Network:
     if not path.is_file():
         raise InputError(f"{spec}: no such file {path}, want FILE.py:function")
     title = f"ddpm_features_{path.stem}"
-    found = importlib.util.spec_from_file_location(title, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[title] = module  # as dataclasses want
+    module_spec = importlib.util.spec_from_file_location(title, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[title] = module  # dataclasses look their module up
     if (folder := str(path.absolute().parent)) not in sys.path:
-        sys.path.append(folder)  # last, so that it hides nothing: for what the file imports from beside it
+        sys.path.append(folder)  # the file may import its neighbours; at the end they hide no other module
     try:
-        found.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as fault:
         raise InputError(f"{path}: cannot be imported ({type(fault).__name__}: {one_line(fault)})") from fault
     function = getattr(module, name, None)
     if not callable(function):
-        there = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == title]
-        raise InputError(f"{spec}: no function {name}, {path} has {', '.join(sorted(there)) or 'none'}")
+        functions = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == title]
+        raise InputError(f"{spec}: no function {name}, {path} has {', '.join(sorted(functions)) or 'none'}")
 
     def run(pixels: Tensor) -> tuple[Any, Any]:
         try:
@@ -280,7 +289,7 @@ def custom(spec: str) -> Network:
             raise InputError(f"{spec}: {type(fault).__name__}: {one_line(fault)}") from fault
         if isinstance(result, tuple):
             if len(result) != 2:
-                raise InputError(f"{spec}: returned {len(result)} things, want features or (features, probabilities)")
+                raise InputError(f"{spec}: returned {len(result)} values, want features or (features, probabilities)")
             return result[0], result[1]
         return result, None
 
@@ -288,21 +297,21 @@ def custom(spec: str) -> Network:
 
 
 def read_features(path: str | Path) -> tuple[Floats, Floats | None]:
-    """Features [N, D] from an .npz, and class probabilities [N, K] if it has some, else None.
+    """Features [N, D] from an .npz file, and class probabilities [N, K] if it has them, else None.
 
-    They are the arrays `features` and `probabilities`; without the first, the file's first array is the features.
-    Raises InputError for a file that is none, is damaged or holds something else.
+    They are the arrays `features` and `probabilities`. If there is no `features`, the first array is taken for the
+    features. Raises InputError for a file that is missing, damaged, or of another kind.
     """
     arrays = read_arrays(Path(path))
     name = "features" if "features" in arrays else next(iter(arrays))
-    features = _rows(f"{path}: {name}", arrays[name], None)
+    features = _checked(f"{path}: {name}", arrays[name], None)
     if name == "features" and "probabilities" in arrays:
-        return features, _rows(f"{path}: probabilities", arrays["probabilities"], len(features))
+        return features, _checked(f"{path}: probabilities", arrays["probabilities"], len(features))
     return features, None
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of an .npz, at least one; nothing pickled."""
+    """The arrays of an .npz file. Raises InputError if it has none, is damaged, or needs pickle."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -328,17 +337,17 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 class Batches(Protocol):
-    """What `ddpm.files.data.Images` is: images by index."""
+    """Images by index, such as `ddpm.files.data.Images`."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """uint8 [len(indices), C, H, W]."""
+        """The images at these indices, uint8 [len(indices), C, H, W]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What `measure` found: moments of all features, and the rows that were to be kept, else None."""
+    """The result of `measure`: the moments of all features, and features and probabilities if they were to be kept."""
 
     moments: Moments
     features: Floats | None
@@ -356,10 +365,13 @@ def measure(
 ) -> Measured:
     """Run a feature network over images uint8 [N, C, H, W], a tensor or a data set, in batches.
 
-    The moments need the memory of one covariance; kept features take 8 N D bytes (800 MB for 50,000 of Inception),
-    probabilities half of that. batch_size: the network's by default. progress: a bar.
+    keep_features       return the features, too: 8 N D bytes (800 MB for 50,000 images and Inception)
+    keep_probabilities  return the probabilities, too: half as many bytes for Inception
+    batch_size          None: that of the network
+    progress            show a bar
 
-    Raises InputError for no images, for probabilities that the network does not have, and what the network raises.
+    Without these, the memory is that of one covariance. Raises InputError for no images, for probabilities that the
+    network does not have, and as the network does.
 
     >>> rows = Network("rows", "", "", 2, lambda x: (x.flatten(1).numpy(), None))
     >>> measure(rows, torch.arange(6, dtype=torch.uint8).view(3, 2, 1, 1), progress=False).moments.mean
@@ -371,25 +383,25 @@ def measure(
     if n == 0:
         raise InputError("0 images: want at least 1")
     total: Moments | None = None
-    waiting: list[Floats] = []  # a covariance is added a thousand rows at a time, not a batch: it is the dear part
+    waiting: list[Floats] = []  # rows that are not in `total` yet; adding them is slow, so they are added by the 1024
     features: list[Floats] = []
     probabilities: list[Floats] = []
     with tqdm(total=n, desc="features", unit="image", disable=not progress) as bar:
         for start in range(0, n, step):
             rows = range(start, min(start + step, n))
             pixels = images[rows.start : rows.stop] if isinstance(images, Tensor) else images.batch(rows)
-            found, classes = network(pixels)
-            waiting.append(found)
+            batch_features, batch_probabilities = network(pixels)
+            waiting.append(batch_features)
             if rows.stop == n or sum(map(len, waiting)) >= 1024:
                 part = moments(np.concatenate(waiting))
                 total = part if total is None else total + part
                 waiting = []
             if keep_features:
-                features.append(found)
+                features.append(batch_features)
             if keep_probabilities:
-                if classes is None:
+                if batch_probabilities is None:
                     raise InputError(f"{network.name}: gives no probabilities, which the Inception score needs")
-                probabilities.append(classes)
+                probabilities.append(batch_probabilities)
             bar.update(len(rows))
     assert total is not None
     return Measured(
@@ -403,7 +415,7 @@ def measure(
 
 
 class Described(Batches, Protocol):
-    """What `provenance` reads of `ddpm.files.data.Images`."""
+    """A data set that `provenance` can describe, such as `ddpm.files.data.Images`."""
 
     @property
     def name(self) -> str: ...
@@ -419,13 +431,15 @@ class Described(Batches, Protocol):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where statistics come from.
+    """What statistics were computed from.
 
-    source, split, fingerprint, count   the data set, a hash of its images, and how many were measured
-    size                                of the images as HxWxC, before the network
-    dtype                               of their pixels: uint8, as they are saved, or float
-    network, weights, resize            as in `Network`
-    version                             of ddpm
+    source, split             the data set
+    fingerprint               hash of its images
+    count                     the number of images
+    size                      of the images, HxWxC, before the network resizes them
+    network, weights, resize  as in `Network`
+    dtype                     of the pixels: uint8, as they are saved, or float
+    version                   of ddpm
     """
 
     source: str
@@ -440,12 +454,12 @@ class Provenance:
     version: str = __version__
 
     def comparable(self) -> dict[str, str]:
-        """The fields that must be the same of two sets whose statistics are compared."""
+        """The fields in which two sets must agree for their statistics to be compared."""
         return {name: getattr(self, name) for name in ("network", "weights", "resize", "size", "dtype")}
 
 
 def provenance(images: Described, network: Network) -> Provenance:
-    """That of the statistics of a whole data set under a network."""
+    """The provenance of the statistics of a whole data set under a network."""
     height, width = images.size
     size = f"{height}x{width}x{images.channels}"
     of_network = (network.name, network.weights, network.resize)
@@ -454,31 +468,30 @@ def provenance(images: Described, network: Network) -> Provenance:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Moments from a file and where they come from; None if the file does not say."""
+    """Moments from a file, and their provenance; None if the file has none."""
 
     moments: Moments
     provenance: Provenance | None
 
 
 def save_statistics(path: str | Path, moments: Moments, provenance: Provenance) -> None:
-    """Write moments and provenance to an .npz, whole or not at all.
+    """Write moments and provenance to an .npz file, completely or not at all.
 
-    Arrays mu [D], sigma [D, D] (so that pytorch-fid reads it too), count, and provenance, a text of JSON.
+    The arrays are mu [D], sigma [D, D], count, and provenance, which is JSON text. pytorch-fid reads the file, too.
     """
-    said = np.array(json.dumps(asdict(provenance)))
+    text = np.array(json.dumps(asdict(provenance)))
     count = -1 if moments.count is None else moments.count
-    with atomic.whole(path) as part, part.open("wb") as file:
-        np.savez(file, mu=moments.mean, sigma=moments.covariance, count=np.array(count), provenance=said)
+    with atomic.temporary(path) as part, part.open("wb") as file:
+        np.savez(file, mu=moments.mean, sigma=moments.covariance, count=np.array(count), provenance=text)
 
 
 def load_statistics(path: str | Path, expected: Mapping[str, str] | None = None) -> Statistics:
-    """Read statistics that `save_statistics` wrote, or plain ones: arrays mu and sigma, or mean and cov.
+    """Read statistics of `save_statistics`, or plain ones: the arrays mu and sigma, or mean and cov.
 
-    expected: fields of `Provenance` and what they must be, as `Provenance.comparable` of the samples' has them. Plain
-    statistics do not say what they are of: they are warned of, and have neither count nor provenance.
+    expected  field of `Provenance` -> the value that it must have, as `Provenance.comparable` of the samples gives them
 
-    Raises InputError for a file that is missing, damaged or none of these, and for a field that is not as expected,
-    with both values.
+    Plain statistics have neither count nor provenance; a warning says so. Raises InputError for a file that is missing,
+    damaged, or of another kind, and for a field that has another value than expected.
     """
     arrays = read_arrays(Path(path))
     names = next((pair for pair in (("mu", "sigma"), ("mean", "cov")) if pair[0] in arrays and pair[1] in arrays), None)
@@ -494,16 +507,16 @@ def load_statistics(path: str | Path, expected: Mapping[str, str] | None = None)
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
     if "provenance" not in arrays:
         warnings.warn(
-            f"{path}: provenance unknown: nothing says of which images, size and network these are", stacklevel=2
+            f"{path}: provenance unknown: the file does not name its images, their size and the network", stacklevel=2
         )
         return Statistics(Moments(None, mean, covariance), None)
     try:
-        said = json.loads(str(arrays["provenance"][()]))
-        found = Provenance(**{f.name: said[f.name] for f in fields(Provenance)})
+        values = json.loads(str(arrays["provenance"][()]))
+        provenance = Provenance(**{f.name: values[f.name] for f in fields(Provenance)})
         count = int(arrays["count"])
     except (ValueError, KeyError, TypeError) as fault:
         raise InputError(f"{path}: damaged provenance ({one_line(fault)})") from fault
     for name, value in (expected or {}).items():
-        if (here := getattr(found, name)) != value:
-            raise InputError(f"{path}: {name} is {here}, but that of the samples is {value}; want the same")
-    return Statistics(Moments(count if count >= 0 else None, mean, covariance), found)
+        if (actual := getattr(provenance, name)) != value:
+            raise InputError(f"{path}: {name} is {actual}, but that of the samples is {value}; want the same")
+    return Statistics(Moments(count if count >= 0 else None, mean, covariance), provenance)

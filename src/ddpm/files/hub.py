@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: hf:OWNER/NAME, or hf:OWNER/NAME@REVISION."""
+"""Models on the Hugging Face hub, named hf:OWNER/NAME or hf:OWNER/NAME@REVISION."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ PREFIX = "hf:"
 
 
 def is_name(path: str | Path) -> bool:
-    """Whether `path` is a name on the hub.
+    """Whether `path` names a model on the hub.
 
     >>> is_name("hf:google/ddpm-cifar10-32"), is_name("runs/digits")
     (True, False)
@@ -20,52 +20,57 @@ def is_name(path: str | Path) -> bool:
 
 
 def fetch(name: str) -> Path:
-    """The model as a file (one of ours) or a folder (of diffusers) in the hub's cache; fetched where it is not there.
+    """The path of the model in the hub's cache, downloaded if it is new: a file of ours or a diffusers folder.
 
-    Without a network it is what the cache has. Raises InputError, one line, where there is nothing.
+    Without a network, the cached model is taken. Raises InputError if there is none.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repo, _, revision = name.removeprefix(PREFIX).partition("@")
-    with _told(name, "the hub cannot be reached, and the cache has nothing of it"):
+    with _errors_named(name, "the hub cannot be reached, and the cache does not have the model"):
         try:
             about = HfApi().model_info(repo, revision=revision or None, timeout=10)
-        except (HfHubHTTPError, HFValidationError):  # the hub has answered, or was not asked
+        except (HfHubHTTPError, HFValidationError):  # the hub answered with an error, or the name is not valid
             raise
-        except Exception:
+        except Exception:  # no network
             folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
         else:
             safe = any(file.rfilename.endswith(".safetensors") for file in about.siblings or [])
             weights = "*.safetensors" if safe else "*.bin"
             folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", weights]))
-    files = [] if (folder / "config.json").exists() or (folder / "unet").exists() else [*folder.glob("*.safetensors")]
+    is_diffusers = (folder / "config.json").exists() or (folder / "unet").exists()
+    files = [] if is_diffusers else [*folder.glob("*.safetensors")]
     return files[0] if len(files) == 1 else folder
 
 
 def create(name: str) -> None:
-    """Make the model's place, if it is not there; before the work, since it needs the hub and one's leave.
+    """Create the model's repository if it does not exist. Call this before the work: it needs a network and a login.
 
-    Raises InputError, one line, where the hub cannot be reached or does not let one.
+    Raises InputError if the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
-    with _told(name, "the hub cannot be reached"):
+    with _errors_named(name, "the hub cannot be reached"):
         HfApi().create_repo(name.removeprefix(PREFIX), exist_ok=True)
 
 
 def push(folder: Path, name: str, message: str) -> str:
-    """Put the files of `folder` into the place that `create` made; its address. Raises what `create` raises."""
+    """Upload the files of `folder` to the repository that `create` made, and return its address.
+
+    `message` is that of the commit. Raises InputError as `create` does.
+    """
     from huggingface_hub import HfApi
 
     repo = name.removeprefix(PREFIX)
-    with _told(name, "the hub cannot be reached"):
+    with _errors_named(name, "the hub cannot be reached"):
         HfApi().upload_folder(folder_path=folder, repo_id=repo, commit_message=message)
     return f"{HfApi().endpoint}/{repo}"
 
 
 @contextmanager
-def _told(name: str, unreachable: str) -> Iterator[None]:
+def _errors_named(name: str, unreachable: str) -> Iterator[None]:
+    """Turn errors of the hub into an InputError of one line that begins with `name`."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -79,9 +84,9 @@ def _told(name: str, unreachable: str) -> Iterator[None]:
     except HFValidationError:
         raise InputError(f"{name}: want hf:OWNER/NAME, or hf:OWNER/NAME@REVISION") from None
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise InputError(f"{name}: no such model on the hub, or not for you: `hf auth login`") from None
+        raise InputError(f"{name}: no such model on the hub, or a private one, which needs `hf auth login`") from None
     except LocalTokenNotFoundError:
-        raise InputError(f"{name}: the hub does not know you; want `hf auth login` first") from None
+        raise InputError(f"{name}: you are not logged in to the hub; run `hf auth login` first") from None
     except HfHubHTTPError as fault:
         raise InputError(f"{name}: the hub refuses ({one_line(fault)})") from fault
     except Exception as fault:

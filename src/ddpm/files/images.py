@@ -1,4 +1,4 @@
-"""Pictures in and out: decode any file to 8-bit grey, RGB or RGBA of one size; write PNG, contact sheets and npz.
+"""Pictures in and out: files to 8-bit grey, RGB or RGBA of one size, and images to PNG, contact sheets and npz.
 
 An image here is uint8 [H, W, C], C = 1 (grey), 3 (RGB) or 4 (RGBA, alpha not premultiplied).
 """
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 Pixels: TypeAlias = NDArray[np.uint8]
 
 Notes: TypeAlias = dict[str, tuple[str, int]]
-"""What was done to images beyond decoding -> (the first file it was done to, how many)."""
+"""What was done to images beyond decoding -> (the first file, the number of files)."""
 
 SUFFIXES = frozenset(".png .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split())
-"""File names with these endings (lower case) are taken for images."""
+"""Endings, in lower case, of the names of image files."""
 
 DEEP = "more than 8 bits a channel, rounded to 8"
-"""The note of an image whose 8-bit version is not the image itself; bits per dimension are not measured of it."""
+"""The note of an image that was rounded to 8 bits. Bits per dimension are not measured for such an image."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Channels -> Pillow's mode."""
+"""Number of channels -> Pillow's mode."""
 
-# Formats with a signature only: others take garbage for an image, and EPS starts a program.
+# Only formats with a signature: Pillow takes garbage for an image of other formats, and EPS starts a program.
 Image.init()
 _FORMATS = [f for f in "PNG JPEG WEBP BMP GIF TIFF PPM JPEG2000 AVIF".split() if f in Image.OPEN]
 _FAULTS: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError)
@@ -44,9 +44,11 @@ _FAULTS += (OverflowError, struct.error, Image.DecompressionBombError)
 
 
 def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Image.Image:
-    """Open and wholly decode one image (of an animation the first picture), turned as its EXIF orientation says.
+    """Decode one image, or the first picture of an animation, and turn it as its EXIF orientation says.
 
-    source: a path, the bytes of a file or a binary file; name: what errors call it, for a path the path by default.
+    source  a path, the bytes of a file, or a binary file
+    name    its name in errors; None: the path
+
     Raises InputError, one line with the name, if the file is missing, empty, cut short, too big or not an image.
 
     >>> import numpy as np
@@ -67,7 +69,8 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
         raise InputError(f"{name}: empty file, want an image")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))  # colour, which Pillow cuts to 8 bits
+        # Pillow cuts 16-bit colour to 8 bits when it loads the image
+        deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
         image.load()
         image.info["deep"] = deep
         ImageOps.exif_transpose(image, in_place=True)
@@ -79,7 +82,7 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
 
 
 def native(image: Image.Image) -> int:
-    """The channels an image has by nature: grey (1, L, I;16) 1, colour (RGB, P, CMYK, ...) 3, with transparency 4.
+    """The number of channels that an image has: 1 for grey (1, L, I;16), 3 for colour (RGB, P, CMYK), 4 with alpha.
 
     >>> native(Image.new("CMYK", (1, 1))), native(Image.new("LA", (1, 1))), native(Image.new("1", (1, 1)))
     (3, 4, 1)
@@ -92,23 +95,23 @@ def native(image: Image.Image) -> int:
 
 
 def convert(image: Image.Image, channels: int, name: str = "the image", notes: Notes | None = None) -> Image.Image:
-    """The image in mode L (channels 1), RGB (3) or RGBA (4); the very same one if that is its mode.
+    """The image in mode L (channels 1), RGB (3) or RGBA (4). An image that has this mode is returned itself.
 
-    16-bit grey is scaled to 8 bits (65535 -> 255), not clipped. Losing transparency means lying on white; an opaque
-    image keeps its colours exactly. A conversion is warned of, or entered into `notes` if given.
-    Raises InputError for floats and for integers beyond 16 bits.
+    16-bit grey is scaled to 8 bits (65535 becomes 255), not clipped. A transparent image that loses its alpha channel
+    is laid on white. A conversion is added to `notes`, or warned of without `notes`. Raises InputError for floating
+    point and for integers of more than 16 bits.
 
     >>> convert(Image.new("RGBA", (1, 1), (0, 0, 0, 0)), 3, notes={}).getpixel((0, 0))
     (255, 255, 255)
     """
-    wanted = MODES[channels]
+    target = MODES[channels]
     deep = image.info.get("deep") or image.mode.startswith("I")
     if deep:
         note(notes, DEEP, name)
-    if image.mode == wanted:
+    if image.mode == target:
         return image
     if not deep:
-        note(notes, f"mode {image.mode} is converted to {wanted}", name)
+        note(notes, f"mode {image.mode} is converted to {target}", name)
     if image.mode == "F":
         raise InputError(f"{name}: mode F (floating point), want 8 bits per channel")
     if image.mode.startswith("I"):
@@ -118,23 +121,23 @@ def convert(image: Image.Image, channels: int, name: str = "the image", notes: N
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     elif image.mode not in MODES.values():
         mode = MODES[native(image)]
-        # Pillow knows some ways only by way of another mode.
+        # Pillow converts some modes only in two steps.
         via = {"La": "LA", "RGBa": "RGBA", "LAB": None, "HSV": "RGB"}.get(image.mode, mode)
         if via is None:
             raise InputError(f"{name}: mode {image.mode}, want grey, RGB or RGBA of 8 bits per channel")
         image = image.convert(via).convert(mode)
-    if image.mode == "RGBA" and wanted != "RGBA" and image.getchannel("A").getextrema() != (255, 255):
+    if image.mode == "RGBA" and target != "RGBA" and image.getchannel("A").getextrema() != (255, 255):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == wanted else image.convert(wanted)
+    return image if image.mode == target else image.convert(target)
 
 
 def fit(
     image: Image.Image, size: tuple[int, int], channels: int, name: str = "the image", notes: Notes | None = None
 ) -> Pixels:
-    """Convert, scale until the image just covers size = (H, W), crop at the centre: uint8 [H, W, C].
+    """Convert the image, scale it until it just covers size = (H, W), and crop it at the centre: uint8 [H, W, C].
 
-    Scaling is Pillow's antialiased bicubic; an image of the right size and mode passes bit for bit.
-    Enlarging and converting are warned of, or entered into `notes` if given. Raises what `convert` raises.
+    Scaling is Pillow's antialiased bicubic. An image of this size and mode keeps its pixels exactly. Enlarging and
+    converting are added to `notes`, or warned of without `notes`. Raises what `convert` raises.
 
     >>> fit(Image.new("L", (8, 4), 7), (2, 2), 1)[..., 0]
     array([[7, 7],
@@ -150,7 +153,7 @@ def fit(
 
 
 def note(notes: Notes | None, what: str, name: str, count: int = 1) -> None:
-    """Count `what` in `notes`, where the first name stays; without notes, warn."""
+    """Count `what` in `notes`, with the first name that it was done to; without notes, warn."""
     if notes is None:
         warnings.warn(f"{name}: {what}", stacklevel=3)
     else:
@@ -159,12 +162,12 @@ def note(notes: Notes | None, what: str, name: str, count: int = 1) -> None:
 
 
 def one_line(fault: BaseException) -> str:
-    """What an exception says, in one line of at most 200 characters."""
+    """The message of an exception in one line of at most 200 characters."""
     return " ".join(str(fault).split())[:200] or type(fault).__name__
 
 
 def channels_last(samples: "Tensor") -> Pixels:
-    """Samples uint8 [N, C, H, W], a torch tensor on the CPU, as the pictures [N, H, W, C] that this module writes.
+    """Samples uint8 [N, C, H, W], a tensor on the CPU, as the array [N, H, W, C] that this module writes.
 
     >>> import torch
     >>> channels_last(torch.zeros(2, 3, 8, 4, dtype=torch.uint8)).shape
@@ -175,10 +178,13 @@ def channels_last(samples: "Tensor") -> Pixels:
 
 
 def grid(pixels: Pixels, columns: int | None = None, padding: int = 2, minimum_tile: int = 32) -> Pixels:
-    """A contact sheet of images uint8 [N, H, W, C], row by row: uint8 [H', W', C], white between the tiles.
+    """A contact sheet of images uint8 [N, H, W, C], row by row: uint8 [H', W', C].
 
-    columns: ceil(sqrt(N)) by default. Tiles whose shorter side is under minimum_tile are enlarged by a whole factor,
-    so pixels stay squares. padding: pixels around each tile. Raises ValueError if N is 0.
+    columns       of the sheet; None: ceil(sqrt(N))
+    padding       white pixels around each tile
+    minimum_tile  tiles with a shorter side are enlarged by a whole factor, so that pixels stay squares
+
+    Raises ValueError if N is 0.
 
     >>> import numpy as np
     >>> grid(np.zeros((5, 8, 8, 3), np.uint8)).shape
@@ -200,7 +206,7 @@ def grid(pixels: Pixels, columns: int | None = None, padding: int = 2, minimum_t
 
 
 def to_png(pixels: Pixels) -> bytes:
-    """The PNG file of one image uint8 [H, W, C]; lossless.
+    """The bytes of a PNG file of one image uint8 [H, W, C].
 
     >>> import numpy as np
     >>> to_png(np.zeros((1, 1, 1), np.uint8))[1:4]
@@ -214,7 +220,7 @@ def to_png(pixels: Pixels) -> bytes:
 
 
 def save(path: str | Path, pixels: Pixels) -> None:
-    """Write one image uint8 [H, W, C] as PNG: wholly or not at all; missing folders are made.
+    """Write one image uint8 [H, W, C] as PNG, completely or not at all. Missing folders are made.
 
     >>> import numpy as np, tempfile
     >>> save(tempfile.mkdtemp() + "/black.png", np.zeros((4, 4, 3), np.uint8))
@@ -223,10 +229,10 @@ def save(path: str | Path, pixels: Pixels) -> None:
 
 
 def check_out(out: str | Path) -> Literal["png", "npz", "folder"]:
-    """What `save_many` will make of `out`; to be called before the work whose result goes there.
+    """What `save_many` will write to `out`. Call this before the work, so that a mistake is found early.
 
-    An existing folder, a name ending in "/" or one without suffix is a folder, which must be new or empty.
-    Raises InputError for another suffix, a folder with something in it, and a place that cannot be written.
+    An existing folder, a name that ends in "/" and a name without a suffix stand for a folder, which must be new or
+    empty. Raises InputError for another suffix, a folder that is not empty, and a place that cannot be written.
 
     >>> check_out("new/samples.png"), check_out("samples.npz"), check_out("samples")
     ('png', 'npz', 'folder')
@@ -245,34 +251,47 @@ def check_out(out: str | Path) -> Literal["png", "npz", "folder"]:
         raise InputError(f"{out}: the folder is not empty, want a new or an empty one")
     if folder and path.exists() and not path.is_dir():
         raise InputError(f"{out}: a file of that name exists, want a folder or a name that ends in .png or .npz")
-    above = next(p for p in [path if path.is_dir() else path.absolute().parent, *path.absolute().parents] if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{out}: cannot write in {above}")
+    place = _first_existing(path if path.is_dir() else path.absolute().parent)
+    if not _is_writable(place):
+        raise InputError(f"{out}: cannot write in {place}")
     return "folder" if folder else "npz" if path.suffix.lower() == ".npz" else "png"
 
 
 def check_folder(out: str | Path) -> Path:
-    """A folder that files may be added to, there or to be made; to be called before the work whose results go there.
+    """The path of a folder for results, new or not. Call this before the work, so that a mistake is found early.
 
-    Raises InputError where it or what is above it is a file, or cannot be written.
+    Raises InputError if the folder, or for a new one the place where it would be made, is a file or cannot be written.
 
-    >>> check_folder("new/results")
-    PosixPath('new/results')
+    >>> check_folder("new/results").name
+    'results'
     """
     if not str(out):
         raise InputError("out '': want a folder")
     path = Path(out)
-    there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{out}: cannot write in {there}; want a folder")
+    place = _first_existing(path)
+    if not _is_writable(place):
+        raise InputError(f"{out}: cannot write in {place}; want a folder")
     return path
 
 
-def save_many(out: str | Path, pixels: Pixels, names: Sequence[str], columns: int | None = None) -> None:
-    """Write images uint8 [N, H, W, C] to `out`; files appear whole or not at all.
+def _first_existing(path: Path) -> Path:
+    """The path itself if it exists, or else the nearest parent that does."""
+    return next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
 
-    out: NAME.png, one contact sheet of so many columns (a plain picture if N = 1); NAME.npz, the array `arr_0`; or a
-    folder, which gets names[i] + ".png" each. Raises what `check_out` raises.
+
+def _is_writable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def save_many(out: str | Path, pixels: Pixels, names: Sequence[str], columns: int | None = None) -> None:
+    """Write images uint8 [N, H, W, C] to `out`. Each file is written completely or not at all.
+
+    out      NAME.png for a contact sheet (for one image, the image itself), NAME.npz for the array `arr_0`, or a folder
+             for one PNG file per image
+    names    names of the files in a folder, without the suffix
+    columns  of the contact sheet
+
+    Raises what `check_out` raises.
 
     >>> import numpy as np, tempfile
     >>> out = tempfile.mkdtemp() + "/out.npz"
@@ -284,7 +303,7 @@ def save_many(out: str | Path, pixels: Pixels, names: Sequence[str], columns: in
     if kind == "png":
         save(path, pixels[0] if len(pixels) == 1 else grid(pixels, columns))
     elif kind == "npz":
-        with atomic.whole(path) as part, part.open("wb") as file:
+        with atomic.temporary(path) as part, part.open("wb") as file:
             np.savez(file, pixels)
     else:
         path.mkdir(parents=True, exist_ok=True)

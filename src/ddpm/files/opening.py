@@ -20,7 +20,7 @@ from ddpm.presets import Preset, build, from_json, to_json
 
 
 def packaged(path: Path) -> Path:
-    """The package's model where `path` is the name of one and there is nothing else of that name; else `path` itself.
+    """The file of the model in the package that `path` names. If no model or a file has that name, `path` itself.
 
     >>> packaged(Path("digits")).name, packaged(Path("runs/digits")).name
     ('digits.safetensors', 'digits')
@@ -29,16 +29,18 @@ def packaged(path: Path) -> Path:
     return file if path == Path(path.name) and file.is_file() and not path.exists() else path
 
 
-def _wanted() -> str:
+def _accepted() -> str:
     names = ", ".join(sorted(p.stem for p in MODELS.glob("*.safetensors")))
-    own = "want a run folder, a checkpoint folder or a .safetensors file"
-    return f"{own}; a model of the package: {names}; a folder of diffusers; or hf:OWNER/NAME"
+    ours = "want a run folder, a checkpoint folder or a .safetensors file"
+    return f"{ours}; a model of the package: {names}; a diffusers folder; or hf:OWNER/NAME"
 
 
 def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
-    """The weights file that `path` means: a run folder (`which`: last, best or a step), a checkpoint folder, a file.
+    """The weights file of a run folder, a checkpoint folder, a file, or a model of the package.
 
-    Or the name of a model of the package, where nothing else has it. InputError names what there is.
+    which  the checkpoint of a run: last, best (the lowest held-out loss) or a step
+
+    Raises InputError if there is none or it is damaged.
     """
     path = packaged(path)
     single = path.is_file() or (path / "state.json").is_file()
@@ -47,24 +49,25 @@ def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
     if path.is_file():
         return path
     if single:
-        return _whole(path) / f"{weights}.safetensors"
+        return _undamaged(path) / f"{weights}.safetensors"
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: {'not a run' if path.exists() else 'no such file or folder'}; {_wanted()}")
+        raise InputError(f"{path}: {'not a run' if path.exists() else 'no such file or folder'}; {_accepted()}")
     if which.isdecimal():
         folder = path / "checkpoints" / f"{int(which):08d}"
         if not folder.is_dir():
-            there = ", ".join(str(int(p.name)) for p in reversed(saved(path))) or "none"
-            raise InputError(f"checkpoint {which}: {path} has {there}")
-        return _whole(folder) / f"{weights}.safetensors"
+            steps = ", ".join(str(int(p.name)) for p in reversed(saved(path))) or "none"
+            raise InputError(f"checkpoint {which}: {path} has {steps}")
+        return _undamaged(folder) / f"{weights}.safetensors"
     if which not in ("last", "best"):
         raise InputError(f"checkpoint {which!r}: want last, best or a step")
-    folder_or_none = newest(path) if which == "last" else best(path)
-    if folder_or_none is None:
+    chosen = newest(path) if which == "last" else best(path)
+    if chosen is None:
         raise InputError(f"{path}: the run has no whole checkpoint yet; train it first")
-    return folder_or_none / f"{weights}.safetensors"
+    return chosen / f"{weights}.safetensors"
 
 
-def _whole(folder: Path) -> Path:
+def _undamaged(folder: Path) -> Path:
+    """The folder itself, if it is a checkpoint without damage. Raises InputError if not."""
     if reason := damage(folder):
         raise InputError(f"checkpoint {folder}: {reason}; want another one of the run")
     return folder
@@ -73,13 +76,15 @@ def _whole(folder: Path) -> Path:
 def open_checkpoint(
     path: str | Path, weights: Weights = "ema", which: str = "last", precision: str | None = None
 ) -> Checkpoint:
-    """Read a model from a run folder, a checkpoint folder or one weights file, or by its name, to the CPU.
+    """Read a model to the CPU.
 
-    weights    ema, the moving average, or raw; of a single file it is what the file holds
-    which      of a run: last, best (by held-out loss) or a step
-    precision  the network's: float32, bf16, or None for the run's own
+    path       a run folder, a checkpoint folder, a weights file, a model of the package, a diffusers folder, or
+               hf:OWNER/NAME
+    weights    ema, the moving average, or raw; a single file holds only one of them, which is taken
+    which      the checkpoint of a run: last, best (the lowest held-out loss) or a step
+    precision  the network's: float32, bf16, or None for that of the run
 
-    path may also be hf:OWNER/NAME or a folder of diffusers. InputError where there is nothing to read or it is damaged.
+    Raises InputError if there is no model or it is damaged.
     """
     name = ""
     if hub.is_name(path):
@@ -91,14 +96,14 @@ def open_checkpoint(
         if which != "last":
             raise InputError(f"checkpoint {which!r}: {path} is one model; want a run to choose from")
         file, name = interop.weights_of(folder), name or folder.absolute().name
-        denoiser, stored = _filled(preset, state, folder), partial(_of_diffusers, folder)
-        return Checkpoint(denoiser, preset, 0, "ema", file, name, foreign=True, stored=stored)
+        denoiser, again = _denoiser(preset, state, folder), partial(_read_diffusers, folder)
+        return Checkpoint(denoiser, preset, 0, "ema", file, name, foreign=True, read_stored=again)
     file = find(Path(path), which, weights)
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a whole safetensors file ({error}); {_wanted()}") from error
+        raise InputError(f"{file}: not a whole safetensors file ({error}); {_accepted()}") from error
     if "config" not in metadata or metadata.get("weights") not in ("ema", "raw"):
         raise InputError(f"{file}: not a checkpoint of ddpm; want ema.safetensors or raw.safetensors of a run")
     try:
@@ -107,17 +112,17 @@ def open_checkpoint(
         raise InputError(f"{file}: its configuration is damaged ({error})") from error
     if precision is not None:
         preset = from_json({**to_json(preset), "precision": precision})
-    denoiser = _filled(preset, read_tensors(file), file)
-    return Checkpoint(denoiser, preset, step, metadata["weights"], file, name, stored=partial(read_tensors, file))
+    denoiser = _denoiser(preset, read_tensors(file), file)
+    return Checkpoint(denoiser, preset, step, metadata["weights"], file, name, read_stored=partial(read_tensors, file))
 
 
-def _of_diffusers(folder: Path) -> Mapping[str, Tensor]:
+def _read_diffusers(folder: Path) -> Mapping[str, Tensor]:
     return interop.from_diffusers(folder)[1]
 
 
-def _filled(preset: Preset, state: Mapping[str, Tensor], path: Path) -> Denoiser:
-    """The preset's denoiser with these weights, in float32 (`ddpm export` may have rounded them), for evaluation."""
-    with torch.device("meta"):  # no weights are drawn only to be replaced
+def _denoiser(preset: Preset, state: Mapping[str, Tensor], path: Path) -> Denoiser:
+    """The preset's denoiser with these weights, in float32 and in evaluation mode; `path` is for errors."""
+    with torch.device("meta"):  # do not draw weights that are replaced at once
         denoiser = build(preset)
     assert isinstance(denoiser.network, nn.Module)
     try:
@@ -131,13 +136,16 @@ def _filled(preset: Preset, state: Mapping[str, Tensor], path: Path) -> Denoiser
 def load(
     path: str | Path, weights: Weights = "ema", device: torch.device | str = "cpu", variance: str | None = None
 ) -> Denoiser:
-    """The denoiser of a run folder, a checkpoint folder or one weights file (.safetensors), ready to sample.
+    """Load a denoiser that is ready to sample.
 
-    Or of a model that comes with the package, by its name, as digits; a file or folder of that name goes first. Or of
-    a folder of diffusers (UNet2DModel), or of hf:OWNER/NAME, a model of either kind on the Hugging Face hub.
-    weights is ema or raw; variance is fixed_large, fixed_small, calibrated (see `with_variance`), or None for the
-    run's own. The network computes in the precision that it was trained in. Raises InputError where there is nothing
-    to read or what there is is damaged.
+    path      a run folder, a checkpoint folder, a .safetensors file, the name of a model in the package such as digits
+              (unless a file or folder has that name), a diffusers folder (UNet2DModel), or hf:OWNER/NAME, a model on
+              the Hugging Face hub
+    weights   ema or raw
+    variance  fixed_large, fixed_small, calibrated (see `with_variance`), or None for that of the run
+
+    The network computes in the precision in which it was trained. Raises InputError if there is no model or it is
+    damaged.
 
     >>> import ddpm
     >>> ddpm.load("digits").predict
@@ -147,5 +155,5 @@ def load(
     ...
     ddpm.errors.InputError: runs/nothing: no such file or folder; want a run folder, a checkpoint folder or a ...
     """
-    found = open_checkpoint(path, weights)
-    return (found if variance is None else with_variance(found, variance)).denoiser.to(device)
+    checkpoint = open_checkpoint(path, weights)
+    return (checkpoint if variance is None else with_variance(checkpoint, variance)).denoiser.to(device)

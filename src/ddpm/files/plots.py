@@ -1,4 +1,4 @@
-"""Curves as PNG or SVG: the only place that knows matplotlib, which loads when something is drawn."""
+"""Curves as PNG or SVG. Only this module uses matplotlib, and imports it when something is drawn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which the colour-blind can tell apart, those that show best on white first."""
+"""Okabe and Ito's colours, which the colour-blind can tell apart; those that show best on white come first."""
 
 _INK, _GREY, _GRID = "#333333", "#888888", "#DDDDDD"
 _STYLE: dict[str, Any] = {
@@ -38,12 +38,12 @@ _STYLE: dict[str, Any] = {
 class Panel:
     """One set of axes.
 
-    title   what is seen
-    lines   label -> (x, y) of equal length; nan, infinity, None and what a log axis cannot show are gaps. A label
-            that starts with "paper" is drawn dashed and grey. More lines than COLOURS are taken to be in order.
-    x, y    labels of the axes, with units
-    style   line (with a dot at each value where they are few) or points
-    faint   labels of lines that are only the ground for others
+    title   what the panel shows
+    lines   label -> (x, y) of equal length. nan, infinity, None and values that a log axis cannot show are gaps. A line
+            whose label starts with "paper" is dashed and grey. More lines than COLOURS get colours in their order
+    x, y    labels of the axes, with units; log_x and log_y make an axis logarithmic
+    style   line, with a dot at each value if there are few, or points
+    faint   labels of lines in the background
     """
 
     title: str
@@ -68,10 +68,12 @@ def check() -> None:
 
 
 def draw(panels: Sequence[Panel], columns: int | None = None, format: Literal["png", "svg"] = "png") -> bytes:
-    """The panels as one picture, row by row; the same panels give the same bytes.
+    """The panels as one picture, row by row: the bytes of a file. The same panels give the same bytes.
 
-    columns: up to three panels beside each other by default, or a square of more. Raises ValueError for no panel,
-    for a line whose x and y differ in length, and for another format.
+    columns  panels in a row; None: all of up to three panels, or a square of more
+
+    Raises ValueError for no panel, for a line whose x and y differ in length, and for another format. Raises InputError
+    if matplotlib is not installed.
 
     >>> loss = Panel("loss", {"training": ([50, 100, 150], [0.7, None, 0.1])}, "step", "L_simple", log_y=True)
     >>> draw([loss])[1:4]
@@ -88,7 +90,7 @@ def draw(panels: Sequence[Panel], columns: int | None = None, format: Literal["p
     n = len(panels)
     columns = min(n, columns or (3 if n <= 3 else math.ceil(math.sqrt(n))))
     rows = math.ceil(n / columns)
-    # Neither the user's own style nor the date gets in.
+    # The default style and no date, so that the bytes depend on the panels only.
     with style.context(["default", _STYLE]), io.BytesIO() as file:
         figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")  # inches
         for i, panel in enumerate(panels):
@@ -116,7 +118,9 @@ def _draw(axes: Axes, panel: Panel) -> None:
     ours = [label for label in lines if not label.startswith("paper")]
     colours: Sequence[Any] = COLOURS
     if len(ours) > len(colours):
-        colours = colormaps["viridis"](np.linspace(0, 0.9, len(ours))).tolist()  # to before yellow, lost on white
+        colours = colormaps["viridis"](
+            np.linspace(0, 0.9, len(ours))
+        ).tolist()  # without yellow, which is hard to see on white
     for label, (x, y) in lines.items():
         if len(x) != len(y):
             raise ValueError(f"{panel.title}, {label}: {len(x)} x and {len(y)} y, want as many")
@@ -131,25 +135,29 @@ def _draw(axes: Axes, panel: Panel) -> None:
             marker="o" if points or len(x) <= 25 else "none",
             markersize=3,
         )  # fmt: skip
-    if len(lines) > 5:  # beside the axes, where it hides nothing
+    if len(lines) > 5:  # a long legend would hide lines, so it goes beside the axes
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
     elif len(lines) > 1:
         axes.legend()
 
 
 def _values(values: Sequence[float | None], log: bool) -> NDArray[np.float64]:
-    found = np.array([math.nan if v is None else v for v in values], np.float64)
-    found[~np.isfinite(found) | (log & (found <= 0))] = math.nan
-    return found
+    """The values with nan in place of those that are not drawn."""
+    array = np.array([math.nan if v is None else v for v in values], np.float64)
+    array[~np.isfinite(array) | (log & (array <= 0))] = math.nan
+    return array
 
 
 def _plain_ticks(axis: Axis, values: Sequence[NDArray[np.float64]]) -> None:
-    """On a log axis: 1, 2, 5 or 1 of each decade, as plain numbers, or evenly spaced ones where the range is short."""
+    """Label a log axis with plain numbers: 1 of each decade, or 1, 2 and 5 of each of up to two decades.
+
+    Less than 0.7 decades get evenly spaced numbers.
+    """
     from matplotlib import ticker
 
-    seen = np.concatenate([np.zeros(0), *values])
-    seen = seen[~np.isnan(seen)]
-    decades = np.ptp(np.log10(seen)) if len(seen) else 1.0
+    drawn = np.concatenate([np.zeros(0), *values])
+    drawn = drawn[~np.isnan(drawn)]
+    decades = np.ptp(np.log10(drawn)) if len(drawn) else 1.0
     if decades < 0.7:
         axis.set_major_locator(ticker.AutoLocator())
     else:

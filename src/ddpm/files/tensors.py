@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors files, whole or not at all, and what identifies their values."""
+"""Tensors on disk: safetensors files, files of torch.save, and a hash that identifies tensors."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from ddpm.files import atomic
 
 
 def sha256_of(data: bytes) -> str:
+    """The SHA-256 of bytes, 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -28,7 +29,7 @@ def file_sha256(path: Path) -> str:
 def identity(tensors: Mapping[str, Tensor]) -> str:
     """The SHA-256 of tensors by name, dtype, shape and values, 64 hex digits.
 
-    Neither the file that holds them nor any setting enters it, so a renamed setting leaves it as it is.
+    It does not depend on the file that holds them or on settings, so a renamed setting does not change it.
 
     >>> a = {"w": torch.zeros(2), "b": torch.ones(())}
     >>> identity(a) == identity(dict(reversed(a.items()))), identity(a) == identity({**a, "w": torch.zeros(2, 1)})
@@ -43,17 +44,20 @@ def identity(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, whole or not at all, the same bytes for the same values; OSError where the disk is full."""
-    with atomic.whole(path) as part:
+    """Write a safetensors file completely or not at all. The same values give the same bytes.
+
+    Raises OSError if that fails, as on a full disk.
+    """
+    with atomic.temporary(path) as part:
         try:
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, dict(metadata or {}))
-        except SafetensorError as error:  # how safetensors says that the disk is full
+        except SafetensorError as error:  # safetensors raises it for a full disk, too
             raise OSError(str(error)) from error
         _sort_metadata(part)
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put a safetensors file's metadata, which are written in an order of chance, in that of their names."""
+    """Sort the metadata of a safetensors file by name, because the library writes them in a random order."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -65,7 +69,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors; InputError where it is not one."""
+    """The tensors of a safetensors file. Raises InputError if it is not a complete one."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -73,19 +77,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(file: Path) -> Any:
-    """What torch.save wrote, if it is of tensors and plain values only; InputError otherwise, and nothing is run."""
+    """What torch.save wrote, if it holds only tensors and plain values. No code of the file runs.
+
+    Raises InputError for any other file.
+    """
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, by what the bytes are taken for
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]  # torch's goes on with advice
+    except Exception as error:  # which exception torch.load raises depends on the damage
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]  # advice follows in torch's text
         raise InputError(f"{file}: not plain weights ({reason})") from error
 
 
-def as_state_dict(given: Any) -> dict[str, Tensor]:
-    """`given`, if it is a state dict."""
-    if not isinstance(given, dict) or not given:
-        raise InputError(f"not a state dict but {type(given).__name__}; want names and tensors")
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise InputError(f"{name} is {type(value).__name__}; want names and tensors")
-    return {str(name): value for name, value in given.items()}
+def as_state_dict(value: Any) -> dict[str, Tensor]:
+    """`value` itself, if it is a state dict, {name: tensor}. Raises InputError if it is not."""
+    if not isinstance(value, dict) or not value:
+        raise InputError(f"not a state dict but {type(value).__name__}; want names and tensors")
+    for name, entry in value.items():
+        if not isinstance(entry, Tensor):
+            raise InputError(f"{name} is {type(entry).__name__}; want names and tensors")
+    return {str(name): entry for name, entry in value.items()}

@@ -16,6 +16,7 @@ from ddpm.files.data.loading import Images
 from ddpm.noise import generator
 
 _ORDER = 0x0DE5
+"""Key of the permutations. It keeps them apart from other draws of the same seed."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -24,10 +25,10 @@ def _permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def order(n: int, seed: int, step: int, batch_size: int) -> Tensor:
-    """Indices int64 [batch_size] in 0..n-1 of the images of step 0, 1, ...
+    """The indices, in 0..n-1, of the images of a step (0, 1, ...): int64 [batch_size].
 
-    Place p = step * batch_size + i of the stream is place p mod n of a permutation keyed by (seed, p // n): every
-    epoch visits each image once, and a run resumes at any step by asking for it.
+    The batches are one stream of images. Its place p = step * batch_size + i holds place p mod n of the permutation of
+    (seed, p // n). So every epoch visits each image once, and a run can resume at any step.
 
     >>> torch.cat([order(4, 0, step, 2) for step in (0, 1)]).sort().values
     tensor([0, 1, 2, 3])
@@ -47,7 +48,7 @@ _Step: TypeAlias = tuple[Tensor, dict[int, str], pictures.Notes] | str
 
 @dataclass
 class _Steps(Dataset[_Step]):
-    """Step -> its images; an error as a string, since torch makes many lines of one raised in a worker."""
+    """Step -> its images, or an error as a string: torch makes many lines of an error that is raised in a worker."""
 
     images: Images
     seed: int
@@ -62,7 +63,7 @@ class _Steps(Dataset[_Step]):
 
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
-    """x on `device`; to a CUDA device through pinned memory, so that nobody waits for the copy.
+    """x on `device`. The copy to a CUDA device goes through pinned memory, so that the CPU does not wait for it.
 
     >>> send(torch.ones(2), "cpu")
     tensor([1., 1.])
@@ -73,12 +74,12 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _fits(pixels: Tensor, device: torch.device) -> bool:
-    """Whether they take less than a quarter of a CUDA device's free memory; the rest is for the network."""
+    """Whether the images take less than a quarter of a CUDA device's free memory; the network needs the rest."""
     return device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 4
 
 
 def _in_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair; it ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent process ends its workers
 
 
 def batches(
@@ -92,11 +93,12 @@ def batches(
     workers: int = 2,
     device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
-    """For each step in start..stop-1 its images on `device`, uint8 [b, C, H, W], as `order` lists them.
+    """Yield the images of each step in start..stop-1, as `order` lists them: uint8 [b, C, H, W] on `device`.
 
-    part: the slice of each batch of batch_size that this rank takes; all by default. workers: processes that decode
-    ahead if the images are not in memory (0: none); closing the iterator ends them. A CUDA device holds all images
-    that are in memory, where they fit. Raises what `Images.batch` raises.
+    part     the slice of each batch that this process takes; None: all of it
+    workers  processes that decode ahead, if the images are not in memory (0: none); closing the iterator ends them
+
+    Images that are in memory are copied to a CUDA device once, if they fit. Raises what `Images.batch` raises.
 
     >>> from ddpm.files.data import load
     >>> next(batches(load("digits", (8, 8), 1), seed=0, batch_size=16, start=5, stop=9)).shape
@@ -120,15 +122,15 @@ def batches(
         num_workers=workers,
         prefetch_factor=4,
         worker_init_fn=_in_worker,
-        generator=torch.Generator(),  # else it would draw from the global one
+        generator=torch.Generator(),  # the default is the global generator, whose state would change
     )
     steps = iter(loader)
     try:
-        for found in steps:
-            if isinstance(found, str):
-                raise InputError(found)
-            pixels, faults, notes = found
+        for result in steps:
+            if isinstance(result, str):
+                raise InputError(result)
+            pixels, faults, notes = result
             images.report(faults, notes)
             yield send(pixels, device)
     finally:
-        del steps  # the last reference: ends the workers
+        del steps  # it is the last reference, so this ends the workers

@@ -1,4 +1,4 @@
-"""From encoded images to pixels of one size and kind."""
+"""From encoded images to pixels of one size and one number of channels."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,27 +12,32 @@ from torch import Tensor
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
-from ddpm.files.data.listing import SKIP_HINT, Encoded, Source
+from ddpm.files.data.listing import SKIP_HINT, Encoded, EncodedImages
 
 
 @dataclass(frozen=True)
 class Decoder:
-    source: Source
+    """Decodes images to `size` = (H, W) and `channels`.
+
+    first  name and native channels of the first image; all images must have as many
+    """
+
+    encoded: EncodedImages
     size: tuple[int, int]
     channels: int
-    first: tuple[str, int]  # the first image's name and native channels, which all must share
+    first: tuple[str, int]
 
     def decode(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], dict[int, str], pictures.Notes]:
-        """Images uint8 [B, C, H, W]; position -> fault of those that are not to be had; what was converted."""
+        """Images uint8 [B, C, H, W]; position -> error, for bad images, which are 0; and notes of conversions."""
         pixels = np.zeros((len(indices), self.channels, *self.size), np.uint8)
         faults, notes = dict[int, str](), pictures.Notes()
-        for k, (i, encoded) in enumerate(zip(indices, self.source.fetch(indices), strict=True)):
-            name = self.source.name(i)
+        for k, (i, encoded) in enumerate(zip(indices, self.encoded.fetch(indices), strict=True)):
+            name = self.encoded.name(i)
             try:
                 image = decoded(encoded, name)
-                if (found := pictures.native(image)) != self.first[1]:
+                if (channels := pictures.native(image)) != self.first[1]:
                     raise InputError(
-                        f"{name}: {_kind(found)}, but {self.first[0]} is {_kind(self.first[1])}, want one kind"
+                        f"{name}: {_kind(channels)}, but {self.first[0]} is {_kind(self.first[1])}, want one kind"
                     )
                 pixels[k] = pictures.fit(image, self.size, self.channels, name, notes).transpose(2, 0, 1)
             except InputError as fault:
@@ -41,6 +46,7 @@ class Decoder:
 
 
 def decoded(encoded: Encoded | InputError, name: str) -> Image.Image:
+    """The decoded image. Raises InputError if it cannot be read; `name` is for errors."""
     if isinstance(encoded, InputError):
         raise encoded
     return encoded if isinstance(encoded, Image.Image) else pictures.read(encoded, name)
@@ -51,6 +57,7 @@ def _kind(channels: int) -> str:
 
 
 def merge_notes(notes: pictures.Notes, more: pictures.Notes) -> None:
+    """Add the notes `more` to `notes`."""
     for what, (first, count) in more.items():
         pictures.note(notes, what, first, count)
 
@@ -58,6 +65,10 @@ def merge_notes(notes: pictures.Notes, more: pictures.Notes) -> None:
 def decode_all(
     decoder: Decoder, n: int, threads: int, skip_bad: bool, progress: bool
 ) -> tuple[Tensor, dict[int, str], pictures.Notes]:
+    """Images 0..n-1 by several threads: uint8 [n, C, H, W]; index -> error, for bad images; notes of conversions.
+
+    Raises InputError for the first bad image, unless `skip_bad`.
+    """
     from tqdm import tqdm
 
     pixels = np.empty((n, decoder.channels, *decoder.size), np.uint8)
@@ -66,16 +77,17 @@ def decode_all(
     chunks = [range(start, min(start + 256, n)) for start in range(0, n, 256)]
 
     def work(chunk: range) -> tuple[dict[int, str], pictures.Notes]:
-        pixels[chunk.start : chunk.stop], bad, noted = decoder.decode(chunk)
-        return {chunk[k]: fault for k, fault in bad.items()}, noted
+        pixels[chunk.start : chunk.stop], faults_in_chunk, notes_of_chunk = decoder.decode(chunk)
+        return {chunk[k]: fault for k, fault in faults_in_chunk.items()}, notes_of_chunk
 
     pool = ThreadPoolExecutor(threads)
     try:
-        for chunk, (bad, noted) in zip(chunks, pool.map(work, chunks), strict=True):  # in order, as are the errors
-            if bad and not skip_bad:
-                raise InputError(f"{next(iter(bad.values()))}; {SKIP_HINT}")
-            faults.update(bad)
-            merge_notes(notes, noted)
+        # map keeps the order of the chunks, so the first bad image is always the same one
+        for chunk, (more_faults, more_notes) in zip(chunks, pool.map(work, chunks), strict=True):
+            if more_faults and not skip_bad:
+                raise InputError(f"{next(iter(more_faults.values()))}; {SKIP_HINT}")
+            faults.update(more_faults)
+            merge_notes(notes, more_notes)
             bar.update(len(chunk))
     finally:
         pool.shutdown(cancel_futures=True)

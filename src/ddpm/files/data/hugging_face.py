@@ -1,4 +1,4 @@
-"""Data sets in Hugging Face layout: parquet files, folders saved by `datasets`, and the hub."""
+"""Data sets in Hugging Face layout: parquet files, folders of these or saved by `datasets`, and the hub."""
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,15 +12,18 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
-from ddpm.files.data.listing import ACCEPTED, Encoded, Listing, Splits, natural
+from ddpm.files.data.listing import ACCEPTED, Columns, Encoded, Listing, Splits, natural, walk
 
 _LABELS = ("label", "labels", "class", "fine_label")
+"""Usual names of the label column, the preferred one first."""
 
 
 @dataclass
 class Rows:
+    """The images of one split; `rows` is a datasets.Dataset of one column, in arrow format."""
+
     title: str
-    rows: Any  # datasets.Dataset of one column, in arrow format
+    rows: Any
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -29,12 +32,13 @@ class Rows:
         return f"row {index} of {self.title}"
 
     def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        lo, hi = min(indices), max(indices) + 1
-        dense = list(indices) == list(range(lo, hi))
-        column = (self.rows[lo:hi] if dense else self.rows[list(indices)]).column(0).to_pylist()
+        start, stop = min(indices), max(indices) + 1
+        consecutive = list(indices) == list(range(start, stop))
+        column = (self.rows[start:stop] if consecutive else self.rows[list(indices)]).column(0).to_pylist()
         return [self._encoded(i, cell) for i, cell in zip(indices, column, strict=True)]
 
     def _encoded(self, index: int, cell: Any) -> Encoded | InputError:
+        """The image in a cell: {"bytes", "path"}, a path, or bytes."""
         if isinstance(cell, dict):
             cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
         if isinstance(cell, str):
@@ -52,13 +56,16 @@ class Rows:
                 names = [name for name in ("path", "bytes") if column.type.get_field_index(name) >= 0]
                 parts = [pc.struct_field(column, name) for name in names]
             for part in parts:
-                part = part.cast(pa.string()) if pa.types.is_null(part.type) else part  # no path in any row
+                part = part.cast(pa.string()) if pa.types.is_null(part.type) else part  # if no row has a path
                 yield np.asarray(pc.fill_null(pc.binary_length(part), -1)).astype("<i8").tobytes()
 
 
 @contextmanager
 def _quiet(progress: bool, offline: bool) -> Iterator[None]:
-    """Set the bars of `datasets`; offline, it neither tells its servers of a local load nor retries half a minute."""
+    """Switch the progress bars of `datasets`, and with `offline` its network.
+
+    Offline, `datasets` does not report a local load to its servers, and does not retry for half a minute.
+    """
     import datasets
     import huggingface_hub.constants
 
@@ -74,28 +81,38 @@ def _quiet(progress: bool, offline: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
-def load_local(source: str, path: Path, files: list[str], saved: bool, progress: bool) -> Any:
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved a data set as this folder."""
+    return any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+
+
+def load_local(source: str, path: Path, progress: bool) -> Any:
+    """The data set in a parquet file or a folder, as `datasets` gives it. Raises InputError if it cannot be read."""
     import datasets
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    for file in files:  # `datasets` does not say which one is damaged
-        if (path / file).suffix.lower() == ".parquet":
+    for file in [path] if path.is_file() else [path / name for name in walk(path)]:
+        if file.suffix.lower() == ".parquet":  # `datasets` does not say which file is damaged
             try:
-                pyarrow.parquet.ParquetFile(path / file).close()
+                pyarrow.parquet.ParquetFile(file).close()
             except (OSError, ValueError) as fault:
-                raise InputError(f"{path / file}: damaged or empty parquet file ({pictures.one_line(fault)})") from None
+                raise InputError(f"{file}: damaged or empty parquet file ({pictures.one_line(fault)})") from None
     with _quiet(progress, offline=True):
         try:
-            if saved:
+            if is_saved(path):
                 return datasets.load_from_disk(str(path))
             if path.is_file():
                 return datasets.load_dataset("parquet", data_files={"train": str(path)})
             return datasets.load_dataset(str(path))
-        except Exception as fault:  # whatever `datasets` raises, it is about these files
+        except Exception as fault:  # `datasets` raises exceptions of many kinds
             raise InputError(f"{source}: not a data set ({pictures.one_line(fault.__cause__ or fault)})") from fault
 
 
 def load_hub(source: str, progress: bool) -> Any:
+    """The data set OWNER/NAME or OWNER/NAME:CONFIG, from the hub, or from the cache without a network.
+
+    Raises InputError if it cannot be loaded.
+    """
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -106,11 +123,11 @@ def load_hub(source: str, progress: bool) -> Any:
         HfApi().dataset_info(name, timeout=10)
     except RepositoryNotFoundError:
         raise InputError(f"{source}: no such file or folder, and no such data set on the hub; {ACCEPTED}") from None
-    except Exception:  # no network: what was loaded before is still in the cache
+    except Exception:  # no network; the cache has what was loaded before
         unreachable = True
     with _quiet(progress, offline=unreachable):
         try:
-            if unreachable and "/" not in name:  # in the cache a local folder of that name looks the same
+            if unreachable and "/" not in name:  # the cache cannot tell it from a local folder of that name
                 raise ConnectionError(name)
             return datasets.load_dataset(name, config or None)
         except Exception as fault:
@@ -120,7 +137,8 @@ def load_hub(source: str, progress: bool) -> Any:
             raise InputError(f"{source}: cannot be loaded from the hub ({pictures.one_line(fault)})") from fault
 
 
-def listings(source: str, loaded: Any, columns: tuple[str | None, str | None]) -> Splits:
+def listings(source: str, loaded: Any, columns: Columns) -> Splits:
+    """The splits of a data set as `load_local` and `load_hub` return it. Listing one may raise InputError."""
     splits = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
     def listing(split: str) -> Listing:
@@ -134,6 +152,7 @@ def listings(source: str, loaded: Any, columns: tuple[str | None, str | None]) -
 
 
 def _image_column(source: str, features: Any, named: str | None) -> str:
+    """The column of images, which is `named` or else the only one. Raises InputError if there is no such column."""
     import datasets
 
     def holds_files(feature: Any) -> bool:
@@ -147,43 +166,46 @@ def _image_column(source: str, features: Any, named: str | None) -> str:
 
     kinds = (is_image, holds_files, holds_bytes)
     if named is not None:
-        _known(source, "image column", named, features)
+        _check_column(source, "image_column", named, features)
         if any(kind(features[named]) for kind in kinds):
             return named
-        raise InputError(f"image column {named}: holds no images, the columns of {source} are {', '.join(features)}")
+        raise InputError(f"image_column {named}: holds no images, the columns of {source} are {', '.join(features)}")
     for kind in kinds:
-        found: list[str] = [name for name, feature in features.items() if kind(feature)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise InputError(f"{source}: columns {', '.join(found)} hold images, want the image column named")
+        names: list[str] = [name for name, feature in features.items() if kind(feature)]
+        if len(names) == 1:
+            return names[0]
+        if names:
+            raise InputError(f"{source}: columns {', '.join(names)} hold images; want one of them as image_column")
     raise InputError(f"{source}: no column of images among {', '.join(features)}")
 
 
 def _labels(
     source: str, splits: dict[str, Any], split: str, named: str | None
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Labels 0..K-1 and class names, which are those of all splits together; None if there are none or some lack."""
+    """Labels 0..K-1 of the split, and the K class names of all splits; (None, None) if a row has no label.
+
+    Raises InputError if the column is `named` and does not give a label to every row.
+    """
     import datasets
 
     features = splits[split].features
-    whole = ("bool", "string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
-    able = [name for name, feature in features.items() if getattr(feature, "dtype", None) in whole]
-    classes = [name for name in able if isinstance(features[name], datasets.ClassLabel)]
+    discrete = ("bool", "string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+    usable = [name for name, feature in features.items() if getattr(feature, "dtype", None) in discrete]
+    classes = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
     if named is not None:
-        _known(source, "label column", named, features)
-        if named not in able:
-            raise InputError(f"label column {named}: no labels; those of {source} with any are {', '.join(able)}")
+        _check_column(source, "label_column", named, features)
+        if named not in usable:
+            raise InputError(f"label_column {named}: holds no labels; columns of {source} that do: {', '.join(usable)}")
         column = named
     else:
-        usual = [name for group in (classes, able) for name in _LABELS if name in group]
+        usual = [name for group in (classes, usable) for name in _LABELS if name in group]
         if not (usual or len(classes) == 1):
             return None, None
         column = (usual or classes)[0]
     cells: list[Any] = splits[split].select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
     if isinstance(features[column], datasets.ClassLabel):
         names = tuple(features[column].names)
-        missing = any(cell is None or cell < 0 for cell in cells)  # -1: a test set that keeps its labels secret
+        missing = any(cell is None or cell < 0 for cell in cells)  # -1 stands for a secret label of a test set
         labels = None if missing else np.array(cells, np.int64)
     else:
         values = {v for rows in splits.values() if column in rows.features for v in rows.unique(column)} - {None}
@@ -194,10 +216,10 @@ def _labels(
         missing = any(cell is None for cell in cells)
         labels = None if missing else np.array([number[cell] for cell in cells], np.int64)
     if missing and named is not None:
-        raise InputError(f"label column {named}: some rows of {source} ({split}) have no label")
+        raise InputError(f"label_column {named}: some rows of {source} ({split}) have no label")
     return (None, None) if labels is None else (labels, names)
 
 
-def _known(source: str, option: str, named: str, features: Any) -> None:
+def _check_column(source: str, setting: str, named: str, features: Any) -> None:
     if named not in features:
-        raise InputError(f"{option} {named}: no such column, {source} has {', '.join(features)}")
+        raise InputError(f"{setting} {named}: no such column, {source} has {', '.join(features)}")

@@ -1,4 +1,4 @@
-"""Folders of diffusers, both ways."""
+"""Folders of diffusers: `to_diffusers` writes one, `from_diffusers` reads one."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddpm.errors import InputError
 from ddpm.files import atomic
 from ddpm.files.images import check_folder
-from ddpm.files.interop.names import OLD, naming, to_ours, to_theirs
+from ddpm.files.interop.names import OLD_NAMES, errors_named, export_state, import_state
 from ddpm.files.models import Checkpoint
 from ddpm.files.tensors import as_state_dict, read_tensors, read_torch, save_tensors
 from ddpm.presets import Preset, check
@@ -21,10 +21,10 @@ from ddpm.schedule import SCHEDULES
 from ddpm.unet import groups_of
 
 VERSION = "0.32.0"
-"""Of diffusers, whose settings the folders are written with."""
+"""The version of diffusers for which folders are written."""
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-# Each setting: what diffusers takes an absent one for, then what our network has; nothing more where it is read or has
-# no effect on the model.
+# Setting of diffusers: its default there, and then the values that our network has. Only the default: the value is read
+# by the code below, or it does not change the model.
 UNET: dict[str, tuple[Any, ...]] = {
     "sample_size": (None,),
     "in_channels": (3,),
@@ -53,14 +53,14 @@ UNET: dict[str, tuple[Any, ...]] = {
     "add_attention": (True, True),
     "class_embed_type": (None, None),
     "num_class_embeds": (None,),
-    "num_train_timesteps": (None,),  # of a time embedding that is learned
+    "num_train_timesteps": (None,),  # for a learned time embedding
 }
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
     "fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned_range": "learned_range",
     "fixed_small_log": "fixed_small",
 }  # fmt: skip
-"""Not learned: diffusers takes what the network says for sigma^2, we for its logarithm."""
+"""Variance in diffusers -> ours. `learned` differs: the network's output is sigma^2 there and its logarithm here."""
 BETAS = {"linear": "linear", "scaled_linear": "quad", "squaredcos_cap_v2": "cosine"}
 SCHEDULER: dict[str, tuple[Any, ...]] = {
     "num_train_timesteps": (1000,),
@@ -75,22 +75,23 @@ SCHEDULER: dict[str, tuple[Any, ...]] = {
     "dynamic_thresholding_ratio": (0.995,),
     "clip_sample_range": (1.0, 1.0),
     "sample_max_value": (1.0,),
-    "timestep_spacing": ("leading",),  # which levels a sampler visits, as the next one
+    "timestep_spacing": ("leading",),  # this and the next one choose the levels that a sampler visits
     "steps_offset": (0,),
     "rescale_betas_zero_snr": (False, False),
-    "set_alpha_to_one": (True, True),  # of DDIMScheduler
+    "set_alpha_to_one": (True, True),  # only in DDIMScheduler
 }
 
 
-def to_diffusers(found: Checkpoint, folder: Path) -> None:
-    """Write a folder that diffusers' DDPMPipeline and DDIMPipeline load, weights in float32, whole or not at all.
+def to_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a folder for diffusers' DDPMPipeline and DDIMPipeline, in float32, completely or not at all.
 
-    Of the same noise DDPMPipeline makes what our ancestral sampler does, and DDIMPipeline what our ddim does where the
-    steps divide the levels and use_clipped_model_output is set. Given fewer steps than levels DDPMPipeline leaves noise
-    in the image unless the variance is fixed_small; DDIMPipeline takes no variance that is learned; neither has labels
-    for a network with classes.
+    With the same noise, DDPMPipeline makes the images of our ancestral sampler. DDIMPipeline makes those of our ddim
+    sampler, if the number of steps divides T and use_clipped_model_output is set. With fewer than T steps, DDPMPipeline
+    leaves noise in the image unless the variance is fixed_small. DDIMPipeline does not take a learned variance. Neither
+    pipeline passes labels to a network with classes.
+
     Raises InputError for a folder that is not empty, and for what diffusers cannot express: patch 2, multipliers that
-    do not begin with 1, predict mu, variance learned or calibrated, dynamic thresholding.
+    do not begin with 1, predict mu, a learned or calibrated variance, dynamic thresholding.
 
     >>> from ddpm.files.opening import open_checkpoint
     >>> import tempfile
@@ -99,111 +100,115 @@ def to_diffusers(found: Checkpoint, folder: Path) -> None:
     >>> sorted(path.name for path in folder.iterdir())
     ['model_index.json', 'scheduler', 'unet']
     """
-    preset, denoiser = found.preset, found.denoiser
+    preset, denoiser = checkpoint.preset, checkpoint.denoiser
     assert isinstance(denoiser.network, nn.Module)
-    with naming(found.path):
-        _exportable(found)
+    with errors_named(checkpoint.path):
+        _check_exportable(checkpoint)
     check_out(folder)
     state = denoiser.network.state_dict()
-    tensors = to_theirs({name: value.float() for name, value in state.items()}, preset, "diffusers")
+    tensors = export_state({name: value.float() for name, value in state.items()}, preset, "diffusers")
     label = state.get("label.weight")
     unet = {name: accepted[:2][-1] for name, accepted in UNET.items()} | {
         "sample_size": preset.size[0] if preset.size[0] == preset.size[1] else list(preset.size),
         "in_channels": preset.channels,
         "out_channels": preset.channels * (2 if denoiser.learned else 1),
-        "down_block_types": _kinds(preset, "Down"),
-        "up_block_types": _kinds(preset, "Up")[::-1],
+        "down_block_types": _block_types(preset, "Down"),
+        "up_block_types": _block_types(preset, "Up")[::-1],
         "block_out_channels": [preset.width * m for m in preset.channel_multipliers],
         "layers_per_block": preset.num_res_blocks,
         "dropout": preset.dropout,
         "norm_num_groups": groups_of(preset.width),
         "num_class_embeds": None if label is None else len(label),
     }
-    theirs = {ours: name for name, ours in BETAS.items()}.get(preset.schedule)
+    beta_schedule = {ours: name for name, ours in BETAS.items()}.get(preset.schedule)
     beta = SCHEDULES[preset.schedule](preset.num_timesteps, preset.beta_1, preset.beta_T).beta[1:]
     scheduler = {name: accepted[0] for name, accepted in SCHEDULER.items() if name != "set_alpha_to_one"} | {
         "num_train_timesteps": preset.num_timesteps,
         "beta_start": preset.beta_1,
         "beta_end": preset.beta_T,
-        "beta_schedule": theirs or "linear",
-        "trained_betas": None if theirs else beta.tolist(),
+        "beta_schedule": beta_schedule or "linear",
+        "trained_betas": None if beta_schedule else beta.tolist(),
         "variance_type": denoiser.variance,
         "clip_sample": denoiser.clip,
         "prediction_type": {ours: name for name, ours in PREDICTIONS.items()}[denoiser.predict],
-        "timestep_spacing": "trailing",  # as ours: the last level is always visited
+        "timestep_spacing": "trailing",  # level T is always visited, as here
     }
     index = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
 
     target = folder.absolute()
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        atomic.write_json(part / "model_index.json", _named("DDPMPipeline", index))
-        atomic.write_json(part / "unet" / "config.json", _named("UNet2DModel", unet))
-        atomic.write_json(part / "scheduler" / "scheduler_config.json", _named("DDPMScheduler", scheduler))
+        atomic.write_json(part / "model_index.json", _with_class("DDPMPipeline", index))
+        atomic.write_json(part / "unet" / "config.json", _with_class("UNet2DModel", unet))
+        atomic.write_json(part / "scheduler" / "scheduler_config.json", _with_class("DDPMScheduler", scheduler))
         save_tensors(part / "unet" / WEIGHTS[0], tensors, {"format": "pt"})
-        for written in (part / "unet", part / "scheduler", part):
-            atomic.sync(written)
-        part.rename(target)  # in the place of an empty folder, if there is one
+        for subfolder in (part / "unet", part / "scheduler", part):
+            atomic.sync(subfolder)
+        if target.exists():
+            target.rmdir()  # it is empty; Windows does not rename onto a folder
+        part.rename(target)
         atomic.sync(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def check_out(folder: Path) -> None:
-    """InputError where `to_diffusers` could not write there; to be called before the work."""
+    """Raise InputError if `to_diffusers` could not write this folder. Call this before the work."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"out {folder}: is there already; want a new folder or an empty one")
+        raise InputError(f"out {folder}: exists already; want a new or an empty folder")
     check_folder(folder.absolute().parent)
 
 
-def _exportable(found: Checkpoint) -> None:
-    """InputError for what diffusers has no setting for."""
-    preset, variance = found.preset, found.denoiser.variance
+def _check_exportable(checkpoint: Checkpoint) -> None:
+    """Raise InputError for a setting that diffusers does not have."""
+    preset, denoiser = checkpoint.preset, checkpoint.denoiser
+    variance = denoiser.variance
     if preset.patch != 1:
-        raise InputError(f"patch {preset.patch}: diffusers has no such level; want 1")
+        raise InputError(f"patch {preset.patch}: diffusers does not have it; want 1")
     if preset.channel_multipliers[0] != 1:
         raise InputError(
-            f"channel_multipliers {preset.channel_multipliers}: diffusers has the width at full size; want 1 first"
+            f"channel_multipliers {preset.channel_multipliers}: in diffusers the first is always 1; want 1 first"
         )
-    if not isinstance(found.denoiser.clip, bool):
-        raise InputError(f"clip {found.denoiser.clip}: is not kept by diffusers; want static or none")
-    if found.denoiser.predict not in PREDICTIONS.values():
-        raise InputError(f"predict {found.denoiser.predict}: diffusers wants {', '.join(PREDICTIONS.values())}")
+    if not isinstance(denoiser.clip, bool):
+        raise InputError(f"clip {denoiser.clip}: diffusers does not have it; want static or none")
+    if denoiser.predict not in PREDICTIONS.values():
+        raise InputError(f"predict {denoiser.predict}: diffusers wants {', '.join(PREDICTIONS.values())}")
     if not isinstance(variance, str) or variance not in VARIANCES:
         name = "calibrated" if isinstance(variance, Tensor) else variance
-        raise InputError(f"variance {name}: diffusers has none such; want fixed_large, fixed_small or learned_range")
+        raise InputError(f"variance {name}: diffusers does not have it; want fixed_large, fixed_small or learned_range")
 
 
-def _kinds(preset: Preset, way: Literal["Down", "Up"]) -> list[str]:
-    """diffusers' blocks, from full size down."""
+def _block_types(preset: Preset, direction: Literal["Down", "Up"]) -> list[str]:
+    """The types of diffusers' blocks, from full size to the smallest."""
     levels = range(len(preset.channel_multipliers))
-    return [f"{'Attn' if level in preset.attention_levels else ''}{way}Block2D" for level in levels]
+    return [f"{'Attn' if level in preset.attention_levels else ''}{direction}Block2D" for level in levels]
 
 
-def _named(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _with_class(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"_class_name": kind, "_diffusers_version": VERSION, **settings}
 
 
 def from_diffusers(folder: Path) -> tuple[Preset, dict[str, Tensor]]:
-    """The preset and our state dict, float32, of a UNet2DModel and its DDPM or DDIM scheduler.
+    """The preset and the state dict of our network, float32, from a UNet2DModel and its DDPM or DDIM scheduler.
 
-    As pipelines save them, or with the network's files at the top as google/ddpm-cifar10-32 has them; weights in
-    .safetensors or .bin. What diffusers has no setting for (data, training) has its default; of the scheduler, which
-    levels it visits is left out. DDIMScheduler knows no variance: that is diffusers' default then, fixed_small.
-    Raises InputError that names a file, weights or a setting that is missing, damaged or not what our network has. An
-    absent setting is diffusers' default, which often is another.
+    The folder is one that a pipeline saved, or has the network's files at its top, as google/ddpm-cifar10-32 does. The
+    weights are .safetensors or .bin. Settings that diffusers does not have (data, training) get our defaults. Which
+    levels the scheduler visits is ignored. DDIMScheduler has no variance, so diffusers' default is taken, fixed_small.
+
+    Raises InputError, which names the file, the weights or the setting, for what is missing, damaged, or not in our
+    network. A setting that is absent has diffusers' default, which our network often does not have.
 
     >>> from_diffusers(Path("runs/nothing"))
     Traceback (most recent call last):
     ...
-    ddpm.errors.InputError: runs/nothing: want a folder of diffusers: unet/config.json and ... or both at its top
+    ddpm.errors.InputError: runs/nothing: want a diffusers folder: unet/config.json and ... or both at its top
     """
-    network, noise = _places(folder)
-    unet = _settings(network / "config.json", UNET, "UNet2DModel")
-    scheduler = _settings(noise / "scheduler_config.json", SCHEDULER, "DDPMScheduler", "DDIMScheduler")
-    with naming(noise / "scheduler_config.json"):
+    network, noise = _config_folders(folder)
+    unet = _read_settings(network / "config.json", UNET, "UNet2DModel")
+    scheduler = _read_settings(noise / "scheduler_config.json", SCHEDULER, "DDPMScheduler", "DDIMScheduler")
+    with errors_named(noise / "scheduler_config.json"):
         diffusion = _diffusion(scheduler)
-    with naming(network / "config.json"):
+    with errors_named(network / "config.json"):
         preset = Preset(**_architecture(unet), **diffusion)
         _check_groups(unet, preset)
         if unet["out_channels"] != (wanted := preset.channels * (2 if preset.variance == "learned_range" else 1)):
@@ -212,36 +217,40 @@ def from_diffusers(folder: Path) -> tuple[Preset, dict[str, Tensor]]:
                 f"variance_type {preset.variance}"
             )
     file = weights_of(folder)
-    given = read_tensors(file) if file.suffix == ".safetensors" else read_torch(file)
-    with naming(file):
-        return preset, to_ours(_renewed(as_state_dict(given)), preset, "diffusers")
+    content = read_tensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    with errors_named(file):
+        return preset, import_state(_with_current_names(as_state_dict(content)), preset, "diffusers")
 
 
 def weights_of(folder: Path) -> Path:
-    """The file of weights of a folder of diffusers; InputError where there is none."""
-    network, _ = _places(folder)
+    """The file of the weights in a diffusers folder. Raises InputError if there is none."""
+    network, _ = _config_folders(folder)
     file = next((path for name in WEIGHTS if (path := network / name).is_file()), None)
     if file is None:
         raise InputError(f"{network}: has no weights; want {' or '.join(WEIGHTS)}")
     return file
 
 
-def _places(folder: Path) -> tuple[Path, Path]:
-    """The folders of the network's and of the scheduler's configuration."""
+def _config_folders(folder: Path) -> tuple[Path, Path]:
+    """The folders of the network's and the scheduler's configuration. Raises InputError if there are none."""
     network = next((p for p in (folder / "unet", folder) if (p / "config.json").is_file()), None)
     noise = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
     if network is None or noise is None:
         raise InputError(
-            f"{folder}: want a folder of diffusers: unet/config.json and scheduler/scheduler_config.json, or both at "
+            f"{folder}: want a diffusers folder: unet/config.json and scheduler/scheduler_config.json, or both at "
             "its top"
         )
     return network, noise
 
 
-def _settings(file: Path, known: Mapping[str, tuple[Any, ...]], *kinds: str) -> dict[str, Any]:
-    """All `known` settings by a file; InputError for one that is unknown or not as accepted."""
+def _read_settings(file: Path, known: Mapping[str, tuple[Any, ...]], *kinds: str) -> dict[str, Any]:
+    """The values of all `known` settings in a file, of which an absent one has diffusers' default.
+
+    Raises InputError for a setting that is unknown or has a value that is not accepted, and for another _class_name
+    than `kinds`.
+    """
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: damaged ({error}); want a configuration of {' or '.join(kinds)}") from error
     kind = config.get("_class_name") if isinstance(config, dict) else None
@@ -249,19 +258,19 @@ def _settings(file: Path, known: Mapping[str, tuple[Any, ...]], *kinds: str) -> 
         raise InputError(f"{file}: _class_name {kind!r}: want {' or '.join(kinds)}")
     for name, value in config.items():
         if name not in known and not name.startswith("_") and value is not None:
-            raise InputError(f"{file}: {name} {value!r}: a setting that we do not know; want it absent or null")
+            raise InputError(f"{file}: {name} {value!r}: an unknown setting; want it absent or null")
     values = {}
     for name, (default, *accepted) in known.items():
         values[name] = value = config.get(name, default)
         if accepted and value not in accepted:
-            absent = "" if name in config else ", diffusers' default as it is absent"
-            wanted = ", ".join(json.dumps(one) for one in accepted)
+            absent = "" if name in config else ", diffusers' default, as the setting is absent"
+            wanted = ", ".join(json.dumps(choice) for choice in accepted)
             raise InputError(f"{file}: {name} {json.dumps(value)}{absent}: want {wanted}")
     return values
 
 
 def _architecture(unet: Mapping[str, Any]) -> dict[str, Any]:
-    """The preset's fields of the network; what is checked here has the name that the user knows it by."""
+    """The preset's fields of the network. They are checked here under diffusers' names, which the user knows."""
     size, widths = unet["sample_size"], unet["block_out_channels"]
     size = tuple(size) if isinstance(size, list) else (size, size)
     widths = tuple(widths) if isinstance(widths, list) else widths
@@ -271,7 +280,7 @@ def _architecture(unet: Mapping[str, Any]) -> dict[str, Any]:
     check("layers_per_block", unet["layers_per_block"], int, 1)
     check("dropout", unet["dropout"], float, 0, 0.99)
     if widths[0] % 32 or any(width % widths[0] for width in widths):
-        raise InputError(f"block_out_channels {list(widths)}: want multiples of the first, and that of 32")
+        raise InputError(f"block_out_channels {list(widths)}: want multiples of the first, which is a multiple of 32")
     kinds = unet["down_block_types"]
     if (
         not isinstance(kinds, list)
@@ -297,13 +306,11 @@ def _architecture(unet: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_groups(unet: Mapping[str, Any], preset: Preset) -> None:
-    """InputError where norms have other groups than ours."""
+    """Raise InputError if the norms have another number of groups than in our network."""
     groups = groups_of(preset.width)
     for name in ("norm_num_groups", "attn_norm_num_groups"):
         if unet[name] != groups and not (name == "attn_norm_num_groups" and unet[name] is None):
-            raise InputError(
-                f"{name} {unet[name]}: want {groups}, as ours has where channels begin with {preset.width}"
-            )
+            raise InputError(f"{name} {unet[name]}: want {groups}, as our network has for a width of {preset.width}")
 
 
 def _diffusion(scheduler: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,7 +332,11 @@ def _diffusion(scheduler: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _schedule(table: Any, levels: int, first: float, last: float) -> tuple[str, float, float]:
-    """Which of our schedules a table of betas is, with its beta_1 and beta_T; those that are given are tried first."""
+    """The name of our schedule that has this table of betas, its beta_1 and its beta_T.
+
+    The arguments first and last are tried as beta_1 and beta_T, and then the ends of the table. Raises InputError if no
+    schedule has the table.
+    """
     if isinstance(table, list) and len(table) == levels and all(isinstance(beta, int | float) for beta in table):
         betas = torch.tensor(table, dtype=torch.float64)
         ends = [(first, last), (float(betas[0]), float(betas[-1]))]
@@ -333,30 +344,30 @@ def _schedule(table: Any, levels: int, first: float, last: float) -> tuple[str, 
             for name, schedule in SCHEDULES.items():
                 if 0 < min(beta_1, beta_T) <= max(beta_1, beta_T) <= 1:
                     ours = schedule(levels, beta_1, beta_T).beta[1:]
-                    if torch.allclose(ours, betas, rtol=1e-5, atol=0):  # theirs may have been float32
+                    if torch.allclose(ours, betas, rtol=1e-5, atol=0):  # the table may be of float32
                         return name, beta_1, beta_T
-    raise InputError(f"trained_betas: want {levels} that are one of our schedules, {', '.join(SCHEDULES)}; or null")
+    schedules = ", ".join(SCHEDULES)
+    raise InputError(f"trained_betas: want null, or {levels} numbers that are one of the schedules {schedules}")
 
 
-def _renewed(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With the names of attention's layers that diffusers has now; InputError where there are both."""
-    new: dict[str, Tensor] = {}
-    for name, value in given.items():
+def _with_current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with today's names of attention's layers. Raises InputError if a layer has both names."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        current = name
         if ".attentions." in name:
-            place, layer, leaf = (name.replace(".to_out.0.", ".proj_attn.")).rsplit(".", 2)
-            now = f"{place}.{OLD.get(layer, layer)}.{leaf}"
-        else:
-            now = name
-        if now in new:
-            raise InputError(f"{name}: is there twice, by its old and by its new name; want one")
-        new[now] = value
-    return new
+            block, layer, leaf = (name.replace(".to_out.0.", ".proj_attn.")).rsplit(".", 2)
+            current = f"{block}.{OLD_NAMES.get(layer, layer)}.{leaf}"
+        if current in renamed:
+            raise InputError(f"{name}: is there twice, under its old and its new name; want one")
+        renamed[current] = value
+    return renamed
 
 
 def is_diffusers(folder: Path) -> bool:
     """Whether a folder has the configurations of a network and a scheduler of diffusers."""
     try:
-        network, _ = _places(folder)
-        return "_class_name" in json.loads((network / "config.json").read_text())
+        network, _ = _config_folders(folder)
+        return "_class_name" in json.loads((network / "config.json").read_bytes())
     except (InputError, OSError, ValueError, TypeError):
         return False

@@ -1,4 +1,4 @@
-"""Any weights that we can read, and the file that they become."""
+"""Weights of any package that can be read, and the file of ours that they become."""
 
 import json
 from collections.abc import Mapping
@@ -7,27 +7,27 @@ from pathlib import Path
 from torch import Tensor
 
 from ddpm.errors import InputError
-from ddpm.files.interop.ddim import from_ddim, read_ddim, shape_of
+from ddpm.files.interop.ddim import from_ddim, infer_preset, read_ddim
 from ddpm.files.interop.diffusers import from_diffusers, is_diffusers
-from ddpm.files.interop.names import Package, naming, shapes
+from ddpm.files.interop.names import Package, errors_named, shapes
 from ddpm.files.tensors import save_tensors
 from ddpm.presets import Preset, to_json
 from ddpm.version import __version__
 
 
 def recognise(path: Path) -> Package:
-    """Whose weights a path has: diffusers (a folder) or ddim (a file); InputError names what is accepted.
+    """The package whose weights a path holds: diffusers (a folder) or ddim (a file). Raises InputError for others.
 
     >>> recognise(Path("README.md"))
     Traceback (most recent call last):
     ...
-    ddpm.errors.InputError: README.md: ... want a folder of diffusers or a file of ddim's weights (.ckpt, .pt, .pth, ...
+    ddpm.errors.InputError: README.md: ... want a diffusers folder or a file of ddim's weights (.ckpt, .pt, .pth, ...
     """
-    wanted = "want a folder of diffusers or a file of ddim's weights (.ckpt, .pt, .pth, .safetensors)"
+    wanted = "want a diffusers folder or a file of ddim's weights (.ckpt, .pt, .pth, .safetensors)"
     if path.is_dir():
         if is_diffusers(path):
             return "diffusers"
-        raise InputError(f"{path}: not a folder of diffusers; {wanted}")
+        raise InputError(f"{path}: not a diffusers folder; {wanted}")
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; {wanted}")
     try:
@@ -38,26 +38,29 @@ def recognise(path: Path) -> Package:
 
 
 def read(path: Path, preset: Preset | None = None) -> tuple[Preset, dict[str, Tensor]]:
-    """The preset and our state dict of whatever `recognise` knows; `preset` for a file of ddim, else its shapes tell.
+    """The preset and the state dict of our network, float32, from a path that `recognise` accepts.
 
-    Raises InputError where it is neither, or not what our network has.
+    preset  the settings of a file of ddim; None: inferred from the shapes of its weights
+
+    Raises InputError if the weights cannot be read or are not those of a network of ours.
     """
     if recognise(path) == "diffusers":
         if preset is not None:
-            raise InputError(f"{path}: a folder of diffusers says its settings itself; want no --preset")
+            raise InputError(f"preset: {path} is a diffusers folder, which has its own settings; want no preset")
         return from_diffusers(path)
     if preset is None:
-        with naming(path):
-            preset = shape_of(read_ddim(path))
+        with errors_named(path):
+            preset = infer_preset(read_ddim(path))
     return preset, from_ddim(path, preset)
 
 
 def save(path: Path, preset: Preset, state: Mapping[str, Tensor], about: str) -> None:
-    """Write our state dict as a weights file that `ddpm.load` opens, float32, whole or not at all.
+    """Write a state dict as a weights file that `ddpm.load` opens, in float32, completely or not at all.
 
-    about  where the weights are from; kept in the file's metadata. The step is 0: none of our training is in them.
+    about  the origin of the weights, for the file's metadata
 
-    Raises InputError for another suffix, and for weights that are not of the preset's network.
+    The file says step 0, because the weights were not trained here. Raises InputError for another suffix than
+    .safetensors, and for weights that are not those of the preset's network.
 
     >>> import tempfile
     >>> import ddpm
