@@ -3,6 +3,7 @@
 Shapes: images are [B, C, H, W], and the time embedding is [B, 4 width].
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -193,6 +194,14 @@ class Patches(nn.Module):
         return F.pixel_shuffle(convolve(self.conv, x), 2)
 
 
+@functools.cache
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 class UNet(nn.Module):
     """(x [B, C, H, W], timestep int64 [B], or [1] for all, y int64 [B] or None) -> [B, out_channels, H, W].
 
@@ -214,7 +223,8 @@ class UNet(nn.Module):
                             the patches do not show
     gradient_checkpointing  keep only the inputs of the blocks and compute the rest again in the backward pass, which
                             saves memory and costs time
-    bf16                    compute in bfloat16 (autocast); the weights and the result stay float32
+    bf16                    compute in bfloat16 (autocast); the weights and the result stay float32. None: do so on
+                            devices with `fast_bf16`, wherever the network is
 
     H and W may differ. Each must be divisible by patch 2^(levels - 1); otherwise InputError names the nearest sizes
     that are.
@@ -237,7 +247,7 @@ class UNet(nn.Module):
         num_classes: int = 0,
         patch: Literal[1, 2] = 1,
         gradient_checkpointing: bool = False,
-        bf16: bool = False,
+        bf16: bool | None = False,
     ) -> None:
         super().__init__()
         if width % CHANNEL_STEP:
@@ -287,14 +297,17 @@ class UNet(nn.Module):
     @property
     def computes(self) -> torch.dtype:
         """The dtype in which convolutions are computed."""
-        return torch.bfloat16 if self.bf16 else self.conv_in.weight.dtype
+        weight = self.conv_in.weight
+        in_bf16 = fast_bf16(weight.device) if self.bf16 is None else self.bf16
+        return torch.bfloat16 if in_bf16 else weight.dtype
 
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
         check_size(x.shape[-2:], self.levels)
         x = x.to(self.conv_in.weight.dtype)
-        exact = x.device.type == "cuda" and not self.bf16
+        bf16 = self.computes == torch.bfloat16
+        exact = x.device.type == "cuda" and not bf16
         with (
-            torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16),
+            torch.autocast(x.device.type, torch.bfloat16, enabled=bf16),
             exact_convolutions() if exact else nullcontext(),
         ):
             return self._forward(x, timestep, y).to(x.dtype)

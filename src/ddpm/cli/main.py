@@ -8,7 +8,8 @@ import pkgutil
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ddpm import cli
@@ -50,15 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["train", "cifra10"])
     2
     """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():  # OpenMP reads them when torch is imported
-        # A waiting thread spins briefly and then sleeps. Without this it spins for long at every layer, and small
-        # networks train 5 times slower if other programs use the cores.
-        os.environ["GOMP_SPINCOUNT"] = "1000"
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with _process_state():
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
     top = parser()
     commands: dict[str, Parser] = next(a.choices for a in top._actions if isinstance(a, argparse._SubParsersAction))
     command = top
-    warnings.showwarning = _warn
     try:
         args, unknown = top.parse_known_args(arguments)
         command = commands.get(args.command, top)
@@ -67,12 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command is None:
             raise InputError(f"no command; want {', '.join(commands)}; see `ddpm --help`")
         code: int = args.run_command(args)
+        sys.stdout.flush()  # here, where a full disk is reported
         return code
     except InputError as error:
-        print(f"ddpm: {_as_option(str(error), command, arguments)}", file=sys.stderr)
+        print(f"ddpm: {_one_line(_as_option(str(error), command, arguments))}", file=sys.stderr)
         return 2
     except Stopped as error:
-        print(f"ddpm: {error}", file=sys.stderr)
+        print(f"ddpm: {_one_line(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:
         in_bad_folder = str(error.filename).endswith(".part")  # a temporary file of `files.atomic`
@@ -109,8 +110,75 @@ def _as_option(message: str, command: argparse.ArgumentParser, arguments: Sequen
     return option + message[len(word[0]) :] if word and known and word[0] not in arguments else message
 
 
+def _one_line(text: str) -> str:
+    r"""The text with line breaks and other control characters escaped, as file names may have them.
+
+    >>> _one_line("a\nb.png: damaged")
+    'a\\nb.png: damaged'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     from tqdm import tqdm  # tqdm.write prints above a progress bar, not into it
 
     if issubclass(category, UserWarning):
-        tqdm.write(f"warning: {message}", file=sys.stderr)
+        tqdm.write(f"warning: {_one_line(str(message))}", file=sys.stderr)
+
+
+class _Output:
+    """A standard stream that ends no command: what a closed pipe or another encoding cannot take is dropped or escaped.
+
+    Only a full disk, or another failure of standard output that loses results, raises an error.
+    """
+
+    def __init__(self, stream: Any, *, results: bool) -> None:
+        self._stream, self._results = open(os.devnull, "w") if stream is None else stream, results
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:
+            self._stream.write(text.encode(self._stream.encoding, "backslashreplace").decode(self._stream.encoding))
+        except OSError as error:
+            self._drop(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        if self._results and error.errno != errno.EPIPE:
+            raise error
+        with suppress(OSError, ValueError):  # what is left in its buffer would be an error again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _process_state() -> Iterator[None]:
+    """What a command sets in this process: standard streams, warnings and OpenMP's setting. All of it is put back."""
+    for descriptor in range(3):  # a closed one would be given to the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    streams, spins = (sys.stdout, sys.stderr), os.environ.get("GOMP_SPINCOUNT")
+    if spins is None and "OMP_WAIT_POLICY" not in os.environ:  # OpenMP reads them when torch is imported
+        # A waiting thread spins briefly and then sleeps. Without this it spins for long at every layer, and small
+        # networks train 5 times slower if other programs use the cores.
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+    sys.stdout, sys.stderr = _Output(sys.stdout, results=True), _Output(sys.stderr, results=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        if spins is None:
+            os.environ.pop("GOMP_SPINCOUNT", None)

@@ -144,8 +144,8 @@ def load(
     weights   ema or raw
     variance  fixed_large, fixed_small, calibrated (see `with_variance`), or None for that of the run
 
-    The network computes in the precision in which it was trained. Raises InputError if there is no model or it is
-    damaged.
+    The network computes in the precision in which it was trained, but in float32 on devices where bf16 is slow, also
+    after it has been moved. Raises InputError if there is no model or it is damaged.
 
     >>> import ddpm
     >>> ddpm.load("digits").predict
@@ -156,4 +156,6 @@ def load(
     ddpm.errors.InputError: runs/nothing: no such file or folder; want a run folder, a checkpoint folder or a ...
     """
     checkpoint = open_checkpoint(path, weights)
+    if checkpoint.preset.precision == "bf16":
+        checkpoint.denoiser.network.bf16 = None  # type: ignore[attr-defined]
     return (checkpoint if variance is None else with_variance(checkpoint, variance)).denoiser.to(device)

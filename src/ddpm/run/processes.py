@@ -15,6 +15,7 @@ from ddpm.catalog import Precision
 from ddpm.errors import InputError
 from ddpm.files.models import Checkpoint, Weights
 from ddpm.files.opening import open_checkpoint
+from ddpm.unet import fast_bf16
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,7 @@ def pick_precision(name: Precision, device: torch.device) -> Precision:
     """Resolve auto: bf16 if the device multiplies bfloat16 matrices in hardware, else float32."""
     if name != "auto":
         return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type == "cpu":
-        return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
-    return "float32"
+    return "bf16" if fast_bf16(device) else "float32"
 
 
 def open_for_device(

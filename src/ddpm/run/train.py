@@ -8,10 +8,11 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def train(preset: Preset, out: Path) -> Result:
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(processes(preset.device))
+        devices = [ranks.device] if ranks.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices))  # steps seed the global generators, which are the caller's
         preset = _check_settings(preset, out, ranks)
         parts = _parts(preset, ranks)
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
@@ -94,8 +97,9 @@ def train(preset: Preset, out: Path) -> Result:
 
         def save(held_out: float | None) -> None:
             watch.check(out, meter.total)  # a bad image may end the run between a NaN and its report
-            if ranks.first and model.step > begun:  # else nothing new was learned
+            if ranks.first and model.step > model.saved:  # else nothing new was learned
                 _save(model, preset, out, meter.seconds(), held_out, train_set.fingerprint)
+                model.saved = model.step
 
         if model.held_out_before is None:
             model.held_out_before = evaluate()
@@ -110,8 +114,9 @@ def train(preset: Preset, out: Path) -> Result:
         bar = tqdm(total=preset.steps, initial=begun, unit="step", disable=None if ranks.first else True)
         stack.callback(bar.close)
         stop = stack.enter_context(_signals())  # before this line there is nothing to save
+        stack.enter_context(_saving_at_the_end(model, out, save))
 
-        for batch in _saving(stream, save):
+        for batch in stream:
             loss, norm = _update(model, training, preset, parts, batch, train_set, draws, ranks, meter)
             watch.see(model.step, norm)
             if ranks.device.type == "cpu":
@@ -154,6 +159,8 @@ class _Model:
     averaged   with the average of the weights
     schedule   on the CPU, where the noise levels of a batch are drawn
     seconds    of training so far
+    saved      the step of the newest checkpoint
+    whole      whether weights, moments and average are those of one step, and not amid an update
     """
 
     denoiser: Denoiser
@@ -165,6 +172,8 @@ class _Model:
     step: int = 0
     seconds: float = 0.0
     held_out_before: float | None = None
+    saved: int = 0
+    whole: bool = True
 
     def __post_init__(self) -> None:
         self.weights, self.average_weights = list(self.network.parameters()), list(self.average.parameters())
@@ -220,6 +229,7 @@ def _resume(model: _Model, preset: Preset, out: Path, fingerprint: str) -> None:
         model.adam.state[p] = {key: torch.empty_like(p).copy_(moments[f"{key}.{name}"]) for key in _MOMENTS}
         model.adam.state[p]["step"] = torch.tensor(float(state["step"]), device=p.device if p.is_cuda else "cpu")
     model.step, model.seconds, model.held_out_before = state["step"], state["seconds"], state["held_out_before"]
+    model.saved = model.step
 
 
 def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: float | None, fingerprint: str) -> None:
@@ -288,11 +298,13 @@ def _update(
 def _apply(model: _Model, preset: Preset) -> None:
     """Update the weights and their average by the gradient, and count the step."""
     model.adam.param_groups[0]["lr"] = learning_rate(preset, model.step)
+    model.whole = False
     model.adam.step()
     model.adam.zero_grad(set_to_none=True)
     decay = ema.decay_at(model.step, preset.ema_decay, preset.ema_warmup)
     ema.update(model.average_weights, model.weights, decay)
     model.step += 1
+    model.whole = True
 
 
 def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
@@ -483,23 +495,51 @@ def _with_class_names(preset: Preset, out: Path, train_set: data.Images) -> Pres
     return replace(preset, class_names=names)
 
 
+_LOCKS: set[int] = set()
+
+
+def _let_go_of_locks() -> None:
+    """Close inherited locks in a forked child; a worker that outlives this process would hold them for seconds more."""
+    for name in os.listdir("/dev/fd") if _LOCKS else ():
+        with suppress(OSError):  # the descriptor of the listing itself is closed
+            if os.fstat(int(name)).st_ino in _LOCKS:
+                os.close(int(name))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_of_locks)
+
+
 def _lock(out: Path, stack: ExitStack) -> None:
     """Make the run's folder and lock it until the end. Raises InputError if another process trains the run."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(filelock.FileLock(out / ".lock").acquire(timeout=0))
+        _LOCKS.add((out / ".lock").stat().st_ino)
     except filelock.Timeout:
         raise InputError(f"out {out}: another process is training this run; want another out") from None
     except OSError as error:
         raise InputError(f"out {out}: cannot be written ({log.reason(error)})") from error
 
 
-def _saving(stream: Iterator[Tensor], save: Callable[[None], None]) -> Iterator[Tensor]:
-    """The stream. If an image cannot be read, what was learned so far is saved before the error is raised."""
+@contextmanager
+def _saving_at_the_end(model: _Model, out: Path, save: Callable[[None], None]) -> Iterator[None]:
+    """If an exception ends the loop, save what was learned; a second Ctrl-C ends it at once.
+
+    Nothing is saved amid an update, and of weights that are not finite. Then the last good checkpoint is named.
+    """
     try:
-        yield from stream
-    except InputError:
-        save(None)
+        yield
+    except Exception as error:
+        try:
+            if model.whole:
+                save(None)
+        except Stopped as stopped:
+            raise (error if isinstance(error, Stopped) else stopped) from None
+        except Exception as second:  # as of a device that is gone
+            error.add_note(f"The state of step {model.step} could not be saved: {second}")
+        if model.saved < model.step or not model.whole:
+            error.add_note(f"The last good checkpoint is {checkpoints.newest(out) or 'none'}.")
         raise
 
 
@@ -509,15 +549,22 @@ class _Stop:
 
 @contextmanager
 def _signals() -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM set a flag, which the loop reads after each step. A second Ctrl-C interrupts at once."""
+    """Signals that ask the run to stop set a flag, which the loop reads after each step. A second Ctrl-C interrupts.
+
+    A signal that is ignored, as SIGHUP under nohup, stays ignored. Outside the main thread Python sets no handlers.
+    """
     stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def handle(number: int, _: object) -> None:
         if stop.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signal = number
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in data.STOP_SIGNALS if hasattr(signal, name)]
+    old = {n: signal.signal(n, handle) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield stop
     finally:

@@ -4,8 +4,19 @@
 ./digits. A data set on the hub is OWNER/NAME, or OWNER/NAME:CONFIG for one of its configurations.
 """
 
-from ddpm.files.data.batches import batches, order, send
+from ddpm.files.data.batches import STOP_SIGNALS, batches, order, send
 from ddpm.files.data.listing import natural, walk
 from ddpm.files.data.loading import Images, load, load_pair, split_holdout
 
-__all__ = ["Images", "batches", "load", "load_pair", "natural", "order", "send", "split_holdout", "walk"]
+__all__ = [
+    "STOP_SIGNALS",
+    "Images",
+    "batches",
+    "load",
+    "load_pair",
+    "natural",
+    "order",
+    "send",
+    "split_holdout",
+    "walk",
+]

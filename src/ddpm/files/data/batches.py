@@ -2,7 +2,9 @@
 
 import functools
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -10,13 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, Stopped
 from ddpm.files import images as pictures
 from ddpm.files.data.loading import Images
 from ddpm.noise import generator
 
 _ORDER = 0x0DE5
 """Key of the permutations. It keeps them apart from other draws of the same seed."""
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+"""What a person or a cluster sends to stop a run. Windows does not have all of them."""
+_TRIES = 5
+"""How often workers may die without a batch in between."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -79,7 +85,23 @@ def _fits(pixels: Tensor, device: torch.device) -> bool:
 
 
 def _in_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent process ends its workers
+    """Ignore what a terminal or a cluster sends to all processes of a group; the parent process ends its workers."""
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@contextmanager
+def _no_handler_of_torch() -> Iterator[None]:
+    """Keep the SIGCHLD handler that torch sets with its workers from staying.
+
+    That handler raises an error wherever the main thread is when a worker dies, as in the middle of an update. Without
+    it, the loader finds out within five seconds when it waits for a batch.
+    """
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
 
 
 def batches(
@@ -98,7 +120,9 @@ def batches(
     part     the slice of each batch that this process takes; None: all of it
     workers  processes that decode ahead, if the images are not in memory (0: none); closing the iterator ends them
 
-    Images that are in memory are copied to a CUDA device once, if they fit. Raises what `Images.batch` raises.
+    Images that are in memory are copied to a CUDA device once, if they fit. Workers that die are started again, with
+    the same batches, since the order is a function of the step. Raises what `Images.batch` raises, and Stopped if
+    workers die again and again.
 
     >>> from ddpm.files.data import load
     >>> next(batches(load("digits", (8, 8), 1), seed=0, batch_size=16, start=5, stop=9)).shape
@@ -115,22 +139,52 @@ def batches(
         for step in range(start, stop):
             yield send(images.batch(order(len(images), seed, step, batch_size)[part]), device)
         return
+    faults_in_a_row = 0
+    while start < stop:
+        try:
+            for batch in _by_workers(_Steps(images, seed, batch_size, part), range(start, stop), workers):
+                yield send(batch, device)
+                start, faults_in_a_row = start + 1, 0
+        except _WorkerDied as error:
+            faults_in_a_row += 1
+            if faults_in_a_row == _TRIES:
+                raise Stopped(
+                    f"step {start}: the processes that decode images died {_TRIES} times in a row ({error}); "
+                    "the memory may be full: want fewer workers, or workers 0"
+                ) from None
+
+
+class _WorkerDied(Exception):
+    """A process that decodes was killed, as the system does when memory is full, or a signal to the whole group."""
+
+
+def _by_workers(dataset: _Steps, steps: range, workers: int) -> Iterator[Tensor]:
+    """The batches of these steps, decoded ahead by other processes, which end with the iterator."""
     loader = DataLoader(
-        _Steps(images, seed, batch_size, part),
+        dataset,
         batch_size=None,
-        sampler=range(start, stop),
+        sampler=steps,
         num_workers=workers,
         prefetch_factor=4,
         worker_init_fn=_in_worker,
         generator=torch.Generator(),  # the default is the global generator, whose state would change
     )
-    steps = iter(loader)
+    with _no_handler_of_torch():
+        results = iter(loader)
     try:
-        for result in steps:
+        while True:
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise _WorkerDied(str(error).splitlines()[0]) from None
             if isinstance(result, str):
                 raise InputError(result)
             pixels, faults, notes = result
-            images.report(faults, notes)
-            yield send(pixels, device)
+            dataset.images.report(faults, notes)
+            yield pixels
     finally:
-        del steps  # it is the last reference, so this ends the workers
+        del results  # it is the last reference, so this ends the workers
