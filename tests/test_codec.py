@@ -361,7 +361,7 @@ def test_known_bits_are_of_the_pixels_and_leave_the_rest_open(values, count):
     assert np.array_equal(pixel & which, low)
     assert sum(int(w).bit_count() for w in which) == min(8 * len(text), 8 * len(pixel))
     even = np.full((len(pixel), 256), 1 << 16, np.int64)
-    found = progressive.left_open(even, low, which)
+    found = progressive.frequencies_given_bits(even, low, which)
     assert (found.sum(1) == 1 << 24).all()
     assert (found[np.arange(len(pixel)), pixel] >= (1 << 16) * 0.99).all()
     possible = (np.arange(256) & which[:, None]) == low[:, None]
@@ -611,7 +611,7 @@ def test_walks_that_go_together_come_to_what_they_come_to_alone(model):
         calls.append((len(x), level))
         return x
 
-    first, second = progressive.answer(predict, walks)
+    first, second = progressive.run_together(predict, walks)
     assert (first.shape, second.shape) == ((1, 1, 2, 2), (3, 1, 2, 2))
     assert calls == [(4, level) for level in tables.levels]
 
