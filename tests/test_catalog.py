@@ -1,4 +1,4 @@
-"""The catalog, read from source text, is what the modules themselves hold."""
+"""The catalog, which reads source text, equals the tables of the modules."""
 
 from ddpm import catalog
 from ddpm.run import evaluate, paper, quality, sample
@@ -6,7 +6,7 @@ from ddpm.samplers import SAMPLERS
 from ddpm.schedule import SCHEDULES
 
 
-def test_the_names_are_those_of_the_tables():
+def test_names_equal_those_of_the_tables():
     assert list(catalog.samplers()) == list(SAMPLERS)
     assert list(catalog.schedules()) == list(SCHEDULES)
     assert tuple(catalog.spacings()) == sample.SPACED
@@ -14,7 +14,7 @@ def test_the_names_are_those_of_the_tables():
     assert list(catalog.experiments()) == list(paper.EXPERIMENTS)
 
 
-def test_the_settings_are_those_of_the_tables():
+def test_settings_equal_those_of_the_tables():
     for name, entry in catalog.samplers().items():
         for key, value in entry.settings.items():
             assert getattr(SAMPLERS[name], key) == value

@@ -157,7 +157,7 @@ def scale_of(error: float, group: Group) -> int:
 
 
 def index_bits(group: Group, scale: int, part: NDArray[np.bool_], tables: Tables) -> int:
-    """The bits of a part's indices: the largest number without bands, and just enough in bands, where each bit costs."""
+    """The bits of a part's indices: the largest number without bands; in bands just enough, as each bit costs."""
     if not group.banded(part.size):
         return tables.bits + PAD
     return group.chunks(scale, int(part.sum()), tables.bits).bits
