@@ -368,7 +368,7 @@ def test_the_weighting_scales_the_training_loss(weighting: str, tmp_path: Path) 
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
-    """Adam's first moment after one step is a tenth of the clipped gradient. The logged norm is that before clipping."""
+    """Adam's first moment after one step is a tenth of the clipped gradient. The logged norm is not clipped."""
     assert train(tmp_path / "run", "--steps", 1, "--grad-clip", 0.25) == 0
     first = [value for name, value in tensors(tmp_path / "run", 1).items() if name.startswith("optimizer/exp_avg.")]
     norm = math.sqrt(sum(float(value.double().square().sum()) for value in first)) / 0.1

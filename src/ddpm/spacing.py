@@ -80,7 +80,7 @@ def _nearest(schedule: Schedule, wanted: Tensor, start: int) -> list[int]:
 
 
 def _distinct(wanted: Tensor, start: int) -> list[int]:
-    """Round the levels and make them distinct: a level that is taken moves up, or down if there is no room above."""
+    """Round the levels and make them distinct: a level that is in use moves up, or down if none is free above."""
     i = torch.arange(len(wanted))  # levels rise by at least one if level - i does not fall
     offset = (wanted.round().long() - i).cummax(0).values.clamp(1, start - len(wanted) + 1)
     return (offset + i).tolist()

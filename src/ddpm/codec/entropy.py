@@ -98,7 +98,7 @@ class Encoder:
         self.bits += float((BITS - np.log2(chosen)).sum())
 
     def finish(self) -> bytes:
-        """The shortest bytes that decode to the symbols if zeros follow them. They may be 7 bytes below the cost."""
+        """The shortest bytes that decode to the symbols if zeros follow; at most 7 bytes shorter than the cost."""
         words, (lower, extent) = self._coder.pos()  # integers
         size = _WORD * (int(words) + 2)  # the words that are written, and the two words of the state
         message = self._coder.get_compressed().astype(">u4").tobytes()  # one number that decodes to the symbols
@@ -118,8 +118,8 @@ class Encoder:
 class Decoder:
     """Bytes in, symbols out. After the last byte it reads `fill`, 0 or 255, without end.
 
-    Raises Damaged for bytes that no encoder writes, and for symbols that cost 64 bits more than there are. So a short
-    file cannot ask for much work.
+    Raises Damaged for bytes that no encoder writes, and if the symbols cost 64 bits more than the bytes have. So a
+    short file cannot cause much work.
     """
 
     def __init__(self, data: bytes, fill: int = 0) -> None:

@@ -110,7 +110,7 @@ def compress(
     bits          K, for which the model has tables; None for the largest. A larger K saves bytes and takes longer
     local         use the network's own precision: faster, but the file decodes only where it was written
     whole         code the picture as one tile of its own size
-    seed          of the shared noise; the next seeds are tried if x0^ lies too near a rounding boundary
+    seed          seed of the shared noise; the next seeds are tried if x0^ lies too near a rounding boundary
 
     A lossy file is lossless if that needs no more bytes. Raises InputError for another kind of picture and for settings
     out of range.
@@ -287,7 +287,7 @@ def decompress(model: Model, data: bytes, at: int | None = None) -> Image:
 
 
 def pictures(model: Model, data: bytes, at: int | None = None) -> Iterator[Picture]:
-    """Better and better pictures: x0^ of noise, then one picture per group, and last the exact one."""
+    """Yield better and better pictures: x0^ of noise, then one picture per group, and last the exact one."""
     header, begin = read_header(data)
     check_identity(header.identity, model.identity)
     if header.bits not in model.tables:

@@ -1,4 +1,4 @@
-"""The tables of a model's codec, which are set once on training images: groups of levels, variances, histograms.
+"""The tables of a model's codec, which are fitted once to training images: groups of levels, variances, histograms.
 
 The tables belong to the model and lie beside its weights. So neither the encoder nor the decoder takes a probability
 from a network that might compute otherwise on another machine.
@@ -161,11 +161,12 @@ class Tables:
 
     @staticmethod
     def scale_symbol(scale: int, before: int = 0) -> int:
+        """The symbol for a scale after the scale `before`."""
         return scale - before + len(SCALES) - 1
 
     @staticmethod
     def scale_of_symbol(symbol: int, before: int = 0) -> int:
-        """Raises Damaged if there is no such scale."""
+        """The inverse of `scale_symbol`. Raises Damaged if there is no such scale."""
         scale = symbol + before - len(SCALES) + 1
         if scale not in SCALES:
             raise entropy.Damaged("payload: no encoder writes such bytes; want the file as it was written")

@@ -6,7 +6,7 @@ on from the x that the decoder will have. Arrays are float64 [n, C, H, W] for n 
 network the arithmetic is NumPy's, one operation at a time, so that IEEE 754 fixes every bit of it.
 
 A group that costs many bits is coded in bands of rows. There, the low bits of the next band's pixels choose among the
-candidates (bits-back coding): whoever knows both the choices and the band's pixels can compute these bits again
+candidates (bits-back coding). From the choices and the band's pixels, these bits can be computed again
 (`recover_message`). So the decoder, once it has read a band's pixels, knows the low bits of the next band, and only
 the rest of those pixels is coded. An index then costs little more than the divergence. The last band has no next
 band, so its choices carry no bits.

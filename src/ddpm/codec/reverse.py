@@ -6,7 +6,7 @@ w = q / p, and sends its index. There are two ways to choose:
 * Ordered random coding (`winner`) favours small indices, which cost about KL + log2(KL + 1) bits.
 * Minimal random coding (Havasi et al. 2019, which the paper names) costs log2 N bits, a few more than the divergence.
   But the choice itself can carry data: `Picker` selects the candidate with bits of data still to be sent (bits-back
-  coding). Whoever later knows q as well computes these bits from the choice (`returned`).
+  coding). Someone who later knows q can compute these bits from the choice (`returned`).
 
 All draws use one table of normals: 2^bits rows of 64. A candidate takes one row for each 64 dimensions of a chunk.
 Every block of 64 starts at another row, and every chunk has an order and signs of its own. So a few matrix products
