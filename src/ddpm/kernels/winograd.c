@@ -70,7 +70,7 @@ INLINE vec sigmoid(vec u) {
     return 1 / (p * (vec)two + 1);
 }
 
-/* The dropout mask of the channels from c at `position`, which counts over the batch: all bits set if it is kept. */
+/* The dropout mask of the channels from c at `position`, counted over the batch: all bits set for kept channels. */
 INLINE ints keep_mask(const before *f, long position, long c) {
     typedef uint32_t uints __attribute__((vector_size(4 * LANES)));
     typedef int32_t mask __attribute__((vector_size(4 * LANES)));
