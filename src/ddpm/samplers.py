@@ -177,7 +177,7 @@ def _multistep(
     alpha, sigma, lam = _rates(denoiser, start)
     points: list[tuple[float, Tensor]] = []  # (lambda, x0^), the newest first
     down = _down(denoiser, steps, start)
-    origin, x_origin = 0, x  # the level that the last step started from, and x there
+    origin, x_origin = 0, x  # the level from which the last step started, and its x
 
     def step(s: int, points: Sequence[tuple[float, Tensor]]) -> Tensor:
         return sigma[s] / sigma[origin] * x_origin + alpha[s] * _integral(points, lam[origin], lam[s])

@@ -400,7 +400,11 @@ def group_costs(model: Model, data: bytes) -> Iterator[GroupCost]:
         progressive.put_group(counter, tables, group, symbols, before, real)
         rmse = float(np.sqrt(np.mean((shown[number].image.astype(float) - shown[-1].image) ** 2)))
         yield GroupCost(
-            group.t, group.s, sum(len(some) for tile in symbols.indices for some in tile), counter.bits - spent, rmse
+            group.t,
+            group.s,
+            sum(len(chunks) for tile in symbols.indices for chunks in tile),
+            counter.bits - spent,
+            rmse,
         )
         before, spent = symbols.scales, counter.bits
     if header.lossless:

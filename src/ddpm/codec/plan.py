@@ -216,8 +216,8 @@ def levels(
 
     >>> from ddpm import schedule
     >>> error = torch.linspace(1e-4, 0.3, 1000).double()
-    >>> found = levels(schedule.linear(), error.expand(2, -1), 3072, 12, np.zeros(1000), 4.0)
-    >>> found[0], found == sorted(found, reverse=True)
+    >>> chosen = levels(schedule.linear(), error.expand(2, -1), 3072, 12, np.zeros(1000), 4.0)
+    >>> chosen[0], chosen == sorted(chosen, reverse=True)
     (1000, True)
     """
     T = schedule.T

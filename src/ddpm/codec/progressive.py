@@ -120,7 +120,7 @@ def bands(height: int) -> list[slice]:
 
 
 def parts(mask: NDArray[np.bool_], group: Group | None = None) -> list[NDArray[np.bool_]]:
-    """The mask `there` [C, H, W] split by bands; one part for a group without bands."""
+    """Split a mask [C, H, W] into bands; a group without bands has one part."""
     if group and not group.banded(mask.size):
         return [mask]
     masks = []
@@ -178,7 +178,7 @@ def encode_group(
     state: State, group: Group, x0: Array, true: Array, real: NDArray[np.bool_], tables: Tables, seed: int,
     pickers: Sequence[Sequence[Picker]],
 ) -> Symbols:  # fmt: skip
-    """Draw x_s ~ q(x_s | x_t, x_0), move there, and return the symbols. `pickers` choose in each tile's bands."""
+    """Draw x_s ~ q(x_s | x_t, x_0), move to it, and return the symbols. `pickers` choose in each tile's bands."""
     sent = Symbols([], [])
     for tile, mask in enumerate(real):
         scale = scale_of(float(np.mean((true[tile] - x0[tile])[mask] ** 2)), group)
