@@ -194,18 +194,18 @@ def flops(preset: Preset) -> float:
 def product_rate(card: Cuda, side: int, repeats: int, seconds: float) -> figures.Spread:
     """FLOP per second of a bf16 product of two square matrices."""
     a = torch.randn(side, side, device=card.device, dtype=torch.bfloat16)
-    found = timing.interleave({"": partial(torch.mm, a, a)}, repeats, seconds, card.wait)
-    return figures.spread(2 * side**3 / s for s in found[""])
+    times = timing.interleave({"": partial(torch.mm, a, a)}, repeats, seconds, card.wait)
+    return figures.spread(2 * side**3 / s for s in times[""])
 
 
 def speeds(seconds: Iterable[float], images: int, flop: float, plan: Values) -> Values:
     """Milliseconds, images per second and the share of the matrix rate, each with its spread."""
     seconds = list(seconds)
-    found: Values = {"ms": figures.spread(1000 * s for s in seconds)._asdict()}
-    found["images_per_second"] = figures.spread(images / s for s in seconds)._asdict()
+    values: Values = {"ms": figures.spread(1000 * s for s in seconds)._asdict()}
+    values["images_per_second"] = figures.spread(images / s for s in seconds)._asdict()
     if rate := plan.get("product_flops"):
-        found["matrix_share"] = figures.spread(flop * images / s / rate for s in seconds)._asdict()
-    return found
+        values["matrix_share"] = figures.spread(flop * images / s / rate for s in seconds)._asdict()
+    return values
 
 
 def started(card: Cuda, make: Callable[[], timing.Case]) -> tuple[timing.Case, float, int]:
@@ -288,12 +288,12 @@ def profiled(card: Cuda, case: timing.Case, steps: int = 3) -> Values:
 
 def preset(name: str, plan: Values) -> Preset:
     """The preset of this name. A rehearsal has tiny sizes."""
-    found = PRESETS[name]
+    chosen = PRESETS[name]
     if plan["rehearse"]:
-        found = replace(
-            found, size=(8, 8), width=32, channel_multipliers=(1,), attention_resolutions=(8,), num_res_blocks=1
+        chosen = replace(
+            chosen, size=(8, 8), width=32, channel_multipliers=(1,), attention_resolutions=(8,), num_res_blocks=1
         )
-    return found
+    return chosen
 
 
 def sizes(plan: Values) -> Values:
@@ -436,11 +436,11 @@ def turns(
 ) -> Values:  # fmt: skip
     """Measure ours and diffusers in turns: speed, memory and compilation of each, and the ratio within each turn."""
     ready = {name: started(card, make) for name, make in makers.items()}
-    found = timing.interleave({name: case for name, (case, *_) in ready.items()}, repeats, seconds, card.wait)
-    values: Values = {"ratio": timing.ratio(found, "ours", "diffusers")._asdict()}
+    times = timing.interleave({name: case for name, (case, *_) in ready.items()}, repeats, seconds, card.wait)
+    values: Values = {"ratio": timing.ratio(times, "ours", "diffusers")._asdict()}
     for name, (_, first, peak) in ready.items():
-        values[name] = speeds(found[name], images, flop, plan)
-        values[name] |= {"peak_bytes": peak, "compile_seconds": max(0.0, first - min(found[name]))}
+        values[name] = speeds(times[name], images, flop, plan)
+        values[name] |= {"peak_bytes": peak, "compile_seconds": max(0.0, first - min(times[name]))}
     return values
 
 

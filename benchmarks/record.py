@@ -45,13 +45,13 @@ def hardware() -> str:
 
 def versions() -> dict[str, str]:
     """The versions of this package, torch, numpy and, if it is installed, diffusers."""
-    found = {"ddpm": ddpm.__version__, "torch": torch.__version__}
+    result = {"ddpm": ddpm.__version__, "torch": torch.__version__}
     for name in ("numpy", "diffusers"):
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             pass
-    return found
+    return result
 
 
 def commit() -> str:

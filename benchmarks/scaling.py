@@ -97,26 +97,26 @@ def main() -> None:
     text = f"The {args.network} network, bf16 where the hardware has it. Milliseconds per image and images/s.\n\n"
     with record.measuring(args):
         if "batch" in parts:
-            found = values["batch"] = by_batch(args)
-            text += f"## Batch, 32x32\n\n{report('batch', found, {name: int(name) for name in found})}\n"
+            times = values["batch"] = by_batch(args)
+            text += f"## Batch, 32x32\n\n{report('batch', times, {name: int(name) for name in times})}\n"
         if "size" in parts:
-            found = values["size"] = by_size(args)
-            counts = dict.fromkeys(found, args.size_batch)
-            text += f"## Image side, batch {args.size_batch}\n\n{report('side', found, counts, pixels=True)}\n"
+            times = values["size"] = by_size(args)
+            counts = dict.fromkeys(times, args.size_batch)
+            text += f"## Image side, batch {args.size_batch}\n\n{report('side', times, counts, pixels=True)}\n"
         if "processes" in parts:
-            found = values["processes"] = by_processes(args)
-            counts = dict.fromkeys(found, args.process_batch)
-            text += f"## Processes, batch {args.process_batch} in all\n\n{report('', found, counts)}\n"
+            times = values["processes"] = by_processes(args)
+            counts = dict.fromkeys(times, args.process_batch)
+            text += f"## Processes, batch {args.process_batch} in all\n\n{report('', times, counts)}\n"
             two = list(PROCESSES)
             for other in two[:2]:
-                text += f"{two[2]} against {other}: {timing.ratio(found, two[2], other)} times as fast. "
+                text += f"{two[2]} against {other}: {timing.ratio(times, two[2], other)} times as fast. "
     record.write("scaling", "Time by batch, image size and processes", args, values, text + "\n")
 
 
-def report(name: str, found: dict[str, list[float]], counts: dict[str, int], pixels: bool = False) -> str:
+def report(name: str, times: dict[str, list[float]], counts: dict[str, int], pixels: bool = False) -> str:
     """A table of seconds per step; counts: images per step of each row; pixels: add the time per pixel."""
     rows: list[list[object]] = []
-    for key, seconds in found.items():
+    for key, seconds in times.items():
         per_image = figures.spread(1000 * s / counts[key] for s in seconds)
         rate = figures.spread(counts[key] / s for s in seconds)
         row: list[object] = [key, per_image, rate]

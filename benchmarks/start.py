@@ -155,14 +155,14 @@ def main() -> None:
     packages = {module: imports(module) for module in ("ddpm.run.train", "ddpm.run.sample")}
     text = ""
     for name, title in (("train", "`ddpm train digits` to its first step"), ("sample", "`ddpm sample` to an image")):
-        keys = list(dict.fromkeys(key for found in parts[name] for key in found))
-        rows = [(key, figures.spread(found.get(key, 0.0) for found in parts[name])) for key in keys]
-        inside = figures.spread(sum(found.values()) for found in parts[name])
+        keys = list(dict.fromkeys(key for seconds_of in parts[name] for key in seconds_of))
+        rows = [(key, figures.spread(seconds_of.get(key, 0.0) for seconds_of in parts[name])) for key in keys]
+        inside = figures.spread(sum(seconds_of.values()) for seconds_of in parts[name])
         text += f"## {title}: {figures.spread(totals[name])} s\n\n"
         text += figures.table(["", "s"], [*rows, ("sum, in the timed process", inside)]) + "\n"
-    for module, found in packages.items():
-        most = ", ".join(f"{package} {seconds:.2f}" for package, seconds in list(found.items())[:8])
-        text += f"`import {module}`, {sum(found.values()):.2f} s by `-X importtime`: {most}.\n\n"
+    for module, seconds_of in packages.items():
+        most = ", ".join(f"{package} {seconds:.2f}" for package, seconds in list(seconds_of.items())[:8])
+        text += f"`import {module}`, {sum(seconds_of.values()):.2f} s by `-X importtime`: {most}.\n\n"
     values = {"totals": totals, "parts": parts, "imports": packages}
     record.write("start", "Start: to the first step and to the first image", args, values, text)
 

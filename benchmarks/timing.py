@@ -106,7 +106,7 @@ class Parts:
         if inspect.isgeneratorfunction(function):  # each item counts, not the call that makes the generator
 
             @functools.wraps(function)
-            def each(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            def timed_items(*args: Any, **kwargs: Any) -> Iterator[Any]:
                 items, end = function(*args, **kwargs), object()
                 while True:
                     with self(part):
@@ -115,7 +115,7 @@ class Parts:
                         return
                     yield item
 
-            return each
+            return timed_items
 
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:

@@ -68,8 +68,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch-half": {"batch_size": lambda p: p.batch_size // 2},
     "cooldown-none": {"cooldown": 0.0},
     "cooldown-whole": {"cooldown": 1.0},
-    "ema-shorter": {"ema": lambda p: 1 - 30 / p.steps},  # averages over 1/30 of the run; ema_warmup over 1/9
-    "ema-longer": {"ema": lambda p: 1 - 5 / p.steps, "ema_warmup": False},
+    "ema-shorter": {"ema_decay": lambda p: 1 - 30 / p.steps},  # averages over 1/30 of the run; ema_warmup over 1/9
+    "ema-longer": {"ema_decay": lambda p: 1 - 5 / p.steps, "ema_warmup": False},
     "dropout": {"dropout": 0.1},
     "flip-none": {"flip": False},
     # networks that cost about as much as that of cifar10_fast

@@ -1,6 +1,6 @@
 """Exact denoisers: data whose posteriors, reverse chain and bound are known in closed form. Everything is float64.
 
-Written from alpha_bar and Bayes' rule alone: nothing here uses the package's formulas. t is the paper's, 1..T.
+This module uses only alpha_bar and Bayes' rule, and no formula of the package. t is the paper's noise level, 1..T.
 """
 
 import math
@@ -17,7 +17,7 @@ PREDICTIONS = ("eps", "x0", "mu", "v")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small tensors are quicker on one thread, ten times where the machine is shared."""
+    """Use one thread. Small tensors are then quicker, by a factor of ten on a shared machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +25,7 @@ def one_thread():
 
 
 def network(data, schedule, predict):
-    """The network that knows E[x_0 | x_t] of `data` and predicts eps, x0, mu or v on the levels of `schedule`."""
+    """A network that computes E[x_0 | x_t] of `data` and predicts eps, x0, mu or v at the levels of `schedule`."""
 
     def call(x, timestep, y=None):
         t = torch.searchsorted(schedule.timestep, timestep)
@@ -48,7 +48,7 @@ def network(data, schedule, predict):
 
 
 def with_variance(network, raw):
-    """`network` with 2C channels: the second half is raw(xt, timestep), of xt's shape."""
+    """`network` with 2C output channels: the second half is raw(xt, timestep), of xt's shape."""
     return lambda x, timestep, y=None: torch.cat([network(x, timestep, y), raw(x, timestep)], dim=1)
 
 
@@ -60,8 +60,8 @@ class FiniteData:
 
     def denoise(self, xt, abar):
         """E[x_0 | x_t] = sum_k softmax_k(-|x_t - sqrt(abar) x_k|^2 / (2 (1 - abar))) x_k; abar [B, 1, 1, 1]."""
-        away = (xt[:, None] - abar[:, None].sqrt() * self.images).square().flatten(2).sum(2)  # [B, K]
-        weight = torch.softmax(-away / (2 * (1 - abar.flatten()[:, None])), dim=1)
+        distance = (xt[:, None] - abar[:, None].sqrt() * self.images).square().flatten(2).sum(2)  # squared, [B, K]
+        weight = torch.softmax(-distance / (2 * (1 - abar.flatten()[:, None])), dim=1)
         return torch.einsum("bk,kchw->bchw", weight, self.images)
 
 
@@ -102,14 +102,14 @@ class GaussianData:
         return A, mean - alpha.sqrt() * A @ mean, P
 
     def variances(self, schedule):
-        """A variance table [T+1]: the mean over dimensions of Var[x_{t-1} | x_t]; all of it where S = s^2 I."""
+        """A variance table [T+1]: the mean over dimensions of Var[x_{t-1} | x_t]. It is exact if S = s^2 I."""
         table = [self.reverse(schedule, t)[2].diagonal().mean() for t in range(1, schedule.T + 1)]
         return torch.stack([torch.ones(()).double(), *table])
 
     def chain(self, schedule, variance, last=True):
-        """Mean and covariance of x_0 where Algorithm 2 runs from N(0, I) with the exact mean and `variance` [T+1].
+        """Mean and covariance of x_0 from Algorithm 2, run from N(0, I) with the exact mean and `variance` [T+1].
 
-        last: z = 0 at t = 1, as in the paper; otherwise x_0 is drawn from p(x_0 | x_1).
+        With `last`, z = 0 at t = 1 as in the paper; without it, x_0 is drawn from p(x_0 | x_1).
         """
         mean, covariance = torch.zeros(self.D).double(), torch.eye(self.D).double()
         for t in range(schedule.T, 0, -1):
@@ -120,7 +120,7 @@ class GaussianData:
         return mean, covariance
 
     def bound_kl(self, schedule, variance):
-        """E of L_1 .. L_{T-1}, nats [T-1], for the exact mean and the variances `variance` [T+1]:
+        """The expectation of L_1 .. L_{T-1}, nats [T-1], for the exact mean and `variance` [T+1]:
 
         D/2 (log(s^2/beta~) + beta~/s^2 - 1) + c_0^2 / (2 s^2) tr Cov[x_0 | x_t].
         """
@@ -135,13 +135,13 @@ class GaussianData:
         return torch.stack(terms)
 
     def bound_prior(self, schedule):
-        """E of L_T, nats: E KL(N(sqrt(abar) x_0, (1 - abar) I) || N(0, I))."""
+        """The expectation of L_T, nats: E KL(N(sqrt(abar) x_0, (1 - abar) I) || N(0, I))."""
         abar = schedule.alpha_bar[-1]
         square = self.covariance.trace() + self.mean.square().sum()
         return 0.5 * (abar * square - self.D * abar - self.D * (1 - abar).log())
 
     def entropy(self):
-        """-E log of the density, nats."""
+        """The differential entropy of x_0, nats."""
         return 0.5 * (self.D * math.log(2 * math.pi * math.e) + torch.logdet(self.covariance))
 
     def sample(self, n, generator):
@@ -149,9 +149,9 @@ class GaussianData:
         return self._from_normal(torch.randn(n, self.D, generator=generator, dtype=torch.float64))
 
     def cubature(self):
-        """(x0, eps), each [4D, C, H, W]: points whose plain average is E over (x_0, eps) of any cubic, exactly.
+        """(x0, eps), each [4D, C, H, W]: points at which the average of a cubic is its expectation over (x_0, eps).
 
-        +- sqrt(n) e_i integrate polynomials of degree 3 against N(0, I_n); n = 2D.
+        The points +- sqrt(n) e_i integrate polynomials of degree 3 exactly against N(0, I_n), with n = 2D.
         """
         n = 2 * self.D
         points = math.sqrt(n) * torch.cat([torch.eye(n), -torch.eye(n)]).double()
@@ -162,23 +162,23 @@ class GaussianData:
 
 
 def correlated():
-    """Four dimensions, [1, 2, 2], with means and correlations of all signs."""
+    """Data of four dimensions, [1, 2, 2], with means and correlations of both signs."""
     factor = torch.tensor([[0.6, 0, 0, 0], [0.3, 0.4, 0, 0], [-0.2, 0.1, 0.3, 0], [0.1, -0.3, 0.2, 0.5]]).double()
     return GaussianData(torch.tensor([0.3, -0.2, 0.1, 0.5]).double().view(1, 2, 2), factor @ factor.T)
 
 
 def isotropic(s=0.5):
-    """Two dimensions, [2, 1, 1], variance s^2: here the reverse chain has one variance a level, exactly."""
+    """Data of two dimensions, [2, 1, 1], with variance s^2. The true reverse chain then has one variance per level."""
     return GaussianData(torch.tensor([0.3, -0.4]).double().view(2, 1, 1), s**2 * torch.eye(2).double())
 
 
 def normal(n, shape, seed=0):
-    """noise(t), float64 [n, *shape]: a draw for each level, the same whenever it is asked for."""
+    """noise(t), float64 [n, *shape]: a draw for each level, which is the same in every call."""
     return lambda t: torch.randn(n, *shape, generator=torch.Generator().manual_seed(1000 * seed + t)).double()
 
 
 def z_score(x, mean, covariance):
-    """The largest |z| over the sample's means and covariances, were x [n, ...] drawn from N(mean, covariance)."""
+    """The largest |z| over means and covariances of the sample x [n, ...], if it is drawn from N(mean, covariance)."""
     x, n = x.flatten(1), len(x)
     variance = covariance.diagonal()
     z_mean = (x.mean(0) - mean) / (variance / n).sqrt()
@@ -187,12 +187,13 @@ def z_score(x, mean, covariance):
 
 
 def last(steps):
+    """The last Step of a sampler."""
     *_, step = steps
     return step
 
 
 def randomised_unet():
-    """A small network away from its near-zero start."""
+    """A small network whose output is not near zero, as it is after initialisation."""
     torch.manual_seed(0)
     net = UNet(1, width=32, channel_multipliers=(1, 2), num_res_blocks=1)
     for p in net.parameters():

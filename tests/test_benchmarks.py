@@ -59,11 +59,11 @@ def test_codec_reads_its_files_back_and_resumes_only_with_the_same_settings(tmp_
         codec.main()
         return json.loads(next(tmp_path.glob("codec_*.json")).read_text())["results"]["single"]
 
-    found = run("--images", "2")
-    assert found["read_back"] == found["images"] == 2
-    assert found["bound"] < found["groups"] + found["pixels"] < found["file"]
+    result = run("--images", "2")
+    assert result["read_back"] == result["images"] == 2
+    assert result["bound"] < result["groups"] + result["pixels"] < result["file"]
     monkeypatch.setattr(codec, "single", None)
-    assert run("--images", "2") == found
+    assert run("--images", "2") == result
     with pytest.raises(SystemExit, match="other settings"):
         run("--images", "3")
 
@@ -74,32 +74,32 @@ def test_codec_reads_its_files_back_and_resumes_only_with_the_same_settings(tmp_
 def test_repeats_are_taken_in_turns():
     order = []
     cases = {name: lambda name=name: order.append(name) or time.sleep(0.002) for name in "abc"}
-    found = timing.interleave(cases, repeats=3, seconds=0)
+    times = timing.interleave(cases, repeats=3, seconds=0)
     assert "".join(order).endswith("abc" * 3)
-    assert [len(times) for times in found.values()] == [3, 3, 3]
-    assert all(0.002 <= t < 1 for times in found.values() for t in times)
+    assert [len(repeats) for repeats in times.values()] == [3, 3, 3]
+    assert all(0.002 <= t < 1 for repeats in times.values() for t in repeats)
 
 
 def test_a_repeat_makes_enough_calls_for_its_duration():
     calls = []
-    found = timing.interleave({"a": lambda: calls.append(0) or time.sleep(0.01)}, repeats=1, seconds=0.05)
+    times = timing.interleave({"a": lambda: calls.append(0) or time.sleep(0.01)}, repeats=1, seconds=0.05)
     assert 3 <= len(calls) <= 7  # one warms up, and one measures how long a call takes
-    assert found["a"][0] < 0.1  # seconds per call, not of all calls
+    assert times["a"][0] < 0.1  # seconds per call, not of all calls
 
 
 def test_a_case_may_time_itself():
     calls = []
-    found = timing.interleave({"a": lambda: calls.append(0) or timing.Timed(7.0)}, repeats=2, seconds=100)
-    assert found == {"a": [7.0, 7.0]}
+    times = timing.interleave({"a": lambda: calls.append(0) or timing.Timed(7.0)}, repeats=2, seconds=100)
+    assert times == {"a": [7.0, 7.0]}
     assert len(calls) == 3
 
 
 def test_a_ratio_compares_times_of_the_same_turn():
     """If the machine is half as fast in the second turn, no ratio changes."""
-    found = {"ours": [1.0, 2.0, 1.0], "theirs": [3.0, 6.0, 2.0], "other": [9.0, 9.0, 9.0]}
-    assert timing.ratio(found, "ours", "theirs") == (3.0, 2.0, 3.0)
-    assert timing.ratio(found, "ours", "ours") == (1.0, 1.0, 1.0)
-    assert timing.fastest(found, ["theirs", "other"]) == "theirs"
+    times = {"ours": [1.0, 2.0, 1.0], "theirs": [3.0, 6.0, 2.0], "other": [9.0, 9.0, 9.0]}
+    assert timing.ratio(times, "ours", "theirs") == (3.0, 2.0, 3.0)
+    assert timing.ratio(times, "ours", "ours") == (1.0, 1.0, 1.0)
+    assert timing.fastest(times, ["theirs", "other"]) == "theirs"
     assert figures.spread([4.0, 1.0, 2.0, 10.0]) == (3.0, 1.0, 10.0)
     assert str(figures.Spread(3.14159, 0.001, 12345.6)) == "3.14 (0.001 - 12,346)"
 
@@ -145,7 +145,7 @@ def test_a_record_names_its_provenance_and_no_folder(tmp_path, capsys):
 # Each script's measurements.
 
 
-def test_ours_and_theirs_are_networks_of_one_size():
+def test_our_and_their_networks_have_the_same_number_of_parameters():
     def size(network):
         return sum(p.numel() for p in network.parameters())
 
@@ -159,13 +159,13 @@ def test_ours_and_theirs_are_networks_of_one_size():
 
 
 @pytest.mark.parametrize("settings", [{}, {"autocast": True, "quick": True, "channels_last": True}])
-def test_both_steps_train(settings):
-    """A step changes weights, averages and the count of steps."""
+def test_a_step_of_each_package_trains(settings):
+    """A training step changes weights, averages and the count of steps."""
     x0 = peers.batch(TINY, 2)
     theirs = peers.Theirs(peers.example_network(TINY), **settings)
     before = [p.clone() for p in theirs.weights]
-    found = [theirs.step(x0) for _ in range(3)]
-    assert all(torch.isfinite(torch.tensor(found)))
+    losses = [theirs.step(x0) for _ in range(3)]
+    assert all(torch.isfinite(torch.tensor(losses)))
     assert any(not torch.equal(a, b) for a, b in zip(before, theirs.weights, strict=True))
     assert theirs.average.optimization_step == 3
     ours = peers.Ours(TINY, "float32")
@@ -179,8 +179,8 @@ def test_both_steps_train(settings):
 def test_speed(tiny):
     cases = speed.training_cases(tiny, peers.example_network, 2, steps=1)
     assert {speed.MAIN, f"{speed.MAIN}, `ddpm train`", "diffusers float32 (its default)"} < set(cases)
-    found = timing.interleave({name: cases[name] for name in cases if speed.BEST in name}, 1, 0)
-    values, text = speed.summary(found, 2)
+    times = timing.interleave({name: cases[name] for name in cases if speed.BEST in name}, 1, 0)
+    values, text = speed.summary(times, 2)
     assert values[speed.MAIN]["ours_is_faster_by"]["median"] == 1
     assert "`ddpm train`" in text
     assert f"{speed.MAIN.capitalize()} against the fastest other, diffusers" in text
@@ -193,18 +193,19 @@ def test_speed(tiny):
 
 def test_a_missing_peer_has_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "denoising_diffusion_pytorch", lambda: "ImportError: no torchvision")
-    found, missing = speed.others({})
-    assert not found
+    networks, missing = speed.others({})
+    assert not networks
     assert missing["denoising-diffusion-pytorch"] == "ImportError: no torchvision"
     (tmp_path / "model.py").write_text("class UNet:\n    def __init__(self, *a): self.a = a")
-    found, missing = speed.others({"pytorch-ddpm": tmp_path})
-    assert found["pytorch-ddpm"][0].a[:2] == (1000, 128)
+    networks, missing = speed.others({"pytorch-ddpm": tmp_path})
+    assert networks["pytorch-ddpm"][0].a[:2] == (1000, 128)
     assert list(missing) == ["improved-diffusion", "denoising-diffusion-pytorch"]
     with pytest.raises(SystemExit, match="want pytorch-ddpm=PATH"):
         peers.checkout("nothing", tmp_path)
 
 
 def event(name, parent=None):
+    """An event of the profiler."""
     return argparse.Namespace(name=name, cpu_parent=parent)
 
 
@@ -237,9 +238,9 @@ def test_memory_line():
 
 def test_memory_of_a_case(tiny):
     case = {"network": "cifar10", "batch": 8, "device": "cpu", "precision": "float32", "accumulate": 4}
-    found = memory.child(case)
-    assert found["part"] == 2
-    assert found["bytes"] >= 0
+    result = memory.child(case)
+    assert result["part"] == 2
+    assert result["bytes"] >= 0
     assert "bytes" not in memory.child(case, limit=-1e12)
     assert memory.child({**case, "batch": 2}, limit=-1e12)["batch"] == 8  # four parts of 2 images
 
@@ -254,9 +255,9 @@ def test_sampling(tiny, tmp_path):
 
 
 def test_start():
-    found = start.by_package("import time: self [us] | cumulative | imported package\n" + REPORT)
-    assert found == {"torch": 0.0015, "numpy": 0.0001}
-    assert list(found) == ["torch", "numpy"]
+    seconds = start.by_package("import time: self [us] | cumulative | imported package\n" + REPORT)
+    assert seconds == {"torch": 0.0015, "numpy": 0.0001}
+    assert list(seconds) == ["torch", "numpy"]
 
 
 REPORT = """import time:       100 |        100 |   numpy
@@ -291,7 +292,7 @@ def contest(tiny, tmp_path, monkeypatch):
     )  # fmt: skip
 
 
-def test_theirs_trains_samples_and_is_our_denoiser(contest, monkeypatch):
+def test_theirs_trains_and_samples_and_our_denoiser_wraps_it(contest, monkeypatch):
     """Our Denoiser around their network gives the eps that their network gives at diffusers' timestep t - 1."""
     name, folder = "diffusers-float32", contest.work / "diffusers-float32"
     trained = quality_per_hour.do("train", name, contest)
@@ -328,15 +329,15 @@ def test_ours_trains_for_the_time_and_finished_parts_do_not_run_again(contest, m
 
     monkeypatch.setattr(quality_per_hour.subprocess, "run", run)
     (contest.work / "ours" / "train.json").write_text(json.dumps(trained))
-    found = quality_per_hour.run_parts(contest)
+    results = quality_per_hour.run_parts(contest)
     assert done == [
         ("sample", "ours"),
         ("bits", "ours"),
         *((part, "diffusers-float32") for part in ("train", "sample", "bits")),
     ]
-    assert quality_per_hour.run_parts(contest) == found
+    assert quality_per_hour.run_parts(contest) == results
     assert len(done) == 5
-    assert "4.000 ± 0.100" in quality_per_hour.report(found)
+    assert "4.000 ± 0.100" in quality_per_hour.report(results)
     contest.minutes = 1
     with pytest.raises(SystemExit, match="other settings"):
         quality_per_hour.run_parts(contest)

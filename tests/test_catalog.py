@@ -1,4 +1,4 @@
-"""The catalog, read from source text, is what the modules themselves hold."""
+"""The catalog, which reads source text, equals the tables of the modules."""
 
 from ddpm import catalog
 from ddpm.files.data.sources import SOURCES
@@ -7,7 +7,7 @@ from ddpm.samplers import SAMPLERS
 from ddpm.schedule import SCHEDULES
 
 
-def test_the_names_are_those_of_the_tables():
+def test_names_equal_those_of_the_tables():
     assert list(catalog.samplers()) == list(SAMPLERS)
     assert list(catalog.schedules()) == list(SCHEDULES)
     assert tuple(catalog.spacings()) == sample.SPACING_NAMES
@@ -16,7 +16,7 @@ def test_the_names_are_those_of_the_tables():
     assert list(catalog.sources()) == list(SOURCES)
 
 
-def test_the_settings_are_those_of_the_tables():
+def test_settings_equal_those_of_the_tables():
     for name, entry in catalog.samplers().items():
         for key, value in entry.settings.items():
             assert getattr(SAMPLERS[name], key) == value

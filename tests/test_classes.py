@@ -1,4 +1,4 @@
-"""Class labels: the network is told the right ones, guidance is its formula, `ddpm sample --class` asks for one."""
+"""Class labels: the network gets the right ones, guidance equals its formula, `ddpm sample --class` samples a class."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ GREYS = {"black": 0, "grey": 128, "white": 255}
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of classes whose images say which they are of."""
+    """A folder of classes. The grey level of an image tells its class."""
     root = tmp_path_factory.mktemp("classes")
     for name, level in GREYS.items():
         (root / name).mkdir()
@@ -44,7 +44,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has learned these classes a little."""
+    """A short run that was trained on these classes."""
     out = tmp_path_factory.mktemp("run") / "run"
     options = ["--data", str(labelled), "--classes", "--size", "8", "--steps", "60", "--save-every", "30"]
     assert train(out, *options, "--sample-every", "60") == 0
@@ -64,8 +64,8 @@ def unet(classes: int = 3) -> UNet:
     return network
 
 
-def test_no_label_is_minus_one() -> None:
-    """-1 for some is what None is for all; a class is its own; without classes a label is refused."""
+def test_label_minus_one_means_no_label() -> None:
+    """-1 gives what None gives, an image depends on its own label only, and a network without classes refuses y."""
     network, x, t = unet(), torch.randn(4, 1, 8, 8), torch.tensor([5, 5, 5, 5])
     free = network(x, t)
     mixed = network(x, t, torch.tensor([-1, 0, 1, 2]))
@@ -81,8 +81,8 @@ def test_no_label_is_minus_one() -> None:
 # Guidance.
 
 
-def told(x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
-    """A network with something to say about x, the level and the class."""
+def labelled_network(x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
+    """A function of x, timestep and class in place of a network."""
     k = (timestep.double() / 1000).view(-1, 1, 1, 1)
     label = 0 if y is None else (y.view(-1, 1, 1, 1) + 1).double()
     return (2 * x + 3 * k).sin() + 0.3 * label * x.cos()
@@ -91,33 +91,33 @@ def told(x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("predict", ["eps", "x0", "mu", "v"])
 @given(scale=st.floats(-2, 8), t=st.integers(1, 1000), seed=st.integers(0, 10**6))
 def test_guidance_is_linear_in_x0(predict: Any, scale: float, t: int, seed: int) -> None:
-    """x0^ = x0^(no label) + scale (x0^(label) - x0^(no label)), for whatever is predicted."""
+    """x0^ = x0^(no label) + scale (x0^(label) - x0^(no label)), for every prediction."""
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     at, y = torch.tensor([t, t]), torch.tensor([0, 2])
-    plain = Denoiser(told, S, predict, clip=False)
+    plain = Denoiser(labelled_network, S, predict, clip=False)
     free, given_y = plain(x, at, torch.tensor([-1, -1])).x0, plain(x, at, y).x0
-    found = plain.guided(scale)(x, at, y).x0
+    result = plain.guided(scale)(x, at, y).x0
     tolerance = 1e-9 * (1 + float(free.abs().max() + given_y.abs().max()))
-    torch.testing.assert_close(found, free + scale * (given_y - free), rtol=1e-9, atol=tolerance)
+    torch.testing.assert_close(result, free + scale * (given_y - free), rtol=1e-9, atol=tolerance)
 
 
 def test_guidance_only_within_its_interval() -> None:
-    """Elsewhere the prediction is the label's, and is asked for in one call of the batch's own size."""
+    """Outside it the prediction is that with label, from one call with the batch as it is."""
     sizes = []
 
     def spy(x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:
         sizes.append(len(x))
-        return told(x, timestep, y)
+        return labelled_network(x, timestep, y)
 
     x, y = torch.randn(3, 1, 4, 4).double(), torch.tensor([0, 1, 2])
     guided = Denoiser(spy, S).guided(3.0, (100, 900))
-    everywhere, plain = Denoiser(told, S).guided(3.0), Denoiser(told, S)
+    everywhere, plain = Denoiser(labelled_network, S).guided(3.0), Denoiser(labelled_network, S)
     for t, inside in ((99, False), (100, True), (900, True), (901, False)):
         at = torch.tensor([t] * 3)
         want = everywhere if inside else plain
         torch.testing.assert_close(guided(x, at, y).x0, want(x, at, y).x0)
         assert sizes.pop() == (6 if inside else 3)
-    few = guided.respace([50, 500, 950])  # its levels are others, its interval is not
+    few = guided.respace([50, 500, 950])  # respacing renumbers levels; the interval stays at the same timesteps
     torch.testing.assert_close(few(x, torch.tensor([2] * 3), y).x0, everywhere(x, torch.tensor([500] * 3), y).x0)
     torch.testing.assert_close(few(x, torch.tensor([3] * 3), y).x0, plain(x, torch.tensor([950] * 3), y).x0)
     mixed = guided(x, torch.tensor([50, 500, 950]), y).x0
@@ -125,12 +125,16 @@ def test_guidance_only_within_its_interval() -> None:
     torch.testing.assert_close(mixed[0], plain(x, torch.tensor([50] * 3), y).x0[0])
     before = len(sizes)
     guided(x, torch.tensor([500] * 3))
-    assert sizes[before:] == [3]  # no label, no guidance
+    assert sizes[before:] == [3]  # without labels there is no guidance
 
 
 def test_a_learned_variance_is_not_guided() -> None:
-    """It stays the label's; guidance moves the mean only."""
-    both = lambda x, timestep, y=None: torch.cat([told(x, timestep, y), told(x, timestep, y).tanh()], 1)  # noqa: E731
+    """The variance is that of the call with label; guidance changes the mean only."""
+
+    def both(x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
+        out = labelled_network(x, timestep, y)
+        return torch.cat([out, out.tanh()], 1)
+
     plain = Denoiser(both, S, variance="learned_range", clip=False)
     x, t, y = torch.randn(2, 1, 4, 4).double(), torch.tensor([700, 20]), torch.tensor([1, 2])
     guided = plain.guided(4.0)
@@ -140,7 +144,7 @@ def test_a_learned_variance_is_not_guided() -> None:
 
 
 def test_guided_networks_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs reach the network inside, for both batches and with labels. (Here a replay is a call.)"""
+    """CUDA graphs wrap the inner network, for both batch sizes and with labels. (Here a replay is a plain call.)"""
     captured = []
 
     def capture(self: device.GraphedUNet, inputs: list[Tensor]) -> Any:
@@ -153,8 +157,8 @@ def test_guided_networks_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Denoiser(network, schedule.linear(20, 1e-3, 0.3)).guided(2.0, (5, 20))
     graphed = device.use_cuda_graphs(plain, "cuda")
     y = torch.tensor([0, 1, 2])
-    found, want = (generate(d, (1, 8, 8), range(3), y=y) for d in (graphed, plain))
-    assert torch.equal(found, want)
+    result, want = (generate(d, (1, 8, 8), range(3), y=y) for d in (graphed, plain))
+    assert torch.equal(result, want)
     assert captured == [[(6, 1, 8, 8), (6,), (6,)], [(3, 1, 8, 8), (3,), (3,)]]
 
 
@@ -169,7 +173,7 @@ def test_guided_networks_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_mistakes_in_python(call: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        call(Denoiser(told, S))
+        call(Denoiser(labelled_network, S))
 
 
 # Dynamic thresholding.
@@ -177,23 +181,23 @@ def test_mistakes_in_python(call: Any, words: str) -> None:
 
 @given(p=st.floats(0.5, 0.999), seed=st.integers(0, 10**6), scale=st.floats(0.1, 5))
 def test_dynamic_thresholding_equals_diffusers(p: float, seed: int, scale: float) -> None:
-    """x0^ of eps prediction, image by image; an image within [-1, 1] stays as it is."""
+    """x0^ of each image, including an image within [-1, 1], which does not change."""
     eps = scale * torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     eps[0] *= 1e-3
     theirs = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=p, sample_max_value=1e9)
     denoiser = Denoiser(lambda x, timestep, y: x, S, "x0", clip=p)
-    found = denoiser(eps, torch.tensor([500] * 3))
-    torch.testing.assert_close(found.x0, theirs._threshold_sample(eps), rtol=1e-9, atol=1e-9)
-    assert float(found.x0.abs().max()) <= 1
-    again = S.alpha_bar[500].sqrt() * found.x0 + (1 - S.alpha_bar[500]).sqrt() * found.eps
-    torch.testing.assert_close(again, eps)  # eps^ goes with the x0^ that is left
+    result = denoiser(eps, torch.tensor([500] * 3))
+    torch.testing.assert_close(result.x0, theirs._threshold_sample(eps), rtol=1e-9, atol=1e-9)
+    assert float(result.x0.abs().max()) <= 1
+    again = S.alpha_bar[500].sqrt() * result.x0 + (1 - S.alpha_bar[500]).sqrt() * result.eps
+    torch.testing.assert_close(again, eps)  # eps^ belongs to the clipped x0^
 
 
 # Programs.
 
 
 def test_labels_are_those_of_the_images(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the loss is given: the class that the picture shows, or -1 for about the share that is hidden."""
+    """The loss gets the class that the picture shows, or -1 for about the share that label_dropout hides."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def spy(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
@@ -213,8 +217,8 @@ def test_labels_are_those_of_the_images(labelled: Path, tmp_path: Path, monkeypa
     assert (y[~shown] == -1).all()
 
 
-def test_names_are_kept_and_asked_for(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--class gives images of that class, several in turn; all is each; the seed still is the image's."""
+def test_a_class_is_sampled_by_its_name(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--class cycles through the given classes, `all` through every class, and a seed still determines the image."""
     assert open_checkpoint(run).preset.class_names == tuple(GREYS)
     assert (run / "samples" / "00000060.png").is_file()
 
@@ -237,7 +241,7 @@ def test_names_are_kept_and_asked_for(run: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_a_conditional_run_resumes_to_the_bit(run: Path, labelled: Path, tmp_path: Path) -> None:
-    """30 steps and 30 more are the 60; the names are asked for again, and are the same."""
+    """30 steps and 30 more steps give the weights of 60 steps."""
     out = tmp_path / "run"
     options = ["--data", str(labelled), "--classes", "--size", "8", "--save-every", "30", "--sample-every", "60"]
     assert train(out, *options, "--steps", 30) == 0
@@ -247,27 +251,27 @@ def test_a_conditional_run_resumes_to_the_bit(run: Path, labelled: Path, tmp_pat
 
 @pytest.mark.parametrize("classes", [(), (2, 0, 1)])
 @pytest.mark.parametrize("what", ["edit", "invert", "interpolate", "inpaint"])
-def test_edits_a_few_at_a_time_are_the_same(
+def test_edits_do_not_depend_on_the_batch_size(
     what: str, classes: tuple[int, ...], run: Path, labelled: Path, tmp_path: Path
 ) -> None:
-    """2, 2 and 1 are 5 at once, bit for bit: each has the seed, the weight and the class of its place."""
-    found = open_checkpoint(run)
-    found = replace(found, denoiser=Denoiser(told, found.denoiser.schedule).guided(1.5))
+    """Batches of 2, 2 and 1 equal one of 5, bit for bit: an image keeps its seed, its weight and its class."""
+    checkpoint = open_checkpoint(run)
+    checkpoint = replace(checkpoint, denoiser=Denoiser(labelled_network, checkpoint.denoiser.schedule).guided(1.5))
     a, b, mask = (tmp_path / name for name in ("a.png", "b.png", "mask.png"))
     for path, picture in zip((a, b, mask), (np.arange(64), 255 - np.arange(64), np.arange(64) % 2 * 255), strict=True):
         Image.fromarray(picture.reshape(8, 8).astype(np.uint8)).save(path)
 
-    def made(**settings: Any) -> Tensor:
+    def edited(**settings: Any) -> Tensor:
         sampling = SamplingSettings("ddim" if what == "invert" else "ancestral", 5, classes=classes, **settings)
         if what == "interpolate":
-            return edit.interpolate(found, a, b, 5, settings=sampling, progress=False)
+            return edit.interpolate(checkpoint, a, b, 5, settings=sampling, progress=False)
         if what == "inpaint":
-            return edit.inpaint(found, a, mask, 5, sampling, jump=2, resample=2, progress=False)
+            return edit.inpaint(checkpoint, a, mask, 5, sampling, jump=2, resample=2, progress=False)
         n, iterations = (max(len(classes), 1), 2) if what == "invert" else (5, 0)
-        return edit.redraw(found, a, n, settings=sampling, iterations=iterations, progress=False)
+        return edit.redraw(checkpoint, a, n, settings=sampling, iterations=iterations, progress=False)
 
-    whole = made()
-    assert torch.equal(made(batch_size=2), whole)
+    whole = edited()
+    assert torch.equal(edited(batch_size=2), whole)
     assert len(whole.unique(dim=0)) == len(whole)
 
 
@@ -316,16 +320,16 @@ def test_images_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "run").exists()
 
 
-def test_in_python(run: Path) -> None:
-    """The denoiser that is loaded takes y; the classes' own colours come nearer with guidance."""
+def test_guidance_in_python(run: Path) -> None:
+    """`ddpm.load` returns a denoiser that takes y. With guidance, white images are lighter than black ones."""
     denoiser = ddpm.load(run)
     y = torch.tensor([0, 2] * 8)
-    found = generate(denoiser.guided(4.0), (1, 8, 8), range(16), y=y).float().mean((1, 2, 3))
-    assert found[1::2].mean() > found[::2].mean() + 5
+    brightness = generate(denoiser.guided(4.0), (1, 8, 8), range(16), y=y).float().mean((1, 2, 3))
+    assert brightness[1::2].mean() > brightness[::2].mean() + 5
 
 
-def test_guided_moves_what_it_guides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`to` reaches the network inside, and what comes back still guides it."""
+def test_a_guided_denoiser_moves_its_inner_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`to` moves the inner network and keeps the guidance."""
     moved = []
     monkeypatch.setattr(UNet, "to", lambda self, device, **_: moved.append((self, device)))
     network = unet()
@@ -335,7 +339,7 @@ def test_guided_moves_what_it_guides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_classes_that_cannot_be_learned(labelled: Path, tmp_path: Path, capsys: Any) -> None:
-    """Named where no training image has them; label_dropout 1 is refused."""
+    """A warning names classes without a training image, and label_dropout 1 is refused."""
     for name in GREYS:
         for i in range(8):
             target = tmp_path / "set" / ("test" if name == "white" else "train") / name / f"{i}.png"
@@ -349,18 +353,18 @@ def test_classes_that_cannot_be_learned(labelled: Path, tmp_path: Path, capsys: 
 
 
 def test_evaluate_measures_samples_of_classes(run: Path, tmp_path: Path, capsys: Any) -> None:
-    """--class and --guidance make the samples that are scored, those of `ddpm sample`; they score nothing else."""
+    """--class and --guidance give the same samples as in `ddpm sample`, and are refused if no samples are made."""
     (tmp_path / "mine.py").write_text("def rows(x):\n    return x.reshape(len(x), -1)[:, :4].astype(float)\n")
-    asked = ["--class", "all", "--guidance", "3", "--sampler", "ddim", "--steps", "3", "-n", "8", "--json"]
+    options = ["--class", "all", "--guidance", "3", "--sampler", "ddim", "--steps", "3", "-n", "8", "--json"]
     features = ["--metrics", "fid", "--features", f"{tmp_path}/mine.py:rows"]
-    assert main(["evaluate", str(run), *asked, *features]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["classes"], found["guidance"], found["samples"]) == (["all"], 3.0, 8)
-    assert main(["sample", str(run), *asked, "--out", str(tmp_path / "s.npz")]) == 0
+    assert main(["evaluate", str(run), *options, *features]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["classes"], result["guidance"], result["samples"]) == (["all"], 3.0, 8)
+    assert main(["sample", str(run), *options, "--out", str(tmp_path / "s.npz")]) == 0
     capsys.readouterr()
     assert main(["evaluate", str(run), "--samples", str(tmp_path / "s.npz"), *features, "--json"]) == 0
     same = json.loads(capsys.readouterr().out)
-    assert same["frechet_distance"] == pytest.approx(found["frechet_distance"])
+    assert same["frechet_distance"] == pytest.approx(result["frechet_distance"])
     for wrong in (["--metrics", "nll"], ["--samples", str(tmp_path / "s.npz"), *features]):
         assert main(["evaluate", str(run), "--class", "black", *wrong]) == 2
         assert "--class black: needs one of --metrics fid" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The codec on an exact denoiser: a Gaussian random field, whose entropy is known in closed form."""
+"""The codec on the exact denoiser of a Gaussian random field, whose entropy is known in closed form."""
 
 import json
 import math
@@ -30,12 +30,12 @@ SCHEDULE = schedule.linear(1000)
 
 
 def field():
-    """Colours and neighbours that go together, and noise of two grey levels: a covariance [192, 192]."""
+    """A Gaussian field with correlated colours and neighbours, and noise of two grey levels."""
     c, y, x = np.meshgrid(*map(np.arange, SHAPE), indexing="ij")
-    at = np.stack([c.ravel() * 1.5, y.ravel(), x.ravel()], 1)
-    away = np.sqrt(((at[:, None] - at[None]) ** 2).sum(2))
+    position = np.stack([c.ravel() * 1.5, y.ravel(), x.ravel()], 1)
+    distance = np.sqrt(((position[:, None] - position[None]) ** 2).sum(2))
     return GaussianData(
-        torch.zeros(SHAPE).double(), torch.from_numpy(0.12 * np.exp(-(away**2) / 32) + 2.5e-4 * np.eye(D))
+        torch.zeros(SHAPE).double(), torch.from_numpy(0.12 * np.exp(-(distance**2) / 32) + 2.5e-4 * np.eye(D))
     )
 
 
@@ -45,7 +45,7 @@ DRIFT = {"size": 0.0}
 
 
 def network(x, timestep, y=None):
-    """E[x_0 | x_t], exactly, and as much of something else as DRIFT says; of other sizes something like it."""
+    """E[x_0 | x_t], plus an error of size DRIFT. For images of other sizes it is only similar to E[x_0 | x_t]."""
     abar = SCHEDULE.alpha_bar[timestep + 1].view(-1, 1)
     if x.shape[1:] != SHAPE:
         return x.double() * (abar.sqrt() / (abar + 4 * (1 - abar))).view(-1, 1, 1, 1)
@@ -61,11 +61,12 @@ def mse():
 
 
 def draws(n, seed=0):
-    """Pictures of the field, uint8 [n, C, H, W]."""
+    """Pictures drawn from the field, uint8 [n, C, H, W]."""
     return pixels.to_pixels(DATA.sample(n, torch.Generator().manual_seed(seed)))
 
 
 def hwc(images):
+    """The images as a list of arrays [H, W, C]."""
     return list(images.permute(0, 2, 3, 1).contiguous().numpy())
 
 
@@ -85,7 +86,7 @@ BANDS = {"_NEAR": 0.02, "_BANDED": 12}
 
 @pytest.fixture(scope="module")
 def in_bands():
-    """The same, with tables of a few large groups; those of `model` say too little at a time to be coded in bands."""
+    """The same with tables of a few large groups. The groups of `model` are too small to be coded in bands."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in BANDS.items():
             patch.setattr(plan, name, value)
@@ -112,6 +113,7 @@ def either(request):
 
 @pytest.fixture
 def drift():
+    """DRIFT, which is set back to 0 after the test."""
     yield DRIFT
     DRIFT["size"] = 0.0
 
@@ -131,21 +133,22 @@ def test_frequencies_are_positive_and_sum_to_one(weights):
 @st.composite
 def messages(draw):
     """The calls of an encoder, in order."""
-    found = []
+    calls = []
     for _ in range(draw(st.integers(0, 30))):
         if draw(st.booleans()):
             table = frequencies(draw(st.lists(st.integers(0, 1000), min_size=2, max_size=9).filter(sum)))
-            found.append(("one", draw(st.integers(0, len(table) - 1)), table))
+            calls.append(("one", draw(st.integers(0, len(table) - 1)), table))
         elif draw(st.booleans()):
             bits = draw(st.integers(0, 23))
-            found.append(("bits", draw(st.integers(0, (1 << bits) - 1)), bits))
+            calls.append(("bits", draw(st.integers(0, (1 << bits) - 1)), bits))
         else:
             table = frequencies([[1, 5, 1000], [7, 7, 0]])
-            found.append(("each", np.array(draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))), table))
-    return found
+            calls.append(("each", np.array(draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))), table))
+    return calls
 
 
 def encoded(message):
+    """The bytes of a message, and its cost in bits."""
     encoder = Encoder()
     for kind, value, table in message:
         {"one": encoder.put, "bits": encoder.put_bits, "each": encoder.put_each}[kind](value, table)
@@ -153,7 +156,7 @@ def encoded(message):
 
 
 def same(decoder, message):
-    """How many symbols of the message come out, up to where others do or the bytes are refused."""
+    """The number of symbols that are decoded before the first wrong one, or before the bytes are refused."""
     for count, (kind, value, table) in enumerate(message):
         try:
             found = {"one": decoder.get, "bits": decoder.get_bits, "each": decoder.get_each}[kind](table)
@@ -166,7 +169,7 @@ def same(decoder, message):
 
 ONE, OTHER = np.array([1, 2**24 - 1]), np.array([2**24 - 1, 1])
 PAIR = np.array([[16678, 83386, 16677152], [8388607, 8388608, 1]])
-REFUSED = [  # without its last byte it is not merely another message: no encoder writes that
+REFUSED = [  # without its last byte this is no message at all: no encoder writes such bytes
     ("one", 0, ONE), ("one", 0, ONE), ("each", np.array([0, 0]), PAIR), ("one", 0, ONE),
     ("each", np.array([0, 0]), PAIR), ("one", 0, OTHER), ("each", np.array([0, 0]), PAIR),
     ("each", np.array([0, 0]), PAIR), ("each", np.array([0, 2]), PAIR), ("each", np.array([1, 0]), PAIR),
@@ -176,16 +179,16 @@ REFUSED = [  # without its last byte it is not merely another message: no encode
 
 @example(REFUSED)
 @given(messages())
-def test_what_is_encoded_is_decoded_in_hardly_more_bits(message):
+def test_messages_are_decoded_and_take_hardly_more_bits_than_their_cost(message):
     data, bits = encoded(message)
     assert same(Decoder(data), message) == len(message)
     assert 8 * len(data) < bits + 8 + 0.1
-    if 8 * len(data) > bits - 48:  # fewer are not written, that a decoder may know what a message can say
-        assert data == b"" or same(Decoder(data[:-1]), message) < len(message)  # no byte too many
+    if 8 * len(data) > bits - 48:  # shorter files are not written, so that a decoder can limit its work
+        assert data == b"" or same(Decoder(data[:-1]), message) < len(message)  # the last byte is needed
 
 
 @given(messages(), st.data())
-def test_what_is_certain_of_a_prefix_is_right(message, data):
+def test_symbols_from_a_prefix_are_right(message, data):
     text, bits = encoded(message)
     cut = text[: data.draw(st.integers(0, len(text)))]
     decoder, taken = PrefixDecoder(cut), 0.0
@@ -194,20 +197,20 @@ def test_what_is_certain_of_a_prefix_is_right(message, data):
             found = {"one": decoder.get, "bits": decoder.get_bits, "each": decoder.get_each}[kind](table)
         except EndOfPrefix:
             break
-        said = np.atleast_1d(value)[: np.size(found)]
-        assert np.array_equal(np.atleast_1d(found), said)
+        expected = np.atleast_1d(value)[: np.size(found)]
+        assert np.array_equal(np.atleast_1d(found), expected)
         if kind == "each":
-            taken += encoded([(kind, said, table[: len(said)])])[1]
-            if len(said) < len(value):
+            taken += encoded([(kind, expected, table[: len(expected)])])[1]
+            if len(expected) < len(value):
                 break
         else:
             taken += encoded([(kind, value, table)])[1]
     else:
         taken = bits
-    assert taken >= min(bits, 8 * len(cut) - 8) - 24 * 2  # and nearly all that the bytes can say is said
+    assert taken >= min(bits, 8 * len(cut) - 8) - 24 * 2  # nearly all symbols that the bytes determine
 
 
-def test_what_is_certain_of_many_symbols_at_once():
+def test_a_prefix_of_many_symbols():
     values, flat = np.random.default_rng(0).integers(0, 4, 4000), np.stack([frequencies([1, 1, 1, 1])] * 4000)
     text, _ = encoded([("each", values, flat)])
     found = PrefixDecoder(text[:900]).get_each(flat)
@@ -215,7 +218,7 @@ def test_what_is_certain_of_many_symbols_at_once():
     assert np.array_equal(found, values[: len(found)])
 
 
-def test_few_bytes_cannot_say_much():
+def test_few_bytes_cannot_hold_many_symbols():
     decoder, table = Decoder(b"\x00"), frequencies([3, 1])
     with pytest.raises(Damaged, match="more symbols than its bytes allow"):
         [decoder.get(table) for _ in range(1000)]
@@ -231,7 +234,7 @@ def test_cdf_is_the_normal_distribution_function():
 # -- shared randomness and reverse-channel coding ----------------------------------------------------------------------
 
 
-def test_normals_are_normal_and_reached_at_random():
+def test_normals_are_normal_and_can_be_drawn_from_any_position():
     z = shared.normals(1 << 16, 5)
     assert stats.kstest(z, "norm").pvalue > 1e-3
     assert np.array_equal(shared.normals(160, 5)[64:], shared.normals(96, 5, first=4))
@@ -247,7 +250,10 @@ def picked(race, bits, *keys):
 
 
 def drawn(take, pad, bits=4, dims=6, count=1500):
-    """Draws at a divergence of `bits` from N(0, 1), by 2^(bits + pad) candidates, standardised by the target."""
+    """Coded draws from a target with a divergence of `bits` from N(0, 1), standardised by the target.
+
+    There are 2^(bits + pad) candidates, and `take` chooses one of them.
+    """
     variance = 0.5
     base = dims / 2 * (variance - 1 - math.log(variance)) / math.log(2)
     mean = np.full(dims, math.sqrt(2 * math.log(2) * (bits - base) / dims))
@@ -259,7 +265,7 @@ def drawn(take, pad, bits=4, dims=6, count=1500):
 
 
 @pytest.mark.parametrize("take", [ordered, picked])
-def test_a_coded_draw_is_of_the_target_with_enough_candidates_and_not_with_too_few(take):
+def test_coded_draws_follow_the_target_only_with_enough_candidates(take):
     good, bad = drawn(take, pad=7), drawn(take, pad=0)
     n = good.size
     assert abs(good.mean()) < 4.5 / math.sqrt(n)
@@ -271,7 +277,7 @@ def test_a_coded_draw_is_of_the_target_with_enough_candidates_and_not_with_too_f
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1 << 20))
 @settings(max_examples=30)
-def test_a_draw_takes_every_dimension_from_one_place(dims, chunks, seed):
+def test_each_index_sets_the_dimensions_of_its_own_chunk(dims, chunks, seed):
     chunks = min(dims, chunks)
     rng = np.random.default_rng(seed)
     indices = rng.integers(0, 64, chunks)
@@ -281,7 +287,7 @@ def test_a_draw_takes_every_dimension_from_one_place(dims, chunks, seed):
     assert 1 <= (z != other).sum() <= -(-dims // chunks)
 
 
-def test_what_is_weighed_together_does_not_matter(monkeypatch):
+def test_races_do_not_depend_on_what_is_weighed_together(monkeypatch):
     mean = np.random.default_rng(0).normal(size=500)
     draws = [reverse.Draw(mean, 0.7, 3, bits, (1, i)) for i, bits in enumerate([10, 10, 9, 10])]
     whole = list(reverse.races(draws))
@@ -301,8 +307,8 @@ def test_weighing_a_wide_chunk_takes_little_memory():
     assert peak < 48 << 20  # all products at once would be 98 MiB
 
 
-def test_chances_are_the_weights():
-    """By 2^24 whole parts: of q / p at the candidates, as float64 has it; none below 2^-20 of the largest is taken."""
+def test_frequencies_of_candidates_are_their_weights():
+    """They equal q / p in float64, and candidates below 2^-20 of the largest weight are left out."""
     mean, variance, bits, keys = np.random.default_rng(0).normal(size=20), 0.6, 8, (3, 4)
     [race] = reverse.races([reverse.Draw(mean, variance, 1, bits, keys)])
     z = np.stack([reverse.draw(np.array([i]), 20, bits, *keys) for i in range(1 << bits)])
@@ -320,13 +326,13 @@ RACES = st.lists(st.lists(st.integers(0, 1 << 20), min_size=1, max_size=9).filte
 
 
 @given(RACES, st.binary(max_size=200), st.integers(0, 1 << 40))
-def test_picks_say_what_they_were_picked_by(weights, message, key):
-    """The message as far as it was used, whatever the chances; the rest was not read."""
+def test_a_message_is_recovered_from_the_picks(weights, message, key):
+    """`returned` gives the used part of the message for any frequencies; the rest was not read."""
     picker = reverse.Picker(message, key)
     slots = []
-    for some in weights:
-        kept = np.flatnonzero(some)
-        race = reverse.Race(kept, frequencies(np.array(some)[kept]))
+    for chances in weights:
+        possible = np.flatnonzero(chances)
+        race = reverse.Race(possible, frequencies(np.array(chances)[possible]))
         slots.append(race.slot(picker.pick(race)))
     back = reverse.returned(picker.state, slots, key)
     used = picker.used
@@ -337,12 +343,12 @@ def test_picks_say_what_they_were_picked_by(weights, message, key):
 
 
 @given(RACES.filter(len), st.binary(min_size=50, max_size=50), st.integers(0, (1 << 40) - 1))
-def test_another_state_or_pick_is_noticed_or_says_something_else(weights, message, wrong):
+def test_another_state_or_pick_is_refused_or_gives_another_message(weights, message, wrong):
     picker = reverse.Picker(message, 1)
     slots = []
-    for some in weights:
-        kept = np.flatnonzero(some)
-        race = reverse.Race(kept, frequencies(np.array(some)[kept]))
+    for chances in weights:
+        possible = np.flatnonzero(chances)
+        race = reverse.Race(possible, frequencies(np.array(chances)[possible]))
         slots.append(race.slot(picker.pick(race)))
     if wrong != picker.state:
         try:
@@ -354,29 +360,29 @@ def test_another_state_or_pick_is_noticed_or_says_something_else(weights, messag
 
 
 @given(st.binary(min_size=1, max_size=40), st.integers(0, 60))
-def test_known_bits_are_of_the_pixels_and_leave_the_rest_open(values, count):
+def test_known_bits_equal_those_of_the_pixels_and_leave_the_others_open(values, count):
     pixel = np.frombuffer(values, np.uint8)
     text = progressive.low_bits(pixel)[:count]
-    low, which = progressive.known_bits(text, len(pixel))
-    assert np.array_equal(pixel & which, low)
-    assert sum(int(w).bit_count() for w in which) == min(8 * len(text), 8 * len(pixel))
+    low, mask = progressive.known_bits(text, len(pixel))
+    assert np.array_equal(pixel & mask, low)
+    assert sum(int(w).bit_count() for w in mask) == min(8 * len(text), 8 * len(pixel))
     even = np.full((len(pixel), 256), 1 << 16, np.int64)
-    found = progressive.left_open(even, low, which)
+    found = progressive.frequencies_given_bits(even, low, mask)
     assert (found.sum(1) == 1 << 24).all()
     assert (found[np.arange(len(pixel)), pixel] >= (1 << 16) * 0.99).all()
-    possible = (np.arange(256) & which[:, None]) == low[:, None]
-    assert (found[~possible] <= 1).all() or not which.any()
+    possible = (np.arange(256) & mask[:, None]) == low[:, None]
+    assert (found[~possible] <= 1).all() or not mask.any()
 
 
-def test_lent_bits_come_back(banded, monkeypatch):
-    """A file whose indices say pixels, too, is smaller, by some of the bits that picked, and as exact."""
+def test_bits_back_makes_files_smaller(banded, monkeypatch):
+    """A file is smaller if low bits of pixels choose the candidates, and it is still exact."""
     images = hwc(draws(6, seed=9))
-    lending = [codec.compress(banded, image) for image in images]
-    assert all(np.array_equal(codec.decompress(banded, a), b) for a, b in zip(lending, images, strict=True))
+    with_bits_back = [codec.compress(banded, image) for image in images]
+    assert all(np.array_equal(codec.decompress(banded, a), b) for a, b in zip(with_bits_back, images, strict=True))
     monkeypatch.setattr(picture, "_picks_by_pixels", lambda tiles, tables: False)
     plain = [codec.compress(banded, image) for image in images]
     assert all(np.array_equal(codec.decompress(banded, a), b) for a, b in zip(plain, images, strict=True))
-    saved = [len(a) - len(b) for a, b in zip(plain, lending, strict=True)]
+    saved = [len(a) - len(b) for a, b in zip(plain, with_bits_back, strict=True)]
     assert 4 < np.mean(saved) < 30
 
 
@@ -395,7 +401,7 @@ def test_plan_is_the_cheapest_of_all_groupings(most):
             kl = 500 * 0.5 * torch.log2(1 + (snr[lower] - snr[t]) * error[:, t - 1])
             chunks = (kl / 12).clamp(min=1)
             above = chunks * torch.log2(kl / chunks + 1)
-            if error[:, t - 1].mean() < 4e-3:  # in bands, where there is enough to say
+            if error[:, t - 1].mean() < 4e-3:  # in bands, if the group has enough bits
                 above = torch.where(kl < 40, above, 3 * chunks.clamp(min=3))
             total += float((kl + above).mean()) + 4
         last = error[:, path[-1] - 1] * 127.5**2 + 1 / 12
@@ -405,7 +411,7 @@ def test_plan_is_the_cheapest_of_all_groupings(most):
     assert plan.levels(s, error, 500, 12, np.zeros(9), 4.0) == min(paths, key=cost)
 
 
-def test_tables_come_back_from_json_and_damaged_ones_are_refused(model):
+def test_tables_are_read_from_json_and_damaged_ones_are_refused(model):
     values = model.tables[6].to_json()
     assert plan.Tables.from_json(values) == model.tables[6]
     for key, wrong in (("levels", [3, 5]), ("mse", [-1.0]), ("bits", 60), ("spread", [64]), ("scales", [1])):
@@ -443,14 +449,14 @@ ADVERSARIAL = {
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
 @pytest.mark.parametrize("local", [False, True])
-def test_adversarial_images_come_back(either, name, local):
+def test_adversarial_images_are_decoded_exactly(either, name, local):
     image = ADVERSARIAL[name]
     assert np.array_equal(codec.decompress(either, codec.compress(either, image, bits=6, local=local)), image)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 3]), st.booleans(), st.integers(0, 1 << 30))
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_size_of_grey_and_colour_comes_back(either, height, width, channels, whole, seed):
+def test_grey_and_colour_pictures_of_any_size_are_decoded_exactly(either, height, width, channels, whole, seed):
     image = np.random.default_rng(seed).integers(100, 140, (height, width, channels), np.uint8)
     data = codec.compress(either, image, bits=6, whole=whole, seed=seed)
     assert np.array_equal(codec.decompress(either, data), image)
@@ -470,7 +476,7 @@ def test_grey_network_codes_colours_as_three_tiles():
 
 
 def limit():
-    """Bits a dimension that no lossless codec can go below on average, for the field on 256 grey levels."""
+    """The entropy of the field on 256 grey levels, bits/dim: no lossless codec needs fewer bits on average."""
     return float(DATA.entropy()) / math.log(2) / D - math.log2(pixels.BIN)
 
 
@@ -483,7 +489,7 @@ def test_rate_is_near_the_entropy_of_the_data(model):
     assert rate[10] < rate[6]
 
 
-def test_noise_costs_what_noise_costs(model):
+def test_noise_is_not_compressed(model):
     image = ADVERSARIAL["noise"]
     assert 8 * len(codec.compress(model, image, bits=6)) >= 8 * image.size
 
@@ -501,7 +507,7 @@ def test_every_prefix_decodes_and_more_bytes_show_more(either):
     assert error[-1] == 0
 
 
-def test_every_length_of_one_file_gives_a_picture_or_says_why_not(either):
+def test_every_prefix_of_a_file_gives_a_picture_or_an_error(either):
     image = hwc(draws(1, seed=4))[0]
     data = codec.compress(either, image, bits=6)
     _, begin = codec.read_header(data)
@@ -525,12 +531,12 @@ def test_every_length_of_one_file_gives_a_picture_or_says_why_not(either):
     assert known[0] == 0
     assert known[-1] == image.size
     in_pixels = [e for e, group in zip(error, groups, strict=True) if group == groups[-1]]
-    assert (np.diff(in_pixels) <= 0).mean() > 0.8  # they are the true ones instead of x0^'s
+    assert (np.diff(in_pixels) <= 0).mean() > 0.8  # true pixels take the place of x0^
     assert in_pixels[-1] == 0
     *_, last = codec.pictures(either, data, at=begin + 40)
     assert last.groups == groups[40]
     header, _ = codec.read_header(data)
-    for at in range(begin + header.length - 2, len(data) + 2):  # the checksums behind the payload say nothing more
+    for at in range(begin + header.length - 2, len(data) + 2):  # the checksums after the payload add no pixels
         *_, last = codec.pictures(either, data, at=at)
         assert last.exact == np.array_equal(last.image, image) == (at >= begin + header.length)
 
@@ -574,7 +580,7 @@ def reheaded(data, payload, **changes):
 
 
 def test_random_payload_decodes_to_a_sample(either):
-    """A codec that hides the picture elsewhere, or whose model is not a model, fails here."""
+    """A codec that hides the picture elsewhere, or that does not use the model, fails here."""
     image = hwc(draws(1, seed=8))[0]
     data = codec.compress(either, image, bits=6)
     rng = np.random.default_rng(0)
@@ -590,11 +596,11 @@ def test_random_payload_decodes_to_a_sample(either):
     assert (along > 0.1 * VALUES[-4:]).all()
     assert (along < 5 * VALUES[-4:]).all()
     across = ((x @ VECTORS[:, :100]) ** 2).mean()
-    assert across < 0.5 * along.min()  # smooth where the field is
+    assert across < 0.5 * along.min()  # the samples are smooth, as the field is
 
 
-def test_walks_that_go_together_come_to_what_they_come_to_alone(model):
-    """Some end early, some are of another size; a level is one call for all of a size that are there."""
+def test_walks_that_share_calls_give_what_they_give_alone(model):
+    """Some end early and some have another size. Walks of one size share one call at each level."""
     images = [*hwc(draws(3, seed=8)), ADVERSARIAL["noise"], np.full((9, 20, 3), 90, np.uint8)]
     each = replace(model, batches=True)
     for options in ({}, {"psnr": 20.0}, {"bits_per_dim": 4.0}):
@@ -611,13 +617,13 @@ def test_walks_that_go_together_come_to_what_they_come_to_alone(model):
         calls.append((len(x), level))
         return x
 
-    first, second = progressive.answer(predict, walks)
+    first, second = progressive.run_together(predict, walks)
     assert (first.shape, second.shape) == ((1, 1, 2, 2), (3, 1, 2, 2))
     assert calls == [(4, level) for level in tables.levels]
 
 
-def test_a_part_of_a_file_from_elsewhere_shows_no_wrong_pixels(model, drift):
-    """With the whole file the checksums of x tell; of a local file's first bytes only x0^ is taken."""
+def test_a_prefix_of_a_local_file_from_another_machine_shows_no_wrong_pixels(model, drift):
+    """A whole file has checksums of x. From a prefix of a local file of another machine only x0^ is shown."""
     image = hwc(draws(1, seed=9))[0]
     data = codec.compress(model, image, bits=6, local=True)
     *_, last = codec.pictures(model, data[:-20])
@@ -639,14 +645,14 @@ def test_swapped_payloads_swap_pictures(model):
 
 
 def test_a_cut_file_with_a_wrong_byte_shows_what_there_is(banded):
-    """Where picks cannot have been made, x0^ and the pixels before; no error hides them."""
+    """If the picks are impossible, it shows x0^ and the pixels before them, and raises no error."""
     data = codec.compress(banded, hwc(draws(1, seed=21))[0])
     _, begin = codec.read_header(data)
     seen, pixels_of = 0, []
     for at in range(begin + 10, len(data) - 12, 3):
         wrong = bytearray(data[:-12])
         wrong[at] ^= 0x55
-        with suppress(Damaged):  # of an index or a scale
+        with suppress(Damaged):  # the wrong byte gives a wrong index or scale
             *_, last = codec.pictures(banded, bytes(wrong))
             assert not last.exact
             pixels_of.append(last.pixels)
@@ -655,7 +661,7 @@ def test_a_cut_file_with_a_wrong_byte_shows_what_there_is(banded):
     assert len(set(pixels_of)) > 1
 
 
-def test_every_flipped_bit_is_seen(either):
+def test_every_flipped_bit_is_refused(either):
     data = codec.compress(either, hwc(draws(1, seed=10))[0], bits=6)
     rng = np.random.default_rng(0)
     for bit in rng.choice(8 * len(data), min(200, 8 * len(data)), replace=False):
@@ -675,8 +681,8 @@ HEADERS = st.builds(
 @given(st.none() | HEADERS, st.binary(max_size=300), st.booleans())
 @example(codec.Header(3, 4, 3, 6, False, False, True, b"test", 0, 1, 9), b"", False)  # one tile of its own size
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_bytes_crash_it(either, header, data, whole):
-    """Nothing, any header with any payload cut or whole with a right checksum: a picture of its size, or one line."""
+def test_no_bytes_crash_the_decoder(either, header, data, whole):
+    """Any payload after any header, or none, with right checksums if `whole`, gives a picture or an InputError."""
     if header is not None:
         if header.local:
             header = replace(header, where=either.where)
@@ -694,8 +700,8 @@ def test_no_bytes_crash_it(either, header, data, whole):
     assert found.shape == (header.height, header.width, header.channels)
 
 
-def test_sizes_that_ask_for_too_much_are_refused_before_anything_is_made(model):
-    """Within the number of pixels, but nearly all of the tiles lies outside."""
+def test_pictures_with_too_many_tiles_are_refused_before_memory_is_used(model):
+    """The number of pixels is accepted, but nearly all values of the tiles lie outside the picture."""
     header = codec.Header(1, 1 << 24, 3, 6, False, False, False, b"test", 0, 3, 9)
     with pytest.raises(InputError, match=r"1x16777216: 2,097,152 tiles of 402,653,184 values"):
         codec.decompress(model, header.to_bytes())
@@ -703,7 +709,7 @@ def test_sizes_that_ask_for_too_much_are_refused_before_anything_is_made(model):
         codec.decompress(model, replace(header, width=2).to_bytes())
 
 
-def test_files_of_others_are_refused(model):
+def test_other_files_are_refused(model):
     image = ADVERSARIAL["black"]
     data = codec.compress(model, image, bits=6)
     cases = {
@@ -740,7 +746,7 @@ def test_wrong_settings_are_refused(model, image, options, message):
         codec.compress(model, image, **options)
 
 
-def test_a_little_drift_decodes_and_more_is_seen(either, drift):
+def test_a_little_drift_is_decoded_exactly_and_more_is_refused(either, drift):
     images = hwc(draws(4, seed=11))
     files = [codec.compress(either, image, bits=6) for image in images]
     drift["size"] = 1e-11
@@ -752,7 +758,7 @@ def test_a_little_drift_decodes_and_more_is_seen(either, drift):
             codec.decompress(either, data)
 
 
-def test_a_rounding_that_hangs_on_the_last_bits_takes_another_seed(either, monkeypatch):
+def test_an_undecided_rounding_takes_another_seed(either, monkeypatch):
     image = hwc(draws(1, seed=12))[0]
     assert codec.read_header(codec.compress(either, image, bits=6))[0].seed == 0
     real, calls = progressive.Predictor.__call__, []
@@ -769,7 +775,7 @@ def test_a_rounding_that_hangs_on_the_last_bits_takes_another_seed(either, monke
     assert np.array_equal(codec.decompress(either, data), image)
 
 
-def test_undecided_is_about_the_grid():
+def test_undecided_depends_on_the_distance_to_a_rounding_boundary():
     grid = torch.full((1, 1, 1, 2), 100.5 / 1024).double()
     near = Denoiser(lambda x, t, y: grid + 1e-12, SCHEDULE, "x0")
     far = Denoiser(lambda x, t, y: grid + 1e-6, SCHEDULE, "x0")
@@ -778,7 +784,7 @@ def test_undecided_is_about_the_grid():
     assert (progressive.Predictor(far, careful=True, check=True)(np.zeros((1, 1, 1, 2)), 5) == 101 / 1024).all()
 
 
-def test_what_a_file_spends_is_the_file(either):
+def test_group_costs_add_up_to_the_file(either):
     data = codec.compress(either, hwc(draws(1, seed=13))[0], bits=6)
     header, _ = codec.read_header(data)
     rows = list(picture.group_costs(either, data))
@@ -797,7 +803,7 @@ def test_what_a_file_spends_is_the_file(either):
 
 @given(st.integers(0, 1 << 30), st.floats(0.05, 3), st.floats(0.1, 8))
 @settings(max_examples=30)
-def test_stack_gives_back_what_it_was(seed, sigma, fine):
+def test_push_restores_the_stack(seed, sigma, fine):
     rng = np.random.default_rng(seed)
     bottom = rng.bytes(4000)
     stack, normal = archive.Stack(), archive.GridNormal(sigma, sigma / fine)
@@ -812,7 +818,7 @@ def test_stack_gives_back_what_it_was(seed, sigma, fine):
     assert stack.empty()
 
 
-def test_what_is_popped_is_normal():
+def test_popped_numbers_are_normal():
     normal, rng = archive.GridNormal(0.7, 0.1), np.random.default_rng(0)
     mean = rng.normal(size=5000)
     stack = archive.Stack()
@@ -828,14 +834,14 @@ def archived(model):
     return images, names, archive.compress(model, images, names, bits=10)
 
 
-def test_archive_comes_back(model, archived):
+def test_archive_is_decoded_exactly(model, archived):
     images, names, data = archived
     found = list(archive.decompress(model, data))
     assert [name for name, _ in found] == names
     assert all(np.array_equal(a, b) for a, (_, b) in zip(images, found, strict=True))
 
 
-def test_archive_is_at_the_entropy_but_for_its_first_pictures(model, archived):
+def test_archive_is_near_the_entropy_after_its_first_pictures(model, archived):
     images, _, data = archived
     contents, _ = container.read_contents(data)
     rest = 8 * (contents.stack - contents.file_bytes) / D / (contents.pictures - contents.files)
@@ -876,8 +882,8 @@ def test_archive_with_wrong_bytes_is_refused(model, archived):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stack", [bytes(4), bytes(range(64)), b""])
-def test_archive_of_somebody_who_knows_the_format_is_refused(model, about, stack):
-    """All lengths and checksums are right, but the sizes and names are not, or there is nothing on the stack."""
+def test_forged_archive_with_wrong_sizes_or_names_is_refused(model, about, stack):
+    """All lengths and checksums are right, but sizes, names or stack are not."""
     text = zlib.compress(about.encode())
     contents = container.Contents(False, 6, b"test", 2, 1, len(text), 100, len(stack), b"")
     data = contents.to_bytes() + text + stack + bytes(4)
@@ -886,15 +892,15 @@ def test_archive_of_somebody_who_knows_the_format_is_refused(model, about, stack
 
 
 def handmade(model, shape, stack, file_bytes=0):
-    """An archive of one picture of which only the stack may be wrong."""
+    """An archive of one picture, in which only the stack may be wrong."""
     about, words = zlib.compress(json.dumps([[[1, *shape]], []]).encode()), stack.words()
     contents = container.Contents(False, 6, model.identity, 1, 1, len(about), file_bytes, len(words), b"")
     data = contents.to_bytes() + about + words + bytes(4)
     return data + zlib.crc32(data).to_bytes(4, "big")
 
 
-def test_archive_whose_stack_is_wrong_is_refused(model):
-    """Of somebody who knows the format: every length and checksum of the file itself is right."""
+def test_forged_archive_with_a_wrong_stack_is_refused(model):
+    """All lengths and checksums of the archive itself are right."""
     (image,) = hwc(draws(1, seed=18))
     file = codec.compress(model, image, bits=6)
 
@@ -929,7 +935,9 @@ def test_archive_whose_stack_is_wrong_is_refused(model):
     for shape, stack, message in cases:
         with pytest.raises(Damaged, match=message):
             list(archive.decompress(model, handmade(model, shape, stack)))
-    with pytest.raises(Damaged, match="pixels: not those that were written"):  # all is right but the last checksum
+    with pytest.raises(
+        Damaged, match="pixels: not those that were written"
+    ):  # only the checksum of the pixels is wrong
         list(archive.decompress(model, handmade(model, image.shape, stacked(file), len(file))))
 
 
@@ -943,7 +951,7 @@ def test_stack_of_bytes_that_end_in_zeros(zeros):
         assert again.empty()
 
 
-def test_archive_takes_a_picture_as_a_file_wherever_the_stack_will_not_do(model, monkeypatch):
+def test_archive_stores_a_picture_as_a_file_if_the_stack_cannot_take_it(model, monkeypatch):
     images, push, calls = hwc(draws(12, seed=19)), archive.Coder.push, []
 
     def never(self, stack, tile):
@@ -980,14 +988,14 @@ def test_archive_of_the_local_profile(model):
     assert all(np.array_equal(a, b) for a, (_, b) in zip(images, found, strict=True))
 
 
-def test_archive_sees_drift(model, archived, drift):
+def test_archive_refuses_drift(model, archived, drift):
     *_, data = archived
     drift["size"] = 1e-3
     with pytest.raises(Damaged, match="network differs from the writer's"):
         list(archive.decompress(model, data))
 
 
-def test_archive_tries_again_where_a_rounding_is_close(model, monkeypatch):
+def test_archive_tries_again_after_an_undecided_rounding(model, monkeypatch):
     images = hwc(draws(14, seed=16))
     real, calls = progressive.Predictor.__call__, []
 

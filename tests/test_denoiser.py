@@ -1,4 +1,4 @@
-"""What the network's output means: predictions, variances and clipping, against exact denoisers and docs/PAPER.md 3."""
+"""What the network's output means: predictions, variances, clipping, against exact denoisers and the official code."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SHORT = schedule.linear(50, 2e-3, 0.4)
 
 
 def draws(data, s, n=2):
-    """x_0, eps, t and x_t at every level, n images each."""
+    """x_0, eps, t and x_t for n images at every level."""
     g = torch.Generator().manual_seed(0)
     t = torch.arange(1, s.T + 1).repeat(n)
     x0 = data.sample(len(t), g)
@@ -26,7 +26,7 @@ def draws(data, s, n=2):
 
 @pytest.mark.parametrize("s", [PAPER, SHORT, schedule.cosine(100), PAPER.respace([1, 7, 400, 1000])], ids=lambda s: s.T)
 def test_four_predictions_of_one_exact_denoiser_agree(s):
-    """eps (Eq. 11), x0, mu (Eq. 7) and v say the same: E[x_0|x_t], its noise, and the true mean of q(x_{t-1}|x_t)."""
+    """From eps (Eq. 11), x0, mu (Eq. 7) and v, it gives E[x_0|x_t], its noise, and the mean of q(x_{t-1}|x_t)."""
     data = correlated()
     _, _, t, xt = draws(data, s)
     x0 = data.denoise(xt, s.alpha_bar[t].view(-1, 1, 1, 1))
@@ -37,12 +37,12 @@ def test_four_predictions_of_one_exact_denoiser_agree(s):
         torch.testing.assert_close(estimate.x0, x0, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(estimate.mean, mean, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(gaussian.q_sample(s, x0, t, estimate.eps), xt, rtol=1e-9, atol=1e-9)
-    for predict in PREDICTIONS:  # negative control: the same output read as something else
+    for predict in PREDICTIONS:  # negative control: the output is read as another prediction
         wrong = Denoiser(network(data, s, predict), s, "x0" if predict == "eps" else "eps", clip=False)(xt, t)
         assert (wrong.mean - mean).abs().max() > 1e-2
 
 
-def test_v_prediction_is_edm_s_preconditioning():
+def test_v_prediction_is_the_preconditioning_of_edm():
     """D = c_skip x + c_out F(c_in x) with sigma_data 1 (Karras et al. 2022) is x0^ of v = -F at x_t = c_in x."""
     g = torch.Generator().manual_seed(0)
     x, F = torch.randn(2, 1000, 1, 2, 2, generator=g, dtype=torch.float64)
@@ -91,17 +91,17 @@ def test_respaced_denoiser_is_exact_on_its_own_levels(predict):
 
 @pytest.mark.parametrize("levels", [[1, 3, 20, 50], [7, 50]])
 def test_a_table_of_variances_is_respaced_to_the_exact_one(levels):
-    """Where all dimensions vary alike the true variances are a table, and those of the longer steps follow from it."""
+    """If all dimensions have one variance, the true variances are a table, and that of longer steps follows from it."""
     data, short = isotropic(), SHORT.respace(levels)
     table = data.variances(SHORT)
-    found = Denoiser(network(data, SHORT, "eps"), SHORT, "eps", table, clip=False).respace(levels).variance
-    torch.testing.assert_close(found[1:], data.variances(short)[1:], rtol=1e-9, atol=0)
-    assert (found[1:] - table[torch.tensor(levels)]).abs().max() > 1e-3  # which are others
+    respaced = Denoiser(network(data, SHORT, "eps"), SHORT, "eps", table, clip=False).respace(levels).variance
+    torch.testing.assert_close(respaced[1:], data.variances(short)[1:], rtol=1e-9, atol=0)
+    assert (respaced[1:] - table[torch.tensor(levels)]).abs().max() > 1e-3  # the variances of longer steps differ
 
 
 @pytest.mark.parametrize(("predict", "variance"), [("mu", "fixed_large"), ("eps", "learned")], ids=["mu", "learned"])
-def test_what_belongs_to_one_step_cannot_be_respaced(predict, variance):
-    """mu~ and a learned variance are of p(x_{t-1} | x_t): over longer steps they would be silently wrong."""
+def test_mu_and_learned_variance_cannot_be_respaced(predict, variance):
+    """Both describe p(x_{t-1} | x_t), so they would be silently wrong over longer steps."""
     with pytest.raises(InputError, match="respace"):
         Denoiser(None, SHORT, predict, variance).respace([10, 50])
 
@@ -111,14 +111,14 @@ def zero(x, timestep, y=None):
 
 
 def variance_of(variance, t, raw=None):
-    """sigma_t^2 [1, 1, 1, 1] or [1, 1, 2, 2], at level t of the paper's schedule; raw: what the network says of it."""
+    """sigma_t^2, [1, 1, 1, 1] or [1, 1, 2, 2], at level t of the paper's schedule. `raw` is the network's output."""
     x = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     net = zero if raw is None else with_variance(zero, lambda x, timestep: torch.full_like(x, raw))
     return Denoiser(net, PAPER, variance=variance)(x, torch.tensor([t])).log_variance.exp()
 
 
 def test_fixed_variances():
-    """fixed_large: beta_t; fixed_small: beta~_t; both beta~_2 at t = 1 (docs/PAPER.md 3, golden values)."""
+    """fixed_large is beta_t and fixed_small is beta~_t; at t = 1 both are beta~_2, as in the official code."""
     abar, beta = PAPER.alpha_bar, PAPER.beta
     for t in (2, 3, 500, 1000):
         tilde = (1 - abar[t - 1]) / (1 - abar[t]) * beta[t]
@@ -132,7 +132,7 @@ def test_fixed_variances():
 
 @pytest.mark.parametrize("t", [1, 2, 3, 500, 1000])
 def test_learned_variances(t):
-    """learned: the raw channels are log sigma^2. learned_range: from log beta~_t at -1 to log beta_t at 1, in logs."""
+    """learned: the raw channels are log sigma^2. learned_range: linear from log beta~_t at -1 to log beta_t at 1."""
     assert variance_of("learned", t, raw=-3.0).shape == (1, 1, 2, 2)
     torch.testing.assert_close(
         variance_of("learned", t, raw=-3.0).log(), torch.full((1, 1, 2, 2), -3.0, dtype=torch.float64)
@@ -143,7 +143,7 @@ def test_learned_variances(t):
 
 
 def test_variance_table():
-    """sigma_t^2 is table[t]; with the exact table of isotropic data p_theta is q(x_{t-1} | x_t), variance and all."""
+    """sigma_t^2 is table[t]. With the exact table of isotropic data, p_theta is q(x_{t-1} | x_t)."""
     data = isotropic()
     table = data.variances(SHORT)
     denoiser = Denoiser(network(data, SHORT, "eps"), SHORT, variance=table, clip=False)
@@ -156,8 +156,8 @@ def test_variance_table():
         torch.testing.assert_close(p.log_variance[i].exp() * torch.eye(2), P.view(1, 2, 2), rtol=1e-9, atol=0)
 
 
-def test_levels_of_one_batch_do_not_touch_each_other():
-    """A level per image: a batch with all levels gives what one image at a time gives."""
+def test_images_of_a_batch_may_have_different_levels():
+    """A batch with one image at every level gives what each image gives alone."""
     data = correlated()
     _, _, t, xt = draws(data, SHORT, n=1)
     raw = with_variance(network(data, SHORT, "v"), lambda x, timestep: x.sin())
@@ -171,7 +171,7 @@ def test_levels_of_one_batch_do_not_touch_each_other():
 
 @pytest.mark.parametrize("predict", ["eps", "x0", "v"])
 def test_mean_goes_through_clipped_x0(predict):
-    """docs/PAPER.md 3: for eps and x0 the mean is mu~(x_t, clip(x0^)); v likewise."""
+    """For eps, x0 and v the mean is mu~(x_t, clip(x0^)), as in the official code."""
     data = GaussianData(correlated().mean, 9 * correlated().covariance)  # wide: most x0^ lie outside [-1, 1]
     _, _, t, xt = draws(data, PAPER)
     free = Denoiser(network(data, PAPER, predict), PAPER, predict, clip=False)
@@ -187,7 +187,7 @@ def test_mean_goes_through_clipped_x0(predict):
 
 
 def test_mu_prediction_clips_only_the_reported_x0():
-    """docs/PAPER.md 3: for mu~ prediction the mean is the network's, whatever x0^ it means."""
+    """For mu prediction the mean is the network's output, which is not clipped."""
     data = GaussianData(correlated().mean, 9 * correlated().covariance)
     _, _, t, xt = draws(data, PAPER)
     denoiser = Denoiser(network(data, PAPER, "mu"), PAPER, "mu")
@@ -200,7 +200,7 @@ def test_mu_prediction_clips_only_the_reported_x0():
 @quick
 @given(st.sampled_from(PREDICTIONS), st.integers(1, 1000), st.floats(-50, 50), st.floats(-5, 5), st.booleans())
 def test_eps_belongs_to_x0(predict, t, output, x, clip):
-    """x_t = sqrt(abar_t) x0^ + sqrt(1 - abar_t) eps^, clipped or not: the pair DDIM moves along."""
+    """x_t = sqrt(abar_t) x0^ + sqrt(1 - abar_t) eps^, clipped or not. DDIM needs it."""
     xt = torch.full((1, 1, 1, 1), x, dtype=torch.float64)
     estimate = Denoiser(lambda x, timestep, y: torch.full_like(x, output), PAPER, predict, clip=clip)(
         xt, torch.tensor([t])
@@ -210,24 +210,24 @@ def test_eps_belongs_to_x0(predict, t, output, x, clip):
     assert not clip or estimate.x0.abs().item() <= 1
 
 
-def test_the_network_is_told_its_timestep_and_labels():
-    """0..T-1 at levels 1..T; after respacing the timesteps of the levels it was trained at; y as it came."""
-    told = []
+def test_the_network_gets_timesteps_and_labels():
+    """The timesteps are 0..T-1 at levels 1..T, and after respacing those of the original levels. y is not changed."""
+    calls = []
 
     def spy(x, timestep, y):
-        told.append((timestep.tolist(), y))
+        calls.append((timestep.tolist(), y))
         return zero(x, timestep)
 
     x, y = torch.zeros(2, 1, 1, 1), torch.tensor([7, 8])
     Denoiser(spy, PAPER)(x, torch.tensor([1, 1000]), y)
     Denoiser(spy, PAPER).respace([10, 500, 1000])(x, torch.tensor([1, 3]))
-    assert told[0][0] == [0, 999]
-    assert told[0][1] is y
-    assert told[1] == ([9, 999], None)
+    assert calls[0][0] == [0, 999]
+    assert calls[0][1] is y
+    assert calls[1] == ([9, 999], None)
 
 
 def test_the_network_may_compute_in_any_precision():
-    """Its output is taken to x_t's dtype before any coefficient touches it."""
+    """Its output is converted to x_t's dtype before it is multiplied by coefficients."""
     x = torch.linspace(-1, 1, 4, dtype=torch.float64).view(1, 1, 2, 2)
     t = torch.tensor([500])
     low = Denoiser(lambda x, timestep, y: x.bfloat16(), PAPER)(x, t)
@@ -255,7 +255,7 @@ def test_errors_name_the_wrong_value_and_the_right_ones(settings, words):
 
 @pytest.mark.parametrize("predict", ["x0", "mu", "v"])
 def test_jsd_works_to_its_last_level(predict):
-    """At abar_T = 0 the other predictions still give x_0, finite everywhere."""
+    """At abar_T = 0 the other predictions still give a finite x_0."""
     s, data = schedule.jsd(50), correlated()
     _, _, t, xt = draws(data, s)
     estimate = Denoiser(network(data, s, predict), s, predict, clip=False)(xt, t)

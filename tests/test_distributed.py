@@ -1,4 +1,4 @@
-"""Two processes under torchrun and one process: the same run, the same images."""
+"""Two processes under torchrun give the same run and the same images as one process."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ PROGRAM = """
 import json, os, sys, torch
 from ddpm.cli import main
 first, *others = json.loads(sys.argv[1])
-codes = [main(first)]  # joins the two, and parts them; a second time they need another place to meet
+codes = [main(first)]  # it opens and closes the process group; the next group needs another port
 os.environ.update(MASTER_PORT=sys.argv[2], TORCHELASTIC_USE_AGENT_STORE="False")
 torch.distributed.init_process_group("gloo")
 print([*codes, *map(main, others)])
@@ -31,21 +31,21 @@ print([*codes, *map(main, others)])
 
 @dataclass(frozen=True)
 class Both:
-    """What one process did, and what two did in one torchrun, since it takes them long to start."""
+    """Results of one process, and of two processes in one call of torchrun, because torchrun starts slowly."""
 
-    one: Path  # 20 steps by one process
-    two: Path  # 20 steps by two
-    mixed: Path  # 10 steps by one, 10 by two
-    samples: Path  # of `trained`, by two
-    measured: Path  # what evaluate and paper left of it, by two
-    stopped: Path  # by two, with dropout, ended by SIGTERM
+    one: Path  # a run of 20 steps by one process
+    two: Path  # a run of 20 steps by two
+    mixed: Path  # a run of 10 steps by one process, then 10 by two
+    samples: Path  # samples of `trained` by two
+    measured: Path  # the results of evaluate and paper for `trained` by two
+    stopped: Path  # a run by two, with dropout, ended by SIGTERM
     out: str
     err: str
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
-    """Trains and samples; SIGTERM reaches the last of the commands in its midst."""
+    """Run all commands in two processes. SIGTERM ends the last one, which trains."""
     root = tmp_path_factory.mktemp("both")
     one, two, mixed, stopped = (root / name for name in ("one", "two", "mixed", "stopped"))
     assert train(one, *TWENTY) == 0
@@ -78,7 +78,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
 
 
 def measuring(run: Path, out: Path) -> list[list[str]]:
-    """Commands that measure a run in ways that share the work and meet again."""
+    """Commands that measure a run and split the work over processes."""
     out.mkdir()
     (out / "mine.py").write_text("def f(x):\n    return x.reshape(len(x), -1)[:, ::4] / 255\n")
     few, features = ["--out", str(out), "-n", "5", "--batch-size", "2"], ["--features", f"{out}/mine.py:f"]
@@ -93,8 +93,8 @@ TWENTY = ("--steps", "20", "--save-every", "10", "--timestep-sampling", "stratif
 DROPOUT = ("--dropout", "0.3", "--flip", "--save-every", "5", "--keep", "100000")
 
 
-def test_two_processes_are_one(both: Both) -> None:
-    """20 steps: training and held-out losses, weights, averages and moments within float error; a grid of samples."""
+def test_two_processes_train_like_one(both: Both) -> None:
+    """After 20 steps losses, weights, averages and moments agree within float error, and there is a grid of samples."""
     assert list(losses(both.two)) == list(range(1, 21))
     assert losses(both.two) == pytest.approx(losses(both.one), rel=1e-4)
     for a, b in zip(held_out(both.two), held_out(both.one), strict=True):
@@ -103,24 +103,24 @@ def test_two_processes_are_one(both: Both) -> None:
     assert (both.two / "samples" / "00000020.png").is_file()
 
 
-def test_one_speaks_for_all(both: Both) -> None:
-    """No line is said twice."""
+def test_only_one_process_prints(both: Both) -> None:
+    """No line is printed twice."""
     assert both.err.count(f"{both.two}: ") == 1
     assert both.err.count("2 processes") == 3
     assert both.out.count("held-out L_simple") == 2
     assert len([line for line in both.out.splitlines() if line.startswith("{")]) == 3
 
 
-def test_two_processes_go_on_from_one(both: Both) -> None:
-    """From its checkpoint of step 10 to its step 20."""
+def test_two_processes_resume_a_run_of_one(both: Both) -> None:
+    """They resume it from step 10 and reach the same step 20."""
     assert f"{both.mixed}: " in both.err
     assert "steps 10 to 20" in both.err
     assert losses(both.mixed) == pytest.approx(losses(both.one), rel=1e-4)
     assert_close(tensors(both.mixed, 20), tensors(both.one, 20))
 
 
-def test_one_process_goes_on_from_two(both: Both, tmp_path: Path) -> None:
-    """And the other way."""
+def test_one_process_resumes_a_run_of_two(both: Both, tmp_path: Path) -> None:
+    """It reaches the same step 20."""
     run = shutil.copytree(both.two, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "00000020")
     assert train(run, *TWENTY) == 0
@@ -129,7 +129,7 @@ def test_one_process_goes_on_from_two(both: Both, tmp_path: Path) -> None:
 
 
 def test_dropout_is_that_of_one_process_in_two_parts(both: Both, tmp_path: Path) -> None:
-    """Its masks belong to the parts of the batch, whoever computes them; flips to the images."""
+    """Dropout masks depend on the part of the batch and flips on the image, not on the process."""
     assert train(tmp_path / "one", *DROPOUT, "--accumulate", 2, "--steps", 5) == 0
     one = losses(tmp_path / "one")
     assert {n: losses(both.stopped)[n] for n in one} == pytest.approx(one, rel=1e-4)
@@ -137,7 +137,7 @@ def test_dropout_is_that_of_one_process_in_two_parts(both: Both, tmp_path: Path)
 
 
 def test_sigterm_to_torchrun_saves(both: Both) -> None:
-    """Both processes end after the same step, whose checkpoint is there; nothing hangs."""
+    """Both processes end after the same step, whose checkpoint is written, and neither hangs."""
     last = max(steps(both.stopped))
     assert f"stopped at step {last} and saved; the same command resumes the run" in both.err
     assert max(losses(both.stopped)) == last
@@ -145,7 +145,7 @@ def test_sigterm_to_torchrun_saves(both: Both) -> None:
 
 
 def test_two_processes_sample_what_one_does(both: Both, trained: Path, tmp_path: Path) -> None:
-    """5 images, one of them without a partner, in order."""
+    """5 images, which two processes cannot share evenly, in order."""
     assert main(["sample", str(trained), "-n", "5", "--out", str(tmp_path / "one.npz")]) == 0
     two, one = (np.load(path)["arr_0"].astype(int) for path in (both.samples, tmp_path / "one.npz"))
     assert np.abs(two - one).max() <= 1
@@ -153,7 +153,7 @@ def test_two_processes_sample_what_one_does(both: Both, trained: Path, tmp_path:
 
 
 def test_two_processes_measure_what_one_does(both: Both, trained: Path, tmp_path: Path) -> None:
-    """Bounds, distances, tables and pictures of the same call, from other shares of the work."""
+    """Bounds, distances, tables and pictures of the same commands."""
     for words in measuring(trained, tmp_path / "one"):
         assert main(words) == 0
     for name in ("nll", "nll_sampled", "ode", "quality"):
@@ -175,8 +175,8 @@ def held_out(run: Path) -> list[list[float]]:
     return [line["held_out_by_level"] for line in metrics(run) if "held_out" in line]
 
 
-def test_one_process_alone() -> None:
-    """It is the first, does everything, and asks nobody."""
+def test_processes_without_torchrun() -> None:
+    """One process is the first and does all the work."""
     one = Processes(0, 1, torch.device("cpu"))
     assert one.first
     assert list(one.mine(3)) == [0, 1, 2]
@@ -188,8 +188,8 @@ def test_one_process_alone() -> None:
     assert sorted(i for share in shares for i in share) == list(range(8))
 
 
-def test_a_device_is_one_that_there_is() -> None:
-    """auto finds one; bf16 only where the hardware has it."""
+def test_device_and_precision_are_picked() -> None:
+    """`auto` picks an existing device, and bf16 only if the hardware has it."""
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     assert pick_precision("auto", torch.device("mps")) == "float32"
@@ -197,7 +197,7 @@ def test_a_device_is_one_that_there_is() -> None:
 
 
 def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name, where NCCL would only hang; the first has its device."""
+    """An error names the process, because NCCL would only hang. The first process gets its device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name in ("auto", "cuda"):
@@ -206,20 +206,20 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
             pick_device(name, 1)
 
 
-def test_a_bf16_model_runs_in_float32_where_bf16_would_only_be_slow(monkeypatch):
-    """digits is of bf16: so by default, elsewhere float32, and what is asked for anyway; so with its codec."""
+def test_a_bf16_model_runs_in_float32_where_bf16_is_slow(monkeypatch):
+    """The digits model is bf16. Without fast bf16 it runs in float32, and so does its codec, unless asked for bf16."""
     import ddpm
 
     for fast, expected in ((True, "bf16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"amx_bf16": fast})
-        found = open_for_device("digits", torch.device("cpu"))
-        assert found.preset.precision == expected
+        checkpoint = open_for_device("digits", torch.device("cpu"))
+        assert checkpoint.preset.precision == expected
         assert ddpm.load_codec("digits").denoiser.network.bf16 == (expected == "bf16")
         assert open_for_device("digits", torch.device("cpu"), precision="bf16").preset.precision == "bf16"
 
 
-def test_small_layers_have_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, for as long as it takes, unless the user says how many there are."""
+def test_small_networks_use_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU and inside the context, unless the user sets OMP_NUM_THREADS."""
     monkeypatch.delenv("OMP_NUM_THREADS")
     torch.set_num_threads(2)
     for work, device, wanted in ((1 << 17, "cpu", 1), (1 << 18, "cpu", 2), (1 << 17, "cuda", 2)):

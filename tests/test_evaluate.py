@@ -1,4 +1,4 @@
-"""Bits per dimension of a data set, its estimate from few levels, other variances, and sample quality."""
+"""Bits per dimension of a data set, the estimate from few levels, other variances, and sample quality."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ SCHEDULE = schedule.linear(12, 1e-3, 0.6)
 
 
 def wrong_network(x, timestep, y):
-    """Some function of x and t that is no good denoiser."""
+    """A function of x and t that is a bad denoiser."""
     return torch.tanh(x * (1 + timestep.view(-1, 1, 1, 1) / 7)) * 0.9
 
 
@@ -40,19 +40,19 @@ def pixels_of(n, key=0):
 @pytest.mark.parametrize("predict", ["eps", "x0", "v"])
 @pytest.mark.parametrize("clip", [True, False])
 def test_other_variances_follow_from_mse(predict, clip):
-    """with_variance is the bound that vlb computes with that variance, term by term."""
+    """`vlb_with_variance` equals the bound that `vlb` computes with that variance, term by term."""
     first = Denoiser(wrong_network, SCHEDULE, predict, "fixed_large", clip)
     x0, noise = pixels_of(3), per_image(range(3), SHAPE)
     bound = likelihood.vlb(first, x0, noise)
     table = gaussian.calibrated_variance(SCHEDULE, bound.mse.mean(0))
     for variance in ("fixed_small", "fixed_large", table):
         other = replace(first, variance=variance)
-        found, whole = likelihood.vlb_with_variance(bound, other, x0, noise), likelihood.vlb(other, x0, noise)
-        assert torch.allclose(found.kl, whole.kl, rtol=1e-9)
-        assert torch.allclose(found.decoder, whole.decoder, rtol=1e-9)
+        result, whole = likelihood.vlb_with_variance(bound, other, x0, noise), likelihood.vlb(other, x0, noise)
+        assert torch.allclose(result.kl, whole.kl, rtol=1e-9)
+        assert torch.allclose(result.decoder, whole.decoder, rtol=1e-9)
 
 
-def test_other_variances_are_refused_where_they_do_not_follow():
+def test_other_variances_are_refused_for_mu():
     x0, noise = pixels_of(1), per_image([0], SHAPE)
     mu = Denoiser(wrong_network, SCHEDULE, "mu")
     with pytest.raises(ValueError, match="mse"):
@@ -75,16 +75,16 @@ def test_the_calibrated_variance_is_the_best_scalar():
         assert (terms(factor) > best).all()
 
 
-def test_sampled_terms_are_the_terms():
-    """At the same level and noise, one at a time or all levels at once."""
+def test_sampled_terms_equal_the_terms_of_the_bound():
+    """At the same levels and with the same noise they equal the terms of `vlb`."""
     denoiser = Denoiser(wrong_network, SCHEDULE, "x0")
     x0, noise = pixels_of(2), per_image(range(2), SHAPE)
     bound = likelihood.vlb(denoiser, x0, noise)
     t = torch.tensor([[1, 5], [12, 2]])
     draws = torch.stack([torch.stack([noise(int(level))[b] for level in t[b]]) for b in range(2)])
-    found = likelihood.sampled_terms(denoiser, x0, t, draws)
+    result = likelihood.sampled_terms(denoiser, x0, t, draws)
     every = torch.cat([bound.decoder[:, None], bound.kl], dim=1)
-    assert torch.allclose(found, every.gather(1, t - 1), rtol=1e-9)
+    assert torch.allclose(result, every.gather(1, t - 1), rtol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def nll(checkpoint, images, out, **settings):
     return evaluate.nll(checkpoint, images, out, out, ALONE, progress=False, **{"count": 12, **settings})
 
 
-def test_batches_change_nothing_and_the_parts_are_kept(checkpoint, held_out, tmp_path, monkeypatch):
+def test_the_bound_does_not_depend_on_batches_and_is_not_computed_twice(checkpoint, held_out, tmp_path, monkeypatch):
     """The same value for any batch size; a second call computes nothing."""
     one = nll(checkpoint, held_out, tmp_path / "a", batch_size=5)
     other = nll(checkpoint, held_out, tmp_path / "b", batch_size=12)
@@ -115,8 +115,8 @@ def test_batches_change_nothing_and_the_parts_are_kept(checkpoint, held_out, tmp
     assert not calls
 
 
-def test_parts_of_another_model_or_precision_are_not_taken(trained, held_out, tmp_path):
-    """A file of the same name with other weights, or the same in bf16, is evaluated anew."""
+def test_cached_parts_of_another_model_or_precision_are_not_used(trained, held_out, tmp_path):
+    """Other weights in a file of the same name, or another precision, are evaluated anew."""
     weights = tmp_path / "model.safetensors"
 
     def value(kind, precision):
@@ -127,8 +127,8 @@ def test_parts_of_another_model_or_precision_are_not_taken(trained, held_out, tm
     assert len({value("ema", "float32"), value("raw", "float32"), value("ema", "bf16")}) == 3
 
 
-def test_a_stopped_evaluation_goes_on(checkpoint, held_out, tmp_path, monkeypatch):
-    """Stopped after two of three batches, the rest is done and no more, with the same result."""
+def test_a_stopped_evaluation_resumes(checkpoint, held_out, tmp_path, monkeypatch):
+    """After a stop at two of three batches, only the third is computed, and the result is the same."""
     whole = nll(checkpoint, held_out, tmp_path / "whole", batch_size=4)
     real, calls = likelihood.vlb, []
 
@@ -146,35 +146,35 @@ def test_a_stopped_evaluation_goes_on(checkpoint, held_out, tmp_path, monkeypatc
 
 
 def test_the_table_adds_up(checkpoint, held_out, tmp_path):
-    """A row a level from T to 1; the terms sum to the bound, and the running sum says so."""
-    found = nll(checkpoint, held_out, tmp_path)
+    """It has one row per level from T to 1. The terms add up to the bound, and the rate is their running sum."""
+    result = nll(checkpoint, held_out, tmp_path)
     with (tmp_path / "nll.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["t"]) for row in rows] == list(range(20, 0, -1))
     terms = sum(float(row["term_bits_per_dim"]) for row in rows)
-    assert terms + found["prior"] == pytest.approx(found["bits_per_dim"], rel=1e-6)
-    assert float(rows[0]["rate_bits_per_dim"]) == pytest.approx(found["prior"], rel=1e-6)
-    assert float(rows[-1]["rate_bits_per_dim"]) == pytest.approx(found["rate"], rel=1e-6)
+    assert terms + result["prior"] == pytest.approx(result["bits_per_dim"], rel=1e-6)
+    assert float(rows[0]["rate_bits_per_dim"]) == pytest.approx(result["prior"], rel=1e-6)
+    assert float(rows[-1]["rate_bits_per_dim"]) == pytest.approx(result["rate"], rel=1e-6)
     with Image.open(tmp_path / "nll.png") as plot:
         assert plot.width > 400
 
 
-def test_the_estimate_from_few_levels_is_unbiased_and_its_error_honest(checkpoint):
-    """Over 25 samples of 16 images: no bias against the bound by all levels, and the stated error is the spread."""
+def test_the_estimate_from_few_levels_is_unbiased_with_a_correct_standard_error(checkpoint):
+    """Over 25 sets of 16 images it has no bias against the whole bound, and its standard error is the spread."""
     train = data.load("digits", (8, 8), 1)
-    apart, values, stated = [], [], []
+    differences, values, errors = [], [], []
     for s in range(25):
         images = replace(train, rows=train.rows[16 * s : 16 * s + 16])
-        found = evaluate.nll_sampled(checkpoint, images, 4, ALONE, seed=s, progress=False)
+        result = evaluate.nll_sampled(checkpoint, images, 4, ALONE, seed=s, progress=False)
         x0 = pixels.to_signal(images.batch(range(16)))
         noise = per_image([1000 + 16 * s + i for i in range(16)], (1, 8, 8))
         exact = likelihood.vlb(checkpoint.denoiser, x0, noise).bits_per_dim().mean()
-        apart.append(found["bits_per_dim"] - float(exact))
-        values.append(found["bits_per_dim"])
-        stated.append(found["standard_error"])
-    z = np.mean(apart) / (np.std(apart, ddof=1) / 5)
+        differences.append(result["bits_per_dim"] - float(exact))
+        values.append(result["bits_per_dim"])
+        errors.append(result["standard_error"])
+    z = np.mean(differences) / (np.std(differences, ddof=1) / 5)
     assert abs(z) < 4
-    assert 0.6 < np.std(values, ddof=1) / np.sqrt(np.mean(np.square(stated))) < 1.5  # 99.9% of 25 draws
+    assert 0.6 < np.std(values, ddof=1) / np.sqrt(np.mean(np.square(errors))) < 1.5  # 99.9% of 25 draws
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def own(trained, tmp_path):
 
 
 def test_calibration_lowers_the_bound(own, tmp_path):
-    """On the images that it was measured on, up to the noise of other draws; it is kept, and `load` takes it."""
+    """It does so on its own images, although the draws differ. The calibration is stored, and `load` uses it."""
     checkpoint = open_checkpoint(own)
     train = data.load("digits", (8, 8), 1)
     assert "calibrated" not in nll(checkpoint, train, tmp_path / "before", count=2)["by_variance"]
@@ -193,14 +193,14 @@ def test_calibration_lowers_the_bound(own, tmp_path):
     denoiser = replace(checkpoint.denoiser, network=lambda *_: pytest.fail("measured again"))
     unused = replace(checkpoint, denoiser=denoiser)
     assert torch.equal(calibrate.calibrate(unused, train, tmp_path, ALONE, 64, progress=False, codec=0), mse)
-    found = nll(checkpoint, train, tmp_path / "after", count=64)["by_variance"]
-    assert found["calibrated"] < min(found["fixed_large"], found["fixed_small"])
+    by_variance = nll(checkpoint, train, tmp_path / "after", count=64)["by_variance"]
+    assert by_variance["calibrated"] < min(by_variance["fixed_large"], by_variance["fixed_small"])
     table = opening.load(own, variance="calibrated").variance
     assert torch.equal(table[2:], gaussian.calibrated_variance(checkpoint.denoiser.schedule, mse)[2:])
     assert opening.load(own, variance="fixed_small").variance == "fixed_small"
 
 
-def test_a_calibration_is_of_these_weights_only(own):
+def test_a_calibration_belongs_to_its_weights(own):
     checkpoint = open_checkpoint(own)
     with pytest.raises(InputError, match="not calibrated; run `ddpm calibrate`"):
         opening.load(own, variance="calibrated")
@@ -224,7 +224,7 @@ def test_a_calibration_is_of_these_weights_only(own):
 
 
 def test_the_first_variance_is_the_best_for_bins(own, tmp_path):
-    """Errors of half a grey level: mse_1 is too much by 0.02 bits/dim; the one that is kept is the best of all."""
+    """With errors of half a grey level, mse_1 costs 0.02 bits/dim too much. The stored variance is the best one."""
     x0 = pixels.to_signal(
         torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     )
@@ -251,20 +251,20 @@ def test_the_first_variance_is_the_best_for_bins(own, tmp_path):
         assert best < worse
 
 
-def test_calibration_wants_an_error_of_x0(own, tmp_path):
-    found = open_checkpoint(own)
+def test_calibration_needs_the_error_of_x0(own, tmp_path):
+    checkpoint = open_checkpoint(own)
     for change, reason in [
         ({"predict": "mu"}, "predicts mu"),
         ({"variance": "learned_range"}, "gives its own variance"),
     ]:
-        other = replace(found, denoiser=replace(found.denoiser, **change))
+        other = replace(checkpoint, denoiser=replace(checkpoint.denoiser, **change))
         with pytest.raises(InputError, match=reason):
             calibrate.calibrate(other, data.load("digits", (8, 8), 1), tmp_path, ALONE, 1, progress=False)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_deep_images_have_no_bits_per_dimension_of_8_bit_ones(checkpoint, tmp_path, stream):
-    """Rounded to 8 bits they are other images; decoded ahead or as they are read."""
+def test_bits_per_dimension_of_deep_images_are_refused(checkpoint, tmp_path, stream):
+    """Rounded to 8 bits they would be other images, whether they are in memory or streamed."""
     for i in range(3):
         deep = Image.fromarray((np.arange(64).reshape(8, 8) * 1000 + i).astype(np.uint16))
         deep.save(tmp_path / f"{i}.png")
@@ -275,8 +275,8 @@ def test_deep_images_have_no_bits_per_dimension_of_8_bit_ones(checkpoint, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_the_flow_is_measured_the_same_in_any_batch(checkpoint, held_out):
-    """And more levels move it little."""
+def test_the_likelihood_of_the_flow_does_not_depend_on_the_batch(checkpoint, held_out):
+    """More levels change it little."""
     one = evaluate.ode(checkpoint, held_out, ALONE, 6, steps=10, batch_size=2, progress=False)
     other = evaluate.ode(checkpoint, held_out, ALONE, 6, steps=10, batch_size=6, progress=False)
     assert one["bits_per_dim"] == pytest.approx(other["bits_per_dim"], rel=1e-5)
@@ -286,8 +286,8 @@ def test_the_flow_is_measured_the_same_in_any_batch(checkpoint, held_out):
     assert one["standard_error"] > 0
 
 
-def test_samples_are_kept(checkpoint, tmp_path, monkeypatch):
-    """The images of their seeds; stopped and called again, only what lacks is made; other settings are other images."""
+def test_samples_are_cached(checkpoint, tmp_path, monkeypatch):
+    """They are the images of their seeds. A second call makes only missing ones. Other settings make other images."""
     whole = quality.samples(checkpoint, tmp_path, ALONE, 7, 3, "ddim", 5, 3, progress=False)
     assert torch.equal(whole, sample.generate(checkpoint.denoiser, (1, 8, 8), range(3, 10), "ddim", 5))
     next(tmp_path.glob("samples-*/00000003-*")).unlink()
@@ -298,19 +298,19 @@ def test_samples_are_kept(checkpoint, tmp_path, monkeypatch):
     assert not torch.equal(quality.samples(checkpoint, tmp_path, ALONE, 7, 4, "ddim", 5, 3, progress=False), whole)
 
 
-def test_samples_of_classes_are_kept_apart(tmp_path):
-    """In turn over the whole, not over a part; with another guidance, clip or class they are others."""
-    found = open_checkpoint("digits")
-    plain, guided = found.denoiser, found.denoiser.guided(2.0)
+def test_samples_of_classes_are_cached_apart(tmp_path):
+    """Classes cycle over all samples, not over a batch. Another guidance, clip or class gives other samples."""
+    checkpoint = open_checkpoint("digits")
+    plain, guided = checkpoint.denoiser, checkpoint.denoiser.guided(2.0)
 
     def samples(denoiser, classes=()):
-        asked = replace(found, denoiser=denoiser)
-        return quality.samples(asked, tmp_path, ALONE, 5, 3, "ddim", 3, 2, progress=False, classes=classes)
+        changed = replace(checkpoint, denoiser=denoiser)
+        return quality.samples(changed, tmp_path, ALONE, 5, 3, "ddim", 3, 2, progress=False, classes=classes)
 
     whole = samples(guided, [4, 0])
     y = torch.tensor([4, 0, 4, 0, 4])
     assert torch.equal(whole, sample.generate(guided, (1, 8, 8), range(3, 8), "ddim", 3, y=y))
-    within = found.denoiser.guided(2.0, (1, 500))
+    within = checkpoint.denoiser.guided(2.0, (1, 500))
     settings = [
         (guided, [4, 0]),
         (guided, [0, 4]),
@@ -325,18 +325,18 @@ def test_samples_of_classes_are_kept_apart(tmp_path):
 
 
 def test_features_from_files(tmp_path, capsys, trained):
-    """Scores of two files of features are those of the features."""
+    """Two files of features are scored like the arrays in them."""
     random = np.random.default_rng(0)
     real, fake = random.normal(size=(200, 4)), random.normal(1, 1, size=(150, 4))
     np.savez(tmp_path / "real.npz", features=real)
     np.savez(tmp_path / "fake.npz", features=fake, probabilities=np.full((150, 10), 0.1))
     words = ["evaluate", str(trained), "--metrics", "fid", "is", "kid", "pr", "--features", str(tmp_path / "real.npz")]
     assert main([*words, "--samples", str(tmp_path / "fake.npz"), "--out", str(tmp_path / "out"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     expected = metrics.frechet_distance(metrics.moments(real), metrics.moments(fake))
-    assert found["frechet_distance"] == pytest.approx(expected)
-    assert found["inception_score"] == pytest.approx(1)
-    assert (found["samples"], found["images"]) == (150, 200)
+    assert result["frechet_distance"] == pytest.approx(expected)
+    assert result["inception_score"] == pytest.approx(1)
+    assert (result["samples"], result["images"]) == (150, 200)
     np.savez(tmp_path / "narrow.npz", features=fake[:, :3])
     assert main([*words, "--samples", str(tmp_path / "narrow.npz")]) == 2
     assert "features of 3 numbers" in capsys.readouterr().err
@@ -348,7 +348,7 @@ FUNCTION = "def rows(images):\n    return images.reshape(len(images), -1)[:, ::8
 
 
 def test_the_command(trained, tmp_path, capsys, monkeypatch):
-    """`ddpm evaluate --json` is one object with the values and what they were made from; a second call is the same."""
+    """`ddpm evaluate --json` prints one object with values and their provenance; a second call prints the same."""
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(FUNCTION)
     words = [
@@ -373,20 +373,20 @@ def test_the_command(trained, tmp_path, capsys, monkeypatch):
     assert first["samples"] == 40
     assert first["images"] == 1500
     assert {"frechet_distance", "kid", "precision", "recall", "weights", "step", "data", "split"} <= first.keys()
-    assert "fid" not in first  # it is not Inception's
+    assert "fid" not in first  # the features are not those of Inception
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out) == first
 
 
 def test_real_images_are_at_distance_zero(tmp_path):
-    """The training images against themselves; the same with noise are not."""
+    """The training images are at distance 0 from themselves, but not after noise is added."""
     (tmp_path / "mine.py").write_text(FUNCTION)
     network = features.custom(f"{tmp_path}/mine.py:rows")
     train = data.load("digits", (8, 8), 1)
     same = train.batch(range(len(train)))
-    found = quality.quality(["fid", "pr"], same, train, network, tmp_path, progress=False)
-    assert found["frechet_distance"] == pytest.approx(0, abs=1e-6)
-    assert found["precision"] == found["recall"] == 1
+    result = quality.quality(["fid", "pr"], same, train, network, tmp_path, progress=False)
+    assert result["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert result["precision"] == result["recall"] == 1
     noisy = (same.int() + torch.randint(0, 80, same.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
     worse = quality.quality(["fid"], noisy.to(torch.uint8), train, network, tmp_path, progress=False)
     assert worse["frechet_distance"] > 100
@@ -405,7 +405,7 @@ def test_saved_samples_are_read_as_they_are(tmp_path):
 
 
 def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypatch):
-    """`digits` here is no data set; what is not of the model's size is not scaled; none are too few."""
+    """A folder `digits` is not the data set. Images of another size are refused, and so is an empty folder."""
     from ddpm.files import images
 
     monkeypatch.chdir(tmp_path)
@@ -436,7 +436,7 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
     ],
 )
 def test_mistakes(trained, tmp_path, capsys, monkeypatch, words, names):
-    """One line that names it, exit code 2."""
+    """A mistake is one line that names it, with exit code 2."""
     monkeypatch.chdir(tmp_path)
     Path("logits.py").write_text("def rows(x):\n    x = x.reshape(len(x), -1) + 1.0\n    return x, x\n")
     assert main(["evaluate", str(trained), "--out", "out", *words]) == 2

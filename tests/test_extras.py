@@ -1,4 +1,4 @@
-"""What works without the extras, and what a command says that needs one."""
+"""Commands without the extras: those that work, and the errors of those that need an extra."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def ddpm(folder: Path, *words: str, hidden: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """The command in a process that cannot import the hidden packages."""
+    """Run the command in a process that cannot import the hidden packages."""
     code = HIDE.format(hidden=set(hidden))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -76,6 +76,6 @@ def test_calibrate_without_the_codec(trained: Path, tmp_path: Path) -> None:
 def test_a_missing_extra_is_one_line(words: str, package: str, extra: str, trained: Path, tmp_path: Path) -> None:
     done = ddpm(tmp_path, *words.replace("RUN", str(trained)).split(), hidden=(package,))
     assert done.returncode == 2, done.stderr
-    assert not list(trained.glob("cache/calibration*"))  # said before the work
+    assert not list(trained.glob("cache/calibration*"))  # the error comes before the work
     line = f"ddpm: {package} is not installed; want `pip install 'ddpm-kit[{extra}]'`"
     assert done.stderr.splitlines()[-1] == line

@@ -27,7 +27,7 @@ def one(value):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_eq_2_composed_t_times_is_eq_4(name):
-    """x_t = sqrt(1-beta_t) x_{t-1} + sqrt(beta_t) z, t times: N(sqrt(abar_t) x_0, 1 - abar_t), for every t."""
+    """t steps x_t = sqrt(1-beta_t) x_{t-1} + sqrt(beta_t) z give N(sqrt(abar_t) x_0, 1 - abar_t), for every t."""
     s = SCHEDULES[name](60, 1e-3, 0.2)
     mean, variance = one(0.7), 0.0
     for level in range(1, s.T + 1):
@@ -41,7 +41,7 @@ def test_eq_2_composed_t_times_is_eq_4(name):
 
 
 def bayes_gap(s, x0, xt, t, posterior):
-    """Spread over x_{t-1} of log q(x_t|x_{t-1}) + log q(x_{t-1}|x_0) - log posterior - log q(x_t|x_0); Bayes: 0."""
+    """The largest |log q(x_t|x_{t-1}) + log q(x_{t-1}|x_0) - log posterior - log q(x_t|x_0)|; 0 by Bayes' rule."""
     grid = torch.linspace(-2, 2, 41, dtype=float64)[:, None]
     level = torch.full((len(grid),), t)
     joint = normal(gaussian.q_step(s, grid, level)).log_prob(one(xt))
@@ -54,7 +54,7 @@ def bayes_gap(s, x0, xt, t, posterior):
 @quick
 @given(betas.filter(lambda b: len(b) > 1), st.floats(-1, 1), st.floats(-3, 3), st.data())
 def test_posterior_is_bayes(beta, x0, xt, data):
-    """q(x_t | x_{t-1}) q(x_{t-1} | x_0) = q(x_{t-1} | x_t, x_0) q(x_t | x_0), at every x_{t-1}: Eq. 6 and 7 whole."""
+    """q(x_t | x_{t-1}) q(x_{t-1} | x_0) = q(x_{t-1} | x_t, x_0) q(x_t | x_0), at every x_{t-1} (Eq. 6, 7)."""
     s = from_beta(torch.tensor(beta, dtype=float64))
     t = data.draw(st.integers(2, s.T))
     posterior = gaussian.q_posterior(s, one(x0), one(xt), torch.tensor([t]))
@@ -62,19 +62,19 @@ def test_posterior_is_bayes(beta, x0, xt, data):
     for wrong in (
         Gaussian(posterior.mean + 1e-3 * posterior.log_variance.exp().sqrt(), posterior.log_variance),
         Gaussian(posterior.mean, posterior.log_variance + 1e-3),
-    ):  # a thousandth off in mean or variance is seen
+    ):  # an error of a thousandth in mean or variance is detected
         assert bayes_gap(s, x0, xt, t, wrong) > 1e-7
 
 
 def test_posterior_at_level_1_is_the_data():
-    """q(x_0 | x_1, x_0): the mean is x_0 itself whatever x_1."""
+    """The mean of q(x_0 | x_1, x_0) is x_0, whatever x_1 is."""
     s = schedule.linear()
     c_0, c_x = gaussian.posterior_coefficients(s, torch.tensor([1]))
     assert (c_0.item(), c_x.item()) == (1, 0)
 
 
 def test_first_variance():
-    """beta~_1 = 0 has no logarithm: it is beta~_2 (official code), beta_1 where T = 1; all others are Eq. 7's."""
+    """beta~_1 is beta~_2 as in the official code, or beta_1 if T = 1. All others are those of Eq. 7."""
     s = schedule.linear()
     tilde = gaussian.beta_tilde(s)
     assert tilde[1] == tilde[2]
@@ -89,7 +89,7 @@ def test_first_variance():
 @quick
 @given(betas)
 def test_posterior_variance_is_smaller_than_the_step(beta):
-    """0 < beta~_t < beta_t for t > 1: knowing x_0 can only help."""
+    """0 < beta~_t < beta_t for t > 1, because knowing x_0 reduces the variance."""
     s = from_beta(torch.tensor(beta, dtype=float64))
     tilde = gaussian.beta_tilde(s)
     assert (tilde[1:] > 0).all()
@@ -102,7 +102,7 @@ numbers = st.lists(st.tuples(*[st.floats(-3, 3)] * 4), min_size=1, max_size=6)
 @quick
 @given(numbers)
 def test_kl_equals_torch_distributions(rows):
-    """Summed over dimensions, for any two diagonal Gaussians; and it is not symmetric."""
+    """It is summed over dimensions, for any two diagonal Gaussians."""
     m1, v1, m2, v2 = torch.tensor(rows, dtype=float64).T[:, None]
     q, p = Gaussian(m1, v1), Gaussian(m2, v2)
     expected = kl_divergence(normal(q), normal(p)).sum(1)
@@ -112,7 +112,7 @@ def test_kl_equals_torch_distributions(rows):
 
 
 def test_kl_is_directed_and_broadcasts():
-    """KL(q||p) != KL(p||q); a variance per image [B, 1, 1, 1] means the same as one per dimension."""
+    """KL(q||p) != KL(p||q). A variance per image [B, 1, 1, 1] broadcasts over dimensions."""
     q = Gaussian(torch.zeros(2, 3, 4, 4), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1))
     p = Gaussian(torch.ones(2, 3, 4, 4), torch.tensor([-1.0, 0.5]).view(2, 1, 1, 1))
     full_q, full_p = (Gaussian(g.mean, g.log_variance.expand_as(g.mean)) for g in (q, p))
@@ -121,7 +121,7 @@ def test_kl_is_directed_and_broadcasts():
 
 
 def test_q_sample():
-    """Eq. 4: the draw of q(x_t | x_0) that eps gives; at t = 0 the data itself; a level for each image."""
+    """It is the draw of q(x_t | x_0) for eps (Eq. 4), with a level for each image, and x_0 itself at t = 0."""
     s = schedule.linear()
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 5, 1, 3, 3, generator=g, dtype=float64)
@@ -135,16 +135,16 @@ def test_q_sample():
 
 
 def test_float32_loses_nothing_but_its_own_rounding():
-    """Coefficients are float64 until they meet x: sqrt(1 - abar_1) = 0.01 keeps seven digits in float32."""
+    """Coefficients are computed in float64, so sqrt(1 - abar_1) = 0.01 keeps seven digits in float32."""
     s = schedule.linear()
     t = torch.arange(1, 1001)
     noise = gaussian.q_sample(s, torch.zeros(1000, 1), t, torch.ones(1000, 1))
     assert noise.dtype == torch.float32
     torch.testing.assert_close(noise[:, 0].double(), (1 - s.alpha_bar[1:]).sqrt(), rtol=1e-7, atol=0)
-    careless = (1 - s.alpha_bar.float()[1:]).sqrt().double()  # the same from a float32 table fails this
+    careless = (1 - s.alpha_bar.float()[1:]).sqrt().double()  # a float32 table loses digits
     assert ((careless / (1 - s.alpha_bar[1:]).sqrt() - 1).abs() > 1e-5).any()
 
 
 def test_bits_per_dim():
-    """One bit a dimension is log 2 nats a dimension."""
+    """One bit per dimension is log 2 nats per dimension."""
     assert gaussian.bits_per_dim(torch.tensor([3072 * math.log(2)]), 3072).item() == pytest.approx(1)

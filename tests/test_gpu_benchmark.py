@@ -73,8 +73,8 @@ def call(tmp_path, monkeypatch):
     return run
 
 
-def states(found):
-    return {name: stage["state"] for name, stage in found["stages"].items()}
+def states(record):
+    return {name: stage["state"] for name, stage in record["stages"].items()}
 
 
 # The stages.
@@ -118,10 +118,10 @@ def test_all_stages_run_and_are_not_run_again(call, images, monkeypatch):
     monkeypatch.setitem(gpu_stages.TINY, "ours", [("cifar10_fast", 2)])
     stages = [name for name in gpu.LIMITS if name != "tests"]
     options = ["--rehearse", "--repeats", 1, "--seconds", 0, "--data", images, "--only", *stages]
-    code, found, text = call(*options)
+    code, record, text = call(*options)
     assert code == 0
-    assert states(found) == dict.fromkeys(stages, "done"), text
-    cases = {name: stage["cases"] for name, stage in found["stages"].items()}
+    assert states(record) == dict.fromkeys(stages, "done"), text
+    cases = {name: stage["cases"] for name, stage in record["stages"].items()}
     assert [len(cases[name]) for name in stages] == [2, 1, 2, 2, 1]
     for name in ("ours", "large"):
         step = next(values for case, values in cases[name].items() if "bare step" in case)
@@ -133,14 +133,14 @@ def test_all_stages_run_and_are_not_run_again(call, images, monkeypatch):
             assert values["ratio"]["median"] == pytest.approx(ratio)
     assert "A rehearsal" in text.splitlines()[0]
     assert all(f"## {gpu.TITLES[name]}" in text for name in stages)
-    assert str(images) not in text + json.dumps(found)  # a record names no folder of this machine
+    assert str(images) not in text + json.dumps(record)  # a record names no folder of this machine
     again = call(*options)[1]
     assert ran == ["card", *stages, "card"]
-    assert again["stages"] == found["stages"]
+    assert again["stages"] == record["stages"]
     assert len(again["calls"]) == 2
 
 
-def test_the_script_runs_tests_and_says_why_some_fail(tmp_path):
+def test_the_script_runs_tests_and_gives_reasons_for_failures(tmp_path):
     """With real processes. A second call runs only the tests that failed."""
     tests, out = tmp_path / "test_some.py", tmp_path / "out"
     tests.write_text(
@@ -157,10 +157,10 @@ def test_the_script_runs_tests_and_says_why_some_fail(tmp_path):
     def run():
         done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        found = json.loads((out / "record.json").read_text())["stages"]["tests"]
-        return done.stdout, found, {name.rpartition("::")[2]: values for name, values in found["cases"].items()}
+        stage = json.loads((out / "record.json").read_text())["stages"]["tests"]
+        return done.stdout, stage, {name.rpartition("::")[2]: values for name, values in stage["cases"].items()}
 
-    said, stage, cases = run()
+    printed, stage, cases = run()
     assert {name: values["outcome"] for name, values in cases.items()} == {
         "test_good": "passed",
         "test_bad": "failed",
@@ -172,7 +172,7 @@ def test_the_script_runs_tests_and_says_why_some_fail(tmp_path):
     assert "no such card" in cases["test_skipped"]["reason"]
     assert stage["state"] == "failed"
     assert stage["note"] == "2 of 4 cases failed"
-    assert "1 passed, 2 failed, 1 skipped" in said
+    assert "1 passed, 2 failed, 1 skipped" in printed
     tests.write_text("def test_good(): assert False\ndef test_bad(): pass\ndef test_error(): pass\n")
     _, stage, cases = run()
     assert stage["state"] == "done"
@@ -193,7 +193,7 @@ def test_no_gpu_is_one_line_and_code_2(call, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_case_that_fails_has_a_reason_and_the_others_go_on(tmp_path):
+def test_a_failed_case_has_a_reason_and_the_others_still_run(tmp_path):
     cases = gpu_stages.Cases(tmp_path / "cases.jsonl", gpu_stages.Stub())
 
     def fails():
@@ -220,12 +220,12 @@ def test_flops_are_those_of_a_convolution_counted_by_hand(monkeypatch):
 def test_a_profile_of_events_made_by_hand():
     """In 10 units of time, a product runs for 4 and other kernels for 3, 1 of them at the same time; 4 are gaps."""
     events = [("sm90_xmma_gemm", 100, 4), ("elementwise", 103, 2), ("elementwise", 109, 1)]
-    found = gpu_stages.where_time_goes(events)
-    assert found["gaps"] == pytest.approx(0.4)
-    assert found["products"] == pytest.approx(0.6 * 4 / 7)
-    assert found["others"] == pytest.approx(0.6 * 3 / 7)
-    assert found["kernels"] == 3
-    assert list(found["longest"]) == ["sm90_xmma_gemm", "elementwise"]
+    shares = gpu_stages.where_time_goes(events)
+    assert shares["gaps"] == pytest.approx(0.4)
+    assert shares["products"] == pytest.approx(0.6 * 4 / 7)
+    assert shares["others"] == pytest.approx(0.6 * 3 / 7)
+    assert shares["kernels"] == 3
+    assert list(shares["longest"]) == ["sm90_xmma_gemm", "elementwise"]
     inside = [("a", 0, 10), ("b", 2, 3), ("c", 9, 11)]  # one event inside another, and one that ends after it
     assert gpu_stages.where_time_goes(inside)["gaps"] == 0
 
@@ -245,10 +245,10 @@ def test_kernels_are_products_by_their_names():
 
 
 def test_speeds_are_shares_of_the_product():
-    found = gpu_stages.speeds([0.5, 0.25, 1.0], 100, 2e6, {"product_flops": 1e9})
-    assert found["ms"] == {"median": 500, "low": 250, "high": 1000}
-    assert found["images_per_second"] == {"median": 200, "low": 100, "high": 400}
-    assert found["matrix_share"] == pytest.approx({"median": 0.4, "low": 0.2, "high": 0.8})
+    values = gpu_stages.speeds([0.5, 0.25, 1.0], 100, 2e6, {"product_flops": 1e9})
+    assert values["ms"] == {"median": 500, "low": 250, "high": 1000}
+    assert values["images_per_second"] == {"median": 200, "low": 100, "high": 400}
+    assert values["matrix_share"] == pytest.approx({"median": 0.4, "low": 0.2, "high": 0.8})
     assert "matrix_share" not in gpu_stages.speeds([1.0], 1, 1.0, {})
 
 
@@ -259,31 +259,31 @@ def test_a_stage_that_overruns_is_ended_and_keeps_its_cases(call, stub, monkeypa
     monkeypatch.setattr(gpu, "LEAST", 0.1)
     monkeypatch.setattr(gpu, "LIMITS", {"tests": 1.0, "ours": 100.0, "large": 100.0})
     monkeypatch.setenv("SLEEPS", "tests")
-    code, found, text = call("--rehearse")
+    code, record, text = call("--rehearse")
     assert code == 0
-    assert states(found) == {"tests": "cut", "ours": "done", "large": "done"}
-    assert list(found["stages"]["tests"]["cases"]) == ["a"]
+    assert states(record) == {"tests": "cut", "ours": "done", "large": "done"}
+    assert list(record["stages"]["tests"]["cases"]) == ["a"]
     assert "not finished after 1 s" in text
     monkeypatch.delenv("SLEEPS")
     again = call("--rehearse")[1]
     assert states(again)["tests"] == "done"
     assert {name: case["call"] for name, case in again["stages"]["tests"]["cases"].items()} == {"a": 1, "b": 2}
-    assert again["stages"]["ours"] == found["stages"]["ours"]
+    assert again["stages"]["ours"] == record["stages"]["ours"]
 
 
 def test_stages_for_which_there_is_no_time_are_not_reached(call, stub, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST", 0.3)
     monkeypatch.setenv("SLEEPS", "tests")
-    code, found, text = call("--rehearse", "--minutes", 0.03, "--only", "tests", "data", "large")
+    code, record, text = call("--rehearse", "--minutes", 0.03, "--only", "tests", "data", "large")
     assert code == 0
-    assert states(found) == {"tests": "cut", "data": "not reached", "large": "not reached"}
-    assert found["stages"]["data"]["note"] == "no --data was given"
-    assert found["stages"]["large"]["note"] == "--minutes 0.03 are over"
+    assert states(record) == {"tests": "cut", "data": "not reached", "large": "not reached"}
+    assert record["stages"]["data"]["note"] == "no --data was given"
+    assert record["stages"]["large"]["note"] == "--minutes 0.03 are over"
     assert "| large | not reached |" in text
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_call_that_is_killed_leaves_what_was_done_and_the_next_goes_on(how, stub, tmp_path):
+def test_a_killed_call_keeps_its_finished_cases_and_the_next_call_resumes(how, stub, tmp_path):
     out = tmp_path / "out"
     code = f"import sys, gpu; from pathlib import Path; gpu.CHILD = Path({str(stub)!r}); sys.exit(gpu.main())"
     words = [sys.executable, "-c", code, "--rehearse", "--out", str(out), "--only", "tests", "ours", "large"]
@@ -315,7 +315,7 @@ def test_a_stage_ends_with_the_script_that_started_it(tmp_path):
     assert subprocess.run(words, start_new_session=True, capture_output=True).returncode == -signal.SIGKILL
 
 
-def test_a_record_of_something_else_is_refused(call, stub, tmp_path):
+def test_a_record_of_other_settings_or_another_card_is_refused(call, stub, tmp_path):
     call("--rehearse", "--only", "large")
     with pytest.raises(SystemExit, match="want another --out"):
         call("--rehearse", "--only", "large", "--repeats", 7)
@@ -339,8 +339,8 @@ def test_wheels_are_installed_for_the_stages_only(tmp_path):
     notes = []
     env = gpu.children(argparse.Namespace(wheels=wheels), tmp_path, notes)
     code = "import lies_beside, ddpm; print(lies_beside.here, ddpm.__file__)"
-    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout
-    assert said.split() == ["True", str(gpu.ROOT / "src/ddpm/__init__.py")]
+    printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout
+    assert printed.split() == ["True", str(gpu.ROOT / "src/ddpm/__init__.py")]
     assert notes == []
     (wheels / "broken-1.0-py3-none-any.whl").write_text("no wheel")
     gpu.children(argparse.Namespace(wheels=wheels), tmp_path, notes)
@@ -364,14 +364,14 @@ def test_caches_are_packed_small_and_unpacked_anywhere(tmp_path):
     assert max(sizes.values()) < 10_000
     assert notes == ["1 files left out: too large for an archive"]
     assert gpu_caches.unpack(out, second) == (sorted(sizes), [])
-    found = {path.relative_to(second).as_posix(): path.read_bytes() for path in second.rglob("*") if path.is_file()}
+    unpacked = {path.relative_to(second).as_posix(): path.read_bytes() for path in second.rglob("*") if path.is_file()}
     files["triton/0/__grp__.json"] = f'{{"a": "{second}/triton/0/a"}}'.encode()
-    assert found == files
+    assert unpacked == files
     assert "archives were full" in gpu_caches.pack(first, out, most=10_000, archives=2)[1][1]
     assert "time was up" in gpu_caches.pack(first, out, until=0)[1][0]
 
 
-def test_archives_that_are_damaged_or_leave_their_folder_are_not_taken(tmp_path):
+def test_damaged_archives_and_paths_outside_the_folder_are_refused(tmp_path):
     out, folder = tmp_path / "out", tmp_path / "a/folder"
     out.mkdir()
     (out / "gpu-cache-1.tar.gz").write_bytes(b"nothing")
@@ -384,7 +384,7 @@ def test_archives_that_are_damaged_or_leave_their_folder_are_not_taken(tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.name in ("escaped", "pickle")]
 
 
-def test_the_next_call_takes_the_caches_up(call, stub, tmp_path, capsys):
+def test_the_next_call_unpacks_the_caches(call, stub, tmp_path, capsys):
     stub.write_text(
         STUB + "kept = Path(os.environ['TRITON_CACHE_DIR'], 'k.cubin')\n"
         "kept.parent.mkdir(parents=True, exist_ok=True)\n"
@@ -392,8 +392,8 @@ def test_the_next_call_takes_the_caches_up(call, stub, tmp_path, capsys):
     )
     call("--rehearse", "--only", "large")
     assert "gpu-cache-1.tar.gz: 0.0 MiB" in capsys.readouterr().out
-    _, found, text = call("--rehearse", "--only", "ours")
-    assert [one["caches"] for one in found["calls"]] == [0, 1]
+    _, record, text = call("--rehearse", "--only", "ours")
+    assert [one["caches"] for one in record["calls"]] == [0, 1]
     assert "gpu-cache-1.tar.gz" in text
     gpu_caches.unpack(tmp_path / "out", tmp_path / "there")
     assert (tmp_path / "there/triton/k.cubin").read_bytes() == b"kkkk"  # two stages in each of two calls

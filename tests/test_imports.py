@@ -55,7 +55,7 @@ def test_imports_go_one_way(module):
     assert wrong(module, FILES[module].read_text(encoding="utf-8")) == []
 
 
-def test_wrong_imports_are_seen():
+def test_wrong_imports_are_found():
     """Negative control."""
     assert wrong("ddpm.gaussian", "def f():\n    from ddpm.files import images") == ["ddpm.files", "ddpm.files.images"]
     assert wrong("ddpm.files.images", "import ddpm.run.train") == ["ddpm.run.train"]
@@ -75,10 +75,10 @@ def circle(graph):
         if module in done:
             return []
         path.append(module)
-        found = next(filter(None, map(visit, graph.get(module, ()))), [])
+        cycle = next(filter(None, map(visit, graph.get(module, ()))), [])
         path.pop()
         done.add(module)
-        return found
+        return cycle
 
     return next(filter(None, map(visit, graph)), [])
 
@@ -87,8 +87,10 @@ def test_no_import_goes_in_a_circle():
     graph = {}
     for module, path in FILES.items():
         names = {name for name in imported(path.read_text(encoding="utf-8"), later=False) if name in FILES}
-        graph[module] = {name for name in names if not module.startswith(f"{name}.")}  # a package is loaded before
-    graph["ddpm.cli"] = set()  # it names its entry point only
+        graph[module] = {
+            name for name in names if not module.startswith(f"{name}.")
+        }  # a package loads before its modules
+    graph["ddpm.cli"] = set()  # it only names its entry point
     assert circle(graph) == []
     assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c"]
 
@@ -101,7 +103,7 @@ def test_only_pixels_knows_the_scale_of_pixels(module):
 
 
 def test_the_command_line_starts_without_torch():
-    """So that --help is quick."""
+    """Otherwise --help would be slow."""
     code = "import sys, ddpm.cli.main as m, importlib; sys.modules['ddpm.cli.main'].parser(); "
     code += "print({'torch', 'datasets', 'sklearn', 'PIL', 'numpy'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -109,14 +111,14 @@ def test_the_command_line_starts_without_torch():
 
 
 def test_a_model_loads_without_torchs_compiler():
-    """Its imports take seconds."""
+    """The imports of the compiler take seconds."""
     code = "import sys, ddpm; ddpm.load('digits'); print('torch._dynamo' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 
 
-def test_the_distribution_has_the_extras_that_errors_name():
-    """And its citation has the version of the package."""
+def test_extras_and_version_match_the_package():
+    """Every extra that an error names exists, and the citation has the version of the package."""
     repository = ROOT.parents[1]
     project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["name"] == "ddpm-kit"

@@ -1,4 +1,4 @@
-"""The bound: closed form for Gaussian data, the official formulas in NumPy, the discretised decoder."""
+"""The bound against closed forms for Gaussian data and the official formulas in NumPy; and the discretised decoder."""
 
 import math
 
@@ -29,14 +29,14 @@ TABLES = {"fixed_large": LARGE, "fixed_small": beta_tilde(SHORT)}
 
 
 def expected_bound(data, predict, variance, s=SHORT):
-    """The bound's terms averaged over x_0 and eps, exactly: each is a quadratic, which the cubature integrates."""
+    """The exact average of the bound's terms over x_0 and eps. They are quadratics, which the cubature integrates."""
     x0, eps = data.cubature()
     denoiser = Denoiser(network(data, s, predict), s, predict, variance, clip=False)
     return continuous(denoiser, x0, eps)
 
 
 def continuous(denoiser, x0, eps):
-    """`vlb` for x_0 that are not 8-bit, which it refuses; L_0, which they do not have, is left out."""
+    """The bound without L_0, for x_0 that are not 8-bit. `vlb` refuses these, because they have no L_0."""
     s, terms, mse = denoiser.schedule, [], []
     for t in torch.arange(1, s.T + 1)[:, None].expand(-1, len(x0)):
         nats, estimate = likelihood.term(denoiser, x0, q_sample(s, x0, t, eps), t)
@@ -49,7 +49,7 @@ def continuous(denoiser, x0, eps):
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_the_bound_equals_the_closed_form_for_gaussian_data(predict, variance):
-    """E L_T, every E L_{t-1} and every E |x_0 - x0^|^2 for N(mu, S), in closed form; no sampling error."""
+    """The means of L_T, of every L_{t-1} and of |x_0 - x0^|^2 for N(mu, S) are closed forms, without sampling error."""
     data = correlated()
     bound = expected_bound(data, predict, variance)
     closed = data.bound_kl(SHORT, TABLES[variance])
@@ -58,11 +58,11 @@ def test_the_bound_equals_the_closed_form_for_gaussian_data(predict, variance):
     mse = torch.stack([data.x0_covariance(a).trace() / data.D for a in SHORT.alpha_bar[1:]])
     torch.testing.assert_close(bound.mse.mean(0), mse, rtol=1e-8, atol=0)
     other = TABLES["fixed_small" if variance == "fixed_large" else "fixed_large"]
-    assert ((data.bound_kl(SHORT, other) / closed - 1).abs() > 1e-3).any()  # the other variance is not this one
+    assert ((data.bound_kl(SHORT, other) / closed - 1).abs() > 1e-3).any()  # the other variance would fail
 
 
 def test_a_wrong_coefficient_costs_more_at_every_level():
-    """Negative control of the above: eps off by 0.1% is seen, and costs bits (the exact mean is the best one)."""
+    """Negative control: an error of 0.1% in eps costs bits at every level, since the exact mean is the best one."""
     data = correlated()
     x0, eps = data.cubature()
     exact = network(data, SHORT, "eps")
@@ -72,9 +72,9 @@ def test_a_wrong_coefficient_costs_more_at_every_level():
 
 
 def test_the_true_reverse_chain_costs_the_entropy():
-    """Where p(x_{t-1}|x_t) is q(x_{t-1}|x_t), L = H(x_0) + KL(q(x_T) || p(x_T)), exactly: Eq. 5 as a whole.
+    """If p(x_{t-1}|x_t) is q(x_{t-1}|x_t), then L = H(x_0) + KL(q(x_T) || p(x_T)) exactly (Eq. 5).
 
-    L_0 is taken without bins here: the entropy of p(x_0|x_1).
+    L_0 here is the entropy of p(x_0|x_1), without bins.
     """
     data = isotropic()
     table = data.variances(SHORT)
@@ -89,10 +89,12 @@ def test_the_true_reverse_chain_costs_the_entropy():
 
 
 def test_the_decoder_term_of_gaussian_data():
-    """E L_0 over 8-bit Gaussian pixels and noise, with the exact denoiser, by summing its definition in SciPy."""
+    """The mean of L_0 over 8-bit Gaussian pixels and noise, with the exact denoiser, equals a sum in SciPy."""
     s, sd, mu = SHORT.respace([1, 2]), 0.3, 0.1
     centres, edges = np.arange(256) / 127.5 - 1, (np.arange(1, 256) - 0.5) / 127.5 - 1
-    share = np.diff(norm.cdf(edges, mu, sd), prepend=0, append=1)[:, None]  # how often each of the 256 pixels comes
+    share = np.diff(norm.cdf(edges, mu, sd), prepend=0, append=1)[
+        :, None
+    ]  # the probability of each of the 256 pixel values
     nodes, weights = np.polynomial.hermite_e.hermegauss(12)
     weights = weights / weights.sum()
     abar, tilde = s.alpha_bar[1].item(), beta_tilde(s)[2].item()
@@ -109,7 +111,7 @@ def test_the_decoder_term_of_gaussian_data():
     assert (share * weights * L_0).sum() == pytest.approx(-(share * weights * np.log(mass)).sum(), rel=1e-6)
 
 
-# (b) The official formulas, in NumPy from docs/PAPER.md 1 and 3. Nothing of the package is used here.
+# (b) The formulas of the official code in NumPy, without this package.
 
 
 class Official:
@@ -128,7 +130,7 @@ class Official:
         return np.sqrt(p) * b / (1 - a) * x0 + np.sqrt(1 - b) * (1 - p) / (1 - a) * xt
 
     def p_mean_variance(self, out, raw, xt, t):
-        """x0^, mean and log-variance of p_theta(x_{t-1} | x_t), from what the network said."""
+        """x0^, mean and log-variance of p_theta(x_{t-1} | x_t), from the network's outputs."""
         a, b, p = self.abar[t], self.beta[t], self.abar[t - 1]
         clip = (lambda x: np.clip(x, -1, 1)) if self.clip else (lambda x: x)
         if self.predict == "mu":
@@ -152,7 +154,7 @@ class Official:
 
     @staticmethod
     def decoder(x0, mean, log_variance):
-        """-log mass of the bins; each mass as a difference in the tail where it does not cancel."""
+        """-log of the bins' masses. Each mass is a difference in the left tail, where it does not cancel."""
         sd = np.exp(0.5 * log_variance)
         low = np.where(x0 < -0.999, -np.inf, (x0 - 1 / 255 - mean) / sd)
         high = np.where(x0 > 0.999, np.inf, (x0 + 1 / 255 - mean) / sd)
@@ -177,21 +179,21 @@ class Official:
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "learned", "learned_range"])
 @pytest.mark.parametrize("predict", ["eps", "x0", "mu"])
 def test_every_term_equals_the_official_formulas(predict, variance, clip):
-    """Prior, every L_{t-1}, L_0 and mse of a random network, T = 20, to 1e-6, term by term."""
+    """Prior, every L_{t-1}, L_0 and mse of a random network agree to 1e-6, for T = 20."""
     T, shape, rng = 20, (3, 2, 2, 3), np.random.default_rng(0)
     slope, shift, raw = rng.normal(0, 0.5, T + 1), rng.normal(0, 0.5, (T + 1, *shape[1:])), rng.normal(0, 1, T + 1)
     x0 = rng.integers(0, 256, shape)
     x0[0, 0, 0] = 0, 255, 128  # both open ends
     eps = rng.normal(size=(T + 1, *shape))
 
-    def said(x, t):  # a function of x_t and t; raw log-variances about -3, or fractions about 0
+    def outputs(x, t):  # functions of x_t and t in place of a network; raw log-variances about -3, or fractions about 0
         return slope[t] * x + shift[t], raw[t] * np.tanh(x) - (3 if variance == "learned" else 0)
 
     official = Official(T, 5e-3, 0.5, predict, variance, clip)
-    prior, L, mse = official.terms(said, x0 / 127.5 - 1, eps)
+    prior, L, mse = official.terms(outputs, x0 / 127.5 - 1, eps)
 
     def net(x, timestep, y):
-        pair = said(x.numpy(), int(timestep[0]) + 1)
+        pair = outputs(x.numpy(), int(timestep[0]) + 1)
         return torch.from_numpy(np.concatenate(pair[: 1 + variance.startswith("learned")], axis=1))
 
     denoiser = Denoiser(net, schedule.linear(T, 5e-3, 0.5), predict, variance, clip)
@@ -206,12 +208,12 @@ def test_every_term_equals_the_official_formulas(predict, variance, clip):
     np.testing.assert_allclose(bound.bits_per_dim().numpy(), total, rtol=1e-6)
 
 
-# (c) A chain whose p is its q.
+# (c) A chain with p = q.
 
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_a_denoiser_that_knows_x0_costs_nothing(predict):
-    """p = q with fixed_small: L_{t-1} = 0 for all t > 1. fixed_large costs its own divergence and no more."""
+    """With fixed_small p = q, so L_{t-1} = 0 for t > 1. fixed_large costs only the divergence of the variances."""
     s, g = schedule.linear(), torch.Generator().manual_seed(0)
     t = torch.arange(2, 1001)
     x0 = pixels.to_signal(torch.randint(0, 256, (999, 1, 2, 2), generator=g).byte()).double()
@@ -228,8 +230,8 @@ def test_a_denoiser_that_knows_x0_costs_nothing(predict):
         torch.testing.assert_close(L, divergence, rtol=1e-8, atol=1e-12)
 
 
-def test_fixed_large_by_itself_costs_half_a_bit():
-    """docs/PAPER.md 6 (derived): 0.49 bits/dim of the paper's schedule go to sigma_t^2 = beta_t, whatever the mean."""
+def test_fixed_large_costs_half_a_bit():
+    """With the paper's schedule sigma_t^2 = beta_t costs 0.49 bits/dim, whatever the mean is."""
     s = schedule.linear()
     ratio = s.beta[2:] / beta_tilde(s)[2:]
     bits = (0.5 * (ratio.log() + 1 / ratio - 1)).sum().item() / math.log(2)
@@ -241,7 +243,7 @@ def test_fixed_large_by_itself_costs_half_a_bit():
 
 @pytest.mark.parametrize("variance", ["fixed_large", "learned"])
 def test_mean_of_the_training_term_is_the_bound_over_T(variance):
-    """losses.vlb averaged over t = 1..T, times T, plus L_T, is the bound with the same noise (x0^ not clipped)."""
+    """T times the mean of losses.vlb over t, plus L_T, is the bound with the same noise. Neither clips x0^."""
     data, T = correlated(), SHORT.T
     net = network(data, SHORT, "eps")
     if variance == "learned":
@@ -257,11 +259,11 @@ def test_mean_of_the_training_term_is_the_bound_over_T(variance):
     prior = likelihood.prior(denoiser, x0) / (4 * math.log(2))
     torch.testing.assert_close(T * terms.mean(0) + prior, bound.bits_per_dim(), rtol=1e-10, atol=0)
     clipped = likelihood.vlb(denoiser, x0, noise)
-    assert (clipped.bits_per_dim() - bound.bits_per_dim()).abs().max() > 1e-6  # and not the clipped one
+    assert (clipped.bits_per_dim() - bound.bits_per_dim()).abs().max() > 1e-6  # the clipped bound differs
 
 
-def test_the_bound_is_of_each_image_alone():
-    """Terms of an image do not depend on the others of its batch; every term is named and has its shape."""
+def test_the_bound_of_an_image_does_not_depend_on_the_batch():
+    """The terms have their shapes, and an image alone has the same terms as in a batch."""
     data = correlated()
     denoiser = Denoiser(network(data, SHORT, "v"), SHORT, "v")
     x0 = pixels.to_signal(torch.randint(0, 256, (3, 1, 2, 2), generator=torch.Generator().manual_seed(0)).byte())
@@ -275,7 +277,7 @@ def test_the_bound_is_of_each_image_alone():
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_a_chain_that_is_the_posterior_costs_nothing(predict):
-    """A network that knows x_0, with beta~_t: p_theta is q(x_{t-1} | x_t, x_0), so every L_{t-1} is 0."""
+    """A network that knows x_0, with the variance beta~_t, gives p_theta = q(x_{t-1} | x_t, x_0) and L_{t-1} = 0."""
     x0 = pixels.to_signal(torch.tensor([[[[0, 30], [128, 255]]]], dtype=torch.uint8)).double()
     knows = network(FiniteData(x0), SHORT, predict)
     noise = per_image([0], (1, 2, 2))
@@ -283,13 +285,13 @@ def test_a_chain_that_is_the_posterior_costs_nothing(predict):
     assert bound.kl.abs().max() < 1e-12
     assert bound.mse.max() < 1e-20
     received = list(likelihood.progressive_coding(Denoiser(knows, SHORT, predict, "fixed_small"), x0, noise))
-    assert received[-2].nats.item() == pytest.approx(bound.prior.item(), abs=1e-12)  # until x_1 nothing but x_T is sent
+    assert received[-2].nats.item() == pytest.approx(bound.prior.item(), abs=1e-12)  # down to x_1 only x_T costs bits
     large = likelihood.vlb(Denoiser(knows, SHORT, predict, "fixed_large", clip=False), x0, noise)
-    assert (large.kl > 1e-11).all()  # the smallest, at T, where beta_t and beta~_t are nearly one
+    assert (large.kl > 1e-11).all()  # the smallest is at T, where beta_t and beta~_t are nearly equal
 
 
-def test_one_level_is_a_bound_too():
-    """T = 1: no L_{t-1} at all, L = L_T + L_0, finite."""
+def test_the_bound_of_one_level():
+    """For T = 1 there is no L_{t-1}, so L = L_T + L_0, which is finite."""
     one = schedule.const(1, beta_T=0.5)
     bound = likelihood.vlb(
         Denoiser(lambda x, t, y: x, one, "x0"), torch.full((2, 1, 2, 2), 1 / 255), per_image([0, 1], (1, 2, 2))
@@ -299,8 +301,8 @@ def test_one_level_is_a_bound_too():
 
 
 @pytest.mark.parametrize("x0", [torch.rand(2, 1, 4, 4), torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), torch.nan)])
-def test_what_is_not_8_bit_has_no_bits_per_dimension(x0):
-    """Images scaled to [0, 1], and any other floats, would give a number that means nothing."""
+def test_signals_that_are_not_8_bit_are_refused(x0):
+    """Images scaled to [0, 1], and other floats, would give a number without meaning."""
     denoiser, noise = Denoiser(lambda x, t, y: x, SHORT, "x0"), per_image(range(len(x0)), x0.shape[1:])
     for measure in (likelihood.vlb, lambda *given: next(likelihood.progressive_coding(*given))):
         with pytest.raises(InputError, match=r"grey levels off the 256 .*want the signal of 8-bit pixels"):
@@ -321,7 +323,7 @@ def wide(dtype):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(float64, 1e-12), (torch.float32, 3e-5)])
 def test_decoder_mass_sums_to_one(dtype, tolerance):
-    """Eq. 13 is a distribution over the 256 pixels for any mean and sigma, because its ends are open."""
+    """Eq. 13 is a distribution over the 256 pixel values for any mean and sigma, because the last bins are open."""
     mass = likelihood.decoder_mass(wide(dtype))
     assert mass.shape == (8, 5, 256)
     assert (mass >= 0).all()
@@ -331,7 +333,7 @@ def test_decoder_mass_sums_to_one(dtype, tolerance):
 @pytest.mark.parametrize("sigma", [0.004, 0.02, 0.3])
 @pytest.mark.parametrize("mean", [-1.05, -0.99, 0.0, 0.3333, 1.0])
 def test_decoder_mass_is_the_integral_of_the_density(mean, sigma):
-    """Every bin against numerical integration of the normal density over x - 1/255 .. x + 1/255, ends open."""
+    """Each bin's mass is the integral of the normal density over x - 1/255 .. x + 1/255, with open ends."""
     p = Gaussian(torch.full((1, 1), mean, dtype=float64), torch.full((1, 1), 2 * math.log(sigma), dtype=float64))
     mass = likelihood.decoder_mass(p)[0, 0].numpy()
     near = int(np.clip(round((mean + 1) * 127.5), 0, 255))
@@ -361,7 +363,7 @@ def test_log_prob_is_the_log_of_the_mass(pixel, mean, log_variance, dtype):
 
 @pytest.mark.parametrize(("dtype", "rel"), [(float64, 1e-9), (torch.float32, 1e-4)])
 def test_log_prob_is_exact_in_the_far_tails(dtype, rel):
-    """-log mass of a pixel hundreds of sigmas away, where the mass itself is 0, against SciPy's log CDF."""
+    """Hundreds of sigmas from the mean, where the mass rounds to 0, -log mass equals that from SciPy's log CDF."""
     sigma = 0.0074
     for pixel, mean in [(128, -0.9), (128, 0.9), (0, 1.0), (255, -1.0), (3, 0.0), (250, -3.0)]:
         x0 = torch.tensor([[pixel]], dtype=dtype) / 127.5 - 1
@@ -378,7 +380,7 @@ def test_log_prob_is_exact_in_the_far_tails(dtype, rel):
 
 @pytest.mark.parametrize("dtype", [float64, torch.float32])
 def test_log_prob_and_its_gradients_are_finite_everywhere(dtype):
-    """All 256 pixels, both open ends among them, for means and sigmas far beyond use."""
+    """They are finite for all 256 pixel values and for extreme means and sigmas."""
     x0 = pixels.to_signal(torch.arange(256, dtype=torch.uint8)).to(dtype)
     for mean in (-10.0, -1.0, 0.0, 0.5, 1.0, 10.0):
         for log_variance in (-60.0, -30.0, -20.0, -9.8, -2.0, 0.0, 10.0, 40.0):
@@ -391,7 +393,7 @@ def test_log_prob_and_its_gradients_are_finite_everywhere(dtype):
 
 
 def test_float32_gradients_are_right_in_the_tails():
-    """d log mass / d mean at up to 10,000 sigmas is float64's; torch's own log_ndtr is 4% off at 1000."""
+    """Up to 10,000 sigmas, d log mass / d mean is that of float64. torch's log_ndtr is 4% off at 1000 sigmas."""
     gradients = []
     for dtype in (torch.float32, float64):
         x0 = torch.tensor([[0, 64, 128, 255]], dtype=dtype) / 127.5 - 1
@@ -403,11 +405,11 @@ def test_float32_gradients_are_right_in_the_tails():
     torch.testing.assert_close(single, double, rtol=1e-3, atol=0)
     z = torch.tensor(-1000.0, requires_grad=True)
     torch.special.log_ndtr(z).backward()
-    assert abs(z.grad.item() / 1000.001 - 1) > 1e-3  # once this fails, likelihood._log_cdf can go
+    assert abs(z.grad.item() / 1000.001 - 1) > 1e-3  # if this fails, likelihood._log_cdf is no longer needed
 
 
 def test_gradient_of_log_prob():
-    """d log mass by mean and by log-variance, against central differences, the two open ends among the pixels."""
+    """The derivatives by mean and log-variance equal central differences, also for the two open bins."""
     x0 = pixels.to_signal(torch.tensor([[0, 1, 128, 254, 255]], dtype=torch.uint8)).double()
     mean = torch.tensor([[-1.02, -0.9, 0.1, 1.0, 0.8]], dtype=float64, requires_grad=True)
     log_variance = torch.tensor([[-9.0, -5.0, -3.0, -7.0, -4.0]], dtype=float64, requires_grad=True)
@@ -417,51 +419,51 @@ def test_gradient_of_log_prob():
 
 
 def test_open_ends():
-    """Beyond -1 and 1 all mass is the end pixel's: a mean of -5 is sure of 0, a mean of 5 of 255."""
+    """The mass beyond -1 and 1 belongs to pixels 0 and 255: a mean of -5 gives 0 for sure, a mean of 5 gives 255."""
     p = Gaussian(torch.tensor([[-5.0, 5.0]], dtype=float64), torch.full((1, 2), -4.0, dtype=float64))
     mass = likelihood.decoder_mass(p)[0]
     assert mass[0, 0] == pytest.approx(1)
     assert mass[1, 255] == pytest.approx(1)
 
 
-# (d) What the official code's approximation is worth.
+# (d) The effect of the official code's approximation.
 
 
 def test_effect_of_the_official_tanh_cdf():
-    """The official code's tanh for the normal CDF moves a bin's log mass a little, and only that much.
+    """The official code's tanh approximation of the normal CDF changes a bin's log mass a little.
 
-    At its own t = 1 variance, beta~_2, where a bin is 1.06 sigma wide: up to 0.005 nats within 2 sigma of the mean, up
-    to 0.25 within 4; over pixels drawn from p_theta itself it costs 3.1e-5 bits/dim, nothing in 3.75.
+    At its variance for t = 1, beta~_2, a bin is 1.06 sigma wide. The change is up to 0.005 nats within 2 sigma of the
+    mean and up to 0.25 within 4. Over pixels drawn from p_theta it costs 3.1e-5 bits/dim, of 3.75.
     """
     sigma = math.sqrt(beta_tilde(schedule.linear())[2].item())
 
     def tanh_cdf(x):
         return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
-    centre = np.arange(-6, 7) * 2 / 255  # bins about the mean, no end pixel among them
-    apart, cost = {2: 0.0, 4: 0.0}, []
-    for offset in np.linspace(-1 / 255, 1 / 255, 21):  # where in its bin the mean lies
+    centre = np.arange(-6, 7) * 2 / 255  # bins around the mean, without the end pixels
+    largest, cost = {2: 0.0, 4: 0.0}, []
+    for offset in np.linspace(-1 / 255, 1 / 255, 21):  # the place of the mean in its bin
         high, low = (centre + 1 / 255 - offset) / sigma, (centre - 1 / 255 - offset) / sigma
         official = np.log(np.maximum(tanh_cdf(high) - tanh_cdf(low), 1e-12))
         p = Gaussian(torch.full((13, 1), offset).double(), torch.full((13, 1), 2 * math.log(sigma)).double())
         ours = likelihood.decoder_log_prob(torch.from_numpy(centre)[:, None], p).numpy()
-        for near in apart:
-            apart[near] = max(apart[near], np.abs(ours - official)[np.abs(centre - offset) < near * sigma].max())
+        for near in largest:
+            largest[near] = max(largest[near], np.abs(ours - official)[np.abs(centre - offset) < near * sigma].max())
         cost.append((np.exp(ours) * (ours - official)).sum() / math.log(2))
-    assert 0.003 < apart[2] < 0.005
-    assert 0.2 < apart[4] < 0.26
+    assert 0.003 < largest[2] < 0.005
+    assert 0.2 < largest[4] < 0.26
     assert np.mean(cost) == pytest.approx(3.1e-5, rel=0.02)
 
 
-def test_the_official_floor_is_not_ours():
-    """A pixel 2 away at sigma = 0.0074 costs about 2^2 / (2 sigma^2) = 36,000 nats; floored at 1e-12, 27.6."""
+def test_the_mass_has_no_floor():
+    """A pixel 2 away at sigma = 0.0074 costs about 2^2 / (2 sigma^2) = 36,000 nats. The official floor gives 27.6."""
     p = Gaussian(torch.full((1, 1), -1.0, dtype=float64), torch.full((1, 1), 2 * math.log(0.0074), dtype=float64))
     nats = -likelihood.decoder_log_prob(torch.ones(1, 1, dtype=float64), p).item()
     assert nats == pytest.approx((2 - 1 / 255) ** 2 / (2 * 0.0074**2), rel=1e-3)
 
 
 def test_noise_of_each_level_is_used_at_that_level():
-    """noise(t) makes x_t: the network sees x_t = q_sample(x_0, t, noise(t)) at every t, T first."""
+    """At every t, from T down, the network sees x_t = q_sample(x_0, t, noise(t))."""
     seen = {}
     s = schedule.linear(10, 1e-3, 0.8)
     noise, x0 = per_image([9], (1, 2, 2)), torch.full((1, 1, 2, 2), 0.2)

@@ -1,4 +1,4 @@
-"""Metrics against closed forms, scipy and brute force; error bars against their own spread."""
+"""Metrics against closed forms, SciPy and brute force; standard errors against the spread of estimates."""
 
 import itertools
 
@@ -44,8 +44,8 @@ def known(covariance, mean=None):
     brackets=st.randoms(use_true_random=False),
 )
 @settings(max_examples=100, deadline=None)
-def test_moments_are_those_of_the_whole_however_it_is_cut_and_added(cuts, d, seed, shift, brackets):
-    """Associative: neighbours are added in a random order; parts may be empty or single rows."""
+def test_moments_of_parts_add_up_to_those_of_the_whole(cuts, d, seed, shift, brackets):
+    """Neighbouring parts are added in a random order. Parts may be empty or have one row."""
     x = gaussian(20, d, seed, shift)
     parts = [moments(x[a:b]) for a, b in itertools.pairwise([0, *cuts, 20])]
     while len(parts) > 1:
@@ -57,14 +57,14 @@ def test_moments_are_those_of_the_whole_however_it_is_cut_and_added(cuts, d, see
 
 
 def test_moments_do_not_lose_a_small_variance_beside_a_large_mean():
-    """Where sums of squares, the plain way of streaming, lose all: a negative control of the data."""
+    """The last line is a negative control: sums of squares lose all digits of this variance."""
     x = gaussian(1000, 1, shift=1e9)
     whole = sum((moments(part) for part in np.split(x[10:], 99)), moments(x[:10]))
     assert whole.covariance[0, 0] == pytest.approx(x.var(ddof=1), rel=1e-6)
     assert abs((x**2).mean() - x.mean() ** 2 - x.var()) > 1
 
 
-def test_moments_refuse_what_has_none():
+def test_moments_refuse_wrong_input():
     with pytest.raises(ValueError, match="finite"):
         moments([[1.0], [np.nan]])
     with pytest.raises(ValueError, match=r"\[N, D\]"):
@@ -107,7 +107,7 @@ def test_frechet_distance_is_that_of_coupled_gaussians():
 
 
 def test_frechet_distance_with_fewer_images_than_features():
-    """Orthogonal supports have no cross term; the same one has distance 0, to 1e-12 and not its root."""
+    """Orthogonal supports have no cross term. A set is at distance 0 from itself, to 1e-12 and not to its root."""
     x = gaussian(20, 200)
     a = moments(np.hstack([x, 0 * x]))
     b = moments(np.hstack([0 * x, 3 * x]))
@@ -119,7 +119,7 @@ def test_frechet_distance_with_fewer_images_than_features():
     assert frechet_distance(a, c) == pytest.approx(np.trace(a.covariance) + a.mean @ a.mean, rel=1e-12)
 
 
-def test_frechet_distance_forgives_a_covariance_that_rounding_made_indefinite():
+def test_frechet_distance_accepts_a_covariance_that_rounding_made_indefinite():
     s = np.diag([1.0, -1e-17, 1e-18])
     assert frechet_distance(known(s), known(np.eye(3))) == pytest.approx(2)
 
@@ -135,7 +135,7 @@ def test_frechet_distance_of_samples_tends_to_that_of_their_distributions():
 
 
 def brute_mmd(x, y):
-    """Over pairs, in plain loops."""
+    """The unbiased estimate of MMD^2 by plain loops over pairs."""
 
     def mean(a, b, same):
         pairs = [(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (same and i == j)]
@@ -154,7 +154,7 @@ def test_kid_of_whole_sets_equals_brute_force():
 
 
 def test_kid_of_subsets_is_their_mean():
-    """All of a small set is used each time, and 5 + 5 of the 10 rows of the other."""
+    """Each subset uses all 5 rows of x, and the two subsets use 5 + 5 of the 10 rows of y."""
     x, y = gaussian(5, 3), gaussian(10, 3, 1)
     mean, _ = kid(x, y, subsets=2, seed=3)
     halves = [
@@ -168,8 +168,8 @@ def test_kid_of_subsets_is_their_mean():
 
 @pytest.mark.parametrize("subsets", [2, 20], ids=["few subsets", "overlapping subsets"])
 @pytest.mark.parametrize("shift", [0.0, 0.5])
-def test_kid_is_unbiased_and_its_error_bar_is_honest(shift, subsets):
-    """The kernel's expectation has a closed form; z = (estimate - truth)/error over new data has deviation 1.
+def test_kid_is_unbiased_with_a_correct_standard_error(shift, subsets):
+    """The kernel's expectation has a closed form, and z = (estimate - truth)/error has standard deviation 1.
 
     E (x.y/D + 1)^3 is that of a polynomial in u = x.y: for x ~ N(a, I), y ~ N(b, I), independent,
     E u = a.b, E u^2 = D + |a|^2 + |b|^2 + (a.b)^2, E u^3 = (a.b)^3 + 3 (a.b)(D + 2 + |a|^2 + |b|^2).
@@ -183,7 +183,7 @@ def test_kid_is_unbiased_and_its_error_bar_is_honest(shift, subsets):
 
     truth = expected(a, a) + expected(b, b) - 2 * expected(a, b)
     draws = rng(7)
-    found = np.array(
+    estimates = np.array(
         [
             kid(
                 draws.normal(size=(120, d)) + a,
@@ -195,17 +195,17 @@ def test_kid_is_unbiased_and_its_error_bar_is_honest(shift, subsets):
             for s in range(runs)
         ]
     )
-    assert abs(found[:, 0].mean() - truth) < 4 * found[:, 0].std() / np.sqrt(runs)
-    spread, claimed = found[:, 0].std(), np.sqrt((found[:, 1] ** 2).mean())
+    assert abs(estimates[:, 0].mean() - truth) < 4 * estimates[:, 0].std() / np.sqrt(runs)
+    spread, error = estimates[:, 0].std(), np.sqrt((estimates[:, 1] ** 2).mean())
     if shift:  # exact to first order
-        assert 0.85 < spread / claimed < 1.1
-        assert 0.85 < ((found[:, 0] - truth) / found[:, 1]).std() < 1.2
-    else:  # same distribution: on the safe side by sqrt 2 at most
-        assert 0.85 / np.sqrt(2) < spread / claimed < 1.1
+        assert 0.85 < spread / error < 1.1
+        assert 0.85 < ((estimates[:, 0] - truth) / estimates[:, 1]).std() < 1.2
+    else:  # same distribution: at most sqrt 2 times too large
+        assert 0.85 / np.sqrt(2) < spread / error < 1.1
 
 
-def test_the_spread_of_overlapping_subsets_would_not_be_honest():
-    """Negative control: what many programs report falls short of the estimate's own spread."""
+def test_the_spread_of_overlapping_subsets_is_too_small():
+    """Negative control: the error that many programs report is smaller than the spread of the estimates."""
     draws = rng(8)
     means, naive = [], []
     for seed in range(40):
@@ -217,7 +217,7 @@ def test_the_spread_of_overlapping_subsets_would_not_be_honest():
     assert np.std(means) > 3 * np.mean(naive)
 
 
-def test_kid_refuses_what_has_no_estimate():
+def test_kid_refuses_wrong_input():
     with pytest.raises(ValueError, match="at least 3 rows per subset"):
         kid(gaussian(2, 3), gaussian(9, 3))
     with pytest.raises(ValueError, match="3 and 4 features"):
@@ -235,7 +235,7 @@ def test_inception_score_at_its_ends():
 
 
 def test_inception_score_by_hand():
-    """Rows (3/4, 1/4), (1/4, 3/4): the marginal is 1/2, KL = 3/4 ln 3/2 + 1/4 ln 1/2; the second half is all alike."""
+    """For (3/4, 1/4), (1/4, 3/4) the marginal is 1/2 and KL = 3/4 ln 3/2 + 1/4 ln 1/2. The second half scores 1."""
     p = np.array([[0.75, 0.25], [0.25, 0.75], [0.9, 0.1], [0.9, 0.1]])
     first = 1.5**0.75 * 0.5**0.25
     assert inception_score(p, splits=2, seed=None) == pytest.approx(((first + 1) / 2, (first - 1) / 2))
@@ -297,7 +297,7 @@ def test_precision_recall_at_its_ends():
 
 
 def test_a_collapsed_generator_has_no_recall():
-    """All fakes are one real image: balls of radius 0, which hold that image alone."""
+    """If all fakes are one real image, their balls have radius 0 and contain only that image."""
     real = gaussian(50, 64, shift=30.0)
     assert precision_recall(real, np.repeat(real[:1], 50, 0)) == (1, 1 / 50)
 
@@ -370,8 +370,8 @@ def exact_frechet(a, b):
         )
 
 
-def test_precision_recall_in_bounded_memory(monkeypatch):
-    """Never more than block x max(N, M) distances at once."""
+def test_precision_recall_uses_bounded_memory(monkeypatch):
+    """It computes at most block x max(N, M) distances at once."""
     seen, compute = [], metrics._squared_distances
 
     def watched(*args):
@@ -409,7 +409,7 @@ def brute_nearest(queries, data, k):
 )
 @settings(max_examples=200, deadline=None)
 def test_nearest_equals_brute_force_on_a_lattice_full_of_ties(n, m, d, k, seed, block):
-    """Small whole numbers, whose squares are exact; far from 0, where the expanded square is not."""
+    """Differences are small integers with exact squares, but far from 0, where the expanded square is inexact."""
     k = min(k, m)
     queries, data = (rng(seed + i).integers(0, 3, size=(count, d)) + 1e6 for i, count in enumerate((n, m)))
     distances, indices = nearest(queries, data, k, block=block)
@@ -430,10 +430,10 @@ def test_nearest_equals_brute_force_and_blocks_change_nothing(block):
 
 
 def test_nearest_finds_planted_copies_and_near_copies():
-    """A copy at 0.0 exactly, one moved by 1e-9 at 1e-9: the expanded square sees 0 at best."""
+    """A copy is at distance 0, and a copy that is moved by 1e-9 is at 1e-9. The expanded square would give 0."""
     data = gaussian(500, 3072, 3, 100.0)
     queries = data[[7, 400, 499]].copy()
-    data[450] = data[7]  # again, later
+    data[450] = data[7]  # a second copy
     queries[1, 5] += 1e-9
     distances, indices = nearest(queries, data, 2, block=2)
     assert indices[:, 0].tolist() == [7, 400, 499]
@@ -447,17 +447,17 @@ def test_nearest_finds_planted_copies_and_near_copies():
 
 
 def test_nearest_orders_near_ties_by_their_true_distance():
-    """200 rows at distances 1 + i 1e-11 of a query that lies at 1e4: below the rounding of the expanded square."""
+    """200 rows are at distances 1 + i 1e-11 from a query at 1e4. The expanded square cannot resolve them."""
     query = np.full((1, 50), 1e4)
-    away = 1 + rng(4).permutation(200) * 1e-11
-    data = query + np.eye(1, 50) * away[:, None]
+    distance = 1 + rng(4).permutation(200) * 1e-11
+    data = query + np.eye(1, 50) * distance[:, None]
     true = (data - query)[:, 0]
     distances, indices = nearest(query, data, 200)
     np.testing.assert_array_equal(distances[0], np.sort(true))
     np.testing.assert_array_equal(indices[0], np.argsort(true, kind="stable"))
 
 
-def test_nearest_takes_pixels_of_all_kinds_and_refuses_what_it_cannot():
+def test_nearest_accepts_arrays_and_tensors_and_refuses_wrong_input():
     pixels = rng().integers(0, 256, size=(9, 12), dtype=np.uint8)
     for data in (pixels, torch.from_numpy(pixels), torch.from_numpy(pixels).float()):
         distances, indices = nearest(data, data)

@@ -1,6 +1,6 @@
 """The probability flow's likelihood: closed forms for Gaussian and finite data, order, probes, the discrete bound.
 
-Written from alpha_bar and the linear flow alone: nothing here uses the package's formulas.
+The expected values use only alpha_bar and the linear flow, and no formula of the package.
 """
 
 import itertools
@@ -24,44 +24,46 @@ DATA = correlated()
 
 
 def even(levels, first=0.01, last=100.0):
-    """A schedule of `levels` noise levels, sigma = sqrt(1/abar - 1) in equal ratios from `first` to `last`."""
+    """A schedule whose sigma = sqrt(1/abar - 1) rises from `first` to `last` in equal ratios."""
     sigma = torch.linspace(math.log(first), math.log(last), levels).double().exp()
     return Schedule(torch.cat([torch.ones(1).double(), 1 / (1 + sigma**2)]), torch.arange(-1, levels))
 
 
 def flow_density(data, s, x):
-    """-log p(x), exactly, nats [B]: along each eigenvector of S the flow is x_T = m_T + sqrt(c_T/c_1) (x_1 - m_1).
+    """The exact -log p(x), nats [B].
 
-    There q(x_t) = N(m_t, c_t), and the flow carries one q(x_t) to the next; x_1 = sqrt(abar_1) x, x_T ~ N(0, 1).
+    Along each eigenvector of S, q(x_t) is N(m_t, c_t) and the flow is x_T = m_T + sqrt(c_T/c_1) (x_1 - m_1). x_1 is
+    sqrt(abar_1) x, and x_T ~ N(0, 1).
     """
     values, vectors = torch.linalg.eigh(data.covariance)
     first, last = s.alpha_bar[1], s.alpha_bar[-1]
     scale = ((last * values + 1 - last) / (first * values + 1 - first)).sqrt()
-    away = first.sqrt() * (x - data.mean).flatten(1)
-    xT = last.sqrt() * data.mean.flatten() @ vectors + scale * (away @ vectors)
+    x1 = first.sqrt() * (x - data.mean).flatten(1)  # minus its mean
+    xT = last.sqrt() * data.mean.flatten() @ vectors + scale * (x1 @ vectors)
     return 0.5 * (xT.square() + math.log(2 * math.pi)).sum(1) - scale.log().sum() - data.D / 2 * first.log()
 
 
 def coordinates(x):
-    """Each image D times, and probes sqrt(D) e_i: the plain average of probe^T J probe over them is the trace."""
+    """Each image D times, and probes sqrt(D) e_i. The average of probe^T J probe over them is the trace of J."""
     D = x[0].numel()
     probe = math.sqrt(D) * torch.eye(D).double().view(D, *x.shape[1:])
     return x.repeat_interleave(D, 0), probe.repeat(len(x), *[1] * (x.ndim - 1))
 
 
 def exact_trace(denoiser, x, steps=None):
+    """-log p(x) with the exact trace, nats [B]."""
     many, probe = coordinates(x)
     return ode.probability_flow(denoiser, many, probe, steps).view(len(x), -1).mean(1)
 
 
-def some(n=8):
+def images(n=8):
     return DATA.sample(n, torch.Generator().manual_seed(0))
 
 
 def error(s, steps=None, predict="eps"):
-    """Solver's error for the correlated Gaussian, nats [B]."""
+    """The solver's error for the correlated Gaussian, nats [B]."""
     denoiser = Denoiser(network(DATA, s, predict), s, predict)
-    return exact_trace(denoiser, some(), steps) - flow_density(DATA, s, some())
+    return exact_trace(denoiser, images(), steps) - flow_density(DATA, s, images())
 
 
 # (a) The density.
@@ -73,13 +75,13 @@ def error(s, steps=None, predict="eps"):
     ids=["even", "linear", "cosine"],
 )
 def test_the_density_is_the_closed_form_for_gaussian_data(s, steps, atol):
-    """In nats of 4 dimensions; the tolerances are at most twice what was measured."""
+    """The error is in nats of 4 dimensions. The tolerances are at most twice the measured errors."""
     assert error(s, steps).abs().max() < atol
 
 
-def test_the_density_is_that_of_the_data_at_level_1():
-    """With N(0, I) reached at level T, p is q(x_1)'s density; x = x_1/sqrt(abar_1) multiplies it by abar_1^(D/2)."""
-    s, x = even(200, last=1e4), some()
+def test_the_density_equals_that_of_q_at_level_1():
+    """If q(x_T) is N(0, I), p is the density of q(x_1). x = x_1/sqrt(abar_1) multiplies it by abar_1^(D/2)."""
+    s, x = even(200, last=1e4), images()
     mean, covariance = DATA.q_moments(s.alpha_bar[1])
     q = torch.distributions.MultivariateNormal(mean, covariance)
     closed = -q.log_prob(s.alpha_bar[1].sqrt() * x.flatten(1)) - DATA.D / 2 * s.alpha_bar[1].log()
@@ -88,19 +90,19 @@ def test_the_density_is_that_of_the_data_at_level_1():
 
 
 def test_the_density_of_finite_data():
-    """The flow of five points is not linear; p is a mixture of five Gaussians."""
+    """The flow of five points is nonlinear, and p is a mixture of five Gaussians."""
     s, g = even(200, first=0.1, last=1e4), torch.Generator().manual_seed(1)
     data = FiniteData(torch.rand(5, 1, 2, 2, generator=g).double() * 2 - 1)
     x = data.images[torch.arange(10) % 5] + 0.1 * torch.randn(10, 1, 2, 2, generator=g).double()
-    away = (x[:, None] - data.images).square().flatten(2).sum(2)
-    log_p = torch.logsumexp(-away / (2 * 0.1**2), 1) - math.log(5) - 4 / 2 * math.log(2 * math.pi * 0.1**2)
+    distance = (x[:, None] - data.images).square().flatten(2).sum(2)  # squared
+    log_p = torch.logsumexp(-distance / (2 * 0.1**2), 1) - math.log(5) - 4 / 2 * math.log(2 * math.pi * 0.1**2)
     nats = exact_trace(Denoiser(network(data, s, "eps"), s), x)
     torch.testing.assert_close(nats, -log_p, rtol=0, atol=8e-3)
 
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
-def test_every_prediction_gives_the_same(predict):
-    """eps, x0, mu and v; by default the denoiser clips, and the flow does not."""
+def test_every_prediction_gives_the_same_density(predict):
+    """eps, x0, mu and v give the same. The denoiser clips by default, but the flow does not."""
     s = even(40)
     torch.testing.assert_close(error(s, predict=predict), error(s), rtol=0, atol=1e-9)
 
@@ -118,14 +120,14 @@ def test_the_order_is_2():
 
 
 def test_the_order_is_2_in_steps():
-    """The same where `steps` of a schedule's many levels are visited, until the levels near data are all taken."""
+    """The error also falls as 1/steps^2 if few of many levels are visited."""
     steps = [10, 20, 40, 80]
     errors = [error(schedule.linear(4000, 2.5e-5, 5e-3), n).abs().mean().item() for n in steps]
     assert -2.3 < np.polyfit(np.log(steps), np.log(errors), 1)[0] < -1.7
 
 
 def visited(s, steps):
-    """The levels the network is asked at, each once, in order."""
+    """The levels at which the network is called, in rising order."""
     seen = []
 
     def spy(x, timestep, y):
@@ -144,13 +146,13 @@ def test_levels_are_even_in_log_snr():
     assert visited(even(41), 11) == list(range(1, 42, 4))
     levels = torch.tensor(visited(s, 20))
     gaps = (1 / s.alpha_bar[levels] - 1).log().diff()
-    assert gaps.max() / gaps.min() < 2  # evenly in t, the largest gap is 38 times the least
-    assert len(visited(s, 100)) == 94  # near data the levels are further apart than that
+    assert gaps.max() / gaps.min() < 2  # if they were even in t, the largest gap would be 38 times the least
+    assert len(visited(s, 100)) == 94  # near data the levels of the schedule are further apart
 
 
-def test_the_log_determinants_count():
-    """Negative controls: the trace's sign, and the scale of x -> x_1, are each far above the error."""
-    s, x = even(64, first=0.5), some()
+def test_the_log_determinants_matter():
+    """Negative controls: without the trace, with a wrong sign, or without the scale of x, the error is large."""
+    s, x = even(64, first=0.5), images()
     denoiser = Denoiser(network(DATA, s, "eps"), s)
     closed = flow_density(DATA, s, x)
     many, probe = coordinates(x)
@@ -167,8 +169,8 @@ def test_the_log_determinants_count():
 
 
 def test_the_average_over_all_signs_is_the_trace():
-    """Unbiased, with no sampling error: the 16 probes of +-1 have the exact trace as their average, and differ."""
-    s, x = even(30), some(3)
+    """The results of the 16 probes of +-1 differ, and their average is that of the exact trace."""
+    s, x = even(30), images(3)
     denoiser = Denoiser(network(DATA, s, "eps"), s)
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)), dtype=float64).view(16, 1, 2, 2)
     nats = ode.probability_flow(denoiser, x.repeat_interleave(16, 0), signs.repeat(3, 1, 1, 1)).view(3, 16)
@@ -177,8 +179,8 @@ def test_the_average_over_all_signs_is_the_trace():
 
 
 def test_random_probes_are_unbiased():
-    """Standard normal probes: within 4 standard errors, and the trace contributes 40."""
-    s, n, x = even(12), 2000, some(1)
+    """With standard normal probes, the mean is within 4 standard errors. The trace contributes more than 40."""
+    s, n, x = even(12), 2000, images(1)
     denoiser = Denoiser(network(DATA, s, "eps"), s)
     probe = torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(2)).double()
     nats = ode.probability_flow(denoiser, x.expand(n, 1, 2, 2), probe)
@@ -194,10 +196,10 @@ def test_random_probes_are_unbiased():
 
 @pytest.mark.parametrize("spread", [0.3, 0.05, 0.02])
 def test_the_dequantised_bound(spread):
-    """-log P of every grey level under the flow, the mass of its bin, is exceeded by Jensen's gap and no more.
+    """The bound exceeds -log P of every grey level only by Jensen's gap.
 
-    The flow's x ~ N(mean, s^2), s^2 = spread^2 + sigma_1^2, up to 4 s from the mean; on average the gap is
-    BIN^2 / (24 s^2) nats: 0.00003, 0.001 and 0.005.
+    The flow's x ~ N(mean, s^2) with s^2 = spread^2 + sigma_1^2, and P is the mass of a bin up to 4 s from the mean. On
+    average the gap is BIN^2 / (24 s^2) nats: 0.00003, 0.001 and 0.005.
     """
     s, mu = even(300, last=300.0), 0.1
     data = GaussianData(torch.full((1, 1, 1), mu).double(), torch.full((1, 1), spread**2).double())
@@ -206,7 +208,7 @@ def test_the_dequantised_bound(spread):
     centres = centres[np.abs(centres - mu) < 4 * wide][:: 1 if spread < 0.1 else 8]
     true = -np.log(norm.cdf(centres + pixels.BIN / 2, mu, wide) - norm.cdf(centres - pixels.BIN / 2, mu, wide))
 
-    nodes, weights = np.polynomial.legendre.leggauss(3)  # of u in [0, 1), exact: log p is a quadratic
+    nodes, weights = np.polynomial.legendre.leggauss(3)  # for u in [0, 1); exact, because log p is a quadratic
     x0 = torch.from_numpy(centres).repeat_interleave(3).view(-1, 1, 1, 1)
     u = torch.from_numpy((nodes + 1) / 2).repeat(len(centres)).view(-1, 1, 1, 1)
     bound = ode.bound(Denoiser(network(data, s, "eps"), s), x0, u, torch.ones_like(x0))
@@ -221,7 +223,7 @@ def test_the_dequantised_bound(spread):
 
 
 def test_a_pixel_known_for_sure_costs_what_the_docstring_says():
-    """All data one grey picture: level 1's noise hides 1.3 grey levels, 1.7 bits, in the linear schedule."""
+    """If all data is one grey picture, the noise of level 1 is 1.3 grey levels and costs 1.7 bits (linear schedule)."""
     s = schedule.linear()
     data = FiniteData(torch.full((1, 1, 1, 1), 1 / 255, dtype=float64))
     x0, u = data.images.expand(64, 1, 1, 1), (torch.arange(64).view(-1, 1, 1, 1) + 0.5) / 64
@@ -233,10 +235,10 @@ def test_a_pixel_known_for_sure_costs_what_the_docstring_says():
 
 @pytest.mark.parametrize("spread", [0.3, 0.02, 0.002])
 def test_the_flow_with_the_decoder(spread):
-    """E_q[log q(x_1|x_0) - log p(x_1) - log p_theta(x_0|x_1)] >= -log P, which is the integral over x_1 of the product.
+    """E_q[log q(x_1|x_0) - log p(x_1) - log p_theta(x_0|x_1)] is at least -log P and near it.
 
-    One-dimensional and Gaussian, by quadrature over eps. At 0.002, a quarter of a grey level, uniform dequantisation is
-    off by a bit and this is not.
+    The data is one-dimensional and Gaussian, and the mean is a quadrature over eps. At a spread of 0.002, a quarter of
+    a grey level, uniform dequantisation loses a bit.
     """
     s, mu = even(300, last=300.0), 0.1
     data = GaussianData(torch.full((1, 1, 1), mu).double(), torch.full((1, 1), spread**2).double())
@@ -268,7 +270,7 @@ def test_the_flow_with_the_decoder(spread):
 # (e) Networks, and what is refused.
 
 
-def test_a_float32_network_whatever_the_batch():
+def test_a_float32_network_gives_the_same_in_any_batch():
     net = UNet(1, width=32, channel_multipliers=(1,), num_res_blocks=1).eval()
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -286,7 +288,7 @@ def test_a_float32_network_whatever_the_batch():
     assert all(p.grad is None for p in net.parameters())
     alone = [ode.bound(denoiser, x0[i : i + 1], u[i : i + 1], probe[i : i + 1], steps=6) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=0)
-    again = ode.bound(denoiser, x0, u, -probe, steps=6)  # even in the probe
+    again = ode.bound(denoiser, x0, u, -probe, steps=6)  # the result is even in the probe
     torch.testing.assert_close(together, again, rtol=1e-5, atol=0)
 
 
@@ -302,7 +304,7 @@ def test_labels_reach_the_network():
     assert both[0] != one[0]
 
 
-def test_what_is_refused():
+def test_wrong_steps_and_schedules_are_refused():
     x = torch.zeros(1, 1, 2, 2)
     with pytest.raises(InputError, match="alpha_bar 0"):
         ode.probability_flow(Denoiser(lambda x, timestep, y: x, schedule.jsd(10), "v"), x, x)

@@ -1,4 +1,4 @@
-"""The paper's tables and figures of a tiny run: what they say must follow from the model."""
+"""The paper's tables and figures for a tiny run: their contents must follow from the model."""
 
 import csv
 import json
@@ -26,8 +26,8 @@ FEATURES = "def rows(x):\n    x = x.reshape(len(x), -1)[:, 3::8] + 1.0\n    retu
 
 
 @pytest.fixture(scope="module")
-def made(trained, tmp_path_factory):
-    """A copy of the run with everything but table2 made of it; read only."""
+def results(trained, tmp_path_factory):
+    """A copy of the run with all experiments but table2. Tests must not change it."""
     run = tmp_path_factory.mktemp("paper") / "run"
     shutil.copytree(trained, run)
     (run / "mine.py").write_text(FEATURES)
@@ -37,6 +37,7 @@ def made(trained, tmp_path_factory):
 
 
 def table(run: Path, name: str) -> list[dict[str, str]]:
+    """The rows of a table."""
     with (run / "paper" / f"{name}.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -50,20 +51,20 @@ def tiles(run: Path, name: str, columns: int) -> np.ndarray:
                      for y in range(rows)])  # fmt: skip
 
 
-def test_each_says_what_it_is_of(made):
-    """And names no folder of this machine but the data's name."""
+def test_each_result_names_its_model_and_data(results):
+    """It names no folder of this machine."""
     for name in ("table1", "table3", "table4", "fig5", "fig6", "fig7", "fig8", "fig9", "fig10", "neighbours"):
-        about = json.loads((made / "paper" / f"{name}.json").read_text())
-        assert about["identity"] == open_checkpoint(made).identity
+        about = json.loads((results / "paper" / f"{name}.json").read_text())
+        assert about["identity"] == open_checkpoint(results).identity
         assert about["step"] == 30
         assert about["variance"] == "fixed_large"
         assert all(set(data) == {"name", "images", "fingerprint"} for data in about["data"].values())
         assert about["n"] == 4
 
 
-def test_table_1_is_what_evaluate_says_beside_the_papers_rows(made, capsys):
-    ours, *paper_rows = table(made, "table1")
-    assert main(["evaluate", str(made), "-n", "4", "--batch-size", "3", "--json", "--out", str(made / "e")]) == 0
+def test_table_1_holds_the_values_of_evaluate_and_the_papers_rows(results, capsys):
+    ours, *paper_rows = table(results, "table1")
+    assert main(["evaluate", str(results), "-n", "4", "--batch-size", "3", "--json", "--out", str(results / "e")]) == 0
     expected = json.loads(capsys.readouterr().out)["bits_per_dim"]
     assert float(ours["NLL_test"]) == pytest.approx(expected, rel=1e-5)
     assert float(ours["frechet_distance"]) > 0
@@ -72,11 +73,11 @@ def test_table_1_is_what_evaluate_says_beside_the_papers_rows(made, capsys):
     assert (row["IS"], row["IS_std"], row["frechet_distance"], row["NLL_test"]) == ("9.46", "0.11", "3.17", "3.75")
 
 
-def test_table_4_is_the_bound_read_off_at_ten_steps(made):
-    """The last row's rate is all of L but L_0; rate grows and error falls with the steps; the paper's stand beside."""
-    rows = table(made, "table4")
+def test_table_4_holds_the_bound_at_ten_steps(results):
+    """The largest rate is L without L_0. The rate rises and the error falls with the steps."""
+    rows = table(results, "table4")
     assert [int(r["reverse_step"]) for r in rows] == list(range(20, 0, -2))
-    with (made / "paper" / "nll-test" / "nll.csv").open() as file:
+    with (results / "paper" / "nll-test" / "nll.csv").open() as file:
         levels = {int(r["t"]): r for r in csv.DictReader(file)}
     assert float(rows[0]["rate_bits_per_dim"]) == pytest.approx(float(levels[1]["rate_bits_per_dim"]), rel=1e-5)
     assert float(rows[0]["rmse_grey_levels"]) == pytest.approx(float(levels[1]["rmse_grey_levels"]), rel=1e-5)
@@ -84,28 +85,28 @@ def test_table_4_is_the_bound_read_off_at_ten_steps(made):
     assert rates == sorted(rates, reverse=True)
     assert float(rows[0]["rmse_grey_levels"]) < float(rows[-1]["rmse_grey_levels"])
     assert rows[0]["paper_rate"] == "1.77581"
-    curve = table(made, "fig5")
+    curve = table(results, "fig5")
     assert len(curve) == 20
     assert float(curve[-1]["rate_bits_per_dim"]) == pytest.approx(rates[0], rel=1e-5)
 
 
-def test_figure_6_ends_in_the_samples(made):
-    strip = tiles(made, "fig6", 20)
-    samples = sample.generate(open_checkpoint(made).denoiser, (1, 8, 8), range(4))[:, 0].numpy()
+def test_figure_6_ends_with_the_samples(results):
+    strip = tiles(results, "fig6", 20)
+    samples = sample.generate(open_checkpoint(results).denoiser, (1, 8, 8), range(4))[:, 0].numpy()
     assert (strip[:, -1] == samples).all()
 
 
-def test_figure_7_shares_more_the_lower_the_level(made):
-    """A row a level, 20, 15, 10, 5: its samples differ less and less."""
-    shared = tiles(made, "fig7", 5)[:, 1:].astype(float)
+def test_samples_of_figure_7_differ_less_at_lower_levels(results):
+    """It has one row for each of the levels 20, 15, 10, 5."""
+    shared = tiles(results, "fig7", 5)[:, 1:].astype(float)
     spread = shared.std(axis=1).mean(axis=(1, 2))
-    assert json.loads((made / "paper" / "fig7.json").read_text())["levels"] == [20, 15, 10, 5]
+    assert json.loads((results / "paper" / "fig7.json").read_text())["levels"] == [20, 15, 10, 5]
     assert len(spread) == 4
     assert spread[0] > spread[-1] > 0
 
 
-def test_figures_7_to_9_visit_the_levels_that_are_asked_for(trained, tmp_path, monkeypatch):
-    """Of all levels 5, from T or from where two images meet; each figure says so."""
+def test_figures_7_to_9_visit_the_given_levels(trained, tmp_path, monkeypatch):
+    """They visit the levels of --steps and --spacing below their start, and their JSON names these settings."""
     seen, forward = set(), UNet.forward
 
     def spy(self, x, timestep, y=None):
@@ -125,21 +126,21 @@ def test_figures_7_to_9_visit_the_levels_that_are_asked_for(trained, tmp_path, m
         assert about["weights"] == "ema"
 
 
-def test_figures_8_and_9_hold_the_images_between_which_they_lie(made):
+def test_figures_8_and_9_show_the_images_that_they_interpolate(results):
     held_out = data.load("digits", (8, 8), 1, split="test").batch(range(8))[:, 0].numpy()
-    pairs = tiles(made, "fig8", 13)
+    pairs = tiles(results, "fig8", 13)
     assert (pairs[:, 0] == held_out[::2]).all()
     assert (pairs[:, -1] == held_out[1::2]).all()
-    mixed = tiles(made, "fig9", 11)[-1].astype(float)  # t = 0
+    mixed = tiles(results, "fig9", 11)[-1].astype(float)  # t = 0
     weights = np.linspace(0, 1, 9)[:, None, None]
     assert np.abs(mixed[1:-1] - ((1 - weights) * held_out[0] + weights * held_out[1])).max() <= 1
 
 
-def test_figure_10_ends_in_the_images(made):
-    """Its last column is the image, whose price is the bound; more bits never mean fewer sent before."""
-    rows = table(made, "fig10")
+def test_figure_10_ends_with_the_images(results):
+    """Its last column is the image. The number of bits rises along a row."""
+    rows = table(results, "fig10")
     columns = len(rows) // 4
-    strip = tiles(made, "fig10", columns)
+    strip = tiles(results, "fig10", columns)
     assert (strip[:, -1] == data.load("digits", (8, 8), 1, split="test").batch(range(4))[:, 0].numpy()).all()
     for i in range(4):
         own = [r for r in rows if r["image"] == str(i)]
@@ -150,7 +151,7 @@ def test_figure_10_ends_in_the_images(made):
 
 
 def test_progressive_coding_costs_the_bound():
-    """Algorithm 3 along a chain: its expected price is that of independent draws, L; x_t has the law q(x_t | x_0)."""
+    """Algorithm 3 costs L on average, as independent draws do, and its x_t are distributed as q(x_t | x_0)."""
     s = schedule.linear(12, 1e-3, 0.6)
     denoiser = Denoiser(network(correlated(), s, "eps"), s, clip=False)
     x0 = pixels.to_signal(torch.tensor([[20, 200], [90, 140]], dtype=torch.uint8)).double().expand(4000, 1, 2, 2)
@@ -170,7 +171,7 @@ def test_progressive_coding_costs_the_bound():
 
 
 def test_planted_copies_are_the_duplicates(trained, tmp_path, capsys):
-    """Of four samples one is a training image and one nearly: these are found, with their places; the others not."""
+    """Of four samples, one is a training image and one is nearly one. Exactly these two are found."""
     train = data.load("digits", (8, 8), 1)
     samples = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     samples[1] = train.batch([77])[0]
@@ -198,8 +199,8 @@ def test_planted_copies_are_the_duplicates(trained, tmp_path, capsys):
     assert (tmp_path / "o" / "neighbours_features.png").is_file()
 
 
-def test_table_2_trains_six_runs_and_goes_on_with_them(tmp_path, trained, capsys):
-    """From the settings of a run; a second call trains nothing; a run that cannot go on says so in its row."""
+def test_table_2_trains_six_runs_once(tmp_path, trained, capsys):
+    """It takes the settings of a run, and a second call trains nothing."""
     (tmp_path / "mine.py").write_text(FEATURES)
     base = tmp_path / "base"
     words = [*TINY, "--out", str(base), "--steps", "3", "--save-every", "3"]

@@ -13,7 +13,7 @@ ALL = torch.arange(256, dtype=torch.uint8)
 
 
 def test_round_trip_of_all_pixels():
-    """{0..255} scaled linearly to [-1, 1] and back, also through float64, and bfloat16's error where it is small."""
+    """0..255 are scaled linearly to [-1, 1] and back, through float32 and float64."""
     signal = pixels.to_signal(ALL)
     assert signal.dtype == torch.float32
     np.testing.assert_allclose(signal.numpy(), np.linspace(-1, 1, 256), atol=1e-7)
@@ -27,7 +27,7 @@ def test_round_trip_of_all_pixels():
 @quick
 @given(st.floats(-3, 3), st.sampled_from([torch.float32, torch.float64]))
 def test_to_pixels_is_nearest_and_saturates(x, dtype):
-    """No pixel's signal is nearer; beyond [-1, 1] it is the end pixel."""
+    """No other pixel value is nearer. Values beyond [-1, 1] give 0 or 255."""
     x = torch.tensor(x, dtype=dtype)
     pixel = pixels.to_pixels(x)
     assert pixel.dtype == torch.uint8
@@ -39,19 +39,19 @@ def test_to_pixels_is_nearest_and_saturates(x, dtype):
 
 @pytest.mark.parametrize(("value", "pixel"), [(-1e30, 0), (-torch.inf, 0), (1e30, 255), (torch.inf, 255)])
 def test_to_pixels_does_not_wrap(value, pixel):
-    """A uint8 cast alone would."""
+    """A plain cast to uint8 would wrap."""
     assert pixels.to_pixels(torch.tensor([value])).item() == pixel
 
 
-def test_signal_is_of_uint8_only():
-    """Data that is a signal already is not scaled twice."""
+def test_to_signal_accepts_uint8_only():
+    """So a signal is not scaled twice."""
     with pytest.raises(TypeError, match="uint8"):
         pixels.to_signal(torch.zeros(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bins(dtype):
-    """x - 1/255 .. x + 1/255 for each grey level x, without gap or overlap, open at -1 and 1."""
+    """The bin of a grey level x is x - 1/255 .. x + 1/255, without gaps or overlaps, and open at -1 and 1."""
     centre, lower, upper = pixels.bins(torch.zeros((), dtype=dtype))
     assert centre.dtype == lower.dtype == upper.dtype == dtype
     assert len(centre) == len(lower) == len(upper) == 256

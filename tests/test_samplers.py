@@ -1,4 +1,4 @@
-"""Samplers: the law of what they draw, equality with diffusers step by step, one seed one image."""
+"""Samplers: the distribution of samples, equality with diffusers step by step, and seeds."""
 
 from functools import partial
 
@@ -34,11 +34,11 @@ N = 10_000
 ALL = {**samplers.SAMPLERS, "ddim eta 1": samplers.named("ddim", 1.0)}
 
 
-# For Gaussian data with its exact denoiser, the law of the samples is known.
+# For Gaussian data with its exact denoiser, the distribution of the samples is known.
 
 
 def ancestral_samples(data, predict, variance, change=lambda x: x):
-    """N draws; `change` is what a wrong coefficient does to the network's output."""
+    """N samples. `change` alters the network's output, as a wrong coefficient would."""
     exact = network(data, SHORT, predict)
     if variance == "learned":
         raw = lambda x, timestep: LARGE[timestep + 1].log().view(-1, 1, 1, 1).expand_as(x)  # noqa: E731
@@ -50,19 +50,19 @@ def ancestral_samples(data, predict, variance, change=lambda x: x):
 
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "learned"])
 @pytest.mark.parametrize("predict", PREDICTIONS)
-def test_ancestral_sampling_reproduces_the_exact_law(predict, variance):
-    """Algorithm 2 from N(0, I) is a linear-Gaussian chain: mean and covariance of x_0 within sampling error."""
+def test_ancestral_sampling_has_the_exact_distribution(predict, variance):
+    """Algorithm 2 from N(0, I) is a linear-Gaussian chain. Mean and covariance of x_0 agree within sampling error."""
     data = correlated()
     x = ancestral_samples(data, predict, variance)
     assert z_score(x, *data.chain(SHORT, TABLES["fixed_small" if variance == "fixed_small" else "fixed_large"])) < 4.5
-    if variance != "learned":  # negative control: the other variance's law is not this one
+    if variance != "learned":  # negative control: the other variance gives another distribution
         other = TABLES["fixed_large" if variance == "fixed_small" else "fixed_small"]
         assert z_score(x, *data.chain(SHORT, other)) > 6
 
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_a_wrong_coefficient_fails_the_same_test(predict):
-    """Negative control: 10% more eps, x_0, mu or v, or 10% less noise, and the law is visibly another."""
+    """Negative control: with 10% more eps, x_0, mu or v, or with 10% less noise, the test fails."""
     data = correlated()
     law = data.chain(SHORT, LARGE)
     assert z_score(ancestral_samples(data, predict, "fixed_large", lambda out: 1.1 * out), *law) > 6
@@ -85,7 +85,7 @@ def test_a_wrong_posterior_coefficient_fails_the_same_test(predict, monkeypatch)
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_true_variances_reproduce_the_data(predict):
-    """With the variance of the true q(x_{t-1} | x_t), and p(x_0 | x_1) drawn from, x_0 is distributed as the data."""
+    """With the variances of the true q(x_{t-1} | x_t), draws of x_0 ~ p(x_0 | x_1) are distributed as the data."""
     data = isotropic()
     table = data.variances(SHORT)
     x = ancestral_samples(data, predict, table)
@@ -93,11 +93,11 @@ def test_true_variances_reproduce_the_data(predict):
     drawn = x + table[1].sqrt() * normal(N, data.mean.shape)(0)
     law = data.mean.flatten(), data.covariance
     assert z_score(drawn, *law) < 4.5
-    assert z_score(ancestral_samples(data, predict, "fixed_small"), *law) > 6  # beta~_t is too little for such data
+    assert z_score(ancestral_samples(data, predict, "fixed_small"), *law) > 6  # beta~_t is too small for this data
 
 
-def test_z_score_sees_what_it_should():
-    """The test's test: a sample of N(mean, S) passes, one 6% too wide or 6% of a sigma aside does not."""
+def test_z_score_detects_small_errors():
+    """A sample of N(mean, S) passes. A sample that is 6% too wide, or shifted by 6% of sigma, does not."""
     data = correlated()
     x = data.sample(N, torch.Generator().manual_seed(0))
     law = data.mean.flatten(), data.covariance
@@ -106,8 +106,8 @@ def test_z_score_sees_what_it_should():
     assert z_score(x + 0.06 * data.covariance.diagonal().sqrt().view(1, 2, 2), *law) > 4.5
 
 
-def test_ddim_reaches_the_data_law_deterministically():
-    """eta 0 is an ODE solver: from N(0, I) its map is linear, and with more steps its law comes to the data's."""
+def test_ddim_converges_to_the_data():
+    """With eta 0 its map from N(0, I) is linear, and its distribution converges to that of the data."""
     s, data = schedule.linear(), correlated()
     denoiser = Denoiser(network(data, s, "eps"), s, clip=False)
     basis = torch.cat([torch.zeros(1, 4), torch.eye(4)]).double().view(5, 1, 2, 2)  # x -> A x + b
@@ -118,16 +118,18 @@ def test_ddim_reaches_the_data_law_deterministically():
         errors.append(
             (A @ A.T - data.covariance).abs().max().item() + (out[0] - data.mean.flatten()).abs().max().item()
         )
-    assert errors[0] > 2.5 * errors[1] > 2.5**2 * errors[2]  # first order: 4 times the steps, nearly a quarter
+    assert (
+        errors[0] > 2.5 * errors[1] > 2.5**2 * errors[2]
+    )  # first order: 4 times the steps give nearly a quarter of the error
 
 
 # Equality with diffusers.
 
 
 def theirs(kind, s, **settings):
-    """A diffusers scheduler on our table, in float64."""
+    """A diffusers scheduler with our alpha_bar, in float64."""
     scheduler = kind(num_train_timesteps=s.T, trained_betas=s.beta[1:].tolist(), **settings)
-    assert (scheduler.alphas_cumprod - s.alpha_bar[1:]).abs().max() < 1e-5  # its own, float32
+    assert (scheduler.alphas_cumprod - s.alpha_bar[1:]).abs().max() < 1e-5  # its own table is float32
     scheduler.alphas_cumprod = s.alpha_bar[1:].clone()
     scheduler.one = scheduler.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
     return scheduler
@@ -136,8 +138,8 @@ def theirs(kind, s, **settings):
 NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
-def said(x, timestep, y=None):
-    """A network with something to say: float64, smooth, of x and timestep; x0^ leaves [-1, 1] now and then."""
+def smooth_network(x, timestep, y=None):
+    """A smooth float64 function of x and timestep in place of a network. Some x0^ lie outside [-1, 1]."""
     k = (timestep.double() / 1000).view(-1, 1, 1, 1)
     return (2 * x + 3 * k).sin() + 0.3 * x.flip(-1)
 
@@ -146,7 +148,7 @@ def said(x, timestep, y=None):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("predict", NAMES)
 def test_ddim_equals_diffusers(predict, eta, clip):
-    """Every step of 20 of the paper's 1000 levels, to 1e-9: x and x0^; eps^ follows the clipped x0^."""
+    """x and x0^ agree to 1e-9 in each of 20 steps on the paper's schedule. eps^ belongs to the clipped x0^."""
     s, steps = schedule.linear(), 20
     scheduler = theirs(
         DDIMScheduler, s, clip_sample=clip, prediction_type=NAMES[predict], timestep_spacing="trailing"
@@ -154,9 +156,9 @@ def test_ddim_equals_diffusers(predict, eta, clip):
     scheduler.set_timesteps(steps)
     noise = normal(3, (2, 4, 4))
     x = noise(1000)
-    ours = samplers.ddim(Denoiser(said, s, predict, clip=clip), x, steps, eta, noise)
+    ours = samplers.ddim(Denoiser(smooth_network, s, predict, clip=clip), x, steps, eta, noise)
     for step, timestep in zip(ours, scheduler.timesteps, strict=True):
-        out = said(x, timestep.expand(3))
+        out = smooth_network(x, timestep.expand(3))
         z = noise(step.t) if eta > 0 else None
         x, x0 = scheduler.step(
             out, int(timestep), x, eta, use_clipped_model_output=True, variance_noise=z, return_dict=False
@@ -170,12 +172,12 @@ def test_ddim_equals_diffusers(predict, eta, clip):
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "learned_range"])
 @pytest.mark.parametrize("predict", NAMES)
 def test_ancestral_equals_diffusers(predict, variance, steps):
-    """Every step, all levels or 10 of them, to 1e-9, with the same noise and clipping.
+    """Each step on all levels, or on 10 of them, agrees to 1e-9 with the same noise and clipping.
 
-    By intent the last of fewer steps differs: diffusers adds noise to the image there, Algorithm 2 has z = 0.
+    With fewer levels the last step differs on purpose: diffusers adds noise to the image, but Algorithm 2 has z = 0.
     """
     s = schedule.linear(100, 1e-3, 0.2)
-    net = with_variance(said, lambda x, timestep: x.tanh()) if variance == "learned_range" else said
+    net = with_variance(smooth_network, lambda x, timestep: x.tanh()) if variance == "learned_range" else smooth_network
     scheduler = theirs(
         DDPMScheduler, s, variance_type=variance, prediction_type=NAMES[predict], timestep_spacing="trailing"
     )  # fmt: skip
@@ -196,15 +198,15 @@ def test_ancestral_equals_diffusers(predict, variance, steps):
 
 
 def test_the_first_variance_is_not_that_of_diffusers():
-    """By intent (docs/PAPER.md 3): at t = 1 both fixed variances are beta~_2; diffusers has beta_1, and 1e-20.
+    """At t = 1 both fixed variances are beta~_2, as in the official code. diffusers has beta_1 and 1e-20.
 
-    No sampler shows it, z = 0 there; the decoder's likelihood does. At all other levels they agree.
+    It matters for the decoder's likelihood, but not for samplers, where z = 0. At other levels they agree.
     """
     s = schedule.linear()
     x = torch.zeros(999, 1, 1, 1, dtype=torch.float64)
     for variance, at_1 in (("fixed_large", 1e-4), ("fixed_small", 1e-20)):
         scheduler = theirs(DDPMScheduler, s, variance_type=variance)
-        denoiser = Denoiser(said, s, variance=variance)
+        denoiser = Denoiser(smooth_network, s, variance=variance)
         ours = denoiser(x, torch.arange(2, 1001)).log_variance.exp().flatten()
         other = torch.stack([scheduler._get_variance(t) for t in range(1, 1000)])
         torch.testing.assert_close(ours, other, rtol=1e-9, atol=0)
@@ -214,9 +216,9 @@ def test_the_first_variance_is_not_that_of_diffusers():
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_ddim_with_eta_1_is_ancestral_sampling(predict):
-    """eta = 1 at every level is Algorithm 2 with sigma_t^2 = beta~_t: the same path from the same noise.
+    """With eta 1 and all levels it is Algorithm 2 with sigma_t^2 = beta~_t, step by step.
 
-    (At t = 1 beta~_1 is 0 in one and beta~_2 in the other, but no noise is added there.)
+    At t = 1 the variances differ (0 and beta~_2), but no noise is added there.
     """
     noise = normal(3, (1, 2, 2))
     denoiser = Denoiser(network(correlated(), SHORT, predict), SHORT, predict, "fixed_small", clip=False)
@@ -229,28 +231,28 @@ def test_ddim_with_eta_1_is_ancestral_sampling(predict):
     assert (last(samplers.ancestral(large, noise(50), noise)).x - b.x).abs().max() > 1e-2
 
 
-# Finite data, seeds, and what the contract says.
+# Finite data, seeds, and the interface of samplers.
 
 
 @pytest.mark.parametrize("sampler", ALL)
-def test_samples_of_finite_data_land_on_its_members(sampler):
-    """Data of four images: every sample is one of them, each about equally often."""
+def test_samples_of_finite_data_are_its_images(sampler):
+    """With data of four images, every sample is one of them, and all are about equally frequent."""
     images = [[0.9, -0.8, 0.1, 0.3], [-0.7, 0.5, 0.6, -0.2], [0.1, 0.7, -0.9, 0.8], [-0.5, -0.6, -0.4, -0.9]]
     data = FiniteData(torch.tensor(images).double().view(4, 1, 2, 2))
     denoiser = Denoiser(network(data, SHORT, "eps"), SHORT, variance="fixed_small")
     noise = normal(4000, (1, 2, 2), seed=1)
     x = last(ALL[sampler].run(denoiser, noise(50), noise, 50, None, None)).x
-    away, member = (x[:, None] - data.images).flatten(2).abs().amax(2).min(1)
-    assert away.max() < 1e-6
+    distance, member = (x[:, None] - data.images).flatten(2).abs().amax(2).min(1)
+    assert distance.max() < 1e-6
     assert chisquare(np.bincount(member.numpy(), minlength=4)).pvalue > 1e-4
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
 @pytest.mark.parametrize("sampler", ALL)
 def test_an_image_depends_only_on_its_own_seed(sampler, dtype, tolerance):
-    """Seven seeds in batches of 1, 3 and 7, and in another order: the same seven images, to the network's rounding.
+    """Seven seeds in batches of 1, 3 and 7, or in another order, give the same images up to rounding.
 
-    (In float32 a convolution rounds differently in another batch, and 1/sqrt(abar_T) = 200 makes 1e-6 visible.)
+    In float32 a convolution may round differently in another batch, and 1/sqrt(abar_T) = 200 magnifies that.
     """
     denoiser = Denoiser(randomised_unet().to(dtype), SHORT)
 
@@ -270,7 +272,7 @@ def test_an_image_depends_only_on_its_own_seed(sampler, dtype, tolerance):
 
 
 def test_steps_come_in_order_and_report_x0():
-    """One Step a network call, t falling to 0; x0 is the denoiser's at the x before; x itself is not written to."""
+    """There is one Step per network call, with falling t. x0 is the estimate before the step. x is not changed."""
     noise = normal(2, (1, 2, 2))
     denoiser = Denoiser(network(correlated(), SHORT, "eps"), SHORT)
     x = noise(50)
@@ -280,22 +282,22 @@ def test_steps_come_in_order_and_report_x0():
         assert [step.t for step in steps] == [40, 30, 20, 10, 0]
         torch.testing.assert_close(steps[0].x0, denoiser(x, torch.tensor([50, 50])).x0)
         assert torch.equal(x, before)
-        assert steps[-1].x.abs().max() <= 1  # the image is x0^ itself, and so clipped
+        assert steps[-1].x.abs().max() <= 1  # the image is x0^, which is clipped
         torch.testing.assert_close(steps[-1].x, steps[-1].x0)
 
 
 def test_labels_reach_the_network():
-    told = []
+    labels = []
 
     def spy(x, timestep, y):
-        told.append(y)
+        labels.append(y)
         return torch.zeros_like(x)
 
     y, noise = torch.tensor([3, 4]), normal(2, (1, 2, 2))
     for sampler in ALL.values():
         last(sampler.run(Denoiser(spy, SHORT), noise(50), noise, 3, y, None))
-    assert len(told) == sum(sampler.calls(Denoiser(spy, SHORT), 3) for sampler in ALL.values())
-    assert all(y is seen for seen in told)
+    assert len(labels) == sum(sampler.calls(Denoiser(spy, SHORT), 3) for sampler in ALL.values())
+    assert all(y is seen for seen in labels)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 51])
@@ -303,17 +305,17 @@ def test_labels_reach_the_network():
 def test_wrong_steps_are_refused(sampler, steps):
     noise = normal(1, (1, 1, 1))
     with pytest.raises(InputError, match=f"steps {steps}: want 1 to 50"):
-        last(getattr(samplers, sampler)(Denoiser(said, SHORT), noise(50), noise=noise, steps=steps))
+        last(getattr(samplers, sampler)(Denoiser(smooth_network, SHORT), noise(50), noise=noise, steps=steps))
 
 
 def test_eta_needs_noise():
     with pytest.raises(ValueError, match="noise"):
-        last(samplers.ddim(Denoiser(said, SHORT), torch.zeros(1, 1, 1, 1), 5, eta=0.5))
+        last(samplers.ddim(Denoiser(smooth_network, SHORT), torch.zeros(1, 1, 1, 1), 5, eta=0.5))
 
 
 @pytest.mark.parametrize("predict", ["x0", "v", "mu"])
 def test_jsd_samples_are_finite(predict):
-    """From abar_T = 0 exactly, where x_T says nothing of x_0."""
+    """They start at abar_T = 0, where x_T contains nothing of x_0."""
     s, data = schedule.jsd(20), correlated()
     noise = normal(2, (1, 2, 2))
     denoiser = Denoiser(network(data, s, predict), s, predict)
@@ -323,8 +325,8 @@ def test_jsd_samples_are_finite(predict):
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
-def test_from_a_level_on_is_the_rest_of_the_whole_way(sampler):
-    """Started at x_t of a chain, with its noise, the rest is the same."""
+def test_sampling_from_x_t_continues_the_chain(sampler):
+    """From x_t of a chain and with its noise, the rest of the chain is the same."""
     s = schedule.linear(12, 1e-3, 0.6)
     denoiser = Denoiser(network(correlated(), s, "eps"), s)
     noise = per_image(range(3), (1, 2, 2))
@@ -338,7 +340,7 @@ def test_from_a_level_on_is_the_rest_of_the_whole_way(sampler):
     assert torch.equal(rest[-1].x, whole[-1].x)
 
 
-def test_a_start_that_is_no_level_is_refused():
+def test_wrong_starts_are_refused():
     s = schedule.linear(12, 1e-3, 0.6)
     denoiser = Denoiser(network(correlated(), s, "eps"), s)
     with pytest.raises(InputError, match="start 13: want a whole number, 1 to 12"):

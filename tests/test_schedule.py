@@ -1,4 +1,4 @@
-"""Schedules against their definitions in NumPy, the paper's golden values, and respacing."""
+"""Schedules against their definitions in NumPy, known values of the paper's schedule, and respacing."""
 
 import itertools
 import math
@@ -59,7 +59,7 @@ def test_the_seven_schedules_differ():
 
 
 def test_golden_values_of_the_paper():
-    """docs/PAPER.md, 1 and 3: linear, T = 1000."""
+    """Values of the linear schedule with T = 1000."""
     s = schedule.linear()
     assert f"{s.alpha_bar[-1]:.4e}" == "4.0358e-05"
     assert f"{s.beta[2]:.6e}" == "1.199199e-04"
@@ -67,7 +67,7 @@ def test_golden_values_of_the_paper():
     tilde = gaussian.beta_tilde(s)
     assert f"{tilde[2]:.5e}" == "5.45319e-05"
     assert f"{tilde[2].log():.6f}" == "-9.816725"
-    assert f"{tilde[2].sqrt() * 127.5:.5f}" == "0.94153"  # grey levels; the page rounds it to 0.9415
+    assert f"{tilde[2].sqrt() * 127.5:.5f}" == "0.94153"  # grey levels
     c_0, c_x = gaussian.posterior_coefficients(s, torch.tensor([2]))
     assert (f"{c_0.item():.7f}", f"{c_x.item():.7f}") == ("0.5452915", "0.4547085")
     half = torch.full((1, 3, 4, 4), 0.5, dtype=float64)  # E[x^2] = 0.25
@@ -76,7 +76,7 @@ def test_golden_values_of_the_paper():
 
 
 def test_jsd_ends_in_pure_noise():
-    """jsd: abar_t = 1 - t/T, exactly 0 at T."""
+    """For jsd abar_t = 1 - t/T, which is exactly 0 at T."""
     s = schedule.jsd(1000)
     assert s.alpha_bar[-1] == 0
     np.testing.assert_allclose(s.alpha_bar.numpy(), 1 - np.arange(1001) / 1000, atol=1e-12)
@@ -88,7 +88,7 @@ betas = st.lists(st.floats(1e-6, 0.99), min_size=1, max_size=20)
 @quick
 @given(betas)
 def test_any_beta_gives_a_schedule(beta):
-    """abar falls strictly from 1; beta comes back; beta_t in (0, 1]."""
+    """abar falls strictly from 1, and the schedule's beta is the given one."""
     s = from_beta(torch.tensor(beta, dtype=float64))
     assert s.alpha_bar[0] == 1
     assert (s.alpha_bar.diff() < 0).all()
@@ -99,7 +99,7 @@ def test_any_beta_gives_a_schedule(beta):
 @quick
 @given(st.sampled_from(list(SCHEDULES)), st.integers(1, 2000))
 def test_named_schedules_of_any_length(name, T):
-    """Every name gives a schedule at any T: strictly falling within [0, 1]."""
+    """Every named schedule is valid for any T."""
     s = SCHEDULES[name](T)
     assert len(s.alpha_bar) == T + 1
     assert ((s.beta[1:] > 0) & (s.beta[1:] <= 1)).all()
@@ -108,7 +108,7 @@ def test_named_schedules_of_any_length(name, T):
 @quick
 @given(betas, st.data())
 def test_respaced_schedule(beta, data):
-    """Respacing keeps abar and what the network is told; its 1 - beta is the product of those it jumps over (Eq. 4)."""
+    """Respacing keeps abar and timestep. Its 1 - beta_t is the product over the levels of a longer step (Eq. 4)."""
     s = from_beta(torch.tensor(beta, dtype=float64))
     levels = sorted(data.draw(st.sets(st.integers(1, s.T), min_size=1)))
     r = s.respace(levels)
@@ -125,7 +125,7 @@ def test_respaced_schedule(beta, data):
 @quick
 @given(st.integers(1, 1500), st.data())
 def test_levels_are_even(T, data):
-    """`steps` different levels of 1..T, the last T, each within half a level of T i / steps."""
+    """`steps` different levels rise to T, each within half a level of T i / steps."""
     steps = data.draw(st.integers(1, T))
     levels = schedule.const(T).levels(steps)
     assert len(set(levels)) == len(levels) == steps
@@ -138,8 +138,8 @@ def test_levels_are_even(T, data):
 @pytest.mark.parametrize(
     "beta", [[0.0], [0.1, 0.0], [-0.1], [1.1], [1.0, 0.5], [float("nan")], [0.5, float("nan")], []], ids=str
 )
-def test_what_is_not_a_beta_is_refused(beta):
-    """beta_t must be in (0, 1], and 1 only at T: after it nothing is left to lose."""
+def test_wrong_betas_are_refused(beta):
+    """beta_t must be in (0, 1], and may be 1 only at T."""
     with pytest.raises(InputError, match="schedule"):
         from_beta(torch.tensor(beta, dtype=float64))
 
@@ -149,7 +149,7 @@ def test_what_is_not_a_beta_is_refused(beta):
     [
         (torch.tensor([1.0, 0.5]), torch.tensor([-1, 0])),  # float32
         (torch.tensor([0.9, 0.5], dtype=float64), torch.tensor([-1, 0])),  # does not start at data
-        (torch.tensor([1.0, 0.5, 0.5], dtype=float64), torch.tensor([-1, 0, 1])),  # stays
+        (torch.tensor([1.0, 0.5, 0.5], dtype=float64), torch.tensor([-1, 0, 1])),  # does not fall
         (torch.tensor([1.0, 0.5, -0.1], dtype=float64), torch.tensor([-1, 0, 1])),  # below 0
         (torch.tensor([1.0, 0.5], dtype=float64), torch.tensor([-1, 0, 1])),  # lengths differ
         (torch.tensor([1.0, 0.5], dtype=float64), torch.tensor([-1.0, 0.0])),  # timestep not an integer
@@ -157,14 +157,14 @@ def test_what_is_not_a_beta_is_refused(beta):
         (torch.tensor([1.0], dtype=float64), torch.tensor([-1])),  # no level
     ],
 )
-def test_what_is_not_a_schedule_is_refused(alpha_bar, timestep):
+def test_wrong_tables_are_refused(alpha_bar, timestep):
     with pytest.raises(InputError, match="schedule"):
         Schedule(alpha_bar, timestep)
 
 
 @pytest.mark.parametrize("levels", [[], [0], [3, 2], [2, 2], [-1, 3], [11], [1, 11]], ids=str)
-def test_what_is_not_rising_levels_is_refused(levels):
-    """The message names the wrong value and the right ones."""
+def test_levels_that_do_not_rise_are_refused(levels):
+    """The message names the wrong levels and the accepted range."""
     with pytest.raises(InputError) as error:
         schedule.const(10).respace(levels)
     assert str(levels) in str(error.value)
@@ -172,6 +172,6 @@ def test_what_is_not_rising_levels_is_refused(levels):
 
 
 @pytest.mark.parametrize("steps", [0, -1, 11])
-def test_what_is_not_a_number_of_steps_is_refused(steps):
+def test_wrong_numbers_of_steps_are_refused(steps):
     with pytest.raises(InputError, match=rf"steps {steps}: want 1 to 10"):
         schedule.const(10).levels(steps)

@@ -1,4 +1,4 @@
-"""Fast samplers: the order they converge with, equality with diffusers step by step, and where they may look."""
+"""Fast samplers: orders of convergence, equality with diffusers step by step, and spacings."""
 
 import math
 from itertools import combinations, pairwise
@@ -50,9 +50,9 @@ NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def even(steps):
-    """A schedule of levels from lambda = 1 to -1, evenly; its last step, to level 0, is another matter.
+    """A schedule whose lambda falls evenly from 1 to -1 at levels 1..T.
 
-    At both ends two steps are as short as the square of the others: multistep solvers take them with a lower order.
+    At both ends two steps have the squared length of the others, because multistep solvers have a lower order there.
     """
     h = 2 / steps
     short = [2 * h**2, h**2, 0]
@@ -62,7 +62,7 @@ def even(steps):
 
 
 def exact_path(data, s, x):
-    """x at level 1 where the ODE carries x from level T: in the data's axes, by the ratio of standard deviations."""
+    """The x at level 1 to which the ODE carries x from level T. Along each eigenvector the deviation is scaled."""
     mean = data.mean.flatten()
     values, vectors = torch.linalg.eigh(data.covariance)
     a, b = s.alpha_bar[-1], s.alpha_bar[1]
@@ -72,20 +72,21 @@ def exact_path(data, s, x):
 
 
 def slope(sizes, errors):
-    """How fast log error falls with log steps, over the last half."""
+    """The order: how fast log error falls with log steps, over the larger half of `sizes`."""
     n = len(sizes) // 2
     return -np.polyfit(np.log(sizes[n:]), np.log(errors[n:]), 1)[0]
 
 
 def errors_of(solve, sizes, predict="v"):
+    """The root mean square error at level 1 for each number of steps."""
     data, errors = correlated(), []
     for steps in sizes:
         s = even(steps)
         x = normal(8, (1, 2, 2))(0)
-        found = next(
+        x1 = next(
             step.x for step in solve(Denoiser(network(data, s, predict), s, predict, clip=False), x, s.T) if step.t == 1
         )
-        errors.append((found - exact_path(data, s, x)).square().mean().sqrt().item())
+        errors.append((x1 - exact_path(data, s, x)).square().mean().sqrt().item())
     return errors
 
 
@@ -94,7 +95,7 @@ SIZES = (8, 16, 32, 64, 128, 256)
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_each_solver_converges_with_its_order(name):
-    """Twice the steps, 2^-order of the error, from 32 to 256 steps."""
+    """From 64 to 256 steps, twice the steps give 2^-order of the error."""
     solve, order = SOLVERS[name]
     errors = errors_of(solve, SIZES)
     assert slope(SIZES, errors) == pytest.approx(order, abs=0.25)
@@ -102,7 +103,7 @@ def test_each_solver_converges_with_its_order(name):
 
 
 def diffusers_multistep(denoiser, x, steps):
-    """DPM-Solver++ 3M as diffusers steps it, on the levels of our schedule."""
+    """The steps of diffusers' DPM-Solver++ 3M on the levels of our schedule."""
     s = denoiser.schedule
     scheduler = on_levels(
         DPMSolverMultistepScheduler, s, list(range(1, s.T + 1)), solver_order=3, prediction_type="v_prediction"
@@ -113,24 +114,24 @@ def diffusers_multistep(denoiser, x, steps):
 
 
 @pytest.mark.usefixtures("_double")
-def test_the_third_order_of_diffusers_is_the_second():
-    """By intent ours differs: the official formula has half of the parabola's second derivative (see the docstring)."""
+def test_dpm_solver_pp_of_order_3_in_diffusers_has_order_2():
+    """Its formula uses half of the parabola's second derivative; see `dpm_solver_pp`."""
     assert slope(SIZES, errors_of(diffusers_multistep, SIZES)) == pytest.approx(2, abs=0.25)
 
 
-def test_the_sde_solver_converges_in_law():
-    """For Gaussian data x_1 is linear in x_T and the noise: its variance, computed exactly, comes to the data's."""
+def test_the_variance_of_the_sde_solver_converges():
+    """For Gaussian data x_1 is linear in x_T and the noise, and its exact variance converges to that of q(x_1)."""
     data, errors = isotropic(), []
     for steps in SIZES:
         s = even(steps)
-        drives = s.T  # x_T, and the noise at levels T-1 .. 1: one image each has a single unit impulse
-        noise = lambda t: (torch.arange(drives + 1) == t).double().view(-1, 1, 1, 1).expand(-1, 2, 1, 1)  # noqa: B023, E731
+        # The inputs are x_T and the noise at levels T-1 .. 1. In image t only input t is 1, so x_1 is its factor.
+        noise = lambda t: (torch.arange(s.T + 1) == t).double().view(-1, 1, 1, 1).expand(-1, 2, 1, 1)  # noqa: B023, E731
         denoiser = Denoiser(network(data, s, "v"), s, "v", clip=False)
         x = next(step.x for step in samplers.sde_dpm_solver_pp(denoiser, noise(s.T), noise, s.T) if step.t == 1)
-        variance = (x[1:] - x[:1])[:, 0].square().sum().item()  # image 0 has no impulse: the mean
+        variance = (x[1:] - x[:1])[:, 0].square().sum().item()  # all inputs of image 0 are 0, so it is the mean
         start = s.alpha_bar[-1] * 0.25 + 1 - s.alpha_bar[-1]
         scale = (x[-1, 0] - x[0, 0]).square().item()
-        variance += scale * (start.item() - 1)  # x_T has the data's variance at T, not 1
+        variance += scale * (start.item() - 1)  # the variance of x_T is that of q(x_T), not 1
         b = s.alpha_bar[1].item()
         errors.append(abs(variance - (b * 0.25 + 1 - b)))
     assert slope(SIZES, errors) == pytest.approx(2, abs=0.3)
@@ -142,24 +143,24 @@ def test_the_sde_solver_converges_in_law():
     st.floats(0.05, 3),
 )
 def test_the_integral_is_exact_for_polynomials(where, coefficients, h):
-    """One point: a constant; three and four: parabolas and cubics; two: the line's value in the middle."""
+    """It is exact for 1, 3 and 4 points. For 2 points it takes the line's value in the middle."""
     P = lambda u: sum(c * u**k for k, c in enumerate(coefficients[: len(where)]))  # noqa: E731
     points = [(0.7 + u, torch.full((1,), P(u), dtype=torch.float64)) for u in where]
     want = P(h / 2) * -math.expm1(-h) if len(where) == 2 else quad(lambda u: math.exp(u - h) * P(u), 0, h)[0]
     assert _integral(points, 0.7, 0.7 + h).item() == pytest.approx(want, rel=1e-6, abs=1e-6)
 
 
-# Equality with diffusers, and of solvers with one another.
+# Equality with diffusers and between solvers.
 
 
-def said(x, timestep, y=None):
-    """A network with something to say: float64, smooth, of x and timestep; x0^ leaves [-1, 1] now and then."""
+def smooth_network(x, timestep, y=None):
+    """A smooth float64 function of x and timestep in place of a network. Some x0^ lie outside [-1, 1]."""
     k = (timestep.double() / 1000).view(-1, 1, 1, 1)
     return (2 * x + 3 * k).sin() + 0.3 * x.flip(-1)
 
 
 class Double:
-    """torch, but its float32 is float64: diffusers' DPM-Solver takes x to float32."""
+    """The module torch with float64 as its float32, because diffusers' DPM-Solver converts x to float32."""
 
     float32 = torch.float64
 
@@ -173,7 +174,7 @@ def _double(monkeypatch):
 
 
 def on_levels(kind, s, levels, **settings):
-    """A diffusers scheduler in float64 whose sigmas are those of our levels."""
+    """A diffusers scheduler in float64 with the sigmas of our levels."""
     scheduler = kind(num_train_timesteps=s.T, trained_betas=s.beta[1:].tolist(), final_sigmas_type="zero", **settings)
     scheduler.set_timesteps(len(levels))
     abar = s.alpha_bar[[*levels[::-1], 0]]
@@ -196,13 +197,13 @@ def on_levels(kind, s, levels, **settings):
 )
 @pytest.mark.usefixtures("_double")
 def test_multistep_solvers_equal_diffusers(sampler, kind, settings, predict, spaced):
-    """Every step of 12 of the paper's levels, to 1e-6: x, for three predictions and every spacing."""
+    """x agrees to 1e-6 in each of 12 steps on the paper's schedule, for three predictions and every spacing."""
     levels = spacing.SPACINGS[spaced](PAPER, 12)
     scheduler = on_levels(kind, PAPER, levels, prediction_type=NAMES[predict], **settings)
     x = normal(3, (2, 4, 4))(1000)
-    ours = SOLVERS[sampler][0](Denoiser(said, PAPER, predict, clip=False), x, levels)
+    ours = SOLVERS[sampler][0](Denoiser(smooth_network, PAPER, predict, clip=False), x, levels)
     for step, timestep in zip(ours, scheduler.timesteps, strict=True):
-        x = scheduler.step(said(x, timestep.expand(3)), timestep, x, return_dict=False)[0]
+        x = scheduler.step(smooth_network(x, timestep.expand(3)), timestep, x, return_dict=False)[0]
         torch.testing.assert_close(step.x, x, rtol=1e-6, atol=1e-6)
     assert step.t == 0
 
@@ -216,15 +217,15 @@ def test_sde_solver_equals_diffusers(predict):
     )
     noise = normal(3, (2, 4, 4))
     x = noise(1000)
-    ours = samplers.sde_dpm_solver_pp(Denoiser(said, PAPER, predict, clip=False), x, noise, levels)
+    ours = samplers.sde_dpm_solver_pp(Denoiser(smooth_network, PAPER, predict, clip=False), x, noise, levels)
     for step, timestep in zip(ours, scheduler.timesteps, strict=True):
-        out = said(x, timestep.expand(3))
+        out = smooth_network(x, timestep.expand(3))
         x = scheduler.step(out, timestep, x, variance_noise=noise(step.t), return_dict=False)[0]
         torch.testing.assert_close(step.x, x, rtol=1e-6, atol=1e-6)
 
 
 def test_heun_equals_diffusers():
-    """Two of its steps are one of ours; it holds x / alpha."""
+    """Two steps of diffusers are one of ours, and its state is x / alpha."""
     levels = spacing.karras(PAPER, 12)
     scheduler = HeunDiscreteScheduler(num_train_timesteps=1000, trained_betas=PAPER.beta[1:].tolist())
     scheduler.set_timesteps(12)
@@ -235,18 +236,20 @@ def test_heun_equals_diffusers():
     alpha, x = PAPER.alpha_bar.sqrt(), normal(3, (2, 4, 4))(1000)
     z = x / alpha[1000]
     states = [
-        z := scheduler.step(said(scheduler.scale_model_input(z, now), now.expand(3)), now, z, return_dict=False)[0]
+        z := scheduler.step(
+            smooth_network(scheduler.scale_model_input(z, now), now.expand(3)), now, z, return_dict=False
+        )[0]
         for now in scheduler.timesteps
     ]
-    ours = list(samplers.heun(Denoiser(said, PAPER, clip=False), x, levels))
+    ours = list(samplers.heun(Denoiser(smooth_network, PAPER, clip=False), x, levels))
     for step, z in zip(ours, [*states[1:-1:2], states[-1]], strict=True):
         torch.testing.assert_close(step.x, alpha[step.t] * z, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("clip", [True, False])
 def test_first_order_solvers_are_ddim(clip):
-    """Euler on the EDM form, DPM-Solver++ 1 and DDIM are one method; the SDE's first step is ancestral's."""
-    denoiser, noise = Denoiser(said, PAPER, clip=clip), normal(3, (2, 4, 4))
+    """Euler on the EDM form, DPM-Solver++ of order 1 and DDIM are equal. The SDE's first step is that of ancestral."""
+    denoiser, noise = Denoiser(smooth_network, PAPER, clip=clip), normal(3, (2, 4, 4))
     levels = spacing.quadratic(PAPER, 9)
     ddim = list(samplers.ddim(denoiser, noise(1000), levels))
     alpha = PAPER.alpha_bar.sqrt()
@@ -257,14 +260,14 @@ def test_first_order_solvers_are_ddim(clip):
         eps = denoiser(x, torch.full((3,), t)).eps
         x, t = alpha[a.t] * (x / alpha[t] + (sigma[a.t] - sigma[t]) * eps), a.t
         torch.testing.assert_close(a.x, x, rtol=1e-9, atol=1e-9)
-    small = Denoiser(said, PAPER, variance="fixed_small", clip=clip)
+    small = Denoiser(smooth_network, PAPER, variance="fixed_small", clip=clip)
     one = next(samplers.ancestral(small, noise(1000), noise, levels))
     other = next(samplers.sde_dpm_solver_pp(denoiser, noise(1000), noise, levels))
     torch.testing.assert_close(one.x, other.x, rtol=1e-9, atol=1e-9)
 
 
 def test_probability_flow_is_the_map_of_the_likelihood():
-    """`ode` says of what it made of x_T exactly the density that the change of variables gives."""
+    """For x_1 from this sampler, `ode` gives the density that follows by the change of variables."""
     s, data = even(100), isotropic()
     denoiser = Denoiser(network(data, s, "v"), s, "v", clip=False)
     x = torch.cat([torch.zeros(1, 2, 1, 1), torch.eye(2).view(2, 2, 1, 1), normal(3, (2, 1, 1))(0)]).double()
@@ -272,14 +275,14 @@ def test_probability_flow_is_the_map_of_the_likelihood():
     root = s.alpha_bar[1].sqrt()
     stretched = torch.logdet((x1[1:3] - x1[0]).flatten(1) / root)  # of the linear map from x_T to x
     want = (x.square() / 2 + math.log(2 * math.pi) / 2).flatten(1).sum(1) + stretched
-    found = ode.probability_flow(denoiser, x1 / root, torch.ones_like(x1))
-    torch.testing.assert_close(found, want, rtol=0, atol=1e-4)
+    nats = ode.probability_flow(denoiser, x1 / root, torch.ones_like(x1))
+    torch.testing.assert_close(nats, want, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_reaches_the_data_with_every_prediction(name, predict):
-    """From the exact law at level T every image of 60 steps is within 2% of where the exact ODE ends."""
+    """From draws of q(x_T), 60 steps end within 2% of the exact ODE (5% for order 1)."""
     s, data = schedule.cosine(400), correlated()
     x = normal(16, (1, 2, 2))(0)
     levels = spacing.log_snr(s, 60)
@@ -292,8 +295,8 @@ def test_every_solver_reaches_the_data_with_every_prediction(name, predict):
 
 
 def test_sigma_hat_adds_the_larger_noise():
-    """The direction of eta 1, and noise of variance 1 - abar_t / abar_s (Song et al. 2021, Section 5, sigma^)."""
-    noise, denoiser = normal(3, (2, 4, 4)), Denoiser(said, PAPER)
+    """The mean is that of eta 1, and the noise has variance 1 - abar_t / abar_s (Song et al. 2021, Section 5)."""
+    noise, denoiser = normal(3, (2, 4, 4)), Denoiser(smooth_network, PAPER)
     one = next(samplers.ddim(denoiser, noise(1000), 10, 1.0, noise))
     hat = next(samplers.ddim(denoiser, noise(1000), 10, 1.0, noise, sigma_hat=True))
     still = next(samplers.ddim(denoiser, noise(1000), 10, 1.0, lambda t: torch.zeros(3, 2, 4, 4)))
@@ -301,7 +304,7 @@ def test_sigma_hat_adds_the_larger_noise():
     torch.testing.assert_close(hat.x - still.x, beta.sqrt() * noise(900))
     assert (one.x - still.x).std() < (hat.x - still.x).std()
     again = next(samplers.ddim(denoiser, noise(1000), 10, 0.0, noise, sigma_hat=True))
-    assert torch.equal(again.x, hat.x)  # it is of eta 1
+    assert torch.equal(again.x, hat.x)  # sigma_hat sets eta to 1
 
 
 @given(st.sampled_from(sorted(spacing.SPACINGS)), st.integers(1, 1000), st.data())
@@ -310,11 +313,11 @@ def test_spacings_rise_and_end_at_the_start(name, steps, data):
     for s in (PAPER, schedule.cosine()):
         levels = spacing.SPACINGS[name](s, steps, start)
         assert (len(levels), levels[-1]) == (steps, start)
-        assert s.levels(levels, start) == levels  # which checks that they rise within 1..start
+        assert s.levels(levels, start) == levels  # it checks that the levels rise within 1..start
 
 
-def test_spacings_are_those_of_diffusers():
-    """Karras and log-SNR levels where there is room: within one level of what diffusers rounds to."""
+def test_spacings_agree_with_diffusers():
+    """Karras and log-SNR levels are within one level of those of diffusers, which rounds them."""
     for name, flag in (("karras", "use_karras_sigmas"), ("log_snr", "use_lu_lambdas")):
         scheduler = DPMSolverMultistepScheduler(trained_betas=PAPER.beta[1:].tolist(), **{flag: True})
         scheduler.set_timesteps(12)
@@ -324,16 +327,16 @@ def test_spacings_are_those_of_diffusers():
 
 @given(st.integers(1, 7), st.integers(0, 10**6))
 def test_optimised_spacing_is_the_cheapest(steps, seed):
-    """Against all subsets of seven levels."""
+    """No other subset of seven levels is cheaper."""
     cost = torch.rand(8, 8, generator=torch.Generator().manual_seed(seed))
     price = lambda levels: sum(cost[s, t].item() for s, t in pairwise([0, *levels]))  # noqa: E731
-    found = spacing.optimised(cost, steps)
-    assert (len(found), found[-1]) == (steps, 7)
-    assert price(found) == pytest.approx(min(price([*rest, 7]) for rest in combinations(range(1, 7), steps - 1)))
+    levels = spacing.optimised(cost, steps)
+    assert (len(levels), levels[-1]) == (steps, 7)
+    assert price(levels) == pytest.approx(min(price([*rest, 7]) for rest in combinations(range(1, 7), steps - 1)))
 
 
 def test_bound_cost_is_the_bound():
-    """For data of one variance the best one is exact: the costs of the whole chain are E sum_t L_t a dimension."""
+    """For data of one variance the best variance is exact, so the costs of the chain add up to the mean bound."""
     s, data = schedule.linear(50, 2e-3, 0.4), isotropic()
     mse = torch.stack([data.x0_covariance(a)[0, 0] for a in s.alpha_bar[1:]])
     cost = spacing.bound_cost(s, mse)
@@ -347,15 +350,15 @@ def test_bound_cost_is_the_bound():
 
 
 def test_path_cost_is_the_error_of_one_step():
-    """By hand for three steps of a short path; nothing for a step of one level."""
+    """It equals three errors that are computed by hand. A step of one level has no error."""
     s = schedule.linear(12, 2e-2, 0.5)
-    denoiser, x = Denoiser(said, s), normal(4, (2, 4, 4))(12).float()
+    denoiser, x = Denoiser(smooth_network, s), normal(4, (2, 4, 4))(12).float()
     cost = spacing.path_cost(s, x, samplers.ddim(denoiser, x, 12))
     path = {12: x, **{step.t: step.x for step in samplers.ddim(denoiser, x, 12)}}
     for t, to in ((12, 7), (8, 1), (5, 0)):
         estimate = denoiser(path[t], torch.full((4,), t))
-        there = s.alpha_bar[to].sqrt() * estimate.x0 + (1 - s.alpha_bar[to]).sqrt() * estimate.eps
-        assert cost[to, t].item() == pytest.approx((there - path[to]).square().mean().sqrt().item(), rel=1e-4)
+        x_to = s.alpha_bar[to].sqrt() * estimate.x0 + (1 - s.alpha_bar[to]).sqrt() * estimate.eps
+        assert cost[to, t].item() == pytest.approx((x_to - path[to]).square().mean().sqrt().item(), rel=1e-4)
         assert cost[t - 1, t] < 1e-6
 
 
@@ -379,11 +382,11 @@ def test_path_cost_is_the_error_of_one_step():
 )
 def test_mistakes_are_named(call, words):
     with pytest.raises(InputError, match=words):
-        last(call(Denoiser(said, PAPER), torch.zeros(1, 1, 4, 4)))
+        last(call(Denoiser(smooth_network, PAPER), torch.zeros(1, 1, 4, 4)))
 
 
 def test_schedules_that_end_in_noise():
-    """Where alpha_bar ends at 0 the solvers in lambda say so, and start below it; ddim goes on."""
+    """If alpha_bar ends at 0, solvers in lambda refuse level T and work from T - 1. ddim works."""
     s = schedule.jsd(100)
     denoiser, x = Denoiser(network(correlated(), s, "v"), s, "v"), normal(2, (1, 2, 2))(0)
     for solve in (samplers.dpm_solver_pp, samplers.unipc, samplers.heun, samplers.probability_flow):

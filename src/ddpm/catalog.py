@@ -2,7 +2,8 @@
 
 Each table stands beside the code that it names: `SAMPLERS` in samplers.py, `SCHEDULES` in schedule.py, and so on. So a
 new row touches one file. Importing those files would load torch, which takes seconds, and `ddpm --help` must not wait.
-So this module reads the rows from the source text. Help, checks and documentation ask here, and no list is typed twice.
+So this module reads the rows from the source text. Help, checks of arguments and documentation use this module, so no
+list is typed twice.
 """
 
 import ast
@@ -12,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-# The choices of settings. Those of Preset and of the functions that take them are the same types.
+# The choices of settings, as types that `Preset` and the functions share.
 Prediction = Literal["eps", "x0", "mu", "v"]
 Variance = Literal["fixed_large", "fixed_small", "learned", "learned_range"]
 TimestepSampling = Literal["uniform", "stratified", "lognormal", "bound"]
@@ -26,7 +27,7 @@ class Entry:
     """One row of a table.
 
     meaning   one line, which starts in lower case
-    settings  the row's other values, those that are plain literals
+    settings  the row's other values, as far as they are plain literals
     """
 
     meaning: str

@@ -194,7 +194,7 @@ class Denoiser:
         return replace(self, clip=False)
 
     def respace(self, levels: Sequence[int]) -> "Denoiser":
-        """The same denoiser on fewer levels, which rise within 1..T.
+        """The same denoiser on fewer levels; `levels` rise within 1..T.
 
         A table of variances becomes the table for the same errors of x0^ (`gaussian.implied_mse`). learned_range
         interpolates between beta~_t and beta_t of the new levels. Raises InputError for mu and for variance learned,
@@ -226,8 +226,8 @@ class Denoiser:
         interval  the first and the last level t with guidance (None: all levels); at other levels there is one network
                   call (Kynkäänniemi et al. 2024)
 
-        A learned variance is the one with label. Raises InputError if scale is not finite or interval is not within
-        1..T.
+        A learned variance is taken from the call with label. Raises InputError if scale is not finite or interval is
+        not within 1..T.
 
         >>> from ddpm import schedule
         >>> labelled = Denoiser(lambda x, timestep, y: torch.full_like(x, 0.1) * y.view(-1, 1, 1, 1), schedule.linear())
@@ -243,7 +243,7 @@ class Denoiser:
         return replace(self, network=Guided(self.network, scale, ends[0], ends[1], self.learned))
 
     def to(self, device: torch.device | str) -> "Denoiser":
-        """The same denoiser with network and tables on `device`; without float64 there (mps) the tables do not move.
+        """The same denoiser with network and tables on `device`; the tables stay if `device` has no float64 (mps).
 
         On CUDA devices, and on CPUs where `ddpm.kernels` can be used, the weights of convolutions get the channels-last
         memory format, which their inputs and outputs then have too. Shapes and files do not change.
@@ -252,7 +252,7 @@ class Denoiser:
             inner = replace(self, network=self.network.network).to(device)
             return replace(inner, network=replace(self.network, network=inner.network))
         if isinstance(self.network, nn.Module):
-            dtype = getattr(self.network, "computes", None)  # a UNet has it, another network may not
+            dtype = getattr(self.network, "computes", None)  # None for a network that is not a UNet
             has_kernels = torch.device(device).type == "cpu" and kernels.ready(dtype)
             channels_last = has_kernels or torch.device(device).type == "cuda"
             layout = torch.channels_last if channels_last else torch.contiguous_format

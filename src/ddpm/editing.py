@@ -243,18 +243,19 @@ def inpaint(
     path = repaint_path(len(levels) - 1, jump, resample)
     visits = Counter(path[:1])
     x = noise(T).to(x0)
-    for s, t in pairwise(path):  # s and t are indices into `levels`
-        key = levels[t] + 2 * visits[t] * (T + 1)
-        visits[t] += 1
-        if t > s:  # x_t ~ q(x_t | x_s): Eq. 2 for a schedule of these two levels only
+    for i, j in pairwise(path):  # a move from levels[i] to levels[j]
+        t = levels[j]
+        key = t + 2 * visits[j] * (T + 1)
+        visits[j] += 1
+        if j > i:  # x_t ~ q(x_t | x_s) for s = levels[i]: Eq. 2 for a schedule of these two levels only
             second = torch.full((len(x),), 2, device=x.device)
-            x = q_step(schedule.respace([levels[s], levels[t]]), x, second).sample(noise(key))
+            x = q_step(schedule.respace([levels[i], t]), x, second).sample(noise(key))
             continue
-        step = next(run(denoiser, x, lambda _, key=key: noise(key), levels[1 : s + 1], y, levels[s]))  # type: ignore[misc]
-        t_batch = torch.full((len(x),), levels[t], device=x.device)
+        step = next(run(denoiser, x, lambda _, key=key: noise(key), levels[1 : i + 1], y, levels[i]))  # type: ignore[misc]
+        t_batch = torch.full((len(x),), t, device=x.device)
         known = q_sample(schedule, x0, t_batch, noise(key + T + 1))  # at t = 0 this is x0
         x = torch.where(mask, step.x, known)
-        yield Step(levels[t], x, step.x0)
+        yield Step(t, x, step.x0)
 
 
 def _as_mask(mask: Tensor, x0: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def resize_matrix(n: int, out: int) -> Tensor:
 def resize(x: Tensor, size: tuple[int, int] = (SIDE, SIDE)) -> Tensor:
     """Resize images [B, C, H, W] of any real dtype to float64 [B, C, *size] in the same units; see `resize_matrix`.
 
-    The result is on the images' device; a device without float64 (mps) sends them to the CPU.
+    The result is on the images' device, or on the CPU if that device has no float64 (mps).
 
     >>> resize(torch.tensor([[[[0, 100]]]]), (1, 4)).tolist()
     [[[[0.0, 50.0, 100.0, 100.0]]]]
@@ -81,7 +81,7 @@ class _Layer(NamedTuple):
 
 
 _Branch = Sequence[_Layer | tuple[_Layer, _Layer] | Pool]
-"""Consecutive layers: a pool or not, then convolutions. A pair is two convolutions of the same input."""
+"""Consecutive layers: an optional pool, then convolutions. A pair is two convolutions of the same input."""
 
 
 class Mixed(nn.Module):

@@ -124,11 +124,11 @@ def kid(
 
     The standard error is that of the mean over new sets x and y. It is not the spread of the subsets divided by the
     square root of their number: subsets share rows, so that value is too small. It is computed by leaving out one row
-    at a time: sum_i (K - K_{-i})^2. The expectation of this sum is at least the variance (Efron and Stein 1981). It
-    equals the variance if x and y differ by much more than noise, and is at most twice the variance (1.4 standard
-    errors for one) if they do not.
+    at a time: its square is sum_i (K - K_{-i})^2. The expectation of this sum is at least the variance (Efron and Stein
+    1981). It equals the variance if x and y differ by much more than noise. If they do not, it is at most twice the
+    variance, so the standard error is at most 1.4 times too large.
 
-    device  the device that computes the matrix products; the CPU does if it has no float64 (mps)
+    device  where matrix products are computed; the CPU takes the place of a device without float64 (mps)
 
     Raises ValueError for fewer than 3 rows. Source: Binkowski et al. (2018).
 
@@ -236,7 +236,7 @@ def precision_recall(
 
     Both sets are held twice in float64, together with block (N + M) distances at a time.
 
-    device  the device that computes the matrix products; the CPU does if it has no float64 (mps)
+    device  where matrix products are computed; the CPU takes the place of a device without float64 (mps)
 
     Raises ValueError for fewer than k + 1 rows. Source: Kynkaanniemi et al. (2019), Eq. 1 and 2.
 
@@ -278,7 +278,7 @@ def nearest(
 
     Both sets are held twice in float64, together with block M distances at a time. The result is on the CPU.
 
-    device  the device that computes the matrix products; the CPU does if it has no float64 (mps)
+    device  where matrix products are computed; the CPU takes the place of a device without float64 (mps)
 
     Raises ValueError for fewer than k rows of data.
 

@@ -1,6 +1,7 @@
-"""Likelihood by the probability-flow ODE (Song et al. 2021). The ODE is another model than the reverse chain.
+"""Likelihood by the probability-flow ODE (Song et al. 2021).
 
-Both use the same network, but they give images different probabilities.
+The ODE and the reverse chain use the same network, but they are different models: they give an image different
+probabilities.
 """
 
 import math
@@ -52,13 +53,12 @@ def probability_flow(
            have the same nearest level
     y      int64 [B] class labels, or None
 
-    Heun's method between the levels has an error of O(1/steps^2), which mostly makes the nats too few. Nothing is
+    Heun's method between the levels has an error of O(1/steps^2), which mostly makes the result too small. Nothing is
     clipped, and everything but the network is computed in float64. There are 2 (steps - 1) network calls, each with a
     vector-Jacobian product.
 
-    This is the density of another model than the reverse chain that `likelihood.vlb` bounds; it says nothing about the
-    chain. Raises InputError for steps out of range, for a schedule with abar_T = 0, whose log-SNR is not finite, and
-    for x on a device without float64 (mps).
+    This is not the density of the reverse chain, which `likelihood.vlb` bounds. Raises InputError for steps out of
+    range, for a schedule with abar_T = 0, whose log-SNR is not finite, and for x on a device without float64 (mps).
 
     >>> from ddpm import schedule
     >>> normal = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="v")  # v = 0: N(0, I)
@@ -83,8 +83,8 @@ def probability_flow(
             x = x.detach().requires_grad_()
             estimate = denoiser(x, t, y)
             v = cos[level] * estimate.eps - sin[level] * estimate.x0
-            (row,) = torch.autograd.grad(v, x, probe)  # probe^T dv/dx
-        return v.detach(), cos[level] * sin[level] * sum_per_image(row * probe)
+            (vjp,) = torch.autograd.grad(v, x, probe)  # probe^T dv/dx
+        return v.detach(), cos[level] * sin[level] * sum_per_image(vjp * probe)
 
     y = None if y is None else y.clone()  # a clone of a tensor of inference mode is an ordinary tensor
     x, probe = cos[1] * float64.require(x), probe.to(x.device, torch.float64, copy=True)
@@ -130,9 +130,12 @@ def decoder_bound(
 ) -> Tensor:
     """A bound as in `bound`, but with the flow down to x_1 and then the decoder of Eq. 13; nats per image float64 [B].
 
-    It loses nothing at sharp pixels. -log P(x_0) <= E_q[log q(x_1|x_0) - log p(x_1) - log p_theta(x_0|x_1)], and the
-    result is the right side for one eps, standard normal noise of x0's shape; the first term is replaced by its mean.
-    The other arguments are those of `bound`.
+    Unlike `bound`, it loses nothing where the model is sure of a pixel. The bound is
+
+        -log P(x_0) <= E_q[log q(x_1|x_0) - log p(x_1) - log p_theta(x_0|x_1)]
+
+    The result is the right side for one eps, standard normal noise of x0's shape; the first term is replaced by its
+    mean. The other arguments are those of `bound`.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(), predict="x0")  # x_0 is 0

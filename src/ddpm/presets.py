@@ -38,8 +38,8 @@ def _setting(
     choices: Iterable[str] = (),
 ) -> Any:
     """A field of Preset: its group, its line of help, its range, and whether a resumed run may change it."""
-    about = {"group": group, "help": help, "least": least, "most": most, "resume": resume, "choices": tuple(choices)}
-    return field(default=default, metadata=about)
+    metadata = {"group": group, "help": help, "least": least, "most": most, "resume": resume, "choices": tuple(choices)}
+    return field(default=default, metadata=metadata)
 
 
 _data, _network, _diffusion, _optimisation, _run = (partial(_setting, group) for group in GROUPS)
@@ -158,18 +158,16 @@ class Preset:
 
     @property
     def attention_levels(self) -> tuple[int, ...]:
-        """The network's levels with attention.
-
-        For each of `attention_resolutions` it is the first level whose shorter side is at most that.
+        """The network's levels with attention: for each resolution, the first level whose shorter side is at most that.
 
         >>> PRESETS["cifar10"].attention_levels, PRESETS["celebahq256"].attention_levels
         ((1,), (4,))
         """
         sides = [min(self.size) // self.patch >> level for level in range(len(self.channel_multipliers))]
-        found = {
+        first_levels = {
             next((level for level, side in enumerate(sides) if side <= a), -1) for a in self.attention_resolutions if a
         }
-        return tuple(sorted(found - {-1}))
+        return tuple(sorted(first_levels - {-1}))
 
 
 def check(name: str, value: Any, kind: Any, least: float | None = None, most: float | None = None) -> Any:
@@ -245,7 +243,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def build(preset: Preset) -> Denoiser:
-    """The denoiser of a preset, its network with fresh weights from torch's global generator.
+    """The denoiser of a preset; torch's global generator draws the initial weights of its network.
 
     >>> import torch
     >>> with torch.device("meta"):
@@ -253,7 +251,7 @@ def build(preset: Preset) -> Denoiser:
     >>> sum(p.numel() for p in network.parameters())
     113673219
     """
-    import torch  # here, because it takes seconds
+    import torch  # not at the top, because the import takes seconds
 
     from ddpm.denoiser import Denoiser
     from ddpm.schedule import SCHEDULES

@@ -138,7 +138,7 @@ def dpm_solver_pp(
 
     x_s = sigma_s/sigma_t x + alpha_s integral over lambda = 1/2 log-SNR of e^(lambda - lambda_s) x0^ (see `_integral`),
     where x0^ is the polynomial through the last `order` estimates. The first steps use fewer estimates because no more
-    exist. The last steps, which end at an infinite lambda, use fewer too. Order 3 is exact for a parabola. The official
+    exist. The last steps use fewer because lambda is infinite at the end. Order 3 is exact for a parabola. The official
     code and diffusers use half of the parabola's second derivative, and so converge with order 2 (the tests show it).
     Raises InputError for another order.
 
@@ -157,7 +157,7 @@ def unipc(
 ) -> Iterator[Step]:
     """UniPC of order 1, 2 or 3 with B(h) = e^h - 1 (Zhao et al. 2023, Algorithms 5, 6), with one network call per step.
 
-    It is DPM-Solver++ with a correction: each estimate is also used to repeat the step that led to it, with that
+    It is DPM-Solver++ with a correction: each estimate is also used to repeat the step that led to it, with this
     estimate as one more point. This raises the order by one. Raises InputError for another order.
 
     >>> from ddpm import schedule
@@ -178,7 +178,7 @@ def _multistep(
     alpha, sigma, lam = _rates(denoiser, start)
     points: list[tuple[float, Tensor]] = []  # (lambda, x0^), the newest first
     down = _down(denoiser, steps, start)
-    origin, x_origin = 0, x  # the level that the last step started from, and x there
+    origin, x_origin = 0, x  # the level from which the last step started, and its x
 
     def step(s: int, points: Sequence[tuple[float, Tensor]]) -> Tensor:
         return sigma[s] / sigma[origin] * x_origin + alpha[s] * _integral(points, lam[origin], lam[s])
@@ -314,19 +314,19 @@ def _rates(denoiser: Denoiser, start: int | None) -> tuple[list[float], list[flo
 
 
 Run: TypeAlias = Callable[[Denoiser, Tensor, Noise, Levels, Tensor | None, int | None], Iterator[Step]]
-"""(denoiser, x, noise, steps, y, start) -> the steps. Every sampler in SAMPLERS has this form."""
+"""(denoiser, x, noise, steps, y, start) -> the steps. The `run` of every row of SAMPLERS has this form."""
 
 
 class Sampler(NamedTuple):
-    """A sampler by name, as programs take it.
+    """A sampler of the table SAMPLERS, with its defaults.
 
-    run      the function, called as all samplers can be called
-    steps    the number of levels by default; None: all T
-    spacing  how its levels are spaced by default, a name in SPACINGS. Solvers in log-SNR want even steps in log-SNR.
-             heun on uniform levels would take most of sigma/alpha in its first step, and would multiply the network's
+    run      the sampler, with the arguments that all rows share
+    steps    the default number of levels; None: all T
+    spacing  the default spacing of its levels, a name in SPACINGS. Solvers in log-SNR want even steps in log-SNR. On
+             uniform levels, heun would take most of sigma/alpha in its first step, and would multiply the network's
              error there a thousandfold
-    noisy    whether it draws noise on the way
-    twice    whether a step is two network calls; the last step is always one
+    noisy    whether the sampler draws noise during sampling
+    twice    whether a step makes two network calls; the last step always makes one
     meaning  one line for help
     """
 
@@ -338,16 +338,19 @@ class Sampler(NamedTuple):
     meaning: str = ""
 
     def levels(self, denoiser: Denoiser, steps: Levels | None, start: int | None = None) -> list[int]:
-        """The levels it visits from `start` (None: T) on: those given, or so many (None: its own number), spaced."""
+        """The levels that the sampler visits, rising to `start` (None: T).
+
+        steps  the levels themselves, or their number, which are spaced by `spacing` (None: the default number)
+        """
         schedule = denoiser.schedule
         if steps is None:
-            most = schedule.T if start is None else start
-            steps = min(self.steps or most, most)
+            top = schedule.T if start is None else start
+            steps = min(self.steps or top, top)
         spaced = SPACINGS[self.spacing] if is_scalar(steps) else Schedule.levels
         return spaced(schedule, steps, start)  # type: ignore[arg-type]
 
     def calls(self, denoiser: Denoiser, steps: Levels | None, start: int | None = None) -> int:
-        """How many network calls it makes from `start` on."""
+        """The number of network calls per image."""
         visited = len(self.levels(denoiser, steps, start))
         return 2 * visited - 1 if self.twice else visited
 
@@ -385,7 +388,7 @@ SAMPLERS = {
 
 
 def named(name: str, eta: float = 0.0, sigma_hat: bool = False) -> Sampler:
-    """The sampler of that name in SAMPLERS, with the settings of DDIM (`ddim`).
+    """The row of SAMPLERS with this name; eta and sigma_hat are settings of `ddim`.
 
     Raises InputError for an unknown name, and for eta or sigma_hat with another sampler than ddim.
 

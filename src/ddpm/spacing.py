@@ -39,7 +39,7 @@ def quadratic(schedule: Schedule, steps: int, start: int | None = None) -> list[
 def log_snr(schedule: Schedule, steps: int, start: int | None = None) -> list[int]:
     """Levels evenly in log-SNR from level 1 to start (Lu et al. 2022, DPM-Solver).
 
-    One step has the level `start` alone. Raises InputError if the schedule has no log-SNR at `start`, where abar is 0.
+    With one step, that level is `start`. Raises InputError if the schedule has no log-SNR at `start`, where abar is 0.
 
     >>> from ddpm import schedule
     >>> log_snr(schedule.linear(), 4)
@@ -79,14 +79,14 @@ def _nearest(schedule: Schedule, wanted: Tensor, start: int) -> list[int]:
         raise InputError(
             "spacing: the schedule ends at alpha_bar 0, which has no log-SNR; want ancestral or ddim on uniform levels"
         )
-    clock = schedule.half_log_snr[1:].cpu()
-    nearest = (clock - wanted[:, None]).abs().argmin(1) + 1
+    half_log_snr = schedule.half_log_snr[1:].cpu()
+    nearest = (half_log_snr - wanted[:, None]).abs().argmin(1) + 1
     nearest[-1] = start
     return _distinct(nearest, start)
 
 
 def _distinct(wanted: Tensor, start: int) -> list[int]:
-    """Round the levels and make them distinct: a level that is taken moves up, or down if there is no room above."""
+    """Round the levels and make them distinct: a level that is in use moves up, or down if none is free above."""
     i = torch.arange(len(wanted))  # levels rise by at least one if level - i does not fall
     offset = (wanted.round().long() - i).cummax(0).values.clamp(1, start - len(wanted) + 1)
     return (offset + i).tolist()
@@ -107,12 +107,12 @@ def optimised(cost: Tensor, steps: int) -> list[int]:
     """
     T = len(cost) - 1
     steps = whole_number("steps", steps, 1, T)
-    down = cost.double().masked_fill(torch.ones_like(cost, dtype=torch.bool).tril(), math.inf)  # s < t only
+    allowed = cost.double().masked_fill(torch.ones_like(cost, dtype=torch.bool).tril(), math.inf)  # s < t only
     best = torch.full((T + 1,), math.inf, dtype=torch.float64)
     best[0] = 0.0
     came_from = []
     for _ in range(steps):
-        best, s = (best[:, None] + down).min(0)  # the cheapest path from each t to 0 with one more step
+        best, s = (best[:, None] + allowed).min(0)  # the cheapest path from each t to 0 with one more step
         came_from.append(s)
     levels = [T]
     for s in reversed(came_from[1:]):
@@ -148,8 +148,8 @@ def path_cost(schedule: Schedule, x: Tensor, path: Iterable[tuple[int, Tensor, T
     path  the Steps (t, x, x0) of `ddim` from x through all levels
 
     The distance is the root mean square over images and dimensions of the error of x_s, in signal units. A sum of these
-    distances treats every error as if it reached the image undiminished, so it is an upper estimate of what `optimised`
-    should make small. The memory holds x and x0 of T levels in float64.
+    distances counts every error as if it reached the image undiminished, so it is an upper estimate of the error of the
+    image, which `optimised` should make small. The memory holds x and x0 of T levels in float64.
 
     >>> from ddpm import Denoiser, samplers, schedule
     >>> s, x = schedule.linear(20, 1e-3, 0.6), torch.randn(2, 1, 4, 4)

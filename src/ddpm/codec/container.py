@@ -1,4 +1,4 @@
-"""The two kinds of file: their headers, identities and checksums. What is coded between them is elsewhere.
+"""The two kinds of file: their headers, identities and checksums. picture.py and archive.py write the payloads.
 
 A file of one picture:
 
@@ -54,8 +54,8 @@ class Header:
     whole     whether the picture is one tile of its own size
     identity  4 bytes that name the model
     groups    how many groups the payload holds
-    length    of the payload, bytes
-    where     in the local profile, 2 bytes that name machine, device and release; else empty
+    length    length of the payload, bytes
+    where     in the local profile 2 bytes that name machine, device and release, otherwise empty
     """
 
     width: int
@@ -117,7 +117,7 @@ def is_archive(data: bytes) -> bool:
 
 
 def read_header(data: bytes) -> tuple[Header, int]:
-    """The header of a picture's file, and its length in bytes. Raises Damaged if there is none of this version.
+    """The header of a picture's file, and its length in bytes. Raises Damaged if data has no header of this version.
 
     >>> header = Header(32, 32, 3, 12, True, False, False, b"abcd", 0, 40, 1500)
     >>> read_header(header.to_bytes())[0] == header
@@ -136,7 +136,7 @@ def read_header(data: bytes) -> tuple[Header, int]:
 
 
 def read_contents(data: bytes) -> tuple[Contents, int]:
-    """The header of an archive, and its length in bytes. Raises Damaged if there is none of this version."""
+    """The header of an archive, and its length in bytes. Raises Damaged if data has no header of this version."""
     flags, bits, identity, numbers, where, end = _read_start(data, ARCHIVE, ARCHIVE_VERSION)
     if flags & 13:
         raise Damaged("header: has flags that this release does not know")
@@ -199,7 +199,7 @@ def crc8(data: bytes) -> bytes:
 
 
 def sealed(data: bytes) -> bytes:
-    """The data with their CRC-32 behind them."""
+    """The data followed by their CRC-32."""
     return data + zlib.crc32(data).to_bytes(4, "big")
 
 

@@ -24,14 +24,14 @@ queue: Any = constriction.stream.queue
 
 BITS = 24
 """Frequencies sum to 2^24, which is the resolution of a probability."""
-_WORD = 4  # constriction writes so many bytes at a time
-_PHI = "ccce9177"
+_WORD = 4  # bytes of a word, which constriction writes at a time
+_PHI = "ccce9177"  # the first digits of the SHA-256 of the table of Phi
 _STEPS = 256  # entries of the table of Phi per standard deviation
 _REACH = 8  # standard deviations, beyond which Phi is taken as 0 or 1
 
 
 class Damaged(InputError):
-    """The bytes are not bytes that an encoder wrote."""
+    """The bytes were not written by an encoder, or were changed since."""
 
 
 def frequencies(weights: ArrayLike) -> NDArray[np.int64]:
@@ -49,8 +49,8 @@ def frequencies(weights: ArrayLike) -> NDArray[np.int64]:
     if total.size and (total == total.flat[0]).all():
         total = total.flat[0]  # one divisor is several times as fast as many
     scaled = edges * ((1 << BITS) - n) // total
-    found: NDArray[np.int64] = np.diff(scaled) + 1
-    return found
+    result: NDArray[np.int64] = np.diff(scaled) + 1
+    return result
 
 
 def categorical(frequency: NDArray[np.int64]) -> Any:
@@ -98,11 +98,11 @@ class Encoder:
         self.bits += float((BITS - np.log2(chosen)).sum())
 
     def finish(self) -> bytes:
-        """The shortest bytes that decode to the symbols if zeros follow them. They may be 7 bytes below the cost."""
+        """The shortest bytes that decode to the symbols if zeros follow; at most 7 bytes shorter than the cost."""
         words, (lower, extent) = self._coder.pos()  # integers
         size = _WORD * (int(words) + 2)  # the words that are written, and the two words of the state
-        some = self._coder.get_compressed().astype(">u4").tobytes()  # one number that decodes to the symbols
-        number = int.from_bytes(some.ljust(size, b"\0")[:size], "big")
+        message = self._coder.get_compressed().astype(">u4").tobytes()  # one number that decodes to the symbols
+        number = int.from_bytes(message.ljust(size, b"\0")[:size], "big")
         written = number >> 64
         low = (written << 64) + int(lower)
         if low > number:  # the coder has yet to carry
@@ -118,8 +118,8 @@ class Encoder:
 class Decoder:
     """Bytes in, symbols out. After the last byte it reads `fill`, 0 or 255, without end.
 
-    Raises Damaged for bytes that no encoder writes, and for symbols that cost 64 bits more than there are. So a short
-    file cannot ask for much work.
+    Raises Damaged for bytes that no encoder writes, and if the symbols cost 64 bits more than the bytes have. So a
+    short file cannot cause much work.
     """
 
     def __init__(self, data: bytes, fill: int = 0) -> None:
@@ -151,7 +151,7 @@ class Decoder:
     def _decoded(self, *distribution: Any) -> Any:
         try:
             return self._coder.decode(*distribution)
-        except AssertionError as error:  # constriction's, for a number that lies beyond every symbol
+        except AssertionError as error:  # constriction raises it for a number beyond every symbol
             raise Damaged("payload: no encoder writes such bytes; want the file as it was written") from error
 
 
@@ -183,11 +183,11 @@ class PrefixDecoder:
 
     def get_each(self, frequency: NDArray[np.int64]) -> NDArray[np.int32]:
         """The symbols [m], or only those before the first one that is not determined."""
-        found: list[int] = []
+        symbols: list[int] = []
         with suppress(EndOfPrefix):  # one by one, so that an undetermined symbol does not lose those before it
             for row in frequency:
-                found.append(self.get(row))
-        return np.array(found, np.int32)
+                symbols.append(self.get(row))
+        return np.array(symbols, np.int32)
 
     def _same(self, get: Callable[[Decoder], int]) -> int:
         low, high = self._both(get)
@@ -198,7 +198,7 @@ class PrefixDecoder:
     def _both(self, get: Callable[[Decoder], T]) -> tuple[T, T]:
         try:
             low, high = map(get, self._decoders)
-        except Damaged as error:  # after the last byte there may be anything
+        except Damaged as error:  # the bytes after the last one are made up, so they may be invalid
             raise EndOfPrefix from error
         return low, high
 
@@ -215,10 +215,10 @@ def _phi() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     half = [round(math.erfc(i / _STEPS / math.sqrt(2)) * (1 << 31)) for i in range(_STEPS * _REACH, -1, -1)]
     table = np.array([*half, *((1 << 32) - v for v in reversed(half[:-1]))], "<i8")
     table[0], table[-1] = 0, 1 << 32
-    found = hashlib.sha256(table.tobytes()).hexdigest()[: len(_PHI)]
-    if found != _PHI:
+    digest = hashlib.sha256(table.tobytes()).hexdigest()[: len(_PHI)]
+    if digest != _PHI:
         raise RuntimeError(
-            f"normal distribution function of {found} instead of {_PHI}: this platform rounds differently"
+            f"normal distribution function of {digest} instead of {_PHI}: this platform rounds differently"
         )
     return table, np.diff(table)
 
@@ -234,5 +234,5 @@ def cdf(z: NDArray[np.float64]) -> NDArray[np.int64]:
     place = np.minimum(np.maximum(z, -_REACH), _REACH) * _STEPS + _STEPS * _REACH
     i = np.minimum(place, 2 * _STEPS * _REACH - 1).astype(np.int64)
     table, rises = _phi()
-    found: NDArray[np.int64] = table[i] + (rises[i] * (place - i)).astype(np.int64)
-    return found
+    result: NDArray[np.int64] = table[i] + (rises[i] * (place - i)).astype(np.int64)
+    return result

@@ -42,8 +42,8 @@ def fit(
 
     def step(number: int, group: Group, x0: Array) -> bool:
         before = list(state.scales)
-        sent = progressive.encode_group(state, group, x0, true, real, tables, 0, pickers)
-        for scale, indices, last in zip(sent.scales, sent.indices, before, strict=True):
+        symbols = progressive.encode_group(state, group, x0, true, real, tables, 0, pickers)
+        for scale, indices, last in zip(symbols.scales, symbols.indices, before, strict=True):
             scales[tables.scale_symbol(scale, last)] += 1
             if not group.banded(dims):
                 load = group.chunks(scale, dims, bits).load
@@ -51,7 +51,7 @@ def fit(
         tick(number + 1)
         return True
 
-    [x0] = progressive.answer(Predictor(denoiser, careful=False), [progressive.walk(tables, state, step)])
+    [x0] = progressive.run_together(Predictor(denoiser, careful=False), [progressive.walk(tables, state, step)])
     tables, last = _pixels(tables, true - x0)
     for scale, before in zip(last, state.scales, strict=True):
         scales[tables.scale_symbol(scale, before)] += 1
@@ -75,17 +75,18 @@ def gains(denoiser: Denoiser, images: Tensor) -> Array:
     """
     T = denoiser.schedule.T
     levels = [t for t in (1 << i for i in range(20)) if t <= max(1, T // 4)]
-    found = []
+    saved = []
     for t in levels:
         errors = _errors(denoiser, images, t)
         sigma = np.sqrt((errors**2).mean((1, 2, 3), keepdims=True)) + 1e-9
-        left = residual.remaining(residual.fit(errors / sigma), errors)
-        rest = np.sqrt((left**2).mean((1, 2, 3), keepdims=True)) + 1e-9
-        spread = np.array(plan.mixture(left.ravel(), np.broadcast_to(rest, left.shape).ravel()))
-        coded = -np.log2(spread / spread.sum() @ plan.masses(left.ravel(), np.broadcast_to(rest, left.shape).ravel()))
+        remaining = residual.remaining(residual.fit(errors / sigma), errors)
+        sigma_remaining = np.sqrt((remaining**2).mean((1, 2, 3), keepdims=True)) + 1e-9
+        values, sigmas = remaining.ravel(), np.broadcast_to(sigma_remaining, remaining.shape).ravel()
+        spread = np.array(plan.mixture(values, sigmas))
+        coded = -np.log2(spread / spread.sum() @ plan.masses(values, sigmas))
         gaussian = 0.5 * np.log2(2 * math.pi * math.e * (sigma**2 / pixels.BIN**2 + 1 / 12))
-        found.append(float(gaussian.mean() - coded.mean()))
-    return np.interp(np.log(np.arange(1, T + 1)), np.log(levels), found)
+        saved.append(float(gaussian.mean() - coded.mean()))
+    return np.interp(np.log(np.arange(1, T + 1)), np.log(levels), saved)
 
 
 def _errors(denoiser: Denoiser, images: Tensor, t: int) -> Array:
@@ -101,8 +102,8 @@ def _pixels(tables: Tables, errors: Array) -> tuple[Tables, list[int]]:
     """The tables with prediction and mixture fitted to the last level's errors, and the scale of each image."""
     sigma = np.sqrt((errors**2).mean((1, 2, 3), keepdims=True)) + 1e-9
     weights = residual.fit(errors / sigma)
-    left = residual.remaining(weights, errors)
-    tables = replace(tables, weights=weights, mse=(*tables.mse[:-1], float((left**2).mean()) + 1e-12))
-    scales = [progressive.scale_of(float(np.mean(part**2)), tables.last) for part in left]
-    sigmas = np.sqrt([tables.last.error(scale) for scale in scales]).repeat(left[0].size)
-    return replace(tables, spread=plan.mixture(left.ravel(), sigmas)), scales
+    remaining = residual.remaining(weights, errors)
+    tables = replace(tables, weights=weights, mse=(*tables.mse[:-1], float((remaining**2).mean()) + 1e-12))
+    scales = [progressive.scale_of(float(np.mean(part**2)), tables.last) for part in remaining]
+    sigmas = np.sqrt([tables.last.error(scale) for scale in scales]).repeat(remaining[0].size)
+    return replace(tables, spread=plan.mixture(remaining.ravel(), sigmas)), scales

@@ -16,7 +16,7 @@ class Model:
     denoiser  for the local profile, in the network's own precision
     exact     the same denoiser with its network in float64, for the portable profile
     shape     [C, H, W] of the training images; larger pictures are cut into tiles of this shape
-    tables    by K
+    tables    the tables of pictures for each K
     identity  4 bytes of a hash of tensors and tables, which every file carries
     chain     the tables of archives
     factor    the network takes heights and widths that are multiples of it

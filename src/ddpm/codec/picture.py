@@ -82,8 +82,8 @@ def join(tiles: Image, header: Header, model: Model) -> Image:
     return np.ascontiguousarray(image[..., : header.channels])
 
 
-def _real(header: Header, model: Model) -> Tiles:
-    """The tiles of a picture whose pixels are not known yet."""
+def _empty_tiles(header: Header, model: Model) -> Tiles:
+    """The tiles of a picture whose pixels are not known yet; only the masks are used."""
     return cut(np.zeros((header.height, header.width, header.channels), np.uint8), header, model)
 
 
@@ -110,7 +110,7 @@ def compress(
     bits          K, for which the model has tables; None for the largest. A larger K saves bytes and takes longer
     local         use the network's own precision: faster, but the file decodes only where it was written
     whole         code the picture as one tile of its own size
-    seed          of the shared noise; the next seeds are tried if x0^ lies too near a rounding boundary
+    seed          seed of the shared noise; the next seeds are tried if x0^ lies too near a rounding boundary
 
     A lossy file is lossless if that needs no more bytes. Raises InputError for another kind of picture and for settings
     out of range.
@@ -119,7 +119,7 @@ def compress(
     predict = model.predictor(local, check=True)
     for attempt in range(seed, seed + _TRIES):
         with suppress(Undecided):
-            [data] = progressive.answer(
+            [data] = progressive.run_together(
                 predict, [_walk(model, image, replace(header, seed=attempt), bits_per_dim, psnr)]
             )
             return data
@@ -139,7 +139,7 @@ def compress_each(model: Model, images: Sequence[Image], **settings: Any) -> Ite
         _, _, _, down, across = grid(header, model)
         tiles += down * across
         if tiles >= _TOGETHER or i == len(images) - 1:
-            yield from progressive.answer(model.predictor(True), walks)
+            yield from progressive.run_together(model.predictor(True), walks)
             walks, tiles = [], 0
 
 
@@ -183,22 +183,22 @@ def _walk(
     tiles = cut(image, header, model)
     true = progressive.signal(tiles.pixels)
     state = progressive.start(true.shape, header.seed)
-    most = math.inf if bits_per_dim is None else bits_per_dim * image.size / 8
+    most_bytes = math.inf if bits_per_dim is None else bits_per_dim * image.size / 8
     picks_by_pixels = _picks_by_pixels(tiles, tables)
     pickers = progressive.pickers(tiles.pixels, tiles.coded, header.seed, picks_by_pixels)
     sent: list[Symbols] = []
-    price = Encoder()  # counts the bits so far
+    counter = Encoder()  # it only counts bits
 
     def step(number: int, group: Group, x0: Array) -> bool:
         before = list(state.scales)
         if psnr is not None and _psnr(_shown(x0, header, model), image) >= psnr:
             return False
         sent.append(progressive.encode_group(state, group, x0, true, tiles.real, tables, header.seed, pickers))
-        progressive.put_group(price, tables, group, sent[-1], before, tiles.real)
-        return price.bits / 8 <= most
+        progressive.put_group(counter, tables, group, sent[-1], before, tiles.real)
+        return counter.bits / 8 <= most_bytes
 
     x0 = yield from progressive.walk(tables, state, step)
-    fits = price.bits / 8 <= most  # then x0^ is the last group's
+    fits = counter.bits / 8 <= most_bytes  # if it fits, x0 is the estimate after the last group
     if fits and len(sent) == len(tables.groups) and (psnr is None or _psnr(_shown(x0, header, model), image) < psnr):
         data = _written(
             replace(header, lossless=True),
@@ -210,11 +210,11 @@ def _walk(
             image,
             pickers if picks_by_pixels else None,
         )
-        if len(data) <= most:
+        if len(data) <= most_bytes:
             return data
     while True:
         data = _written(header, tables, sent, tiles)
-        if len(data) <= most:
+        if len(data) <= most_bytes:
             return data
         if not sent:
             least = 8 * len(data) / image.size
@@ -287,7 +287,7 @@ def decompress(model: Model, data: bytes, at: int | None = None) -> Image:
 
 
 def pictures(model: Model, data: bytes, at: int | None = None) -> Iterator[Picture]:
-    """Better and better pictures: x0^ of noise, then one picture per group, and last the exact one."""
+    """Yield better and better pictures: x0^ of noise, then one picture per group, and last the exact one."""
     header, begin = read_header(data)
     check_identity(header.identity, model.identity)
     if header.bits not in model.tables:
@@ -312,35 +312,35 @@ def _pictures(
     model: Model, header: Header, tables: Tables, payload: bytes, trailer: bytes, complete: bool
 ) -> Iterator[Picture]:
     """The pictures of a payload, or of its first bytes. `trailer` is empty if the file is cut short."""
-    tiles = _real(header, model)
+    tiles = _empty_tiles(header, model)
     decoder = Decoder(payload) if complete else PrefixDecoder(payload)
     sent: list[Symbols] = []
     with suppress(EndOfPrefix):
         sent.extend(_groups(decoder, header, tables, tiles.real))
     state = progressive.start(tiles.pixels.shape, header.seed)
     sent_groups: list[progressive.BandedGroup] = []
-    keep = header.lossless and _picks_by_pixels(tiles, tables)
+    keeps_groups = header.lossless and _picks_by_pixels(tiles, tables)
     checks = dict(zip(_checked(header.groups), trailer, strict=False)) if header.lossless else {}
-    elsewhere = f"; it was written in the {'local' if header.local else 'portable'} profile"
+    profile = f"; it was written in the {'local' if header.local else 'portable'} profile"
 
     def step(number: int, group: Group, x0: Array) -> bool:
         if number == len(sent):
             return False
-        if keep and group.banded(x0[0].size):
+        if keeps_groups and group.banded(x0[0].size):
             sent_groups.append(progressive.BandedGroup(group, x0, sent[number]))
         progressive.advance(state, group, x0, sent[number], tiles.real, tables, header.seed)
         if checks.get(number, state.sums[-1] & 255) != state.sums[-1] & 255:
-            raise Damaged(f"group {number + 1}: this machine's network gives another x than the writer's" + elsewhere)
+            raise Damaged(f"group {number + 1}: this machine's network gives another x than the writer's" + profile)
         return True
 
     predict, walk = model.predictor(header.local), progressive.walk(tables, state, step)
-    asked = next(walk)
+    question = next(walk)
     for number in range(len(sent) + 1):
-        x0 = predict(*asked)
+        x0 = predict(*question)
         last = number == len(sent)
         yield Picture(number, 0, _shown(x0, header, model), False, last and complete and not header.lossless)
         with suppress(StopIteration):
-            asked = walk.send(x0)
+            question = walk.send(x0)
     if not header.lossless or len(sent) < header.groups:
         return
     if not complete and header.local and header.where != model.where and not trailer:
@@ -353,16 +353,18 @@ def _pictures(
         except Damaged:
             if complete:
                 raise
-            raise EndOfPrefix from None  # a file that is cut short shows what came before
+            raise EndOfPrefix from None  # a file that is cut short shows the picture before this band
 
-    some, count = progressive.get_pixels(decoder, tables, x0, state.scales, tiles.coded, recover if keep else None)
-    image = join(some, header, model)
+    decoded, count = progressive.get_pixels(
+        decoder, tables, x0, state.scales, tiles.coded, recover if keeps_groups else None
+    )
+    image = join(decoded, header, model)
     if not complete:
         if count:
             yield Picture(len(sent), count, image, False, False)
         return
     if zlib.crc32(image.tobytes()) != int.from_bytes(trailer[3:7], "big"):
-        raise Damaged("pixels: not those that were written; this machine's network differs too much" + elsewhere)
+        raise Damaged("pixels: not those that were written; this machine's network differs too much" + profile)
     yield Picture(len(sent), image.size, image, True, True)
 
 
@@ -387,20 +389,24 @@ class GroupCost(NamedTuple):
 def group_costs(model: Model, data: bytes) -> Iterator[GroupCost]:
     """The cost of each group of a whole file. rmse, in grey levels, is between x0^ before the group and the picture."""
     header, begin = read_header(data)
-    seen = list(pictures(model, data))
+    shown = list(pictures(model, data))
     tables = model.tables[header.bits]
-    if not seen[-1].whole:
+    if not shown[-1].whole:
         raise Damaged(f"{len(data)} bytes: cut short; want the whole file")
-    real = _real(header, model).real
-    price, before, taken = Encoder(), [0] * len(real), 0.0
+    real = _empty_tiles(header, model).real
+    counter, before, spent = Encoder(), [0] * len(real), 0.0
     sent = _groups(Decoder(data[begin : begin + header.length]), header, tables, real)
     for number, (group, symbols) in enumerate(zip(tables.groups, sent, strict=False)):
-        progressive.put_group(price, tables, group, symbols, before, real)
-        rmse = float(np.sqrt(np.mean((seen[number].image.astype(float) - seen[-1].image) ** 2)))
+        progressive.put_group(counter, tables, group, symbols, before, real)
+        rmse = float(np.sqrt(np.mean((shown[number].image.astype(float) - shown[-1].image) ** 2)))
         yield GroupCost(
-            group.t, group.s, sum(len(some) for tile in symbols.indices for some in tile), price.bits - taken, rmse
+            group.t,
+            group.s,
+            sum(len(chunks) for tile in symbols.indices for chunks in tile),
+            counter.bits - spent,
+            rmse,
         )
-        before, taken = symbols.scales, price.bits
+        before, spent = symbols.scales, counter.bits
     if header.lossless:
-        rmse = float(np.sqrt(np.mean((seen[-2].image.astype(float) - seen[-1].image) ** 2)))
-        yield GroupCost(tables.levels[-1], 0, 0, 8 * header.length - taken, rmse)
+        rmse = float(np.sqrt(np.mean((shown[-2].image.astype(float) - shown[-1].image) ** 2)))
+        yield GroupCost(tables.levels[-1], 0, 0, 8 * header.length - spent, rmse)

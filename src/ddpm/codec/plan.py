@@ -1,4 +1,4 @@
-"""The tables of a model's codec, which are set once on training images: groups of levels, variances, histograms.
+"""The tables of a model's codec, which are fitted once to training images: groups of levels, variances, histograms.
 
 The tables belong to the model and lie beside its weights. So neither the encoder nor the decoder takes a probability
 from a network that might compute otherwise on another machine.
@@ -25,9 +25,9 @@ PAD = 2
 """A chunk has 2^(K + PAD) candidates; in bands 2^(k + PAD) for a divergence of k bits, k at most K."""
 MOST_BITS = 16
 """The largest K. Both sides then hold 2^18 rows of 64 normals."""
-_BANDED = 40  # a group is coded in bands if a whole tile costs at least so many bits,
-_NEAR = 4e-3  # .. and if the mean squared error is below this, about eight grey levels
-_LOST = 3.0  # bits per chunk in bands that are not recovered, with the loss of inexact samples
+_BANDED = 40  # a group is coded in bands if a whole tile costs at least this many bits,
+_NEAR = 4e-3  # and if the mean squared error is below this, about eight grey levels
+_LOST = 3.0  # bits per chunk that are not recovered in bands, with the loss from inexact samples
 _LOADS = 4
 """The number of classes of a chunk's load, its divergence over K."""
 SCALES = range(-12, 20)
@@ -38,7 +38,7 @@ _MIXTURE = 64  # the weights of the mixture sum to this
 
 
 @cache
-def _between() -> NDArray[np.float64]:
+def _inner_edges() -> NDArray[np.float64]:
     """The edges between the bins of neighbouring grey levels, [255]."""
     _, lower, _ = pixels.bins(torch.zeros((), dtype=torch.float64))
     edges: NDArray[np.float64] = lower[1:].numpy()
@@ -60,7 +60,7 @@ class Chunks(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """The step from x_t to x_s, s < t: q(x_s | x_t, x_0) of Eq. 6 and 7 with no level between.
+    """The step from x_t to x_s, s < t: q(x_s | x_t, x_0) of Eq. 6 and 7 without the levels between them.
 
     mse is E|x_0 - x0^(x_t)|^2 / D over training images.
     """
@@ -97,7 +97,7 @@ class Group:
         return self.mse < _NEAR and round(self.divergence(0) * 2**20) * size >= _BANDED << 20
 
     def chunks(self, scale: int, dims: int, bits: int) -> Chunks:
-        """The chunks of so many dimensions for `bits` = K."""
+        """How `dims` dimensions are cut into chunks for `bits` = K."""
         # Rounded, so that the last bit of a logarithm does not matter.
         whole = round(self.divergence(scale) * 2**20) * dims
         number = max(1, min(dims, -(-whole // (bits << 20))))
@@ -161,11 +161,12 @@ class Tables:
 
     @staticmethod
     def scale_symbol(scale: int, before: int = 0) -> int:
+        """The symbol for a scale after the scale `before`."""
         return scale - before + len(SCALES) - 1
 
     @staticmethod
     def scale_of_symbol(symbol: int, before: int = 0) -> int:
-        """Raises Damaged if there is no such scale."""
+        """The inverse of `scale_symbol`. Raises Damaged if there is no such scale."""
         scale = symbol + before - len(SCALES) + 1
         if scale not in SCALES:
             raise entropy.Damaged("payload: no encoder writes such bytes; want the file as it was written")
@@ -185,7 +186,7 @@ class Tables:
         spreads, weights = self._mixture
         sigmas = np.ldexp(sigma, spreads[:, None])[..., None]  # [parts, m, 1]
         edges = np.zeros((len(mean), 257), np.int64)
-        edges[:, 1:256] = (weights[:, None, None] * entropy.cdf((_between() - mean[:, None]) / sigmas)).sum(0)
+        edges[:, 1:256] = (weights[:, None, None] * entropy.cdf((_inner_edges() - mean[:, None]) / sigmas)).sum(0)
         edges[:, 256] = _MIXTURE << 32
         return entropy.frequencies(np.diff(edges))
 
@@ -215,14 +216,14 @@ def levels(
 
     >>> from ddpm import schedule
     >>> error = torch.linspace(1e-4, 0.3, 1000).double()
-    >>> found = levels(schedule.linear(), error.expand(2, -1), 3072, 12, np.zeros(1000), 4.0)
-    >>> found[0], found == sorted(found, reverse=True)
+    >>> chosen = levels(schedule.linear(), error.expand(2, -1), 3072, 12, np.zeros(1000), 4.0)
+    >>> chosen[0], chosen == sorted(chosen, reverse=True)
     (1000, True)
     """
     T = schedule.T
     snr = (2 * schedule.half_log_snr).exp()
-    cost = torch.full((T + 1,), math.inf, dtype=torch.float64)  # cheapest from level t to the image
-    after = torch.zeros(T + 1, dtype=torch.int64)
+    cost = torch.full((T + 1,), math.inf, dtype=torch.float64)  # the least cost from level t to the image
+    after = torch.zeros(T + 1, dtype=torch.int64)  # the level after t on that path, or 0
     for t in range(1, T + 1):
         error = mse[:, t - 1, None]
         pixel = 0.5 * (2 * math.pi * math.e * (error / pixels.BIN**2 + 1 / 12)).log2().mean() - gain[t - 1]
@@ -230,7 +231,7 @@ def levels(
         if t > 1:
             kl = dims * 0.5 * ((snr[1:t] - snr[t]) * error).log1p() / math.log(2)  # [n, t - 1]
             if bits is not None:
-                kl = kl + _above(kl, bits, float(error.mean()) < _NEAR)
+                kl = kl + _excess(kl, bits, float(error.mean()) < _NEAR)
             steps = kl.mean(0) + group_bits + cost[1:t]
             least = int(steps.argmin())
             if steps[least] < cost[t]:
@@ -241,10 +242,10 @@ def levels(
     return path
 
 
-def _above(kl: Tensor, bits: int, near: bool) -> Tensor:
-    """The excess of indices over a divergence: about log2(KL + 1) bits per chunk.
+def _excess(kl: Tensor, bits: int, near: bool) -> Tensor:
+    """The excess of indices over a divergence, bits: about log2(KL + 1) per chunk.
 
-    In bands most of it is recovered. There are several bands, and each has at least one chunk.
+    In bands (`near`) most of it is recovered. There are several bands, and each has at least one chunk.
     """
     chunks = (kl / bits).clamp(min=1)
     ordered = chunks * (kl / chunks + 1).log2()
@@ -253,13 +254,13 @@ def _above(kl: Tensor, bits: int, near: bool) -> Tensor:
 
 def empty(schedule: Schedule, mse: Tensor, chosen: Sequence[int], bits: int, channels: int) -> Tables:
     """Tables to start from: flat histograms and one Gaussian. mse is [n, T], `chosen` the levels from `levels`."""
-    nothing = tuple((0.0,) * count for count in residual.counts(channels))
-    at = torch.tensor(chosen)
+    no_weights = tuple((0.0,) * count for count in residual.counts(channels))
+    levels = torch.tensor(chosen)
     flat = (tuple([1] * (bits + PAD + 1)),) * _LOADS
-    around = tuple(1000 >> min(10, 3 * abs(change)) for change in range(1 - len(SCALES), len(SCALES)))
-    one = tuple(_MIXTURE * (spread == 0) for spread in SPREADS)
-    abar, error = schedule.alpha_bar[at].tolist(), mse.mean(0)[at - 1].tolist()
-    return Tables(bits, tuple(chosen), tuple(abar), tuple(error), around, flat, one, nothing)
+    scales = tuple(1000 >> min(10, 3 * abs(change)) for change in range(1 - len(SCALES), len(SCALES)))
+    one_gaussian = tuple(_MIXTURE * (spread == 0) for spread in SPREADS)
+    abar, error = schedule.alpha_bar[levels].tolist(), mse.mean(0)[levels - 1].tolist()
+    return Tables(bits, tuple(chosen), tuple(abar), tuple(error), scales, flat, one_gaussian, no_weights)
 
 
 def masses(residuals: NDArray[np.float64], sigmas: NDArray[np.float64]) -> NDArray[np.float64]:

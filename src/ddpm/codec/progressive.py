@@ -6,7 +6,7 @@ on from the x that the decoder will have. Arrays are float64 [n, C, H, W] for n 
 network the arithmetic is NumPy's, one operation at a time, so that IEEE 754 fixes every bit of it.
 
 A group that costs many bits is coded in bands of rows. There, the low bits of the next band's pixels choose among the
-candidates (bits-back coding): whoever knows both the choices and the band's pixels can compute these bits again
+candidates (bits-back coding). From the choices and the band's pixels, these bits can be computed again
 (`recover_message`). So the decoder, once it has read a band's pixels, knows the low bits of the next band, and only
 the rest of those pixels is coded. An index then costs little more than the divergence. The last band has no next
 band, so its choices carry no bits.
@@ -33,7 +33,7 @@ from ddpm.denoiser import Denoiser
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
-_START, _FILL, _PICKS = 201, 202, 203  # purposes of streams of shared random numbers
+_START, _FILL, _PICKS = 201, 202, 203  # keys of streams of shared random numbers
 _GRID = 1024
 """x0^ is rounded to a multiple of 2^-10 before it is used."""
 _MARGIN = 1e-10
@@ -119,16 +119,16 @@ def bands(height: int) -> list[slice]:
     return [slice(*pair) for pair in pairwise(ends)]
 
 
-def parts(there: NDArray[np.bool_], group: Group | None = None) -> list[NDArray[np.bool_]]:
-    """The mask `there` [C, H, W] split by bands; one part for a group without bands."""
-    if group and not group.banded(there.size):
-        return [there]
-    found = []
-    for band in bands(there.shape[1]):
-        part = np.zeros_like(there)
-        part[:, band] = there[:, band]
-        found.append(part)
-    return found
+def parts(mask: NDArray[np.bool_], group: Group | None = None) -> list[NDArray[np.bool_]]:
+    """Split a mask [C, H, W] into bands; a group without bands has one part."""
+    if group and not group.banded(mask.size):
+        return [mask]
+    masks = []
+    for band in bands(mask.shape[1]):
+        part = np.zeros_like(mask)
+        part[:, band] = mask[:, band]
+        masks.append(part)
+    return masks
 
 
 def advance(
@@ -138,12 +138,12 @@ def advance(
     c_0, c_x, _ = group.coefficients
     for tile, (scale, indices) in enumerate(zip(sent.scales, sent.indices, strict=True)):
         z = np.empty(real[tile].shape)
-        for band, (part, some) in enumerate(zip(parts(real[tile], group), indices, strict=True)):
+        for band, (part, chosen) in enumerate(zip(parts(real[tile], group), indices, strict=True)):
             if dims := int(part.sum()):
                 bits = index_bits(group, scale, part, tables)
-                z[part] = reverse.draw(some, dims, bits, seed, tile, group.t, band)
-        there = real[tile]
-        z[~there] = shared.normals(int((~there).sum()), _FILL, seed, tile, group.t)
+                z[part] = reverse.draw(chosen, dims, bits, seed, tile, group.t, band)
+        mask = real[tile]
+        z[~mask] = shared.normals(int((~mask).sum()), _FILL, seed, tile, group.t)
         mean = c_x * state.x[tile] + c_0 * x0[tile]
         state.x[tile] = mean + np.sqrt(group.variance(scale)) * z
     state.scales = list(sent.scales)
@@ -157,16 +157,16 @@ def scale_of(error: float, group: Group) -> int:
 
 
 def index_bits(group: Group, scale: int, part: NDArray[np.bool_], tables: Tables) -> int:
-    """The bits of a part's indices. A group without bands allows the most; in bands every bit is paid for."""
+    """The bits of a part's indices: the largest number without bands; in bands just enough, as each bit costs."""
     if not group.banded(part.size):
         return tables.bits + PAD
     return group.chunks(scale, int(part.sum()), tables.bits).bits
 
 
-def drawn(
+def draw_of(
     group: Group, scale: int, true: Array, x0: Array, part: NDArray[np.bool_], tables: Tables, *keys: int
 ) -> reverse.Draw:
-    """The draw of x_s ~ q(x_s | x_t, x_0) in a band; `true` is x_0 and `x0` is x0^."""
+    """The draw x_s ~ q(x_s | x_t, x_0) in a band, as z; `true` is x_0 and `x0` is x0^."""
     c_0, _, variance_q = group.coefficients
     chunks = group.chunks(scale, int(part.sum()), tables.bits).number
     variance_p = group.variance(scale)
@@ -178,21 +178,21 @@ def encode_group(
     state: State, group: Group, x0: Array, true: Array, real: NDArray[np.bool_], tables: Tables, seed: int,
     pickers: Sequence[Sequence[Picker]],
 ) -> Symbols:  # fmt: skip
-    """Draw x_s ~ q(x_s | x_t, x_0), move there, and return the symbols. `pickers` choose in each tile's bands."""
+    """Draw x_s ~ q(x_s | x_t, x_0), move to it, and return the symbols. `pickers` choose in each tile's bands."""
     sent = Symbols([], [])
-    for tile, there in enumerate(real):
-        scale = scale_of(float(np.mean((true[tile] - x0[tile])[there] ** 2)), group)
+    for tile, mask in enumerate(real):
+        scale = scale_of(float(np.mean((true[tile] - x0[tile])[mask] ** 2)), group)
         sent.scales.append(scale)
         sent.indices.append([])
-        banded = group.banded(there.size)
-        for band, part in enumerate(parts(there, group)):
+        banded = group.banded(mask.size)
+        for band, part in enumerate(parts(mask, group)):
             keys = (seed, tile, group.t, band)
-            some = [drawn(group, scale, true[tile], x0[tile], part, tables, *keys)] if part.any() else []
-            chances = reverse.races(some)
+            draws = [draw_of(group, scale, true[tile], x0[tile], part, tables, *keys)] if part.any() else []
+            races = reverse.races(draws)
             if banded:
-                chosen = [pickers[tile][band].pick(race) for race in chances]
+                chosen = [pickers[tile][band].pick(race) for race in races]
             else:
-                chosen = [reverse.winner(race, tables.bits + PAD, *keys, i) for i, race in enumerate(chances)]
+                chosen = [reverse.winner(race, tables.bits + PAD, *keys, i) for i, race in enumerate(races)]
             sent.indices[-1].append(np.array(chosen, np.int64))
     advance(state, group, x0, sent, real, tables, seed)
     return sent
@@ -202,13 +202,13 @@ def encode_group(
 
 
 def pickers(image: NDArray[np.uint8], coded: NDArray[np.bool_], seed: int, use_pixels: bool) -> list[list[Picker]]:
-    """A picker for each band of each tile. It chooses by the pixels of the next band, or by shared random bits."""
-    found = []
-    for tile, (pixel, there) in enumerate(zip(image, coded, strict=True)):
-        _, *after = parts(there)
-        messages = [low_bits(pixel[part]) if use_pixels else b"" for part in after]
-        found.append([Picker(text, _PICKS, seed, tile, band) for band, text in enumerate([*messages, b""])])
-    return found
+    """A picker for each band of each tile. With `use_pixels`, its message is the low bits of the next band."""
+    result = []
+    for tile, (pixel, mask) in enumerate(zip(image, coded, strict=True)):
+        _, *next_bands = parts(mask)
+        messages = [low_bits(pixel[part]) if use_pixels else b"" for part in next_bands]
+        result.append([Picker(message, _PICKS, seed, tile, band) for band, message in enumerate([*messages, b""])])
+    return result
 
 
 def low_bits(pixel: NDArray[np.uint8]) -> bytes:
@@ -224,10 +224,10 @@ def known_bits(text: bytes, count: int) -> tuple[NDArray[np.uint8], NDArray[np.u
     (array([0, 5, 3], dtype=uint8), array([7, 7, 3], dtype=uint8))
     """
     bits = np.unpackbits(np.frombuffer(text, np.uint8))[: 8 * count]
-    there = np.arange(8 * count) < len(bits)
+    known = np.arange(8 * count) < len(bits)
     bits = np.concatenate([bits, np.zeros(8 * count - len(bits), np.uint8)])
     place = np.arange(8, dtype=np.uint8)[:, None]
-    return tuple(np.bitwise_or.reduce(a.reshape(8, count).astype(np.uint8) << place) for a in (bits, there))
+    return tuple(np.bitwise_or.reduce(a.reshape(8, count).astype(np.uint8) << place) for a in (bits, known))
 
 
 class BandedGroup:
@@ -255,18 +255,18 @@ def recover_message(
     """The message by which the choices in a tile's band were made. `true` [C, H, W] is x_0, known in this band."""
     part = parts(real[tile])[band]
     sent_groups = sent_groups if part.any() else []
-    order = sorted(
+    order = sorted(  # `races` is faster if draws with the same bits follow each other
         range(len(sent_groups)),
         key=lambda i: index_bits(sent_groups[i].group, sent_groups[i].sent.scales[tile], part, tables),
     )
-    chances = reverse.races(
-        drawn(one.group, one.sent.scales[tile], true, one.x0(tile), part, tables, seed, tile, one.group.t, band)
-        for one in (sent_groups[i] for i in order)  # draws with tables of one size together
+    races = reverse.races(
+        draw_of(g.group, g.sent.scales[tile], true, g.x0(tile), part, tables, seed, tile, g.group.t, band)
+        for g in (sent_groups[i] for i in order)
     )
-    found = {
-        i: [next(chances).slot(index) for index in sent_groups[i].sent.indices[tile][band].tolist()] for i in order
+    slots_of = {
+        i: [next(races).slot(index) for index in sent_groups[i].sent.indices[tile][band].tolist()] for i in order
     }
-    slots = [slot for i in range(len(sent_groups)) for slot in found[i]]
+    slots = [slot for i in range(len(sent_groups)) for slot in slots_of[i]]
     return reverse.returned(state, slots, _PICKS, seed, tile, band)
 
 
@@ -285,12 +285,12 @@ def put_group(
     encoder: Encoder, tables: Tables, group: Group, sent: Symbols, before: Sequence[int], real: NDArray[np.bool_]
 ) -> None:
     """Code the symbols of a group; `before` holds the scales of the group before it."""
-    for scale, indices, last, there in zip(sent.scales, sent.indices, before, real, strict=True):
+    for scale, indices, last, mask in zip(sent.scales, sent.indices, before, real, strict=True):
         put_scale(encoder, tables, scale, last)
-        banded = group.banded(there.size)
-        for some, part in zip(indices, parts(there, group), strict=True):
+        banded = group.banded(mask.size)
+        for chosen, part in zip(indices, parts(mask, group), strict=True):
             chunks = group.chunks(scale, int(part.sum()), tables.bits)
-            for index in some.tolist():
+            for index in chosen.tolist():
                 if banded:
                     encoder.put_bits(index, chunks.bits)
                 else:
@@ -301,30 +301,30 @@ def put_group(
 
 def get_group(decoder: Source, tables: Tables, group: Group, before: Sequence[int], real: NDArray[np.bool_]) -> Symbols:
     sent = Symbols([], [])
-    for last, there in zip(before, real, strict=True):
+    for last, mask in zip(before, real, strict=True):
         scale = get_scale(decoder, tables, last)
         sent.scales.append(scale)
         sent.indices.append([])
-        banded = group.banded(there.size)
-        for part in parts(there, group):
+        banded = group.banded(mask.size)
+        for part in parts(mask, group):
             chunks = group.chunks(scale, int(part.sum()), tables.bits)
-            some = np.empty(chunks.number if part.any() else 0, np.int64)
-            for i in range(len(some)):
+            chosen = np.empty(chunks.number if part.any() else 0, np.int64)
+            for i in range(len(chosen)):
                 if banded:
-                    some[i] = decoder.get_bits(chunks.bits)
+                    chosen[i] = decoder.get_bits(chunks.bits)
                 else:
                     bucket = decoder.get(tables.bucket_frequency[chunks.load])
-                    some[i] = (1 << bucket) + decoder.get_bits(bucket) - 1
-                    if some[i] >= 1 << (tables.bits + PAD):
+                    chosen[i] = (1 << bucket) + decoder.get_bits(bucket) - 1
+                    if chosen[i] >= 1 << (tables.bits + PAD):
                         raise Damaged("payload: no encoder writes such bytes; want the file as it was written")
-            sent.indices[-1].append(some)
+            sent.indices[-1].append(chosen)
     return sent
 
 
 def pixel_scales(tables: Tables, image: NDArray[np.uint8], x0: Array, coded: NDArray[np.bool_]) -> list[int]:
     """The scale of each tile's errors after the prediction."""
-    left = residual.remaining(tables.weights, np.where(coded, signal(image) - x0, 0.0))
-    return [scale_of(float(np.mean(part[there] ** 2)), tables.last) for part, there in zip(left, coded, strict=True)]
+    remaining = residual.remaining(tables.weights, np.where(coded, signal(image) - x0, 0.0))
+    return [scale_of(float(np.mean(part[mask] ** 2)), tables.last) for part, mask in zip(remaining, coded, strict=True)]
 
 
 def pixel_walk(
@@ -339,36 +339,37 @@ def pixel_walk(
     return residual.walk(tables.weights, x0, sigma, coded, tables.pixel_frequencies, symbols, image, rows)
 
 
-def left_open(frequency: NDArray[np.int64], low: NDArray[np.uint8], which: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The frequencies [m, 256] that remain for pixels of which some bits are known."""
-    if not which.any():
+def frequencies_given_bits(
+    frequency: NDArray[np.int64], low: NDArray[np.uint8], known: NDArray[np.uint8]
+) -> NDArray[np.int64]:
+    """The frequencies [m, 256] of pixels that have the bits of `low` wherever the mask `known` is set."""
+    if not known.any():
         return frequency
-    agree = (np.arange(256, dtype=np.uint8) & which[:, None]) == low[:, None]
+    agree = (np.arange(256, dtype=np.uint8) & known[:, None]) == low[:, None]
     return frequencies(np.where(agree, frequency, 0))
 
 
 NextBits = Callable[[int, int], bytes]
-"""(tile, band) -> the next band's low bits, recovered from this band's choices. It codes or reads the picker's
-state."""
+"""(tile, band) -> the low bits of the next band. It codes or reads the state of this band's picker."""
 
 
 def _band_by_band(
     tables: Tables, x0: Array, scales: Sequence[int], coded: NDArray[np.bool_], image: NDArray[np.uint8],
     symbols: residual.Symbols, next_bits: NextBits | None,
 ) -> None:  # fmt: skip
-    """Code or read all pixels into `image`. After the first band, only what the band before does not determine."""
-    low, which = np.zeros_like(image), np.zeros_like(image)
+    """Code or read all pixels into `image`. From the second band on, bits that `next_bits` gives are not coded."""
+    low, known = np.zeros_like(image), np.zeros_like(image)
 
-    def opened(frequency: NDArray[np.int64], at: Any) -> NDArray[np.integer]:
-        return symbols(left_open(frequency, low[at], which[at]), at)
+    def symbols_given_bits(frequency: NDArray[np.int64], at: Any) -> NDArray[np.integer]:
+        return symbols(frequencies_given_bits(frequency, low[at], known[at]), at)
 
     for band, rows in enumerate(bands(image.shape[2])):
         if band and next_bits:
-            for tile, there in enumerate(coded):
-                part = parts(there)[band]
+            for tile, mask in enumerate(coded):
+                part = parts(mask)[band]
                 if part.any():
-                    low[tile][part], which[tile][part] = known_bits(next_bits(tile, band - 1), int(part.sum()))
-        pixel_walk(tables, x0, scales, coded, opened, image, rows)
+                    low[tile][part], known[tile][part] = known_bits(next_bits(tile, band - 1), int(part.sum()))
+        pixel_walk(tables, x0, scales, coded, symbols_given_bits, image, rows)
 
 
 def put_pixels(
@@ -377,7 +378,7 @@ def put_pixels(
 ) -> None:  # fmt: skip
     """Code the scales and pixels of all tiles; `before` holds the last group's scales.
 
-    `pickers` is None if no pixels choose.
+    `pickers` is None if pixels do not choose candidates.
     """
     scales = pixel_scales(tables, image, x0, coded)
     for scale, last in zip(scales, before, strict=True):
@@ -385,8 +386,8 @@ def put_pixels(
 
     def put(frequency: NDArray[np.int64], at: Any) -> NDArray[np.uint8]:
         encoder.put_each(image[at], frequency)
-        found: NDArray[np.uint8] = image[at]
-        return found
+        symbols: NDArray[np.uint8] = image[at]
+        return symbols
 
     def next_bits(tile: int, band: int) -> bytes:
         assert pickers is not None
@@ -404,18 +405,19 @@ def get_pixels(
 ) -> tuple[NDArray[np.uint8], int]:  # fmt: skip
     """The picture: true pixels as far as the bytes determine them, and x0^ elsewhere; and the number of true values.
 
-    recover(tile, band, state, pixels so far) gives the low bits of the next band; it is None if no pixels choose.
+    recover(tile, band, state, pixels so far) gives the low bits of the next band; it is None if pixels do not choose
+    candidates.
     """
     image, done = np.zeros(x0.shape, np.uint8), np.zeros(x0.shape, bool)
 
     def get(frequency: NDArray[np.int64], at: tuple[Any, int, Any, Any]) -> NDArray[np.integer]:
-        found, (tile, channel, y, x) = source.get_each(frequency), at
-        sure = slice(len(found))
-        image[tile[sure], channel, y[sure], x[sure]] = found
-        done[tile[sure], channel, y[sure], x[sure]] = True
-        if len(found) < len(frequency):
+        symbols, (tile, channel, y, x) = source.get_each(frequency), at
+        read = slice(len(symbols))
+        image[tile[read], channel, y[read], x[read]] = symbols
+        done[tile[read], channel, y[read], x[read]] = True
+        if len(symbols) < len(frequency):
             raise EndOfPrefix
-        return found
+        return symbols
 
     def next_bits(tile: int, band: int) -> bytes:
         assert recover is not None
@@ -425,8 +427,8 @@ def get_pixels(
     with suppress(EndOfPrefix):
         scales = [get_scale(source, tables, last) for last in before]
         _band_by_band(tables, x0, scales, coded, image, get, None if recover is None else next_bits)
-    shown: NDArray[np.uint8] = np.where(done, image, pixels.to_pixels(torch.from_numpy(x0)).numpy())
-    return shown, int(done.sum())
+    picture: NDArray[np.uint8] = np.where(done, image, pixels.to_pixels(torch.from_numpy(x0)).numpy())
+    return picture, int(done.sum())
 
 
 Step = Callable[[int, Group, Array], bool]
@@ -444,18 +446,20 @@ def walk(tables: Tables, state: State, step: Step) -> Walk[Array]:
     return (yield state.x, tables.levels[-1])
 
 
-def answer(predict: Predict, walks: Sequence[Walk[T]]) -> list[T]:
-    """The results of walks that go on together: those at one level and of one size share a call of `predict`."""
-    found: dict[int, T] = {}
-    asked = {i: next(walk) for i, walk in enumerate(walks)}
-    while asked:
-        first, level = next(iter(asked.values()))
-        some = [i for i, (x, t) in asked.items() if t == level and x.shape[1:] == first.shape[1:]]
-        x0 = predict(np.concatenate([asked[i][0] for i in some]), level)
-        for i, part in zip(some, np.split(x0, np.cumsum([len(asked[i][0]) for i in some])[:-1]), strict=True):
+def run_together(predict: Predict, walks: Sequence[Walk[T]]) -> list[T]:
+    """Run several walks and return their results. Walks at one level, with tiles of one size, share network calls."""
+    results: dict[int, T] = {}
+    questions = {i: next(walk) for i, walk in enumerate(walks)}
+    while questions:
+        first, level = next(iter(questions.values()))
+        together = [i for i, (x, t) in questions.items() if t == level and x.shape[1:] == first.shape[1:]]
+        x0 = predict(np.concatenate([questions[i][0] for i in together]), level)
+        for i, part in zip(
+            together, np.split(x0, np.cumsum([len(questions[i][0]) for i in together])[:-1]), strict=True
+        ):
             try:
-                asked[i] = walks[i].send(part)
+                questions[i] = walks[i].send(part)
             except StopIteration as end:
-                found[i] = end.value
-                del asked[i]
-    return [found[i] for i in range(len(walks))]
+                results[i] = end.value
+                del questions[i]
+    return [results[i] for i in range(len(walks))]

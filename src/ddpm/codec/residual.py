@@ -1,4 +1,4 @@
-"""The pixels given x0^ at the last level: L_0 (Eq. 13), with means that also use the pixels before.
+"""The pixels given x0^ at the last level: L_0 (Eq. 13), with means that also use the pixels coded before.
 
 The errors x_0 - x0^ of neighbouring pixels and colours are correlated. The small steps of the chain would learn this
 little by little. A few numbers that are fitted on training images give most of it at once: the mean of a pixel is x0^
@@ -41,9 +41,9 @@ def _known(errors: Array, channel: int, y: NDArray[np.int64], x: NDArray[np.int6
     neighbours' errors of each channel.
     """
     down, right = np.array(_ABOVE).T[:, :, None]
-    around = errors[:, :, y + 1 + down, x + 1 + right]  # [n, C, neighbours, m]
-    before = errors[:, :channel, y + 1, x + 1]
-    return np.concatenate([before.swapaxes(0, 1), around.reshape(len(errors), -1, len(y)).swapaxes(0, 1)])
+    neighbours = errors[:, :, y + 1 + down, x + 1 + right]  # [n, C, neighbours, m]
+    earlier_channels = errors[:, :channel, y + 1, x + 1]
+    return np.concatenate([earlier_channels.swapaxes(0, 1), neighbours.reshape(len(errors), -1, len(y)).swapaxes(0, 1)])
 
 
 def _predicted(weights: tuple[float, ...], known: Array) -> Array:
@@ -59,29 +59,29 @@ def fit(errors: Array) -> tuple[tuple[float, ...], ...]:
 
     errors are x_0 - x0^ [n, C, H, W], each image divided by its own standard deviation.
 
-    >>> some = np.random.default_rng(0).normal(size=(4, 1, 16, 16))
-    >>> some[:, :, :, 1:] += some[:, :, :, :-1].copy()
-    >>> round(fit(some)[0][0], 1)  # from the left
+    >>> errors = np.random.default_rng(0).normal(size=(4, 1, 16, 16))
+    >>> errors[:, :, :, 1:] += errors[:, :, :, :-1].copy()
+    >>> round(fit(errors)[0][0], 1)  # the weight of the pixel to the left
     0.5
     """
     _, channels, height, width = errors.shape
     y, x = (a.ravel() for a in np.mgrid[:height, :width])
-    wide = np.pad(errors, ((0, 0), (0, 0), (1, 1), (1, 1)))
-    found = []
+    padded = np.pad(errors, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    weights = []
     for channel in range(channels):
-        known = _known(wide, channel, y, x).reshape(counts(channels)[channel], -1).T
+        known = _known(padded, channel, y, x).reshape(counts(channels)[channel], -1).T
         square = known.T @ known
         square += 1e-6 * np.trace(square) * np.eye(len(square)) + 1e-12 * np.eye(len(square))
-        found.append(tuple(np.linalg.solve(square, known.T @ errors[:, channel, y, x].ravel()).tolist()))
-    return tuple(found)
+        weights.append(tuple(np.linalg.solve(square, known.T @ errors[:, channel, y, x].ravel()).tolist()))
+    return tuple(weights)
 
 
 def remaining(weights: tuple[tuple[float, ...], ...], errors: Array) -> Array:
     """The errors [n, C, H, W] minus their prediction."""
     _, channels, height, width = errors.shape
     y, x = (a.ravel() for a in np.mgrid[:height, :width])
-    wide = np.pad(errors, ((0, 0), (0, 0), (1, 1), (1, 1)))
-    parts = [_predicted(weights[c], _known(wide, c, y, x)).reshape(-1, 1, height, width) for c in range(channels)]
+    padded = np.pad(errors, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    parts = [_predicted(weights[c], _known(padded, c, y, x)).reshape(-1, 1, height, width) for c in range(channels)]
     return errors - np.concatenate(parts, axis=1)
 
 
@@ -92,8 +92,8 @@ def walk(
     """Code or read the pixels uint8 [n, C, H, W] by `symbols`, and return them.
 
     x0 is x0^, sigma [n] the standard deviation of each tile's errors, and `coded` marks the pixels that are coded.
-    Pixels of equal x + 2 y go together, from the top left on. So both sides already have every pixel that a prediction
-    needs. With `rows` only these rows are coded, into `image`, which already holds the rows above.
+    Pixels of equal x + 2 y are coded together, in rising order of x + 2 y. So both sides already have every pixel that
+    a prediction needs. With `rows` only these rows are coded, into `image`, which already holds the rows above.
     """
     centre = pixels.bins(torch.zeros((), dtype=torch.float64))[0].numpy()
     _, channels, height, width = x0.shape
@@ -107,15 +107,15 @@ def walk(
         y = np.arange(max(top, -(-(wave - width + 1) // 2)), min(bottom, wave // 2 + 1))
         x = wave - 2 * y
         for channel in range(channels):
-            there = coded[:, channel, y, x]
-            if not there.any():
+            mask = coded[:, channel, y, x]
+            if not mask.any():
                 continue
-            tile, place = np.nonzero(there)
-            predicted = _predicted(weights[channel], _known(errors, channel, y, x))[there]
-            for some in range(0, len(tile), _AT_ONCE):
-                n, p, mean = (a[some : some + _AT_ONCE] for a in (tile, place, predicted))
+            tile, place = np.nonzero(mask)
+            predicted = _predicted(weights[channel], _known(errors, channel, y, x))[mask]
+            for begin in range(0, len(tile), _AT_ONCE):
+                n, p, mean = (a[begin : begin + _AT_ONCE] for a in (tile, place, predicted))
                 at = (n, channel, y[p], x[p])
-                found = symbols(frequencies(x0[at] + mean, sigma[n]), at)
-                image[at] = found
-                errors[n, channel, y[p] + 1, x[p] + 1] = centre[found] - x0[at]
+                symbols_at = symbols(frequencies(x0[at] + mean, sigma[n]), at)
+                image[at] = symbols_at
+                errors[n, channel, y[p] + 1, x[p] + 1] = centre[symbols_at] - x0[at]
     return image

@@ -6,12 +6,12 @@ w = q / p, and sends its index. There are two ways to choose:
 * Ordered random coding (`winner`) favours small indices, which cost about KL + log2(KL + 1) bits.
 * Minimal random coding (Havasi et al. 2019, which the paper names) costs log2 N bits, a few more than the divergence.
   But the choice itself can carry data: `Picker` selects the candidate with bits of data still to be sent (bits-back
-  coding). Whoever later knows q as well computes these bits from the choice (`returned`).
+  coding). Someone who later knows q can compute these bits from the choice (`returned`).
 
-One table of normals serves all: 2^bits rows of 64. A candidate takes one row for each 64 dimensions of a chunk. Every
-block of 64 starts at another row, and every chunk has an order and signs of its own. So all chunks of a group are
-weighed by a few matrix products, and a decoder, which weighs nothing, computes the chosen rows alone. Weights are
-whole numbers in float64, which holds them exactly, so they are the same on every machine.
+All draws use one table of normals: 2^bits rows of 64. A candidate takes one row for each 64 dimensions of a chunk.
+Every block of 64 starts at another row, and every chunk has an order and signs of its own. So a few matrix products
+weigh all chunks of a group, and a decoder, which weighs nothing, computes the chosen rows alone. Weights are whole
+numbers in float64, which holds them exactly, so they are the same on every machine.
 """
 
 import functools
@@ -28,7 +28,7 @@ from ddpm.codec import shared
 from ddpm.codec.entropy import BITS, Damaged, frequencies
 from ddpm.noise import mix
 
-# Purposes of streams of shared random numbers.
+# Keys of streams of shared random numbers.
 _ROWS, _SIGNS, _ORDER, _FIRST, _RACE, _COINS = 101, 102, 103, 104, 105, 106
 WIDTH = 64
 """Dimensions per row."""
@@ -38,7 +38,7 @@ _UNIT = 4096  # a normal is a multiple of 1 / _UNIT
 _SLOPE = 1024  # its factor is a multiple of 1 / _SLOPE
 _STEPS = 256  # log2 w is looked up in steps of 1 / _STEPS
 _LEAST = 20  # candidates below 2^-20 of the largest weight are never taken
-_POWERS = "5d599a99"
+_POWERS = "5d599a99"  # the first digits of the SHA-256 of `_powers`
 
 Integers = NDArray[np.int64]
 
@@ -47,9 +47,9 @@ Integers = NDArray[np.int64]
 def _powers() -> Integers:
     """2^(20 - i / 256) for i = 0 .. 255, rounded. The hash is checked, so every platform has the same table."""
     table = np.array([round(2.0 ** (_LEAST - i / _STEPS)) for i in range(_STEPS)], "<i8")
-    found = hashlib.sha256(table.tobytes()).hexdigest()[: len(_POWERS)]
-    if found != _POWERS:
-        raise RuntimeError(f"powers of two of {found} instead of {_POWERS}: this platform rounds differently")
+    digest = hashlib.sha256(table.tobytes()).hexdigest()[: len(_POWERS)]
+    if digest != _POWERS:
+        raise RuntimeError(f"powers of two of {digest} instead of {_POWERS}: this platform rounds differently")
     return table
 
 
@@ -99,13 +99,13 @@ def draw(indices: Integers, dims: int, bits: int, *keys: int) -> NDArray[np.floa
 
 
 class Race(NamedTuple):
-    """The candidates of a chunk with a chance to be taken, rising, and their frequencies, which sum to 2^24."""
+    """The candidates of a chunk that can be taken, in rising order, and their frequencies, which sum to 2^24."""
 
     candidates: Integers
     frequency: Integers
 
     def slot(self, index: int) -> tuple[int, int]:
-        """The frequency of a candidate, and the sum of those before it. Raises Damaged if it has no chance."""
+        """The frequency of a candidate, and the sum of those before it. Raises Damaged if it cannot be taken."""
         i = int(np.searchsorted(self.candidates, index))
         if i == len(self.candidates) or self.candidates[i] != index:
             raise Damaged("payload: a candidate that no encoder takes; want the file as it was written")
@@ -137,8 +137,8 @@ def races(draws: Iterable[Draw]) -> Iterator[Race]:
     >>> abs(float(draw(np.array(taken), 64, 14, 7).mean()) - 2) < 0.4
     True
     """
-    for bits, some in groupby(draws, lambda one: one.bits):
-        for log_w in _log_weights(chain.from_iterable(map(_blocks, some)), bits):
+    for bits, same_bits in groupby(draws, lambda each: each.bits):
+        for log_w in _log_weights(chain.from_iterable(map(_blocks, same_bits)), bits):
             below = (log_w.max() - log_w) / (_UNIT * _SLOPE // _STEPS)
             candidates = np.flatnonzero(below < _LEAST * _STEPS)
             steps = below[candidates].astype(np.int64)
@@ -150,40 +150,40 @@ class _Block(NamedTuple):
 
     slope: NDArray[np.float64]
     curve: float
-    there: int  # how many of the 64 exist
+    dims: int  # how many of the 64 are dimensions
     first: int  # the row of index 0
     last: bool  # whether it is the chunk's last block
 
 
-def _blocks(one: Draw) -> Iterator[_Block]:
-    place, sign = _layout(len(one.mean), one.chunks, one.keys)
-    first = _first(place.shape[:2], one.bits, one.keys)
+def _blocks(draw: Draw) -> Iterator[_Block]:
+    place, sign = _layout(len(draw.mean), draw.chunks, draw.keys)
+    first = _first(place.shape[:2], draw.bits, draw.keys)
     # Up to a constant, log w = -|z - m|^2 / (2 rho^2) + |z|^2 / 2 = z . m / rho^2 + |z|^2 (1 - 1 / rho^2) / 2.
-    most = float(1 << 15)
-    slope = np.where(sign != 0, one.mean[place], 0.0) * sign / one.variance * (_LOG2_E * _SLOPE)
-    slope = np.rint(slope.clip(-most, most))
-    curve = max(float(np.rint((1 - 1 / one.variance) / 2 * (_LOG2_E * _SLOPE))), -most * 32)
-    there = np.count_nonzero(sign, axis=2)
-    for chunk in range(one.chunks):
+    limit = float(1 << 15)
+    slope = np.where(sign != 0, draw.mean[place], 0.0) * sign / draw.variance * (_LOG2_E * _SLOPE)
+    slope = np.rint(slope.clip(-limit, limit))
+    curve = max(float(np.rint((1 - 1 / draw.variance) / 2 * (_LOG2_E * _SLOPE))), -limit * 32)
+    dims = np.count_nonzero(sign, axis=2)
+    for chunk in range(draw.chunks):
         for block in range(last := place.shape[1]):
             at = chunk, block
-            yield _Block(slope[at], curve, int(there[at]), int(first[at]), block == last - 1)
+            yield _Block(slope[at], curve, int(dims[at]), int(first[at]), block == last - 1)
 
 
 def _log_weights(blocks: Iterator[_Block], bits: int) -> Iterator[NDArray[np.float64]]:
     """log2 w of all candidates of each chunk, [2^bits], whole numbers, up to a constant of the chunk."""
     rows, squares = _table(bits)
-    log_w, bend = np.zeros(1 << bits), np.empty(1 << bits)
-    some = max(1, _HELD >> bits)  # several blocks at a time, because the table is long
-    room = None
-    while part := list(islice(blocks, some)):
-        if room is None:  # allocated once: new memory costs as much as the product
-            room = torch.empty((len(part), 1 << bits), dtype=torch.float64)
+    log_w, curved = np.zeros(1 << bits), np.empty(1 << bits)
+    at_once = max(1, _HELD >> bits)  # blocks at a time; the table is long, so few
+    buffer = None
+    while part := list(islice(blocks, at_once)):
+        if buffer is None:  # allocated once: new memory costs as much as the product
+            buffer = torch.empty((len(part), 1 << bits), dtype=torch.float64)
         slopes = torch.from_numpy(np.stack([block.slope for block in part]))
         # torch multiplies: NumPy's waiting threads would spin and slow the network, which runs between products.
-        products = torch.mm(slopes, torch.from_numpy(rows), out=room[: len(part)]).numpy()
+        products = torch.mm(slopes, torch.from_numpy(rows), out=buffer[: len(part)]).numpy()
         for product, block in zip(products, part, strict=True):
-            product += np.multiply(squares[block.there], block.curve, out=bend)
+            product += np.multiply(squares[block.dims], block.curve, out=curved)
             log_w[: len(log_w) - block.first] += product[block.first :]
             log_w[len(log_w) - block.first :] += product[: block.first]
             if block.last:
@@ -246,7 +246,7 @@ class Picker:
 
 
 def _whitened(message: bytes, begin: int, count: int, keys: tuple[int, ...]) -> bytes:
-    """Bytes of the message, followed by zeros, made random: the bits of a flat picture would not choose by chance."""
+    """Bytes of the message, followed by zeros, XORed with random bytes: plain pixels would not choose at random."""
     part = message[begin : begin + count].ljust(count, b"\0")
     return bytes(byte ^ _page(at // _PAGE, keys)[at % _PAGE] for at, byte in enumerate(part, begin))
 

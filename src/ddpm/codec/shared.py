@@ -29,9 +29,9 @@ def quantiles() -> NDArray[np.float32]:
     """
     upper = [round(NormalDist().inv_cdf((i + 0.5) / 65536) * 4096) for i in range(32768, 65536)]
     table = np.array([-value for value in reversed(upper)] + upper, dtype="<i2")
-    found = hashlib.sha256(table.tobytes()).hexdigest()[: len(_QUANTILES)]
-    if found != _QUANTILES:
-        raise RuntimeError(f"normal quantiles of {found} instead of {_QUANTILES}: this platform rounds differently")
+    digest = hashlib.sha256(table.tobytes()).hexdigest()[: len(_QUANTILES)]
+    if digest != _QUANTILES:
+        raise RuntimeError(f"normal quantiles of {digest} instead of {_QUANTILES}: this platform rounds differently")
     return table.astype(np.float32) / np.float32(4096)
 
 
@@ -53,12 +53,12 @@ def rows16(width: int, numbers: NDArray[np.int64], *keys: int) -> NDArray[np.uin
     True
     """
     philox, each, place = np.random.Philox(key=mix(*keys)), width // 16, 0
-    found = np.empty((len(numbers), width // 4), "<u8")
-    for row, number in zip(found, numbers.tolist(), strict=True):
+    rows = np.empty((len(numbers), width // 4), "<u8")
+    for row, number in zip(rows, numbers.tolist(), strict=True):
         philox.advance((number * each - place) % (1 << 256))  # a new generator for each row takes several times as long
         row[:] = philox.random_raw(width // 4)
         place = (number + 1) * each
-    return found.view("<u2")
+    return rows.view("<u2")
 
 
 def normals(count: int, *keys: int, first: int = 0) -> NDArray[np.float32]:
