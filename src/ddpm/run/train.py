@@ -440,8 +440,12 @@ class _Watch:
             raise _not_finite(f"step {step}: the gradient is not finite (loss {float(loss.detach()):.4g})", out)
 
 
-def _not_finite(what: str, out: Path) -> Stopped:
-    return Stopped(
+class _NotFinite(Stopped):
+    """The weights are not worth saving."""
+
+
+def _not_finite(what: str, out: Path) -> _NotFinite:
+    return _NotFinite(
         f"{what}; the last good checkpoint is {checkpoints.newest(out) or 'none'}; "
         "try a lower lr, a longer warmup, grad_clip 1 or precision float32"
     )
@@ -526,10 +530,12 @@ def _lock(out: Path, stack: ExitStack) -> None:
 def _saving_at_the_end(model: _Model, out: Path, save: Callable[[None], None]) -> Iterator[None]:
     """If an exception ends the loop, save what was learned; a second Ctrl-C ends it at once.
 
-    Nothing is saved amid an update, and of weights that are not finite. Then the last good checkpoint is named.
+    Nothing is saved amid an update, or of weights that are not finite. Then the last good checkpoint is named.
     """
     try:
         yield
+    except _NotFinite:
+        raise
     except Exception as error:
         try:
             if model.whole:

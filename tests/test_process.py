@@ -1,0 +1,305 @@
+"""The edge of the program: standard streams, signals, threads, and what a command leaves in its process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, assert_same, losses, steps, tensors, train
+from test_train import at_step, folder_of_images, wait_for
+
+from ddpm.cli import main
+from ddpm.cli.main import _Output
+from ddpm.errors import Stopped
+from ddpm.files import data
+from ddpm.presets import PRESETS
+from ddpm.run import train as training
+
+SAMPLE = ["sample", "digits", "-n", "1", "--steps", "2", "--sampler", "unipc"]
+DDPM = [sys.executable, "-m", "ddpm"]
+
+# -- standard streams --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["sample", "train"])
+def test_standard_streams_may_be_closed(command: str, closed: str, tmp_path: Path) -> None:
+    """Nothing that the command writes may go to a file that got the number of a closed stream either."""
+    out = tmp_path / ("a.png" if command == "sample" else "run")
+    words = [*DDPM, *(SAMPLE if command == "sample" else [*TINY, "--steps", "1"]), "--out", str(out)]
+    script = f'exec "$@" {closed}'
+    assert subprocess.run(["sh", "-c", script, "sh", *words], capture_output=True).returncode == 0
+    if command == "sample":
+        assert main([*SAMPLE, "--out", str(tmp_path / "b.png")]) == 0
+        assert out.read_bytes() == (tmp_path / "b.png").read_bytes()
+    else:
+        assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_pipe_may_end_early(stream: str, tmp_path: Path) -> None:
+    """`| head` takes nothing more, and the work goes on. There is no message about it when Python ends either."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    other = "stderr" if stream == "stdout" else "stdout"
+    done = subprocess.run(
+        [*DDPM, *TINY, "--steps", "2", "--out", str(tmp_path / "run")],
+        **{stream: writer, other: subprocess.PIPE}, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 0
+    assert "Error" not in (getattr(done, other) or "")
+    assert steps(tmp_path / "run") == [2]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_results_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*DDPM, *SAMPLE, "--out", str(tmp_path / "a.png")], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ddpm: the disk is full")
+
+
+def test_another_encoding_escapes_what_it_cannot_show(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*DDPM, *SAMPLE, "--out", str(tmp_path / "Bär.png")],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stdout.endswith(rb"B\xe4r.png" + os.linesep.encode())
+
+
+def test_an_output_passes_on_all_that_it_does_not_change() -> None:
+    assert _Output(sys.__stdout__, results=True).fileno() == 1
+    assert _Output(None, results=True).write("nowhere") == 7
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\rb", "a\x1b[31mb", "a\udce4b", "a\u2028b"])
+def test_a_message_is_one_line_whatever_it_names(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", text, "--out", "a.png"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert err[:-1].isprintable()
+
+
+# -- what a command leaves in its process ------------------------------------------------------------------------------
+
+
+def test_main_puts_back_what_it_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    torch.set_num_threads(2)
+
+    def state() -> list[Any]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("KMP_")}  # torch's own
+        signals = [signal.getsignal(number) for number in signal.valid_signals()]
+        return [
+            warnings.showwarning, warnings.filters[:], sys.stdout, sys.stderr, environment, signals, os.getcwd(),
+            torch.get_num_threads(), torch.get_rng_state().tolist(), torch.is_grad_enabled(),
+            torch.get_default_dtype(), torch.backends.cudnn.benchmark, sys.excepthook,
+        ]  # fmt: skip
+
+    before = state()
+    assert train(tmp_path / "run", "--steps", 2) == 0
+    assert main([*SAMPLE, "--out", str(tmp_path / "a.png")]) == 0
+    assert main(["train", "no-such-preset"]) == 2
+    after = state()
+    torch.set_num_threads(1)
+    for old, new in zip(before, after, strict=True):
+        assert new == old
+
+
+def test_commands_and_training_run_in_any_thread(tmp_path: Path) -> None:
+    """Python sets signal handlers in the main thread only, and a web page or a job queue runs work in another one."""
+    preset = replace(PRESETS["digits"], steps=2, batch_size=4, sample_every=0, eval_images=4, device="cpu")
+    results: dict[str, Any] = {}
+    calls = {
+        "train": lambda: training.train(preset, tmp_path / "a").step,
+        "main": lambda: train(tmp_path / "b", "--steps", 2),
+        "sample": lambda: main([*SAMPLE, "--out", str(tmp_path / "a.png")]),
+    }
+    for name, call in calls.items():
+        thread = threading.Thread(target=lambda name=name, call=call: results.update({name: call()}))
+        thread.start()
+        thread.join()
+    assert results == {"train": 2, "main": 0, "sample": 0}
+
+
+# -- signals and failures in training ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in data.STOP_SIGNALS if hasattr(signal, name)])
+def test_every_stop_signal_saves(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_step(3, monkeypatch, lambda: os.kill(os.getpid(), getattr(signal, name)))
+    assert train(tmp_path / "run", "--steps", 5) == 128 + getattr(signal, name)
+    assert steps(tmp_path / "run") == [3]
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nohup ddpm train` goes on when the terminal closes."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_step(3, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert train(tmp_path / "run", "--steps", 5) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def fail_in(monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: Exception) -> None:
+    """Let a function of run/train.py raise `error` at its call of this number."""
+    real, calls = getattr(training, name), []
+
+    def failing(*args: Any, **settings: Any) -> Any:
+        calls.append(0)
+        if len(calls) == call:
+            raise error
+        return real(*args, **settings)
+
+    monkeypatch.setattr(training, name, failing)
+
+
+@pytest.mark.parametrize("name", ["_update", "_apply", "_sample", "held_out_by_level"])
+def test_any_exception_saves_the_last_whole_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved is bit for bit the run that was not disturbed, and the run can be resumed from it."""
+    calls = {"_update": 5, "_apply": 5, "_sample": 1, "held_out_by_level": 2}  # held_out_by_level runs at step 0, too
+    options = ("--dropout", 0.3, "--save-every", 4, "--sample-every", 4, "--steps", 8)
+    fail_in(monkeypatch, name, calls[name], ZeroDivisionError("disturbed"))
+    with pytest.raises(ZeroDivisionError, match="disturbed"):
+        train(tmp_path / "run", *options)
+    assert steps(tmp_path / "run") == [4]
+    monkeypatch.undo()
+    assert train(tmp_path / "run", *options) == 0
+    assert train(tmp_path / "whole", *options) == 0
+    assert_same(tensors(tmp_path / "run", 8), tensors(tmp_path / "whole", 8))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_nothing_is_saved_amid_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Adam's step and before the average's, weights and average are those of different steps."""
+
+    def fail() -> None:
+        raise ZeroDivisionError("amid an update")
+
+    at_step(7, monkeypatch, fail)
+    with pytest.raises(ZeroDivisionError, match="amid an update") as caught:
+        train(tmp_path / "run", "--save-every", 5, "--steps", 10)
+    assert steps(tmp_path / "run") == [5]
+    assert caught.value.__notes__ == [f"The last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '00000005'}."]
+
+
+def _tiny(**changes: Any) -> Any:
+    return replace(
+        PRESETS["digits"], classes=False, width=32, channel_multipliers=(1,), attention_resolutions=(0,), batch_size=8,
+        eval_images=16, sample_every=0, precision="float32", **changes,
+    )  # fmt: skip
+
+
+def test_a_full_disk_is_not_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def full(*_: Any) -> None:
+        calls.append(0)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ddpm.files.checkpoints.save", full)
+    with pytest.raises(Stopped, match=r"step 3: cannot save to .*: the disk is full"):
+        training.train(_tiny(steps=3), tmp_path / "run")
+    assert len(calls) <= 2
+
+
+# -- processes that decode images --------------------------------------------------------------------------------------
+
+
+def streaming(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let images be decoded by other processes, as if they did not fit in memory."""
+    for name in ("load", "load_pair"):
+        monkeypatch.setitem(getattr(data, name).__kwdefaults__, "cache_bytes", 0)
+
+
+def workers() -> list[int]:
+    import multiprocessing
+
+    return [child.pid for child in multiprocessing.active_children() if child.pid]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_dead_workers_are_replaced(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system kills them when memory is full. The run is the same to the bit; workers ignore SIGTERM."""
+    folder_of_images(tmp_path / "data")
+    options = ("--data", tmp_path / "data", "--workers", 2, "--steps", 30)
+    assert train(tmp_path / "memory", *options) == 0
+    streaming(monkeypatch)
+    killed: list[int] = []
+
+    def kill() -> None:
+        killed.extend(workers())
+        for pid in killed:
+            os.kill(pid, number)
+
+    at_step(3, monkeypatch, kill)
+    assert train(tmp_path / "ahead", *options) == 0
+    assert len(killed) == 2
+    assert losses(tmp_path / "ahead") == losses(tmp_path / "memory")
+    assert not workers()
+
+
+def test_workers_that_always_die_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of_images(tmp_path / "data")
+    streaming(monkeypatch)
+    monkeypatch.setattr(sys.modules["ddpm.files.data.batches"], "_TRIES", 2)
+    decode = data.Images.decode
+
+    def die(*args: Any) -> Any:
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(*args)
+
+    monkeypatch.setattr(data.Images, "decode", die)
+    monkeypatch.setattr(training, "held_out_by_level", lambda *_: [0.0])
+    with pytest.raises(Stopped, match=r"died 2 times in a row .* want fewer workers"):
+        training.train(_tiny(data=str(tmp_path / "data"), workers=2, steps=3), tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_the_whole_group(number: int, tmp_path: Path) -> None:
+    """Slurm, systemd and `timeout` signal every process. SIGTERM saves; after SIGKILL the lock is free at once."""
+    folder_of_images(tmp_path / "data")
+    script = (
+        "import sys; from ddpm.files import data; from ddpm.cli import main\n"
+        "for f in (data.load, data.load_pair): f.__kwdefaults__['cache_bytes'] = 0\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    run = tmp_path / "run"
+    options = ["--data", str(tmp_path / "data"), "--steps", "100000", "--workers", "2", "--out", str(run)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *TINY, *options], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 5,' in (run / "metrics.jsonl").read_text())
+        if number == signal.SIGTERM:
+            os.killpg(process.pid, number)
+            assert process.wait(60) == 143
+            assert len(steps(run)) == 1
+        else:
+            process.kill()  # the trainer alone; its workers find out seconds later
+            process.wait()
+            import filelock
+
+            with filelock.FileLock(run / ".lock").acquire(timeout=1):
+                pass
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            time.sleep(0)
