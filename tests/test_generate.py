@@ -42,7 +42,7 @@ def test_grid_array_and_folder_hold_the_same_images(trained: Path, tmp_path: Pat
     assert array.dtype == np.uint8
     assert array.std(axis=0).min() > 0  # the images differ in every pixel
     assert main(["sample", str(trained), "-n", "5", "--out", str(tmp_path / "folder")]) == 0
-    files = sorted((tmp_path / "folder").iterdir())
+    files = sorted((tmp_path / "folder").glob("*.png"))
     assert [p.name for p in files] == [f"{i:06d}.png" for i in range(5)]
     assert np.array_equal(np.stack([np.asarray(Image.open(p)) for p in files])[..., None], array)
     assert main(["sample", str(trained), "-n", "5", "--out", str(tmp_path / "grid.png")]) == 0

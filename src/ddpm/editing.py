@@ -59,7 +59,8 @@ def invert(
     DDIM's step from t to s is x_s = sqrt(abar_s) x0^ + sqrt(1 - abar_s) eps^ with the estimate at x_t. It is solved for
     x_t by `iterations` steps of the fixed point x_t <- sqrt(abar_t/abar_s) (x_s - sqrt(1 - abar_s) eps^(x_t)) + sqrt(1
     - abar_t) eps^(x_t), which start at x_t = x_s. One iteration is the usual DDIM inversion; with more, DDIM returns to
-    x0 more exactly.
+    x0 more exactly, as far as the network's precision allows: a network that computes in bf16 is not inverted to a grey
+    level. Each image takes the iterate of its smallest change.
 
     Yields one Step per level, at rising levels. Raises InputError if t, steps or iterations is out of range, and if the
     schedule has abar 0 at level t.
@@ -79,12 +80,17 @@ def invert(
         levels, guess = torch.full((len(x),), level, device=x.device), x
         if abar[level] == 0:
             raise InputError("t: the schedule ends at alpha_bar 0, where x_T does not depend on x0; want t below T")
+        best, x0_best, least = x, x, torch.full((len(x),), torch.inf, device=x.device)
         for _ in range(iterations):
             estimate = denoiser(guess, levels, y)
             ratio = math.sqrt(abar[level] / abar[s])
-            guess = ratio * (x - math.sqrt(1 - abar[s]) * estimate.eps) + math.sqrt(1 - abar[level]) * estimate.eps
-        x = guess
-        yield Step(level, x, estimate.x0)
+            after = ratio * (x - math.sqrt(1 - abar[s]) * estimate.eps) + math.sqrt(1 - abar[level]) * estimate.eps
+            change = (after - guess).square().flatten(1).mean(1).to(least)
+            better = (change <= least).view(-1, *[1] * (x.ndim - 1))
+            best, x0_best = torch.where(better, after, best), torch.where(better, estimate.x0, x0_best)
+            least, guess = torch.minimum(change, least), after
+        x = best
+        yield Step(level, x, x0_best)
 
 
 @torch.no_grad()

@@ -157,6 +157,11 @@ class Preset:
         return self.channels, *self.size
 
     @property
+    def always_labelled(self) -> bool:
+        """Whether the network never sees an image without its label, and so cannot be called without one."""
+        return bool(self.class_names) and self.label_dropout == 0
+
+    @property
     def attention_levels(self) -> tuple[int, ...]:
         """The network's levels with attention: for each resolution, the first level whose shorter side is at most that.
 
@@ -269,6 +274,7 @@ def build(preset: Preset) -> Denoiser:
         patch=preset.patch,
         gradient_checkpointing=preset.gradient_checkpointing,
         bf16=preset.precision == "bf16",
+        always_labelled=preset.always_labelled,
     )
     with torch.device("cpu"):
         schedule = SCHEDULES[preset.schedule](preset.num_timesteps, preset.beta_1, preset.beta_T)

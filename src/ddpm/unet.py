@@ -223,6 +223,7 @@ class UNet(nn.Module):
                             the patches do not show
     gradient_checkpointing  keep only the inputs of the blocks and compute the rest again in the backward pass, which
                             saves memory and costs time
+    always_labelled         it was never trained without a label, so it refuses to be called without one
     bf16                    compute in bfloat16 (autocast); the weights and the result stay float32. None: do so on
                             devices with `fast_bf16`, wherever the network is
 
@@ -248,12 +249,13 @@ class UNet(nn.Module):
         patch: Literal[1, 2] = 1,
         gradient_checkpointing: bool = False,
         bf16: bool | None = False,
+        always_labelled: bool = False,
     ) -> None:
         super().__init__()
         if width % CHANNEL_STEP:
             raise InputError(f"width {width}: want a multiple of {CHANNEL_STEP}")
         self.width, self.levels = width, len(channel_multipliers) + patch - 1
-        self.gradient_checkpointing, self.bf16 = gradient_checkpointing, bf16
+        self.gradient_checkpointing, self.bf16, self.always_labelled = gradient_checkpointing, bf16, always_labelled
         c_time = 4 * width
         self.time1, self.time2 = linear(width, c_time), linear(c_time, c_time)
         self.label: nn.Embedding | None = None
@@ -320,6 +322,8 @@ class UNet(nn.Module):
                 )
             )
         )  # [B, 4 width]
+        if y is None and self.always_labelled:
+            raise InputError("class: this network never saw an image without its label; want a class")
         if y is not None:
             if self.label is None:
                 raise InputError("y: this network has no classes; want None")

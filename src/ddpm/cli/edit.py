@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ddpm.catalog import Precision
 from ddpm.cli.options import (
     MODEL,
     PICTURES,
@@ -137,7 +138,8 @@ def _make(args: argparse.Namespace, make: "Callable[[Checkpoint, SamplingSetting
 
     check_numbers(args, batch_size=1)
     images.check_out(args.out)
-    model = open_model(args, pick_device(args.device))
+    exact: Precision | None = "float32" if getattr(args, "invert", 0) else None  # rounding limits the fixed point
+    model = open_model(args, pick_device(args.device), precision=exact)
     check_sampler(args, model.denoiser.schedule.T)
     resolved = conditions(args).resolved(model)
     denoiser, labels = resolved.apply(model)

@@ -75,14 +75,15 @@ def run(args: argparse.Namespace) -> int:
         model, asked = open_model(args, ranks.device), conditions(args)
         check_sampler(args, model.denoiser.schedule.T)
         asked = asked.resolved(model)
-        denoiser, labels = asked.apply(model)
+        denoiser, labels = asked.apply(model, sampling=bool(quality) and args.samples is None)
         model = replace(model, denoiser=denoiser)
         progress = ranks.first and not args.json
+        given = {"labels": "of the images"} if model.preset.always_labelled else {}
         clip = {} if args.clip is None else {"clip": args.clip}
         results = _Results(
             out_folder(args, model.home / "evaluate" / f"{model.step:08d}-{model.weights}"),
             loader(args, model.preset, progress),
-            {**model.about(), **clip, "seed": args.seed},
+            {**model.about(), **given, **clip, "seed": args.seed},
             ranks.first,
         )
         cache = out_folder(args, model.home / "cache")

@@ -292,14 +292,22 @@ def check_numbers(args: argparse.Namespace, **least: int) -> None:
             check("-n" if name == "n" else f"--{name.replace('_', '-')}", getattr(args, name), int, value)
 
 
-def open_model(args: argparse.Namespace, device: "torch.device", run: "str | Path | None" = None) -> "Checkpoint":
-    """The model of the command, or of `run`, with --checkpoint, --weights, --precision and --variance, on `device`."""
+def open_model(
+    args: argparse.Namespace,
+    device: "torch.device",
+    run: "str | Path | None" = None,
+    precision: Precision | None = None,
+) -> "Checkpoint":
+    """The model of the command, or of `run`, with --checkpoint, --weights, --precision and --variance, on `device`.
+
+    precision replaces --precision.
+    """
     from ddpm.files.models import with_variance
     from ddpm.run.processes import open_for_device
 
     check_model(args)
-    precision = None if args.precision == "auto" else args.precision
-    model = open_for_device(run or args.run, device, args.weights, args.checkpoint, precision)
+    asked = precision or (None if args.precision == "auto" else args.precision)
+    model = open_for_device(run or args.run, device, args.weights, args.checkpoint, asked)
     if args.variance is not None:
         model = with_variance(model, args.variance)
     return replace(model, denoiser=model.denoiser.to(device))

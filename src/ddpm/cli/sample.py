@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from ddpm.cli.options import (
     MODEL,
@@ -56,26 +57,30 @@ def run(args: argparse.Namespace) -> int:
         from ddpm.files import images
         from ddpm.run.export import grid_columns
         from ddpm.run.processes import processes
-        from ddpm.run.sample import sample
+        from ddpm.run.sample import RECORD, Sampling, sample, sample_to_folder
 
-    if images.check_out(args.out) != "png" and args.progressive:
+    kind = images.check_out(args.out, RECORD)
+    if kind != "png" and args.progressive:
         raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png")
     with processes(args.device) as ranks:
         model, asked = open_model(args, ranks.device), conditions(args)
         check_sampler(args, model.denoiser.schedule.T)
-        pictures, about = sample(
-            model, args.n, ranks, args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed,
-            args.batch_size, strips=args.progressive, progress=ranks.first and not args.json,
-        )  # fmt: skip
+        progress = ranks.first and not args.json
+        sampling = Sampling(
+            args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size
+        )
+        if kind == "folder":
+            about = sample_to_folder(model, args.n, ranks, Path(args.out), sampling, progress)
+        else:
+            pictures, about = sample(model, args.n, ranks, sampling, args.progressive, progress)
         if not ranks.first:
             return 0
         if args.progressive:
             tiles = images.channels_last(pictures.flatten(0, 1))
             images.save(args.out, images.grid(tiles, columns=pictures.shape[1]))
-        else:
-            names = [f"{args.seed + i:06d}" for i in range(args.n)]
+        elif kind != "folder":
             columns = grid_columns(len(asked.apply(model)[1]))
-            images.save_many(args.out, images.channels_last(pictures), names, columns)
+            images.save_many(args.out, images.channels_last(pictures), columns=columns)
         what = f"{args.n} image{'s' * (args.n != 1)}"
         summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"
         print(json.dumps({"out": args.out, **about}) if args.json else summary)

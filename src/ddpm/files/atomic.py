@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +19,8 @@ _WINDOWS = os.name == "nt"
 def temporary(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name to write to, and rename that file to `path` unless an exception was raised.
 
-    Missing folders are made.
+    Missing folders are made. A link goes on pointing where it points, and the file is made there. What is no plain
+    file, as a pipe or a device, is written into and stays.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "new" / "a.txt"
@@ -25,7 +29,13 @@ def temporary(path: str | Path) -> Iterator[Path]:
     >>> target.read_text(), len(list(target.parent.iterdir()))
     ('all of it', 1)
     """
-    path = Path(path)
+    if _is_special(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (part := Path(folder) / "part")
+            with part.open("rb") as source, open(path, "wb") as target:
+                shutil.copyfileobj(source, target)
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -39,10 +49,28 @@ def temporary(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def _is_special(path: str | Path) -> bool:
+    """Whether there is something that is neither a plain file nor a folder, also behind a link such as /dev/stdout."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder and its parents if they do not exist, also where a link points to nothing; returns the path."""
+    Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
 def write(path: str | Path, data: str | bytes) -> None:
-    """Write a file completely or not at all. Raises OSError if that fails, as on a full disk."""
+    r"""Write a file completely or not at all. Raises OSError if that fails, as on a full disk.
+
+    Names of files need not be valid Unicode. Where they are part of a text, their bytes are written as \udcXX.
+    """
     with temporary(path) as part:
-        part.write_bytes(data.encode() if isinstance(data, str) else data)
+        part.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
 
 
 def write_json(path: str | Path, values: Any) -> None:

@@ -228,11 +228,12 @@ def save(path: str | Path, pixels: Pixels) -> None:
     atomic.write(path, to_png(pixels))
 
 
-def check_out(out: str | Path) -> Literal["png", "npz", "folder"]:
+def check_out(out: str | Path, record: str | None = None) -> Literal["png", "npz", "folder"]:
     """What `save_many` will write to `out`. Call this before the work, so that a mistake is found early.
 
     An existing folder, a name that ends in "/" and a name without a suffix stand for a folder, which must be new or
-    empty. Raises InputError for another suffix, a folder that is not empty, and a place that cannot be written.
+    empty, or hold a file named `record`, so that the work can resume. Raises InputError for another suffix, a folder
+    that is not empty, and a place that cannot be written.
 
     >>> check_out("new/samples.png"), check_out("samples.npz"), check_out("samples")
     ('png', 'npz', 'folder')
@@ -247,7 +248,7 @@ def check_out(out: str | Path) -> Literal["png", "npz", "folder"]:
     folder = path.is_dir() or not path.suffix or str(out).endswith(("/", os.sep))
     if not folder and path.suffix.lower() not in (".png", ".npz"):
         raise InputError(f"{out}: want a name that ends in .png or .npz, or a folder")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(path.iterdir()) and not (record and (path / record).is_file()):
         raise InputError(f"{out}: the folder is not empty, want a new or an empty one")
     if folder and path.exists() and not path.is_dir():
         raise InputError(f"{out}: a file of that name exists, want a folder or a name that ends in .png or .npz")
@@ -283,7 +284,7 @@ def _is_writable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
-def save_many(out: str | Path, pixels: Pixels, names: Sequence[str], columns: int | None = None) -> None:
+def save_many(out: str | Path, pixels: Pixels, names: Sequence[str] = (), columns: int | None = None) -> None:
     """Write images uint8 [N, H, W, C] to `out`. Each file is written completely or not at all.
 
     out      NAME.png for a contact sheet (for one image, the image itself), NAME.npz for the array `arr_0`, or a folder
@@ -306,6 +307,6 @@ def save_many(out: str | Path, pixels: Pixels, names: Sequence[str], columns: in
         with atomic.temporary(path) as part, part.open("wb") as file:
             np.savez(file, pixels)
     else:
-        path.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(path)
         for name, image in zip(names, pixels, strict=True):
             save(path / f"{name}.png", image)

@@ -15,6 +15,7 @@ from ddpm.run.parts import (
     as_signal,
     compute_parts,
     image_noise,
+    labels_of,
     model_key,
     parts_folder,
     read_parts,
@@ -40,13 +41,15 @@ def calibrate(
 
     mse             mse_t, from which the best variances follow (Bao et al. 2022)
     first_variance  the sigma_1^2 of the least L_0 on the same images, to within 6%
-    codec           the codec's tables, fitted on the first `codec` images; 0 keeps the tables that the file has
+    codec           the codec's tables, fitted on the first `codec` images; 0 keeps the tables that the file has. There
+                    are none for a model that never saw an image without its label, because a file holds no label
 
     Finished batches are stored under `cache`, so the same call, or one for more images, resumes where it stopped.
     Raises InputError for mu prediction and for a learned variance, since the best variance does not follow from mse_t
     then.
     """
-    denoiser, fits_codec = checkpoint.denoiser, codec > 0 and images.channels in (1, 3)
+    denoiser = checkpoint.denoiser
+    fits_codec = codec > 0 and images.channels in (1, 3) and not checkpoint.preset.always_labelled
     if fits_codec:
         from ddpm.run import compress  # now, since it raises InputError if the extra `codec` is not installed
     if denoiser.learned or denoiser.predict == "mu":
@@ -59,9 +62,10 @@ def calibrate(
         batch = indices[part]
         x0 = as_signal(images, batch).to(ranks.device)
         draws = image_noise(0, batch, 0, CALIBRATION, x0.shape[1:])
-        mse = likelihood.vlb(denoiser, x0, draws).mse
+        y = labels_of(checkpoint, images, batch, ranks.device)
+        mse = likelihood.vlb(denoiser, x0, draws, y).mse
         first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
-        mean = denoiser(q_sample(denoiser.schedule, x0.double(), first, draws(1).to(x0.device).double()), first).mean
+        mean = denoiser(q_sample(denoiser.schedule, x0.double(), first, draws(1).to(x0.device).double()), first, y).mean
         return {"mse": mse.cpu(), "cost": likelihood.decoder_cost(x0, mean, variances.to(x0.device)).cpu()[None]}
 
     folder = parts_folder(cache, "calibration", [*model_key(checkpoint), images.fingerprint])

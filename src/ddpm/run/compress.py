@@ -75,6 +75,10 @@ def load_codec(
     checkpoint = open_for_device(path, device, weights, which, precision)
     if checkpoint.preset.channels not in (1, 3):
         raise InputError(f"{path}: its images have {checkpoint.preset.channels} channels; the codec takes grey and RGB")
+    if checkpoint.preset.always_labelled:
+        raise InputError(
+            f"{path}: never saw an image without its label, and the codec sends no label; want another model"
+        )
     read_calibration(checkpoint)  # raises if the file is damaged
     try:
         stored = codec_tables(checkpoint) or {}

@@ -1,7 +1,8 @@
 """Bits per dimension of images: the variational bound (Section 4.3), an estimate of it, and the probability-flow ODE.
 
 `nll` computes the bound at every noise level, `nll_sampled` estimates it from a few levels per image, and `ode`
-computes the likelihood under the probability-flow ODE of the same network.
+computes the likelihood under the probability-flow ODE of the same network. A model that never saw an image without its
+label is measured with the labels of the images; other models are measured without.
 """
 
 import warnings
@@ -23,6 +24,7 @@ from ddpm.run.parts import (
     batches,
     compute_parts,
     image_noise,
+    labels_of,
     model_key,
     parts_folder,
     read_parts,
@@ -77,10 +79,10 @@ def nll(
 
     def measure(part: slice) -> dict[str, Tensor]:
         batch = indices[part]
-        x0 = as_signal(images, batch).to(ranks.device)
+        x0, y = as_signal(images, batch).to(ranks.device), labels_of(checkpoint, images, batch, ranks.device)
         means: dict[str, Tensor] = {}
         for draw in range(draws):
-            values = _bound_of_batch(denoiser, variants, x0, image_noise(seed, batch, draw, _NLL, shape))
+            values = _bound_of_batch(denoiser, variants, x0, image_noise(seed, batch, draw, _NLL, shape), y)
             for name, value in values.items():
                 means[name] = means.get(name, 0) + value / draws
         return means
@@ -115,7 +117,7 @@ def _variance_variants(checkpoint: models.Checkpoint) -> dict[str, Denoiser]:
 
 
 def _bound_of_batch(
-    denoiser: Denoiser, variants: dict[str, Denoiser], x0: Tensor, draws: noise.Noise
+    denoiser: Denoiser, variants: dict[str, Denoiser], x0: Tensor, draws: noise.Noise, y: Tensor | None
 ) -> dict[str, Tensor]:
     """The bound of a batch of B images, on the CPU.
 
@@ -124,11 +126,11 @@ def _bound_of_batch(
     mse           mean squared error of x0^(x_t) at levels 1..T, signal units squared [B, T]
     each variant  L_0 + ... + L_{T-1} with the variance of that name, bits/dim [B]
     """
-    bound = likelihood.vlb(denoiser, x0, draws)
+    bound = likelihood.vlb(denoiser, x0, draws, y)
     terms = torch.cat([bound.decoder[:, None], bound.kl], dim=1)
     table = {"prior": bits_per_dim(bound.prior, bound.dims), "terms": bits_per_dim(terms, bound.dims), "mse": bound.mse}
     for name, variant in variants.items():
-        other = likelihood.vlb_with_variance(bound, variant, x0, draws)
+        other = likelihood.vlb_with_variance(bound, variant, x0, draws, y)
         table[name] = bits_per_dim(other.kl.sum(1) + other.decoder, bound.dims)
     return {name: value.cpu() for name, value in table.items()}
 
@@ -183,7 +185,8 @@ def nll_sampled(
     if n < 2:
         raise InputError(f"{n} image: want at least 2, for a standard error")
     x0 = as_signal(images, indices[:PILOT]).to(ranks.device)
-    pilot = likelihood.vlb(denoiser, x0, image_noise(seed, indices[:PILOT], 1, _NLL, shape))
+    y = labels_of(checkpoint, images, indices[:PILOT], ranks.device)
+    pilot = likelihood.vlb(denoiser, x0, image_noise(seed, indices[:PILOT], 1, _NLL, shape), y)
     size = torch.cat([pilot.decoder[:, None], pilot.kl], dim=1).square().mean(0).sqrt().cpu()
     q = 0.9 * size / size.sum() + 0.1 / T  # a floor, so that no weight is huge
     cdf = q.cumsum(0)
@@ -195,7 +198,9 @@ def nll_sampled(
         quantiles = (offsets.double()[:, None] + torch.arange(levels_per_image)) / levels_per_image
         t = 1 + torch.searchsorted(cdf, quantiles).clamp(max=T - 1)  # [B, K]
         eps = [image_noise(seed, batch, 2 + k, _NLL, shape)(0) for k in range(levels_per_image)]
-        terms = likelihood.sampled_terms(denoiser, x0, t.to(ranks.device), torch.stack(eps, dim=1).to(ranks.device))
+        y = labels_of(checkpoint, images, batch, ranks.device)
+        draws = torch.stack(eps, dim=1).to(ranks.device)
+        terms = likelihood.sampled_terms(denoiser, x0, t.to(ranks.device), draws, y)
         nats = (terms.cpu() / (levels_per_image * q[t - 1])).sum(1) + likelihood.prior(denoiser, x0.double()).cpu()
         bits[part] = bits_per_dim(nats, pilot.dims)
     bits = ranks.total(bits)
@@ -246,8 +251,9 @@ def ode(
     for part, batch, x0 in batches(images, indices, ranks, batch_size, "ode", progress):
         draws = image_noise(seed, batch, 0, _ODE, shape)
         u, probe, eps = torch.special.ndtr(draws(0).double()), draws(1).sign().to(x0.device), draws(2)
-        uniform = probability_flow.bound(denoiser, x0, u.to(x0.device), probe, steps)
-        decoder = probability_flow.decoder_bound(denoiser, x0, eps.to(x0.device), probe, steps)
+        y = labels_of(checkpoint, images, batch, ranks.device)
+        uniform = probability_flow.bound(denoiser, x0, u.to(x0.device), probe, steps, y)
+        decoder = probability_flow.decoder_bound(denoiser, x0, eps.to(x0.device), probe, steps, y)
         bits[:, part] = bits_per_dim(torch.stack([uniform, decoder]), x0[0].numel()).cpu()
     bits = ranks.total(bits)
     mean, error = bits.mean(1).tolist(), (bits.std(1) / n**0.5).tolist() if n > 1 else [None, None]

@@ -48,6 +48,27 @@ def as_signal(images: data.Images, indices: Sequence[int]) -> Tensor:
     return x0
 
 
+def labels_of(
+    checkpoint: Checkpoint, images: data.Images, indices: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """The model's labels of these images, int64 [len(indices)] on `device`, or None if it can do without labels.
+
+    A model that never saw an image without its label has a likelihood only given the label. Raises InputError if the
+    images have no labels, or classes that the model does not have.
+    """
+    if not checkpoint.preset.always_labelled:
+        return None
+    names, known = images.class_names, checkpoint.preset.class_names
+    if images.labels is None or names is None:
+        raise InputError(
+            f"{images.name}: has no labels, and {checkpoint.path} never saw an image without one; want labelled images"
+        )
+    labels = images.labels[list(indices)].tolist()
+    if unknown := sorted({names[label] for label in labels} - set(known)):
+        raise InputError(f"{images.name}: has the class {unknown[0]}, which {checkpoint.path} does not have")
+    return torch.tensor([known.index(names[label]) for label in labels], device=device)
+
+
 def batches(
     images: data.Images, indices: Sequence[int], ranks: Processes, batch_size: int, title: str, progress: bool
 ) -> Iterator[tuple[slice, list[int], Tensor]]:

@@ -88,7 +88,7 @@ def report(run: Path) -> Path:
         f"<h1>{name} <small>a run of ddpm {__version__}</small></h1>\n"
         f"{re.sub(r'(?s)<svg .*?</svg>', own_ids, ''.join(body))}</body>\n</html>\n"
     )
-    atomic.write(run / "report.html", page.encode("utf-8", "replace"))  # file names may be invalid Unicode
+    atomic.write(run / "report.html", page)
     return run / "report.html"
 
 

@@ -1,8 +1,12 @@
 """Sample images: from a denoiser in batches of seeds, the strips of Figure 6, and the program behind `ddpm sample`."""
 
+import json
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +16,8 @@ from tqdm import tqdm
 from ddpm import kernels, pixels, spacing
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
+from ddpm.files import atomic
+from ddpm.files import images as pictures
 from ddpm.files.models import Checkpoint, read_calibration
 from ddpm.noise import ahead, per_image
 from ddpm.run.device import use_cuda_graphs
@@ -217,11 +223,12 @@ class Conditions:
             return self
         return replace(self, guidance=GUIDANCE if checkpoint.preset.label_dropout > 0 else 1.0)
 
-    def apply(self, checkpoint: Checkpoint) -> tuple[Denoiser, list[int]]:
+    def apply(self, checkpoint: Checkpoint, sampling: bool = True) -> tuple[Denoiser, list[int]]:
         """The model's denoiser under these conditions, and the labels of the classes.
 
-        Raises InputError for guidance without a class, for a model without classes, for a class that the model does not
-        have, and for guidance of a model that never saw an image without its label.
+        Raises InputError for guidance without a class, for a model without classes, and for a class that the model does
+        not have. For a model that never saw an image without its label, it raises InputError for guidance, and for no
+        class unless `sampling` is false.
         """
         denoiser, names = checkpoint.denoiser, checkpoint.preset.class_names
         if self.clip is not None:
@@ -230,6 +237,9 @@ class Conditions:
             for name in ("guidance", "guidance_interval"):
                 if getattr(self, name) is not None:
                     raise InputError(f"{name}: needs a class; want class NAME")
+            if checkpoint.preset.always_labelled and sampling:
+                known = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
+                raise InputError(f"class: {checkpoint.path} never saw an image without its label; want {known}, or all")
             return denoiser, []
         if not names:
             raise InputError(f"class {self.classes[0]}: {checkpoint.path} was not trained with classes; want no class")
@@ -244,42 +254,134 @@ class Conditions:
         return denoiser.guided(guidance, self.guidance_interval), [names.index(name) for name in wanted]
 
 
+RECORD = "samples.json"
+"""The file in a folder of samples that says how they are made, so that the same command resumes."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How samples of a checkpoint are made; each None is the model's or the sampler's own default.
+
+    sampler     a name in SAMPLERS
+    steps       the number of noise levels to visit
+    spacing     a name in SPACING_NAMES
+    conditions  classes, guidance and clipping
+    eta         noise of ddim
+    sigma_hat   ddim with the larger noise sigma^
+    seed        seed of image 0; image i has seed + i
+    batch_size  images at a time; no result depends on it
+    """
+
+    sampler: str = "ancestral"
+    steps: int | None = None
+    spacing: str | None = None
+    conditions: Conditions = Conditions()
+    eta: float = 0.0
+    sigma_hat: bool = False
+    seed: int = 0
+    batch_size: int = 64
+
+    def maker(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+        """A function from places 0, 1, ... of the series to its images, uint8 on the CPU, and how they are made.
+
+        The function takes `strips` and `progress`, as `sample` does. How they are made is plain JSON values. Raises
+        InputError for a sampler, steps, a spacing or conditions that this model does not have.
+        """
+        conditions = self.conditions.resolved(checkpoint)
+        denoiser, labels = conditions.apply(checkpoint)
+        levels = sampler_levels(checkpoint, self.sampler, self.steps, self.spacing)
+        solver = named(self.sampler, self.eta, self.sigma_hat)
+
+        def make(places: Sequence[int], strips: bool = False, progress: bool = False) -> Tensor:
+            seeds, y = [self.seed + i for i in places], cycled_labels(labels, places)
+            run = progressive if strips else partial(generate, batch_size=self.batch_size)
+            return run(denoiser, checkpoint.preset.shape, seeds, solver, levels, device=device, progress=progress, y=y)
+
+        about = {
+            **checkpoint.about(),
+            **describe_sampling(denoiser, self.sampler, levels, self.spacing),
+            **conditions.about(),
+            "sigma_hat": self.sigma_hat,
+            "eta": 1.0 if self.sigma_hat else self.eta,
+            "seed": self.seed,
+        }
+        return make, about
+
+
 def sample(
     checkpoint: Checkpoint,
     n: int,
     ranks: Processes,
-    sampler: str = "ancestral",
-    steps: int | None = None,
-    spacing: str | None = None,
-    conditions: Conditions = Conditions(),
-    eta: float = 0.0,
-    sigma_hat: bool = False,
-    seed: int = 0,
-    batch_size: int = 64,
+    sampling: Sampling = Sampling(),
     strips: bool = False,
     progress: bool = False,
 ) -> tuple[Tensor, dict[str, Any]]:
     """`n` images of the seeds seed, seed + 1, and so on, and how they were made as plain JSON values.
 
     The images are uint8 [n, C, H, W], or with `strips` the estimates on the way, uint8 [n, columns, C, H, W]. Every
-    process makes its share, and every process gets all of them. Raises InputError for a sampler, steps, a spacing or
-    conditions that this model does not have.
+    process makes its share, and every process gets all of them. Raises InputError as `Sampling.maker` does, and if the
+    images do not fit in this machine's memory.
     """
-    conditions = conditions.resolved(checkpoint)
-    denoiser, labels = conditions.apply(checkpoint)
-    levels = sampler_levels(checkpoint, sampler, steps, spacing)
-    seeds, y = [seed + i for i in ranks.mine(n)], cycled_labels(labels, ranks.mine(n))
-    make = progressive if strips else partial(generate, batch_size=batch_size)
-    solver = named(sampler, eta, sigma_hat)
-    shape = checkpoint.preset.shape
-    images = make(denoiser, shape, seeds, solver, levels, device=ranks.device, progress=progress, y=y)
-    about = {
-        "count": n,
-        **checkpoint.about(),
-        **describe_sampling(denoiser, sampler, levels, spacing),
-        **conditions.about(),
-        "sigma_hat": sigma_hat,
-        "eta": 1.0 if sigma_hat else eta,
-        "seed": seed,
-    }
-    return ranks.interleave(images, n), about
+    size = n * math.prod(checkpoint.preset.shape) * (11 if strips else 1)
+    if (memory := _memory()) is not None and size > memory:
+        raise InputError(
+            f"n {n}: {size / 2**30:,.0f} GiB of images do not fit in this machine's memory; want fewer, or a folder, "
+            "to which images are written as they are made"
+        )
+    make, about = sampling.maker(checkpoint, ranks.device)
+    images = make(ranks.mine(n), strips, progress)
+    return ranks.interleave(images, n), {"count": n, **about}
+
+
+def _memory() -> int | None:
+    """The bytes of memory of this machine, or None if the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def sample_to_folder(
+    checkpoint: Checkpoint, n: int, ranks: Processes, folder: Path, sampling: Sampling = Sampling(),
+    progress: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the images of `sample` to folder/SEED.png as they are made, in bounded memory; returns how they are made.
+
+    If the folder holds images of the same sampling already, only what is missing is made. Raises InputError as
+    `Sampling.maker` does, and if the folder holds anything else.
+    """
+    make, about = sampling.maker(checkpoint, ranks.device)
+    record = folder / RECORD
+    if ranks.first:
+        if record.exists():
+            _check_record(record, about, n)
+        atomic.write_json(record, {"count": n, **about})
+    mine = ranks.mine(n)
+    with tqdm(total=len(mine), unit="image", desc="sampling", disable=None if progress else True, leave=False) as bar:
+        for start in range(0, len(mine), sampling.batch_size):
+            places = mine[start : start + sampling.batch_size]
+            files = {i: folder / f"{sampling.seed + i:06d}.png" for i in places}
+            missing = [i for i, file in files.items() if not file.is_file()]
+            made = make(missing) if missing else ()
+            for i, image in zip(missing, made, strict=True):
+                pictures.save(files[i], pictures.channels_last(image[None])[0])
+            bar.update(len(places))
+    ranks.any(False)  # wait for the images of the other processes
+    return {"count": n, **about}
+
+
+def _check_record(record: Path, about: dict[str, Any], n: int) -> None:
+    """Raise InputError unless the folder's images are made as these, and are at most `n`."""
+    try:
+        old = json.loads(record.read_bytes())
+        count = old.pop("count")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{record}: damaged ({type(error).__name__}); want a new or an empty folder") from None
+    now = json.loads(json.dumps(about))
+    if differs := [name for name in {**old, **now} if old.get(name) != now.get(name)]:
+        raise InputError(
+            f"{record.parent}: holds samples with {differs[0]} {old.get(differs[0])!r}, and these have "
+            f"{now.get(differs[0])!r}; want a new or an empty folder"
+        )
+    if not isinstance(count, int) or count > n:
+        raise InputError(f"{record.parent}: holds {count} samples; want n of at least that, or another folder")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ddpm import kernels, losses, noise, pixels, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
-from ddpm.files import checkpoints, data, images, tensors
+from ddpm.files import atomic, checkpoints, data, images, tensors
 from ddpm.presets import Preset, build, from_json
 from ddpm.run import ema, log
 from ddpm.run.device import compile_stages, pick_compile
@@ -479,6 +479,8 @@ def _check_settings(preset: Preset, out: Path, ranks: Processes) -> Preset:
     elif out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
         raise InputError(f"out {out}: exists and is not a run; want a new folder, or a run to resume")
     log.check_tensorboard(preset)
+    with torch.device("meta"):
+        build(preset)  # a network or a schedule that cannot be is a mistake in the settings
     return replace(preset, precision=pick_precision(preset.precision, ranks.device))
 
 
@@ -517,7 +519,7 @@ if hasattr(os, "register_at_fork"):
 def _lock(out: Path, stack: ExitStack) -> None:
     """Make the run's folder and lock it until the end. Raises InputError if another process trains the run."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(out)
         stack.enter_context(filelock.FileLock(out / ".lock").acquire(timeout=0))
         _LOCKS.add((out / ".lock").stat().st_ino)
     except filelock.Timeout:
