@@ -327,14 +327,14 @@ RACES = st.lists(st.lists(st.integers(0, 1 << 20), min_size=1, max_size=9).filte
 
 @given(RACES, st.binary(max_size=200), st.integers(0, 1 << 40))
 def test_a_message_is_recovered_from_the_picks(weights, message, key):
-    """`returned` gives the used part of the message for any frequencies; the rest was not read."""
+    """`message_of` gives the used part of the message for any frequencies; the rest was not read."""
     picker = reverse.Picker(message, key)
     slots = []
     for chances in weights:
         possible = np.flatnonzero(chances)
         race = reverse.Race(possible, frequencies(np.array(chances)[possible]))
         slots.append(race.slot(picker.pick(race)))
-    back = reverse.returned(picker.state, slots, key)
+    back = reverse.message_of(picker.state, slots, key)
     used = picker.used
     assert back[: len(used)] == used
     assert not back[len(used) :].strip(b"\0")
@@ -352,7 +352,7 @@ def test_another_state_or_pick_is_refused_or_gives_another_message(weights, mess
         slots.append(race.slot(picker.pick(race)))
     if wrong != picker.state:
         try:
-            assert reverse.returned(wrong, slots, 1) != reverse.returned(picker.state, slots, 1)
+            assert reverse.message_of(wrong, slots, 1) != reverse.message_of(picker.state, slots, 1)
         except Damaged:
             pass
     with pytest.raises(Damaged, match="a candidate that no encoder takes"):
@@ -923,8 +923,8 @@ def test_forged_archive_with_a_wrong_stack_is_refused(model):
     tile = picture.cut(image, archive._header(model, image.shape, False), model).pixels[0]
     archive._push(middle, archive._coder(model, False, check=True), tile)
     cases = [
-        (image.shape, flagged(long), "more bytes than there are"),
-        (image.shape, flagged(more), "does not end as it began"),
+        (image.shape, flagged(long), "longer than the stack"),
+        (image.shape, flagged(more), "not empty at the end"),
         ((9, 8, 3), stacked(file), "of another size"),
         (image.shape, stacked(codec.compress(model, image, bits=6, psnr=20)), "not whole and lossless"),
         (image.shape, stacked(file[:-20]), "not whole and lossless"),

@@ -88,14 +88,14 @@ def weight(denoiser: Denoiser, t: Tensor, weighting: Weighting) -> Tensor:
     if weighting == "none":
         return torch.ones(len(t), device=t.device)
     abar = extract(denoiser.schedule.alpha_bar, t)
-    on_x0 = (abar / (1 - abar)).clamp(max=5) if weighting == "min_snr" else abar
+    x0_weight = (abar / (1 - abar)).clamp(max=5) if weighting == "min_snr" else abar
     match denoiser.predict:
         case "x0":
-            return on_x0.float().to(t.device)
+            return x0_weight.float().to(t.device)
         case "eps":
-            return (on_x0 * (1 - abar) / abar).float().to(t.device)
+            return (x0_weight * (1 - abar) / abar).float().to(t.device)
         case "v":
-            return (on_x0 * (1 - abar)).float().to(t.device)
+            return (x0_weight * (1 - abar)).float().to(t.device)
         case "mu":
             raise InputError(f"weighting {weighting}: needs eps, x0 or v prediction; want none for mu")
 

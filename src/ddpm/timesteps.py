@@ -59,6 +59,6 @@ def bound_weight(schedule: Schedule, predict: Prediction) -> Tensor:
     if predict == "mu":
         raise InputError("timestep_sampling bound: needs eps, x0 or v prediction; want uniform or stratified for mu")
     abar, snr = schedule.alpha_bar[1:], (2 * schedule.half_log_snr[1:]).exp()
-    on_x0 = (snr[:-1] - snr[1:]) / 2
-    on_x0 = torch.cat([on_x0[:1], on_x0])
-    return on_x0 * {"x0": torch.ones_like(abar), "v": 1 - abar, "eps": 1 / snr}[predict]
+    x0_weight = (snr[:-1] - snr[1:]) / 2
+    x0_weight = torch.cat([x0_weight[:1], x0_weight])
+    return x0_weight * {"x0": torch.ones_like(abar), "v": 1 - abar, "eps": 1 / snr}[predict]

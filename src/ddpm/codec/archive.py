@@ -162,7 +162,7 @@ class Stack:
         """Bytes that `push_bytes` put there. Raises Damaged if their length is more than the stack has."""
         length = self.pop_bits(16) << 16 | self.pop_bits(16)
         if length > 4 * self._coder.num_words() + 4:  # zeros at the bottom need no word
-            raise Damaged("a file with more bytes than there are")
+            raise Damaged("holds a file that is longer than the stack")
         return self._coder.decode(_BYTE, length).astype(np.uint8).tobytes()  # type: ignore[no-any-return]
 
     def push_bytes(self, data: bytes) -> None:
@@ -418,7 +418,7 @@ def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
             images.append(image)
             sizes.append(size)
         if not stack.empty():
-            raise Damaged("does not end as it began")
+            raise Damaged("is not empty at the end")
     except Empty as error:
         raise Damaged(f"stack: ends too early; {_DIFFERS}") from error
     except Damaged as error:

@@ -267,7 +267,7 @@ def recover_message(
         i: [next(races).slot(index) for index in sent_groups[i].sent.indices[tile][band].tolist()] for i in order
     }
     slots = [slot for i in range(len(sent_groups)) for slot in slots_of[i]]
-    return reverse.returned(state, slots, _PICKS, seed, tile, band)
+    return reverse.message_of(state, slots, _PICKS, seed, tile, band)
 
 
 # -- symbols to bits ---------------------------------------------------------------------------------------------------

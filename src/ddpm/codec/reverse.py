@@ -6,7 +6,7 @@ w = q / p, and sends its index. There are two ways to choose:
 * Ordered random coding (`winner`) favours small indices, which cost about KL + log2(KL + 1) bits.
 * Minimal random coding (Havasi et al. 2019, which the paper names) costs log2 N bits, a few more than the divergence.
   But the choice itself can carry data: `Picker` selects the candidate with bits of data still to be sent (bits-back
-  coding). Someone who later knows q can compute these bits from the choice (`returned`).
+  coding). Someone who later knows q can compute these bits from the choice (`message_of`).
 
 All draws use one table of normals: 2^bits rows of 64. A candidate takes one row for each 64 dimensions of a chunk.
 Every block of 64 starts at another row, and every chunk has an order and signs of its own. So a few matrix products
@@ -219,7 +219,7 @@ class Picker:
     >>> race = Race(np.arange(4), frequencies([1, 2, 3, 4]))
     >>> picker = Picker(b"whatever", 5)
     >>> taken = [picker.pick(race) for _ in range(40)]
-    >>> returned(picker.state, [race.slot(index) for index in taken], 5)[:8]
+    >>> message_of(picker.state, [race.slot(index) for index in taken], 5)[:8]
     b'whatever'
     """
 
@@ -256,7 +256,7 @@ def _page(number: int, keys: tuple[int, ...]) -> bytes:
     return shared.bits16(_PAGE // 2, _COINS, *keys, number).astype("<u2").tobytes()
 
 
-def returned(state: int, slots: Sequence[tuple[int, int]], *keys: int) -> bytes:
+def message_of(state: int, slots: Sequence[tuple[int, int]], *keys: int) -> bytes:
     """The used part of a `Picker`'s message, and what followed it, from its last state and the slots it selected.
 
     Raises Damaged if no picker selects these and ends in this state.
