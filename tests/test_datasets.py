@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import os
 import re
 import warnings
 import zipfile
@@ -147,7 +148,12 @@ def test_a_split_beside_other_images_is_refused(tmp_path, kind, classes):
     for i in range(15, N):
         pictures.save(root / (("bus", "car")[i % 2] if classes else "") / f"{i}.png", PIXELS[i])
     source = str(zipped(root, tmp_path / "set.zip") if kind == "zip" else root)
-    refused(source, (8, 8), 3, match="train: the name of a split, but 8 images lie beside it; want all in folders")
+    refused(
+        source,
+        (8, 8),
+        3,
+        match="train: the name of a split, or of a class; 8 images lie beside it; want all in folders",
+    )
 
 
 def test_classes_are_those_of_all_splits(tmp_path):
@@ -344,11 +350,12 @@ BAD = {
     "empty": (lambda path: path.write_bytes(b""), "empty file"),
     "text": (lambda path: path.write_text("hello"), "not an image"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:100]), "damaged image"),
-    "grey": (
-        lambda path: pictures.save(path, PIXELS[4][..., :1]),
-        r"grey \(1 channel\), but .*0\.png.* is RGB \(3 channels\)",
+    "clear": (
+        lambda path: Image.new("RGBA", (8, 8)).save(path),
+        r"RGBA \(4 channels\), but most images are RGB \(3 channels\)",
     ),
-    "float": (lambda path: Image.new("F", (8, 8)).save(path, "TIFF"), r"grey \(1 channel\)"),
+    "float": (lambda path: Image.new("F", (8, 8)).save(path, "TIFF"), "mode F"),
+    "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "a pipe or a device, want a plain file"),
 }
 
 
@@ -356,6 +363,8 @@ BAD = {
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 @pytest.mark.parametrize("cache_bytes", [2**30, 0])
 def test_a_bad_image_is_named_or_skipped(tmp_path, fault, kind, cache_bytes):
+    if (kind, fault) == ("zip", "pipe"):
+        return
     root = folder(tmp_path / "set", classes=False)
     spoil, message = BAD[fault]
     for name in ("4.png", "5.png", "22.png"):

@@ -75,7 +75,7 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
     ddpm.errors.InputError: a.png: empty file, want an image
     """
     name = name or (str(source) if isinstance(source, str | Path) else "the image")
-    data = _bytes(source, name)
+    data = file_bytes(source, name)
     if not data:
         raise InputError(f"{name}: empty file, want an image")
     try:
@@ -121,8 +121,9 @@ def check_memory(size: int, what: str) -> None:
         )
 
 
-def _bytes(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
-    """The bytes of a file, whose size is looked at first."""
+def file_bytes(source: str | Path | bytes | BinaryIO, name: str | None = None) -> bytes:
+    """The bytes of a file, whose kind and size are looked at first. Raises InputError, as `read` does."""
+    name = name or str(source)
     if isinstance(source, bytes):
         check_memory(len(source), name)
         return source
@@ -288,18 +289,21 @@ def convert(image: Image.Image, channels: int, name: str = "the image", notes: N
     (255, 255, 255)
     """
     target = MODES[channels]
-    deep = image.info.get("deep") or image.mode.startswith("I")
-    if deep:
-        note(notes, DEEP, name)
+    mask = None if image.mode == target == "RGBA" else alpha(image)
+    converted = image if image.mode == target and mask is None else _converted(image, target, mask, name)
     if image.info.get("several"):
         note(notes, SEVERAL, name)
-    mask = None if image.mode == target == "RGBA" else alpha(image)
-    if image.mode == target and mask is None:
-        return image
-    if image.mode == target:
-        note(notes, "a transparent colour is made white", name)
-    elif not deep:
+    if image.info.get("deep") or image.mode.startswith("I"):
+        note(notes, DEEP, name)
+    elif image.mode != target:
         note(notes, f"mode {image.mode} is converted to {target}", name)
+    elif mask is not None:
+        note(notes, "a transparent colour is made white", name)
+    return converted
+
+
+def _converted(image: Image.Image, target: str, mask: Image.Image | None, name: str) -> Image.Image:
+    """`convert` for an image that is not of the target's mode, or of which `mask` is the alpha channel."""
     if image.mode == "F":
         raise InputError(f"{name}: mode F (floating point), want 8 bits per channel")
     if image.mode.startswith("I"):
