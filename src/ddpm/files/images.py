@@ -83,8 +83,10 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
         width, height = image.size
         check_memory(width * height * _BYTES.get(image.mode, 4), f"{name}: {width}x{height} pixels")
         several = _holds_several(image)
-        deep, depth, top, inverted = _depth(image, data)  # before Pillow cuts 16-bit colour to 8 bits
+        deep, depth, top, inverted = _depth(image, data, name)  # before Pillow cuts 16-bit colour to 8 bits
         image.load()
+    except InputError:
+        raise
     except Image.DecompressionBombError as fault:  # some formats ask Pillow's own limit
         raise InputError(f"{name}: too large ({one_line(fault)}), want a smaller image") from None
     except _FAULTS as fault:
@@ -169,11 +171,11 @@ def _holds_several(image: Image.Image) -> bool:
             image.seek(0)
 
 
-def _depth(image: Image.Image, data: bytes) -> tuple[bool, int, int, bool]:
+def _depth(image: Image.Image, data: bytes, name: str) -> tuple[bool, int, int, bool]:
     """What the file says of its pixels, which Pillow's mode does not tell.
 
     Returns whether there are more than 8 bits a channel, the bits of a channel, the level of white as Pillow decodes
-    it, and whether Pillow leaves white at 0. Raises ValueError for a kind that Pillow decodes wrongly.
+    it, and whether Pillow leaves white at 0. Raises InputError for a kind that Pillow decodes wrongly.
     """
     depth, top, inverted = 8, 255, False
     grey = image.mode.startswith("I")
@@ -186,7 +188,11 @@ def _depth(image: Image.Image, data: bytes) -> tuple[bool, int, int, bool]:
         tags = image.tag_v2  # type: ignore[attr-defined]
         depth, signed = max(tags.get(258, (1,))), 2 in tags.get(339, (1,))
         if signed and not grey and image.mode != "F":
-            raise ValueError("signed levels of 8 bits")
+            raise InputError(f"{name}: signed levels of {depth} bits; want levels from 0")
+        if depth > 8 and tags.get(284) == 2 and tags.get(259, 1) == 1:
+            raise InputError(
+                f"{name}: separate planes of {depth} bits, which Pillow mixes up; want interleaved channels"
+            )
         top = 2 ** (depth - signed) - 1
         largest = tags.get(281, (0,))[0]  # MaxSampleValue; if it is no 2^k - 1, it only describes this picture
         if grey and 255 < largest < top and largest & (largest + 1) == 0:
@@ -196,6 +202,10 @@ def _depth(image: Image.Image, data: bytes) -> tuple[bool, int, int, bool]:
         at = data.index(b"\xff\x4f\xff\x51") + 40  # of the number of components, each with three bytes
         components = data[at + 2 : at + 2 + 3 * int.from_bytes(data[at : at + 2], "big") : 3]
         depth = max((each & 0x7F) + 1 for each in components)
+        if depth > 8 and not grey:
+            raise InputError(
+                f"{name}: JPEG 2000 colour of {depth} bits, whose white Pillow makes black; want PNG or TIFF"
+            )
         most = 16 if grey else 8  # Pillow shifts the levels up to as many bits
         top = (2**depth - 1) << (most - depth) if depth < most else 2**most - 1
     elif image.format == "AVIF":

@@ -123,6 +123,8 @@ def load_local(source: str, path: Path, configuration: str | None, progress: boo
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     for file in [path] if path.is_file() else [path / name for name in walk(path)]:
+        if file.suffix.lower() in SUFFIXES and not file.is_file():
+            raise InputError(f"{file}: a pipe or a device; want a plain file")
         if file.suffix.lower() == ".parquet":  # `datasets` does not say which file is damaged
             try:
                 pyarrow.parquet.ParquetFile(file).close()

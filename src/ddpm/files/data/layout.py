@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files.data.listing import LABELS, Options, is_hidden, is_image, natural, number_values
+from ddpm.files.images import one_line
 
 # -- the names of splits -----------------------------------------------------------------------------------------------
 
@@ -54,7 +55,8 @@ def meanings(name: str) -> frozenset[str]:
     >>> [sorted(meanings(name)) for name in ("train2017", "my-Test.set", "ValImages", "contest", "train_test")]
     [['train'], ['test'], ['validation'], [], ['test', 'train']]
     """
-    return frozenset(_MEANING[word] for word in words(name) if word in _MEANING)
+    splits = frozenset(_MEANING[word] for word in words(name) if word in _MEANING)
+    return frozenset({"test"}) if splits == {"validation", "test"} else splits  # COCO's test-dev
 
 
 def find_split(split: str, available: Iterable[str]) -> str | None:
@@ -316,9 +318,6 @@ def _written_labels(
         for row in _rows(f"{table} of {source}", read(table), table.lower().endswith(".csv")):
             rows["/".join((*folder, *_parts(str(row["file_name"]))))] = row
     if rows:
-        missing = set(rows) - {"/".join(parts) for parts in files.values()}
-        if missing:
-            raise InputError(f"{_some(tables)} of {source}: names {_some(missing)}; no such image is there")
         known = list(dict.fromkeys(key for row in rows.values() for key in row if key != "file_name"))
         chosen = column if column in known else None if column else next((c for c in LABELS if c in known), None)
         if chosen is not None:
@@ -347,16 +346,17 @@ def _complete(source: str, column: str | None, labels: list[Any]) -> list[Any] |
 
 
 def _rows(title: str, data: bytes, is_csv: bool) -> list[dict[str, Any]]:
-    """The rows of a metadata file, each with the column file_name. Raises InputError if it is damaged."""
+    """The rows of a metadata file with the column file_name; none without this column, as it has another purpose then.
+
+    Raises InputError if it is damaged.
+    """
     try:
         text = data.decode("utf-8-sig")
         lines = [line for line in text.splitlines() if line.strip()]
         rows = list(csv.DictReader(io.StringIO(text))) if is_csv else [json.loads(line) for line in lines]
-        if all(isinstance(row, dict) and isinstance(row.get("file_name"), str) for row in rows):
-            return rows
-    except (ValueError, csv.Error, RecursionError):
-        pass
-    raise InputError(f"{title}: cannot be read; want rows with the column file_name")
+    except (ValueError, csv.Error, RecursionError) as fault:
+        raise InputError(f"{title}: cannot be read ({one_line(fault)})") from None
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("file_name"), str)]
 
 
 def _labels_beside(

@@ -3,7 +3,6 @@
 `hugging_face` reads the data sets of Hugging Face layout, in a folder, in a file or on the hub.
 """
 
-import contextlib
 import difflib
 import functools
 import os
@@ -299,7 +298,7 @@ def _is_tar(source: str, path: Path) -> bool:
 
 
 def _shards(path: Path) -> Iterable[str]:
-    return (file for file in walk(path) if file.lower().endswith(".tar"))
+    return (file for file in walk(path) if file.lower().endswith(".tar") and (path / file).is_file())
 
 
 def _tar(source: str, path: Path, options: Options) -> Contents:
@@ -370,10 +369,12 @@ def _npz(source: str, path: Path, options: Options) -> Contents:
 
 def _check_unpacked(source: str, path: Path) -> None:
     """Raise InputError for a small file that would fill the memory."""
-    with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError), zipfile.ZipFile(path) as archive:
+    if not zipfile.is_zipfile(path):
+        return  # `read_arrays` says so
+    with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > 100 * path.stat().st_size:
-            pictures.check_memory(unpacked, f"{source}: unpacked")
+    if unpacked > 100 * path.stat().st_size:
+        pictures.check_memory(unpacked, f"{source}: unpacked")
 
 
 def _labels_of_array(source: str, arrays: dict[str, NDArray[Any]], images: str, column: str | None) -> list[int] | None:
