@@ -59,6 +59,15 @@ def meanings(name: str) -> frozenset[str]:
     return frozenset({"test"}) if splits == {"validation", "test"} else splits  # COCO's test-dev
 
 
+def other_words(name: str) -> frozenset[str]:
+    """The words of a name that speak of no split.
+
+    >>> sorted(other_words("train_labels"))
+    ['labels']
+    """
+    return frozenset(word for word in words(name) if word not in _MEANING)
+
+
 def find_split(split: str, available: Iterable[str]) -> str | None:
     """The name in `available` of the split that is asked for, or None. For "test", validation images serve, too.
 
@@ -195,8 +204,8 @@ def arrange(
     """The splits and classes of files by their paths, which may be written with "/" or "\\\\".
 
     Folders of one depth may name the splits, as may the files themselves. Labels are those of metadata files
-    (metadata.csv, .jsonl), of files NAME.cls or NAME.json beside NAME.png, or else the names of the folders below the
-    split, from where they branch, if all images lie in such folders.
+    (metadata.csv, .jsonl or .parquet), of files NAME.cls or NAME.json beside NAME.png, or else the names of the folders
+    below the split, from where they branch, if all images lie in such folders.
 
     read    gives the bytes of a file
     shards  whether the first part of each path is a shard, which may name a split, but no class
@@ -211,9 +220,8 @@ def arrange(
     images.sort(key=lambda name: natural("/".join(files[name])))
     paths = [files[name] for name in images]
     reading = _splits_by(source, paths, shards)
-    label_of, used = _written_labels(source, files, images, read, options.label_column)
-    if label_of is None:
-        label_of = _classes_of_folders(paths, reading, int(shards))
+    written = _written_labels(source, files, images, read, options.label_column)
+    label_of, used = written or (_classes_of_folders(paths, reading, int(shards)), set[str]())
 
     split_of = ["train"] * len(images) if reading is None else _split_names(reading)
     splits: dict[str, list[str]] = {}
@@ -306,16 +314,18 @@ def _written_labels(
     images: Sequence[str],
     read: Callable[[str], bytes],
     column: str | None,
-) -> tuple[list[Any] | None, set[str]]:
-    """For every image the label that a file gives it; None without such labels. And the files that hold labels.
+) -> tuple[list[Any] | None, set[str]] | None:
+    """For every image the label that a file gives it, and the files that hold labels; None if no file does.
+
+    The labels are None if some images have none.
 
     Raises InputError if `column` is named and does not give a label to every image.
     """
-    tables = [name for name, parts in files.items() if parts[-1].lower() in ("metadata.csv", "metadata.jsonl")]
+    tables = [name for name, parts in files.items() if parts[-1].lower() in _TABLES]
     rows: dict[str, dict[str, Any]] = {}  # path of an image -> its columns
     for table in tables:
         folder = files[table][:-1]
-        for row in _rows(f"{table} of {source}", read(table), table.lower().endswith(".csv")):
+        for row in _rows(f"{table} of {source}", _TABLES[files[table][-1].lower()], read(table)):
             rows["/".join((*folder, *_parts(str(row["file_name"]))))] = row
     if rows:
         known = list(dict.fromkeys(key for row in rows.values() for key in row if key != "file_name"))
@@ -334,7 +344,7 @@ def _written_labels(
             f"label_column {column}: {source} has no columns; want a metadata.csv with the columns file_name and "
             f"{column}, or files NAME.json with {column}"
         )
-    return None, set(tables)
+    return None
 
 
 def _complete(source: str, column: str | None, labels: list[Any]) -> list[Any] | None:
@@ -345,16 +355,37 @@ def _complete(source: str, column: str | None, labels: list[Any]) -> list[Any] |
     return None if missing else labels
 
 
-def _rows(title: str, data: bytes, is_csv: bool) -> list[dict[str, Any]]:
+def _rows_of_csv(data: bytes) -> list[Any]:
+    return list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
+
+
+def _rows_of_jsonl(data: bytes) -> list[Any]:
+    return [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+
+
+def _rows_of_parquet(data: bytes) -> list[Any]:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    rows: list[Any] = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    return rows
+
+
+_TABLES = {
+    "metadata.csv": _rows_of_csv,
+    "metadata.jsonl": _rows_of_jsonl,
+    "metadata.parquet": _rows_of_parquet,
+}
+"""The files in which Hugging Face's image folders keep columns -> what reads them."""
+
+
+def _rows(title: str, read: Callable[[bytes], list[Any]], data: bytes) -> list[dict[str, Any]]:
     """The rows of a metadata file with the column file_name; none without this column, as it has another purpose then.
 
     Raises InputError if it is damaged.
     """
     try:
-        text = data.decode("utf-8-sig")
-        lines = [line for line in text.splitlines() if line.strip()]
-        rows = list(csv.DictReader(io.StringIO(text))) if is_csv else [json.loads(line) for line in lines]
-    except (ValueError, csv.Error, RecursionError) as fault:
+        rows = read(data)
+    except (ValueError, OSError, csv.Error, RecursionError) as fault:
         raise InputError(f"{title}: cannot be read ({one_line(fault)})") from None
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("file_name"), str)]
 

@@ -147,10 +147,14 @@ def is_hidden(file: str) -> bool:
 def walk(root: Path) -> Iterator[str]:
     """The relative paths, with "/", of all files below `root` that are not hidden.
 
-    Links to folders are followed, and each folder is visited once.
+    Links to folders are followed, and each folder is visited once. Raises InputError for a folder that cannot be read.
     """
+
+    def refuse(fault: OSError) -> None:
+        raise InputError(f"{fault.filename}: {(fault.strerror or str(fault)).lower()}; want a folder that can be read")
+
     seen = set[str]()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()

@@ -24,7 +24,7 @@ from PIL import Image
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
 from ddpm.files.data import hugging_face
-from ddpm.files.data.layout import arrange, kind, meanings, words
+from ddpm.files.data.layout import arrange, kind, meanings, other_words
 from ddpm.files.data.listing import (
     ACCEPTED,
     Contents,
@@ -386,11 +386,10 @@ def _labels_of_array(source: str, arrays: dict[str, NDArray[Any]], images: str, 
         if array.dtype.kind in "iu" and array.shape in ((n,), (n, 1)) and meanings(name) == meanings(images)
     }
     if column is not None:
-        wanted = set(words(column)) - meanings(column)
         fitting = {
             name: array
             for name, array in fitting.items()
-            if name == column or set(words(name)) - meanings(name) == wanted
+            if name == column or other_words(name) == other_words(column) != set()
         }
         if not fitting:
             raise InputError(
@@ -421,8 +420,11 @@ def _is_parquet(source: str, path: Path) -> bool:
 def _local_dataset(source: str, path: Path, options: Options) -> Contents:
     folder, configuration = _folder_and_configuration(source, path)
     loaded = hugging_face.load_local(source, folder, configuration, options.progress)
-    others = (kind(file) for file in walk(folder) if not file.lower().endswith(hugging_face.SUFFIXES))
-    return hugging_face.contents(source, loaded, folder if folder.is_dir() else folder.parent, options, Counter(others))
+    others = (
+        (file for file in walk(folder) if not file.lower().endswith(hugging_face.SUFFIXES)) if folder.is_dir() else ()
+    )
+    place = folder if folder.is_dir() else folder.parent
+    return hugging_face.contents(source, loaded, place, options, Counter(map(kind, others)))
 
 
 def _is_hub_name(source: str, path: Path) -> bool:
