@@ -65,7 +65,7 @@ def broken(content: bytes) -> Callable[[Path], None]:
 
 def mixed(here: Path) -> None:
     grey(here / "pictures")
-    images.save(here / "pictures" / "2.png", np.zeros((8, 8, 3), np.uint8))
+    images.save(here / "pictures" / "2.png", np.full((8, 8, 3), (255, 0, 0), np.uint8))
 
 
 def nothing(here: Path) -> None:
@@ -121,14 +121,14 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     (ON_PICTURES, lambda here: (here / "pictures").mkdir(), ["pictures", "no images"]),
     (ON_PICTURES, broken(b"These are words."), ["2.png", "not an image"]),
     (ON_PICTURES, broken(b""), ["2.png", "empty file"]),
-    (ON_PICTURES, mixed, ["2.png", "RGB", "0.png", "grey"]),
+    (ON_PICTURES, mixed, ["2.png", "RGB", "most images are grey"]),
     (ON_PICTURES, lambda here: grey(here / "pictures", 1), ["pictures", "at least 2"]),
     (f"{ON_PICTURES} --image-column img", lambda here: grey(here / "pictures"), ["--image-column img", "no columns"]),
     ("train digits --label-column digit", nothing, ["--label-column digit", "digits", "no columns"]),
     (
         "train digits --data notes.txt",
         lambda here: write(here / "notes.txt"),
-        ["notes.txt", ".parquet file, a .zip"],
+        ["notes.txt", ".parquet file", "a .zip"],
     ),
     # the run's folder
     ("train digits --out notes.txt", lambda here: write(here / "notes.txt"), ["out notes.txt", "a new folder"]),

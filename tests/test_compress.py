@@ -1,5 +1,6 @@
 """`ddpm compress`, `decompress` and `inspect` on the package's digits, as somebody at a terminal uses them."""
 
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import ddpm
 from ddpm import codec
 from ddpm.cli import main
 from ddpm.codec import archive
+from ddpm.errors import InputError
 from ddpm.files import checkpoints, data, images, interop, models, opening, tensors
 from ddpm.presets import PRESETS, build
 from ddpm.run import compress
@@ -265,3 +267,39 @@ def test_one_tile_or_many_and_threads_make_one_portable_file(model, pictures):
         torch.set_num_threads(threads)
     many = np.concatenate([image, image], axis=1)
     assert np.array_equal(codec.decompress(model, codec.compress(model, many, bits=8)), many)
+
+
+def written(image, form, **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+GREY = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.gif", written(GREY, "GIF", save_all=True, append_images=[GREY.rotate(90)]), "several pictures"),
+        ("a.tif", written(GREY, "TIFF", save_all=True, append_images=[GREY.rotate(90)]), "several pictures"),
+        ("a.png", written(GREY, "PNG", transparency=7), "transparency"),
+        ("a.png", written(GREY.convert("RGB"), "PNG", transparency=(7, 7, 7)), "transparency"),
+        ("a.gif", written(GREY, "GIF", transparency=7), "transparency"),
+        ("a.ppm", b"P6 1 1 65535\n" + bytes(6), "more than 8 bits per channel"),
+        ("a.ppm", b"P5 1 1 1023\n" + bytes(2), "more than 8 bits per channel"),
+        ("a.tif", written(GREY.convert("CMYK"), "TIFF"), "mode CMYK"),
+    ],
+)
+def test_what_the_codec_would_lose_is_refused(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        compress.read_image(tmp_path / name)
+
+
+def test_what_loses_nothing_is_read_as_pillow_reads_it(tmp_path):
+    for k, image in enumerate((GREY, GREY.convert("RGBA"), GREY.convert("LA"), GREY.convert("RGB").quantize(8))):
+        image.save(tmp_path / f"{k}.png")
+        channels = 1 if image.mode in ("L", "LA") else 3
+        want = np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(8, 8, channels)
+        assert (compress.read_image(tmp_path / f"{k}.png") == want).all()

@@ -1,8 +1,11 @@
 """Every kind of source gives the same images, bad ones are named in one line, and the order is a function."""
 
 import io
+import json
 import multiprocessing
+import os
 import re
+import tarfile
 import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +20,7 @@ from PIL import Image
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
-from ddpm.files.data import batches, load, load_pair, order, split_holdout
+from ddpm.files.data import batches, describe, load, load_pair, order, split_holdout
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 real = pytest.mark.skipif(not DATA.exists(), reason="needs the real data beside the checkout")
@@ -147,7 +150,12 @@ def test_a_split_beside_other_images_is_refused(tmp_path, kind, classes):
     for i in range(15, N):
         pictures.save(root / (("bus", "car")[i % 2] if classes else "") / f"{i}.png", PIXELS[i])
     source = str(zipped(root, tmp_path / "set.zip") if kind == "zip" else root)
-    refused(source, (8, 8), 3, match="train: the name of a split, but 8 images lie beside it; want all in folders")
+    refused(
+        source,
+        (8, 8),
+        3,
+        match="train: the name of a split, or of a class; 8 images lie beside it; want all in folders",
+    )
 
 
 def test_classes_are_those_of_all_splits(tmp_path):
@@ -344,11 +352,12 @@ BAD = {
     "empty": (lambda path: path.write_bytes(b""), "empty file"),
     "text": (lambda path: path.write_text("hello"), "not an image"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:100]), "damaged image"),
-    "grey": (
-        lambda path: pictures.save(path, PIXELS[4][..., :1]),
-        r"grey \(1 channel\), but .*0\.png.* is RGB \(3 channels\)",
+    "clear": (
+        lambda path: Image.new("RGBA", (8, 8)).save(path),
+        r"RGBA \(4 channels\), but most images are RGB \(3 channels\)",
     ),
-    "float": (lambda path: Image.new("F", (8, 8)).save(path, "TIFF"), r"grey \(1 channel\)"),
+    "float": (lambda path: Image.new("F", (8, 8)).save(path, "TIFF"), "mode F"),
+    "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "a pipe or a device, want a plain file"),
 }
 
 
@@ -356,6 +365,8 @@ BAD = {
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 @pytest.mark.parametrize("cache_bytes", [2**30, 0])
 def test_a_bad_image_is_named_or_skipped(tmp_path, fault, kind, cache_bytes):
+    if (kind, fault) == ("zip", "pipe"):
+        return
     root = folder(tmp_path / "set", classes=False)
     spoil, message = BAD[fault]
     for name in ("4.png", "5.png", "22.png"):
@@ -423,6 +434,380 @@ def test_palettes_and_colours_are_of_one_kind(tmp_path):
     Image.fromarray(PIXELS[1]).quantize(8).save(tmp_path / "1.png")
     with pytest.warns(UserWarning, match=r"1 image: mode P is converted to RGB; the first: .*1\.png"):
         assert len(load(str(tmp_path), (8, 8), 3)) == 2
+
+
+# -- from any listing to splits, classes and what is left out ----------------------------------------------------------
+
+
+def tree(root, *files):
+    """Images whose grey level is their number, at these paths."""
+    for i, file in enumerate(files):
+        pictures.save(root / file, np.full((8, 8, 1), 10 * i, np.uint8))
+    return root
+
+
+def levels(found):
+    return sorted(found.batch(range(len(found)))[:, 0, 0, 0].tolist())
+
+
+SPLIT_TREES = {  # folders of two images each, those of the training split first -> the name of the held-out split
+    "coco": (["train2017"], ["val2017"], "val2017"),
+    "kaggle": (["training_set/a", "training_set/b"], ["test_set/a", "test_set/b"], "test_set"),
+    "camel": (["TrainImages"], ["TestImages"], "TestImages"),
+    "glued": (["trainset"], ["testset"], "testset"),
+    "numbered": (["1_train"], ["2_dev"], "2_dev"),
+    "evaluation": (["training"], ["evaluation"], "evaluation"),
+    "div2k": (["DIV2K_train_HR"], ["DIV2K_valid_HR"], "DIV2K_valid_HR"),
+    "below a class": (["a/train/good", "b/train/good"], ["a/test/good", "b/test/bad"], "test"),
+    "deep": (["set/images/Train/x/y"], ["set/images/Val/x/z"], "Val"),
+    "under a name": (["train_test_split/train/a"], ["train_test_split/test/a"], "test"),
+    "two years": (["x/train2014", "x/train2017"], ["x/val2014"], "val2014"),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_TREES)
+@pytest.mark.parametrize("kind", ["folder", "zip", "backslashes", "tar"])
+def test_names_of_splits(tmp_path, name, kind):
+    train, held_out, split = SPLIT_TREES[name]
+    files = [f"{folder}/{i}.png" for folder in (*train, *held_out) for i in range(2)]
+    root = tree(tmp_path / "set", *files)
+    source = root
+    if kind == "tar":
+        source = tmp_path / "set.tar"
+        with tarfile.open(source, "w") as archive:
+            archive.add(root, ".")
+    elif kind != "folder":
+        source = tmp_path / "set.zip"
+        with zipfile.ZipFile(source, "w") as archive:
+            for file in files:
+                archive.write(root / file, file.replace("/", "\\") if kind == "backslashes" else file)
+    a, b = load_pair(str(source), (8, 8), 1)
+    assert levels(a) == [10 * i for i in range(2 * len(train))]
+    assert levels(b) == [10 * i for i in range(2 * len(train), len(files))]
+    assert b.split == split
+
+
+def test_the_split_is_that_of_datasets(tmp_path, monkeypatch):
+    """`datasets` splits the same folders into as many images, where it does not see a split in every part of a name."""
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("coco", "kaggle", "numbered", "evaluation", "below a class"):
+        train, held_out, _ = SPLIT_TREES[name]
+        root = tree(tmp_path / name, *[f"{folder}/{i}.png" for folder in (*train, *held_out) for i in range(2)])
+        theirs = datasets.load_dataset("imagefolder", data_dir=str(root))
+        ours = load_pair(str(root), (8, 8), 1)
+        assert sorted(map(len, theirs.values())) == sorted(map(len, ours))
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["bus", "train"], "train: the name of a split, or of a class; 2 images lie beside it"),
+        (["train", "test", "unlabeled"], "test, train: the name of a split, or of a class; 2 images"),
+        (["crash_test", "race"], "crash_test: the name of a split, or of a class"),
+        (["freight_train", "passenger_train"], "each reads as the split train, or they are classes"),
+        (["train", "train_masks", "test"], "train, train_masks: each reads as the split train"),
+        (["trainA", "trainB", "testA", "testB"], "each reads as the split"),
+        (["train/train", "train/val", "test/train", "test/val"], "train, val.*; want only one kind"),
+        (["a/train", "test"], "the name of a split, or of a class"),
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_refused(tmp_path, folders, message):
+    tree(tmp_path, *[f"{folder}/{i}.png" for folder in folders for i in range(2)])
+    refused(str(tmp_path), (8, 8), 1, match=message)
+
+
+def test_a_class_may_have_train_in_its_name(tmp_path):
+    tree(tmp_path, "bullet_train/0.png", "car/0.png", "contest/0.png")
+    assert load(str(tmp_path), (8, 8), 1).class_names == ("bullet_train", "car", "contest")
+
+
+def test_names_of_files_may_be_splits(tmp_path):
+    tree(tmp_path / "a", "train_0.png", "train_1.png", "test_0.png")
+    train, held_out = load_pair(str(tmp_path / "a"), (8, 8), 1)
+    assert (levels(train), levels(held_out)) == ([0, 10], [20])
+    tree(tmp_path / "b", "train_0.png", "test_0.png", "other.png")
+    refused(str(tmp_path / "b"), (8, 8), 1, match="names of 2 of 3 images, as test_0, train_0, name splits")
+    tree(tmp_path / "c", "my test.png", "a train.png", "other.png")
+    assert len(load(str(tmp_path / "c"), (8, 8), 1)) == 3
+
+
+def test_a_source_of_test_images_alone_is_not_trained_on(tmp_path):
+    tree(tmp_path, "set/test/0.png", "set/test/1.png")
+    refused(str(tmp_path), (8, 8), 1, match="no split train, it has test; want its folder or file itself as the SOURCE")
+    assert len(load(str(tmp_path / "set" / "test"), (8, 8), 1)) == 2
+
+
+def test_classes_are_where_folders_branch_below_the_split(tmp_path):
+    tree(tmp_path, "train/images/cat/0.png", "train/images/dog/0.png", "val/images/dog/0.png")
+    train, val = load_pair(str(tmp_path), (8, 8), 1)
+    assert (train.class_names, train.labels.tolist(), val.labels.tolist()) == (("cat", "dog"), [0, 1], [1])
+
+
+def test_what_is_left_out_is_counted_and_said(tmp_path):
+    """Formats that are not read and data beside the images are warned of; texts are only counted."""
+    tree(tmp_path, "0.png", "1.png")
+    for name in ("a.HEIC", "b.heic", "c.jxl", "LICENSE", "notes.txt", "x/data.parquet", "d", "Thumbs.db"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    message = (
+        r"5 files left out, .*: 2 \.heic, 1 \.jxl, 1 \.parquet, 1 no suffix; the images are read, and not the data"
+    )
+    with pytest.warns(UserWarning, match=message):
+        pair = load_pair(str(tmp_path), (8, 8), 1)
+    assert pair[0].left_out == {
+        ".heic": 2, ".jxl": 1, ".parquet": 1, "no suffix": 1, "LICENSE": 1, ".txt": 1, ".db": 1,
+    }  # fmt: skip
+    assert describe(*pair) == (
+        f"{tmp_path}: train 1 images, held out 1 of train; no classes; warning: left out 2 .heic, 1 .db, 1 .jxl, "
+        "1 .parquet, 1 .txt, 1 LICENSE, .."
+    )
+
+
+def test_the_line_about_a_source(tmp_path):
+    tree(tmp_path, *[f"{split}/{kind}/0.png" for split in ("train", "val", "test") for kind in ("cat", "dog")])
+    (tmp_path / "train" / "readme.txt").write_text("")
+    assert describe(*load_pair(str(tmp_path), (8, 8), 1)) == (
+        f"{tmp_path}: train 2 images, held out 2 of test; not used: val; classes cat, dog; left out 1 .txt"
+    )
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    tree(tmp_path, "a/0.png", "b/0.png")
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    refused(str(tmp_path), (8, 8), 1, match=r"/b: permission denied; want a folder that can be read")
+
+
+WANTED = ["dog", "cat", "dog", "cat", "dog", "cat"]
+
+
+def metadata(form, names):
+    rows = [{"file_name": name, "score": 0.5, "label": label} for name, label in zip(names, WANTED, strict=True)]
+    if form == "csv":
+        return ("file_name,score,label\n" + "".join(f"{r['file_name']},0.5,{r['label']}\n" for r in rows)).encode()
+    if form == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), file := io.BytesIO())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_hugging_face_metadata_gives_labels(tmp_path, form, kind):
+    """As `datasets.load_dataset("imagefolder")` gives them; folders would be other classes."""
+    import datasets
+
+    root = tree(tmp_path / "set", *[f"{'ab'[i > 2]}/{i}.png" for i in range(6)])
+    (root / f"metadata.{form}").write_bytes(metadata(form, [f"{'ab'[i > 2]}/{i}.png" for i in range(6)]))
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(root))["train"]
+    assert list(theirs["label"]) == WANTED
+    source = str(zipped(root, tmp_path / "set.zip") if kind == "zip" else root)
+    for column in (None, "label"):
+        found = load(source, (8, 8), 1, label_column=column)
+        assert [found.class_names[k] for k in found.labels] == WANTED
+    refused(source, (8, 8), 1, label_column="y", match=r"label_column y: no such column, .*metadata.* has score, label")
+
+
+def test_metadata_that_is_damaged_incomplete_or_of_another_kind(tmp_path):
+    tree(tmp_path, "a/0.png", "b/1.png")
+    table = tmp_path / "metadata.jsonl"
+    table.write_text("{")
+    refused(str(tmp_path), (8, 8), 1, match=r"metadata\.jsonl of .*: cannot be read")
+    table.write_text('{"file_name": "a/0.png", "label": 1}\n')
+    assert load(str(tmp_path), (8, 8), 1).labels is None
+    refused(str(tmp_path), (8, 8), 1, label_column="label", match="1 of 2 images of .* have no label")
+    table.write_text('{"image": "a/0.png", "label": 1}\n')
+    assert load(str(tmp_path), (8, 8), 1).class_names == ("a", "b")
+
+
+def shard(path, *members):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(i, extension="cls", value=None):
+    png = pictures.to_png(np.full((8, 8, 1), i, np.uint8))
+    return (f"{i:04d}.png", png), (f"{i:04d}.{extension}", str(i % 2).encode() if value is None else value)
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_webdataset_shards(tmp_path, cache_bytes):
+    """Labels of NAME.cls, splits of the shards' names; one .tar is its folder."""
+    for k, name in enumerate(["a-train-0000", "a-train-0001", "a-val-0000"]):
+        shard(tmp_path / f"{name}.tar", *sample(2 * k), *sample(2 * k + 1))
+    train, val = load_pair(str(tmp_path), (8, 8), 1, cache_bytes=cache_bytes)
+    assert (levels(train), levels(val)) == ([0, 1, 2, 3], [4, 5])
+    assert (train.labels.tolist(), val.labels.tolist(), train.class_names) == ([0, 1, 0, 1], [0, 1], ("0", "1"))
+    one = load(str(tmp_path / "a-val-0000.tar"), (8, 8), 1, cache_bytes=cache_bytes)
+    assert (one.split, levels(one), one.labels.tolist()) == ("train", [4, 5], [0, 1])
+    assert torch.equal(in_a_new_process(train), train.batch(range(4)))
+
+
+def test_webdataset_labels_in_json_and_images_of_two_kinds(tmp_path):
+    file = shard(tmp_path / "a" / "a.tar", *sample(0, "json", b'{"label": 7}'), *sample(1, "json", b'{"label": 3}'))
+    found = load(str(file), (8, 8), 1)
+    assert (found.class_names, found.labels.tolist()) == (("3", "7"), [1, 0])
+    png = sample(0)[0][1]
+    two = [(f"{i}.{kind}", png) for i in range(2) for kind in ("png", "seg.png")]
+    file = shard(tmp_path / "b" / "b.tar", *two)
+    refused(str(file), (8, 8), 1, match="every sample has images png, seg.png; want one as image_column")
+    with pytest.warns(UserWarning, match=r"2 files left out.*2 \.png"):
+        assert len(load(str(file), (8, 8), 1, image_column="seg.png")) == 2
+    assert len(load(str(shard(tmp_path / "c.tar", ("a.1.png", png), ("a.2.png", png))), (8, 8), 1)) == 2
+
+
+def test_tars_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
+    refused(str(tmp_path / "a.tar"), (8, 8), 1, match="not a whole tar file without compression")
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz"):
+        pass
+    refused(str(tmp_path / "b.tar.gz"), (8, 8), 1, match="not a whole tar file without compression")
+    refused(str(shard(tmp_path / "c.tar", ("a.txt", b"text"))), (8, 8), 1, match="no images in this tar file")
+
+
+def test_npz_files(tmp_path):
+    """Those of `ddpm sample` (arr_0), of evaluators (with labels in arr_1), of Keras and of MedMNIST."""
+    labels = np.array(LABELS)
+    pictures.save_many(tmp_path / "own.npz", PIXELS, [str(i) for i in range(N)])
+    assert holds(load(str(tmp_path / "own.npz"), (8, 8), 3), range(N), labels=False)
+    np.savez(tmp_path / "eval.npz", PIXELS, labels)
+    assert load(str(tmp_path / "eval.npz"), (8, 8), 3).labels.tolist() == LABELS
+    np.savez(
+        tmp_path / "keras.npz",
+        x_train=PIXELS[:9, ..., 0],
+        y_train=labels[:9],
+        x_test=PIXELS[9:, ..., 0],
+        y_test=labels[9:],
+    )
+    np.savez(
+        tmp_path / "med.npz", train_images=PIXELS[:9, ..., :1], train_labels=labels[:9, None],
+        val_images=PIXELS[9:, ..., :1], val_labels=labels[9:, None],
+    )  # fmt: skip
+    for name, column in (("keras", "y"), ("med", "labels")):
+        for label_column in (None, column):
+            train, held_out = load_pair(str(tmp_path / f"{name}.npz"), (8, 8), 1, label_column=label_column)
+            assert (train.labels.tolist(), held_out.labels.tolist()) == (LABELS[:9], LABELS[9:])
+            assert (held_out.batch([3])[0, 0].numpy() == PIXELS[12, ..., 0]).all()
+
+
+def test_npz_files_that_are_no_images(tmp_path, monkeypatch):
+    def of(**arrays):
+        np.savez_compressed(tmp_path / "a.npz", **arrays)
+        return str(tmp_path / "a.npz")
+
+    for arrays, described in (
+        ({"x": PIXELS / 255}, r"x float64 \[23, 8, 8, 3\]"),
+        ({"x": PIXELS.transpose(0, 3, 1, 2)}, r"x uint8 \[23, 3, 8, 8\]"),
+        ({"x": PIXELS, "y": PIXELS}, r"x uint8 .*, y uint8 "),
+    ):
+        refused(of(**arrays), (8, 8), 3, match=rf"a\.npz: has {described}.*; want an \.npz with images uint8")
+    assert len(load(of(x=PIXELS, y=PIXELS[:5]), (8, 8), 3, image_column="y")) == 5
+    refused(of(x=PIXELS), (8, 8), 3, image_column="z", match="image_column z: .*a.npz: has x uint8")
+    refused(of(x=PIXELS), (8, 8), 3, label_column="z", match="label_column z: .* has no such array of 23 integers")
+    monkeypatch.setattr(pictures, "MEMORY", 10**6)
+    refused(of(x=np.zeros((4, 800, 800), np.uint8)), (8, 8), 1, match="unpacked: 3 MB; want at most 1 MB")
+
+
+def test_a_member_that_unpacks_to_more_than_the_memory_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "MEMORY", 10**6)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", pictures.to_png(PIXELS[0]))
+        archive.writestr("1.png", bytes(2 * 10**6))
+    refused(str(tmp_path / "a.zip"), (8, 8), 3, match=r"1\.png in .*a\.zip: 2 MB; want at most 1 MB")
+
+
+def test_hugging_face_configurations_of_a_folder(tmp_path):
+    root = tmp_path / "set"
+    for name, rows in (("a", 3), ("b", 5)):
+        (root / name).mkdir(parents=True)
+        rows_of(0, rows).to_parquet(root / name / "train-00000-of-00001.parquet")
+    lines = [f"- config_name: {c}\n  data_files:\n  - split: train\n    path: {c}/train-*\n" for c in "ab"]
+    (root / "README.md").write_text(f"---\nconfigs:\n{''.join(lines)}---\n")
+    assert holds(load(f"{root}:b", (8, 8), 3), range(5))
+    refused(str(root), (8, 8), 3, match=f"it has several configurations; want {root}:a or {root}:b$")
+    refused(f"{root}:c", (8, 8), 3, match=f"no configuration c; want {root}:a or {root}:b$")
+
+
+def test_hugging_face_rows_that_name_files(tmp_path):
+    """Only those in the source's folder and in the caches, unless that is allowed; a link leads where it leads."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = tree(tmp_path / "set", "0.png")
+    outside = tree(tmp_path, "outside.png") / "outside.png"
+    (root / "link.png").symlink_to(outside)
+    source = str(tmp_path / "set" / "a.parquet")
+
+    def naming(name):
+        pq.write_table(pa.table({"image": [{"bytes": None, "path": str(name)}]}), source)
+        return source
+
+    for name in ("0.png", root / "0.png"):
+        assert len(load(naming(name), (8, 8), 1)) == 1
+    for name in (outside, "../outside.png", "/dev/zero", "link.png"):
+        refused(
+            naming(name), (8, 8), 1, match=f"row 0 of .*: names the file '{name}', which is not in {root}; want the"
+        )
+    for name in (outside, "../outside.png", "link.png"):
+        assert len(load(naming(name), (8, 8), 1, allow_paths=True)) == 1
+    refused(naming("/dev/zero"), (8, 8), 1, allow_paths=True, match="a pipe or a device")
+    refused(naming("none.png"), (8, 8), 1, match="no such file")
+
+
+def test_what_is_no_plain_file_is_no_source(tmp_path):
+    for name in ("a", "b.parquet", "c.zip", "d.npz", "e.tar"):
+        os.mkfifo(tmp_path / name)
+        refused(str(tmp_path / name), (8, 8), 1, match="a pipe or a device; want digits")
+    (tmp_path / "f").mkdir()
+    os.mkfifo(tmp_path / "f" / "a.parquet")
+    refused(str(tmp_path / "f"), (8, 8), 1, match=r"a\.parquet: a pipe or a device")
+
+
+# -- kinds of images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_what_converts_without_loss_is_used_and_the_majority_says_what_is_odd(tmp_path, cache_bytes):
+    """The first image is grey, as in ImageNet; others are a palette and an opaque alpha channel."""
+    folder(tmp_path, classes=False)
+    grey = Image.fromarray(PIXELS[0, ..., 0])
+    grey.save(tmp_path / "0.png")
+    Image.fromarray(PIXELS[5]).convert("RGBA").save(tmp_path / "5.png")
+    want = PIXELS.copy()
+    want[0] = want[0, ..., :1]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        found = load(str(tmp_path), (8, 8), 3, cache_bytes=cache_bytes)
+        assert holds(found, range(N), want, labels=False)
+    said = sorted(re.sub(".*: mode", "mode", str(warning.message).rpartition(";")[0]) for warning in caught)
+    assert said == ["mode L is converted to RGB", "mode RGBA is converted to RGB"]
+    Image.new("RGBA", (8, 8)).save(tmp_path / "0.png")  # now the first loses something, and most do not
+    message = r"0\.png: RGBA \(4 channels\), but most images are RGB \(3 channels\), and RGB .* would lose something"
+    with pytest.raises(InputError, match=message):
+        load(str(tmp_path), (8, 8), 3, cache_bytes=cache_bytes).batch([0])
+
+
+def test_what_most_images_lose_is_lost_with_a_note(tmp_path):
+    folder(tmp_path, classes=False)
+    Image.fromarray(PIXELS[0, ..., 0]).save(tmp_path / "0.png")
+    with pytest.warns(UserWarning, match="22 images: mode RGB is converted to L; the first: .*/1.png"):
+        assert len(load(str(tmp_path), (8, 8), 1)) == N
 
 
 # -- held-out images ---------------------------------------------------------------------------------------------------

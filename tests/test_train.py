@@ -422,7 +422,8 @@ def test_output_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert "\r" not in err
     assert "%|" not in err
-    assert len(err.splitlines()) == 2
+    assert len(err.splitlines()) == 3
+    assert err.startswith("digits: train 1,500 images, held out 297 of test; classes 0, 1, 2, ")
     assert "held-out L_simple: " in out
     assert "images/s" in out
     assert str(tmp_path / "run" / "samples") in out

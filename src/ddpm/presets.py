@@ -63,6 +63,7 @@ class Preset:
     class_names: tuple[str, ...] = _data((), "the names of the classes, from the data set", resume=True)
     label_dropout: float = _data(0.1, "probability of hiding a label, which guidance needs", 0, 1)
     skip_bad: bool = _data(False, "skip images that cannot be read, and count them", resume=True)
+    allow_paths: bool = _data(False, "let a data set name image files outside its own folder", resume=True)
 
     width: int = _network(128, "channels of the first level, a multiple of 32", 32)
     channel_multipliers: tuple[int, ...] = _network(

@@ -349,7 +349,7 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
         return data.load(
             args.data or preset.data, preset.size, preset.channels, split=split,
             image_column=preset.image_column or None, label_column=preset.label_column or None,
-            skip_bad=preset.skip_bad, progress=progress, as_trained=True,
+            skip_bad=preset.skip_bad, allow_paths=preset.allow_paths, progress=progress, as_trained=True,
         )  # fmt: skip
 
     return load

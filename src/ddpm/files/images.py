@@ -6,15 +6,17 @@ An image here is uint8 [H, W, C], C = 1 (grey), 3 (RGB) or 4 (RGBA, alpha not pr
 import io
 import math
 import os
+import re
+import stat
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps
 
 from ddpm.errors import InputError
 from ddpm.files import atomic
@@ -33,23 +35,36 @@ SUFFIXES = frozenset(".png .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .ppm
 DEEP = "more than 8 bits a channel, rounded to 8"
 """The note of an image that was rounded to 8 bits. Bits per dimension are not measured for such an image."""
 
+SEVERAL = "several pictures in one file, only the first is taken"
+"""The note of an animation, and of a file with pages, thumbnails or maps beside its picture."""
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Number of channels -> Pillow's mode."""
+
+MEMORY = 1_000_000 * int(os.environ.get("DDPM_PICTURE_MB") or 600)
+"""The bytes that one file and its pixels may take. The environment variable DDPM_PICTURE_MB changes the limit."""
 
 # Only formats with a signature: Pillow takes garbage for an image of other formats, and EPS starts a program.
 Image.init()
 _FORMATS = [f for f in "PNG JPEG WEBP BMP GIF TIFF PPM JPEG2000 AVIF".split() if f in Image.OPEN]
 _FAULTS: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError)
-_FAULTS += (OverflowError, struct.error, Image.DecompressionBombError)
+_FAULTS += (OverflowError, struct.error)
+_WANTED = "PNG, JPEG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000 or AVIF"
+_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
+"""Bytes of a pixel in Pillow's memory; 4 in every other mode."""
 
 
 def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Image.Image:
-    """Decode one image, or the first picture of an animation, and turn it as its EXIF orientation says.
+    """Decode one image, or the first picture of a file of several, and turn it as its EXIF orientation says.
 
     source  a path, the bytes of a file, or a binary file
     name    its name in errors; None: the path
 
-    Raises InputError, one line with the name, if the file is missing, empty, cut short, too big or not an image.
+    The image's `info` holds what Pillow's mode does not tell and `convert` needs: "deep", whether the file has more
+    than 8 bits a channel; "top", the grey level of white; and "several", whether the file holds more pictures.
+
+    Raises InputError, one line with the name, if the file is missing, empty, cut short, no plain file, not an image, or
+    takes more than MEMORY bytes.
 
     >>> import numpy as np
     >>> read(to_png(np.zeros((2, 3, 1), np.uint8))).size
@@ -60,25 +75,159 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
     ddpm.errors.InputError: a.png: empty file, want an image
     """
     name = name or (str(source) if isinstance(source, str | Path) else "the image")
-    try:
-        data = Path(source).read_bytes() if isinstance(source, str | Path) else source
-        data = data if isinstance(data, bytes) else data.read()
-    except OSError as fault:
-        raise InputError(f"{name}: {(fault.strerror or str(fault)).lower()}, want an image") from None
+    data = file_bytes(source, name)
     if not data:
         raise InputError(f"{name}: empty file, want an image")
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        # Pillow cuts 16-bit colour to 8 bits when it loads the image
-        deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
+        image = _open(data, name)
+        width, height = image.size
+        check_memory(width * height * _BYTES.get(image.mode, 4), f"{name}: {width}x{height} pixels")
+        several = _holds_several(image)
+        deep, depth, top, inverted = _depth(image, data, name)  # before Pillow cuts 16-bit colour to 8 bits
         image.load()
-        image.info["deep"] = deep
+    except InputError:
+        raise
+    except Image.DecompressionBombError as fault:  # some formats ask Pillow's own limit
+        raise InputError(f"{name}: too large ({one_line(fault)}), want a smaller image") from None
+    except _FAULTS as fault:
+        raise InputError(f"{name}: damaged image ({one_line(fault)})") from None
+    info = {**image.info, "deep": deep, "top": top, "several": several}
+    if (key := info.get("transparency")) is not None and image.mode in ("L", "RGB") and image.format == "PNG":
+        levels = [key] if isinstance(key, int) else key  # in the file's own depth
+        levels = [level >> 8 if depth == 16 else level * 255 // (2**depth - 1) for level in levels]
+        info["transparency"] = levels[0] if image.mode == "L" else tuple(levels)
+    if inverted:
+        image = Image.fromarray((top - np.asarray(image).astype(np.int64)).astype(np.int32))
+    elif image.mode in MODES.values() and top < 255:
+        image = image.point([min(255, (level * 255 + top // 2) // top) for level in range(256)] * len(image.getbands()))
+    image.info = info
+    try:
         ImageOps.exif_transpose(image, in_place=True)
-    except UnidentifiedImageError:
-        raise InputError(f"{name}: not an image (PNG, JPEG, WebP, BMP, GIF, TIFF, PPM), or a damaged one") from None
     except _FAULTS as fault:
         raise InputError(f"{name}: damaged image ({one_line(fault)})") from None
     return image
+
+
+def check_memory(size: int, what: str) -> None:
+    """Raise InputError if `size` bytes are more than one picture may take; `what` begins the message.
+
+    >>> check_memory(10**10, "a.png")
+    Traceback (most recent call last):
+    ...
+    ddpm.errors.InputError: a.png: 10,000 MB; want at most 600 MB, or set DDPM_PICTURE_MB=10000
+    """
+    if size > MEMORY:
+        megabytes = -(-size // 1_000_000)
+        raise InputError(
+            f"{what}: {megabytes:,} MB; want at most {MEMORY // 1_000_000:,} MB, or set DDPM_PICTURE_MB={megabytes}"
+        )
+
+
+def file_bytes(source: str | Path | bytes | BinaryIO, name: str | None = None) -> bytes:
+    """The bytes of a file, whose kind and size are looked at first. Raises InputError, as `read` does."""
+    name = name or str(source)
+    if isinstance(source, bytes):
+        check_memory(len(source), name)
+        return source
+    try:
+        if isinstance(source, str | Path):
+            status = os.stat(source)
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # reading it might never end
+                raise InputError(f"{name}: a pipe or a device, want a plain file with an image")
+            check_memory(status.st_size, name)
+            return Path(source).read_bytes()
+        data = source.read(MEMORY + 1)
+    except (OSError, ValueError) as fault:
+        if isinstance(fault, InputError):
+            raise
+        raise InputError(f"{name}: {(getattr(fault, 'strerror', '') or str(fault)).lower()}, want an image") from None
+    check_memory(len(data), name)
+    return data
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """`Image.open` for _FORMATS, but without Pillow's limit of pixels, which is one number for the whole process."""
+    for form in _FORMATS:
+        factory, accepts = Image.OPEN[form]
+        recognised = accepts is not None and accepts(data[:16])
+        if not recognised or isinstance(recognised, str):  # a string: this build of Pillow cannot decode it
+            continue
+        try:
+            return factory(io.BytesIO(data), "")
+        except (SyntaxError, LookupError, TypeError, struct.error) as fault:
+            raise InputError(
+                f"{name}: damaged image, or a kind of {form} that is not read ({one_line(fault)})"
+            ) from None
+    raise InputError(f"{name}: not an image ({_WANTED}), or a damaged one")
+
+
+def _holds_several(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except _FAULTS:
+        return True  # there is another one, which is damaged
+    finally:
+        if image.tell():
+            image.seek(0)
+
+
+def _depth(image: Image.Image, data: bytes, name: str) -> tuple[bool, int, int, bool]:
+    """What the file says of its pixels, which Pillow's mode does not tell.
+
+    Returns whether there are more than 8 bits a channel, the bits of a channel, the level of white as Pillow decodes
+    it, and whether Pillow leaves white at 0. Raises InputError for a kind that Pillow decodes wrongly.
+    """
+    depth, top, inverted = 8, 255, False
+    grey = image.mode.startswith("I")
+    if image.format == "PNG":
+        depth = data[24]  # IHDR is the first chunk
+    elif image.format == "PPM":
+        [(*_, args)] = image.tile  # type: ignore[attr-defined]
+        depth = 16 if grey or (isinstance(args, tuple) and isinstance(args[1], int) and args[1] > 255) else 8
+    elif image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        depth, signed = max(tags.get(258, (1,))), 2 in tags.get(339, (1,))
+        if signed and not grey and image.mode != "F":
+            raise InputError(f"{name}: signed levels of {depth} bits; want levels from 0")
+        if depth > 8 and tags.get(284) == 2 and tags.get(259, 1) == 1:
+            raise InputError(
+                f"{name}: separate planes of {depth} bits, which Pillow mixes up; want interleaved channels"
+            )
+        top = 2 ** (depth - signed) - 1
+        largest = tags.get(281, (0,))[0]  # MaxSampleValue; if it is no 2^k - 1, it only describes this picture
+        if grey and 255 < largest < top and largest & (largest + 1) == 0:
+            top = largest
+        inverted = grey and tags.get(262) == 0
+    elif image.format == "JPEG2000":
+        at = data.index(b"\xff\x4f\xff\x51") + 40  # of the number of components, each with three bytes
+        components = data[at + 2 : at + 2 + 3 * int.from_bytes(data[at : at + 2], "big") : 3]
+        depth = max((each & 0x7F) + 1 for each in components)
+        if depth > 8 and not grey:
+            raise InputError(
+                f"{name}: JPEG 2000 colour of {depth} bits, whose white Pillow makes black; want PNG or TIFF"
+            )
+        most = 16 if grey else 8  # Pillow shifts the levels up to as many bits
+        top = (2**depth - 1) << (most - depth) if depth < most else 2**most - 1
+    elif image.format == "AVIF":
+        depth = max((12 if flags & 0x20 else 10 for flags in _av1_flags(data) if flags & 0x40), default=8)
+    if not grey and image.format != "JPEG2000":
+        top = 255
+    elif depth > 16 or image.format in ("PNG", "PPM"):
+        top = 65535
+    return depth > 8 or grey, depth, top, inverted
+
+
+def _av1_flags(data: bytes) -> Iterator[int]:
+    """The byte with the depth of each AV1 configuration of an AVIF file; the boxes with pixels are passed over."""
+    at = 0
+    while at + 8 <= len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        end = at + size if size >= 8 else len(data)
+        if kind != b"mdat":
+            yield from (match[1][0] for match in re.finditer(rb"av1C..(.)", data[at:end], re.DOTALL))
+        at = end
 
 
 def native(image: Image.Image) -> int:
@@ -87,38 +236,88 @@ def native(image: Image.Image) -> int:
     >>> native(Image.new("CMYK", (1, 1))), native(Image.new("LA", (1, 1))), native(Image.new("1", (1, 1)))
     (3, 4, 1)
     """
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+    if _may_be_transparent(image):
         return 4
-    if image.mode == "P":
-        return 4 if "transparency" in image.info or (image.palette and image.palette.mode == "RGBA") else 3
     return 1 if image.mode in ("1", "L", "F") or image.mode.startswith("I") else 3
+
+
+def _may_be_transparent(image: Image.Image) -> bool:
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        return True
+    return image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA"
+
+
+def alpha(image: Image.Image) -> Image.Image | None:
+    """The alpha channel (mode L) of an image of which a part is transparent; None if all of it is opaque.
+
+    Transparency may be a channel, a part of the palette, or one grey level or colour (a PNG's tRNS).
+
+    >>> alpha(Image.new("RGBA", (1, 1), (1, 2, 3, 255))) is None
+    True
+    """
+    if not _may_be_transparent(image):
+        return None
+    if image.mode in ("P", "PA"):
+        channel = image.convert("RGBA").getchannel("A")
+    elif "A" in image.mode or "a" in image.mode:
+        channel = image.getchannel(len(image.getbands()) - 1)
+    else:
+        pixels, key = np.asarray(image), image.info["transparency"]
+        if image.mode == "1":
+            key = bool(key)
+        clear = (pixels.reshape(*pixels.shape[:2], -1) == np.array(key).reshape(-1)).all(-1)
+        channel = Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))
+    return None if channel.getextrema() == (255, 255) else channel
+
+
+def keeps(image: Image.Image, channels: int) -> bool:
+    """Whether `convert` loses nothing: from grey and palette to RGB, from an opaque image to one without alpha, ...
+
+    >>> [keeps(Image.new("RGB", (1, 1), colour), 1) for colour in ((7, 7, 7), (7, 8, 7))]
+    [True, False]
+    """
+    have = native(image)
+    if have == channels or channels == 4:
+        return True
+    if have == 4 and alpha(image) is not None:
+        return False
+    if channels == 3 or have == 1:
+        return True
+    red, *others = image.convert("RGB").split()
+    return all(ImageChops.difference(red, other).getextrema() == (0, 0) for other in others)
 
 
 def convert(image: Image.Image, channels: int, name: str = "the image", notes: Notes | None = None) -> Image.Image:
     """The image in mode L (channels 1), RGB (3) or RGBA (4). An image that has this mode is returned itself.
 
-    16-bit grey is scaled to 8 bits (65535 becomes 255), not clipped. A transparent image that loses its alpha channel
-    is laid on white. A conversion is added to `notes`, or warned of without `notes`. Raises InputError for floating
-    point and for integers of more than 16 bits.
+    Grey of more than 8 bits is scaled to 8, from the levels that the file has (`read`). A transparent image that loses
+    its alpha channel is laid on white. A conversion is added to `notes`, or warned of without `notes`.
+
+    Raises InputError for floating point and for integers of more than 16 bits.
 
     >>> convert(Image.new("RGBA", (1, 1), (0, 0, 0, 0)), 3, notes={}).getpixel((0, 0))
     (255, 255, 255)
     """
     target = MODES[channels]
-    deep = image.info.get("deep") or image.mode.startswith("I")
-    if deep:
+    mask = None if image.mode == target == "RGBA" else alpha(image)
+    converted = image if image.mode == target and mask is None else _converted(image, target, mask, name)
+    if image.info.get("several"):
+        note(notes, SEVERAL, name)
+    if image.info.get("deep") or image.mode.startswith("I"):
         note(notes, DEEP, name)
-    if image.mode == target:
-        return image
-    if not deep:
+    elif image.mode != target:
         note(notes, f"mode {image.mode} is converted to {target}", name)
+    elif mask is not None:
+        note(notes, "a transparent colour is made white", name)
+    return converted
+
+
+def _converted(image: Image.Image, target: str, mask: Image.Image | None, name: str) -> Image.Image:
+    """`convert` for an image that is not of the target's mode, or of which `mask` is the alpha channel."""
     if image.mode == "F":
         raise InputError(f"{name}: mode F (floating point), want 8 bits per channel")
     if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise InputError(f"{name}: grey levels {levels.min()}..{levels.max()}, want 8 or 16 bits per channel")
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+        image = _to_8_bits(image, name)
     elif image.mode not in MODES.values():
         mode = MODES[native(image)]
         # Pillow converts some modes only in two steps.
@@ -126,9 +325,28 @@ def convert(image: Image.Image, channels: int, name: str = "the image", notes: N
         if via is None:
             raise InputError(f"{name}: mode {image.mode}, want grey, RGB or RGBA of 8 bits per channel")
         image = image.convert(via).convert(mode)
-    if image.mode == "RGBA" and target != "RGBA" and image.getchannel("A").getextrema() != (255, 255):
+    if mask is not None and image.mode != "RGBA":
+        image = image.copy()
+        image.info.pop("transparency", None)  # Pillow would apply it again
+        image = image.convert("RGBA")
+        image.putalpha(mask)
+    if mask is not None and target != "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == target else image.convert(target)
+
+
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Grey of more than 8 bits as mode L."""
+    levels, top = np.asarray(image), image.info.get("top", 65535)
+    low, high = int(levels.min()), int(levels.max())
+    top = max(top, 65535) if high > top else top  # the file said less than it holds
+    if low < 0 or high > top:
+        raise InputError(f"{name}: grey levels {low}..{high}, want 8 or 16 bits per channel")
+    scaled = levels.astype(np.uint32)
+    scaled *= 255
+    scaled += top // 2
+    scaled //= top
+    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def fit(

@@ -124,15 +124,21 @@ def _kernel_build(checkpoint: Checkpoint) -> str:
 def read_image(path: str | Path) -> picture.Image:
     """Read an image file as uint8 [H, W, C], where C is 1 or 3.
 
-    Raises InputError if the image has more: transparency, or more than 8 bits per channel.
+    Raises InputError if the file has more: a transparent part, more than 8 bits per channel, or several pictures.
     """
     image = images.read(path)
-    channels, deep = images.native(image), image.info.get("deep") or image.mode.startswith(("I", "F"))
-    if deep or channels == 4:
-        extra = "more than 8 bits per channel" if deep else "transparency"
-        raise InputError(f"{path}: has {extra}, which the codec would lose; want 8-bit grey or RGB")
-    if image.mode not in ("1", "L", "P", "RGB"):
+    extra = {
+        "more than 8 bits per channel": image.info["deep"] or image.mode == "F",
+        "transparency": images.alpha(image) is not None,
+        "several pictures": image.info["several"],
+    }
+    if lost := [what for what, is_there in extra.items() if is_there]:
+        raise InputError(
+            f"{path}: has {' and '.join(lost)}, which the codec would lose; want one 8-bit grey or RGB picture"
+        )
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         raise InputError(f"{path}: mode {image.mode}; want 8-bit grey or RGB")
+    channels = 1 if image.mode in ("1", "L", "LA") else 3
     pixels = np.asarray(images.convert(image, channels, str(path), notes={}))
     return pixels.reshape(*pixels.shape[:2], channels)
 

@@ -288,7 +288,7 @@ def _read_folder(path: Path, shape: Sequence[int], size: str) -> Tensor:
         picture, file = pictures.read(path / name), path / name
         if picture.size != (shape[2], shape[1]):
             raise InputError(f"{file}: {picture.height}x{picture.width}; want samples of the model's size, {size}")
-        if pictures.native(picture) != shape[0]:
+        if pictures.native(picture) not in (shape[0], 4) or not pictures.keeps(picture, shape[0]):
             mode = pictures.MODES[shape[0]]
             raise InputError(f"{file}: mode {picture.mode}; want {mode}, as samples of the model have")
         arrays.append(np.array(pictures.convert(picture, shape[0], str(file), notes={})).reshape(*shape[1:], -1))

@@ -68,7 +68,7 @@ def train(preset: Preset, out: Path) -> Result:
         train_set, held_out_set = data.load_pair(
             preset.data, preset.size, preset.channels,
             image_column=preset.image_column or None, label_column=preset.label_column or None,
-            skip_bad=preset.skip_bad, progress=ranks.first,
+            skip_bad=preset.skip_bad, allow_paths=preset.allow_paths, progress=ranks.first,
         )  # fmt: skip
         preset = _with_class_names(preset, out, train_set)
         if ranks.first:
@@ -586,6 +586,7 @@ def _announce(
     """Say what is about to be trained, and warn of a run that is too short for its moving average."""
     size = sum(p.numel() for p in model.weights)
     several = f" x {ranks.world} processes" if ranks.world > 1 else ""
+    log.say(ranks, data.describe(train_set, held_out))
     log.say(
         ranks,
         f"{out}: {size:,} parameters, {len(train_set):,} images and {len(held_out):,} held out of {preset.data}, "

@@ -1,17 +1,19 @@
 """From a SOURCE of images to batches of images.
 
 `sources.SOURCES` lists the kinds of SOURCE. `digits` always means scikit-learn's images; a folder with that name is
-./digits. A data set on the hub is OWNER/NAME, or OWNER/NAME:CONFIG for one of its configurations.
+./digits. A data set on the hub is OWNER/NAME, or OWNER/NAME:CONFIG for one of its configurations, and FOLDER:CONFIG is
+one of a folder. `layout` finds splits and classes in the names of files.
 """
 
 from ddpm.files.data.batches import STOP_SIGNALS, batches, order, send
 from ddpm.files.data.listing import natural, walk
-from ddpm.files.data.loading import Images, load, load_pair, split_holdout
+from ddpm.files.data.loading import Images, describe, load, load_pair, split_holdout
 
 __all__ = [
     "STOP_SIGNALS",
     "Images",
     "batches",
+    "describe",
     "load",
     "load_pair",
     "natural",

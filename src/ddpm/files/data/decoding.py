@@ -19,13 +19,13 @@ from ddpm.files.data.listing import SKIP_HINT, Encoded, EncodedImages
 class Decoder:
     """Decodes images to `size` = (H, W) and `channels`.
 
-    first  name and native channels of the first image; all images must have as many
+    usual  native channels of most images. An image of another kind is bad if converting it loses something
     """
 
     encoded: EncodedImages
     size: tuple[int, int]
     channels: int
-    first: tuple[str, int]
+    usual: int
 
     def decode(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], dict[int, str], pictures.Notes]:
         """Images uint8 [B, C, H, W]; position -> error, for bad images, which are 0; and notes of conversions."""
@@ -35,9 +35,10 @@ class Decoder:
             name = self.encoded.name(i)
             try:
                 image = decoded(encoded, name)
-                if (channels := pictures.native(image)) != self.first[1]:
+                if (have := pictures.native(image)) != self.usual and not pictures.keeps(image, self.channels):
                     raise InputError(
-                        f"{name}: {_kind(channels)}, but {self.first[0]} is {_kind(self.first[1])}, want one kind"
+                        f"{name}: {_kind(have)}, but most images are {_kind(self.usual)}, and {_kind(self.channels)} "
+                        "are wanted, so it would lose something; want one kind"
                     )
                 pixels[k] = pictures.fit(image, self.size, self.channels, name, notes).transpose(2, 0, 1)
             except InputError as fault:

@@ -1,7 +1,9 @@
 """Data sets in Hugging Face layout: parquet files, folders of these or saved by `datasets`, and the hub."""
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +14,25 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
-from ddpm.files.data.listing import ACCEPTED, Columns, Encoded, Listing, Splits, natural, walk
+from ddpm.files.data.listing import ACCEPTED, LABELS, Contents, Encoded, Listing, Options, number_values, walk
 
-_LABELS = ("label", "labels", "class", "fine_label")
-"""Usual names of the label column, the preferred one first."""
+SUFFIXES = (".parquet", ".arrow")
+"""Endings, in lower case, of the names of files that hold rows."""
 
 
 @dataclass
 class Rows:
-    """The images of one split; `rows` is a datasets.Dataset of one column, in arrow format."""
+    """The images of one split.
+
+    rows         a datasets.Dataset of one column, in arrow format
+    folder       the source's folder, from which relative names of files count; None for a data set of the hub
+    allow_paths  whether a row may name any file
+    """
 
     title: str
     rows: Any
+    folder: Path | None = None
+    allow_paths: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,8 +51,26 @@ class Rows:
         if isinstance(cell, dict):
             cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
         if isinstance(cell, str):
-            return Path(cell)
+            return self._file(index, cell)
         return cell if isinstance(cell, bytes) else InputError(f"{self.name(index)}: no image in that row")
+
+    def _file(self, index: int, name: str) -> Path | InputError:
+        """The file that a row names: in the source's folder or in the caches of `datasets` and the hub."""
+        import datasets
+        import huggingface_hub.constants
+
+        path = Path(name) if self.folder is None else self.folder / name
+        if self.allow_paths:
+            return path
+        folders = [datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
+        folders += [] if self.folder is None else [self.folder]
+        if any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)) for folder in folders):
+            return path
+        place = "the caches" if self.folder is None else self.folder
+        return InputError(
+            f"{self.name(index)}: names the file {name!r}, which is not in {place}; want the setting allow_paths of "
+            "`ddpm train` if that is meant"
+        )
 
     def identity(self) -> Iterable[bytes]:
         import pyarrow as pa  # type: ignore[import-untyped]
@@ -81,17 +108,23 @@ def _quiet(progress: bool, offline: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether `datasets` saved a data set as this folder."""
+def is_data_set(folder: Path) -> bool:
+    """Whether `datasets` saved a data set as this folder, or it holds files with rows."""
+    return folder.is_dir() and (_is_saved(folder) or any(file.lower().endswith(SUFFIXES) for file in walk(folder)))
+
+
+def _is_saved(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
 
 
-def load_local(source: str, path: Path, progress: bool) -> Any:
+def load_local(source: str, path: Path, configuration: str | None, progress: bool) -> Any:
     """The data set in a parquet file or a folder, as `datasets` gives it. Raises InputError if it cannot be read."""
     import datasets
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     for file in [path] if path.is_file() else [path / name for name in walk(path)]:
+        if file.suffix.lower() in SUFFIXES and not file.is_file():
+            raise InputError(f"{file}: a pipe or a device; want a plain file")
         if file.suffix.lower() == ".parquet":  # `datasets` does not say which file is damaged
             try:
                 pyarrow.parquet.ParquetFile(file).close()
@@ -99,13 +132,23 @@ def load_local(source: str, path: Path, progress: bool) -> Any:
                 raise InputError(f"{file}: damaged or empty parquet file ({pictures.one_line(fault)})") from None
     with _quiet(progress, offline=True):
         try:
-            if is_saved(path):
+            if path.is_dir() and _is_saved(path) and configuration is None:
                 return datasets.load_from_disk(str(path))
             if path.is_file():
                 return datasets.load_dataset("parquet", data_files={"train": str(path)})
-            return datasets.load_dataset(str(path))
+            return datasets.load_dataset(str(path), configuration)
         except Exception as fault:  # `datasets` raises exceptions of many kinds
+            _explain_configurations(source, str(path), configuration, fault)
             raise InputError(f"{source}: not a data set ({pictures.one_line(fault.__cause__ or fault)})") from fault
+
+
+def _explain_configurations(source: str, name: str, configuration: str | None, fault: Exception) -> None:
+    """Raise InputError with the names of the configurations if `datasets` missed one."""
+    listed = re.search(r"(?i)config\b.*?\[(.*?)\]|BuilderConfig.*?\[(.*?)\]", str(fault), re.DOTALL)
+    if isinstance(fault, ValueError) and listed:
+        known = re.findall(r"'([^']*)'", listed[1] or listed[2])
+        what = "it has several configurations" if configuration is None else f"no configuration {configuration}"
+        raise InputError(f"{source}: {what}; want {' or '.join(f'{name}:{each}' for each in known)}") from fault
 
 
 def load_hub(source: str, progress: bool) -> Any:
@@ -134,21 +177,24 @@ def load_hub(source: str, progress: bool) -> Any:
             if unreachable:
                 reason = "no such file or folder, and the Hugging Face hub cannot be reached"
                 raise InputError(f"{source}: {reason}; {ACCEPTED}") from fault
+            _explain_configurations(source, name, config or None, fault)
             raise InputError(f"{source}: cannot be loaded from the hub ({pictures.one_line(fault)})") from fault
 
 
-def listings(source: str, loaded: Any, columns: Columns) -> Splits:
+def contents(
+    source: str, loaded: Any, folder: Path | None, options: Options, left_out: Mapping[str, int] | None = None
+) -> Contents:
     """The splits of a data set as `load_local` and `load_hub` return it. Listing one may raise InputError."""
     splits = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
     def listing(split: str) -> Listing:
         rows = splits[split]
-        column = _image_column(source, rows.features, columns[0])
-        labels, names = _labels(source, splits, split, columns[1])
+        column = _image_column(source, rows.features, options.image_column)
+        labels, names = _labels(source, splits, split, options.label_column)
         plain = rows.select_columns([column]).with_format("arrow")
-        return Listing(Rows(f"{source} ({split})", plain), labels, names)
+        return Listing(Rows(f"{source} ({split})", plain, folder, options.allow_paths), labels, names)
 
-    return {split: functools.partial(listing, split) for split in splits}
+    return Contents({split: functools.partial(listing, split) for split in splits}, left_out or {})
 
 
 def _image_column(source: str, features: Any, named: str | None) -> str:
@@ -198,7 +244,7 @@ def _labels(
             raise InputError(f"label_column {named}: holds no labels; columns of {source} that do: {', '.join(usable)}")
         column = named
     else:
-        usual = [name for group in (classes, usable) for name in _LABELS if name in group]
+        usual = [name for group in (classes, usable) for name in LABELS if name in group]
         if not (usual or len(classes) == 1):
             return None, None
         column = (usual or classes)[0]
@@ -209,10 +255,7 @@ def _labels(
         labels = None if missing else np.array(cells, np.int64)
     else:
         values = {v for rows in splits.values() if column in rows.features for v in rows.unique(column)} - {None}
-        number = {
-            value: k for k, value in enumerate(sorted(values, key=lambda v: natural(v) if isinstance(v, str) else v))
-        }
-        names = tuple(map(str, number))
+        number, names = number_values(values)
         missing = any(cell is None for cell in cells)
         labels = None if missing else np.array([number[cell] for cell in cells], np.int64)
     if missing and named is not None:

@@ -3,8 +3,9 @@
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeAlias
 
@@ -19,16 +20,36 @@ from ddpm.files import images as pictures
 SKIP_HINT = "the setting skip_bad of `ddpm train` skips such images"
 
 ACCEPTED = f"want {catalog.accepted_sources()}"
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "validation", "valid", "val"),
-    "validation": ("validation", "valid", "val"),
-}
-"""The split that is asked for -> the names that it may have in a source, the preferred one first."""
-Columns: TypeAlias = tuple[str | None, str | None]
-"""The names of the image column and of the label column; None for one that is to be found."""
+LABELS = ("label", "labels", "class", "fine_label", "cls")
+"""Usual names of what holds the labels, the preferred one first."""
+_COMPANIONS = frozenset(
+    ".bib .cfg .cls .csv .css .db .doc .docx .htm .html .ini .ipynb .js .json .jsonl .lnk .log .md .md5 .pdf .py .rst "
+    ".sha256 .toml .tsv .txt .url .xml .yaml .yml".split()
+)
+"""Suffixes of files that often lie beside images. Leaving them out needs no warning."""
 Encoded: TypeAlias = bytes | Path | Image.Image
 """One image: the bytes of a file, the path of a file, or an image that needs no decoding."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a source is to be read.
+
+    image_column, label_column  names of columns; None for one that is to be found
+    allow_paths                 whether a row may name an image file outside the source's folder
+    progress                    whether to show a bar
+    """
+
+    image_column: str | None = None
+    label_column: str | None = None
+    allow_paths: bool = False
+    progress: bool = False
+
+    def refuse_columns(self, source: str) -> None:
+        """Raise InputError if a column is named, for a source that has none."""
+        for option, column in (("image_column", self.image_column), ("label_column", self.label_column)):
+            if column is not None:
+                raise InputError(f"{option} {column}: {source} holds images only and has no columns")
 
 
 class EncodedImages(Protocol):
@@ -59,8 +80,59 @@ class Listing:
     class_names: tuple[str, ...] | None = None
 
 
-Splits: TypeAlias = dict[str, Callable[[], Listing]]
-"""The name of a split -> a function that lists it."""
+@dataclass
+class Contents:
+    """What a source holds.
+
+    splits    name of a split -> a function that lists it
+    left_out  kind of file that is not read, such as ".heic" -> number of files
+    """
+
+    splits: Mapping[str, Callable[[], Listing]]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def warn(self, source: str) -> None:
+        """Warn of files that are left out, if there are `unexpected` ones."""
+        if kinds := unexpected(self.left_out):
+            number = sum(kinds.values())
+            data = {".parquet", ".arrow", ".tar", ".zip", ".npz"} & set(kinds)
+            hint = f"; the images are read, and not the data in {', '.join(sorted(data))}" if data else ""
+            warnings.warn(
+                f"{source}: {number:,} file{'s' * (number != 1)} left out, which cannot be read as images: "
+                f"{counted(kinds)}{hint}",
+                stacklevel=4,
+            )
+
+
+def unexpected(kinds: Mapping[str, int]) -> dict[str, int]:
+    """The kinds of files that seldom lie beside images, unless they are images or data themselves.
+
+    >>> unexpected({".heic": 8, ".txt": 1, "LICENSE": 1})
+    {'.heic': 8}
+    """
+    return {kind: n for kind, n in kinds.items() if kind not in _COMPANIONS and not kind.isupper()}
+
+
+def counted(kinds: Mapping[str, int]) -> str:
+    """Kinds of files with their numbers, the most frequent first.
+
+    >>> counted({".txt": 1, ".heic": 8})
+    '8 .heic, 1 .txt'
+    """
+    parts = [f"{n:,} {kind}" for kind, n in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))]
+    return ", ".join([*parts[:6], ".."] if len(parts) > 6 else parts)
+
+
+def number_values(values: Iterable[str | int]) -> tuple[dict[str | int, int], tuple[str, ...]]:
+    """Different values numbered 0..K-1 in natural order, and their names.
+
+    >>> number_values(["b10", "b9", "b10"])
+    ({'b9': 0, 'b10': 1}, ('b9', 'b10'))
+    """
+    ordered = sorted(
+        set(values), key=lambda value: (isinstance(value, str), natural(value) if isinstance(value, str) else value)
+    )
+    return {value: k for k, value in enumerate(ordered)}, tuple(map(str, ordered))
 
 
 def is_image(file: str) -> bool:
@@ -68,16 +140,21 @@ def is_image(file: str) -> bool:
 
 
 def is_hidden(file: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in file.split("/"))
+    """Whether a path leads to what a system keeps for itself, as macOS and Synology do."""
+    return any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in file.split("/"))
 
 
 def walk(root: Path) -> Iterator[str]:
     """The relative paths, with "/", of all files below `root` that are not hidden.
 
-    Links to folders are followed, and each folder is visited once.
+    Links to folders are followed, and each folder is visited once. Raises InputError for a folder that cannot be read.
     """
+
+    def refuse(fault: OSError) -> None:
+        raise InputError(f"{fault.filename}: {(fault.strerror or str(fault)).lower()}; want a folder that can be read")
+
     seen = set[str]()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -99,10 +176,3 @@ def natural(path: str) -> tuple[tuple[tuple[str | int, ...], ...], str]:
     # each list alternates text and digits, so text is compared with text, and numbers with numbers
     split = (re.split(r"([0-9]+)", part) for part in parts)
     return tuple(tuple(int(s) if k % 2 else s for k, s in enumerate(part)) for part in split), path
-
-
-def refuse_columns(source: str, columns: Columns) -> None:
-    """Raise InputError if a column is named, for a source that has none."""
-    for option, column in zip(("image_column", "label_column"), columns, strict=True):
-        if column is not None:
-            raise InputError(f"{option} {column}: {source} holds images only and has no columns")

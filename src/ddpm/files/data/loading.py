@@ -4,7 +4,8 @@ import functools
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
 from ddpm.files.data.decoding import Decoder, decode_all, decoded, merge_notes
-from ddpm.files.data.listing import SKIP_HINT, SPLIT_NAMES, Listing, Splits
+from ddpm.files.data.layout import find_split
+from ddpm.files.data.listing import SKIP_HINT, Contents, EncodedImages, Options, counted, unexpected
 from ddpm.files.data.sources import open_source
 from ddpm.noise import generator
 
@@ -37,6 +39,8 @@ class Images:
     pixels       all images in memory, uint8 [>= N, C, H, W], or None
     faults       the bad images so far: index in the source -> error
     notes        the conversions so far
+    splits       the names of all splits of the source
+    left_out     kind of file that the source holds and that is not read -> number of files
     """
 
     name: str
@@ -51,6 +55,8 @@ class Images:
     skip_bad: bool = False
     faults: dict[int, str] = field(default_factory=dict, repr=False)
     notes: pictures.Notes = field(default_factory=pictures.Notes, repr=False)
+    splits: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -140,10 +146,31 @@ class Images:
         merge_notes(self.notes, notes)
 
 
+def describe(train: Images, held_out: Images) -> str:
+    """One line about the two sets of `load_pair`: their splits, classes, and what is left out.
+
+    >>> describe(*load_pair("digits", (8, 8), 1))
+    'digits: train 1,500 images, held out 297 of test; classes 0, 1, 2, 3, 4, 5, ..'
+    """
+    others = [name for name in train.splits if name not in (train.split, held_out.split)]
+    from_split = held_out.split.removeprefix("held out of ")
+    parts = [f"{train.split} {len(train):,} images, held out {len(held_out):,} of {from_split}"]
+    parts += [f"not used: {', '.join(others)}"] if others else []
+    names = [" ".join(name.split())[:40] for name in train.class_names or ()]
+    parts += [f"classes {', '.join([*names[:6], '..'] if len(names) > 6 else names)}"] if names else ["no classes"]
+    if train.left_out:
+        parts += [f"{'warning: ' * bool(unexpected(train.left_out))}left out {counted(train.left_out)}"]
+    return f"{train.name}: {'; '.join(parts)}"
+
+
+_PROBES = 32
+"""How many images, spread over the split, tell what most images are."""
+
+
 def _build(
     source: str,
     split: str,
-    listing: Listing,
+    contents: Contents,
     size: tuple[int, int],
     channels: int,
     skip_bad: bool,
@@ -151,32 +178,26 @@ def _build(
     progress: bool,
 ) -> Images:
     """The images of one split, decoded into memory if they take at most `cache_bytes`."""
+    listing = contents.splits[split]()
     n = len(listing.encoded)
     if n == 0:
         raise InputError(f"{source} ({split}): no images")
-    start, fault, image = 0, "", None
-    while image is None and start < n:  # all images must have as many channels as the first good one
-        name = listing.encoded.name(start)
-        try:
-            image = decoded(listing.encoded.fetch([start])[0], name)
-            pictures.fit(image, size, channels, name, {})
-        except InputError as error:
-            if not skip_bad:
-                raise InputError(f"{error}; {SKIP_HINT}") from error
-            image, start, fault = None, start + 1, fault or str(error)
-    if image is None:
-        raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {fault}")
-    decoder = Decoder(listing.encoded, size, channels, (listing.encoded.name(start), pictures.native(image)))
-
+    usual, largest = _probe(source, split, listing.encoded, size, channels, skip_bad)
+    decoder = Decoder(listing.encoded, size, channels, usual)
     labels = None if listing.labels is None else torch.from_numpy(listing.labels)
     rows, names = torch.arange(n), listing.class_names
     images = Images(source, split, size, channels, labels, names, decoder, rows, None, skip_bad)
+    images.splits, images.left_out = tuple(contents.splits), contents.left_out
     if n * size[0] * size[1] * channels > cache_bytes:
         images.batch([0])  # warns of conversions before the work starts
         return images
-    small = image.width * image.height < 128 * 128  # for small images, threads would only wait for the interpreter
-    pixels, faults, notes = decode_all(decoder, n, 1 if small else min(8, os.cpu_count() or 1), skip_bad, progress)
-    good = torch.tensor([i for i in range(n) if i not in faults])
+    # for small images, threads would only wait for the interpreter; large ones must not fill the memory together
+    most = 1 if largest < 128 * 128 else max(1, pictures.MEMORY // (4 * largest))
+    threads = min(most, 8, os.cpu_count() or 1)
+    pixels, faults, notes = decode_all(decoder, n, threads, skip_bad, progress)
+    good = torch.tensor([i for i in range(n) if i not in faults], dtype=torch.int64)
+    if not len(good):
+        raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {faults[0]}")
     if faults:
         pixels = pixels[good]
         images.labels = None if labels is None else labels[good]
@@ -188,17 +209,40 @@ def _build(
     return images
 
 
-def _match(split: str, available: Iterable[str]) -> str | None:
-    """The name in `available` that the split has there, or None."""
-    names = {name.lower(): name for name in available}
-    return next((names[alias] for alias in SPLIT_NAMES.get(split.lower(), (split.lower(),)) if alias in names), None)
+def _probe(
+    source: str, split: str, encoded: EncodedImages, size: tuple[int, int], channels: int, skip_bad: bool
+) -> tuple[int, int]:
+    """What most images have: their native channels; and the pixels of the largest image that was looked at.
+
+    Raises InputError if the first image is bad, but with `skip_bad` only if there is no good one.
+    """
+    n = len(encoded)
+    spread = sorted({k * n // _PROBES for k in range(_PROBES)})
+    kinds, largest, fault = Counter[int](), 0, ""
+    for i in (*spread, *(i for i in range(n) if i not in spread)):
+        if kinds and i not in spread:
+            break
+        name = encoded.name(i)
+        try:
+            image = decoded(encoded.fetch([i])[0], name)
+            pictures.fit(image, size, channels, name, {})
+            kinds[pictures.native(image)] += 1
+            largest = max(largest, image.width * image.height)
+        except InputError as error:
+            if not skip_bad and i == 0:
+                raise InputError(f"{error}; {SKIP_HINT}") from error
+            fault = fault or str(error)
+    if not kinds:
+        raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {fault}")
+    return kinds.most_common(1)[0][0], largest
 
 
-def _pick(source: str, split: str, splits: Splits) -> str:
+def _pick(source: str, split: str, splits: Iterable[str]) -> str:
     """The name of the split in the source. Raises InputError if the source does not have it."""
-    name = _match(split, splits)
+    name = find_split(split, splits)
     if name is None:
-        raise InputError(f"{source}: no split {split}, it has {', '.join(splits)}")
+        hint = "; want its folder or file itself as the SOURCE" if split == "train" else ""
+        raise InputError(f"{source}: no split {split}, it has {', '.join(splits)}{hint}")
     return name
 
 
@@ -211,6 +255,7 @@ def load(
     image_column: str | None = None,
     label_column: str | None = None,
     skip_bad: bool = False,
+    allow_paths: bool = False,
     cache_bytes: int = 4 * 2**30,
     progress: bool = False,
     as_trained: bool = False,
@@ -218,30 +263,36 @@ def load(
     """The images of one split of `source`, scaled and cropped at the centre to `size` = (H, W).
 
     channels      1 grey, 3 RGB, 4 RGBA; other images are converted, with a warning
-    split         "test" also finds a split called validation, valid or val; a source without splits is all "train".
-                  `digits` has 1,500 images for training and 297 for testing
-    image_column  the column that holds the images in Hugging Face layout; None: the only one
-    label_column  the column that holds the labels there; None: label, labels, class or fine_label, or else the only
-                  column of class labels. In folders and zip files, the labels are the names of the folders within a
-                  split, if all images lie in such folders
+    split         a name in the source, or train, validation or test, which other names may stand for: train2017,
+                  training_set, val, dev. Where there is no test split, validation images serve. A source without
+                  splits is all "train". `digits` has 1,500 images for training and 297 for testing
+    image_column  the column that holds the images in Hugging Face layout; None: the only one. In tar files, the
+                  extension of one of several images of a sample; in an .npz, the name of the array
+    label_column  the column that holds the labels there; None: label, labels, class, fine_label or cls, or else the
+                  only column of class labels. Files of images have their labels in metadata.csv or .jsonl, in NAME.cls
+                  or NAME.json beside NAME.png, or else by the names of the folders within a split, if all images lie
+                  in such folders
     skip_bad      skip and count images that cannot be used
+    allow_paths   let a row of a data set name an image file outside the source's folder
     cache_bytes   images that take at most this much memory are decoded at once
     progress      show a bar
     as_trained    "train" and "test" are the two sets of `load_pair`, so if the source has one split they are the two
                   sets of `split_holdout`
 
-    Raises InputError, one line that names the file, for a damaged or empty file, no images, images with other channels
-    than the first, a missing split or column, and a missing source.
+    Raises InputError, one line that names the file, for a damaged or empty file, no images, an image that would lose
+    colour or transparency where most images would not, splits or labels that can be read in two ways, a missing split
+    or column, and a missing source. Warns of files that are left out.
 
     >>> digits = load("digits", (8, 8), 1, split="test")
     >>> len(digits), digits.labels[:3].tolist(), str(digits)
     (297, [5, 7, 4], 'digits (test): 297 images 8x8x1')
     """
-    splits = open_source(source, image_column, label_column, progress)
-    held_out = as_trained and split == "test" and _match("test", splits) is None
+    contents = open_source(source, Options(image_column, label_column, allow_paths, progress))
+    splits = contents.splits
+    held_out = as_trained and split == "test" and find_split("test", splits) is None
     name = _pick(source, "train" if held_out else split, splits)
-    images = _build(source, name, splits[name](), size, channels, skip_bad, cache_bytes, progress)
-    is_alone = _match("test", (each for each in splits if each != name)) is None
+    images = _build(source, name, contents, size, channels, skip_bad, cache_bytes, progress)
+    is_alone = find_split("test", (each for each in splits if each != name)) is None
     if held_out or (as_trained and split == "train" and is_alone):
         return split_holdout(images)[held_out]
     return images
@@ -256,6 +307,7 @@ def load_pair(
     image_column: str | None = None,
     label_column: str | None = None,
     skip_bad: bool = False,
+    allow_paths: bool = False,
     cache_bytes: int = 4 * 2**30,
     progress: bool = False,
 ) -> tuple[Images, Images]:
@@ -268,13 +320,13 @@ def load_pair(
     >>> len(train), len(held_out)
     (1500, 297)
     """
-    splits = open_source(source, image_column, label_column, progress)
-    name = _pick(source, split, splits)
-    train = _build(source, name, splits[name](), size, channels, skip_bad, cache_bytes, progress)
-    other = _match("test", (each for each in splits if each != name))
+    contents = open_source(source, Options(image_column, label_column, allow_paths, progress))
+    name = _pick(source, split, contents.splits)
+    train = _build(source, name, contents, size, channels, skip_bad, cache_bytes, progress)
+    other = find_split("test", (each for each in contents.splits if each != name))
     if other is None:
         return split_holdout(train)
-    return train, _build(source, other, splits[other](), size, channels, skip_bad, cache_bytes, progress)
+    return train, _build(source, other, contents, size, channels, skip_bad, cache_bytes, progress)
 
 
 def split_holdout(images: Images) -> tuple[Images, Images]:

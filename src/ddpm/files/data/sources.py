@@ -7,8 +7,10 @@ import difflib
 import functools
 import os
 import re
+import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,20 +24,20 @@ from PIL import Image
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
 from ddpm.files.data import hugging_face
+from ddpm.files.data.layout import arrange, kind, meanings, other_words
 from ddpm.files.data.listing import (
     ACCEPTED,
-    SPLIT_NAMES,
-    Columns,
+    Contents,
     Encoded,
     EncodedImages,
     Listing,
-    Splits,
-    is_hidden,
+    Options,
     is_image,
     natural,
-    refuse_columns,
+    number_values,
     walk,
 )
+from ddpm.files.features import read_arrays
 from ddpm.noise import generator
 
 
@@ -43,26 +45,33 @@ class Source(NamedTuple):
     """A kind of source.
 
     recognises  (SOURCE, SOURCE as a path) -> whether it is of this kind
-    splits      (SOURCE, SOURCE as a path, columns, whether to show progress) -> its splits
+    contents    (SOURCE, SOURCE as a path, options) -> its splits, and what is left out
     meaning     what help and errors call this kind of source
     """
 
     recognises: Callable[[str, Path], bool]
-    splits: Callable[[str, Path, Columns, bool], Splits]
+    contents: Callable[[str, Path, Options], Contents]
     meaning: str
 
 
-def open_source(source: str, image_column: str | None, label_column: str | None, progress: bool) -> Splits:
-    """The splits of SOURCE, by the first row of SOURCES that recognises it. Raises InputError if none does."""
+def open_source(source: str, options: Options) -> Contents:
+    """What SOURCE holds, by the first row of SOURCES that recognises it. Warns of files that are left out.
+
+    Raises InputError if no row recognises it.
+    """
     path = Path(os.path.expanduser(source))  # "~name" stays as it is if there is no user of that name
     if source:  # Path("") is the working directory
-        for kind in SOURCES.values():
-            if kind.recognises(source, path):
-                return kind.splits(source, path, (image_column, label_column), progress)
+        for row in SOURCES.values():
+            if row.recognises(source, path):
+                contents = row.contents(source, path, options)
+                contents.warn(source)
+                return contents
     if source and path.is_dir():
         raise InputError(f"{source}: no images in this folder; {ACCEPTED}")
     if path.is_file():
         raise InputError(f"{source}: not a file of images that can be read; {ACCEPTED}")
+    if source and path.exists():
+        raise InputError(f"{source}: a pipe or a device; {ACCEPTED}")
     raise InputError(f"{source or repr(source)}: no such file or folder; {ACCEPTED}")
 
 
@@ -74,7 +83,7 @@ _DIGITS = 0xD161
 
 @dataclass
 class Arrays:
-    """Images in memory, uint8 [N, H, W]."""
+    """Images in memory, uint8 [N, H, W] or [N, H, W, 3 or 4]."""
 
     title: str
     arrays: NDArray[np.uint8]
@@ -96,10 +105,10 @@ def _is_digits(source: str, path: Path) -> bool:
     return source == "digits"
 
 
-def _digits(source: str, path: Path, columns: Columns, progress: bool) -> Splits:
+def _digits(source: str, path: Path, options: Options) -> Contents:
     from sklearn.datasets import load_digits
 
-    refuse_columns(source, columns)
+    options.refuse_columns(source)
     values, labels = load_digits(return_X_y=True)  # 0..16
     arrays = np.round(values * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
     names = tuple(map(str, range(10)))
@@ -110,13 +119,33 @@ def _digits(source: str, path: Path, columns: Columns, progress: bool) -> Splits
     def part(title: str, rows: slice) -> Listing:
         return Listing(Arrays(title, arrays[rows]), labels[rows].astype(np.int64), names)
 
-    return {
-        "train": functools.partial(part, "digits (train)", slice(1500)),
-        "test": functools.partial(part, "digits (test)", slice(1500, None)),
-    }
+    return Contents(
+        {
+            "train": functools.partial(part, "digits (train)", slice(1500)),
+            "test": functools.partial(part, "digits (test)", slice(1500, None)),
+        }
+    )
 
 
-# -- image files in a folder or a zip file -----------------------------------------------------------------------------
+# -- image files in a folder, a zip file or tar shards -----------------------------------------------------------------
+
+
+def _contents(
+    source: str,
+    names: Iterable[str],
+    images_of: Callable[[list[str]], EncodedImages],
+    read: Callable[[str], bytes],
+    options: Options,
+    shards: bool = False,
+) -> Contents:
+    """The splits of files, as `layout.arrange` finds them. images_of(names) gives the images of some of them."""
+    layout = arrange(source, names, read, options, shards)
+
+    def listing(split: str) -> Listing:
+        labels = None if layout.labels is None else layout.labels[split]
+        return Listing(images_of(layout.splits[split]), labels, layout.class_names)
+
+    return Contents({split: functools.partial(listing, split) for split in layout.splits}, layout.left_out)
 
 
 @dataclass
@@ -145,9 +174,10 @@ def _is_image_folder(source: str, path: Path) -> bool:
     return path.is_dir() and any(map(is_image, walk(path)))
 
 
-def _image_folder(source: str, path: Path, columns: Columns, progress: bool) -> Splits:
-    refuse_columns(source, columns)
-    return _tree(source, walk(path), lambda files: Folder(path, files))
+def _image_folder(source: str, path: Path, options: Options) -> Contents:
+    return _contents(
+        source, walk(path), lambda files: Folder(path, files), lambda file: pictures.file_bytes(path / file), options
+    )
 
 
 @dataclass
@@ -165,14 +195,17 @@ class Zip:
         return f"{self.files[index]} in {self.path}"
 
     def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        archive, members = self._archive(), list[Encoded | InputError]()
-        for i in indices:
-            try:
-                members.append(archive.read(self.files[i]))
-            # zipfile raises RuntimeError for an encrypted member
-            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as fault:
-                members.append(InputError(f"{self.name(i)}: cannot be read ({pictures.one_line(fault)})"))
-        return members
+        return [_or_error(self.read, self.files[i]) for i in indices]
+
+    def read(self, file: str) -> bytes:
+        """The bytes of a file in the archive. Raises InputError if it is too large or damaged."""
+        name, archive = f"{file} in {self.path}", self._archive()
+        pictures.check_memory(archive.getinfo(file).file_size, name)  # zipfile reads no more than this
+        try:
+            return archive.read(file)
+        # zipfile raises RuntimeError for an encrypted member
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as fault:
+            raise InputError(f"{name}: cannot be read ({pictures.one_line(fault)})") from None
 
     def identity(self) -> Iterable[bytes]:
         archive = self._archive()
@@ -188,96 +221,222 @@ class Zip:
         return {**self.__dict__, "opened": None}
 
 
+def _or_error(read: Callable[[str], bytes], file: str) -> Encoded | InputError:
+    try:
+        return read(file)
+    except InputError as fault:
+        return fault
+
+
 def _is_zip(source: str, path: Path) -> bool:
     return path.is_file() and (path.suffix.lower() == ".zip" or zipfile.is_zipfile(path))
 
 
-def _zip(source: str, path: Path, columns: Columns, progress: bool) -> Splits:
+def _zip(source: str, path: Path, options: Options) -> Contents:
     if not zipfile.is_zipfile(path):
         raise InputError(f"{source}: damaged or empty zip file; {ACCEPTED}")
     try:
         with zipfile.ZipFile(path) as archive:
-            files = [name for name in archive.namelist() if not name.endswith("/") and not is_hidden(name)]
+            files = [name for name in archive.namelist() if not name.endswith(("/", "\\"))]
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as fault:
         raise InputError(f"{source}: damaged zip file ({pictures.one_line(fault)}); {ACCEPTED}") from fault
     if not any(map(is_image, files)):
         raise InputError(f"{source}: no images in this zip file")
-    refuse_columns(source, columns)
-    return _tree(source, files, lambda names: Zip(path, names))
+    return _contents(source, files, lambda names: Zip(path, names), Zip(path, []).read, options)
 
 
-def _tree(source: str, files: Iterable[str], images_of: Callable[[list[str]], EncodedImages]) -> Splits:
-    """The splits of files in folders. A folder called train, test, ... is a split; the folders in it are classes."""
-    files = sorted(filter(is_image, files), key=natural)
-    split_names = {alias for aliases in SPLIT_NAMES.values() for alias in aliases}
-    root = ""
-    while True:  # down to the folder where the tree branches
-        tops = {file[len(root) :].partition("/")[0] for file in files}
-        top = tops.pop()
-        if tops or root + top in files or top.lower() in split_names:
-            break
-        root += top + "/"
-    groups: dict[str, list[str]] = {}  # split -> files
-    for file in files:
-        top, slash, _ = file[len(root) :].partition("/")
-        if slash and top.lower() in split_names:
-            groups.setdefault(top, []).append(file)
-    if others := len(files) - sum(map(len, groups.values())) if groups else 0:
-        kinds = ", ".join(sorted(split_names))
-        raise InputError(
-            f"{source}: {', '.join(sorted(groups))}: the name of a split, but {others:,} images lie beside it; want "
-            f"all in folders of such names ({kinds}), or none"
-        )
-    prefix = {split: f"{root}{split}/" for split in groups}
-    if not groups:
-        groups, prefix = {"train": files}, {"train": root}
+class Place(NamedTuple):
+    """Where a file lies in a tar file."""
 
-    tops = {
-        file[len(prefix[split]) :].partition("/")[0]
-        for split, group in groups.items()
-        for file in group
-        if "/" in file[len(prefix[split]) :]
+    path: Path
+    member: str
+    start: int
+    size: int
+
+
+@dataclass
+class Tar:
+    """Image files of tar files; `files` are keys of `places`."""
+
+    places: dict[str, Place]
+    files: list[str]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        place = self.places[self.files[index]]
+        return f"{place.member} in {place.path}"
+
+    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
+        return [_or_error(self.read, self.files[i]) for i in indices]
+
+    def read(self, file: str) -> bytes:
+        """The bytes of a file. Raises InputError if it is too large or cannot be read."""
+        place = self.places[file]
+        name = f"{place.member} in {place.path}"
+        pictures.check_memory(place.size, name)
+        try:
+            with place.path.open("rb") as archive:
+                archive.seek(place.start)
+                data = archive.read(place.size)
+        except OSError as fault:
+            raise InputError(f"{name}: cannot be read ({pictures.one_line(fault)})") from None
+        if len(data) < place.size:
+            raise InputError(f"{name}: the tar file ends early")
+        return data
+
+    def identity(self) -> Iterable[bytes]:
+        for file in self.files:
+            yield f"{file} {self.places[file].size}\n".encode(errors="surrogateescape")
+
+
+def _is_tar(source: str, path: Path) -> bool:
+    return (path.is_file() and bool(re.search(r"\.(tar|tgz|tar\.\w+)$", path.name.lower()))) or (
+        path.is_dir() and not hugging_face.is_data_set(path) and any(_shards(path))
+    )
+
+
+def _shards(path: Path) -> Iterable[str]:
+    return (file for file in walk(path) if file.lower().endswith(".tar") and (path / file).is_file())
+
+
+def _tar(source: str, path: Path, options: Options) -> Contents:
+    places = dict[str, Place]()
+    for file in [""] if path.is_file() else sorted(_shards(path), key=natural):
+        # one part of a path for a shard: it may name a split, but no class
+        shard = "" if path.is_file() else file[: -len(".tar")].replace("/", " ") + "/"
+        try:
+            with tarfile.open(path / file, "r:") as archive:
+                for member in archive:
+                    if member.isfile() and not member.issparse():
+                        place = Place(path / file, member.name, member.offset_data, member.size)
+                        places[shard + member.name] = place
+        except (tarfile.TarError, OSError, EOFError, ValueError) as fault:
+            raise InputError(
+                f"{path / file}: not a whole tar file without compression ({pictures.one_line(fault)})"
+            ) from None
+    if not any(map(is_image, places)):
+        raise InputError(f"{source}: no images in {'this tar file' if path.is_file() else 'the tar files here'}")
+    contents = _contents(
+        source, places, lambda names: Tar(places, names), Tar(places, []).read, options, shards=not path.is_file()
+    )
+    others = Counter(kind(file) for file in walk(path) if not file.lower().endswith(".tar")) if path.is_dir() else {}
+    return Contents(contents.splits, Counter(contents.left_out) + Counter(others))
+
+
+# -- arrays in a file --------------------------------------------------------------------------------------------------
+
+
+def _is_npz(source: str, path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() == ".npz"
+
+
+def _npz(source: str, path: Path, options: Options) -> Contents:
+    """Arrays of images uint8 [N, H, W] or [N, H, W, C]. x_train and x_test are splits, and y_train holds labels."""
+    _check_unpacked(source, path)
+    arrays = read_arrays(path)
+    images = {
+        name: array
+        for name, array in arrays.items()
+        if array.dtype == np.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[-1] in (1, 3, 4)))
     }
-    names = tuple(sorted(tops, key=natural))
+    if options.image_column is not None:
+        images = {name: array for name, array in images.items() if name == options.image_column}
+    split_of = {name: name if meanings(name) else "train" for name in images}
+    if len(images) == 1:
+        split_of = dict.fromkeys(images, "train")
+    if not images or len({meanings(split) for split in split_of.values()}) < len(images):
+        described = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())
+        asked = "" if options.image_column is None else f"image_column {options.image_column}: "
+        raise InputError(
+            f"{asked}{source}: has {described}; want an .npz with images uint8 [N, H, W] or [N, H, W, C] in one array, "
+            "or in one array a split, as x_train and x_test"
+        )
+    labels = {name: _labels_of_array(source, arrays, name, options.label_column) for name in images}
+    known = [values for values in labels.values() if values is not None]
+    numbers, class_names = number_values(value for values in known for value in values)
 
-    def listing(split: str) -> Listing:
-        below = [file[len(prefix[split]) :] for file in groups[split]]
-        if len(names) < 2 or not all("/" in file for file in below):
-            return Listing(images_of(groups[split]))
-        number = {name: k for k, name in enumerate(names)}
-        labels = np.array([number[file.partition("/")[0]] for file in below], np.int64)
-        return Listing(images_of(groups[split]), labels, names)
+    def listing(name: str) -> Listing:
+        array, values = images[name], labels[name]
+        encoded = Arrays(f"{source} ({name})", array[..., 0] if array.shape[3:] == (1,) else array)
+        if values is None or len(known) < len(images):
+            return Listing(encoded)
+        return Listing(encoded, np.array([numbers[value] for value in values], np.int64), class_names)
 
-    return {split: functools.partial(listing, split) for split in groups}
+    return Contents({split: functools.partial(listing, name) for name, split in split_of.items()})
+
+
+def _check_unpacked(source: str, path: Path) -> None:
+    """Raise InputError for a small file that would fill the memory."""
+    if not zipfile.is_zipfile(path):
+        return  # `read_arrays` says so
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > 100 * path.stat().st_size:
+        pictures.check_memory(unpacked, f"{source}: unpacked")
+
+
+def _labels_of_array(source: str, arrays: dict[str, NDArray[Any]], images: str, column: str | None) -> list[int] | None:
+    """The labels of an array of images: an array of as many integers, whose name speaks of the same split."""
+    n = len(arrays[images])
+    fitting = {
+        name: array.reshape(-1)
+        for name, array in arrays.items()
+        if array.dtype.kind in "iu" and array.shape in ((n,), (n, 1)) and meanings(name) == meanings(images)
+    }
+    if column is not None:
+        fitting = {
+            name: array
+            for name, array in fitting.items()
+            if name == column or other_words(name) == other_words(column) != set()
+        }
+        if not fitting:
+            raise InputError(
+                f"label_column {column}: {source} has no such array of {n:,} integers; it has {', '.join(arrays)}"
+            )
+    return next(iter(fitting.values())).tolist() if len(fitting) == 1 else None
 
 
 # -- data sets in Hugging Face layout ----------------------------------------------------------------------------------
 
 
+def _folder_and_configuration(source: str, path: Path) -> tuple[Path, str | None]:
+    """FOLDER:CONFIG in two parts, unless there is a file of that name."""
+    folder, _, configuration = source.rpartition(":")
+    if folder and configuration and not path.exists() and Path(os.path.expanduser(folder)).is_dir():
+        return Path(os.path.expanduser(folder)), configuration
+    return path, None
+
+
 def _is_dataset_folder(source: str, path: Path) -> bool:
-    return path.is_dir() and (
-        hugging_face.is_saved(path) or any(file.lower().endswith((".parquet", ".arrow", ".tar")) for file in walk(path))
-    )
+    return hugging_face.is_data_set(_folder_and_configuration(source, path)[0])
 
 
 def _is_parquet(source: str, path: Path) -> bool:
     return path.is_file() and path.suffix.lower() == ".parquet"
 
 
-def _local_dataset(source: str, path: Path, columns: Columns, progress: bool) -> Splits:
-    return hugging_face.listings(source, hugging_face.load_local(source, path, progress), columns)
+def _local_dataset(source: str, path: Path, options: Options) -> Contents:
+    folder, configuration = _folder_and_configuration(source, path)
+    loaded = hugging_face.load_local(source, folder, configuration, options.progress)
+    others = (
+        (file for file in walk(folder) if not file.lower().endswith(hugging_face.SUFFIXES)) if folder.is_dir() else ()
+    )
+    place = folder if folder.is_dir() else folder.parent
+    return hugging_face.contents(source, loaded, place, options, Counter(map(kind, others)))
 
 
 def _is_hub_name(source: str, path: Path) -> bool:
     """Whether SOURCE has the form of OWNER/NAME, NAME, OWNER/NAME:CONFIG or NAME:CONFIG, and is not a missing file."""
-    is_file_name = source.lower().endswith((".zip", ".parquet", *pictures.SUFFIXES))
+    is_file_name = source.lower().endswith((".zip", ".parquet", ".npz", ".tar", *pictures.SUFFIXES))
     return not (path.exists() or is_file_name) and bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source))
 
 
-def _hub_dataset(source: str, path: Path, columns: Columns, progress: bool) -> Splits:
+def _hub_dataset(source: str, path: Path, options: Options) -> Contents:
     if difflib.get_close_matches(source.lower(), ["digits"], cutoff=0.75):
         raise InputError(f"{source}: no such data set, did you mean digits? ({ACCEPTED})")
-    return hugging_face.listings(source, hugging_face.load_hub(source, progress), columns)
+    return hugging_face.contents(source, hugging_face.load_hub(source, options.progress), None, options)
 
 
 SOURCES = {
@@ -285,6 +444,8 @@ SOURCES = {
     "folder": Source(_is_image_folder, _image_folder, meaning="a folder of images"),
     "data set": Source(_is_dataset_folder, _local_dataset, meaning="a folder of a Hugging Face data set"),
     "parquet": Source(_is_parquet, _local_dataset, meaning="a .parquet file"),
+    "npz": Source(_is_npz, _npz, meaning="an .npz file of images"),
+    "tar": Source(_is_tar, _tar, meaning="a .tar file of images or a folder of them (WebDataset)"),
     "zip": Source(_is_zip, _zip, meaning="a .zip file of images"),
     "hub": Source(_is_hub_name, _hub_dataset, meaning="a hub data set OWNER/NAME"),
 }
