@@ -1,4 +1,4 @@
-"""A tiny run for the tests of the programs, and what they share."""
+"""A tiny run for the tests of the programs, and helpers that they share."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TINY = (
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
-    """Threads only get in each other's way where the networks are this small; processes that we start have one too."""
+    """Use one thread, also in processes that tests start. Threads slow down networks that are this small."""
     threads, torch_threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -35,31 +35,31 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _ctrl_c() -> None:
-    """A script's background job starts with SIGINT ignored, and then Python leaves it so."""
+    """Handle SIGINT. In a background job of a shell script it is ignored, and Python does not change that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 30 steps with checkpoints of steps 20 and 30 and a grid of samples; read only."""
+    """A run of 30 steps with checkpoints of steps 20 and 30 and a grid of samples. Tests must not change it."""
     out = tmp_path_factory.mktemp("trained") / "run"
     assert train(out, "--steps", 30, "--save-every", 10, "--sample-every", 30) == 0
     return out
 
 
 def train(out: Path, *options: Any) -> int:
-    """`ddpm train` of the tiny network in this process; its exit code."""
+    """Run `ddpm train` with the tiny network in this process, and return its exit code."""
     return main([*TINY, "--out", str(out), *map(str, options)])
 
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
-    """All that a checkpoint holds: ema/NAME, raw/NAME and optimizer/MOMENT.NAME."""
+    """All tensors of a checkpoint: ema/NAME, raw/NAME and optimizer/MOMENT.NAME."""
     files = sorted((run / "checkpoints" / f"{step:08d}").glob("*.safetensors"))
     return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """Bit for bit."""
+    """Assert that two checkpoints are equal bit for bit."""
     assert a.keys() == b.keys()
     assert len({name.split("/")[0] for name in a}) == 3  # ema, raw, optimizer
     differ = [name for name in a if not torch.equal(a[name], b[name])]
@@ -67,9 +67,10 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """Within float error, relative to the norm of all weights, all averages, all first and all second moments.
+    """Assert that two checkpoints are equal within float error, relative to the norm of all tensors of a kind.
 
-    Not name by name: a bias ahead of a norm has gradients that cancel, and Adam makes steps of what is left of them.
+    The kinds are weights, averages, first and second moments. Single tensors may differ more: the gradient of a bias
+    before a norm cancels to rounding errors, and Adam turns these into steps.
     """
     assert a.keys() == b.keys()
     for part in ("ema/", "raw/", "optimizer/exp_avg.", "optimizer/exp_avg_sq."):
@@ -79,16 +80,16 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; every one must be whole."""
+    """The lines of metrics.jsonl. Fails if a line is incomplete."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Step -> training loss; each step must be there once."""
+    """Training loss by step. Fails if a step is logged twice."""
     lines = [line for line in metrics(run) if "loss" in line]
-    found = {line["step"]: line["loss"] for line in lines}
-    assert len(found) == len(lines)
-    return found
+    by_step = {line["step"]: line["loss"] for line in lines}
+    assert len(by_step) == len(lines)
+    return by_step
 
 
 def steps(run: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""The native kernels against the plain path in float64, and what they promise beyond it."""
+"""The kernels against PyTorch's operations in float64 (the plain path), and what else they guarantee."""
 
 import copy
 import resource
@@ -23,19 +23,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm import kernels
 from ddpm.unet import Downsample, UNet, convolve
 
-# amx.c on a CPU without its tiles: tests/amx has them in plain C.
+# On a CPU without AMX tiles, amx.c is compiled with tests/amx, which emulates them in plain C.
 SOFTWARE = kernels.Source(
     "amx.c", ("-march=x86-64-v3", "-Wno-psabi", f"-I{Path(__file__).with_name('amx')}"), "avx2", torch.float32
 )
 anywhere = pytest.mark.skipif(not kernels.ready(torch.float32), reason="no avx2, or no C compiler")
 KINDS = [pytest.param(dtype, marks=anywhere, id=str(dtype).removeprefix("torch.")) for dtype in kernels.SOURCES]
 both = pytest.mark.parametrize("dtype", KINDS)
-# Relative error to allow: bfloat16's spacing, and what F(4x4, 3x3) and sums over thousands of terms add to float32's.
+# The allowed relative error: the spacing of bfloat16; for the others, the rounding error of F(4x4, 3x3) and of sums of
+# thousands of terms.
 ERROR = {torch.bfloat16: 2.0**-8, torch.float32: 2e-6, torch.float64: 4e-15}
 
 
 def computing(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Convolutions inside are computed in dtype."""
+    """A context in which convolutions are computed in dtype."""
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
@@ -112,7 +113,7 @@ def test_equals_the_plain_path_in_float64(
         assert all(g is not None for g in grads)
         return [out.detach(), *(g for g in grads if g is not None)]
 
-    # The output, and gradients of norms, are sums that may cancel, of terms of these sizes.
+    # The output and the gradients of norms are sums of terms of these sizes, which may cancel.
     size = float(conv.weight.detach().norm()) / c_out**0.5
     of_out, of_a_norm = size * (batch * height * width * c_out) ** 0.5, size * float(dout.float().norm())
     for i, (ours, plain) in enumerate(zip(run(False), run(True), strict=True)):
@@ -126,10 +127,10 @@ def test_equals_the_plain_path_in_float64(
     kernel=st.sampled_from([1, 3]),
 )  # fmt: skip
 @settings(max_examples=20, deadline=None)
-def test_an_image_depends_on_nothing_else_to_the_bit(
+def test_the_result_for_an_image_depends_on_the_image_only(
     dtype: torch.dtype, batch: int, size: int, threads: int, rows: st.DataObject, kernel: int
 ) -> None:
-    """Not on the batch, its place in it, or the number of threads: the codec needs that."""
+    """It does not depend on the batch, on its place in the batch or on the number of threads. The codec needs that."""
     torch.manual_seed(batch)
     conv, norm = layers(64, 96, kernel, dtype)
     x = torch.randn(batch, 64, size, size).to(dtype)
@@ -140,19 +141,19 @@ def test_an_image_depends_on_nothing_else_to_the_bit(
         one = rows.draw(st.integers(0, batch - 1))
         assert torch.equal(convolve(conv, x, norm, swish=True), whole)
         assert torch.equal(convolve(conv, x[one : one + 1], norm, swish=True), whole[one : one + 1])
-        with kernels.frozen():  # weights are transformed before, not on the way
+        with kernels.frozen():  # weights are then transformed when they are packed
             assert torch.equal(convolve(conv, x[one : one + 1], norm, swish=True), whole[one : one + 1])
 
 
 @both
-def test_dropout_keeps_its_share_and_its_mean_and_has_the_gradient_of_its_own_mask(dtype: torch.dtype) -> None:
+def test_dropout_has_the_right_share_mean_and_gradient(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     conv, norm = layers(64, 64, 1, dtype)
     with torch.no_grad():
         conv.weight.copy_(torch.eye(64)[:, :, None, None])
         conv.bias.zero_()  # type: ignore[union-attr]
         norm.weight.zero_()
-        norm.bias.fill_(2.0)  # so that what is dropped is swish(2) everywhere, to a constant
+        norm.bias.fill_(2.0)  # the input of dropout is then swish(2) everywhere
     x = torch.randn(32, 64, 16, 16).to(dtype).requires_grad_()
     with computing(dtype):
         torch.manual_seed(1)
@@ -191,7 +192,7 @@ def network(dtype: torch.dtype) -> UNet:
 
 
 @both
-def test_the_network_is_as_far_from_float64_as_the_plain_path(dtype: torch.dtype) -> None:
+def test_the_networks_error_is_that_of_the_plain_path(dtype: torch.dtype) -> None:
     net = network(dtype)
     x, t = torch.randn(4, 3, 16, 16), torch.arange(4)
 
@@ -210,11 +211,11 @@ def test_the_network_is_as_far_from_float64_as_the_plain_path(dtype: torch.dtype
 
 
 @both
-def test_packed_weights_are_kept_while_frozen_and_no_longer(dtype: torch.dtype) -> None:
+def test_packed_weights_are_used_only_while_frozen(dtype: torch.dtype) -> None:
     net, x, t = network(dtype), torch.randn(1, 3, 8, 8), torch.ones(1, dtype=torch.int64)
     weights = list(net.parameters())
 
-    def change() -> None:  # in place and unseen by torch's version counters
+    def change() -> None:  # in place, without a change of torch's version counters
         adam = torch.optim.Adam(weights, lr=0.1, fused=True)
         for p in weights:
             p.grad = torch.ones_like(p)
@@ -238,18 +239,20 @@ def test_packed_weights_are_kept_while_frozen_and_no_longer(dtype: torch.dtype) 
 
 @both
 def test_a_mean_far_from_zero_costs_no_digits(dtype: torch.dtype) -> None:
-    """E[x^2] - mean^2 in float32 would: of 100 standard deviations, 1%."""
+    """E[x^2] - mean^2 in float32 would: with a mean of 100 standard deviations, 1%."""
     torch.manual_seed(0)
     conv, norm = layers(64, 32, 1, dtype)
     x = (torch.randn(2, 64, 16, 16) + 100 * torch.randn(64)[:, None, None].sign()).to(dtype)
     with torch.no_grad(), computing(dtype):
         ours = convolve(conv, x, norm)
     plain = conv.double()(norm.double()(x.double()))
-    unavoidable = 100 * torch.finfo(dtype).eps + 100**2 * torch.finfo(torch.float64).eps  # of x, and of float64 sums
+    unavoidable = (
+        100 * torch.finfo(dtype).eps + 100**2 * torch.finfo(torch.float64).eps
+    )  # rounding of x and of float64 sums
     assert relative(ours, plain.detach()) < 4 * ERROR[dtype] + unavoidable
 
 
-def test_one_threads_frozen_weights_are_not_anothers() -> None:
+def test_frozen_weights_belong_to_one_thread() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -269,7 +272,7 @@ def test_one_threads_frozen_weights_are_not_anothers() -> None:
 
 
 @both
-def test_gradients_only_of_what_is_wanted_and_none_of_second_order(dtype: torch.dtype) -> None:
+def test_only_needed_gradients_are_computed_and_none_of_second_order(dtype: torch.dtype) -> None:
     conv, norm = layers(32, 32, 3, dtype)
     x = torch.randn(1, 32, 4, 4).to(dtype).requires_grad_()
     with computing(dtype):
@@ -282,7 +285,7 @@ def test_gradients_only_of_what_is_wanted_and_none_of_second_order(dtype: torch.
 
 
 @both
-def test_what_the_kernels_cannot_do_runs_plainly(dtype: torch.dtype) -> None:
+def test_other_layers_run_on_the_plain_path(dtype: torch.dtype) -> None:
     x = torch.randn(1, 32, 8, 8)
     others: list[dict[str, Any]] = [
         {"stride": 2}, {"padding": 0}, {"padding_mode": "circular"}, {"groups": 2}, {"dilation": 2}, {"bias": False},
@@ -318,7 +321,7 @@ def test_what_the_kernels_cannot_do_runs_plainly(dtype: torch.dtype) -> None:
 
 
 @both
-def test_what_records_or_transforms_calls_sees_operations_of_torch(dtype: torch.dtype) -> None:
+def test_tracing_and_transforms_use_operations_of_torch(dtype: torch.dtype) -> None:
     net, x, t = network(dtype), torch.randn(2, 3, 8, 8), torch.ones(2, dtype=torch.int64)
     x = x.to(kernels.SOURCES[dtype].weights)
 
@@ -356,8 +359,8 @@ def test_the_result_is_an_ordinary_tensor(dtype: torch.dtype) -> None:
 
 
 @both
-def test_copied_weights_are_not_taken_for_others(dtype: torch.dtype) -> None:
-    """An object that is gone leaves its id to the next."""
+def test_copied_packed_weights_are_not_used_for_other_weights(dtype: torch.dtype) -> None:
+    """A new object may get the id of a deleted one."""
     x = torch.randn(1, 32, 4, 4).to(dtype)
     packed: kernels.Packed = {}
     with torch.no_grad(), computing(dtype):
@@ -415,7 +418,7 @@ def test_a_full_memory_is_an_error_like_torchs_own() -> None:
                 convolve(conv, x, norm, swish=True)
         run(64)
         try:
-            run(1024, 2.5)  # x as the kernels read it, and their result; not what they need beside
+            run(1024, 2.5)  # enough for x in the kernels' layout and the result, but not for their buffers
         except RuntimeError as error:
             print(error)
     """

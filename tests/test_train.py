@@ -1,4 +1,4 @@
-"""`ddpm train`: a run that is stopped and goes on is the run that was not; the semantics of a step; what is logged."""
+"""`ddpm train`: a run that was stopped and resumed equals one that was not; the training step; what is logged."""
 
 import contextlib
 import copy
@@ -38,7 +38,7 @@ from ddpm.run.processes import Processes
 from ddpm.run.sample import generate
 from ddpm.run.train import BUCKETS, _Watch, held_out_by_level
 
-# -- stopping and going on ---------------------------------------------------------------------------------------------
+# -- stopping and resuming ---------------------------------------------------------------------------------------------
 
 EVERYTHING = (
     "--dropout",
@@ -57,7 +57,7 @@ EVERYTHING += ("--timestep-sampling", "stratified", "--weighting", "min_snr")
 
 
 def test_n_steps_and_n_steps_are_2n_steps_to_the_bit(tmp_path: Path) -> None:
-    """Weights, average and Adam's moments, with all that is random switched on."""
+    """Weights, average and Adam's moments are equal, with all random parts switched on."""
     assert train(tmp_path / "whole", *EVERYTHING, "--steps", 8) == 0
     assert train(tmp_path / "halves", *EVERYTHING, "--steps", 4) == 0
     assert train(tmp_path / "halves", *EVERYTHING, "--steps", 8) == 0
@@ -65,8 +65,8 @@ def test_n_steps_and_n_steps_are_2n_steps_to_the_bit(tmp_path: Path) -> None:
     assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    """SIGKILL while it saves at every other step: no step is lost but those since, none is logged twice or by half."""
+def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
+    """After SIGKILL only the steps since the last checkpoint are lost, and no step is logged twice or in part."""
     run, every = tmp_path / "run", 2
     command = [sys.executable, "-m", "ddpm", *TINY, "--dropout", "0.3", "--save-every", str(every)]
     process = subprocess.Popen([*command, "--steps", "100000", "--out", str(run)], stderr=subprocess.DEVNULL)
@@ -81,7 +81,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     at = int(checkpoint.name)
     assert at >= (seen - 1) // every * every >= 8
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 1, "lo')  # the worst that a kill leaves behind
+        file.write('{"step": 1, "lo')  # half a line, the worst that a kill can leave
 
     end = at + 3
     assert train(run, "--dropout", 0.3, "--save-every", every, "--steps", end) == 0
@@ -93,14 +93,14 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_resumes(
     number: signal.Signals,
     code: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Ctrl-C and SIGTERM: a checkpoint of that very step, one line on what to do, and nothing of the run is lost."""
+    """Ctrl-C and SIGTERM write a checkpoint of the current step and print one line. No step is lost."""
     at_step(7, monkeypatch, lambda: os.kill(os.getpid(), number))
     assert train(tmp_path / "run", "--steps", 10) == code
     assert "stopped at step 7 and saved; the same command resumes the run" in capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_a_second_ctrl_c_does_not_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It ends the program at once, without a traceback; the last checkpoint is there."""
+    """It ends the program at once, without a traceback. The last checkpoint stays."""
     at_step(7, monkeypatch, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     assert train(tmp_path / "run", "--steps", 10, "--save-every", 5) == 130
     assert capsys.readouterr().err.endswith("ddpm: interrupted\n")
@@ -124,7 +124,7 @@ def test_a_second_ctrl_c_does_not_wait(
 
 
 def test_ctrl_c_before_the_first_step_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is nothing to save yet; the same command starts again, and step 0 is logged once."""
+    """There is nothing to save yet. The same command starts again, and step 0 is logged once."""
     with monkeypatch.context() as patch:
         patch.setattr("ddpm.run.train.data.batches", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
         assert train(tmp_path / "run", "--steps", 2) == 130
@@ -134,7 +134,7 @@ def test_ctrl_c_before_the_first_step_ends_at_once(tmp_path: Path, monkeypatch: 
 
 
 def test_a_signal_does_not_wait_for_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is left unfinished, the checkpoint is saved without its number, and no grid of samples is made."""
+    """The evaluation is cut off, the checkpoint has no held-out loss, and no grid of samples is made."""
     calls = []
 
     def evaluation(*given: Any) -> list[float]:
@@ -151,8 +151,8 @@ def test_a_signal_does_not_wait_for_the_evaluation(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "run" / "samples").exists()
 
 
-def test_images_decoded_ahead_by_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A set that does not fit in memory: the same steps, through Ctrl-C and going on; no process is left over."""
+def test_images_are_decoded_ahead_by_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With images that do not fit in memory, a stopped and resumed run is the same run, and no process stays."""
     folder_of_images(tmp_path / "data")
     options = ("--data", tmp_path / "data", "--steps", 6, "--workers", 2)
     assert train(tmp_path / "memory", *options) == 0
@@ -166,8 +166,8 @@ def test_images_decoded_ahead_by_other_processes(tmp_path: Path, monkeypatch: py
     assert not multiprocessing.active_children()
 
 
-def test_what_may_change_on_the_way_may(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Going on with more steps, other intervals, or activations computed again changes no bit of the weights."""
+def test_some_settings_may_change_when_a_run_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More steps, other intervals or gradient checkpointing change no bit of the weights."""
     assert train(tmp_path / "run", "--steps", 3) == 0
     more = "--steps 6 --save-every 2 --log-every 3 --keep 5 --eval-images 32 --sample-every 6 --gradient-checkpointing"
     assert train(tmp_path / "run", *more.split(), "--device", "cpu", "--workers", 0) == 0
@@ -183,10 +183,10 @@ def test_what_may_change_on_the_way_may(tmp_path: Path, capsys: pytest.CaptureFi
     ("option", "value", "words"),
     [("--width", 64, "width 64: the run in"), ("--lr", 0.5, "lr 0.5: the run in"), ("--seed", 1, "seed 1: the run in")],
 )
-def test_a_run_keeps_its_settings(
+def test_other_settings_are_refused_when_a_run_is_resumed(
     option: str, value: float, words: str, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A setting that would make it another run is refused by name, before anything is touched."""
+    """A setting that would change the results is refused by name, before any file changes."""
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
     assert train(trained, "--steps", 40, option, value) == 2
     error = capsys.readouterr().err
@@ -196,7 +196,7 @@ def test_a_run_keeps_its_settings(
 
 
 def test_other_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder of the same name with other pictures in it is not the data that the run was trained on."""
+    """A folder of the same name with other pictures is refused."""
     folder_of_images(tmp_path / "data")
     options = ("--data", tmp_path / "data", "--steps")
     assert train(tmp_path / "run", *options, 2) == 0
@@ -205,8 +205,8 @@ def test_other_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "not the images that the run in" in capsys.readouterr().err
 
 
-def test_images_that_were_moved_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run goes on with its images in another place, but not with a second source while the first is there."""
+def test_images_may_be_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run resumes with its images in another folder, but not with another source while the first exists."""
     folder_of_images(tmp_path / "data")
     assert train(tmp_path / "run", "--data", tmp_path / "data", "--steps", 2) == 0
     assert train(tmp_path / "run", "--steps", 4) == 2
@@ -218,19 +218,19 @@ def test_images_that_were_moved_are_the_same(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_two_processes_cannot_train_one_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second is told so."""
+    """The second one gets an error."""
     with filelock.FileLock(trained / ".lock"):
         assert train(trained, "--steps", 40) == 2
     assert "another process is training this run; want another out" in capsys.readouterr().err
 
 
-# -- what cannot go on -------------------------------------------------------------------------------------------------
+# -- losses that are not finite ----------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 1 and one line with the step, the last good checkpoint and what to try; nothing is saved or logged."""
+    """One line names the step, the last good checkpoint and what to try. The bad step is not saved."""
     simple, calls = ddpm.losses.LOSSES["simple"], []
 
     def loss(*given: Any) -> Tensor:
@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_held_out_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Though it is that of one image."""
+    """The loss of one image is enough."""
     simple = ddpm.losses.simple
 
     def loss(denoiser: ddpm.Denoiser, x0: Tensor, t: Tensor, *given: Any) -> Tensor:
@@ -263,8 +263,8 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(
     assert "ddpm: step 0: the held-out loss is not finite" in capsys.readouterr().err
 
 
-def test_a_learning_rate_out_of_all_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Finite gradients that make useless weights: these are not kept as the last good checkpoint."""
+def test_a_huge_learning_rate_leaves_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gradients are finite, but the weights are useless and are not saved as a good checkpoint."""
     assert train(tmp_path / "run", "--lr", 1e30, "--warmup", 0, "--steps", 9, "--save-every", 1) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "not finite; the last good checkpoint is none; try a lower lr" in last
@@ -275,7 +275,7 @@ def test_a_learning_rate_out_of_all_bounds(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_accumulation_changes_no_step(tmp_path: Path) -> None:
-    """The batch in 1, 2 or 4 parts gives the same losses and weights within float error."""
+    """A batch in 1, 2 or 4 parts gives the same losses and weights within float error."""
     for parts in (1, 2, 4):
         assert (
             train(
@@ -297,30 +297,30 @@ def test_accumulation_changes_no_step(tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_changes_no_bit(tmp_path: Path) -> None:
-    """Activations computed again are the same, dropout included."""
+    """Recomputed activations are the same, with dropout."""
     for name, option in (("kept", "--no-gradient-checkpointing"), ("again", "--gradient-checkpointing")):
         assert train(tmp_path / name, option, "--dropout", 0.3, "--steps", 4) == 0
     assert_same(tensors(tmp_path / "kept", 4), tensors(tmp_path / "again", 4))
 
 
 @pytest.mark.parametrize("warmup", [False, True])
-def test_the_average_is_the_recurrence(warmup: bool, tmp_path: Path) -> None:
-    """average <- d average + (1 - d) weights after each step; the first update copies; d may rise as (1+n)/(10+n)."""
+def test_the_moving_average_follows_its_recurrence(warmup: bool, tmp_path: Path) -> None:
+    """average <- d average + (1 - d) weights. The first update copies, and with warm-up d rises as (1+n)/(10+n)."""
     option = "--ema-warmup" if warmup else "--no-ema-warmup"
     options = ("--steps", 6, "--save-every", 1, "--keep", 9, "--warmup", 0, "--ema-decay", 0.3, option)
     assert train(tmp_path / "run", *options) == 0
     average: dict[str, Tensor] = {}
     for n in range(6):
-        found = tensors(tmp_path / "run", n + 1)
+        checkpoint = tensors(tmp_path / "run", n + 1)
         decay = 0.0 if n == 0 else min(0.3, (1 + n) / (10 + n)) if warmup else 0.3
-        for name in (name.removeprefix("raw/") for name in found if name.startswith("raw/")):
-            weights = found[f"raw/{name}"].double()
+        for name in (name.removeprefix("raw/") for name in checkpoint if name.startswith("raw/")):
+            weights = checkpoint[f"raw/{name}"].double()
             average[name] = weights if n == 0 else decay * average[name] + (1 - decay) * weights
-            torch.testing.assert_close(found[f"ema/{name}"].double(), average[name], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(checkpoint[f"ema/{name}"].double(), average[name], rtol=1e-5, atol=1e-7)
 
 
-def test_the_learning_rate_rises_from_nothing(tmp_path: Path) -> None:
-    """Linearly over the warm-up, 0 at the first step, which so leaves the weights alone; then it stays."""
+def test_the_learning_rate_rises_during_the_warmup(tmp_path: Path) -> None:
+    """It rises linearly from 0, so the first step does not change the weights, and then stays."""
     assert train(tmp_path / "run", "--steps", 6, "--save-every", 1, "--keep", 9, "--warmup", 4, "--lr", 0.008) == 0
     rates = [line["lr"] for line in metrics(tmp_path / "run") if "lr" in line]
     assert rates == pytest.approx([0, 0.002, 0.004, 0.006, 0.008, 0.008])
@@ -332,8 +332,8 @@ def test_the_learning_rate_rises_from_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(first[f"raw/{name}"], value) for name, value in network.state_dict().items())
 
 
-def test_the_learning_rate_falls_to_nothing(tmp_path: Path) -> None:
-    """Linearly over the last share of the steps; a stop leaves no trace, more steps take the rate up again."""
+def test_the_learning_rate_falls_during_the_cooldown(tmp_path: Path) -> None:
+    """It falls linearly to 0, also after a stop. With more steps it rises again."""
     plan = ("--warmup", 2, "--lr", 0.008, "--cooldown", 0.5, "--save-every", 1, "--keep", 9)
     assert train(tmp_path / "whole", *plan, "--steps", 8) == 0
     rates = [line["lr"] for line in metrics(tmp_path / "whole") if "lr" in line]
@@ -349,8 +349,8 @@ def test_the_learning_rate_falls_to_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "p2"])
-def test_the_weighting_is_of_the_loss_that_is_trained(weighting: str, tmp_path: Path) -> None:
-    """At one level, whose weight is known, the training loss is that of an unweighted run times it."""
+def test_the_weighting_scales_the_training_loss(weighting: str, tmp_path: Path) -> None:
+    """With one level, the loss is the unweighted loss times the weight of this level."""
     one = (
         "--num-timesteps",
         1,
@@ -368,7 +368,7 @@ def test_the_weighting_is_of_the_loss_that_is_trained(weighting: str, tmp_path: 
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
-    """Adam's first moment after one step is a tenth of the clipped gradient; the norm logged is that before."""
+    """Adam's first moment after one step is a tenth of the clipped gradient. The logged norm is not clipped."""
     assert train(tmp_path / "run", "--steps", 1, "--grad-clip", 0.25) == 0
     first = [value for name, value in tensors(tmp_path / "run", 1).items() if name.startswith("optimizer/exp_avg.")]
     norm = math.sqrt(sum(float(value.double().square().sum()) for value in first)) / 0.1
@@ -377,8 +377,8 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
     assert logged > 0.5
 
 
-def test_bf16_is_for_the_network_only(tmp_path: Path) -> None:
-    """Its losses follow float32's; weights, average and moments stay float32."""
+def test_only_the_network_computes_in_bf16(tmp_path: Path) -> None:
+    """Losses are near those of float32. Weights, average and moments stay float32."""
     for precision in ("float32", "bf16"):
         assert train(tmp_path / precision, "--precision", precision, "--steps", 8) == 0
     bf16 = losses(tmp_path / "bf16")
@@ -389,7 +389,7 @@ def test_bf16_is_for_the_network_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["--loss vlb --no-clip", "--loss hybrid --variance learned_range", "--predict v"])
 def test_every_loss_trains(what: str, tmp_path: Path) -> None:
-    """The bound, the hybrid with a learned variance, and another prediction: the held-out loss falls."""
+    """The held-out loss falls for the bound, for the hybrid with a learned variance, and for v prediction."""
     assert train(tmp_path / "run", *what.split(), "--steps", 20, "--batch-size", 16, "--warmup", 1) == 0
     held_out = [line["held_out"] for line in metrics(tmp_path / "run") if "held_out" in line]
     assert held_out[-1] < 0.9 * held_out[0]
@@ -398,8 +398,8 @@ def test_every_loss_trains(what: str, tmp_path: Path) -> None:
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
-def test_what_a_run_leaves(trained: Path) -> None:
-    """The contract: config.json, metrics.jsonl with its keys, checkpoints/STEP/*.safetensors, samples/*.png."""
+def test_files_of_a_run(trained: Path) -> None:
+    """A run writes config.json, metrics.jsonl with these keys, checkpoints/STEP/*.safetensors and samples/*.png."""
     assert json.loads((trained / "config.json").read_text())["width"] == 32
     lines = metrics(trained)
     training = [line for line in lines if "loss" in line]
@@ -410,14 +410,14 @@ def test_what_a_run_leaves(trained: Path) -> None:
     held_out = [line for line in lines if "held_out" in line]
     assert [line["step"] for line in held_out] == [0, 10, 20, 30]
     assert all(len(line["held_out_by_level"]) == BUCKETS for line in held_out)
-    assert held_out[-1]["held_out"] < held_out[0]["held_out"] - 0.05  # it learns
+    assert held_out[-1]["held_out"] < held_out[0]["held_out"] - 0.05  # the network learns
     sheet = np.asarray(Image.open(trained / "samples" / "00000030.png"))
-    assert sheet.shape == (2 * 34 + 2, 2 * 34 + 2)  # 2 x 2 tiles of 32, 2 between
+    assert sheet.shape == (2 * 34 + 2, 2 * 34 + 2)  # 2 x 2 tiles of 32 pixels, with gaps of 2
     assert sheet.std() > 10
 
 
-def test_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where there is no terminal there is no bar; the numbers and where the pictures are stand on stdout."""
+def test_output_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is no progress bar. stdout has the results and the place of the samples."""
     assert train(tmp_path / "run", "--steps", 2, "--sample-every", 1) == 0
     out, err = capsys.readouterr()
     assert "\r" not in err
@@ -429,34 +429,34 @@ def test_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One object, and nothing else on stdout."""
+    """--json prints one object and nothing else on stdout."""
     assert train(tmp_path / "run", "--steps", 2, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["step"] == 2
-    assert found["held_out"] == metrics(tmp_path / "run")[-1]["held_out"]
-    assert found["held_out_before"] == metrics(tmp_path / "run")[0]["held_out"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["step"] == 2
+    assert result["held_out"] == metrics(tmp_path / "run")[-1]["held_out"]
+    assert result["held_out_before"] == metrics(tmp_path / "run")[0]["held_out"]
 
 
 @pytest.mark.parametrize(("option", "warned"), [("--no-ema-warmup", True), ("--ema-warmup", False)])
-def test_a_run_shorter_than_its_average_is_warned_of(
+def test_a_run_that_is_shorter_than_its_average_warns(
     option: str, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its samples would be those of the first weights."""
+    """Its averaged weights would be near the first weights."""
     assert train(tmp_path / "run", "--steps", 2, "--ema-decay", 0.9999, option) == 0
     assert ("warning: ema_decay 0.9999 averages over about 10,000 steps" in capsys.readouterr().err) == warned
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    """Its files hold the same losses."""
+    """The TensorBoard files hold the losses of metrics.jsonl."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert train(tmp_path / "run", "--steps", 3, "--tensorboard") == 0
     board = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    found = {event.step: event.value for event in board.Scalars("loss")}
-    assert found == pytest.approx(losses(tmp_path / "run"))
+    by_step = {event.step: event.value for event in board.Scalars("loss")}
+    assert by_step == pytest.approx(losses(tmp_path / "run"))
 
 
-def test_bad_images_are_counted_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With --skip-bad; without it the first one ends the run, by name."""
+def test_bad_images_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """This needs --skip-bad. Without it the first bad image ends the run, and the error names it."""
     folder_of_images(tmp_path / "data")
     (tmp_path / "data" / "5.png").write_bytes(b"not a picture")
     options = ("--data", tmp_path / "data", "--steps", 2)
@@ -471,7 +471,7 @@ def test_bad_images_are_counted_and_passed_over(tmp_path: Path, capsys: pytest.C
 
 
 def test_compiling_changes_neither_steps_nor_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages that go through the compiler, here without its backend, checkpointed or not, through a pause."""
+    """Compiled stages (here without a backend), with or without gradient checkpointing, give the same run."""
     eager = functools.partial(compile_stages, backend="eager")
     monkeypatch.setattr("ddpm.run.train.compile_stages", eager)
     with kernels.disabled():  # what is compiled does without them
@@ -484,8 +484,8 @@ def test_compiling_changes_neither_steps_nor_files(tmp_path: Path, monkeypatch: 
 
 
 @torch._dynamo.config.patch(recompile_limit=8)
-def test_stages_compile_whole_and_those_alike_once() -> None:
-    """No graph breaks; 22 stages are 12 kinds, more than the 8 that Dynamo stops at; the gradient is the same."""
+def test_stages_of_one_kind_compile_once_without_graph_breaks() -> None:
+    """22 stages are of 12 kinds, more than the 8 at which Dynamo stops by default. The gradient is the same."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -504,8 +504,8 @@ def test_stages_compile_whole_and_those_alike_once() -> None:
     torch._dynamo.reset()
 
 
-def test_what_is_compiled_by_default() -> None:
-    """Nothing on a CPU; what one asks for, anywhere."""
+def test_nothing_is_compiled_by_default_on_a_cpu() -> None:
+    """`on` and `off` hold on any device."""
     cpu = torch.device("cpu")
     assert [pick_compile(name, cpu) for name in ("auto", "on", "off")] == [False, True, False]
     assert not pick_compile("off", torch.device("cuda"))
@@ -513,7 +513,7 @@ def test_what_is_compiled_by_default() -> None:
 
 @pytest.mark.parametrize("loss", ["simple", "vlb", "hybrid"])
 def test_no_step_waits_for_the_device(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device whose values nobody can read (meta) is enough for a training step and for steps of a sampler."""
+    """A training step and steps of a sampler run on the device meta, whose values cannot be read."""
     preset = dataclasses.replace(
         PRESETS["digits"],
         loss=loss,
@@ -521,9 +521,11 @@ def test_no_step_waits_for_the_device(loss: str, monkeypatch: pytest.MonkeyPatch
         precision="float32",
     )
     denoiser = ddpm.build(preset)
-    monkeypatch.setattr(ddpm.Schedule, "__post_init__", lambda self: None)  # these two read values once a run
+    monkeypatch.setattr(ddpm.Schedule, "__post_init__", lambda self: None)  # these two read values once per run
     monkeypatch.setattr(ddpm.Schedule, "ends_in_noise", False)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # does not know meta
+    monkeypatch.setattr(
+        torch, "autocast", lambda *_, **__: contextlib.nullcontext()
+    )  # it does not know the device meta
     denoiser = denoiser.to("meta")
     network = denoiser.network
     assert isinstance(network, nn.Module)
@@ -539,8 +541,8 @@ def test_no_step_waits_for_the_device(loss: str, monkeypatch: pytest.MonkeyPatch
         watch.check(Path(), x.mean())
 
 
-def test_channels_last_weights_train_and_are_saved_as_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA: memory is in another order for weights, average, gradients and moments, files are not."""
+def test_channels_last_weights_train_and_are_saved_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, weights, average, gradients and moments are channels-last in memory, but not in files."""
     move = ddpm.Denoiser.to
 
     def to(self: ddpm.Denoiser, device: Any) -> ddpm.Denoiser:
@@ -567,7 +569,7 @@ def test_channels_last_weights_train_and_are_saved_as_others(tmp_path: Path, mon
 
 
 def test_held_out_loss_does_not_depend_on_the_number_of_processes(trained: Path) -> None:
-    """What 3 processes sum up separately is what one does; nan marks a range of t that no image fell into."""
+    """The sums of 3 processes add up to those of one. NaN marks a range of t without an image."""
     denoiser = ddpm.load(trained)
     _, held_out = data.load_pair("digits", (8, 8), 1)
 
@@ -590,8 +592,8 @@ def test_held_out_loss_does_not_depend_on_the_number_of_processes(trained: Path)
     assert sum(map(math.isnan, few)) == BUCKETS - 4
 
 
-def test_evaluation_and_samples_are_the_average_s(trained: Path) -> None:
-    """What a run logs and draws while it trains is what the averaged weights that it saves give later."""
+def test_evaluation_and_samples_use_the_averaged_weights(trained: Path) -> None:
+    """The saved average gives the held-out loss and the samples of the run."""
     ema, raw = ddpm.load(trained), ddpm.load(trained, weights="raw")
     one, (_, held_out) = Processes(0, 1, torch.device("cpu")), data.load_pair("digits", (8, 8), 1)
     logged = metrics(trained)[-1]["held_out_by_level"]
@@ -603,7 +605,7 @@ def test_evaluation_and_samples_are_the_average_s(trained: Path) -> None:
 
 
 def test_a_perfect_network_has_no_held_out_loss() -> None:
-    """A denoiser that knows the images gives 0 at every level, one that says nothing gives the noise's variance, 1."""
+    """A denoiser that knows the images has loss 0 at every level, and one whose output is 0 has loss 1."""
     _, held_out = data.load_pair("digits", (8, 8), 1)
     schedule = ddpm.schedule.linear(20)
     known = ddpm.pixels.to_signal(held_out.batch([7]))
@@ -621,7 +623,7 @@ def test_a_perfect_network_has_no_held_out_loss() -> None:
 
 
 def test_a_held_out_loss_that_is_not_a_number_is_infinite(trained: Path) -> None:
-    """So that it is not taken for a range of t that no image fell into."""
+    """NaN would mean a range of t without an image."""
     _, held_out = data.load_pair("digits", (8, 8), 1)
     denoiser = ddpm.load(trained)
 
@@ -639,7 +641,7 @@ def test_a_held_out_loss_that_is_not_a_number_is_infinite(trained: Path) -> None
 
 
 def at_step(step: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Do something in the middle of that step, counted from 1."""
+    """Call `act` in the middle of this step; steps count from 1."""
     update, calls = ema.update, []
 
     def patched(*given: Any) -> None:
@@ -651,16 +653,16 @@ def at_step(step: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object
     monkeypatch.setattr(ema, "update", patched)
 
 
-def wait_for(happened: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
-    while not happened():
+    while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
 
 
 def metrics_of_a_killed_run(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is half a line, or nothing
+    return [json.loads(line) for line in lines[:-1]]  # the text after the last newline may be half a line
 
 
 def folder_of_images(folder: Path) -> None:
@@ -669,8 +671,8 @@ def folder_of_images(folder: Path) -> None:
         pictures.save(folder / f"{i}.png", np.random.default_rng(i).integers(0, 256, (8, 8, 1), np.uint8))
 
 
-def test_an_image_that_cannot_be_read_on_the_way_loses_nothing(tmp_path, monkeypatch, capsys):
-    """Where images decode ahead of the step, a bad one ends the run with exit 2; the steps before it are saved."""
+def test_a_bad_image_during_training_loses_no_step(tmp_path, monkeypatch, capsys):
+    """A bad image that is decoded during training ends the run with exit code 2. The steps before it are saved."""
     real = data.batches
 
     def batches(*args, **kwargs):
@@ -686,18 +688,20 @@ def test_an_image_that_cannot_be_read_on_the_way_loses_nothing(tmp_path, monkeyp
 
 
 def spoil(folder: Path, step: int) -> str:
-    """Make an image of that step's batch one that cannot be read, of as many bytes; its name."""
+    """Overwrite an image of this step's batch with zeros, and return its name."""
     images, _ = data.load_pair(str(folder), (8, 8), 1)
-    file = folder / f"{max(images.rows[data.order(len(images), 0, step, 8)].tolist())}.png"  # the first opens it
+    file = (
+        folder / f"{max(images.rows[data.order(len(images), 0, step, 8)].tolist())}.png"
+    )  # not image 0, which is opened first
     file.write_bytes(bytes(file.stat().st_size))
     return file.name
 
 
 @pytest.mark.parametrize("before", [0, 2])
-def test_an_image_that_cannot_be_read_in_the_first_batch_changes_nothing(
+def test_a_bad_image_in_the_first_batch_changes_no_file(
     before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a new run: there is nothing to save. Of one that goes on: its checkpoint stays, with its held-out loss."""
+    """A new run has nothing to save. A resumed run keeps its checkpoint with its held-out loss."""
     folder_of_images(tmp_path / "data")
     monkeypatch.setattr(data, "load_pair", functools.partial(data.load_pair, cache_bytes=0))
     options = ("--data", tmp_path / "data", "--workers", 0, "--steps")

@@ -22,7 +22,7 @@ def small(**settings):
 
 
 def randomised(net):
-    """Every parameter away from its start, the nearly-zero and the zero ones too; signals stay O(1)."""
+    """The network with random parameters, also in place of those that start at 0 or near it. Signals stay O(1)."""
     g = torch.Generator().manual_seed(1)
     for name, p in net.named_parameters():
         draw = torch.randn(p.shape, generator=g)
@@ -44,28 +44,28 @@ def inputs(batch, channels, *size):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name):
-    """docs/PAPER.md 2."""
+    """They are those of the paper's networks."""
     with torch.device("meta"):
         network = build(PRESETS[name]).network
     assert sum(p.numel() for p in network.parameters()) == COUNTS[name]
 
 
 def test_the_fast_network_is_small():
-    """In bfloat16 its weights are to take at most 8 MB."""
+    """In bfloat16 its weights take at most 8 MB."""
     with torch.device("meta"):
         network = build(PRESETS["cifar10_fast"]).network
     assert 2 * sum(p.numel() for p in network.parameters()) <= 8e6
 
 
 def test_parameter_count_of_learned_variance():
-    """Twice the output channels: 35,749,766."""
+    """A learned variance doubles the output channels: 35,749,766."""
     preset = replace(PRESETS["cifar10"], variance="learned", loss="vlb")
     with torch.device("meta"):
         network = build(preset).network
     assert sum(p.numel() for p in network.parameters()) == 35_749_766
 
 
-# Our names -> those of diffusers' UNet2DModel, which the published google/ddpm-* weights are in.
+# Our names -> the names in diffusers' UNet2DModel, which the published google/ddpm-* weights have.
 BLOCK = {"norm1": "norm1", "conv1": "conv1", "time": "time_emb_proj", "norm2": "norm2", "conv2": "conv2"}
 BLOCK["shortcut"] = "conv_shortcut"
 WHOLE = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
@@ -73,16 +73,16 @@ WHOLE |= {"time1": "time_embedding.linear_1", "time2": "time_embedding.linear_2"
 
 
 def place(part, index, blocks):
-    """Where layer `index` of down, middle or up lies: (prefix of its stage or sampler, number within that)."""
+    """The place of layer `index` of down, middle or up in UNet2DModel: (prefix, number within it)."""
     if part == "middle":
         return "mid_block", index
-    each = blocks + (1 if part == "down" else 2)  # layers a level, its sampler last
+    each = blocks + (1 if part == "down" else 2)  # layers per level, the last one resamples
     level, number = divmod(index, each)
     return f"{part}_blocks.{level}", number
 
 
 def their_state(ours, blocks):
-    """Our state dict under their names; a query, key, value convolution is three dense layers there."""
+    """Our state dict with the names of UNet2DModel, where the convolution for q, k, v is three dense layers."""
     theirs = {}
     for key, value in ours.items():
         *path, leaf = key.split(".")
@@ -106,9 +106,9 @@ def their_state(ours, blocks):
 
 
 def their_model(net, width, channel_multipliers, num_res_blocks, attention_levels, **changes):
-    """UNet2DModel configured as google/ddpm-cifar10-32 is, with our weights, every key accounted for.
+    """UNet2DModel with the configuration of google/ddpm-cifar10-32 and our weights. All keys must match.
 
-    It has one number of groups for all norms, as we do.
+    All its norms have the same number of groups, as ours do.
     """
     with_attention = ["Attn" if level in attention_levels else "" for level in range(len(channel_multipliers))]
     settings = {
@@ -136,19 +136,19 @@ def their_model(net, width, channel_multipliers, num_res_blocks, attention_level
 
 
 def difference(net, model, x, timestep):
-    """The largest absolute difference of the two outputs, and the size of ours."""
+    """The largest absolute difference of the two outputs, and the standard deviation of ours."""
     with torch.no_grad():
         ours, theirs = net.eval()(x, timestep), model(x, timestep).sample
     return (ours - theirs).abs().max().item(), ours.std().item()
 
 
 def test_output_equals_the_published_cifar10_architecture():
-    """google/ddpm-cifar10-32's configuration with random weights: the same output to 1e-5 of its size."""
+    """With the configuration of google/ddpm-cifar10-32 and random weights, outputs agree to 1e-5."""
     config = {"width": 128, "channel_multipliers": (1, 2, 2, 2), "num_res_blocks": 2, "attention_levels": (1,)}
     net = randomised(UNet(3, **config))
-    apart, size = difference(net, their_model(net, **config), *inputs(1, 3, 32, 32))
+    error, size = difference(net, their_model(net, **config), *inputs(1, 3, 32, 32))
     assert size > 0.1
-    assert apart < 1e-5 * max(size, 1)
+    assert error < 1e-5 * max(size, 1)
 
 
 SHAPE_256 = {"width": 32, "channel_multipliers": (1, 1, 2, 2, 4, 4), "num_res_blocks": 2, "attention_levels": (4,)}
@@ -157,9 +157,9 @@ SHAPE_256 = {"width": 32, "channel_multipliers": (1, 1, 2, 2, 4, 4), "num_res_bl
 def test_output_equals_the_published_256_architecture():
     """Six levels, attention on the fifth, a quarter of the width; H and W differ."""
     net = randomised(UNet(3, **SHAPE_256))
-    apart, size = difference(net, their_model(net, **SHAPE_256), *inputs(2, 3, 64, 32))
+    error, size = difference(net, their_model(net, **SHAPE_256), *inputs(2, 3, 64, 32))
     assert size > 0.1
-    assert apart < 1e-5 * max(size, 1)
+    assert error < 1e-5 * max(size, 1)
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def test_output_equals_the_published_256_architecture():
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_equality_has_teeth(change):
-    """Negative control: one detail otherwise, and the outputs part by more than the tolerance."""
+def test_a_change_of_one_detail_breaks_the_equality(change):
+    """Negative control: the outputs then differ by more than the tolerance."""
     config = {"width": 32, "channel_multipliers": (1, 2, 2), "num_res_blocks": 1, "attention_levels": (1,)}
     net = randomised(UNet(3, **config))
     x, timestep = inputs(2, 3, 16, 16)
@@ -183,7 +183,7 @@ def test_the_equality_has_teeth(change):
 
 
 def test_time_embedding():
-    """[sin, cos] of t exp(-log(1e4) i / (half - 1)): from 1 to 1e-4 radians a level."""
+    """It is [sin, cos] of t exp(-log(1e4) i / (half - 1)), from 1 to 1e-4 radians per level."""
     t = torch.tensor([0, 1, 999])
     e = time_embedding(t, 128)
     frequency = 1e4 ** (-torch.arange(64).double() / 63)
@@ -195,7 +195,7 @@ def test_time_embedding():
 
 
 def test_initialisation():
-    """Xavier-uniform by fan_avg, biases 0; gain 1e-5 on each block's second conv, attention's output, the last conv."""
+    """Xavier-uniform by fan_avg, with gain 1e-5 for a block's second conv, attention's output and the last conv."""
     net = UNet(3, width=64, channel_multipliers=(1, 2), num_res_blocks=2, attention_levels=(1,))
     for name, layer in net.named_modules():
         if isinstance(layer, nn.GroupNorm):
@@ -218,8 +218,8 @@ def test_initialisation():
     assert len(named) == 2 * 2 + 2 + 2 * 3 + 2 + 1 + 3  # blocks down, middle, up; attention down, middle, up
 
 
-def test_the_time_reaches_the_narrowest_levels():
-    """With 32 groups of one channel the second norm would take away what the time embedding adds."""
+def test_the_time_embedding_reaches_narrow_levels():
+    """With groups of one channel, the second norm would remove what the time embedding adds."""
     block = randomised(ResidualBlock(32, 32, 128, 0.0, groups_of(32)))
     x, time = torch.randn(1, 32, 8, 8), torch.randn(2, 1, 128)
     with torch.no_grad():
@@ -227,26 +227,26 @@ def test_the_time_reaches_the_narrowest_levels():
     assert (one - other).std() > 0.05 * one.std()
 
 
-def test_an_untrained_network_says_almost_nothing():
-    """So training starts from eps^ = 0, L_simple = 1."""
+def test_the_output_of_an_untrained_network_is_near_0():
+    """So training starts from eps^ = 0 and L_simple = 1."""
     with torch.no_grad():
         assert small()(*inputs(2, 3, 8, 8)).abs().max() < 1e-3
 
 
-# What it can be fed.
+# Inputs.
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("size", [(8, 8), (6, 10), (2, 14)])
 def test_channels_and_sizes(channels, size):
-    """Any number of channels; H and W need not be equal; 2C out for a learned variance."""
+    """Images may have any number of channels and any height and width. A learned variance has 2C output channels."""
     net = small(channels=channels, out_channels=2 * channels)
     x, timestep = inputs(2, channels, *size)
     assert net(x, timestep).shape == (2, 2 * channels, *size)
 
 
 def test_patches():
-    """The inner levels see half the size; what they do not say each pixel finds alone, wherever its patch ends."""
+    """Inner levels have half the size. Without their output, the outer level is equivariant to shifts of one pixel."""
     net = randomised(small(patch=2))
     x, timestep = torch.zeros(1, 3, 24, 24), torch.tensor([500])
     x[:, :, 10:14, 10:14] = inputs(1, 3, 4, 4)[0]
@@ -256,7 +256,7 @@ def test_patches():
             layer.register_forward_hook(lambda _, given, out: sizes.append((*out.shape[1:],)))
 
     def shifted(by):
-        """How far the estimate of x moved right is from the estimate, moved right, away from the borders."""
+        """The difference between the output for shifted x and the shifted output, away from the borders."""
         with torch.no_grad():
             return (net(x.roll(by, 3), timestep).roll(-by, 3) - net(x, timestep))[:, :, 6:18, 6:18].abs().max()
 
@@ -268,7 +268,7 @@ def test_patches():
 
 
 def test_patches_cost_a_quarter():
-    """Multiply-adds of the 3x3 convolutions, which all but the image's ends have channels by the 32."""
+    """Compare multiply-adds of 3x3 convolutions. All channels but those of the image are multiples of 32."""
 
     def cost(patch):
         net, sums = UNet(3, width=128, channel_multipliers=(1, 2), num_res_blocks=2, patch=patch), []
@@ -286,8 +286,8 @@ def test_patches_cost_a_quarter():
     assert 0.25 < cost(2) / cost(1) < 0.3
 
 
-def test_position_image_and_time_matter():
-    """A transposed image is another image, another timestep another answer; images of a batch do not mix."""
+def test_the_output_depends_on_position_and_time_and_not_on_the_batch():
+    """A transposed image or another timestep gives another output, and images of a batch do not mix."""
     net = randomised(small(attention_levels=(0, 1)))
     x, timestep = inputs(3, 3, 8, 12)
     with torch.no_grad():
@@ -299,7 +299,7 @@ def test_position_image_and_time_matter():
 
 
 def test_class_labels():
-    """A label changes the output; without one it is that of a network without classes."""
+    """A label changes the output. Without a label it equals that of a network without classes."""
     net = randomised(small(num_classes=10))
     plain = small()
     plain.load_state_dict({k: v for k, v in net.state_dict().items() if k != "label.weight"})
@@ -338,7 +338,7 @@ def test_width_must_hold_the_groups():
 
 
 def test_checkpointing_gives_the_same_gradients():
-    """Activations computed again on the way back, with the same dropout: outputs and gradients are identical."""
+    """Recomputed activations have the same dropout, so outputs and gradients are identical."""
     results = []
     for checkpointing in (False, True):
         net = randomised(small(gradient_checkpointing=checkpointing, dropout=0.3, attention_levels=(1,)))
@@ -350,8 +350,8 @@ def test_checkpointing_gives_the_same_gradients():
     assert results[0][1].abs().max() > 0
 
 
-def test_checkpointing_computes_again():
-    """Each block runs once on the way there, and once more on the way back where checkpointing is on."""
+def test_checkpointing_computes_blocks_again():
+    """Each block runs once, and with checkpointing once more in the backward pass."""
     for checkpointing, times in ((False, 1), (True, 2)):
         net, runs = small(gradient_checkpointing=checkpointing), []
         for layer in net.modules():
@@ -371,19 +371,19 @@ def test_dropout_only_in_training():
 
 
 def test_bf16():
-    """Computed in bfloat16, returned in float32, near float32's output; the weights stay float32."""
+    """The output is float32 and near that of float32. The weights stay float32."""
     net, low = (randomised(small(attention_levels=(1,), bf16=bf16)).eval() for bf16 in (False, True))
     x, timestep = inputs(4, 3, 8, 8)
     with torch.no_grad():
         exact, out = net(x, timestep), low(x, timestep)
     assert out.dtype == torch.float32
     assert {p.dtype for p in low.parameters()} == {torch.float32}
-    apart = (out - exact).std() / exact.std()
-    assert 1e-4 < apart < 0.03  # it is bfloat16, and it is near
+    error = (out - exact).std() / exact.std()
+    assert 1e-4 < error < 0.03  # at least 1e-4, because it is bfloat16
 
 
-def test_float64_input_is_taken_to_the_weights():
-    """The likelihood hands over float64: the network computes in its own precision."""
+def test_float64_input_is_converted_to_the_dtype_of_the_weights():
+    """The likelihood passes float64, and the network computes in its own precision."""
     net = randomised(small())
     x, timestep = inputs(1, 3, 8, 8)
     assert torch.equal(net(x.double(), timestep), net(x, timestep))
@@ -391,8 +391,8 @@ def test_float64_input_is_taken_to_the_weights():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_one_timestep_stands_for_all(bf16):
-    """And a batch of 64 is then to the bit what each image is alone, where our kernels run: the codec needs that."""
+def test_one_timestep_for_a_batch(bf16):
+    """With our kernels, a batch of 64 then gives each image to the bit as alone. The codec needs that."""
     net = randomised(small(width=128, attention_levels=(1,), bf16=bf16)).eval()
     x = inputs(64, 3, 8, 8)[0]
     t = torch.tensor([300])

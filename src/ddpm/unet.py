@@ -109,7 +109,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = conv(c_in, c_out, kernel=1) if c_in != c_out else None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, c_in, H, W] and time [B, c_time], which has passed its swish: [B, c_out, H, W]."""
+        """x [B, c_in, H, W] and time [B, c_time], the time embedding after its swish: [B, c_out, H, W]."""
         h = convolve(self.conv1, x, self.norm1, swish=True, add=self.time(time))
         shortcut = x if self.shortcut is None else convolve(self.shortcut, x)
         return convolve(
@@ -171,7 +171,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, if wanted, attention after it."""
+    """A residual block, with attention after it if `attention` is set."""
 
     def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float, attention: bool, groups: int) -> None:
         super().__init__()

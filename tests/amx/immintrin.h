@@ -1,6 +1,6 @@
-/* What amx.c takes from <immintrin.h>, in plain C: bfloat16 tiles and vectors of 64 bytes, for CPUs that have neither.
- *
- * Rounding, masks and faults are the instructions' own, but that denormals are kept; speed is not. */
+/* Plain C for the parts of <immintrin.h> that amx.c uses: bfloat16 tiles and vectors of 64 bytes. With it the tests run
+ * amx.c on CPUs that have neither. Rounding, masks and faults equal those of the instructions, except that denormals
+ * are not flushed to 0. It is slow. */
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -8,7 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#define syscall(...) 0 /* which asks the system for the tiles */
+#define syscall(...) 0 /* amx.c uses it to ask the operating system for the tiles */
 #define EACH for (int i = 0; i < 16; i++)
 #define FN static inline __attribute__((unused))
 

@@ -7,8 +7,9 @@ makes the stack shorter; to push a symbol means to encode it. For each picture i
 
 The decoder goes the same way back, and pushes again what the encoder popped, so nothing is lost. The first pictures
 find too little to pop. They are coded as files of their own, whose bytes are pushed for the next pictures to pop. So
-nothing is wasted, and an archive stands alone. On top of each tile lies the number of its attempts, and below it 16
-bits if there were any. On top of a picture that is a file lie _FILE, its length in twice 16 bits, and its bytes.
+nothing is wasted, and an archive stands alone. The encoder pushes the number of a tile's attempt after the tile, and 16
+bits before the tile if this is not the first attempt. For a picture that is a file it pushes the bytes, their length in
+twice 16 bits, and _FILE.
 """
 
 import json
@@ -39,7 +40,7 @@ from ddpm.codec.model import Model
 from ddpm.codec.picture import Image
 from ddpm.codec.plan import Group, Tables
 from ddpm.codec.progressive import Array, Predict, Undecided
-from ddpm.errors import InputError
+from ddpm.errors import InputError, parse_json
 
 _BYTE = constriction.stream.model.Uniform(256)
 _OFFSETS = 16  # places of a mean between two grid points
@@ -57,7 +58,7 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class GridNormal:
-    """N(mean, sigma^2) on the multiples of delta, by 17 integer tables for the place of the mean on the grid."""
+    """N(mean, sigma^2) on the multiples of delta. Each of its 17 integer tables is for one place of a mean."""
 
     sigma: float
     delta: float
@@ -71,15 +72,15 @@ class GridNormal:
         W = self.window
         edges: Array = np.arange(-W, W + 2).astype(np.float64) - 0.5
         edges[0], edges[-1] = -np.inf, np.inf
-        found = []
+        tables = []
         for place in range(_OFFSETS + 1):
             offset = place / _OFFSETS - 0.5
             below = entropy.cdf((edges - offset) * (self.delta / self.sigma))
-            found.append(entropy.categorical(entropy.frequencies(below[1:] - below[:-1])))
-        return found
+            tables.append(entropy.categorical(entropy.frequencies(below[1:] - below[:-1])))
+        return tables
 
     def split(self, mean: Array) -> tuple[Integers, Integers]:
-        """The grid point nearest to the mean, and the number of the table."""
+        """The grid point nearest to each mean, and the number of its table."""
         centre = np.rint(mean / self.delta)
         return centre.astype(np.int64), np.rint((mean / self.delta - centre + 0.5) * _OFFSETS).astype(np.int64)
 
@@ -118,40 +119,40 @@ class Stack:
     def empty(self) -> bool:
         return bool(self._coder.is_empty())
 
-    def _filled(self) -> None:
+    def _check_filled(self) -> None:
         if self._coder.num_words() < 3:
             raise Empty
 
     def pop(self, mean: Array, normal: GridNormal) -> Integers:
         """Grid points, int64 like mean [m], drawn from N(mean, sigma^2) with bits of the stack."""
         centre, place = normal.split(mean)
-        away = np.empty(len(mean), np.int64)
+        steps = np.empty(len(mean), np.int64)
         for i, table in enumerate(normal.tables):
-            here = place == i
-            if here.any():
-                away[here] = self._coder.decode(table, int(here.sum())) - normal.window
-                self._filled()
-        for far in np.flatnonzero(np.abs(away) == normal.window):
-            away[far] += np.sign(away[far]) * self.pop_bits(_FAR)
-        return centre + away
+            chosen = place == i
+            if chosen.any():
+                steps[chosen] = self._coder.decode(table, int(chosen.sum())) - normal.window
+                self._check_filled()
+        for i_far in np.flatnonzero(np.abs(steps) == normal.window):
+            steps[i_far] += np.sign(steps[i_far]) * self.pop_bits(_FAR)
+        return centre + steps
 
     def push(self, k: Integers, mean: Array, normal: GridNormal) -> None:
         centre, place = normal.split(mean)
-        away = k - centre
-        near = np.clip(away, -normal.window, normal.window)
-        for far in np.flatnonzero(np.abs(near) == normal.window)[::-1]:
-            distance = abs(int(away[far])) - normal.window
+        steps = k - centre
+        near = np.clip(steps, -normal.window, normal.window)
+        for i_far in np.flatnonzero(np.abs(near) == normal.window)[::-1]:
+            distance = abs(int(steps[i_far])) - normal.window
             if distance >> _FAR:
                 raise Empty  # too far for any number of bits
             self.push_bits(distance, _FAR)
         for i, table in reversed(list(enumerate(normal.tables))):
-            here = place == i
-            if here.any():
-                self._coder.encode_reverse((near[here] + normal.window).astype(np.int32), table)
+            chosen = place == i
+            if chosen.any():
+                self._coder.encode_reverse((near[chosen] + normal.window).astype(np.int32), table)
 
     def pop_bits(self, bits: int) -> int:
         value = int(self._coder.decode(constriction.stream.model.Uniform(1 << bits)))
-        self._filled()
+        self._check_filled()
         return value
 
     def push_bits(self, value: int, bits: int) -> None:
@@ -189,18 +190,18 @@ class Link(NamedTuple):
 
 def _links(chain: Tables) -> tuple[list[Link], GridNormal]:
     """The links from data to noise, and N(0, 1) on the last grid. The first link, from x_0, has no p."""
-    found: list[Link] = []
+    links: list[Link] = []
     delta = 1.0
     for group in (chain.last, *reversed(chain.groups)):
         b = 1 - group.abar_t / group.abar_s
-        before, delta = delta, math.sqrt(b) / _FINE
-        p = GridNormal(math.sqrt(group.variance(0)) if group.s else 1.0, before)
-        found.append(Link(group, math.sqrt(group.abar_t / group.abar_s), GridNormal(math.sqrt(b), delta), p))
-    return found, GridNormal(1.0, delta)
+        delta_s, delta = delta, math.sqrt(b) / _FINE
+        p = GridNormal(math.sqrt(group.variance(0)) if group.s else 1.0, delta_s)
+        links.append(Link(group, math.sqrt(group.abar_t / group.abar_s), GridNormal(math.sqrt(b), delta), p))
+    return links, GridNormal(1.0, delta)
 
 
 class Coder:
-    """Puts a tile uint8 [C, H, W] onto a stack and takes it off again; `push` and `pop` are mirror images."""
+    """Push a tile uint8 [C, H, W] onto a stack and pop it again; `push` and `pop` are mirror images."""
 
     def __init__(self, chain: Tables, predict: Predict, shape: Sequence[int]) -> None:
         self.chain, self.predict, self.shape = chain, predict, shape
@@ -222,20 +223,20 @@ class Coder:
         x, x0 = self._x0(k, first)
         self._push_pixels(stack, tile[None], x0.reshape(1, *self.shape))
         for link in others:
-            before, x_before = k, x
-            k = stack.pop(link.signal * x_before, link.q)
+            k_s, x_s = k, x
+            k = stack.pop(link.signal * x_s, link.q)
             x, x0 = self._x0(k, link)
-            stack.push(before, self._mean(x, x0, link.group), link.p)
+            stack.push(k_s, self._mean(x, x0, link.group), link.p)
         stack.push(k, np.zeros(len(k)), self.prior)
 
     def pop(self, stack: Stack) -> Image:
         first, *others = self.links
         k = stack.pop(np.zeros(math.prod(self.shape)), self.prior)
-        for link, lower in zip(reversed(others), reversed(self.links[:-1]), strict=True):
+        for link, next_link in zip(reversed(others), reversed(self.links[:-1]), strict=True):
             x, x0 = self._x0(k, link)
-            after = k
+            k_t = k
             k = stack.pop(self._mean(x, x0, link.group), link.p)
-            stack.push(after, link.signal * (k.astype(np.float64) * lower.q.delta), link.q)
+            stack.push(k_t, link.signal * (k.astype(np.float64) * next_link.q.delta), link.q)
         _, x0 = self._x0(k, first)
         tile: Image = self._pop_pixels(stack, x0.reshape(1, *self.shape))[0]
         stack.push(k, first.signal * progressive.signal(tile).ravel(), first.q)
@@ -244,15 +245,15 @@ class Coder:
     def _push_pixels(self, stack: Stack, tile: Image, x0: Array) -> None:
         coded = np.ones(tile.shape, bool)
         scales = progressive.pixel_scales(self.chain, tile, x0, coded)
-        found: list[tuple[Image, Integers]] = []
+        pushed: list[tuple[Image, Integers]] = []
 
-        def keep(frequency: Integers, at: Any) -> Image:
+        def collect(frequency: Integers, at: Any) -> Image:
             symbols: Image = tile[at]
-            found.append((symbols, frequency))
+            pushed.append((symbols, frequency))
             return symbols
 
-        progressive.pixel_walk(self.chain, x0, scales, coded, keep)
-        for symbols, frequency in reversed(found):
+        progressive.pixel_walk(self.chain, x0, scales, coded, collect)
+        for symbols, frequency in reversed(pushed):
             stack.push_each(symbols, frequency)
         stack.push_each(np.array([self.chain.scale_symbol(scales[0])]), self.chain.scale_frequency[None])
 
@@ -300,7 +301,7 @@ def compress(
         local, chosen, model.identity, len(images), len(files), len(about), sum(map(len, files)), len(words),
         model.where if local else b"",
     )  # fmt: skip
-    return sealed(contents.to_bytes() + about + words + _sum(images).to_bytes(4, "big"))
+    return sealed(contents.to_bytes() + about + words + _checksum(images).to_bytes(4, "big"))
 
 
 def _sizes(images: Sequence[Image]) -> list[list[int]]:
@@ -314,9 +315,9 @@ def _sizes(images: Sequence[Image]) -> list[list[int]]:
     return runs
 
 
-def _sizes_and_names(found: Any, pictures: int) -> tuple[list[tuple[int, ...]], list[str]]:
+def _sizes_and_names(values: Any, pictures: int) -> tuple[list[tuple[int, ...]], list[str]]:
     """The shapes and names in an archive's JSON. Raises ValueError or TypeError for values that no archive has."""
-    runs, names = found
+    runs, names = values
     shapes: list[tuple[int, ...]] = []
     for count, *shape in runs:
         height, width, channels = shape
@@ -330,11 +331,11 @@ def _sizes_and_names(found: Any, pictures: int) -> tuple[list[tuple[int, ...]], 
     return shapes, names
 
 
-def _sum(images: Sequence[Image]) -> int:
-    found = 0
+def _checksum(images: Sequence[Image]) -> int:
+    checksum = 0
     for image in images:
-        found = zlib.crc32(image.tobytes(), found)
-    return found
+        checksum = zlib.crc32(image.tobytes(), checksum)
+    return checksum
 
 
 def _coder(model: Model, local: bool, check: bool) -> Coder:
@@ -362,7 +363,7 @@ def _push(stack: Stack, coder: Coder, tile: Image) -> None:
 def _pop(stack: Stack, coder: Coder, model: Model, header: Header) -> tuple[Image, int]:
     """The next picture, and the length of its file in bytes, or 0 if it is not a file."""
     c, _, _, down, across = picture.grid(header, model)
-    found: list[Image] = []
+    tiles: list[Image] = []
     for tile in range(down * across * (header.channels if c == 1 else 1)):
         attempt = int(stack.pop_each(_ATTEMPTS[None])[0])
         if attempt == _FILE:
@@ -370,10 +371,10 @@ def _pop(stack: Stack, coder: Coder, model: Model, header: Header) -> tuple[Imag
                 raise Damaged("a file in the middle of a picture")
             data = stack.pop_bytes()
             return _of_file(model, data, header), len(data)
-        found.append(coder.pop(stack))
+        tiles.append(coder.pop(stack))
         if attempt:
             stack.pop_bits(16)
-    return picture.join(np.stack(found[::-1]), header, model), 0
+    return picture.join(np.stack(tiles[::-1]), header, model), 0
 
 
 def _of_file(model: Model, data: bytes, wanted: Header) -> Image:
@@ -390,9 +391,9 @@ def _header(model: Model, shape: Sequence[int], local: bool) -> Header:
 
 
 def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
-    """The pictures of an archive with their names, in order; a name is "" if there are none.
+    """Yield the names and pictures of an archive, in order; a name is "" if the archive has no names.
 
-    Raises Damaged as `picture.decompress` does. No picture is given before all are read and their checksum agrees.
+    Raises Damaged as `picture.decompress` does. It yields no picture before all are read and their checksum agrees.
     """
     contents, begin = read_contents(data)
     check_identity(contents.identity, model.identity)
@@ -405,9 +406,9 @@ def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
         raise InputError("archive: the model has no tables for one; calibrate it again")
     try:
         text = zlib.decompressobj().decompress(data[begin : begin + contents.about], 1 << 26)
-        shapes, names = _sizes_and_names(json.loads(text), contents.pictures)
+        shapes, names = _sizes_and_names(parse_json(text), contents.pictures)
         stack = Stack(data[begin + contents.about : -8])
-    except (zlib.error, ValueError, TypeError, RecursionError) as error:
+    except (zlib.error, ValueError, TypeError) as error:
         raise Damaged("sizes, names or stack: damaged; want the file as it was written") from error
     coder = _coder(model, contents.local, check=False)
     images, sizes = list[Image](), list[int]()
@@ -425,6 +426,6 @@ def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
     if (sum(map(bool, sizes)), sum(sizes)) != (contents.files, contents.file_bytes):
         raise Damaged("header: of other files than are on the stack")
     images.reverse()
-    if _sum(images) != int.from_bytes(data[-8:-4], "big"):
+    if _checksum(images) != int.from_bytes(data[-8:-4], "big"):
         raise Damaged(f"pixels: not those that were written; {_DIFFERS}")
     yield from zip(names or [""] * len(images), images, strict=True)

@@ -40,7 +40,7 @@ class Source(NamedTuple):
     file     its name
     flags    the compiler flags, besides FLAGS
     needs    the CPU capability that it needs, as `torch.cpu.get_capabilities` names it
-    weights  the dtype of the weights, the sums and the gradients of the weights
+    weights  the dtype of weights, of sums, and of the gradients of weights
     """
 
     file: str
@@ -58,7 +58,7 @@ SOURCES = {
 
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled kernels that compute in `dtype`, or None if this machine cannot have them."""
+    """The compiled kernels that compute in `dtype`, or None if this machine cannot compile or run them."""
     file, flags, needs, *_ = SOURCES[dtype]
     if sys.platform != "linux" or not torch.cpu.get_capabilities().get(needs):
         return None
@@ -93,7 +93,7 @@ def _compile(source: Path, path: Path, compiler: str, flags: Sequence[str]) -> N
         subprocess.run([compiler, *flags, "-c", source, "-o", compiled], check=True, capture_output=True)
         # Without -fopenmp the linker takes PyTorch's OpenMP, so there is no second set of threads.
         subprocess.run([compiler, "-shared", compiled, "-o", linked], check=True, capture_output=True)
-        ctypes.CDLL(str(linked))  # raises OSError if it cannot be loaded, before it is kept
+        ctypes.CDLL(str(linked))  # raises OSError if the library cannot be loaded; it is then not kept
         with linked.open("rb") as file:
             os.fsync(file.fileno())
         linked.rename(path)
@@ -132,7 +132,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _traced() -> bool:
-    """Whether calls are recorded or transformed (compile, trace, functorch), as PyTorch's own operations can be."""
+    """Whether PyTorch records or transforms calls (compile, trace, functorch), which it cannot do with our kernels."""
     recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     return recorded or transformed or torch._C._len_torch_dispatch_stack() > 0
@@ -163,7 +163,7 @@ def usable(x: Tensor, layer: nn.Conv2d, norm: nn.GroupNorm | None = None) -> boo
 
 
 class _Before(ctypes.Structure):
-    """The norm, swish and dropout before the convolution: `before` of the C files. Without gamma there are none."""
+    """The struct `before` of common.h: norm, swish and dropout before the convolution, or none if gamma is NULL."""
 
     _fields_ = (
         ("gamma", ctypes.c_void_p), ("beta", ctypes.c_void_p), ("mean", ctypes.c_void_p), ("rstd", ctypes.c_void_p),
@@ -201,7 +201,7 @@ def _call(dtype: torch.dtype, name: str, *args: Tensor | _Before | int | None) -
 
 
 def _run(dtype: torch.dtype, name: str, *args: Tensor | _Before | int | None) -> None:
-    """Call a function that returns whether it lacked memory. Raises RuntimeError if it did."""
+    """Call a function of the kernels that returns 0, or FULL if the memory is full. Then raises RuntimeError."""
     if _call(dtype, name, *args):
         raise RuntimeError(f"can't allocate memory for a convolution ({name})")
 
@@ -227,7 +227,7 @@ def frozen(packed: Packed | None = None) -> Iterator[None]:
 
 
 def _pack(w: Tensor, x: Tensor, name: str = "pack") -> tuple[Tensor, int]:
-    """The weights [O, I, k, k] in the kernels' layout for images like x, and how many numbers a [k, k] takes there."""
+    """The weights [O, I, k, k] in the kernels' layout for images like x, and how many numbers it has for a [k, k]."""
     (O, I, kernel, _), (B, _, H, W) = w.shape, x.shape
     packed, taps = _frozen.get(), kernel * kernel
     numbers = _call(x.dtype, "packed", B, H, W, taps, packed is not None)
@@ -260,7 +260,7 @@ def _empty_like(x: Tensor, channels: int) -> Tensor:
 
 
 def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Zeros for sums and for gradients of weights, if convolutions are computed in dtype."""
+    """Zeros in the dtype of sums and of gradients of weights, if convolutions are computed in `dtype`."""
     return torch.zeros(shape, dtype=SOURCES[dtype].weights, device="cpu")
 
 
@@ -307,15 +307,15 @@ class _Convolution(torch.autograd.Function):
         dout = _planes(dout, dtype)
         (B, I, H, W), (O, taps) = x.shape, (dout.shape[1], w[0, 0].numel())
         before = _before(gamma, beta, stats, *ctx.settings)
-        y, dx, back, numbers = x, None, None, 0
+        y, dx, transposed, numbers = x, None, None, 0
         if gamma is not None:
             y = _empty_like(x, I)
         if ctx.needs_input_grad[0] or gamma is not None:
             dx = _empty_like(x, I)
-            back, numbers = _pack(w, x, "pack_transposed")
+            transposed, numbers = _pack(w, x, "pack_transposed")
         norms, dadd = _zeros(dtype, 2, B, I), _zeros(dtype, B, O)
-        _run(dtype, "backward_data", dout, x, dx, y, back, norms[0], norms[1], dadd, B, H, W, I, O, taps, numbers,
-             before)  # fmt: skip
+        _run(dtype, "backward_data", dout, x, dx, y, transposed, norms[0], norms[1], dadd, B, H, W, I, O, taps,
+             numbers, before)  # fmt: skip
         dw = None
         if ctx.needs_input_grad[1]:
             dw = _zeros(dtype, O, *w.shape[2:], I).permute(0, 3, 1, 2)

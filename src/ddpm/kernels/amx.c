@@ -5,14 +5,15 @@
  *
  * Images are [B, H, W, C] with C a multiple of 32; convolutions are 3x3 (padding 1) or 1x1, of stride 1.
  *
- * y is written into a padded buffer, `flat`: a row of an image is W + 1 positions, the last of them 0, and a row of
- * zeros ends it, so that the nine taps of position p are p + tap offset, for all images in a row. A convolution
- * then is the matrix product
+ * y is written into a padded buffer, `flat`. In it a row of an image has W + 1 positions, of which the last is zero,
+ * and a row of zeros follows each image. So a tap of position p is at p + offset(tap), for all images one after another,
+ * and a convolution is the matrix product
  *
  *     out[p, o] = sum over taps and i of flat[p + offset(tap), i] w[tap, i, o]
  *
- * Channels are in planes of 32, [C/32][position][32]: 16 positions of a plane are one tile, 1 KiB in a row.
- * Sums run in one order, whatever the batch and the number of threads: an image's result depends on nothing else.
+ * Channels are stored in planes of 32, [C/32][position][32], so 16 positions of a plane are one tile of 1 KiB. The
+ * order of sums does not depend on the batch or on the number of threads, so the result for an image depends on nothing
+ * else.
  */
 #define _GNU_SOURCE
 #include <immintrin.h>
@@ -29,10 +30,10 @@ typedef float real;
 
 enum { REQUEST = 0x1023, TILE_DATA = 18 };
 
-/* Ask the system for the tiles; 0 where it has none. */
+/* Ask the operating system for permission to use the tiles. Returns 0 if there are none. */
 int ready(void) { return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0; }
 
-/* All eight tiles: 16 rows of 64 bytes. */
+/* Configure all eight tiles as 16 rows of 64 bytes. */
 static void tiles_on(void) {
     static const struct {
         uint8_t palette, start, none[14];
@@ -43,7 +44,7 @@ static void tiles_on(void) {
     _tile_loadconfig(&shape);
 }
 
-/* GCC's tile loads and stores do not say that they touch memory: no other access may be moved across. */
+/* GCC does not know that tile loads and stores touch memory. SETTLE keeps it from moving other accesses across them. */
 #define SETTLE __asm__ volatile("" ::: "memory")
 
 static inline __m512 load(const bf16 *p) {
@@ -54,7 +55,7 @@ static inline void store(bf16 *p, __m512 low, __m512 high) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-/* 1 / (1 + exp(-u)) to 1e-4, far below what bfloat16 resolves. */
+/* 1 / (1 + exp(-u)) with an error of 1e-4, far below the resolution of bfloat16. */
 static inline __m512 sigmoid(__m512 u) {
     __m512 x = _mm512_mul_ps(u, _mm512_set1_ps(-1.44269504f)), n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
     __m512 p = _mm512_set1_ps(5.5825e-2f); /* 2^r on [-1/2, 1/2] */
@@ -66,7 +67,7 @@ static inline __m512 sigmoid(__m512 u) {
 
 static const before nothing;
 
-/* Which of the 16 channels from c at `position` (counted over the batch) dropout keeps. */
+/* The dropout mask of the 16 channels from c at `position`, which counts over the batch: 1 if the channel is kept. */
 static inline __mmask16 kept(const before *f, long position, long c) {
     uint64_t h = (f->seed + (uint64_t)position) * 0x9E3779B97F4A7C15u;
     h ^= h >> 32;
@@ -79,18 +80,17 @@ static inline __mmask16 kept(const before *f, long position, long c) {
     return _mm512_cmplt_epu32_mask(x, _mm512_set1_epi32((int)(uint32_t)(f->keep * 4294967040.0)));
 }
 
-/* Sums over the n positions of an image [n, C], a plane at a time. */
 #define OVER_PLANES(c, C) for (long c = 0; c < (C); c += PLANE)
-enum { PART = 1024 }; /* so many positions are summed in float32, and those sums in double */
+enum { PART = 1024 }; /* positions that are summed in float32; these sums are added in double */
 
-/* mean and 1 / standard deviation of each group of image b. */
+/* Set f->mean and f->rstd of each group of image b, whose x is [n, C]. */
 static void measure(const bf16 *x, long n, long C, const before *f, long b) {
     double sum[MOST_GROUPS] = {0}, square[MOST_GROUPS] = {0};
     long each = C / f->groups;
     OVER_PLANES(c, C)
         for (long from = 0; from < n; from += PART) {
             __m512 s[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, q[2] = {s[0], s[0]};
-            __m512 pivot[2] = {load(x + c), load(x + c + 16)}; /* near the mean, so that few digits cancel */
+            __m512 pivot[2] = {load(x + c), load(x + c + 16)}; /* a value near the mean, so that few digits cancel */
             long to = from + PART < n ? from + PART : n;
             for (long p = from; p < to; p++)
                 for (int k = 0; k < 2; k++) {
@@ -111,12 +111,12 @@ static void measure(const bf16 *x, long n, long C, const before *f, long b) {
     }
 }
 
-/* How the positions of a group of images lie in `flat`, and the tiles of 16 that cover them. */
+/* How the positions of a group of images lie in `flat`, and the tiles of 16 positions that cover them. */
 typedef struct {
-    long B, H, W, images, groups; /* `images` to a group, the last may have fewer */
-    long row, image, size;        /* positions from one row to the next, one image to the next, and in all */
-    long tiles, *start;           /* first position of each tile; their number is even */
-    int *pixel;                   /* of a position: which pixel of the group it is, -1 for padding */
+    long B, H, W, images, groups; /* `images` per group; the last group may have fewer */
+    long row, image, size;        /* positions of a row, of an image, and of `flat` */
+    long tiles, *start;           /* first position of each tile; the number of tiles is even */
+    int *pixel;                   /* the pixel of the group at each position, or -1 for padding */
 } geometry;
 
 static geometry arrange(long B, long H, long W) {
@@ -125,9 +125,9 @@ static geometry arrange(long B, long H, long W) {
     g.images = wanted < 1 ? 1 : wanted > most ? most : wanted;
     g.groups = (B + g.images - 1) / g.images;
     long all = g.images * g.image;
-    g.size = g.row + 1 + all + PLANE + g.row + 1; /* zeros before and after for the taps, and a last half tile */
+    g.size = g.row + 1 + all + PLANE + g.row + 1; /* zeros on both sides for the taps, and a last tile */
     g.start = malloc(sizeof(long) * (all / 16 + 2));
-    if (W % 16 == 0) { /* tiles that meet no padding */
+    if (W % 16 == 0) { /* no tile contains padding */
         for (long i = 0; i < g.images * H; i++)
             for (long j = 0; j < W; j += 16) g.start[g.tiles++] = i / H * g.image + i % H * g.row + j;
     } else
@@ -143,12 +143,12 @@ static geometry arrange(long B, long H, long W) {
 
 static void dismiss(geometry g) { free(g.start), free(g.pixel); }
 
-/* Positions from one tap to the next, in bf16 of a plane. */
+/* The offset of each tap from its position, in numbers of a plane. */
 static void taps_of(const geometry *g, long taps, long *offset) {
     for (long t = 0; t < taps; t++) offset[t] = taps == 1 ? 0 : ((t / 3 - 1) * g->row + t % 3 - 1) * PLANE;
 }
 
-/* A plane of y, of image b [H W, C]. */
+/* Compute a plane of y for image b, whose x is [H W, C], and write it into `flat`. */
 INLINE void lay_plane(const bf16 *x, bf16 *plane, const geometry *g, long C, const before *f, long b, long c,
                       const float *scale, const float *shift, int swish, int drop) {
     __m512 by[2] = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)};
@@ -167,10 +167,10 @@ INLINE void lay_plane(const bf16 *x, bf16 *plane, const geometry *g, long C, con
         }
 }
 
-/* One past the last image of group u. */
+/* The index after the last image of group u. */
 static long end_of(const geometry *g, long u) { return (u + 1) * g->images < g->B ? (u + 1) * g->images : g->B; }
 
-/* y of the images x [B, H W, C] of group u into planes `size` positions long; the padding is 0 already. */
+/* Write y of the images of group u, from x [B, H W, C], into planes of g->size positions whose padding is already 0. */
 static void lay(const bf16 *x, bf16 *start, const geometry *g, long C, const before *f, long u) {
     for (long b = u * g->images; b < end_of(g, u); b++)
         OVER_PLANES(c, C) {
@@ -189,17 +189,17 @@ static void lay(const bf16 *x, bf16 *start, const geometry *g, long C, const bef
         }
 }
 
-/* A block of the product: 32 positions x 32 channels, and where it goes. */
+/* A block of the product, 32 positions x 32 channels, and the place in the output that it is written to. */
 typedef struct {
     float sum[32 * PLANE];
     const int *pixel[2];
-    const float *bias, *add; /* [32] of its channels, or NULL; add: [images, channels] */
+    const float *bias, *add; /* bias [32] of these channels, add [images, channels]; or NULL */
     const bf16 *residual;
     bf16 *out;
-    long channels, pixels, image; /* channels of out; pixels of the group, of an image */
+    long channels, pixels, image; /* channels of out; pixels of the group and of an image */
 } __attribute__((aligned(64))) block;
 
-/* Row r of a finished block to its pixel. */
+/* Add bias, add and residual to row r of a block, and write it to its pixel. */
 static inline void finish(const block *d, long r) {
     long p = d->pixel[r / 16][r % 16];
     if ((unsigned long)p >= (unsigned long)d->pixels) return;
@@ -220,7 +220,8 @@ static inline void finish(const block *d, long r) {
     store(d->out + p * d->channels, low, high);
 }
 
-/* 32 positions of C channels x 32 of w; between the tiles the rows of the block `last` are finished. */
+/* Multiply 32 positions of C channels by 32 output channels of w. Meanwhile, finish the rows of the block `last`, so
+ * that vector instructions run between those of the tiles. */
 static void multiply(const bf16 *a0, const bf16 *a1, long C, long plane, const bf16 *w, const long *offset, long taps,
                      block *now, const block *last) {
     long each = (32 * PLANE + C * taps - 1) / (C * taps), row = last ? 0 : 32;
@@ -243,11 +244,11 @@ static void multiply(const bf16 *a0, const bf16 *a1, long C, long plane, const b
     SETTLE;
 }
 
-/* How many numbers `pack` makes of a weight: winograd.c's may be more than there are. */
+/* How many numbers `pack` writes for a weight. In winograd.c it may be more than the taps. */
 long packed(long B, long H, long W, long taps, long kept) { return taps; }
 
-/* Weights w[o, tap, i] to [O/32][I/32][taps][2][16 pairs of i][16 o][2], the order that `multiply` reads them in.
- * O and I are of w; what is missing to a multiple of 32 is 0. */
+/* Write weights w[o, tap, i] in the order in which `multiply` reads them,
+ * [O/32][I/32][taps][2][16 pairs of i][16 o][2]. O and I are filled up with zeros to multiples of 32. */
 void pack(const float *w, bf16 *out, long O, long I, long taps, long numbers) {
     __m512i down = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                       _mm512_set1_epi32(64));
@@ -265,7 +266,7 @@ void pack(const float *w, bf16 *out, long O, long I, long taps, long numbers) {
             }
 }
 
-/* The same of the weights with o and i exchanged and the taps backwards, for the gradient of the input. */
+/* Pack the same weights with o and i exchanged and the taps reversed, for the gradient of the input. */
 void pack_transposed(const float *w, bf16 *out, long O, long I, long taps, long numbers) {
     long planes = (O + 31) / 32;
 #pragma omp parallel for
@@ -286,7 +287,7 @@ void pack_transposed(const float *w, bf16 *out, long O, long I, long taps, long 
                 }
 }
 
-/* out[pixels of group u, channels from..to] of what lies in flat. */
+/* Compute the output channels from..to of the pixels of group u, whose y is in flat. */
 static void convolve(const bf16 *flat, const geometry *g, long u, const bf16 *w, long I, long O, long from, long to,
                      const long *offset, long taps, const float *bias, const float *add, const bf16 *residual, bf16 *out) {
     long n = g->H * g->W, count = (end_of(g, u) - u * g->images) * n;
@@ -305,7 +306,7 @@ static void convolve(const bf16 *flat, const geometry *g, long u, const bf16 *w,
     for (long r = 0; r < 32; r++) finish(last, r);
 }
 
-/* out = conv(y, w) + bias + add + residual; w as `pack` leaves it. */
+/* out = conv(y, w) + bias + add + residual, where w is packed by `pack`. */
 int forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const float *add, const bf16 *residual, long B,
             long H, long W, long I, long O, long taps, long numbers, before *f) {
     geometry g = arrange(B, H, W);
@@ -322,7 +323,7 @@ int forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const fl
         bf16 *flat = memset(needed(0, g.size * I * 2), 0, g.size * I * 2);
 #pragma omp for collapse(2) schedule(dynamic)
         for (long u = 0; u < g.groups; u++)
-            for (long part = 0; part < parts; part++) { /* more threads than groups: they share the channels */
+            for (long part = 0; part < parts; part++) { /* more threads than groups share the output channels */
                 lay(x, flat + (g.row + 1) * PLANE, &g, I, f, u);
                 long at = u * g.images * H * W * O;
                 convolve(flat + (g.row + 1) * PLANE, &g, u, w, I, O, blocks * part / parts * 32,
@@ -335,7 +336,8 @@ int forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const fl
     return 0;
 }
 
-/* A plane of dy to du, u = norm(x), in place, with its sums s1 of du and s2 of du x; and y once more. */
+/* Turn a plane of the gradient dy into du in place, where u = norm(x). Add the sums of du to s1 and of du x to s2, and
+ * compute y again. */
 INLINE void unact_plane(bf16 *dy, const bf16 *x, bf16 *y, long n, long C, const before *f, long b, long c, const float *scale,
                         const float *shift, double *s1, double *s2, int swish, int drop) {
     __m512 by[2] = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)}, one = _mm512_set1_ps(1);
@@ -370,7 +372,7 @@ INLINE void unact_plane(bf16 *dy, const bf16 *x, bf16 *y, long n, long C, const 
     }
 }
 
-/* From dy, the gradient of y of image b [n, C], and x: dx, y, and the image's part of dgamma and dbeta [C]; dy is lost. */
+/* From dy, the gradient of y of image b [n, C], compute dx, y, and the image's dgamma and dbeta [C]. Overwrites dy. */
 static void unnorm(bf16 *dy, const bf16 *x, bf16 *dx, bf16 *y, long n, long C, const before *f, long b, float *dgamma, float *dbeta) {
     double m1[MOST_GROUPS] = {0}, m2[MOST_GROUPS] = {0}; /* means of dxhat and of dxhat xhat */
     long each = C / f->groups;
@@ -413,9 +415,9 @@ static void unnorm(bf16 *dy, const bf16 *x, bf16 *dx, bf16 *y, long n, long C, c
     }
 }
 
-/* dx, y [B, H, W, I] for the gradient of the weights, per image dgamma and dbeta [B, I] and the sums of dout, dadd
- * [B, O]. Without a norm y is x and not written, and dx NULL is not wanted.
- * w: `pack` of the weights with o and i exchanged and the taps flipped. */
+/* Write dx; y [B, H, W, I], for the gradient of the weights; dgamma and dbeta of each image [B, I]; and dadd [B, O],
+ * the sums of dout over positions. Without a norm y is x and is not written. dx may be NULL if it is not needed. w is
+ * packed by `pack_transposed`. */
 int backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf16 *w, float *dgamma, float *dbeta,
                   float *dadd, long B, long H, long W, long I, long O, long taps, long numbers, before *f) {
     geometry g = arrange(B, H, W);
@@ -452,7 +454,7 @@ int backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf16
     return 0;
 }
 
-/* A plane [positions][32] -> 32 rows of `length` positions. */
+/* Transpose a plane [positions][32] into 32 rows with a distance of `length` positions. */
 static void transpose(const bf16 *plane, bf16 *rows, long positions, long length) {
     __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                     _mm512_set1_epi32(PLANE * 2));
@@ -464,7 +466,7 @@ static void transpose(const bf16 *plane, bf16 *rows, long positions, long length
         }
 }
 
-/* 16 channels of a plane [positions][32] -> [positions / 2][16][2 positions]. */
+/* Write 16 channels of a plane [positions][32] as [positions / 2][16][2], with pairs of positions side by side. */
 static void interleave(const bf16 *plane, bf16 *out, long positions) {
     for (long p = 0; p < positions; p += 2) {
         __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(plane + p * PLANE)));
@@ -473,7 +475,8 @@ static void interleave(const bf16 *plane, bf16 *out, long positions) {
     }
 }
 
-/* sum [32][32 of `stride` floats] += a b^T over positions; a: 32 rows of `length` positions; b: twice 16 channels. */
+/* sum [32][32] += a b^T over positions. A row of sum has `stride` floats, a is 32 rows with a distance of `length`
+ * positions, and b is 2 x 16 channels with a distance of `half`. */
 static void accumulate(const bf16 *a, long length, const bf16 *b, long half, long positions, float *sum, long stride) {
     float *below = sum + 16 * stride;
     long bytes = stride * 4;
@@ -501,17 +504,17 @@ static void accumulate(const bf16 *a, long length, const bf16 *b, long half, lon
 
 /* dw[o, tap, i] += sum over positions p of dout[p, o] y[p + offset(tap), i], float32.
  *
- * dout is transposed, y interleaved in pairs of positions; twice, as (0, 1), (2, 3).. and as
- * (-1, 0), (1, 2).., so that every tap begins with a pair. */
+ * dout is transposed, and y is interleaved in pairs of positions. It is interleaved twice, as (0, 1), (2, 3) .. and as
+ * (-1, 0), (1, 2) .., so that the positions of every tap begin with a pair. */
 int backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H, long W, long I, long O, long taps) {
     geometry g = arrange(B, H, W);
     long offset[9], threads = omp_get_max_threads(), margin = (g.row + 3) / 2 * 2, most = I > O ? I : O;
     taps_of(&g, taps, offset);
-    long per = (g.images * g.image + 31) / 32 * 32;  /* positions of a group */
-    long at_once = 8192 / (per * threads) * threads; /* groups */
+    long per = (g.images * g.image + 31) / 32 * 32;  /* positions of a group of images */
+    long at_once = 8192 / (per * threads) * threads; /* groups that are processed together */
     if (at_once < threads) at_once = threads;
     if (at_once > g.groups) at_once = g.groups;
-    long length = (per * at_once + 63) / 64 * 64 + 32; /* an odd number of cache lines: rows meet in no cache set */
+    long length = (per * at_once + 63) / 64 * 64 + 32; /* an odd number of cache lines: no shared cache set */
     long half = (per * at_once + 2 * margin) * 16, phase = I / 16 * half;
     size_t pairs_bytes = (size_t)phase * 4;
     bf16 *d = aligned_alloc(64, (size_t)O * length * 2), *pairs = aligned_alloc(64, pairs_bytes);
@@ -529,7 +532,7 @@ int backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H, 
             long groups = g.groups - from < at_once ? g.groups - from : at_once;
 #pragma omp for schedule(dynamic)
             for (long u = 0; u < groups; u++) {
-                if ((from + u + 1) * g.images > B) memset(flat, 0, flat_bytes); /* an image less than before */
+                if ((from + u + 1) * g.images > B) memset(flat, 0, flat_bytes); /* the last group has fewer images */
                 lay(y, start, &g, I, &nothing, from + u);
                 for (long i = 0; i < I; i += 16)
                     for (long odd = 0; odd < 2; odd++)

@@ -1,54 +1,56 @@
-/* What the kernels share; `real` is the type of their sums and of the norm's weights. Channels come in multiples of PLANE,
- * MOST and MOST_GROUPS of a norm: __init__.py defines them. */
+/* Shared by amx.c and winograd.c. Each of them defines `real`, the type of sums, weights and the norm's parameters.
+ * __init__.py defines PLANE (numbers of channels are multiples of it), MOST (the largest number of channels) and
+ * MOST_GROUPS (the largest number of groups in a norm). */
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-#define INLINE static inline __attribute__((always_inline)) /* so that what is constant at the call costs nothing */
+#define INLINE static inline __attribute__((always_inline)) /* constant arguments are then known to the compiler */
 
-/* Room of this thread, kept for its next call and given back when it ends; NULL where the memory is full. */
-typedef struct { void *at; size_t bytes; } rooms[4];
+/* Each thread has four buffers, which it keeps for its next call and frees when it ends. */
+typedef struct { void *at; size_t bytes; } buffers[4];
 static pthread_key_t key;
 
-static void leave(void *of) {
-    for (int k = 0; k < 4; k++) free((*(rooms *)of)[k].at);
-    free(of);
+static void free_buffers(void *of_thread) {
+    for (int k = 0; k < 4; k++) free((*(buffers *)of_thread)[k].at);
+    free(of_thread);
 }
 
-static __attribute__((constructor)) void enter(void) { pthread_key_create(&key, leave); }
+static __attribute__((constructor)) void create_key(void) { pthread_key_create(&key, free_buffers); }
 
-static void *room(int which, size_t bytes) {
-    rooms *all = pthread_getspecific(key);
-    if (!all && (all = calloc(1, sizeof(rooms)))) pthread_setspecific(key, all);
-    if (!all) return NULL;
-    if ((*all)[which].bytes < bytes) {
-        free((*all)[which].at);
-        (*all)[which].at = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
-        (*all)[which].bytes = (*all)[which].at ? bytes : 0;
+/* Buffer `which` (0 to 3) of this thread, with at least this many bytes; NULL if the memory is full. */
+static void *thread_buffer(int which, size_t bytes) {
+    buffers *own = pthread_getspecific(key);
+    if (!own && (own = calloc(1, sizeof(buffers)))) pthread_setspecific(key, own);
+    if (!own) return NULL;
+    if ((*own)[which].bytes < bytes) {
+        free((*own)[which].at);
+        (*own)[which].at = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
+        (*own)[which].bytes = (*own)[which].at ? bytes : 0;
     }
-    return (*all)[which].at;
+    return (*own)[which].at;
 }
 
-/* The same for a thread among others, which cannot turn back. */
+/* `thread_buffer` for use inside a parallel region, which cannot return early: it aborts if the memory is full. */
 static void *needed(int which, size_t bytes) {
-    void *at = room(which, bytes);
+    void *at = thread_buffer(which, bytes);
     if (!at) fputs("ddpm: the memory is full\n", stderr), abort();
     return at;
 }
 
-enum { FULL = 1 }; /* what functions return where the memory is full, else 0 */
+enum { FULL = 1 }; /* functions return it if the memory is full, and 0 otherwise */
 
-/* What comes before the convolution. gamma NULL: nothing does, and y = x. */
+/* Norm, swish and dropout before the convolution. If gamma is NULL, there are none and y = x. */
 typedef struct {
     const real *gamma, *beta;
-    real *mean, *rstd; /* [B, groups] */
-    double eps, keep;   /* keep: 1 - the dropout probability */
+    real *mean, *rstd; /* mean and 1 / standard deviation of each group, [B, groups] */
+    double eps, keep;  /* keep is 1 - the dropout probability */
     long groups, swish;
     uint64_t seed;
 } before;
 
-/* The norm as one factor and one term a channel: scale x + shift. */
+/* Write the norm of PLANE channels from c of image b as scale x + shift. */
 static void affine(const before *f, long b, long c, long C, real *scale, real *shift) {
     for (int k = 0; k < PLANE; k++) {
         long g = b * f->groups + (c + k) / (C / f->groups);

@@ -1,6 +1,7 @@
 """Batches of images in an order that is a function of (seed, step)."""
 
 import functools
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
@@ -169,18 +170,20 @@ def _by_workers(dataset: _Steps, steps: range, workers: int) -> Iterator[Tensor]
         worker_init_fn=_in_worker,
         generator=torch.Generator(),  # the default is the global generator, whose state would change
     )
+    before = multiprocessing.active_children()
     with _no_handler_of_torch():
         results = iter(loader)
+    started = set(multiprocessing.active_children()).difference(before)
     try:
         while True:
             try:
                 result = next(results)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, EOFError, OSError) as error:  # the last two: it died while it sent a batch
+                if all(worker.is_alive() for worker in started):
                     raise
-                raise _WorkerDied(str(error).splitlines()[0]) from None
+                raise _WorkerDied(str(error).partition("\n")[0] or type(error).__name__) from None
             if isinstance(result, str):
                 raise InputError(result)
             pixels, faults, notes = result
