@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -69,14 +71,20 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
 def test_a_damaged_checkpoint_is_named_and_passed_over(
     file: str, damage: Callable[[Path], None], words: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever is wrong with it: one warning, and the one before it is taken; asked for by number it is an error."""
+    """Whatever is wrong with it: one warning, and the one before it is taken.
+
+    Asked for by number it is an error if the damaged file is one that is read.
+    """
     folder = run / "checkpoints" / "00000030"
     damage(folder / file)
     with pytest.warns(UserWarning, match=f"checkpoint {re.escape(str(folder))}: {re.escape(words)}.*the one before it"):
         assert checkpoints.newest(run) == run / "checkpoints" / "00000020"
     assert checkpoints.best(run) == run / "checkpoints" / "00000020"
-    assert main(["sample", str(run), "--checkpoint", "30", "--out", str(run / "x.png")]) == 2
-    assert f"checkpoint {folder}: {words}" in capsys.readouterr().err
+    for weights in ("ema", "raw"):
+        read = file in ("state.json", f"{weights}.safetensors")
+        options = ["--weights", weights, "--checkpoint", "30", "-n", "1", "--steps", "1", "--sampler", "ddim"]
+        assert main(["sample", str(run), *options, "--out", str(run / "x.png")]) == (2 if read else 0)
+        assert (f"checkpoint {folder}: {words}" in capsys.readouterr().err) == read
 
 
 def test_training_goes_on_from_the_one_before(run: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +102,7 @@ def test_training_goes_on_from_the_one_before(run: Path, trained: Path, capsys: 
 def test_without_a_whole_checkpoint_nothing_is_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training warns of both and leaves them, of which parts may be whole; sampling says that there is none."""
     for step in (20, 30):
-        flip(run / "checkpoints" / f"{step:08d}" / "raw.safetensors")
+        flip(run / "checkpoints" / f"{step:08d}" / "ema.safetensors")
     assert main(["sample", str(run), "--out", str(run / "x.png")]) == 2
     assert "the run has no whole checkpoint yet; train it first" in capsys.readouterr().err
     assert train(run, "--steps", 3) == 2
@@ -145,8 +153,16 @@ def test_training_keeps_as_many_as_asked_for(tmp_path: Path) -> None:
 
 def test_what_a_killed_save_left_is_passed_over_and_cleared(run: Path) -> None:
     """A folder under its temporary name is no checkpoint; the next save removes it."""
-    leftover = run / "checkpoints" / ".00000040.tmp"
-    shutil.copytree(run / "checkpoints" / "00000030", leftover)
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from ddpm.files import atomic
+        with atomic.temporary_folder(Path({str(run)!r}) / "checkpoints" / "00000040") as part:
+            (part / "state.json").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    (leftover,) = (run / "checkpoints").glob(".*")
     assert checkpoints.newest(run) == run / "checkpoints" / "00000030"
     assert train(run, "--steps", 31) == 0
     assert not leftover.exists()

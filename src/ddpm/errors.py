@@ -1,5 +1,6 @@
 """The errors that users see, and the checks of arguments that several modules share."""
 
+import json
 import math
 import operator
 from collections.abc import Sequence
@@ -107,3 +108,30 @@ def _range(least: float | None, most: float | None) -> str:
     if most is None:
         return "" if least is None else f" of at least {least}"
     return f" of at most {most}" if least is None else f", {least} to {most}"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The values of a JSON text from outside.
+
+    Raises ValueError for other text, and for values nested more than 100 deep, which would end in a RecursionError at
+    one place or another.
+
+    >>> parse_json('{"step": 3}')
+    {'step': 3}
+    >>> parse_json("[" * 1000)
+    Traceback (most recent call last):
+    ...
+    ValueError: its values are nested more than 100 deep
+    """
+    too_deep = "its values are nested more than 100 deep"
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level = [value]
+    for _ in range(101):
+        level = [v for v in level if isinstance(v, (dict, list))]
+        if not level:
+            return value
+        level = [child for v in level for child in (v.values() if isinstance(v, dict) else v)]
+    raise ValueError(too_deep)

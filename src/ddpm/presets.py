@@ -42,6 +42,9 @@ def _setting(
     return field(default=default, metadata=metadata)
 
 
+# Upper bounds, so that no number of a damaged or foreign file makes a loop that never ends.
+_SIDE, _MANY, _COUNT, _LEVELS = 1 << 16, 10**6, 10**12, 16
+
 _data, _network, _diffusion, _optimisation, _run = (partial(_setting, group) for group in GROUPS)
 
 
@@ -54,7 +57,9 @@ class Preset:
     """
 
     data: str = _data("", f"SOURCE of images: {catalog.accepted_sources()}")
-    size: tuple[int, int] = _data((32, 32), "height x width to which images are resized and cropped: 32 or 32x48")
+    size: tuple[int, int] = _data(
+        (32, 32), "height x width to which images are resized and cropped: 32 or 32x48", 1, _SIDE
+    )
     channels: Literal[1, 3, 4] = _data(3, "1 for grey, 3 for RGB, 4 for RGBA")
     flip: bool = _data(True, "mirror each training image with probability 1/2")
     image_column: str = _data("", "column that holds the images of a data set (default: the only one)")
@@ -65,13 +70,13 @@ class Preset:
     skip_bad: bool = _data(False, "skip images that cannot be read, and count them", resume=True)
     allow_paths: bool = _data(False, "let a data set name image files outside its own folder", resume=True)
 
-    width: int = _network(128, "channels of the first level, a multiple of 32", 32)
+    width: int = _network(128, "channels of the first level, a multiple of 32", 32, 8192)
     channel_multipliers: tuple[int, ...] = _network(
-        (1, 2, 2, 2), "channels of each level as multiples of width; each next level halves the size", 1
+        (1, 2, 2, 2), "channels of each level as multiples of width; each next level halves the size", 1, 64
     )
-    num_res_blocks: int = _network(2, "residual blocks per level", 1)
+    num_res_blocks: int = _network(2, "residual blocks per level", 1, 64)
     attention_resolutions: tuple[int, ...] = _network(
-        (16,), "attention at the first level whose shorter side is at most this; 0 for none", 0
+        (16,), "attention at the first level whose shorter side is at most this; 0 for none", 0, _SIDE
     )
     dropout: float = _network(0.1, "dropout probability in residual blocks", 0, 0.99)
     patch: Literal[1, 2] = _network(
@@ -79,7 +84,7 @@ class Preset:
     )
 
     schedule: str = _diffusion("linear", "noise schedule", choices=catalog.schedules())
-    num_timesteps: int = _diffusion(1000, "number of noise levels T", 1)
+    num_timesteps: int = _diffusion(1000, "number of noise levels T", 1, _MANY)
     beta_1: float = _diffusion(1e-4, "first beta of the schedule", 1e-12, 1)
     beta_T: float = _diffusion(0.02, "last beta of the schedule", 1e-12, 1)
     predict: Prediction = _diffusion("eps", "what the network predicts")
@@ -93,13 +98,13 @@ class Preset:
         "the bound's weight",
     )
 
-    steps: int = _optimisation(800_000, "total training steps", 1, resume=True)
-    batch_size: int = _optimisation(128, "images per step, over all processes", 1)
+    steps: int = _optimisation(800_000, "total training steps", 1, _COUNT, resume=True)
+    batch_size: int = _optimisation(128, "images per step, over all processes", 1, _MANY)
     accumulate: int = _optimisation(
-        1, "compute each step in this many parts: less memory, the same result", 1, resume=True
+        1, "compute each step in this many parts: less memory, the same result", 1, _MANY, resume=True
     )
     lr: float = _optimisation(2e-4, "learning rate of Adam", 0)
-    warmup: int = _optimisation(5000, "steps over which the learning rate rises linearly from 0", 0)
+    warmup: int = _optimisation(5000, "steps over which the learning rate rises linearly from 0", 0, _COUNT)
     cooldown: float = _optimisation(
         0.0, "last share of the steps, over which the learning rate falls linearly to 0", 0, 1
     )
@@ -114,14 +119,14 @@ class Preset:
     seed: int = _run(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
     device: str = _run("auto", "auto, cpu, cuda, cuda:1 or mps", resume=True)
     compile: Compile = _run("auto", "compile the network with Inductor; auto: on CUDA devices", resume=True)
-    workers: int = _run(2, "processes that decode images, if the images do not fit in memory", 0, resume=True)
-    save_every: int = _run(5000, "steps between checkpoints", 1, resume=True)
-    keep: int = _run(2, "newest checkpoints to keep, besides the best one", 1, resume=True)
-    log_every: int = _run(50, "steps between lines of metrics.jsonl", 1, resume=True)
-    sample_every: int = _run(5000, "steps between grids of samples; 0 for none", 0, resume=True)
-    sample_count: int = _run(64, "images in a grid of samples", 1, resume=True)
-    sample_steps: int = _run(50, "DDIM steps for a grid of samples", 1, resume=True)
-    eval_images: int = _run(512, "held-out images for the held-out loss", 1, resume=True)
+    workers: int = _run(2, "processes that decode images, if the images do not fit in memory", 0, 1024, resume=True)
+    save_every: int = _run(5000, "steps between checkpoints", 1, _COUNT, resume=True)
+    keep: int = _run(2, "newest checkpoints to keep, besides the best one", 1, _COUNT, resume=True)
+    log_every: int = _run(50, "steps between lines of metrics.jsonl", 1, _COUNT, resume=True)
+    sample_every: int = _run(5000, "steps between grids of samples; 0 for none", 0, _COUNT, resume=True)
+    sample_count: int = _run(64, "images in a grid of samples", 1, _MANY, resume=True)
+    sample_steps: int = _run(50, "DDIM steps for a grid of samples", 1, _MANY, resume=True)
+    eval_images: int = _run(512, "held-out images for the held-out loss", 1, _COUNT, resume=True)
     tensorboard: bool = _run(False, "also write TensorBoard files (needs the extra tensorboard)", resume=True)
 
     def __post_init__(self) -> None:
@@ -134,6 +139,8 @@ class Preset:
             object.__setattr__(self, f.name, value)
         if len(self.size) != 2:
             raise InputError(f"size {self.size}: want height and width, as 32 or 32x48")
+        if len(self.channel_multipliers) > _LEVELS:
+            raise InputError(f"channel_multipliers: {len(self.channel_multipliers)} levels; want at most {_LEVELS}")
         check_size(self.size, len(self.channel_multipliers) + self.patch - 1)
         if self.width % 32:
             raise InputError(f"width {self.width}: want a multiple of 32")

@@ -40,7 +40,7 @@ from ddpm.codec.model import Model
 from ddpm.codec.picture import Image
 from ddpm.codec.plan import Group, Tables
 from ddpm.codec.progressive import Array, Predict, Undecided
-from ddpm.errors import InputError
+from ddpm.errors import InputError, parse_json
 
 _BYTE = constriction.stream.model.Uniform(256)
 _OFFSETS = 16  # places of a mean between two grid points
@@ -406,9 +406,9 @@ def decompress(model: Model, data: bytes) -> Iterator[tuple[str, Image]]:
         raise InputError("archive: the model has no tables for one; calibrate it again")
     try:
         text = zlib.decompressobj().decompress(data[begin : begin + contents.about], 1 << 26)
-        shapes, names = _sizes_and_names(json.loads(text), contents.pictures)
+        shapes, names = _sizes_and_names(parse_json(text), contents.pictures)
         stack = Stack(data[begin + contents.about : -8])
-    except (zlib.error, ValueError, TypeError, RecursionError) as error:
+    except (zlib.error, ValueError, TypeError) as error:
         raise Damaged("sizes, names or stack: damaged; want the file as it was written") from error
     coder = _coder(model, contents.local, check=False)
     images, sizes = list[Image](), list[int]()

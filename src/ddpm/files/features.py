@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, parse_json
 from ddpm.files import atomic
 from ddpm.files.images import channels_last, one_line
 from ddpm.files.tensors import file_sha256
@@ -511,7 +511,7 @@ def load_statistics(path: str | Path, expected: Mapping[str, str] | None = None)
         )
         return Statistics(Moments(None, mean, covariance), None)
     try:
-        values = json.loads(str(arrays["provenance"][()]))
+        values = parse_json(str(arrays["provenance"][()]))
         provenance = Provenance(**{f.name: values[f.name] for f in fields(Provenance)})
         count = int(arrays["count"])
     except (ValueError, KeyError, TypeError) as fault:

@@ -1,9 +1,7 @@
 """A model that was read from disk, the place of its results, and the calibration beside its weights."""
 
-import functools
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,9 +11,8 @@ from torch import Tensor
 
 from ddpm.catalog import Variance
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError
+from ddpm.errors import InputError, parse_json
 from ddpm.files import atomic
-from ddpm.files.tensors import identity
 from ddpm.gaussian import calibrated_variance
 from ddpm.presets import Preset
 from ddpm.version import __version__
@@ -29,14 +26,14 @@ MODELS = Path(__file__).parents[1] / "models"
 class Checkpoint:
     """A model from disk.
 
-    denoiser     in evaluation mode
-    preset       its settings
-    step         the training step of the weights; 0 if they come from another package
-    weights      ema (the averaged weights) or raw
-    path         the file of the weights
-    name         of a third-party model, which writes its results to ./ddpm-NAME; "" for others
-    foreign      whether its files are those of diffusers, which keep the settings apart from the weights
-    read_stored  reads the tensors as the file has them
+    denoiser  in evaluation mode
+    preset    its settings
+    step      the training step of the weights; 0 if they come from another package
+    weights   ema (the averaged weights) or raw
+    path      the file of the weights, which a run in training may have deleted meanwhile
+    name      of a third-party model, which writes its results to ./ddpm-NAME; "" for others
+    foreign   whether its files are those of diffusers, which keep the settings apart from the weights
+    identity  the hash that names these weights in results, calibrations and compressed files (`tensors.identity`)
     """
 
     denoiser: Denoiser
@@ -46,7 +43,7 @@ class Checkpoint:
     path: Path
     name: str = ""
     foreign: bool = False
-    read_stored: Callable[[], Mapping[str, Tensor]] = dict
+    identity: str = ""
 
     @property
     def packaged(self) -> bool:
@@ -66,11 +63,6 @@ class Checkpoint:
         checkpoints = path.parent.parent
         in_run = checkpoints.name == "checkpoints" and (checkpoints.parent / "config.json").is_file()
         return checkpoints.parent if in_run else path.with_suffix("")
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """The hash that names these weights in results, calibrations and compressed files (`tensors.identity`)."""
-        return identity(self.read_stored())
 
     def about(self) -> dict[str, Any]:
         """A description of the model for the files of its results, as plain JSON values."""
@@ -94,7 +86,11 @@ def save_calibration(checkpoint: Checkpoint, mse: Tensor, first: float, about: M
     mse    mean squared error of x0^ at levels 1..T, float64 [T], signal units squared
     first  sigma_1^2
     about  what they were measured on, plain JSON values
+
+    Raises InputError if the weights are gone.
     """
+    if not checkpoint.path.is_file():  # else a folder would appear that looks like a damaged checkpoint
+        raise InputError(f"{checkpoint.path}: the run deleted it meanwhile; want a larger keep, or the end")
     measured = {"first_variance": first, "mse": mse.tolist()}
     values = {**about, "weights": checkpoint.identity, "version": __version__, **measured}
     atomic.write_json(calibration_file(checkpoint.path), values)
@@ -109,7 +105,7 @@ def read_calibration(checkpoint: Checkpoint) -> tuple[Tensor, float] | None:
     file, T = calibration_file(checkpoint.path), checkpoint.denoiser.schedule.T
     again = "measure it again with `ddpm calibrate`"
     try:
-        values = json.loads(file.read_bytes())
+        values = parse_json(file.read_bytes())
         mse, first = torch.tensor(values["mse"], dtype=torch.float64), float(values["first_variance"])
         weights = values["weights"]
     except FileNotFoundError:
@@ -126,7 +122,7 @@ def read_calibration(checkpoint: Checkpoint) -> tuple[Tensor, float] | None:
 def codec_tables(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The codec's tables beside these weights, which compressed files need to be read; None if there are none."""
     try:
-        values = json.loads(calibration_file(checkpoint.path).read_bytes())
+        values = parse_json(calibration_file(checkpoint.path).read_bytes())
         return values["codec"] if values["weights"] == checkpoint.identity else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,8 +1,6 @@
 """Find a model by a path or a name, and open it."""
 
-import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,12 +8,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError
+from ddpm.errors import InputError, parse_json, whole_number
 from ddpm.files import hub
 from ddpm.files.checkpoints import best, damage, newest, saved
 from ddpm.files.interop import diffusers as interop
 from ddpm.files.models import MODELS, Checkpoint, Weights, with_variance
-from ddpm.files.tensors import read_tensors
+from ddpm.files.tensors import identity, not_finite
 from ddpm.presets import Preset, build, from_json, to_json
 
 
@@ -49,7 +47,7 @@ def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
     if path.is_file():
         return path
     if single:
-        return _undamaged(path) / f"{weights}.safetensors"
+        return _undamaged(path, weights) / f"{weights}.safetensors"
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: {'not a run' if path.exists() else 'no such file or folder'}; {_accepted()}")
     if which.isdecimal():
@@ -57,18 +55,18 @@ def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
         if not folder.is_dir():
             steps = ", ".join(str(int(p.name)) for p in reversed(saved(path))) or "none"
             raise InputError(f"checkpoint {which}: {path} has {steps}")
-        return _undamaged(folder) / f"{weights}.safetensors"
+        return _undamaged(folder, weights) / f"{weights}.safetensors"
     if which not in ("last", "best"):
         raise InputError(f"checkpoint {which!r}: want last, best or a step")
-    chosen = newest(path) if which == "last" else best(path)
+    chosen = newest(path, weights) if which == "last" else best(path, weights)
     if chosen is None:
         raise InputError(f"{path}: the run has no whole checkpoint yet; train it first")
     return chosen / f"{weights}.safetensors"
 
 
-def _undamaged(folder: Path) -> Path:
-    """The folder itself, if it is a checkpoint without damage. Raises InputError if not."""
-    if reason := damage(folder):
+def _undamaged(folder: Path, weights: Weights) -> Path:
+    """The folder itself, if it is a checkpoint whose weights are whole. Raises InputError if not."""
+    if reason := damage(folder, weights):
         raise InputError(f"checkpoint {folder}: {reason}; want another one of the run")
     return folder
 
@@ -84,7 +82,7 @@ def open_checkpoint(
     which      the checkpoint of a run: last, best (the lowest held-out loss) or a step
     precision  the network's: float32, bf16, or None for that of the run
 
-    Raises InputError if there is no model or it is damaged.
+    Raises InputError if there is no model, or it is damaged or not finite.
     """
     name = ""
     if hub.is_name(path):
@@ -96,37 +94,50 @@ def open_checkpoint(
         if which != "last":
             raise InputError(f"checkpoint {which!r}: {path} is one model; want a run to choose from")
         file, name = interop.weights_of(folder), name or folder.absolute().name
-        denoiser, again = _denoiser(preset, state, folder), partial(_read_diffusers, folder)
-        return Checkpoint(denoiser, preset, 0, "ema", file, name, foreign=True, read_stored=again)
-    file = find(Path(path), which, weights)
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a whole safetensors file ({error}); {_accepted()}") from error
+        denoiser = _denoiser(preset, state, folder)
+        return Checkpoint(denoiser, preset, 0, "ema", file, name, foreign=True, identity=identity(state))
+    file, metadata, state = _read(Path(path), which, weights)
     if "config" not in metadata or metadata.get("weights") not in ("ema", "raw"):
         raise InputError(f"{file}: not a checkpoint of ddpm; want ema.safetensors or raw.safetensors of a run")
     try:
-        preset, step = from_json(json.loads(metadata["config"])), int(metadata["step"])
+        preset = from_json(parse_json(metadata["config"]))
+        step = whole_number("step", int(metadata["step"]), 0, 2**63 - 1)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: its configuration is damaged ({error})") from error
     if precision is not None:
         preset = from_json({**to_json(preset), "precision": precision})
-    denoiser = _denoiser(preset, read_tensors(file), file)
-    return Checkpoint(denoiser, preset, step, metadata["weights"], file, name, read_stored=partial(read_tensors, file))
+    denoiser = _denoiser(preset, state, file)
+    return Checkpoint(denoiser, preset, step, metadata["weights"], file, name, identity=identity(state))
 
 
-def _read_diffusers(folder: Path) -> Mapping[str, Tensor]:
-    return interop.from_diffusers(folder)[1]
+def _read(path: Path, which: str, weights: Weights) -> tuple[Path, dict[str, str], dict[str, Tensor]]:
+    """The file that `find` finds, its metadata and its tensors."""
+    for tries_left in reversed(range(20)):
+        file = find(path, which, weights)
+        try:
+            with safe_open(file, "pt") as opened:
+                return file, opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+        except FileNotFoundError as error:  # the run is training, and deleted the checkpoint meanwhile
+            if not tries_left:
+                raise InputError(f"{file}: the run deleted it meanwhile; want a larger keep, or the end") from error
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a whole safetensors file ({error}); {_accepted()}") from error
+    raise AssertionError
 
 
 def _denoiser(preset: Preset, state: Mapping[str, Tensor], path: Path) -> Denoiser:
-    """The preset's denoiser with these weights, in float32 and in evaluation mode; `path` is for errors."""
+    """The preset's denoiser with these weights, in float32 and in evaluation mode; `path` is for errors.
+
+    The weights are copied, so that they stay as they are whatever happens to the file.
+    """
+    if name := not_finite(state):
+        raise InputError(f"{path}: {name} holds values that are not finite; want another checkpoint")
     with torch.device("meta"):  # do not draw weights that are replaced at once
         denoiser = build(preset)
     assert isinstance(denoiser.network, nn.Module)
+    copies = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
     try:
-        denoiser.network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+        denoiser.network.load_state_dict(copies, assign=True)
     except RuntimeError as error:
         raise InputError(f"{path}: its tensors are not those of its configuration") from error
     denoiser.network.eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,6 +43,19 @@ def identity(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is not a finite number, or None.
+
+    >>> not_finite({"a": torch.zeros(2), "b": torch.tensor([1.0, torch.nan])})
+    'b'
+    """
+    for name, value in tensors.items():
+        wide = value.float() if value.element_size() == 1 else value  # there is no isfinite for 8-bit floats
+        if value.is_floating_point() and not wide.isfinite().all():
+            return name
+    return None
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file completely or not at all. The same values give the same bytes.
 
@@ -72,6 +85,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises InputError if it is not a complete one."""
     try:
         return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file. Raises InputError if it is not a complete one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
 

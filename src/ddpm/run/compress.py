@@ -1,11 +1,13 @@
 """Open a model's codec, and turn picture files into compressed files and back."""
 
+import copy
 import hashlib
 import json
 import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import atomic, images
 from ddpm.files.models import Checkpoint, Weights, calibration_file, codec_tables, read_calibration
-from ddpm.files.opening import open_checkpoint
 from ddpm.run.processes import open_for_device
 from ddpm.unet import UNet
 
@@ -93,9 +94,10 @@ def load_codec(
         raise InputError(
             f"{calibration_file(checkpoint.path)}: no tables for the codec{reason}; want {remedy}"
         ) from error
-    exact = open_checkpoint(path, weights or "ema", which, "float32").denoiser
-    assert isinstance(exact.network, UNet)
-    exact.network.double()
+    network = copy.deepcopy(checkpoint.denoiser.network)
+    assert isinstance(network, UNet)
+    network.bf16 = False
+    exact = replace(checkpoint.denoiser, network=network.double())
     all_tables = json.dumps([t.to_json() for t in (*by_bits.values(), chain)], sort_keys=True)
     denoiser = checkpoint.denoiser.to(device)
     device = denoiser.schedule.alpha_bar.device  # with its index
@@ -104,7 +106,7 @@ def load_codec(
     return Model(
         denoiser, exact.to(device), (channels, height, width), by_bits,
         hashlib.sha256((checkpoint.identity + all_tables).encode()).digest()[:4],
-        chain, 2 ** (exact.network.levels - 1), _environment(checkpoint, device, build), bool(build),
+        chain, 2 ** (network.levels - 1), _environment(checkpoint, device, build), bool(build),
     )  # fmt: skip
 
 

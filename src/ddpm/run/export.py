@@ -5,6 +5,7 @@ A calibrated model also has FILE.calibration.json.
 
 import json
 import shlex
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any, Literal
 
 import torch
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, parse_json
 from ddpm.files import atomic, images
 from ddpm.files.images import check_folder
 from ddpm.files.models import Checkpoint, calibration_file, read_calibration
 from ddpm.files.opening import open_checkpoint
 from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
 from ddpm.presets import PRESETS, Preset, to_json
+from ddpm.run import log
 from ddpm.run.sample import cycled_labels, generate
 from ddpm.version import __version__
 
@@ -80,7 +82,7 @@ def export(
     if calibrated is None:
         calibration_file(out).unlink(missing_ok=True)
     else:
-        values = json.loads(calibrated.read_text())
+        values = parse_json(calibrated.read_bytes())
         values["data"] = _public_data_name(values["data"], original, exported)
         if exported.identity != original.identity:
             values |= {"weights": exported.identity, "measured_on": values.get("measured_on", original.identity)}
@@ -119,7 +121,7 @@ def _grid_size(preset: Preset) -> int:
 def _has_own_calibration(exported: Checkpoint) -> bool:
     """Whether `ddpm calibrate` measured these weights themselves, and not those before rounding."""
     try:
-        values = json.loads(calibration_file(exported.path).read_text())
+        values = parse_json(calibration_file(exported.path).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and values.get("weights") == exported.identity and "measured_on" not in values
@@ -211,7 +213,7 @@ def _facts(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, 
     yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {preset.num_timesteps:,}, {preset.variance}"
     yield "weights", f"{exported.weights}, {stored}; {exported.path.stat().st_size:,} bytes"
     if read_calibration(exported):
-        values = json.loads(calibration_file(exported.path).read_text())
+        values = parse_json(calibration_file(exported.path).read_bytes())
         weights = "the weights before rounding" if "measured_on" in values else "these weights"
         data = _public_data_name(values["data"], checkpoint, exported)
         yield "calibration", f"of {weights}, on {values['count']:,} images ({data})"
@@ -226,8 +228,12 @@ def _measured(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[st
     for source in (exported, checkpoint):
         before = ", before rounding" if source is checkpoint and _dtypes(checkpoint) != _dtypes(exported) else ""
         for file in sorted((source.home / "evaluate" / f"{checkpoint.step:08d}-{checkpoint.weights}").glob("*.json")):
-            values = json.loads(file.read_text())
-            if values.get("identity") == source.identity:
+            try:
+                values = parse_json(file.read_bytes())
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{file} is left out of the card: {error}", stacklevel=2)
+                continue
+            if isinstance(values, dict) and values.get("identity") == source.identity:
                 values["data"] = _public_data_name(values.get("data", ""), checkpoint, exported)
                 yield from ((f"{key}{before}", value) for key, value in _figures(values))
 
@@ -260,11 +266,8 @@ def _figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _last_logged(checkpoint: Checkpoint, key: str) -> tuple[int, float] | None:
     """The last (step, value) of `key` in metrics.jsonl up to the checkpoint's step; None without one."""
     file = checkpoint.home / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    values = [
-        (line["step"], line[key]) for line in lines if line.get(key) is not None and line["step"] <= checkpoint.step
-    ]
-    return values[-1] if values else None
+    values = [(line["step"], line[key]) for line in log.read(file) if isinstance(line.get(key), float)]
+    return next((value for value in reversed(values) if value[0] <= checkpoint.step), None)
 
 
 def _commands(checkpoint: Checkpoint, exported: Checkpoint) -> str:

@@ -5,13 +5,13 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from ddpm.errors import Stopped, not_installed
+from ddpm.errors import Stopped, not_installed, parse_json
 from ddpm.files import atomic
 from ddpm.presets import Preset, to_json
 from ddpm.run.processes import Processes
@@ -30,8 +30,7 @@ def metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator[
         yield lambda *_: None
         return
     path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() and step else []
-    before = [line for line in lines if (logged := _step_of(line)) is not None and logged <= step]
+    before = [json.dumps(values) for values in read(path) if values["step"] <= step] if step else []
     try:
         atomic.write_json(out / "config.json", to_json(preset))
         atomic.write(path, "".join(line + "\n" for line in before))
@@ -52,6 +51,21 @@ def metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator[
         yield log
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, of which each has a step; without those that are damaged.
+
+    A killed process may leave half a line, and a reader may find one that is being written. Raises OSError if the file
+    exists and cannot be read.
+    """
+    lines = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            values = parse_json(line)
+            if isinstance(values, dict) and type(values.get("step")) is int:
+                lines.append(values)
+    return lines
+
+
 def check_tensorboard(preset: Preset) -> None:
     """Raise InputError if TensorBoard's files are wanted and cannot be written."""
     if preset.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -69,15 +83,6 @@ def reason(error: OSError) -> str:
     if error.errno == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
         return "the disk is full"
     return error.strerror or str(error)
-
-
-def _step_of(line: str) -> int | None:
-    """The step of a line; None for half a line, which a killed process leaves."""
-    try:
-        step: int = json.loads(line)["step"]
-        return step
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def _write_line(file: BinaryIO, values: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ddpm.catalog import Precision
 from ddpm.errors import InputError
 from ddpm.files.models import Checkpoint, Weights
 from ddpm.files.opening import open_checkpoint
-from ddpm.unet import fast_bf16
+from ddpm.unet import UNet, fast_bf16
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ def open_for_device(
     if weights and checkpoint.weights != weights:
         raise InputError(f"weights {weights}: {checkpoint.path} holds the {checkpoint.weights} weights; want the run")
     if precision is None and checkpoint.preset.precision == "bf16" and pick_precision("auto", device) != "bf16":
-        return open_checkpoint(path, weights or "ema", which, "float32")
+        assert isinstance(checkpoint.denoiser.network, UNet)
+        checkpoint.denoiser.network.bf16 = False
+        return replace(checkpoint, preset=replace(checkpoint.preset, precision="float32"))
     return checkpoint
 
 

@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from html import escape
@@ -20,9 +19,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, parse_json
 from ddpm.files import atomic, images
 from ddpm.files.plots import Panel, draw
+from ddpm.run import log
 from ddpm.version import __version__
 
 LIMIT = 20_000_000
@@ -72,7 +72,7 @@ def report(run: Path) -> Path:
     """
     if not (run / "config.json").is_file():
         raise InputError(f"{run}: {'not a run' if run.exists() else 'no such file or folder'}; want a run folder")
-    lines = _metrics(run)
+    lines = log.read(run / "metrics.jsonl")
     body = [_overview(run, lines), _training(lines), _samples(run), _evaluations(run), _paper(run)]
     if sum(map(len, body)) > LIMIT:
         body[2] = _samples(run, earlier=0)
@@ -205,17 +205,6 @@ def _csv(path: Path) -> list[list[str]]:
     return rows
 
 
-def _metrics(run: Path) -> Lines:
-    """The lines of metrics.jsonl that are whole and have a step. A killed process may leave half a line."""
-    path, lines = run / "metrics.jsonl", []
-    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
-        with suppress(ValueError, RecursionError):
-            values = json.loads(line)
-            if isinstance(values, dict) and math.isfinite(_number(values.get("step"))):
-                lines.append(values)
-    return lines
-
-
 def _number(value: Any) -> float:
     """A JSON number as a float; nan for everything else."""
     return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
@@ -271,7 +260,7 @@ def _picture(path: Path, caption: str = "") -> str:
 
 def _values(path: Path) -> str:
     """A JSON object as a table of two columns."""
-    values = json.loads(path.read_text("utf-8"))
+    values = parse_json(path.read_bytes())
     if not isinstance(values, dict):
         raise ValueError("want a JSON object")
     return _table(_flat(values))

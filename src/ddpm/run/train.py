@@ -4,7 +4,6 @@ Everything random in step n is a function of (seed, n), so a checkpoint holds on
 """
 
 import copy
-import json
 import math
 import os
 import signal
@@ -26,7 +25,7 @@ from ddpm import kernels, losses, noise, pixels, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, images, tensors
-from ddpm.presets import Preset, build, from_json
+from ddpm.presets import Preset, build
 from ddpm.run import ema, log
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.processes import Processes, pick_precision, processes, threads
@@ -77,6 +76,8 @@ def train(preset: Preset, out: Path) -> Result:
         model = _build(preset, ranks.device)
         _resume(model, preset, out, train_set.fingerprint)
         begun = model.step
+        if ranks.any(ranks.first and _grid_is_missing(model, preset, out)):
+            _sample(model, preset, out, ranks, lambda: False)
         if begun >= preset.steps:
             log.say(ranks, f"{out} is trained to step {begun} already; more steps continue it")
             return Result(begun, model.held_out_before, None, None, None)
@@ -135,7 +136,7 @@ def train(preset: Preset, out: Path) -> Result:
                 held_out = None if ended else evaluate(lambda: stop.signal is not None)
                 save(held_out)
                 ended = ended or ranks.any(stop.signal is not None)  # a signal during the evaluation
-            if not ended and preset.sample_every and (model.step % preset.sample_every == 0 or done):
+            if not ended and _has_grid(model.step, preset):
                 _sample(model, preset, out, ranks, lambda: stop.signal is not None)
             if saving:
                 meter.restart()  # evaluation and samples are not training time
@@ -160,6 +161,7 @@ class _Model:
     schedule   on the CPU, where the noise levels of a batch are drawn
     seconds    of training so far
     saved      the step of the newest checkpoint
+    resumed    the checkpoint that this process began with
     whole      whether weights, moments and average are those of one step, and not amid an update
     """
 
@@ -173,6 +175,7 @@ class _Model:
     seconds: float = 0.0
     held_out_before: float | None = None
     saved: int = 0
+    resumed: Path | None = None
     whole: bool = True
 
     def __post_init__(self) -> None:
@@ -216,9 +219,10 @@ def _resume(model: _Model, preset: Preset, out: Path, fingerprint: str) -> None:
         return
     state = checkpoints.read_state(folder)
     if state["data"] != fingerprint:
-        was = json.loads((out / "config.json").read_text())["data"]
+        was = checkpoints.settings(out)
         raise InputError(
-            f"data {preset.data}: not the images that the run in {out} was trained on, which came from {was}; want "
+            f"data {preset.data}: not the images that the run in {out} was trained on, which came from "
+            f"{was.data if was else 'elsewhere'}; want "
             "these, or another out"
         )
     model.network.load_state_dict(tensors.read_tensors(folder / "raw.safetensors"))
@@ -230,10 +234,14 @@ def _resume(model: _Model, preset: Preset, out: Path, fingerprint: str) -> None:
         model.adam.state[p]["step"] = torch.tensor(float(state["step"]), device=p.device if p.is_cuda else "cpu")
     model.step, model.seconds, model.held_out_before = state["step"], state["seconds"], state["held_out_before"]
     model.saved = model.step
+    model.resumed = folder
 
 
 def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: float | None, fingerprint: str) -> None:
-    """Write a checkpoint, and delete those that `preset.keep` does not keep. Raises Stopped if the disk is full."""
+    """Write a checkpoint, and delete those that `preset.keep` does not keep.
+
+    Raises Stopped if the disk is full, or if the numbers are not finite.
+    """
     adam, named = model.adam, list(model.network.named_parameters())
     state = {
         "step": model.step,
@@ -248,13 +256,15 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         "optimizer": {f"{key}.{name}": adam.state[p][key] for name, p in named for key in _MOMENTS},
     }
     try:
-        checkpoints.save(out, preset, state, files)
+        folder = checkpoints.save(out, preset, state, files)
+    except FloatingPointError as error:
+        raise _not_finite(f"step {model.step}: {error}", out) from error
     except OSError as error:
         last = checkpoints.newest(out) or "none"
         raise Stopped(
             f"step {model.step}: cannot save to {out}: {log.reason(error)}; the last whole checkpoint is {last}"
         ) from error
-    checkpoints.prune(out, preset.keep)
+    checkpoints.prune(out, preset.keep, {folder, *([model.resumed] if model.resumed else [])})
 
 
 # -- a step ------------------------------------------------------------------------------------------------------------
@@ -411,6 +421,20 @@ def held_out_by_level(
     return means
 
 
+def _has_grid(step: int, preset: Preset) -> bool:
+    """Whether a grid of samples belongs to this step."""
+    return bool(preset.sample_every) and (step % preset.sample_every == 0 or step == preset.steps)
+
+
+def _grid_is_missing(model: _Model, preset: Preset, out: Path) -> bool:
+    """Whether an earlier process was ended between its checkpoint and the grid of samples of that step."""
+    return model.step > 0 and _has_grid(model.step, preset) and not _grid_file(out, model.step).exists()
+
+
+def _grid_file(out: Path, step: int) -> Path:
+    return out / "samples" / f"{step:08d}.png"
+
+
 def _sample(model: _Model, preset: Preset, out: Path, ranks: Processes, stop: Callable[[], bool]) -> None:
     """Write a grid of samples of the averaged weights, unless `stop` returns true."""
     mine = list(ranks.mine(preset.sample_count))
@@ -420,9 +444,7 @@ def _sample(model: _Model, preset: Preset, out: Path, ranks: Processes, stop: Ca
     )
     samples = ranks.interleave(samples, preset.sample_count)
     if not ranks.any(stop()) and ranks.first:
-        (out / "samples").mkdir(exist_ok=True)
-        grid = images.grid(images.channels_last(samples))
-        images.save(out / "samples" / f"{model.step:08d}.png", grid)
+        images.save(_grid_file(out, model.step), images.grid(images.channels_last(samples)))
 
 
 class _Watch:
@@ -462,12 +484,7 @@ def _check_settings(preset: Preset, out: Path, ranks: Processes) -> Preset:
     if not preset.data:
         raise InputError("data: this preset names no data set; want a SOURCE of images")
     _parts(preset, ranks)
-    config = out / "config.json"
-    if config.is_file():
-        try:
-            old = from_json(json.loads(config.read_text()))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{config}: cannot be read ({error}); want another out") from error
+    if (old := checkpoints.settings(out)) is not None:
         if preset.precision == "auto":
             preset = replace(preset, precision=old.precision)
         preset = replace(preset, class_names=old.class_names)

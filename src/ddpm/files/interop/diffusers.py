@@ -1,8 +1,6 @@
 """Folders of diffusers: `to_diffusers` writes one, `from_diffusers` reads one."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, parse_json
 from ddpm.files import atomic
 from ddpm.files.images import check_folder
 from ddpm.files.interop.names import OLD_NAMES, errors_named, export_state, import_state
@@ -136,20 +134,11 @@ def to_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
     index = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
 
     target = folder.absolute()
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
+    with atomic.temporary_folder(target) as part:
         atomic.write_json(part / "model_index.json", _with_class("DDPMPipeline", index))
         atomic.write_json(part / "unet" / "config.json", _with_class("UNet2DModel", unet))
         atomic.write_json(part / "scheduler" / "scheduler_config.json", _with_class("DDPMScheduler", scheduler))
         save_tensors(part / "unet" / WEIGHTS[0], tensors, {"format": "pt"})
-        for subfolder in (part / "unet", part / "scheduler", part):
-            atomic.sync(subfolder)
-        if target.exists():
-            target.rmdir()  # it is empty; Windows does not rename onto a folder
-        part.rename(target)
-        atomic.sync(target.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_out(folder: Path) -> None:
@@ -250,7 +239,7 @@ def _read_settings(file: Path, known: Mapping[str, tuple[Any, ...]], *kinds: str
     than `kinds`.
     """
     try:
-        config = json.loads(file.read_bytes())
+        config = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: damaged ({error}); want a configuration of {' or '.join(kinds)}") from error
     kind = config.get("_class_name") if isinstance(config, dict) else None
@@ -368,6 +357,6 @@ def is_diffusers(folder: Path) -> bool:
     """Whether a folder has the configurations of a network and a scheduler of diffusers."""
     try:
         network, _ = _config_folders(folder)
-        return "_class_name" in json.loads((network / "config.json").read_bytes())
+        return "_class_name" in parse_json((network / "config.json").read_bytes())
     except (InputError, OSError, ValueError, TypeError):
         return False

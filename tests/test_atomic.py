@@ -1,0 +1,241 @@
+"""Files and folders that appear complete or not at all, whatever fails, dies, or lies where they are written."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, steps, tensors, train
+
+import ddpm
+from ddpm.files import atomic, checkpoints
+
+PRESET = ddpm.PRESETS["digits"]
+
+
+def hidden(folder: Path) -> list[str]:
+    return [p.name for p in folder.rglob(".*") if p.name != ".lock"]
+
+
+# -- what lies there ---------------------------------------------------------------------------------------------------
+
+
+def test_a_link_under_a_temporary_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if somebody guesses the name: the file that the link names stays as it is."""
+    (tmp_path / "victim").write_text("mine")
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    planted = folder / ".ddpm-x.part"
+    monkeypatch.setattr(atomic, "_temporary_name", lambda _: planted)
+    for target in ("victim", "nothing"):
+        planted.symlink_to(tmp_path / target)
+        with pytest.raises(FileExistsError):
+            atomic.write(folder / "a.txt", "theirs")
+        with pytest.raises(FileExistsError), atomic.temporary_folder(folder / "a"):
+            pass
+        planted.unlink()
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_temporary_names_cannot_be_guessed(tmp_path: Path) -> None:
+    """64 bits of each are random: no two of 1000 agree in the first half of those."""
+    assert len({atomic._temporary_name(tmp_path).name[:-13] for _ in range(1000)}) == 1000
+
+
+def test_a_name_of_255_bytes_can_be_written(tmp_path: Path) -> None:
+    """The longest that file systems take; a temporary name is no longer for a longer name."""
+    path = tmp_path / ("ä" * 120 + "a" * 11 + ".txt")
+    assert len(os.fsencode(path.name)) == 255
+    atomic.write(path, "text")
+    assert path.read_text() == "text"
+
+
+def test_a_pipe_is_written_into_and_a_link_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    atomic.write(tmp_path / "pipe", "text")
+    assert reader.communicate(timeout=60)[0] == b"text"
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away.txt")
+    atomic.write(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "far" / "away.txt").read_text() == "text"
+
+
+def killed_while_it_writes(folder: Path) -> None:
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from ddpm.files import atomic
+        with atomic.temporary(Path({str(folder)!r}) / "a.txt") as part, atomic.temporary_folder(part.parent / "b") as b:
+            part.write_text("half of it")
+            (b / "c.txt").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert len(list(folder.glob(".ddpm-*.part"))) == 2
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:
+    """By the next process that writes to the folder; what a running process writes stays."""
+    killed_while_it_writes(tmp_path)
+    with atomic.temporary(tmp_path / "ours.txt") as ours:
+        assert hidden(tmp_path) == [ours.name]
+        write = f"from ddpm.files import atomic; atomic.write({str(tmp_path / 'theirs.txt')!r}, '')"
+        subprocess.run([sys.executable, "-c", write], check=True)
+        assert hidden(tmp_path) == [ours.name]
+    assert {p.name for p in tmp_path.iterdir()} == {"ours.txt", "theirs.txt"}
+
+
+def test_what_another_machine_writes_is_deleted_after_a_day(tmp_path: Path) -> None:
+    """Its processes cannot be seen from here. A link is deleted, not what it names."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name, age in (("new", 3600), ("old", 90_000)):
+        part = tmp_path / f".ddpm-0000000{len(name)}-1-{name}.part"
+        part.touch()
+        os.utime(part, (part.stat().st_mtime - age,) * 2)
+    link = tmp_path / f".ddpm-{atomic._machine()}-{2**22 + 1}-link.part"  # Linux has no such process
+    link.symlink_to(kept)
+    atomic.write(tmp_path / "a.txt", "")
+    assert [name.rpartition("-")[2] for name in hidden(tmp_path)] == ["new.part"]
+    assert kept.is_dir()
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with atomic.temporary_folder(tmp_path / "a") as part:
+            (part / text).touch()
+    with pytest.raises(ZeroDivisionError), atomic.temporary_folder(tmp_path / "a") as part:
+        raise ZeroDivisionError
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["second"]
+    assert hidden(tmp_path) == []
+
+
+# -- errors of the disk ------------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """A disk on which one call fails: the writes, syncs and renames of `atomic` are counted, and number `fails` raises.
+
+    dies  end the process there instead, as SIGKILL does
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, fails: int, dies: bool = False) -> None:
+        self.calls, self.fails, self.dies = 0, fails, dies
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "open"), (Path, "write_bytes")):
+            patch.setattr(module, name, self._counting(getattr(module, name)))
+        patch.setattr("ddpm.files.tensors.save_file", self._counting(ddpm.files.tensors.save_file))
+
+    def _counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            path = next((str(a) for a in args if isinstance(a, (str, Path))), "")
+            if function is not os_open or (".part" in path and "dir_fd" not in kwargs):  # shutil.rmtree gives one
+                self.calls += 1
+                if self.calls == self.fails:
+                    if self.dies:
+                        os._exit(9)
+                    raise OSError(5, "Input/output error", path)
+            return function(*args, **kwargs)
+
+        return call
+
+
+os_open = os.open
+
+
+def save(run: Path, step: int, held_out: float) -> None:
+    weights = {stem: {"w": torch.full((9,), float(step))} for stem in ("ema", "raw", "optimizer")}
+    folder = checkpoints.save(run, PRESET, {"step": step, "held_out": held_out}, weights)
+    checkpoints.prune(run, 1, {folder})
+
+
+def whole(run: Path) -> list[int]:
+    return [int(p.name) for p in reversed(checkpoints.saved(run)) if checkpoints.damage(p) is None]
+
+
+def test_no_checkpoint_is_lost_by_a_save_that_fails_or_is_killed_at_any_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each write, sync and rename in turn. The newest whole one is that before the save or after it, never none.
+
+    So is the best one, and what is there afterwards can be saved over.
+    """
+    for dies in (False, True):
+        fails, ended = 0, False
+        while not ended:
+            fails += 1
+            run = tmp_path / f"{dies}{fails}"
+            for step, loss in ((1, 0.1), (2, 0.5), (3, 0.4)):
+                save(run, step, loss)
+            assert whole(run) == [1, 3]
+            (run / "checkpoints" / "00000004").mkdir()  # it is damaged, and replaced
+            if dies:
+                child = os.fork()
+                if child == 0:
+                    Disk(monkeypatch, fails, dies)
+                    save(run, 4, 0.6)
+                    os._exit(0)
+                ended = os.waitpid(child, 0)[1] == 0
+            else:
+                with monkeypatch.context() as patch:
+                    disk = Disk(patch, fails)
+                    with suppress(OSError):
+                        save(run, 4, 0.6)
+                    ended = disk.calls < fails
+                assert hidden(run) == [], fails
+            assert whole(run) in ([1, 3], [1, 4], [1, 3, 4]), fails
+            assert checkpoints.best(run) == run / "checkpoints" / "00000001"
+            atomic._remove_leftovers.cache_clear()
+            save(run, 5, 0.7)
+            assert whole(run) == [1, 5]
+            assert hidden(run) == []
+        assert fails > 20
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    assert train(tmp_path / "reference", *SHORT) == 0
+    return tmp_path / "reference"
+
+
+SHORT = "--steps 4 --save-every 2 --sample-every 4 --eval-images 4 --sample-count 1 --sample-steps 1".split()
+
+
+def test_a_training_whose_disk_fails_once_loses_nothing(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At each call in turn: one line and exit code 1, and the same command comes to the same bits."""
+    fails = 0
+    while True:
+        fails += 1
+        run = tmp_path / str(fails)
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, fails)
+            code = train(run, *SHORT)
+        lines = capsys.readouterr().err.splitlines()
+        if disk.calls < fails:
+            break
+        saved = steps(run) if (run / "checkpoints").is_dir() else []
+        assert all(checkpoints.damage(run / "checkpoints" / f"{step:08d}") is None for step in saved)
+        if code:
+            assert (code, lines[-1].startswith("ddpm: ")) == (1, True), (fails, lines)
+        if fails % 3 == 0:
+            atomic._remove_leftovers.cache_clear()
+            assert train(run, *SHORT) == 0
+            assert_same(tensors(run, 4), tensors(reference, 4))
+            assert (run / "samples" / "00000004.png").read_bytes() == (
+                reference / "samples" / "00000004.png"
+            ).read_bytes()
+            capsys.readouterr()
+        assert hidden(run) == [], fails
+    assert code == 0
+    assert fails > 30
