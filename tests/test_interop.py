@@ -7,10 +7,11 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from exact import one_thread  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from torch import nn
 import ddpm
 from ddpm import samplers
 from ddpm.cli import main
+from ddpm.details import Details
 from ddpm.errors import InputError
 from ddpm.files import interop, models
 from ddpm.files.interop import diffusers as folders
@@ -289,8 +291,8 @@ def test_there_and_back(changes, tmp_path):
 def test_class_labels_go_out_and_come_in(tmp_path, capsys):
     """As num_class_embeds, and back: the names are numbers then; it may never have been without a label."""
     found = random_model(replace(SMALL, classes=True, class_names=("cat", "dog", *"abcdefgh")))
-    net = found.denoiser.network
-    folder = exported(found, tmp_path / "out")
+    net, folder = found.denoiser.network, tmp_path / "out"
+    to_diffusers(found, folder, "all")
     model = UNet2DModel.from_pretrained(folder, subfolder="unet")
     back, state = from_diffusers(folder)
     assert (back.classes, back.class_names) == (True, tuple("0123456789"))
@@ -480,9 +482,9 @@ REFUSED = [
     ("unet", "out_channels", 2, "want 1"),
     ("unet", "center_input_sample", True, "want false"),
     ("unet", "time_embedding_type", "fourier", 'want "positional"'),
-    ("unet", "time_embedding_dim", 256, "want null"),
-    ("unet", "freq_shift", 0, "want 1"),
-    ("unet", "flip_sin_to_cos", True, "want false"),
+    ("unet", "time_embedding_dim", 256, "want null or 128"),
+    ("unet", "freq_shift", 2, "want 0, 1"),
+    ("unet", "flip_sin_to_cos", None, "want true, false"),
     ("unet", "down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"], "want DownBlock2D or AttnDownBlock2D"),
     ("unet", "down_block_types", ["DownBlock2D"], "each of 2 levels"),
     ("unet", "mid_block_type", None, 'want "UNetMidBlock2D"'),
@@ -492,21 +494,24 @@ REFUSED = [
     ("unet", "block_out_channels", [], "want whole numbers"),
     ("unet", "layers_per_block", 0, "want a whole number of at least 1"),
     ("unet", "mid_block_scale_factor", 2, "want 1"),
-    ("unet", "downsample_padding", 1, "want 0"),
+    ("unet", "downsample_padding", 2, "want 0, 1"),
     ("unet", "downsample_type", "resnet", 'want "conv"'),
     ("unet", "upsample_type", "resnet", 'want "conv"'),
     ("unet", "dropout", 1.5, "want a finite number"),
     ("unet", "act_fn", "gelu", 'want "silu"'),
-    ("unet", "attention_head_dim", 8, "want null"),
-    ("unet", "norm_num_groups", 16, "want 8, as our network has"),
-    ("unet", "attn_norm_num_groups", 16, "want 8, as our network has"),
-    ("unet", "norm_eps", 1e-5, "want 1e-06"),
-    ("unet", "resnet_time_scale_shift", "scale_shift", 'want "default"'),
-    ("unet", "add_attention", False, "want true"),
+    ("unet", "attention_head_dim", 64, "want at most 32"),
+    ("unet", "attention_head_dim", 12, "want a divisor of 32"),
+    ("unet", "attention_head_dim", 0, "want a whole number of at least 1"),
+    ("unet", "norm_num_groups", 5, "want a divisor of 32"),
+    ("unet", "norm_num_groups", None, "want a whole number of at least 1"),
+    ("unet", "attn_norm_num_groups", 16, "want 8, as norm_num_groups"),
+    ("unet", "norm_eps", -1e-5, "want a finite number"),
+    ("unet", "resnet_time_scale_shift", "ada_group", 'want "default", "scale_shift"'),
+    ("unet", "add_attention", None, "want true, false"),
     ("unet", "class_embed_type", "timestep", "want null"),
     ("unet", "num_class_embeds", -1, "want a whole number of at least 0"),
     ("unet", "window_size", 7, "an unknown setting"),
-    ("scheduler", "_class_name", "PNDMScheduler", "want DDPMScheduler or DDIMScheduler"),
+    ("scheduler", "_class_name", "FlowMatchEulerDiscreteScheduler", "want one of DDPMScheduler, "),
     ("scheduler", "num_train_timesteps", 0, "want a whole number of at least 1"),
     ("scheduler", "beta_start", 0, "want a finite number"),
     ("scheduler", "beta_end", 2.0, "want a finite number"),
@@ -514,14 +519,15 @@ REFUSED = [
     ("scheduler", "trained_betas", [0.1] * 9 + [0.11], "one of the schedules"),
     ("scheduler", "trained_betas", [0.1] * 9, "or 10 numbers"),
     ("scheduler", "trained_betas", [0.1] * 9 + ["x"], "or 10 numbers"),
-    ("scheduler", "variance_type", "learned", 'want "fixed_small"'),
-    ("scheduler", "variance_type", "fixed_large_log", 'want "fixed_small"'),
+    ("scheduler", "variance_type", "learned", 'want null, "fixed_small"'),
+    ("scheduler", "variance_type", "fixed_large_log", 'want null, "fixed_small"'),
+    ("scheduler", "predict_epsilon", "yes", "want true or false"),
+    ("scheduler", "predict_epsilon", False, "not with predict_epsilon"),
     ("scheduler", "clip_sample", "yes", "want true, false"),
     ("scheduler", "prediction_type", "pf_ode", 'want "epsilon"'),
     ("scheduler", "thresholding", True, "want false"),
     ("scheduler", "clip_sample_range", 2.0, "want 1.0"),
     ("scheduler", "rescale_betas_zero_snr", True, "want false"),
-    ("scheduler", "set_alpha_to_one", False, "want true"),
     ("scheduler", "solver_order", 2, "an unknown setting"),
 ]
 
@@ -535,44 +541,38 @@ def test_a_setting_is_refused_by_name(part, name, value, words, small_folder, tm
     assert words in message
 
 
-@pytest.mark.parametrize(
-    ("name", "default"),
-    [
-        ("attention_head_dim", "8"),
-        ("downsample_padding", "1"),
-        ("flip_sin_to_cos", "true"),
-        ("freq_shift", "0"),
-        ("norm_eps", "1e-05"),
-    ],
-)
-def test_an_absent_setting_is_their_default(name, default, small_folder, tmp_path):
-    """Which is not what our network has; diffusers' own class says what it is."""
-    message = refused(changed(small_folder, tmp_path / "changed", "unet", {}, absent=[name]))
-    assert f"{name} {default}, diffusers' default, as the setting is absent: want" in message
-    with torch.device("meta"):
-        assert json.dumps(UNet2DModel(block_out_channels=(32,) * 4).config[name]) == default
+def test_an_absent_setting_is_their_default(small_folder, tmp_path):
+    """diffusers' own class says what it is."""
+    names = ["attention_head_dim", "downsample_padding", "flip_sin_to_cos", "freq_shift", "norm_eps"]
+    folder = changed(small_folder, tmp_path / "changed", "unet", {}, absent=names)
+    preset, state = from_diffusers(folder)
+    assert apart(network(preset, state), UNet2DModel.from_pretrained(folder, subfolder="unet"), *inputs(preset)) < 1e-5
+    assert preset.details == Details(norm_eps=1e-5, head_channels=8, even_padding=True, frequency_shift=0)
 
 
 def test_every_setting_of_diffusers_is_known_and_its_default_is_right():
     """By the classes themselves."""
     with torch.device("meta"):
         unet = UNet2DModel().config
-    theirs = {"unet": unet, "ddpm": DDPMScheduler().config, "ddim": DDIMScheduler().config}
+    schedulers = {name: getattr(diffusers, name)().config for name in folders.CLASSES[:5]}
+    theirs = {"unet": unet, **schedulers}
     for part, config in theirs.items():
-        table = folders.UNET if part == "unet" else folders.SCHEDULER
+        table = folders.UNET if part == "unet" else folders.SCHEDULER | folders.DDPM
         config = {name: value for name, value in config.items() if not name.startswith("_")}
         assert config.keys() <= table.keys()
         for name, value in config.items():
             assert table[name][0] == (list(value) if isinstance(value, tuple) else value), name
     assert folders.UNET.keys() <= theirs["unet"].keys()
-    assert folders.SCHEDULER.keys() <= {**theirs["ddpm"], **theirs["ddim"]}.keys()
+    of_old_versions = {"set_alpha_to_zero", "tensor_format"}
+    of_other_classes = {"use_flow_sigmas", "timestep_type"}
+    known = folders.SCHEDULER.keys() | folders.DDPM.keys()
+    assert known - of_old_versions - of_other_classes <= set().union(*schedulers.values())
 
 
 JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.lists(st.integers())
 ONE_VALUE = {
-    "center_input_sample": False, "freq_shift": 1, "flip_sin_to_cos": False, "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1, "downsample_padding": 0, "norm_eps": 1e-6, "resnet_time_scale_shift": "default",
-    "add_attention": True, "attention_head_dim": None, "class_embed_type": None,
+    "center_input_sample": False, "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1,
+    "class_embed_type": None, "downsample_type": "conv", "upsample_type": "conv",
 }  # fmt: skip
 
 
@@ -630,8 +630,8 @@ def test_damaged_folders(small_folder, tmp_path):
         assert words in refused(folder)
         (folder / name).write_text("[]")
         assert "_class_name None" in refused(folder)
-        (folder / name).unlink()
-        assert "want a diffusers folder" in refused(folder)
+    (folder / "unet/config.json").unlink()
+    assert "want a diffusers folder" in refused(folder)
     folder = changed(small_folder, tmp_path / "changed", "unet", {})
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     data = weights.read_bytes()
