@@ -25,7 +25,8 @@ from ddpm.details import Details
 from ddpm.errors import InputError
 from ddpm.files import interop, models
 from ddpm.files.interop import diffusers as folders
-from ddpm.files.interop import export_state, from_ddim, from_diffusers, import_state, to_diffusers
+from ddpm.files.interop import export_state, from_diffusers, import_state, to_diffusers
+from ddpm.files.interop.ddim import infer_preset
 from ddpm.files.models import Checkpoint
 from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS, Preset, build
@@ -697,7 +698,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
     unet, scheduler = PUBLISHED | SMALL_CONFIG, SCHEDULER
     folder = as_published(tmp_path / "folder", unet, scheduler, {})
     shutil.copy(file, folder / "diffusion_pytorch_model.bin")
-    for call in (lambda: from_ddim(file, WIDE), lambda: interop.recognise(file), lambda: from_diffusers(folder)):
+    for call in (lambda: interop.read(file, WIDE)[1], lambda: interop.recognise(file), lambda: from_diffusers(folder)):
         with pytest.raises(InputError, match="not plain weights"):
             call()
     assert not ran.exists()
@@ -837,8 +838,8 @@ def test_the_cifar10_network_of_ddim_comes_in(tmp_path):
     file = tmp_path / "ema_diffusion_cifar10_model-790000.ckpt"
     torch.save(model.state, file)
     assert interop.recognise(file) == "ddim"
-    assert interop.infer_preset(interop.read_ddim(file)) == replace(CIFAR10, data="")
-    net = network(CIFAR10, from_ddim(file, CIFAR10))
+    assert infer_preset(interop.read_file(file)[1]) == replace(CIFAR10, data="")
+    net = network(CIFAR10, interop.read(file, CIFAR10)[1])
     assert apart(net, model, *inputs(CIFAR10)) < 1e-5
     assert_same(export_state(net.state_dict(), CIFAR10, "ddim"), model.state)
 
@@ -859,7 +860,9 @@ def test_other_networks_of_ddim(changes, tmp_path):
     preset = replace(WIDE, **changes)
     model = ddim_model(preset)
     save_file(model.state, tmp_path / "model.safetensors")
-    assert apart(network(preset, from_ddim(tmp_path / "model.safetensors", preset)), model, *inputs(preset)) < 1e-5
+    assert (
+        apart(network(preset, interop.read(tmp_path / "model.safetensors", preset)[1]), model, *inputs(preset)) < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -870,7 +873,7 @@ def test_the_comparison_with_ddim_has_teeth(a, b, tmp_path):
     model = ddim_model(WIDE)
     names = {f"mid.{x}.{leaf}": f"mid.{y}.{leaf}" for x, y in ((a, b), (b, a)) for leaf in ("weight", "bias")}
     torch.save({name: model.state[names.get(name, name)] for name in model.state}, tmp_path / "model.pt")
-    assert apart(network(WIDE, from_ddim(tmp_path / "model.pt", WIDE)), model, *inputs(WIDE)) > 1e-3
+    assert apart(network(WIDE, interop.read(tmp_path / "model.pt", WIDE)[1]), model, *inputs(WIDE)) > 1e-3
 
 
 def test_training_checkpoints_of_ddim(tmp_path):
@@ -895,25 +898,26 @@ def test_training_checkpoints_of_ddim(tmp_path):
         file = tmp_path / f"ckpt_{number}.pth"
         torch.save(saved, file, _use_new_zipfile_serialization=number % 2 == 0)
         assert interop.recognise(file) == "ddim"
-        assert_same(interop.read_ddim(file), expected)
-        assert_same(from_ddim(file, WIDE), import_state(expected, WIDE, "ddim"))
+        assert_same(interop.read_file(file)[1], expected)
+        assert_same(interop.read(file, WIDE)[1], import_state(expected, WIDE, "ddim"))
 
 
 @pytest.mark.parametrize(
     ("saved", "words"),
     [
-        ([], "not a state dict but NoneType"),
-        ([1, 2], "not a state dict but int"),
-        ({}, "not a state dict but dict"),
-        ({"state_dict": {"a": torch.zeros(1)}}, "state_dict is dict; want names and tensors"),
-        ({0: 1}, "0 is int"),
-        ({"a": torch.zeros(1)}, "not weights of ddim, which have temb.dense.0.weight"),
+        ([], "not weights of a known package; want a diffusers folder"),
+        ([1, 2], "not weights of a known package"),
+        ({}, "not weights of a known package"),
+        ({"state_dict": {"a": torch.zeros(1)}}, "not weights of a known package"),
+        ({0: 1}, "not weights of a known package"),
+        ({"downs.0.0.block1.proj.weight": torch.zeros(1)}, "weights of lucidrains/denoising-diffusion-pytorch, whose"),
+        ({"time_embedding.linear_1.weight": torch.zeros(1)}, "weights of diffusers without their settings; want the f"),
     ],
 )
 def test_other_files_are_not_ddims(saved, words, tmp_path):
     file = tmp_path / "model.pt"
     torch.save(saved, file)
-    for call in (lambda: from_ddim(file, WIDE), lambda: interop.recognise(file)):
+    for call in (lambda: interop.read(file, WIDE)[1], lambda: interop.recognise(file)):
         with pytest.raises(InputError, match=f"^{file}: {words}"):
             call()
 
@@ -927,10 +931,10 @@ def test_damaged_files_of_ddim(tmp_path):
     for size in (0, 1, 20, len(data) // 2, len(data) - 1):
         file.write_bytes(data[:size])
         with pytest.raises(InputError, match="not plain weights"):
-            from_ddim(file, WIDE)
+            interop.read(file, WIDE)[1]
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(InputError, match="not a whole safetensors file"):
-        from_ddim(tmp_path / "model.safetensors", WIDE)
+        interop.read(tmp_path / "model.safetensors", WIDE)[1]
 
 
 def test_the_preset_must_be_of_the_weights(tmp_path):
@@ -939,7 +943,10 @@ def test_the_preset_must_be_of_the_weights(tmp_path):
     torch.save(ddim_model(WIDE).state, file)
     for changes, words in (
         ({"patch": 2}, "patch 2: .* want 1"),
-        ({"width": 64}, "width 64: .* want at least 128"),
+        (
+            {"width": 64},
+            r"conv_in.weight of shape .*: want|temb.dense.0.weight of shape \[512, 128\]: want \[256, 64\]",
+        ),
         (
             {"channel_multipliers": (1, 2)},
             r"down.1.block.0.norm2.weight of shape \[128\]: want \[256\]|.* of shape .*: want ",
@@ -948,13 +955,13 @@ def test_the_preset_must_be_of_the_weights(tmp_path):
         ({"attention_resolutions": (4, 2)}, "down.0.attn.0.norm.weight is missing; want \\[128\\]"),
     ):
         with pytest.raises(InputError, match=f"^{file}: {words}"):
-            from_ddim(file, replace(WIDE, **changes))
+            interop.read(file, replace(WIDE, **changes))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "celebahq256", "lsun_bedroom_large"])
 def test_the_sizes_are_told_by_the_weights(name):
     preset = PRESETS[name]
-    assert interop.infer_preset(export_state(meta_state(preset), preset, "ddim")) == replace(preset, data="")
+    assert infer_preset(export_state(meta_state(preset), preset, "ddim")) == replace(preset, data="")
 
 
 def test_sizes_that_no_preset_has():
@@ -968,11 +975,11 @@ def test_sizes_that_no_preset_has():
         attention_resolutions=(16, 8),
     )
     state = export_state(meta_state(preset), preset, "ddim")
-    assert interop.infer_preset(state) == preset
+    assert infer_preset(state) == preset
     with pytest.raises(InputError, match="no attention on the way down"):
-        interop.infer_preset({name: value for name, value in state.items() if ".attn." not in name})
+        infer_preset({name: value for name, value in state.items() if ".attn." not in name})
     with pytest.raises(InputError, match=r"want conv_in.weight"):
-        interop.infer_preset({name: value for name, value in state.items() if name != "conv_in.weight"})
+        infer_preset({name: value for name, value in state.items() if name != "conv_in.weight"})
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
@@ -985,7 +992,7 @@ def test_recognise(small_folder, tmp_path):
     (tmp_path / "file.txt").write_text("x")
     own = models.MODELS / "digits.safetensors"
     for path in (tmp_path, tmp_path / "run", tmp_path / "nothing", tmp_path / "file.txt", own):
-        with pytest.raises(InputError, match=r"want a diffusers folder or a file of ddim's weights \(.ckpt"):
+        with pytest.raises(InputError, match=r"want a diffusers folder, or a file \(.ckpt"):
             interop.recognise(path)
 
 

@@ -46,16 +46,17 @@ def add(commands: Commands) -> None:
 
     parser = command(
         commands, "import", import_, "read a model of another package",
-        "Write FILE.safetensors, which every command takes as a model, from a diffusers folder (UNet2DModel with a "
-        "DDPM or DDIM scheduler) or from a weights file of ermongroup/ddim or pesser/pytorch_diffusion. Every key, "
-        "shape and setting is accounted for. A setting that our network does not have is refused by its name.",
+        "Write FILE.safetensors, which every command takes as a model, from a diffusers folder (UNet2DModel) or from a "
+        "weights file of ermongroup/ddim, pesser/pytorch_diffusion, openai/improved-diffusion or "
+        "w86763777/pytorch-ddpm. Every key, shape and setting is accounted for. A setting that our network does not have "
+        "is refused by its name.",
         "ddpm import hf:google/ddpm-cifar10-32 --out cifar10.safetensors",
     )  # fmt: skip
-    path = "a diffusers folder, or hf:OWNER/NAME; a .ckpt, .pt, .pth or .safetensors file of ddim's weights"
+    path = "a diffusers folder, or hf:OWNER/NAME; a .ckpt, .pt, .pth or .safetensors file of another package's weights"
     parser.add_argument("path", metavar="PATH", help=path)
     parser.add_argument("--out", required=True, metavar="FILE", help="NAME.safetensors")
     parser.add_argument(
-        "--preset", metavar="X", help="preset with the settings of ddim's weights (found by their shapes)"
+        "--preset", metavar="X", help="preset with the settings of a weights file (found by its shapes)"
     )
     parser.add_argument("--data", metavar="SOURCE", help=f"the images that the model was trained on: {SOURCE}")
     add_json(parser)
