@@ -7,10 +7,11 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from exact import one_thread  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,10 +21,12 @@ from torch import nn
 import ddpm
 from ddpm import samplers
 from ddpm.cli import main
+from ddpm.details import Details
 from ddpm.errors import InputError
 from ddpm.files import interop, models
 from ddpm.files.interop import diffusers as folders
-from ddpm.files.interop import export_state, from_ddim, from_diffusers, import_state, to_diffusers
+from ddpm.files.interop import export_state, from_diffusers, import_state, to_diffusers
+from ddpm.files.interop.ddim import infer_preset
 from ddpm.files.models import Checkpoint
 from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS, Preset, build
@@ -289,8 +292,8 @@ def test_there_and_back(changes, tmp_path):
 def test_class_labels_go_out_and_come_in(tmp_path, capsys):
     """As num_class_embeds, and back: the names are numbers then; it may never have been without a label."""
     found = random_model(replace(SMALL, classes=True, class_names=("cat", "dog", *"abcdefgh")))
-    net = found.denoiser.network
-    folder = exported(found, tmp_path / "out")
+    net, folder = found.denoiser.network, tmp_path / "out"
+    to_diffusers(found, folder, "all")
     model = UNet2DModel.from_pretrained(folder, subfolder="unet")
     back, state = from_diffusers(folder)
     assert (back.classes, back.class_names) == (True, tuple("0123456789"))
@@ -480,9 +483,9 @@ REFUSED = [
     ("unet", "out_channels", 2, "want 1"),
     ("unet", "center_input_sample", True, "want false"),
     ("unet", "time_embedding_type", "fourier", 'want "positional"'),
-    ("unet", "time_embedding_dim", 256, "want null"),
-    ("unet", "freq_shift", 0, "want 1"),
-    ("unet", "flip_sin_to_cos", True, "want false"),
+    ("unet", "time_embedding_dim", 256, "want null or 128"),
+    ("unet", "freq_shift", 2, "want 0, 1"),
+    ("unet", "flip_sin_to_cos", None, "want true, false"),
     ("unet", "down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"], "want DownBlock2D or AttnDownBlock2D"),
     ("unet", "down_block_types", ["DownBlock2D"], "each of 2 levels"),
     ("unet", "mid_block_type", None, 'want "UNetMidBlock2D"'),
@@ -492,21 +495,24 @@ REFUSED = [
     ("unet", "block_out_channels", [], "want whole numbers"),
     ("unet", "layers_per_block", 0, "want a whole number of at least 1"),
     ("unet", "mid_block_scale_factor", 2, "want 1"),
-    ("unet", "downsample_padding", 1, "want 0"),
+    ("unet", "downsample_padding", 2, "want 0, 1"),
     ("unet", "downsample_type", "resnet", 'want "conv"'),
     ("unet", "upsample_type", "resnet", 'want "conv"'),
     ("unet", "dropout", 1.5, "want a finite number"),
     ("unet", "act_fn", "gelu", 'want "silu"'),
-    ("unet", "attention_head_dim", 8, "want null"),
-    ("unet", "norm_num_groups", 16, "want 8, as our network has"),
-    ("unet", "attn_norm_num_groups", 16, "want 8, as our network has"),
-    ("unet", "norm_eps", 1e-5, "want 1e-06"),
-    ("unet", "resnet_time_scale_shift", "scale_shift", 'want "default"'),
-    ("unet", "add_attention", False, "want true"),
+    ("unet", "attention_head_dim", 64, "want at most 32"),
+    ("unet", "attention_head_dim", 12, "want a divisor of 32"),
+    ("unet", "attention_head_dim", 0, "want a whole number of at least 1"),
+    ("unet", "norm_num_groups", 5, "want a divisor of 32"),
+    ("unet", "norm_num_groups", None, "want a whole number of at least 1"),
+    ("unet", "attn_norm_num_groups", 16, "want 8, as norm_num_groups"),
+    ("unet", "norm_eps", -1e-5, "want a finite number"),
+    ("unet", "resnet_time_scale_shift", "ada_group", 'want "default", "scale_shift"'),
+    ("unet", "add_attention", None, "want true, false"),
     ("unet", "class_embed_type", "timestep", "want null"),
     ("unet", "num_class_embeds", -1, "want a whole number of at least 0"),
     ("unet", "window_size", 7, "an unknown setting"),
-    ("scheduler", "_class_name", "PNDMScheduler", "want DDPMScheduler or DDIMScheduler"),
+    ("scheduler", "_class_name", "FlowMatchEulerDiscreteScheduler", "want one of DDPMScheduler, "),
     ("scheduler", "num_train_timesteps", 0, "want a whole number of at least 1"),
     ("scheduler", "beta_start", 0, "want a finite number"),
     ("scheduler", "beta_end", 2.0, "want a finite number"),
@@ -514,14 +520,15 @@ REFUSED = [
     ("scheduler", "trained_betas", [0.1] * 9 + [0.11], "one of the schedules"),
     ("scheduler", "trained_betas", [0.1] * 9, "or 10 numbers"),
     ("scheduler", "trained_betas", [0.1] * 9 + ["x"], "or 10 numbers"),
-    ("scheduler", "variance_type", "learned", 'want "fixed_small"'),
-    ("scheduler", "variance_type", "fixed_large_log", 'want "fixed_small"'),
+    ("scheduler", "variance_type", "learned", 'want null, "fixed_small"'),
+    ("scheduler", "variance_type", "fixed_large_log", 'want null, "fixed_small"'),
+    ("scheduler", "predict_epsilon", "yes", "want true or false"),
+    ("scheduler", "predict_epsilon", False, "not with predict_epsilon"),
     ("scheduler", "clip_sample", "yes", "want true, false"),
     ("scheduler", "prediction_type", "pf_ode", 'want "epsilon"'),
     ("scheduler", "thresholding", True, "want false"),
     ("scheduler", "clip_sample_range", 2.0, "want 1.0"),
     ("scheduler", "rescale_betas_zero_snr", True, "want false"),
-    ("scheduler", "set_alpha_to_one", False, "want true"),
     ("scheduler", "solver_order", 2, "an unknown setting"),
 ]
 
@@ -535,44 +542,38 @@ def test_a_setting_is_refused_by_name(part, name, value, words, small_folder, tm
     assert words in message
 
 
-@pytest.mark.parametrize(
-    ("name", "default"),
-    [
-        ("attention_head_dim", "8"),
-        ("downsample_padding", "1"),
-        ("flip_sin_to_cos", "true"),
-        ("freq_shift", "0"),
-        ("norm_eps", "1e-05"),
-    ],
-)
-def test_an_absent_setting_is_their_default(name, default, small_folder, tmp_path):
-    """Which is not what our network has; diffusers' own class says what it is."""
-    message = refused(changed(small_folder, tmp_path / "changed", "unet", {}, absent=[name]))
-    assert f"{name} {default}, diffusers' default, as the setting is absent: want" in message
-    with torch.device("meta"):
-        assert json.dumps(UNet2DModel(block_out_channels=(32,) * 4).config[name]) == default
+def test_an_absent_setting_is_their_default(small_folder, tmp_path):
+    """diffusers' own class says what it is."""
+    names = ["attention_head_dim", "downsample_padding", "flip_sin_to_cos", "freq_shift", "norm_eps"]
+    folder = changed(small_folder, tmp_path / "changed", "unet", {}, absent=names)
+    preset, state = from_diffusers(folder)
+    assert apart(network(preset, state), UNet2DModel.from_pretrained(folder, subfolder="unet"), *inputs(preset)) < 1e-5
+    assert preset.details == Details(norm_eps=1e-5, head_channels=8, even_padding=True, frequency_shift=0)
 
 
 def test_every_setting_of_diffusers_is_known_and_its_default_is_right():
     """By the classes themselves."""
     with torch.device("meta"):
         unet = UNet2DModel().config
-    theirs = {"unet": unet, "ddpm": DDPMScheduler().config, "ddim": DDIMScheduler().config}
+    schedulers = {name: getattr(diffusers, name)().config for name in folders.CLASSES[:5]}
+    theirs = {"unet": unet, **schedulers}
     for part, config in theirs.items():
-        table = folders.UNET if part == "unet" else folders.SCHEDULER
+        table = folders.UNET if part == "unet" else folders.SCHEDULER | folders.DDPM
         config = {name: value for name, value in config.items() if not name.startswith("_")}
         assert config.keys() <= table.keys()
         for name, value in config.items():
             assert table[name][0] == (list(value) if isinstance(value, tuple) else value), name
     assert folders.UNET.keys() <= theirs["unet"].keys()
-    assert folders.SCHEDULER.keys() <= {**theirs["ddpm"], **theirs["ddim"]}.keys()
+    of_old_versions = {"set_alpha_to_zero", "tensor_format"}
+    of_other_classes = {"use_flow_sigmas", "timestep_type"}
+    known = folders.SCHEDULER.keys() | folders.DDPM.keys()
+    assert known - of_old_versions - of_other_classes <= set().union(*schedulers.values())
 
 
 JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.lists(st.integers())
 ONE_VALUE = {
-    "center_input_sample": False, "freq_shift": 1, "flip_sin_to_cos": False, "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1, "downsample_padding": 0, "norm_eps": 1e-6, "resnet_time_scale_shift": "default",
-    "add_attention": True, "attention_head_dim": None, "class_embed_type": None,
+    "center_input_sample": False, "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1,
+    "class_embed_type": None, "downsample_type": "conv", "upsample_type": "conv",
 }  # fmt: skip
 
 
@@ -630,8 +631,8 @@ def test_damaged_folders(small_folder, tmp_path):
         assert words in refused(folder)
         (folder / name).write_text("[]")
         assert "_class_name None" in refused(folder)
-        (folder / name).unlink()
-        assert "want a diffusers folder" in refused(folder)
+    (folder / "unet/config.json").unlink()
+    assert "want a diffusers folder" in refused(folder)
     folder = changed(small_folder, tmp_path / "changed", "unet", {})
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     data = weights.read_bytes()
@@ -697,7 +698,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
     unet, scheduler = PUBLISHED | SMALL_CONFIG, SCHEDULER
     folder = as_published(tmp_path / "folder", unet, scheduler, {})
     shutil.copy(file, folder / "diffusion_pytorch_model.bin")
-    for call in (lambda: from_ddim(file, WIDE), lambda: interop.recognise(file), lambda: from_diffusers(folder)):
+    for call in (lambda: interop.read(file, WIDE)[1], lambda: interop.recognise(file), lambda: from_diffusers(folder)):
         with pytest.raises(InputError, match="not plain weights"):
             call()
     assert not ran.exists()
@@ -837,8 +838,8 @@ def test_the_cifar10_network_of_ddim_comes_in(tmp_path):
     file = tmp_path / "ema_diffusion_cifar10_model-790000.ckpt"
     torch.save(model.state, file)
     assert interop.recognise(file) == "ddim"
-    assert interop.infer_preset(interop.read_ddim(file)) == replace(CIFAR10, data="")
-    net = network(CIFAR10, from_ddim(file, CIFAR10))
+    assert infer_preset(interop.read_file(file)[1]) == replace(CIFAR10, data="")
+    net = network(CIFAR10, interop.read(file, CIFAR10)[1])
     assert apart(net, model, *inputs(CIFAR10)) < 1e-5
     assert_same(export_state(net.state_dict(), CIFAR10, "ddim"), model.state)
 
@@ -859,7 +860,9 @@ def test_other_networks_of_ddim(changes, tmp_path):
     preset = replace(WIDE, **changes)
     model = ddim_model(preset)
     save_file(model.state, tmp_path / "model.safetensors")
-    assert apart(network(preset, from_ddim(tmp_path / "model.safetensors", preset)), model, *inputs(preset)) < 1e-5
+    assert (
+        apart(network(preset, interop.read(tmp_path / "model.safetensors", preset)[1]), model, *inputs(preset)) < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -870,7 +873,7 @@ def test_the_comparison_with_ddim_has_teeth(a, b, tmp_path):
     model = ddim_model(WIDE)
     names = {f"mid.{x}.{leaf}": f"mid.{y}.{leaf}" for x, y in ((a, b), (b, a)) for leaf in ("weight", "bias")}
     torch.save({name: model.state[names.get(name, name)] for name in model.state}, tmp_path / "model.pt")
-    assert apart(network(WIDE, from_ddim(tmp_path / "model.pt", WIDE)), model, *inputs(WIDE)) > 1e-3
+    assert apart(network(WIDE, interop.read(tmp_path / "model.pt", WIDE)[1]), model, *inputs(WIDE)) > 1e-3
 
 
 def test_training_checkpoints_of_ddim(tmp_path):
@@ -895,25 +898,26 @@ def test_training_checkpoints_of_ddim(tmp_path):
         file = tmp_path / f"ckpt_{number}.pth"
         torch.save(saved, file, _use_new_zipfile_serialization=number % 2 == 0)
         assert interop.recognise(file) == "ddim"
-        assert_same(interop.read_ddim(file), expected)
-        assert_same(from_ddim(file, WIDE), import_state(expected, WIDE, "ddim"))
+        assert_same(interop.read_file(file)[1], expected)
+        assert_same(interop.read(file, WIDE)[1], import_state(expected, WIDE, "ddim"))
 
 
 @pytest.mark.parametrize(
     ("saved", "words"),
     [
-        ([], "not a state dict but NoneType"),
-        ([1, 2], "not a state dict but int"),
-        ({}, "not a state dict but dict"),
-        ({"state_dict": {"a": torch.zeros(1)}}, "state_dict is dict; want names and tensors"),
-        ({0: 1}, "0 is int"),
-        ({"a": torch.zeros(1)}, "not weights of ddim, which have temb.dense.0.weight"),
+        ([], "not weights of a known package; want a diffusers folder"),
+        ([1, 2], "not weights of a known package"),
+        ({}, "not weights of a known package"),
+        ({"state_dict": {"a": torch.zeros(1)}}, "not weights of a known package"),
+        ({0: 1}, "not weights of a known package"),
+        ({"downs.0.0.block1.proj.weight": torch.zeros(1)}, "weights of lucidrains/denoising-diffusion-pytorch, whose"),
+        ({"time_embedding.linear_1.weight": torch.zeros(1)}, "weights of diffusers without their settings; want the f"),
     ],
 )
 def test_other_files_are_not_ddims(saved, words, tmp_path):
     file = tmp_path / "model.pt"
     torch.save(saved, file)
-    for call in (lambda: from_ddim(file, WIDE), lambda: interop.recognise(file)):
+    for call in (lambda: interop.read(file, WIDE)[1], lambda: interop.recognise(file)):
         with pytest.raises(InputError, match=f"^{file}: {words}"):
             call()
 
@@ -927,10 +931,10 @@ def test_damaged_files_of_ddim(tmp_path):
     for size in (0, 1, 20, len(data) // 2, len(data) - 1):
         file.write_bytes(data[:size])
         with pytest.raises(InputError, match="not plain weights"):
-            from_ddim(file, WIDE)
+            interop.read(file, WIDE)[1]
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(InputError, match="not a whole safetensors file"):
-        from_ddim(tmp_path / "model.safetensors", WIDE)
+        interop.read(tmp_path / "model.safetensors", WIDE)[1]
 
 
 def test_the_preset_must_be_of_the_weights(tmp_path):
@@ -939,7 +943,10 @@ def test_the_preset_must_be_of_the_weights(tmp_path):
     torch.save(ddim_model(WIDE).state, file)
     for changes, words in (
         ({"patch": 2}, "patch 2: .* want 1"),
-        ({"width": 64}, "width 64: .* want at least 128"),
+        (
+            {"width": 64},
+            r"conv_in.weight of shape .*: want|temb.dense.0.weight of shape \[512, 128\]: want \[256, 64\]",
+        ),
         (
             {"channel_multipliers": (1, 2)},
             r"down.1.block.0.norm2.weight of shape \[128\]: want \[256\]|.* of shape .*: want ",
@@ -948,13 +955,13 @@ def test_the_preset_must_be_of_the_weights(tmp_path):
         ({"attention_resolutions": (4, 2)}, "down.0.attn.0.norm.weight is missing; want \\[128\\]"),
     ):
         with pytest.raises(InputError, match=f"^{file}: {words}"):
-            from_ddim(file, replace(WIDE, **changes))
+            interop.read(file, replace(WIDE, **changes))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "celebahq256", "lsun_bedroom_large"])
 def test_the_sizes_are_told_by_the_weights(name):
     preset = PRESETS[name]
-    assert interop.infer_preset(export_state(meta_state(preset), preset, "ddim")) == replace(preset, data="")
+    assert infer_preset(export_state(meta_state(preset), preset, "ddim")) == replace(preset, data="")
 
 
 def test_sizes_that_no_preset_has():
@@ -968,11 +975,11 @@ def test_sizes_that_no_preset_has():
         attention_resolutions=(16, 8),
     )
     state = export_state(meta_state(preset), preset, "ddim")
-    assert interop.infer_preset(state) == preset
+    assert infer_preset(state) == preset
     with pytest.raises(InputError, match="no attention on the way down"):
-        interop.infer_preset({name: value for name, value in state.items() if ".attn." not in name})
+        infer_preset({name: value for name, value in state.items() if ".attn." not in name})
     with pytest.raises(InputError, match=r"want conv_in.weight"):
-        interop.infer_preset({name: value for name, value in state.items() if name != "conv_in.weight"})
+        infer_preset({name: value for name, value in state.items() if name != "conv_in.weight"})
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
@@ -985,7 +992,7 @@ def test_recognise(small_folder, tmp_path):
     (tmp_path / "file.txt").write_text("x")
     own = models.MODELS / "digits.safetensors"
     for path in (tmp_path, tmp_path / "run", tmp_path / "nothing", tmp_path / "file.txt", own):
-        with pytest.raises(InputError, match=r"want a diffusers folder or a file of ddim's weights \(.ckpt"):
+        with pytest.raises(InputError, match=r"want a diffusers folder, or a file \(.ckpt"):
             interop.recognise(path)
 
 

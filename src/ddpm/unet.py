@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm import kernels
+from ddpm.details import Details
 from ddpm.errors import InputError, check_size
 
 CHANNEL_STEP = 32  # the channels of every level are a multiple of this
+PAPER = Details()
 
 
 def _xavier(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> None:
@@ -53,9 +55,11 @@ def groups_of(width: int) -> int:
     return min(32, width // 4)
 
 
-def norm(channels: int, groups: int) -> nn.GroupNorm:
-    """GroupNorm with epsilon 1e-6."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def norm(channels: int, groups: int, eps: float = 1e-6) -> nn.GroupNorm:
+    """GroupNorm. Raises InputError if the groups do not divide the channels."""
+    if channels % groups:
+        raise InputError(f"norm_groups {groups}: want a divisor of {channels}, the channels of a norm")
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 def convolve(
@@ -85,36 +89,49 @@ def exact_convolutions() -> AbstractContextManager[None]:
     return cudnn.flags(**unchanged, allow_tf32=False)
 
 
-def time_embedding(timestep: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def time_embedding(
+    timestep: Tensor, width: int, dtype: torch.dtype = torch.float32, shift: float = 1.0, scale: float = 1.0
+) -> Tensor:
     """Sinusoids of the integer timestep [B]: [B, width], sines and then cosines, at 1 .. 1e-4 radians per level.
+
+    shift and scale are `frequency_shift` and `timestep_scale` of `Details`.
 
     >>> time_embedding(torch.tensor([0]), 4).tolist()
     [[0.0, 0.0, 1.0, 1.0]]
     """
     half = width // 2
-    frequency = torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, dtype=dtype, device=timestep.device))
-    angle = timestep.to(dtype)[:, None] * frequency
+    frequency = torch.exp(-math.log(1e4) / (half - shift) * torch.arange(half, dtype=dtype, device=timestep.device))
+    angle = (timestep.to(dtype) * scale)[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class ResidualBlock(nn.Module):
-    """Norm, swish, conv, + time, norm, swish, dropout, conv, + input (through a 1x1 conv if the channels change)."""
+    """Norm, swish, conv, + time, norm, swish, dropout, conv, + input (through a 1x1 conv if the channels change).
 
-    def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float, groups: int) -> None:
+    With `scale_shift` of `Details`, the time embedding is not added: it scales and shifts the second norm.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, c_time: int, dropout: float, groups: int, details: Details = PAPER
+    ) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in, groups), conv(c_in, c_out)
-        self.time = linear(c_time, c_out)
-        self.norm2, self.conv2 = norm(c_out, groups), conv(c_out, c_out, scale=1e-10)
+        self.scale_shift = details.scale_shift
+        self.norm1, self.conv1 = norm(c_in, groups, details.norm_eps), conv(c_in, c_out)
+        self.time = linear(c_time, 2 * c_out if self.scale_shift else c_out)
+        self.norm2, self.conv2 = norm(c_out, groups, details.norm_eps), conv(c_out, c_out, scale=1e-10)
         self.dropout = dropout
         self.shortcut = conv(c_in, c_out, kernel=1) if c_in != c_out else None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, c_in, H, W] and time [B, c_time], the time embedding after its swish: [B, c_out, H, W]."""
-        h = convolve(self.conv1, x, self.norm1, swish=True, add=self.time(time))
+        """x [B, c_in, H, W] and time [B, c_time], which has passed its swish: [B, c_out, H, W]."""
+        h = convolve(self.conv1, x, self.norm1, swish=True, add=None if self.scale_shift else self.time(time))
         shortcut = x if self.shortcut is None else convolve(self.shortcut, x)
-        return convolve(
-            self.conv2, h, self.norm2, swish=True, dropout=self.dropout if self.training else 0.0, residual=shortcut
-        )
+        dropout = self.dropout if self.training else 0.0
+        if self.scale_shift:
+            scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
+            h = F.silu(self.norm2(h) * (1 + scale) + shift)
+            return convolve(self.conv2, F.dropout(h, dropout), residual=shortcut)
+        return convolve(self.conv2, h, self.norm2, swish=True, dropout=dropout, residual=shortcut)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -126,11 +143,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention over the H W positions with one head and scale C^-0.5, + input."""
+    """Self-attention over the H W positions with scale C^-0.5, where C is the channels of a head, + input."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, details: Details = PAPER) -> None:
         super().__init__()
-        self.norm = norm(channels, groups)
+        self.heads = details.heads_of(channels)
+        self.norm = norm(channels, groups, details.norm_eps)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         for part in self.qkv.weight.data.chunk(3):  # q, k and v are three layers in the official code
             nn.init.xavier_uniform_(part)
@@ -140,22 +158,34 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         qkv = convolve(self.qkv, x, self.norm).flatten(2).transpose(1, 2)  # [B, HW, 3C]
+        B, heads = len(x), self.heads
+        if heads > 1:  # each head is one more image of the batch
+            N, C = qkv.shape[1], x.shape[1] // heads
+            qkv = qkv.reshape(B, N, 3, heads, C).permute(0, 3, 1, 2, 4).reshape(B * heads, N, 3 * C)
         h = attend(*qkv.chunk(3, dim=-1))
+        if heads > 1:
+            h = h.reshape(B, heads, N, C).transpose(1, 2).flatten(2)
         return convolve(self.out, h.transpose(1, 2).reshape(*x.shape), residual=x)
 
 
 class Downsample(nn.Module):
-    """A 3x3 conv of stride 2, padded at the right and the bottom only: [B, c_in, H, W] to [B, c_out, H/2, W/2]."""
+    """A 3x3 conv of stride 2: [B, c_in, H, W] to [B, c_out, H/2, W/2].
 
-    def __init__(self, c_in: int, c_out: int) -> None:
+    It is padded at the right and the bottom only, or with `even_padding` at all four sides.
+    """
+
+    def __init__(self, c_in: int, c_out: int, even_padding: bool = False) -> None:
         super().__init__()
-        self.conv = conv(c_in, c_out)
+        self.conv, self.even_padding = conv(c_in, c_out), even_padding
 
     def forward(self, x: Tensor) -> Tensor:
         if kernels.usable(x, self.conv) and not torch.is_autocast_enabled("cpu"):
             # The kernels compute four times as many outputs, each at a quarter of the cost.
             all_outputs = convolve(self.conv, x)
-            return all_outputs[:, :, 1::2, 1::2].contiguous(memory_format=torch.channels_last)
+            first = 0 if self.even_padding else 1
+            return all_outputs[:, :, first::2, first::2].contiguous(memory_format=torch.channels_last)
+        if self.even_padding:
+            return F.conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1)
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
 
 
@@ -173,10 +203,19 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """A residual block, with attention after it if `attention` is set."""
 
-    def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float, attention: bool, groups: int) -> None:
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        c_time: int,
+        dropout: float,
+        attention: bool,
+        groups: int,
+        details: Details = PAPER,
+    ) -> None:
         super().__init__()
-        self.block = ResidualBlock(c_in, c_out, c_time, dropout, groups)
-        self.attention = Attention(c_out, groups) if attention else nn.Identity()
+        self.block = ResidualBlock(c_in, c_out, c_time, dropout, groups, details)
+        self.attention = Attention(c_out, groups, details) if attention else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         out: Tensor = self.attention(self.block(x, time))
@@ -226,6 +265,7 @@ class UNet(nn.Module):
     always_labelled         it was never trained without a label, so it refuses to be called without one
     bf16                    compute in bfloat16 (autocast); the weights and the result stay float32. None: do so on
                             devices with `fast_bf16`, wherever the network is
+    details                 where the network of another package differs from the paper's
 
     H and W may differ. Each must be divisible by patch 2^(levels - 1); otherwise InputError names the nearest sizes
     that are.
@@ -250,12 +290,14 @@ class UNet(nn.Module):
         gradient_checkpointing: bool = False,
         bf16: bool | None = False,
         always_labelled: bool = False,
+        details: Details = PAPER,
     ) -> None:
         super().__init__()
         if width % CHANNEL_STEP:
             raise InputError(f"width {width}: want a multiple of {CHANNEL_STEP}")
         self.width, self.levels = width, len(channel_multipliers) + patch - 1
-        self.gradient_checkpointing, self.bf16, self.always_labelled = gradient_checkpointing, bf16, always_labelled
+        self.gradient_checkpointing, self.bf16, self.details = gradient_checkpointing, bf16, details
+        self.always_labelled = always_labelled
         c_time = 4 * width
         self.time1, self.time2 = linear(width, c_time), linear(c_time, c_time)
         self.label: nn.Embedding | None = None
@@ -264,15 +306,17 @@ class UNet(nn.Module):
             self.label = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
 
         def stage(c_in: int, c_out: int, level: int, attend: bool = False) -> Stage:
-            groups = groups_of(width if level >= 0 else CHANNEL_STEP)
-            return Stage(c_in, c_out, c_time, dropout, attend or level in attention_levels, groups)
+            groups = inner_groups if level >= 0 else groups_of(CHANNEL_STEP)
+            return Stage(c_in, c_out, c_time, dropout, attend or level in attention_levels, groups, details)
+
+        inner_groups = details.norm_groups or groups_of(width)
 
         outer = width if patch == 1 else CHANNEL_STEP
         self.conv_in = conv(channels, outer)
         skips = [outer]
         self.down = nn.ModuleList()
         if patch > 1:
-            self.down.append(Downsample(outer, width))
+            self.down.append(Downsample(outer, width, details.even_padding))
             skips.append(width)
         c = width
         for level, multiplier in enumerate(channel_multipliers):
@@ -280,10 +324,10 @@ class UNet(nn.Module):
                 self.down.append(stage(c, c := width * multiplier, level))
                 skips.append(c)
             if level < len(channel_multipliers) - 1:
-                self.down.append(Downsample(c, c))
+                self.down.append(Downsample(c, c, details.even_padding))
                 skips.append(c)
         bottom = len(channel_multipliers)
-        self.middle = nn.ModuleList([stage(c, c, bottom, attend=True), stage(c, c, bottom)])
+        self.middle = nn.ModuleList([stage(c, c, bottom, details.middle_attention), stage(c, c, bottom)])
         self.up = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(channel_multipliers))):
             for _ in range(num_res_blocks + 1):
@@ -293,7 +337,7 @@ class UNet(nn.Module):
         if patch > 1:
             self.up.append(Patches(c, outer))
             self.up.append(stage(outer + skips.pop(), c := outer, level=-1))
-        self.norm_out = norm(c, groups_of(outer))
+        self.norm_out = norm(c, inner_groups if patch == 1 else groups_of(outer), details.norm_eps)
         self.conv_out = conv(c, out_channels or channels, scale=1e-10)
 
     @property
@@ -315,15 +359,12 @@ class UNet(nn.Module):
             return self._forward(x, timestep, y).to(x.dtype)
 
     def _forward(self, x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:
-        time = self.time2(
-            F.silu(
-                self.time1(
-                    time_embedding(timestep, self.width, torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
-                )
-            )
-        )  # [B, 4 width]
         if y is None and self.always_labelled:
             raise InputError("class: this network never saw an image without its label; want a class")
+        at_least_float32 = torch.promote_types(x.dtype, torch.float32)
+        shift, scale = self.details.frequency_shift, self.details.timestep_scale
+        embedding = time_embedding(timestep, self.width, at_least_float32, shift, scale)
+        time = self.time2(F.silu(self.time1(embedding.to(x.dtype))))  # [B, 4 width]
         if y is not None:
             if self.label is None:
                 raise InputError("y: this network has no classes; want None")

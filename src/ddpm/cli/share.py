@@ -30,6 +30,11 @@ def add(commands: Commands) -> None:
         "--data", metavar="NAME", help="public name of the data set (the run's, if it is that of a preset)"
     )
     parser.add_argument("--license", metavar="ID", help="license for the card, such as apache-2.0 (none)")
+    of_class = (
+        "write the network of one class for diffusers, whose pipelines pass no class; all: the network of all classes, "
+        "which no pipeline can call (default: the network without a class)"
+    )
+    parser.add_argument("--class", dest="class_name", metavar="NAME", help=of_class)
     group = parser.add_argument_group("model")
     group.add_argument("--weights", metavar="X", help="ema (the averaged weights) or raw (ema)")
     group.add_argument(
@@ -41,16 +46,17 @@ def add(commands: Commands) -> None:
 
     parser = command(
         commands, "import", import_, "read a model of another package",
-        "Write FILE.safetensors, which every command takes as a model, from a diffusers folder (UNet2DModel with a "
-        "DDPM or DDIM scheduler) or from a weights file of ermongroup/ddim or pesser/pytorch_diffusion. Every key, "
-        "shape and setting is accounted for. A setting that our network does not have is refused by its name.",
+        "Write FILE.safetensors, which every command takes as a model, from a diffusers folder (UNet2DModel) or from a "
+        "weights file of ermongroup/ddim, pesser/pytorch_diffusion, openai/improved-diffusion or "
+        "w86763777/pytorch-ddpm. Every key, shape and setting is accounted for. A setting that our network does not "
+        "have is refused by its name.",
         "ddpm import hf:google/ddpm-cifar10-32 --out cifar10.safetensors",
     )  # fmt: skip
-    path = "a diffusers folder, or hf:OWNER/NAME; a .ckpt, .pt, .pth or .safetensors file of ddim's weights"
+    path = "a diffusers folder, or hf:OWNER/NAME; a .ckpt, .pt, .pth or .safetensors file of another package's weights"
     parser.add_argument("path", metavar="PATH", help=path)
     parser.add_argument("--out", required=True, metavar="FILE", help="NAME.safetensors")
     parser.add_argument(
-        "--preset", metavar="X", help="preset with the settings of ddim's weights (found by their shapes)"
+        "--preset", metavar="X", help="preset with the settings of a weights file (found by its shapes)"
     )
     parser.add_argument("--data", metavar="SOURCE", help=f"the images that the model was trained on: {SOURCE}")
     add_json(parser)
@@ -74,6 +80,8 @@ def export(args: argparse.Namespace) -> int:
     for name, value in (("precision", args.stored), ("data", args.data), ("license", args.license)):
         if kind == "diffusers" and value is not None:
             raise InputError(f"--{name} {value}: not with --to diffusers, which writes float32 and no card")
+    if kind != "diffusers" and args.class_name is not None:
+        raise InputError(f"--class {args.class_name}: only with --to diffusers; other formats keep all classes")
 
     with importing():
         from ddpm.files import hub, interop
@@ -90,7 +98,7 @@ def export(args: argparse.Namespace) -> int:
         hub.create(place)
     with tempfile.TemporaryDirectory() as folder:
         if kind == "diffusers":
-            interop.to_diffusers(model, Path(place))
+            interop.to_diffusers(model, Path(place), _label(args.class_name, model.preset.class_names))
         else:
             out = Path(folder) / f"{place.rpartition('/')[2]}.safetensors" if kind == "hub" else Path(place)
             exported = export.export(model, out, args.stored or "bf16", args.data)
@@ -100,8 +108,22 @@ def export(args: argparse.Namespace) -> int:
                 place = hub.push(out.parent, place, f"ddpm {__version__}, step {model.step:,}")
     about = {"out": str(place), "kind": kind, **model.about()}
     card = f", with its card {Path(place).with_suffix('.md')} and its grid" if kind == "file" else ""
+    if kind == "diffusers" and model.preset.class_names:
+        about["class"] = args.class_name
+        card = f", the network {f'of class {args.class_name}' if args.class_name else 'without a class'}"
     print(json.dumps(about) if args.json else f"written: {place}{card}")
     return 0
+
+
+def _label(name: str | None, names: tuple[str, ...]) -> int | Literal["all"] | None:
+    """The label of --class. Raises InputError for a class that the model does not have."""
+    if name is None:
+        return None
+    if name in names:
+        return names.index(name)
+    if name == "all" and names:
+        return "all"
+    raise InputError(f"--class {name}: want {', '.join([*names, 'or all']) if names else 'none, as it has no classes'}")
 
 
 def import_(args: argparse.Namespace) -> int:

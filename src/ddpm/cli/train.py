@@ -35,7 +35,7 @@ def add(commands: Commands) -> None:
     groups["data"].add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=f"the images: {SOURCE}")
     hints = get_type_hints(Preset)
     for f in fields(Preset):
-        if f.name not in ("data", "class_names"):
+        if f.name not in ("data", "class_names", "details"):
             _add_setting(groups[f.metadata["group"]], f, hints[f.name])
 
 

@@ -60,6 +60,10 @@ def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
         raise InputError(f"checkpoint {which!r}: want last, best or a step")
     chosen = newest(path, weights) if which == "last" else best(path, weights)
     if chosen is None:
+        try:
+            from_json(parse_json((path / "config.json").read_bytes()))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{path}: its config.json is not that of a run; {_accepted()}") from None
         raise InputError(f"{path}: the run has no whole checkpoint yet; train it first")
     return chosen / f"{weights}.safetensors"
 

@@ -16,6 +16,7 @@ from ddpm.errors import InputError
 from ddpm.files import data, tensors
 from ddpm.files import images as pictures
 from ddpm.files.models import Checkpoint
+from ddpm.presets import to_json
 from ddpm.run.processes import Processes
 from ddpm.version import __version__
 
@@ -145,8 +146,9 @@ def model_key(checkpoint: Checkpoint) -> list[Any]:
     """What a measurement of a model depends on, as JSON values: its weights, and how its denoiser uses them."""
     denoiser = checkpoint.denoiser
     levels = [denoiser.schedule.alpha_bar.tolist(), denoiser.schedule.timestep.tolist()]
-    precision = checkpoint.preset.precision
-    return [checkpoint.identity, precision, denoiser.predict, denoiser.clip, variance_key(denoiser), levels]
+    precision, details = checkpoint.preset.precision, to_json(checkpoint.preset).get("details")
+    key = [checkpoint.identity, precision, denoiser.predict, denoiser.clip, variance_key(denoiser), levels]
+    return [*key, details] if details else key
 
 
 def variance_key(denoiser: Denoiser) -> Any:

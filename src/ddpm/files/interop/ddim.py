@@ -2,63 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ddpm.details import Details
 from ddpm.errors import InputError
-from ddpm.files.interop.names import errors_named, import_state
-from ddpm.files.tensors import as_state_dict, read_tensors, read_torch
 from ddpm.presets import PRESETS, Preset
 from ddpm.unet import groups_of
 
 
-def from_ddim(file: Path, preset: Preset) -> dict[str, Tensor]:
-    """The state dict of the preset's network, float32, from a file that `read_ddim` reads.
-
-    The file does not hold the settings. `infer_preset` infers the network's; the caller must know the others.
-    The published models predict eps on the linear schedule, with fixed_large for CIFAR-10 and fixed_small for LSUN.
-    Raises InputError for a file that cannot be read, a preset whose network ddim does not have, and weights that are
-    missing, unknown or of another shape.
-
-    >>> from_ddim(Path("model-790000.ckpt"), PRESETS["cifar10"])
-    Traceback (most recent call last):
-    ...
-    ddpm.errors.InputError: model-790000.ckpt: not plain weights ([Errno 2] No such file or directory: ...
-    """
-    if preset.patch != 1:
-        raise InputError(f"{file}: patch {preset.patch}: ddim does not have it; want 1")
-    if groups_of(preset.width) != 32:
-        raise InputError(
-            f"{file}: width {preset.width}: ddim's norms have 32 groups, and this network's fewer; want at least 128"
-        )
-    state = read_ddim(file)
-    with errors_named(file):
-        return import_state(state, preset, "ddim")
-
-
-def read_ddim(file: Path) -> dict[str, Tensor]:
-    """The weights in a file, under ddim's names. The file is .safetensors or of torch.save; no code in it runs.
-
-    It holds a state dict, or a training checkpoint of ddim, [model, optimizer, epoch, step, average]. The average is
-    taken if there is one. The prefix "module." of the names is removed. Raises InputError for other files.
-    """
-    content = read_tensors(file) if file.suffix == ".safetensors" else read_torch(file)
-    with errors_named(file):
-        if isinstance(content, list):
-            average = [entry for entry in content[4:5] if isinstance(entry, dict)]
-            content = next(iter(average or content), None)
-        state = as_state_dict(content)
-        if all(name.startswith("module.") for name in state):
-            state = {name.removeprefix("module."): value for name, value in state.items()}
-        if "temb.dense.0.weight" not in state:
-            raise InputError("not weights of ddim, which have temb.dense.0.weight; a model of ddpm needs no import")
-    return state
-
-
 def infer_preset(state: Mapping[str, Tensor]) -> Preset:
-    """The preset of the network that has these weights, as `read_ddim` returns them.
+    """The preset of the network that has these weights, under ddim's names.
 
     Channels, width, multipliers, blocks and the levels with attention follow from the weights. The size is a guess: the
     first level with attention is taken for 16x16, as in all published models. The other settings are those of the first
@@ -83,11 +38,35 @@ def infer_preset(state: Mapping[str, Tensor]) -> Preset:
         raise InputError("no attention on the way down, so the size is not known; want a preset, which has it")
     side = 16 << with_attention[0]
     network: dict[str, Any] = {
+        "details": _details(width),
         "size": (side, side), "channels": channels, "width": width, "num_res_blocks": blocks,
         "channel_multipliers": tuple(state[f"down.{level}.block.0.conv1.weight"].shape[0] // width for level in levels),
         "attention_resolutions": tuple(side >> level for level in with_attention), "patch": 1,
     }  # fmt: skip
-    same = (row for row in PRESETS.values() if all(getattr(row, name) == value for name, value in network.items()))
+    return completed(network)
+
+
+def fit_preset(preset: Preset, state: Mapping[str, Tensor]) -> Preset:
+    """The preset with the details of ddim's network."""
+    return replace(preset, details=_details(preset.width))
+
+
+def _details(width: int) -> Details:
+    return Details(norm_groups=norm_groups(width))
+
+
+def norm_groups(width: int) -> int:
+    """The detail of a network whose norms all have 32 groups."""
+    return 0 if groups_of(width) == 32 else 32
+
+
+def completed(network: Mapping[str, Any]) -> Preset:
+    """The first of PRESETS with these settings of the network, or else the defaults; without data.
+
+    The details do not matter for the choice.
+    """
+    wanted = {name: value for name, value in network.items() if name != "details"}
+    same = (row for row in PRESETS.values() if all(getattr(row, name) == value for name, value in wanted.items()))
     return replace(next(same, Preset()), data="", **network)
 
 

@@ -1,16 +1,19 @@
 """Folders of diffusers: `to_diffusers` writes one, `from_diffusers` reads one."""
 
 import json
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ddpm.details import Details
 from ddpm.errors import InputError, parse_json
 from ddpm.files import atomic
-from ddpm.files.images import check_folder
+from ddpm.files.images import check_folder, one_line
 from ddpm.files.interop.names import OLD_NAMES, errors_named, export_state, import_state
 from ddpm.files.models import Checkpoint
 from ddpm.files.tensors import as_state_dict, read_tensors, read_torch, save_tensors
@@ -20,7 +23,9 @@ from ddpm.unet import groups_of
 
 VERSION = "0.32.0"
 """The version of diffusers for which folders are written."""
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+WEIGHTS = "diffusion_pytorch_model"
+"""The names of the files of weights begin with it; `.VARIANT` may follow, then `.safetensors` or `.bin`. Weights in
+several files have an index: its name has `.index` and ends in `.json`."""
 # Setting of diffusers: its default there, and then the values that our network has. Only the default: the value is read
 # by the code below, or it does not change the model.
 UNET: dict[str, tuple[Any, ...]] = {
@@ -29,26 +34,26 @@ UNET: dict[str, tuple[Any, ...]] = {
     "out_channels": (3,),
     "center_input_sample": (False, False),
     "time_embedding_type": ("positional", "positional"),
-    "time_embedding_dim": (None, None),
-    "freq_shift": (0, 1),
-    "flip_sin_to_cos": (True, False),
+    "time_embedding_dim": (None,),
+    "freq_shift": (0, 0, 1),
+    "flip_sin_to_cos": (True, True, False),
     "down_block_types": (["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
     "up_block_types": (["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],),
     "block_out_channels": ([224, 448, 672, 896],),
     "layers_per_block": (2,),
     "mid_block_scale_factor": (1, 1),
-    "downsample_padding": (1, 0),
+    "downsample_padding": (1, 0, 1),
     "downsample_type": ("conv", "conv"),
     "upsample_type": ("conv", "conv"),
     "dropout": (0.0,),
     "act_fn": ("silu", "silu", "swish"),
-    "attention_head_dim": (8, None),
+    "attention_head_dim": (8,),
     "norm_num_groups": (32,),
     "attn_norm_num_groups": (None,),
-    "norm_eps": (1e-5, 1e-6),
-    "resnet_time_scale_shift": ("default", "default"),
-    "add_attention": (True, True),
+    "norm_eps": (1e-5,),
+    "resnet_time_scale_shift": ("default", "default", "scale_shift"),
+    "add_attention": (True, True, False),
     "class_embed_type": (None, None),
     "num_class_embeds": (None,),
     "num_train_timesteps": (None,),  # for a learned time embedding
@@ -60,36 +65,60 @@ VARIANCES = {
 }  # fmt: skip
 """Variance in diffusers -> ours. `learned` differs: the network's output is sigma^2 there and its logarithm here."""
 BETAS = {"linear": "linear", "scaled_linear": "quad", "squaredcos_cap_v2": "cosine"}
+CLASSES = (
+    "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler",
+    "PNDMScheduler", "LMSDiscreteScheduler", "RePaintScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler",
+    "UniPCMultistepScheduler", "SASolverScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LCMScheduler",
+    "TCDScheduler",
+)  # fmt: skip
+"""The schedulers with the diffusion of this package. They differ in how they sample, which the user chooses here."""
+# Of every class. A setting that is not listed chooses how the scheduler samples.
 SCHEDULER: dict[str, tuple[Any, ...]] = {
     "num_train_timesteps": (1000,),
     "beta_start": (1e-4,),
     "beta_end": (0.02,),
     "beta_schedule": ("linear", *BETAS),
     "trained_betas": (None,),
-    "variance_type": ("fixed_small", *VARIANCES),
-    "clip_sample": (True, True, False),
+    "variance_type": (None, None, *VARIANCES),
     "prediction_type": ("epsilon", *PREDICTIONS),
+    "rescale_betas_zero_snr": (False, False),
+    "use_flow_sigmas": (False, False),
+    "timestep_type": ("discrete", "discrete"),
+}
+# Of the first five classes, for which no other settings are accepted.
+DDPM: dict[str, tuple[Any, ...]] = {
+    "variance_type": ("fixed_small", None, *VARIANCES),
+    "clip_sample": (True, True, False),
+    "clip_sample_range": (1.0, 1.0),
     "thresholding": (False, False),
     "dynamic_thresholding_ratio": (0.995,),
-    "clip_sample_range": (1.0, 1.0),
     "sample_max_value": (1.0,),
-    "timestep_spacing": ("leading",),  # this and the next one choose the levels that a sampler visits
+    "timestep_spacing": ("leading",),  # this and the next three choose the levels that a sampler visits
     "steps_offset": (0,),
-    "rescale_betas_zero_snr": (False, False),
-    "set_alpha_to_one": (True, True),  # only in DDIMScheduler
+    "set_alpha_to_one": (True,),  # only in DDIMScheduler
+    "set_alpha_to_zero": (None,),  # only in DDIMInverseScheduler, of old versions
+    "tensor_format": (None,),  # of old versions: the type of array
 }
 
 
-def to_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
+def to_diffusers(checkpoint: Checkpoint, folder: Path, label: int | Literal["all"] | None = None) -> None:
     """Write a folder for diffusers' DDPMPipeline and DDIMPipeline, in float32, completely or not at all.
 
     With the same noise, DDPMPipeline makes the images of our ancestral sampler. DDIMPipeline makes those of our ddim
     sampler, if the number of steps divides T and use_clipped_model_output is set. With fewer than T steps, DDPMPipeline
-    leaves noise in the image unless the variance is fixed_small. DDIMPipeline does not take a learned variance. Neither
-    pipeline passes labels to a network with classes.
+    leaves noise in the image unless the variance is fixed_small. DDIMPipeline does not take a learned variance.
 
-    Raises InputError for a folder that is not empty, and for what diffusers cannot express: patch 2, multipliers that
-    do not begin with 1, predict mu, a learned or calibrated variance, dynamic thresholding.
+    The pipelines pass no class to the network. So a network with classes is written as one without them:
+
+    label  a class, 0 .. the number of classes - 1: the network of this class
+           None: the network as it is without a class
+           all: the network with all classes, which no pipeline can call
+
+    Raises InputError for a folder that is not empty, for no label if the network never saw an image without its label,
+    and for what diffusers cannot express: patch 2, multipliers that do not begin with 1, predict mu, a learned or
+    calibrated variance, dynamic thresholding, some details of imported networks.
 
     >>> from ddpm.files.opening import open_checkpoint
     >>> import tempfile
@@ -102,25 +131,35 @@ def to_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
     assert isinstance(denoiser.network, nn.Module)
     with errors_named(checkpoint.path):
         _check_exportable(checkpoint)
+        state = _without_classes(denoiser.network.state_dict(), preset, label)
+        head_channels = _head_channels(preset)
     check_out(folder)
-    state = denoiser.network.state_dict()
     tensors = export_state({name: value.float() for name, value in state.items()}, preset, "diffusers")
-    label = state.get("label.weight")
+    classes, details = state.get("label.weight"), preset.details
+    groups = details.norm_groups or groups_of(preset.width)
     unet = {name: accepted[:2][-1] for name, accepted in UNET.items()} | {
         "sample_size": preset.size[0] if preset.size[0] == preset.size[1] else list(preset.size),
         "in_channels": preset.channels,
         "out_channels": preset.channels * (2 if denoiser.learned else 1),
+        "freq_shift": int(details.frequency_shift),
+        "flip_sin_to_cos": False,
         "down_block_types": _block_types(preset, "Down"),
         "up_block_types": _block_types(preset, "Up")[::-1],
         "block_out_channels": [preset.width * m for m in preset.channel_multipliers],
         "layers_per_block": preset.num_res_blocks,
+        "downsample_padding": int(details.even_padding),
         "dropout": preset.dropout,
-        "norm_num_groups": groups_of(preset.width),
-        "num_class_embeds": None if label is None else len(label),
+        "attention_head_dim": head_channels,
+        "norm_num_groups": groups,
+        "attn_norm_num_groups": groups if details.scale_shift else None,  # by default the middle then has no norm
+        "norm_eps": details.norm_eps,
+        "resnet_time_scale_shift": "scale_shift" if details.scale_shift else "default",
+        "add_attention": details.middle_attention,
+        "num_class_embeds": None if classes is None else len(classes),
     }
     beta_schedule = {ours: name for name, ours in BETAS.items()}.get(preset.schedule)
     beta = SCHEDULES[preset.schedule](preset.num_timesteps, preset.beta_1, preset.beta_T).beta[1:]
-    scheduler = {name: accepted[0] for name, accepted in SCHEDULER.items() if name != "set_alpha_to_one"} | {
+    scheduler = {
         "num_train_timesteps": preset.num_timesteps,
         "beta_start": preset.beta_1,
         "beta_end": preset.beta_T,
@@ -128,8 +167,14 @@ def to_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
         "trained_betas": None if beta_schedule else beta.tolist(),
         "variance_type": denoiser.variance,
         "clip_sample": denoiser.clip,
+        "clip_sample_range": 1.0,
         "prediction_type": {ours: name for name, ours in PREDICTIONS.items()}[denoiser.predict],
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1.0,
         "timestep_spacing": "trailing",  # level T is always visited, as here
+        "steps_offset": 0,
+        "rescale_betas_zero_snr": False,
     }
     index = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
 
@@ -138,7 +183,7 @@ def to_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
         atomic.write_json(part / "model_index.json", _with_class("DDPMPipeline", index))
         atomic.write_json(part / "unet" / "config.json", _with_class("UNet2DModel", unet))
         atomic.write_json(part / "scheduler" / "scheduler_config.json", _with_class("DDPMScheduler", scheduler))
-        save_tensors(part / "unet" / WEIGHTS[0], tensors, {"format": "pt"})
+        save_tensors(part / "unet" / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
 
 
 def check_out(folder: Path) -> None:
@@ -166,6 +211,46 @@ def _check_exportable(checkpoint: Checkpoint) -> None:
         name = "calibrated" if isinstance(variance, Tensor) else variance
         raise InputError(f"variance {name}: diffusers does not have it; want fixed_large, fixed_small or learned_range")
 
+    if preset.details.timestep_scale != 1:
+        raise InputError(f"timestep_scale {preset.details.timestep_scale}: diffusers does not have it; want 1")
+    if preset.details.frequency_shift not in (0, 1):
+        raise InputError(f"frequency_shift {preset.details.frequency_shift}: want 0 or 1 for diffusers")
+
+
+def _head_channels(preset: Preset) -> int | None:
+    """diffusers' attention_head_dim; None for one head. Raises InputError if it has no single value."""
+    details = preset.details
+    if details.head_channels or details.heads == 1:
+        return details.head_channels or None
+    levels = [*preset.attention_levels, *([-1] if details.middle_attention else [])]
+    sizes = {preset.width * preset.channel_multipliers[level] // details.heads for level in levels}
+    if len(sizes) > 1:
+        raise InputError(f"heads {details.heads}: have {sorted(sizes)} channels; in diffusers all have the same number")
+    return sizes.pop() if sizes else None
+
+
+def _without_classes(
+    state: Mapping[str, Tensor], preset: Preset, label: int | Literal["all"] | None
+) -> dict[str, Tensor]:
+    """The state dict of the network that `to_diffusers` writes for this label."""
+    state, names = dict(state), preset.class_names
+    if "label.weight" not in state:
+        if label is not None:
+            raise InputError(f"class {label}: the model has no classes; want no class")
+        return state
+    if label == "all":
+        return state
+    rows = state.pop("label.weight")
+    if label is None and preset.label_dropout == 0:
+        raise InputError(
+            "class: diffusers' pipelines pass no class, and this network never saw an image without its class; want "
+            f"{', '.join(names)} for the network of one class, or all for your own calls of the network"
+        )
+    if label is not None:  # the network adds the class to this layer's output
+        check("class", label, int, 0, len(rows) - 1)
+        state["time2.bias"] = state["time2.bias"] + rows[label]
+    return state
+
 
 def _block_types(preset: Preset, direction: Literal["Down", "Up"]) -> list[str]:
     """The types of diffusers' blocks, from full size to the smallest."""
@@ -178,76 +263,153 @@ def _with_class(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_diffusers(folder: Path) -> tuple[Preset, dict[str, Tensor]]:
-    """The preset and the state dict of our network, float32, from a UNet2DModel and its DDPM or DDIM scheduler.
+    """The preset and the state dict of our network, float32, from a UNet2DModel and its scheduler.
 
-    The folder is one that a pipeline saved, or has the network's files at its top, as google/ddpm-cifar10-32 does. The
-    weights are .safetensors or .bin. Settings that diffusers does not have (data, training) get our defaults. Which
-    levels the scheduler visits is ignored. DDIMScheduler has no variance, so diffusers' default is taken, fixed_small.
+    The folder is one that a pipeline saved, or one with the network's files at its top, as google/ddpm-cifar10-32. The
+    weights are as `weights_of` finds them. Settings that diffusers does not have (data, training) get our defaults. The
+    scheduler's class and the levels that it visits are ignored, because the sampler is the user's choice here. A
+    scheduler without a variance gets diffusers' default, fixed_small. A network without a scheduler gets diffusers'
+    default, DDPMScheduler(), and a warning.
 
     Raises InputError, which names the file, the weights or the setting, for what is missing, damaged, or not in our
-    network. A setting that is absent has diffusers' default, which our network often does not have.
+    network. A setting that is absent has diffusers' default.
 
     >>> from_diffusers(Path("runs/nothing"))
     Traceback (most recent call last):
     ...
-    ddpm.errors.InputError: runs/nothing: want a diffusers folder: unet/config.json and ... or both at its top
+    ddpm.errors.InputError: runs/nothing: want a diffusers folder: config.json of a UNet2DModel, at its top or in unet/
     """
-    network, noise = _config_folders(folder)
+    network = _network_folder(folder)
+    _check_pipeline(folder)
     unet = _read_settings(network / "config.json", UNET, "UNet2DModel")
-    scheduler = _read_settings(noise / "scheduler_config.json", SCHEDULER, "DDPMScheduler", "DDIMScheduler")
-    with errors_named(noise / "scheduler_config.json"):
+    noise = _scheduler_file(folder)
+    if noise is not None:
+        scheduler = _read_scheduler(noise)
+    else:
+        variance = "learned_range" if unet["out_channels"] == 2 * unet["in_channels"] else None
+        scheduler = {name: default for name, (default, *_) in (SCHEDULER | DDPM).items()} | {"variance_type": variance}
+        warnings.warn(
+            f"{folder}: has no scheduler_config.json, which says how the network was trained; diffusers' defaults are "
+            "taken: it predicts eps, of 1000 levels of the linear schedule",
+            stacklevel=2,
+        )
+    with errors_named(noise or folder):
         diffusion = _diffusion(scheduler)
     with errors_named(network / "config.json"):
         preset = Preset(**_architecture(unet), **diffusion)
-        _check_groups(unet, preset)
         if unet["out_channels"] != (wanted := preset.channels * (2 if preset.variance == "learned_range" else 1)):
             raise InputError(
                 f"out_channels {unet['out_channels']}: want {wanted}, for in_channels {preset.channels} and "
                 f"variance_type {preset.variance}"
             )
     file = weights_of(folder)
-    content = read_tensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    content = _read_weights(file)
     with errors_named(file):
-        return preset, import_state(_with_current_names(as_state_dict(content)), preset, "diffusers")
+        state = import_state(_with_current_names(as_state_dict(content)), preset, "diffusers")
+    if unet["flip_sin_to_cos"]:  # the cosines come first; in our network they come last
+        state["time1.weight"] = state["time1.weight"].roll(preset.width // 2, 1)
+    return preset, state
 
 
 def weights_of(folder: Path) -> Path:
-    """The file of the weights in a diffusers folder. Raises InputError if there is none."""
-    network, _ = _config_folders(folder)
-    file = next((path for name in WEIGHTS if (path := network / name).is_file()), None)
-    if file is None:
-        raise InputError(f"{network}: has no weights; want {' or '.join(WEIGHTS)}")
-    return file
+    """The file of the weights in a diffusers folder, or the index of their files.
+
+    Weights without a variant are preferred, then .safetensors. Raises InputError if there are none, or only variants,
+    such as fp16 and non_ema, and several of them.
+    """
+    network = _network_folder(folder)
+    whole = re.compile(rf"{WEIGHTS}(\.[\w-]+)?\.(safetensors|bin)")
+    index = re.compile(rf"{WEIGHTS}\.(safetensors|bin)\.index(\.[\w-]+)?\.json")
+    found: dict[str, list[Path]] = {}
+    for file in sorted(network.iterdir(), key=lambda file: (".bin" in file.name, ".index" in file.name)):
+        one, several = whole.fullmatch(file.name), index.fullmatch(file.name)
+        if (one and not re.search(r"-\d+-of-\d+", file.name)) or several:
+            variant = (one[1] if one else several[2] if several else "") or ""
+            found.setdefault(variant, []).append(file)
+    if not found:
+        raise InputError(f"{network}: has no weights; want {WEIGHTS}.safetensors or {WEIGHTS}.bin")
+    if "" not in found and len(found) > 1:
+        variants = ", ".join(variant.removeprefix(".") for variant in sorted(found))
+        raise InputError(f"{network}: has the weights as {variants}; want one of them, or weights without a variant")
+    return (found.get("") or next(iter(found.values())))[0]
 
 
-def _config_folders(folder: Path) -> tuple[Path, Path]:
-    """The folders of the network's and the scheduler's configuration. Raises InputError if there are none."""
-    network = next((p for p in (folder / "unet", folder) if (p / "config.json").is_file()), None)
-    noise = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
-    if network is None or noise is None:
-        raise InputError(
-            f"{folder}: want a diffusers folder: unet/config.json and scheduler/scheduler_config.json, or both at "
-            "its top"
-        )
-    return network, noise
+def _read_weights(file: Path) -> Any:
+    """What a file of weights holds, or all files of an index. Raises InputError if one is missing or damaged."""
+    if file.suffix != ".json":
+        return read_tensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    try:
+        names = set(parse_json(file.read_bytes())["weight_map"].values())
+        parts = [file.with_name(name) for name in sorted(names)]  # ValueError for names with a folder
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file}: damaged ({one_line(error)}); want the index of the files of weights") from error
+    state: dict[str, Tensor] = {}
+    for part in parts:
+        if part.suffix not in (".safetensors", ".bin"):
+            raise InputError(f"{file}: names {part.name}; want files of weights, .safetensors or .bin")
+        with errors_named(part):
+            content = as_state_dict(_read_weights(part))
+        if twice := sorted(state.keys() & content.keys()):
+            raise InputError(f"{part}: {twice[0]} is in another file, too; want one")
+        state |= content
+    return state
 
 
-def _read_settings(file: Path, known: Mapping[str, tuple[Any, ...]], *kinds: str) -> dict[str, Any]:
+def _network_folder(folder: Path) -> Path:
+    """The folder of the network's configuration. Raises InputError if there is none."""
+    for path in (folder / "unet", folder):
+        if (path / "config.json").is_file():
+            return path
+    raise InputError(f"{folder}: want a diffusers folder: config.json of a UNet2DModel, at its top or in unet/")
+
+
+def _scheduler_file(folder: Path) -> Path | None:
+    """The scheduler's configuration: in the folder, or beside it if the folder is `unet` of a pipeline."""
+    around = [folder / "scheduler", folder]
+    if (folder.absolute().parent / "model_index.json").is_file():
+        around.append(folder.absolute().parent / "scheduler")
+    return next((file for path in around if (file := path / "scheduler_config.json").is_file()), None)
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Raise InputError if the folder's pipeline has other networks, such as the decoder of a latent diffusion model."""
+    file = folder / "model_index.json"
+    index = _read_json(file, "a pipeline") if file.is_file() else {}
+    for name, value in index.items():
+        if not name.startswith("_") and name not in ("unet", "scheduler") and isinstance(value, list) and any(value):
+            raise InputError(
+                f"{file}: has {name} {value[-1]}; want a pipeline of unet and scheduler, which makes pixels"
+            )
+
+
+def _read_json(file: Path, wanted: str) -> dict[str, Any]:
+    try:
+        values = parse_json(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: damaged ({one_line(error)}); want a configuration of {wanted}") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _read_settings(file: Path, known: Mapping[str, tuple[Any, ...]], kind: str) -> dict[str, Any]:
     """The values of all `known` settings in a file, of which an absent one has diffusers' default.
 
     Raises InputError for a setting that is unknown or has a value that is not accepted, and for another _class_name
-    than `kinds`.
+    than `kind`.
     """
-    try:
-        config = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: damaged ({error}); want a configuration of {' or '.join(kinds)}") from error
-    kind = config.get("_class_name") if isinstance(config, dict) else None
-    if kind not in kinds:
-        raise InputError(f"{file}: _class_name {kind!r}: want {' or '.join(kinds)}")
+    config = _read_json(file, kind)
+    if config.get("_class_name") != kind:
+        raise InputError(f"{file}: _class_name {config.get('_class_name')!r}: want {kind}")
+    _refuse_unknown(file, config, known)
+    return _values(file, config, known)
+
+
+def _refuse_unknown(file: Path, config: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if name not in known and not name.startswith("_") and value is not None:
             raise InputError(f"{file}: {name} {value!r}: an unknown setting; want it absent or null")
+
+
+def _values(file: Path, config: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     values = {}
     for name, (default, *accepted) in known.items():
         values[name] = value = config.get(name, default)
@@ -256,6 +418,31 @@ def _read_settings(file: Path, known: Mapping[str, tuple[Any, ...]], *kinds: str
             wanted = ", ".join(json.dumps(choice) for choice in accepted)
             raise InputError(f"{file}: {name} {json.dumps(value)}{absent}: want {wanted}")
     return values
+
+
+def _read_scheduler(file: Path) -> dict[str, Any]:
+    """The values of all settings of SCHEDULER and DDPM in a file. Raises InputError as `_read_settings` does."""
+    config = _read_json(file, "a scheduler")
+    kind = config.get("_class_name")
+    if kind not in CLASSES:
+        raise InputError(f"{file}: _class_name {kind!r}: want one of {', '.join(CLASSES)}")
+    if "predict_epsilon" in config:  # the name in diffusers 0.7 to 0.9
+        with errors_named(file):
+            predicts_eps = check("predict_epsilon", config.pop("predict_epsilon"), bool)
+            prediction = "epsilon" if predicts_eps else "sample"
+            if config.setdefault("prediction_type", prediction) != prediction:
+                raise InputError(
+                    f"prediction_type {config['prediction_type']}: not with predict_epsilon {predicts_eps}"
+                )
+    if kind in CLASSES[:5]:
+        known = SCHEDULER | DDPM
+        _refuse_unknown(file, config, known)
+        return _values(file, config, known)
+    for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"):
+        if name not in config:
+            raise InputError(f"{file}: {name}: missing, and its default differs between schedulers; want a value")
+    # Clipping is a setting of the sampler in these classes. Here DDPMScheduler's default is taken.
+    return {name: default for name, (default, *_) in DDPM.items()} | _values(file, config, SCHEDULER)
 
 
 def _architecture(unet: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,6 +469,8 @@ def _architecture(unet: Mapping[str, Any]) -> dict[str, Any]:
     mirrored = [kind.replace("Down", "Up") for kind in reversed(kinds)]
     if unet["up_block_types"] != mirrored:
         raise InputError(f"up_block_types {unet['up_block_types']}: want {mirrored}, as on the way down")
+    if unet["time_embedding_dim"] not in (None, 4 * widths[0]):
+        raise InputError(f"time_embedding_dim {unet['time_embedding_dim']}: want null or {4 * widths[0]}")
     attention = [min(size) >> level for level, kind in enumerate(kinds) if kind.startswith("Attn")]
     classes = unet["num_class_embeds"] or 0
     check("num_class_embeds", classes, int, 0)
@@ -290,16 +479,40 @@ def _architecture(unet: Mapping[str, Any]) -> dict[str, Any]:
         "size": size, "channels": unet["in_channels"], "width": widths[0], "dropout": unet["dropout"],
         "channel_multipliers": tuple(width // widths[0] for width in widths),
         "num_res_blocks": unet["layers_per_block"],
-        "attention_resolutions": tuple(attention) or (0,),
+        "attention_resolutions": tuple(attention) or (0,), "details": _details(unet, widths, kinds),
     }  # fmt: skip
 
 
-def _check_groups(unet: Mapping[str, Any], preset: Preset) -> None:
-    """Raise InputError if the norms have another number of groups than in our network."""
-    groups = groups_of(preset.width)
-    for name in ("norm_num_groups", "attn_norm_num_groups"):
-        if unet[name] != groups and not (name == "attn_norm_num_groups" and unet[name] is None):
-            raise InputError(f"{name} {unet[name]}: want {groups}, as our network has for a width of {preset.width}")
+def _details(unet: Mapping[str, Any], widths: Sequence[int], kinds: Sequence[str]) -> Details:
+    """Where the network differs from the paper's. What is the paper's rule for this width becomes the default."""
+    groups, head = unet["norm_num_groups"], unet["attention_head_dim"]
+    scale_shift = unet["resnet_time_scale_shift"] == "scale_shift"
+    check("norm_num_groups", groups, int, 1)
+    check("norm_eps", unet["norm_eps"], float, 0, 1)
+    levels = [width for width, kind in zip(widths, kinds, strict=True) if kind.startswith("Attn")]
+    levels += [widths[-1]] if unet["add_attention"] else []
+    if head is not None and (check("attention_head_dim", head, int, 1) > min(levels, default=head)):
+        raise InputError(f"attention_head_dim {head}: want at most {min(levels)}, the channels with attention")
+    # With scale_shift, null means that the attention in the middle has no norm.
+    if unet["attn_norm_num_groups"] not in ((groups,) if scale_shift and unet["add_attention"] else (None, groups)):
+        raise InputError(f"attn_norm_num_groups {unet['attn_norm_num_groups']}: want {groups}, as norm_num_groups")
+    one_head = head is None or all(width == head for width in levels)
+    details = Details(
+        norm_groups=0 if groups == groups_of(widths[0]) else groups,
+        norm_eps=unet["norm_eps"],
+        head_channels=0 if one_head else head,
+        middle_attention=unet["add_attention"],
+        scale_shift=scale_shift,
+        even_padding=unet["downsample_padding"] == 1,
+        frequency_shift=unet["freq_shift"],
+    )
+    for width in levels:
+        if head is not None and width % head:
+            raise InputError(f"attention_head_dim {head}: want a divisor of {width}, the channels with attention")
+    for width in widths:
+        if width % groups:
+            raise InputError(f"norm_num_groups {groups}: want a divisor of {width}, a number of channels")
+    return details
 
 
 def _diffusion(scheduler: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,7 +521,7 @@ def _diffusion(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     check("num_train_timesteps", levels, int, 1)
     check("beta_start", first, float, 1e-12, 1)
     check("beta_end", last, float, 1e-12, 1)
-    variance = VARIANCES[scheduler["variance_type"]]
+    variance = VARIANCES[scheduler["variance_type"] or "fixed_small"]
     name = BETAS[scheduler["beta_schedule"]]
     if (table := scheduler["trained_betas"]) is not None:
         name, first, last = _schedule(table, levels, first, last)
@@ -354,9 +567,8 @@ def _with_current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_diffusers(folder: Path) -> bool:
-    """Whether a folder has the configurations of a network and a scheduler of diffusers."""
+    """Whether a folder has the configuration of a network of diffusers."""
     try:
-        network, _ = _config_folders(folder)
-        return "_class_name" in parse_json((network / "config.json").read_bytes())
+        return "_class_name" in parse_json((_network_folder(folder) / "config.json").read_bytes())
     except (InputError, OSError, ValueError, TypeError):
         return False
