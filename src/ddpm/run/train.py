@@ -28,6 +28,7 @@ from ddpm.errors import InputError, Stopped
 from ddpm.files import checkpoints, data, images, tensors
 from ddpm.presets import Preset, build, from_json
 from ddpm.run import ema, log
+from ddpm.run.advice import advice
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.processes import Processes, pick_precision, processes, threads
 from ddpm.run.sample import cycled_labels, generate
@@ -575,7 +576,7 @@ def _signals() -> Iterator[_Stop]:
 def _announce(
     preset: Preset, out: Path, ranks: Processes, model: _Model, train_set: data.Images, held_out: data.Images
 ) -> None:
-    """Say what is about to be trained, and warn of a run that is too short for its moving average."""
+    """Say what is about to be trained, and warn of settings that will disappoint."""
     size = sum(p.numel() for p in model.weights)
     several = f" x {ranks.world} processes" if ranks.world > 1 else ""
     log.say(
@@ -583,11 +584,6 @@ def _announce(
         f"{out}: {size:,} parameters, {len(train_set):,} images and {len(held_out):,} held out of {preset.data}, "
         f"{ranks.device}{several}, {preset.precision}, steps {model.step:,} to {preset.steps:,}",
     )
-    left = preset.ema_decay**preset.steps
-    if left > 0.01 and not preset.ema_warmup and ranks.first:
-        warnings.warn(
-            f"ema_decay {preset.ema_decay} averages over about {1 / (1 - preset.ema_decay):,.0f} steps; "
-            f"after {preset.steps:,} steps {left:.0%} of the average is still the first weights, so its samples will "
-            "look like noise; use ema_warmup, a lower ema_decay, or sample the raw weights",
-            stacklevel=2,
-        )
+    if ranks.first:
+        for line in advice(preset, model.schedule):
+            warnings.warn(line, stacklevel=2)
