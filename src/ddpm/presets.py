@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from ddpm import catalog
 from ddpm.catalog import Compile, Precision, Prediction, TimestepSampling, Variance, Weighting
-from ddpm.errors import InputError, check_size, finite_number, whole_number
+from ddpm.errors import InputError, check_size, finite_number, suggestion, whole_number
 
 if TYPE_CHECKING:
     from ddpm.denoiser import Denoiser
@@ -128,7 +128,7 @@ class Preset:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
-                raise InputError(f"{f.name} {value!r}: want {', '.join(choices)}")
+                raise InputError(f"{f.name} {value!r}: {suggestion(value, choices)}want {', '.join(choices)}")
             value = check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
             object.__setattr__(self, f.name, value)
         if len(self.size) != 2:
@@ -179,7 +179,8 @@ def check(name: str, value: Any, kind: Any, least: float | None = None, most: fl
     """
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise InputError(f"{name} {value!r}: want {', '.join(map(str, get_args(kind)))}")
+            hint = suggestion(value, get_args(kind)) if isinstance(value, str) else ""
+            raise InputError(f"{name} {value!r}: {hint}want {', '.join(map(str, get_args(kind)))}")
         return value
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]

@@ -18,6 +18,7 @@ from ddpm.cli.options import (
     importing,
     whole_numbers,
 )
+from ddpm.errors import InputError
 from ddpm.presets import GROUPS, PRESETS, Preset
 
 
@@ -25,11 +26,12 @@ def add(commands: Commands) -> None:
     parser = command(
         commands, "train", run, "train a model, or resume a run",
         "Train the network of a preset, and write checkpoints, samples and a log into the run folder. The same command "
-        "resumes a run that was stopped. Each grouped option replaces one setting of the preset.",
+        "resumes a run that was stopped, and so does `ddpm train RUN`. Each grouped option replaces one setting.",
         "ddpm train cifar10_small --data ./photos --out runs/photos --steps 20000",
     )  # fmt: skip
-    parser.add_argument("preset", metavar="PRESET", help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/PRESET)")
+    start = f"a preset, {', '.join(PRESETS)}; or a run's folder, which goes on with its own settings"
+    parser.add_argument("preset", metavar="PRESET", help=start)
+    parser.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/PRESET, or the run itself)")
     add_json(parser)
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
     groups["data"].add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=f"the images: {SOURCE}")
@@ -64,8 +66,8 @@ def _add_setting(group: Any, f: Any, kind: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     overrides = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name, None) is not None}
-    preset = replace(find_preset(args.preset), **overrides)
-    out = Path(f"runs/{args.preset}" if args.out is None else args.out)
+    preset, out = _start(args.preset, None if args.out is None else Path(args.out))
+    preset = replace(preset, **overrides)
 
     with importing():
         from ddpm.run.train import train
@@ -84,3 +86,17 @@ def run(args: argparse.Namespace) -> int:
             print(f"pictures: {out / 'samples'}")
         print(f"next: ddpm sample {out} -n 64 --out samples.png")
     return 128 + result.interrupted if result.interrupted else 0
+
+
+def _start(name: str, out: Path | None) -> tuple[Preset, Path]:
+    """The settings to start from, and the folder of the run. The name of a preset wins over a folder of that name."""
+    if name in PRESETS or not Path(name).exists():
+        return find_preset(name), out or Path("runs", name)
+    if not (Path(name) / "config.json").is_file():
+        raise InputError(f"{name}: not a run; want a run's folder or a preset, {', '.join(PRESETS)}")
+
+    with importing():
+        from ddpm.files.checkpoints import read_settings
+
+    preset = read_settings(Path(name))
+    return (preset, Path(name)) if out is None else (replace(preset, class_names=()), out)  # the classes of its data

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ddpm.errors import InputError
 from ddpm.files import atomic
 from ddpm.files.tensors import file_sha256, save_tensors, sha256_of
-from ddpm.presets import Preset, to_json
+from ddpm.presets import Preset, from_json, to_json
 from ddpm.version import __version__
 
 
@@ -55,6 +56,15 @@ def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[s
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+def read_settings(run: Path) -> Preset:
+    """The settings of a run, RUN/config.json. Raises InputError if they cannot be read."""
+    config = run / "config.json"
+    try:
+        return from_json(json.loads(config.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{config}: cannot be read ({error}); want another out") from error
 
 
 def damage(folder: Path) -> str | None:

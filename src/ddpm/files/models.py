@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm.catalog import Variance
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError
+from ddpm.errors import InputError, suggestion
 from ddpm.files import atomic
 from ddpm.files.tensors import identity
 from ddpm.gaussian import calibrated_variance
@@ -23,6 +23,8 @@ from ddpm.version import __version__
 Weights = Literal["ema", "raw"]
 MODELS = Path(__file__).parents[1] / "models"
 """The folder of the models that come with the package."""
+CHECKOUT = Path(__file__).parents[3] / "models"
+"""The folder of larger models, which a checkout of the source has."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Checkpoint:
     step         the training step of the weights; 0 if they come from another package
     weights      ema (the averaged weights) or raw
     path         the file of the weights
-    name         of a third-party model, which writes its results to ./ddpm-NAME; "" for others
+    name         of a third-party model or one that was opened by its name, which writes its results to ./ddpm-NAME
     foreign      whether its files are those of diffusers, which keep the settings apart from the weights
     read_stored  reads the tensors as the file has them
     """
@@ -140,7 +142,7 @@ def with_variance(checkpoint: Checkpoint, variance: str) -> Checkpoint:
     """
     accepted = ("fixed_large", "fixed_small", "calibrated")
     if variance not in accepted:
-        raise InputError(f"variance {variance!r}: want {', '.join(accepted)}")
+        raise InputError(f"variance {variance!r}: {suggestion(variance, accepted)}want {', '.join(accepted)}")
     if checkpoint.denoiser.learned:
         raise InputError(f"variance {variance}: the network of {checkpoint.path} gives its own")
     if variance == "calibrated" and checkpoint.denoiser.predict == "mu":

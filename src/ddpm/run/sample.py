@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ddpm import kernels, pixels, spacing
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError
+from ddpm.errors import InputError, suggestion
 from ddpm.files.models import Checkpoint, read_calibration
 from ddpm.noise import ahead, per_image
 from ddpm.run.device import use_cuda_graphs
@@ -41,7 +41,7 @@ def sampler_levels(
     """
     chosen = named(sampler)
     if spaced is not None and spaced not in SPACING_NAMES:
-        raise InputError(f"spacing {spaced!r}: want {', '.join(SPACING_NAMES)}")
+        raise InputError(f"spacing {spaced!r}: {suggestion(spaced, SPACING_NAMES)}want {', '.join(SPACING_NAMES)}")
     if spaced is not None and spaced != "bound":
         chosen = chosen._replace(spacing=spaced)
     levels = chosen.levels(checkpoint.denoiser, steps, start)
@@ -236,7 +236,7 @@ class Conditions:
         wanted = names if self.classes == ("all",) and "all" not in names else self.classes
         for name in wanted:
             if name not in names:
-                raise InputError(f"class {name!r}: want {', '.join(names)}, or all")
+                raise InputError(f"class {name!r}: {suggestion(name, names)}want {', '.join(names)}, or all")
         guidance = self.resolved(checkpoint).guidance
         assert guidance is not None
         if guidance != 1 and checkpoint.preset.label_dropout == 0:

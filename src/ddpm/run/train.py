@@ -26,7 +26,7 @@ from ddpm import kernels, losses, noise, pixels, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import checkpoints, data, images, tensors
-from ddpm.presets import Preset, build, from_json
+from ddpm.presets import Preset, build
 from ddpm.run import ema, log
 from ddpm.run.advice import advice
 from ddpm.run.device import compile_stages, pick_compile
@@ -459,12 +459,8 @@ def _check_settings(preset: Preset, out: Path, ranks: Processes) -> Preset:
     if not preset.data:
         raise InputError("data: this preset names no data set; want a SOURCE of images")
     _parts(preset, ranks)
-    config = out / "config.json"
-    if config.is_file():
-        try:
-            old = from_json(json.loads(config.read_text()))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{config}: cannot be read ({error}); want another out") from error
+    if (out / "config.json").is_file():
+        old = checkpoints.read_settings(out)
         if preset.precision == "auto":
             preset = replace(preset, precision=old.precision)
         preset = replace(preset, class_names=old.class_names)
