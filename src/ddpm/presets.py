@@ -120,7 +120,12 @@ class Preset:
     sample_every: int = _run(5000, "steps between grids of samples; 0 for none", 0, resume=True)
     sample_count: int = _run(64, "images in a grid of samples", 1, resume=True)
     sample_steps: int = _run(50, "DDIM steps for a grid of samples", 1, resume=True)
-    eval_images: int = _run(512, "held-out images for the held-out loss", 1, resume=True)
+    eval_images: int = _run(
+        512,
+        "noisy held-out images for the held-out loss; a few images are taken again, at other levels",
+        1,
+        resume=True,
+    )
     tensorboard: bool = _run(False, "also write TensorBoard files (needs the extra tensorboard)", resume=True)
 
     def __post_init__(self) -> None:

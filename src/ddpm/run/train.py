@@ -83,6 +83,7 @@ def train(preset: Preset, out: Path) -> Result:
             return Result(begun, model.held_out_before, None, None, None)
         training = _for_training(model, preset, ranks)
         write = stack.enter_context(log.metrics(out, begun, preset, ranks))
+        log.write_held_out(out, held_out_set, ranks)
         _announce(preset, out, ranks, model, train_set, held_out_set)
 
         def evaluate(stop: Callable[[], bool] = lambda: False) -> float | None:
@@ -383,16 +384,17 @@ class _Meter:
 @torch.no_grad()
 @kernels.frozen()
 def held_out_by_level(
-    denoiser: Denoiser, held_out: data.Images, most: int, ranks: Processes,
+    denoiser: Denoiser, held_out: data.Images, n: int, ranks: Processes,
     stop: Callable[[], bool] = lambda: False, labelled: bool = False,
 ) -> list[float]:  # fmt: skip
-    """L_simple of held-out images in BUCKETS equal ranges of t, lowest first.
+    """L_simple of held-out images in BUCKETS equal ranges of t, lowest first: the means of `n` noisy images.
 
-    A range without an image is nan. A range with a loss that is not a number is inf. Image i has a level and a noise of
-    its own, which are the same in every run and for any number of processes. labelled tells the network the labels.
-    If `stop` returns true, the function returns early with the means so far.
+    Noisy image i is image i modulo the number of images, so that a few images are seen at many levels. It has a level
+    and a noise of its own, which are the same in every run and for any number of processes. A range of t without an
+    image is nan. A range with a loss that is not a number is inf. labelled tells the network the labels. If `stop`
+    returns true, the function returns early with the means so far.
     """
-    n, T = min(most, len(held_out)), denoiser.schedule.T
+    T = denoiser.schedule.T
     t = 1 + (torch.randperm(n, generator=noise.generator(HELD_OUT_SEED)) * T + T // 2) // n
     sums = torch.zeros(2, BUCKETS, dtype=torch.float64)
     mine = ranks.mine(n)
@@ -400,9 +402,10 @@ def held_out_by_level(
         if stop():
             break
         rows = list(mine[start : start + 64])
-        x0 = pixels.to_signal(held_out.batch(rows)).to(ranks.device)
+        places = [i % len(held_out) for i in rows]
+        x0 = pixels.to_signal(held_out.batch(places)).to(ranks.device)
         eps = noise.normal([noise.mix(HELD_OUT_SEED, i) for i in rows], x0.shape[1:]).to(ranks.device)
-        y = None if held_out.labels is None or not labelled else held_out.labels[rows].to(ranks.device)
+        y = None if held_out.labels is None or not labelled else held_out.labels[places].to(ranks.device)
         loss = losses.simple(denoiser, x0, t[rows].to(ranks.device), eps, y).cpu().double()
         bucket = (t[rows] - 1) * BUCKETS // T
         sums[0].index_add_(0, bucket, loss.where(~loss.isnan(), math.inf))

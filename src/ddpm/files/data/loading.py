@@ -35,6 +35,7 @@ class Images:
     class_names  K names, or None
     rows         int64 [N], the place of each image in `pixels`, or in the source if `pixels` is None
     pixels       all images in memory, uint8 [>= N, C, H, W], or None
+    origin       int64, the place in the source of each image of `pixels`, or None if that is its own place
     faults       the bad images so far: index in the source -> error
     notes        the conversions so far
     """
@@ -49,6 +50,7 @@ class Images:
     rows: Tensor = field(repr=False)
     pixels: Tensor | None = field(repr=False)
     skip_bad: bool = False
+    origin: Tensor | None = field(default=None, repr=False)
     faults: dict[int, str] = field(default_factory=dict, repr=False)
     notes: pictures.Notes = field(default_factory=pictures.Notes, repr=False)
 
@@ -68,6 +70,15 @@ class Images:
     def skipped(self) -> int:
         """The number of bad images so far."""
         return len(self.faults)
+
+    def names(self) -> list[str]:
+        """The images' names in the source: paths of files, or numbers of rows.
+
+        >>> load("digits", (8, 8), 1, split="test").names()[:2]
+        ['image 0 of ...', 'image 1 of ...']
+        """
+        rows = self.rows if self.origin is None else self.origin[self.rows]
+        return [self.decoder.encoded.name(row) for row in rows.tolist()]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -178,7 +189,7 @@ def _build(
     pixels, faults, notes = decode_all(decoder, n, 1 if small else min(8, os.cpu_count() or 1), skip_bad, progress)
     good = torch.tensor([i for i in range(n) if i not in faults])
     if faults:
-        pixels = pixels[good]
+        pixels, images.origin = pixels[good], good
         images.labels = None if labels is None else labels[good]
         warnings.warn(
             f"{source}: {len(faults):,} of {n:,} images skipped, the first: {min(faults.items())[1]}", stacklevel=3
