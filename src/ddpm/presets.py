@@ -115,7 +115,14 @@ class Preset:
     compile: Compile = _run("auto", "compile the network with Inductor; auto: on CUDA devices", resume=True)
     workers: int = _run(2, "processes that decode images, if the images do not fit in memory", 0, resume=True)
     save_every: int = _run(5000, "steps between checkpoints", 1, resume=True)
+    save_minutes: float = _run(
+        10,
+        "minutes after which a checkpoint is written between these, without a held-out loss; 0 for none",
+        0,
+        resume=True,
+    )
     keep: int = _run(2, "newest checkpoints to keep, besides the best one", 1, resume=True)
+    keep_steps: tuple[int, ...] = _run((0,), "steps that are saved and kept, too; 0 for none", 0, resume=True)
     log_every: int = _run(50, "steps between lines of metrics.jsonl", 1, resume=True)
     sample_every: int = _run(5000, "steps between grids of samples; 0 for none", 0, resume=True)
     sample_count: int = _run(64, "images in a grid of samples", 1, resume=True)

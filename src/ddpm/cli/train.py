@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,10 +17,11 @@ from ddpm.cli.options import (
     find_preset,
     height_and_width,
     importing,
+    number,
     whole_numbers,
 )
 from ddpm.errors import InputError
-from ddpm.presets import GROUPS, PRESETS, Preset
+from ddpm.presets import GROUPS, PRESETS, Preset, check
 
 
 def add(commands: Commands) -> None:
@@ -35,6 +37,8 @@ def add(commands: Commands) -> None:
     add_json(parser)
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
     groups["data"].add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=f"the images: {SOURCE}")
+    minutes = "minutes that a new run takes, in place of --steps; its first steps tell how many there are"
+    groups["optimisation"].add_argument("--minutes", **number(float, None), help=minutes)
     hints = get_type_hints(Preset)
     for f in fields(Preset):
         if f.name not in ("data", "class_names"):
@@ -66,13 +70,19 @@ def _add_setting(group: Any, f: Any, kind: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     overrides = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name, None) is not None}
+    started = time.monotonic()
+    if args.minutes is not None:
+        check("--minutes", args.minutes, float, 0.1)
+        if "steps" in args:
+            raise InputError("--minutes, --steps: want one of the two")
     preset, out = _start(args.preset, None if args.out is None else Path(args.out))
     preset = replace(preset, **overrides)
 
     with importing():
         from ddpm.run.train import train
 
-    result = train(preset, out)
+    minutes = None if args.minutes is None else args.minutes - (time.monotonic() - started) / 60
+    result = train(preset, out, minutes)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process prints for all
         pass
     elif args.json:

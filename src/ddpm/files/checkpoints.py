@@ -3,7 +3,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,8 @@ def _held_out(folder: Path) -> float | None:
         return None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete checkpoints, except the newest `keep`, the one with the lowest held-out loss, and calibrated ones.
+def prune(run: Path, keep: int, steps: Sequence[int] = ()) -> None:
+    """Delete checkpoints, except the newest `keep`, the one with the lowest held-out loss, `steps` and calibrated ones.
 
     Pictures may have been compressed with a calibrated checkpoint, and only that checkpoint can decompress them.
     """
@@ -123,7 +123,7 @@ def prune(run: Path, keep: int) -> None:
     scored = [p for p in folders if _held_out(p) is not None]
     top = min(scored, key=lambda p: _held_out(p) or 0.0, default=None)
     for folder in folders[keep:]:
-        if folder != top and not any(folder.glob("*.calibration.json")):
+        if folder != top and int(folder.name) not in steps and not any(folder.glob("*.calibration.json")):
             shutil.rmtree(folder)
     for leftover in (run / "checkpoints").glob(".*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -25,13 +25,14 @@ from tqdm import tqdm
 from ddpm import kernels, losses, noise, pixels, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
-from ddpm.files import checkpoints, data, images, tensors
+from ddpm.files import checkpoints, data, tensors
 from ddpm.presets import Preset, build
-from ddpm.run import ema, log
+from ddpm.run import ema, forecast, log
 from ddpm.run.advice import advice
 from ddpm.run.device import compile_stages, pick_compile
+from ddpm.run.pace import Pace, time_steps
+from ddpm.run.previews import draw
 from ddpm.run.processes import Processes, pick_precision, processes, threads
-from ddpm.run.sample import cycled_labels, generate
 from ddpm.schedule import Schedule
 
 BUCKETS = 10
@@ -53,16 +54,20 @@ class Result:
     interrupted: int | None  # the signal that ended the run, if one did
 
 
-def train(preset: Preset, out: Path) -> Result:
+def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
     """Train `preset` into the run folder `out` up to step `preset.steps`, or resume the run in that folder.
+
+    minutes  the time from now to the end of a new run. It takes the place of `preset.steps`: the speed of the first
+             steps tells how many there are, and config.json keeps that number. Then the run begins, an ordinary one
 
     Raises InputError for settings, data or a device that cannot be used, and Stopped if the run cannot go on.
     """
+    started = time.monotonic()
     with ExitStack() as stack:
         ranks = stack.enter_context(processes(preset.device))
         devices = [ranks.device] if ranks.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))  # steps seed the global generators, which are the caller's
-        preset = _check_settings(preset, out, ranks)
+        preset = _check_settings(preset, out, ranks, minutes)
         parts = _parts(preset, ranks)
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
@@ -81,7 +86,10 @@ def train(preset: Preset, out: Path) -> Result:
         if begun >= preset.steps:
             log.say(ranks, f"{out} is trained to step {begun} already; more steps continue it")
             return Result(begun, model.held_out_before, None, None, None)
-        training = _for_training(model, preset, ranks)
+        training, draws = _for_training(model, preset, ranks), torch.Generator(ranks.device)
+        if minutes is not None and not (out / "config.json").exists():
+            end = started + 60 * minutes
+            preset = _ending_at(end, model, training, preset, parts, train_set, held_out_set, draws, ranks)
         write = stack.enter_context(log.metrics(out, begun, preset, ranks))
         log.write_held_out(out, held_out_set, ranks)
         _announce(preset, out, ranks, model, train_set, held_out_set)
@@ -102,6 +110,7 @@ def train(preset: Preset, out: Path) -> Result:
             if ranks.first and model.step > model.saved:  # else nothing new was learned
                 _save(model, preset, out, meter.seconds(), held_out, train_set.fingerprint)
                 model.saved = model.step
+            pace.saved()
 
         if model.held_out_before is None:
             model.held_out_before = evaluate()
@@ -112,11 +121,11 @@ def train(preset: Preset, out: Path) -> Result:
             train_set, preset.seed, preset.batch_size, begun, preset.steps,
             part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
         )  # fmt: skip
-        draws = torch.Generator(ranks.device)
         bar = tqdm(total=preset.steps, initial=begun, unit="step", disable=None if ranks.first else True)
         stack.callback(bar.close)
         stop = stack.enter_context(_signals())  # before this line there is nothing to save
         stack.enter_context(_saving_at_the_end(model, out, save))
+        pace = Pace(preset, ranks, forecast.save_seconds(model.network))
 
         for batch in stream:
             loss, norm = _update(model, training, preset, parts, batch, train_set, draws, ranks, meter)
@@ -126,23 +135,32 @@ def train(preset: Preset, out: Path) -> Result:
             _apply(model, preset)
             bar.update()
 
-            done, ended = model.step == preset.steps, ranks.any(stop.signal is not None)
-            saving = model.step % preset.save_every == 0 or done
+            if pace.step():
+                log.say(ranks, f"step {model.step}: loss {float(loss):.4f}")
+                log.say(ranks, forecast.describe(preset, out, pace.costs, model.network, model.step, ranks.device))
+
+            done = model.step == preset.steps
+            ended, timed, picture = pace.decide(stop.signal is not None, model.step < preset.sample_every)
+            saving = model.step % preset.save_every == 0 or model.step in preset.keep_steps or done
             if model.step % preset.log_every == 0 or saving or ended:
                 watch.check(out, loss)
                 line = meter.line(model.adam.param_groups[0]["lr"], norm)
                 write(model.step, line)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s")
-            if saving or ended:
-                held_out = None if ended else evaluate(lambda: stop.signal is not None)
-                save(held_out)
-                ended = ended or ranks.any(stop.signal is not None)  # a signal during the evaluation
-            if not ended and preset.sample_every and (model.step % preset.sample_every == 0 or done):
-                _sample(model, preset, out, ranks, lambda: stop.signal is not None)
-            if saving:
-                meter.restart()  # evaluation and samples are not training time
+            with meter.paused():
+                if saving or ended:
+                    held_out = None if ended else evaluate(lambda: stop.signal is not None)
+                    save(held_out)
+                    ended = ended or ranks.any(stop.signal is not None)  # a signal during the evaluation
+                elif timed:
+                    save(None)
+                if preset.sample_every and (model.step % preset.sample_every == 0 or done):
+                    picture = preset.sample_count, preset.sample_steps
+                if picture and not ended:
+                    draw(model.averaged, preset, out, model.step, ranks, picture, lambda: stop.signal is not None)
             if ended:
                 log.say(ranks, f"stopped at step {model.step} and saved; the same command resumes the run")
+                _draw_last(model, preset, out, ranks, pace, stop)
                 return Result(model.step, model.held_out_before, held_out, meter.rate, stop.signal or signal.SIGTERM)
 
         if train_set.skipped:
@@ -256,7 +274,7 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         raise Stopped(
             f"step {model.step}: cannot save to {out}: {log.reason(error)}; the last whole checkpoint is {last}"
         ) from error
-    checkpoints.prune(out, preset.keep)
+    checkpoints.prune(out, preset.keep, preset.keep_steps)
 
 
 # -- a step ------------------------------------------------------------------------------------------------------------
@@ -307,6 +325,36 @@ def _apply(model: _Model, preset: Preset) -> None:
     ema.update(model.average_weights, model.weights, decay)
     model.step += 1
     model.whole = True
+
+
+def _ending_at(
+    end: float, model: _Model, training: Denoiser, preset: Preset, parts: list[slice], train_set: data.Images,
+    held_out_set: data.Images, draws: torch.Generator, ranks: Processes,
+) -> Preset:  # fmt: skip
+    """The preset with as many steps as end at the time `end`. The steps that are timed for this are taken back."""
+    weights = copy.deepcopy(model.network.state_dict())
+    part, meter = slice(parts[0].start, parts[-1].stop), _Meter(0.0, ranks, preset.batch_size)
+    stream = data.batches(
+        train_set, preset.seed, preset.batch_size, 0, 10**9, part=part, workers=preset.workers, device=ranks.device
+    )
+
+    def step() -> None:
+        _update(model, training, preset, parts, next(stream), train_set, draws, ranks, meter)
+        _apply(model, preset)
+
+    left = end - time.monotonic()
+    model.network.train()
+    step_seconds = time_steps(step, min(max(2.0, left / 20), 60.0), ranks)
+    begun = time.monotonic()
+    held_out_by_level(model.averaged, held_out_set, 16, ranks, labelled=preset.classes)
+    costs = forecast.Costs(step_seconds, (time.monotonic() - begun) / 16, forecast.save_seconds(model.network))
+    stream.close()
+    model.network.load_state_dict(weights)
+    model.average.load_state_dict(weights)
+    model.adam.state.clear()
+    model.step = 0
+    steps = costs.steps_in(preset, end - time.monotonic()) if ranks.first else 0
+    return replace(preset, steps=int(ranks.total(torch.tensor(steps))))
 
 
 def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
@@ -376,9 +424,12 @@ class _Meter:
             "seconds": self._before + now - self._started,
         }
 
-    def restart(self) -> None:
-        """Leave the time since the last line out of the speed."""
-        self._since = time.monotonic()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block out of the speed, since evaluation and pictures are not training time."""
+        before = time.monotonic()
+        yield
+        self._since += time.monotonic() - before
 
 
 @torch.no_grad()
@@ -415,18 +466,13 @@ def held_out_by_level(
     return means
 
 
-def _sample(model: _Model, preset: Preset, out: Path, ranks: Processes, stop: Callable[[], bool]) -> None:
-    """Write a grid of samples of the averaged weights, unless `stop` returns true."""
-    mine = list(ranks.mine(preset.sample_count))
-    classes = cycled_labels(range(len(preset.class_names)), mine)
-    samples = generate(
-        model.averaged, preset.shape, mine, "ddim", preset.sample_steps, device=ranks.device, stop=stop, y=classes
-    )
-    samples = ranks.interleave(samples, preset.sample_count)
-    if not ranks.any(stop()) and ranks.first:
-        (out / "samples").mkdir(exist_ok=True)
-        grid = images.grid(images.channels_last(samples))
-        images.save(out / "samples" / f"{model.step:08d}.png", grid)
+def _draw_last(model: _Model, preset: Preset, out: Path, ranks: Processes, pace: Pace, stop: "_Stop") -> None:
+    """Draw a picture of some seconds after Ctrl-C. The next Ctrl-C skips it."""
+    size = pace.picture(most=20)
+    if stop.signal == signal.SIGINT and preset.sample_every and size[0] and ranks.world == 1:
+        log.say(ranks, f"drawing {out / 'samples' / f'{model.step:08d}.png'}; Ctrl-C skips it")
+        with suppress(KeyboardInterrupt):
+            draw(model.averaged, preset, out, model.step, ranks, size, lambda: stop.signal != signal.SIGINT)
 
 
 class _Watch:
@@ -454,7 +500,7 @@ def _not_finite(what: str, out: Path) -> Stopped:
 # -- the run's folder, settings and signals ----------------------------------------------------------------------------
 
 
-def _check_settings(preset: Preset, out: Path, ranks: Processes) -> Preset:
+def _check_settings(preset: Preset, out: Path, ranks: Processes, minutes: float | None) -> Preset:
     """The preset to train with: it takes over from an existing run what was left open. Nothing is written.
 
     Raises InputError for settings that do not fit the run in `out`, or this machine.
@@ -466,7 +512,7 @@ def _check_settings(preset: Preset, out: Path, ranks: Processes) -> Preset:
         old = checkpoints.read_settings(out)
         if preset.precision == "auto":
             preset = replace(preset, precision=old.precision)
-        preset = replace(preset, class_names=old.class_names)
+        preset = replace(preset, class_names=old.class_names, steps=preset.steps if minutes is None else old.steps)
         for f in fields(Preset):
             was, now = getattr(old, f.name), getattr(preset, f.name)
             moved = f.name == "data" and not os.path.exists(os.path.expanduser(was))  # the fingerprint decides later
