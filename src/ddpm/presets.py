@@ -56,7 +56,9 @@ class Preset:
     data: str = _data("", f"SOURCE of images: {catalog.accepted_sources()}")
     size: tuple[int, int] = _data((32, 32), "height x width to which images are resized and cropped: 32 or 32x48")
     channels: Literal[1, 3, 4] = _data(3, "1 for grey, 3 for RGB, 4 for RGBA")
-    flip: bool = _data(True, "mirror each training image with probability 1/2")
+    flip: bool = _data(True, "mirror each training image left to right with probability 1/2")
+    mirror: bool = _data(False, "mirror each training image top to bottom with probability 1/2")
+    turn: bool = _data(False, "turn each training image by 0, 90, 180 or 270 degrees, at random")
     image_column: str = _data("", "column that holds the images of a data set (default: the only one)")
     label_column: str = _data("", "column that holds the labels of a data set (default: label, class, ...)")
     classes: bool = _data(False, "learn the labels of the data set, so that a class can be sampled by its name")
@@ -146,6 +148,8 @@ class Preset:
         if len(self.size) != 2:
             raise InputError(f"size {self.size}: want height and width, as 32 or 32x48")
         check_size(self.size, len(self.channel_multipliers) + self.patch - 1)
+        if self.turn and self.size[0] != self.size[1]:
+            raise InputError(f"turn: images of size {self.size[0]}x{self.size[1]} cannot be turned; want a square size")
         if self.width % 32:
             raise InputError(f"width {self.width}: want a multiple of 32")
         if self.loss == "simple" and self.variance.startswith("learned"):
@@ -255,6 +259,28 @@ PRESETS: dict[str, Preset] = {
         save_every=1000, sample_every=1000,
     ),
 }  # fmt: skip
+
+
+def photos(size: tuple[int, int]) -> Preset:
+    """The preset for photographs of this size: the recipe of cifar10_fast, with levels down to 4 pixels if possible.
+
+    >>> photos((64, 64)).channel_multipliers, photos((128, 96)).batch_size
+    ((1, 1, 2, 2), 16)
+    """
+    patch: Literal[1, 2] = 2 if min(size) >= 32 and not any(side % 2 for side in size) else 1
+    sides = [[side // patch for side in size]]
+    while min(sides[-1]) > 4 and not any(side % 2 for side in sides[-1]):
+        sides.append([side // 2 for side in sides[-1]])
+    large = min(size) > 64
+    return replace(
+        PRESETS["cifar10_fast"], data="", size=size, patch=patch, dropout=0.1, timestep_sampling="stratified",
+        channel_multipliers=tuple(1 if min(inner) >= 16 else 2 for inner in sides),
+        batch_size=16 if large else 32 if min(size) > 32 else 64, lr=1e-3, sample_count=16,
+        eval_images=64 if large else 128,
+    )  # fmt: skip
+
+
+PRESETS["photos"] = photos((64, 64))
 
 
 def build(preset: Preset) -> Denoiser:

@@ -21,7 +21,7 @@ from ddpm.cli.options import (
     whole_numbers,
 )
 from ddpm.errors import InputError
-from ddpm.presets import GROUPS, PRESETS, Preset, check
+from ddpm.presets import GROUPS, PRESETS, Preset, check, photos
 
 
 def add(commands: Commands) -> None:
@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
         "ddpm train cifar10_small --data ./photos --out runs/photos --steps 20000",
     )  # fmt: skip
     start = f"a preset, {', '.join(PRESETS)}; or a run's folder, which goes on with its own settings"
-    parser.add_argument("preset", metavar="PRESET", help=start)
+    parser.add_argument("preset", metavar="PRESET", nargs="?", help=f"{start} (default: photos, if there is --data)")
     parser.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/PRESET, or the run itself)")
     add_json(parser)
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
@@ -75,7 +75,12 @@ def run(args: argparse.Namespace) -> int:
         check("--minutes", args.minutes, float, 0.1)
         if "steps" in args:
             raise InputError("--minutes, --steps: want one of the two")
-    preset, out = _start(args.preset, None if args.out is None else Path(args.out))
+    if args.preset is None and "data" not in args:
+        raise InputError(f"PRESET: missing; want a preset, {', '.join(PRESETS)}, a run's folder, or --data SOURCE")
+    name = "photos" if args.preset is None else args.preset
+    preset, out = _start(name, None if args.out is None else Path(args.out))
+    if name == "photos":  # its network follows from the size
+        preset = photos(overrides.get("size", preset.size))
     preset = replace(preset, **overrides)
 
     with importing():

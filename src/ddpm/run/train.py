@@ -27,7 +27,7 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import checkpoints, data, tensors
 from ddpm.presets import Preset, build
-from ddpm.run import ema, forecast, log
+from ddpm.run import augment, ema, forecast, log
 from ddpm.run.advice import advice
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.pace import Pace, time_steps
@@ -295,6 +295,7 @@ def _update(
     t = timesteps.sample(model.schedule, preset.batch_size, preset.timestep_sampling, g, preset.predict)
     t = data.send(t, ranks.device)
     flips = data.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
+    turns = data.send(augment.draw(preset, step), ranks.device) if preset.turn or preset.mirror else None
     draws.manual_seed(noise.mix(preset.seed, step, _EPS))
     eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
     y = _labels(train_set, preset, step, g, ranks) if preset.classes else None
@@ -303,6 +304,8 @@ def _update(
         x0 = batch[part.start - parts[0].start : part.stop - parts[0].start]
         if preset.flip:
             x0 = torch.where(flips[part][:, None, None, None], x0.flip(-1), x0)
+        if turns is not None:
+            x0 = augment.apply(x0, turns[:, part])
         x0 = pixels.to_signal(x0)
         torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
         last = part is parts[-1]
