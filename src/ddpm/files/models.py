@@ -125,6 +125,18 @@ def read_calibration(checkpoint: Checkpoint) -> tuple[Tensor, float] | None:
     return mse, first
 
 
+def calibration_remedy(checkpoint: Checkpoint, calibrate: str = "run `ddpm calibrate` on it first") -> str:
+    """What to do about a missing calibration, for an error; `calibrate` says how to make one.
+
+    A file that was sent around had its calibration beside it, and pictures were compressed with that one.
+    """
+    file, of_a_run = calibration_file(checkpoint.path), (checkpoint.path.parent / "state.json").exists()
+    if checkpoint.foreign or of_a_run or file.exists():
+        return calibrate
+    name = checkpoint.path.name
+    return f"fetch {file.name} from where {name} came from, and put it beside {name}; if none is there, {calibrate}"
+
+
 def codec_tables(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The codec's tables beside these weights, which compressed files need to be read; None if there are none."""
     try:
@@ -152,7 +164,7 @@ def with_variance(checkpoint: Checkpoint, variance: str) -> Checkpoint:
         measured = read_calibration(checkpoint)
         if measured is None:
             raise InputError(
-                f"variance calibrated: {checkpoint.path} is not calibrated; run `ddpm calibrate` on it first"
+                f"variance calibrated: {checkpoint.path} is not calibrated; {calibration_remedy(checkpoint)}"
             )
         value = calibrated_variance(checkpoint.denoiser.schedule, *measured)
     return replace(checkpoint, denoiser=replace(checkpoint.denoiser, variance=value))

@@ -22,7 +22,7 @@ from ddpm.codec.plan import Tables
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import atomic, images
-from ddpm.files.models import Checkpoint, Weights, calibration_file, codec_tables, read_calibration
+from ddpm.files.models import Checkpoint, Weights, calibration_file, calibration_remedy, codec_tables, read_calibration
 from ddpm.files.opening import open_checkpoint
 from ddpm.run.processes import open_for_device
 from ddpm.unet import UNet
@@ -87,7 +87,8 @@ def load_codec(
         if checkpoint.foreign:
             remedy = f"`ddpm import {path} --out FILE.safetensors` and `ddpm calibrate FILE.safetensors`"
         raise InputError(
-            f"{calibration_file(checkpoint.path)}: no tables for the codec{reason}; want {remedy}"
+            f"{calibration_file(checkpoint.path)}: no tables for the codec{reason}; "
+            f"{calibration_remedy(checkpoint, f'want {remedy}')}"
         ) from error
     exact = open_checkpoint(path, weights or "ema", which, "float32").denoiser
     assert isinstance(exact.network, UNet)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ddpm import kernels, pixels, spacing
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, suggestion
-from ddpm.files.models import Checkpoint, read_calibration
+from ddpm.files.models import Checkpoint, calibration_remedy, read_calibration
 from ddpm.noise import ahead, per_image
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.processes import Processes
@@ -49,7 +49,7 @@ def sampler_levels(
         return levels
     calibration = read_calibration(checkpoint)
     if calibration is None:
-        raise InputError(f"spacing bound: {checkpoint.path} is not calibrated; run `ddpm calibrate` on it first")
+        raise InputError(f"spacing bound: {checkpoint.path} is not calibrated; {calibration_remedy(checkpoint)}")
     top = levels[-1] + 1
     mse, _ = calibration
     return spacing.optimised(spacing.bound_cost(checkpoint.denoiser.schedule, mse)[:top, :top], len(levels))
