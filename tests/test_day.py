@@ -12,6 +12,7 @@ from PIL import Image
 
 from ddpm.cli import main
 from ddpm.files import images, models, opening
+from ddpm.run import compress
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,14 +55,48 @@ def test_a_file_without_its_calibration_says_which_file_to_fetch(
     shutil.copy(digits.path, alone)
     picture = tmp_path / "a.png"
     images.save(picture, np.full((8, 8, 1), 99, np.uint8))
-    compress = ["compress", str(alone), str(picture), "--out", str(tmp_path / "a.ddpm"), "--chunk-bits", "8"]
+    squeeze = ["compress", str(alone), str(picture), "--out", str(tmp_path / "a.ddpm"), "--chunk-bits", "8"]
     sample = ["sample", str(alone), "-n", "1", "--sampler", "ddim", "--steps", "2", "--out", str(tmp_path / "b.png")]
-    for words in (compress, [*sample, "--variance", "calibrated"], [*sample, "--spacing", "bound"]):
+    for words in (squeeze, [*sample, "--variance", "calibrated"], [*sample, "--spacing", "bound"]):
         capsys.readouterr()
         assert main(words) == 2
         err = capsys.readouterr().err
         assert "fetch mine.calibration.json from where mine.safetensors came from" in err
         assert err.count("\n") == 1
     shutil.copy(models.calibration_file(digits.path), tmp_path / "mine.calibration.json")
-    for words in (compress, [*sample, "--variance", "calibrated"], [*sample, "--spacing", "bound"]):
+    for words in (squeeze, [*sample, "--variance", "calibrated"], [*sample, "--spacing", "bound"]):
         assert main(words) == 0
+
+
+@pytest.mark.parametrize("profile", ["portable", "local"])
+@pytest.mark.parametrize("size", [(8, 8, 1), (20, 9, 1), (20, 9, 3)])
+def test_the_bar_of_the_codec_ends_at_its_end(
+    size: tuple[int, int, int], profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tile of 8x8 is seen once a group and once more; a grey model takes the colours one by one."""
+    bars: list[tuple[str, int, int]] = []
+
+    class Bar:
+        def __init__(self, total: int, desc: str, **_: object) -> None:
+            self.desc, self.total, self.n = desc, total, 0
+
+        def update(self, count: int) -> None:
+            self.n += count
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            bars.append((self.desc, self.total, self.n))
+
+    monkeypatch.setattr(compress, "tqdm", Bar)
+    picture, file = tmp_path / "a.png", tmp_path / "a.ddpm"
+    images.save(picture, np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
+    assert (
+        main(["compress", "digits", str(picture), "--out", str(file), "--chunk-bits", "8", "--profile", profile]) == 0
+    )
+    assert main(["decompress", "digits", str(file), "--out", str(tmp_path / "b.png")]) == 0
+    tiles = -(-size[0] // 8) * -(-size[1] // 8) * size[2]
+    groups = len(compress.load_codec("digits").tables[8].groups)
+    total, words = tiles * (groups + 1), f"{tiles} tile{'s' * (tiles > 1)}"
+    assert bars == [(f"{what}, {words}", total, total) for what in ("compressing", "decompressing")]

@@ -133,7 +133,7 @@ def decompress(args: argparse.Namespace) -> int:
             raise InputError(f"--out {out}: {path} is an archive; want a folder")
     elif out.suffix.lower() != ".png" or images.check_out(out) != "png":
         raise InputError(f"--out {out}: want the name of a PNG file")
-    about = decompress(_model(args), path, out, args.at)
+    about = decompress(_model(args), path, out, args.at, progress=not args.json)
     if args.json:
         print(json.dumps(about))
     elif about["exact"]:
