@@ -22,7 +22,7 @@ from ddpm.codec.entropy import Damaged
 from ddpm.codec.plan import Tables
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.files import atomic, images
+from ddpm.files import animation, atomic, images
 from ddpm.files.models import Checkpoint, Weights, calibration_file, calibration_remedy, codec_tables, read_calibration
 from ddpm.files.opening import open_checkpoint
 from ddpm.run.processes import open_for_device
@@ -180,6 +180,8 @@ def _summary(file: Path, data: bytes, dims: int, count: int) -> dict[str, Any]:
 def decompress(model: Model, path: Path, out: Path, at: int | None = None, progress: bool = False) -> dict[str, Any]:
     """Write the picture of a compressed file as the PNG `out`, or those of an archive as PNGs in the folder `out`.
 
+    If the name `out` ends in .gif or .webp, an animation shows how the picture develops while the file is read.
+
     `at` reads only the first `at` bytes of the file. Returns a summary as plain JSON values. Warns about a file that
     may not decode here, and raises InputError for one that does not.
     """
@@ -203,8 +205,13 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None, progr
             images.save(out / f"{safe}.png", image)
         return {"out": str(out), "images": len(pictures), "exact": True}
     with _naming(path), _counting(model, "decompressing", [picture.work(model, data)], progress) as model:
-        *_, last = picture.pictures(model, data, at)
-    images.save(out, last.image)
+        frames = []
+        for last in picture.pictures(model, data, at):
+            frames += [last.image[None]] * animation.is_animation(out)
+    if frames:
+        animation.save(out, [frames[i] for i in animation.spread(len(frames))])
+    else:
+        images.save(out, last.image)
     summary = {name: value for name, value in last._asdict().items() if name != "image"}
     return {"out": str(out), "images": 1, **summary}
 

@@ -155,8 +155,11 @@ def progressive(
     device: torch.device | str = "cpu",
     progress: bool = False,
     y: Tensor | None = None,
+    noisy: bool = False,
 ) -> Tensor:
     """Figure 6: x0^ (Eq. 15) at `columns` evenly spaced steps of the sampling, of which the last is the image.
+
+    noisy  show x_t instead, clipped to what pixels can show
 
     Returns uint8 [len(seeds), columns, C, H, W] on the CPU, with fewer columns if there are fewer steps. The other
     arguments are as in `generate`.
@@ -176,7 +179,7 @@ def progressive(
     bar = tqdm(path, total=n, unit="step", desc="sampling", disable=None if progress else True, leave=False)
     for i, step in enumerate(bar):
         if i in shown:
-            strip.append(pixels.to_pixels(step.x if step.t == 0 else step.x0).cpu())
+            strip.append(pixels.to_pixels(step.x if noisy or step.t == 0 else step.x0).cpu())
     return torch.stack(strip, dim=1)
 
 
@@ -258,18 +261,20 @@ def sample(
     batch_size: int = 64,
     strips: bool = False,
     progress: bool = False,
+    columns: int = 11,
+    noisy: bool = False,
 ) -> tuple[Tensor, dict[str, Any]]:
     """`n` images of the seeds seed, seed + 1, and so on, and how they were made as plain JSON values.
 
-    The images are uint8 [n, C, H, W], or with `strips` the estimates on the way, uint8 [n, columns, C, H, W]. Every
-    process makes its share, and every process gets all of them. Raises InputError for a sampler, steps, a spacing or
-    conditions that this model does not have.
+    The images are uint8 [n, C, H, W], or with `strips` the estimates on the way, uint8 [n, columns, C, H, W], or x_t if
+    `noisy`. Every process makes its share, and every process gets all of them. Raises InputError for a sampler, steps,
+    a spacing or conditions that this model does not have.
     """
     conditions = conditions.resolved(checkpoint)
     denoiser, labels = conditions.apply(checkpoint)
     levels = sampler_levels(checkpoint, sampler, steps, spacing)
     seeds, y = [seed + i for i in ranks.mine(n)], cycled_labels(labels, ranks.mine(n))
-    make = progressive if strips else partial(generate, batch_size=batch_size)
+    make = partial(progressive, columns=columns, noisy=noisy) if strips else partial(generate, batch_size=batch_size)
     solver = named(sampler, eta, sigma_hat)
     shape = checkpoint.preset.shape
     images = make(denoiser, shape, seeds, solver, levels, device=ranks.device, progress=progress, y=y)
