@@ -19,6 +19,8 @@ $(VENV)/.tested: $(VENV)/.installed
 	touch $@
 
 demo: install
+	$(BIN)/ddpm sample digits -n 60 --class all --sampler unipc --steps 20 --out $(OUT)/packaged.png
+	@echo "$(OUT)/packaged.png shows samples of the model in the package; now a model of your own is trained"
 	$(BIN)/ddpm train digits --out $(OUT)/run
 	$(BIN)/ddpm sample $(OUT)/run -n 100 --class all --steps 250 --out $(OUT)/digits.png
 	$(BIN)/ddpm sample $(OUT)/run -n 8 --steps 250 --progressive --out $(OUT)/progressive.png

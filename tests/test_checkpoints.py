@@ -252,7 +252,7 @@ def test_a_disk_that_is_full_indeed(small_disk: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.splitlines()[-1] == f"ddpm: cannot write to {run}: the disk is full"
     assert main(["sample", str(run), "-n", "64", "--out", str(small_disk / "x.png")]) == 1
     assert capsys.readouterr().err.startswith("ddpm: the disk is full")
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", ".lock"}
+    assert {p.name for p in run.iterdir()} == {"config.json", "held_out.json", "metrics.jsonl", "checkpoints", ".lock"}
     assert {p.name for p in small_disk.iterdir()} == {"run", "rest"}
 
     (small_disk / "rest").unlink()

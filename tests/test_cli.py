@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, train
+from conftest import TINY, assert_same, steps, tensors, train
 from PIL import Image
 
 import ddpm
 from ddpm.cli import main
-from ddpm.files import data, images
+from ddpm.errors import InputError
+from ddpm.files import data, images, opening
 from ddpm.presets import PRESETS
 
 
@@ -77,7 +78,7 @@ ON_PICTURES = "train digits --data pictures"
 MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     # the command and its options
     ("", nothing, ["no command", "train", "sample"]),
-    ("trian digits", nothing, ["'trian'", "train"]),
+    ("trian digits", nothing, ["'trian'", "did you mean train?"]),
     ("--verison", nothing, ["--verison", "did you mean --version?"]),
     ("train", nothing, ["PRESET", "cifar10"]),
     ("train cifra10", nothing, ["'cifra10'", "did you mean cifar10?", "lsun_church"]),
@@ -100,7 +101,8 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("train digits --size 3x4x5", nothing, ["size (3, 4, 5)", "32x48"]),
     ("train digits --channels 2", nothing, ["channels 2", "1, 3, 4"]),
     ("train digits --predict epsilon", nothing, ["predict 'epsilon'", "eps, x0, mu, v"]),
-    ("train digits --schedule cosin", nothing, ["schedule 'cosin'", "cosine"]),
+    ("train digits --schedule cosin", nothing, ["schedule 'cosin'", "did you mean cosine?"]),
+    ("train digits --loss simpel", nothing, ["loss 'simpel'", "did you mean simple?"]),
     ("train digits --variance learned", nothing, ["variance learned", "loss hybrid or vlb"]),
     ("train digits --batch-size 8 --accumulate 3", nothing, ["accumulate 3", "batch_size 8"]),
     ("train digits --patch 4", nothing, ["patch 4", "1, 2"]),
@@ -132,6 +134,9 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
         ["notes.txt", ".parquet file", "a .zip"],
     ),
     # the run's folder
+    ("train pictures", lambda here: grey(here / "pictures"), ["pictures: not a run", "a preset, cifar10"]),
+    ("train ./digits", nothing, ["preset './digits'", "did you mean digits?"]),
+    ("train RUN --width 64", nothing, ["--width 64", "has 32"]),
     ("train digits --out notes.txt", lambda here: write(here / "notes.txt"), ["out notes.txt", "a new folder"]),
     ("train digits --out pictures", lambda here: grey(here / "pictures"), ["out pictures", "not a run"]),
     ("train digits --out notes.txt/run", lambda here: write(here / "notes.txt"), ["out notes.txt/run", "directory"]),
@@ -147,6 +152,9 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("sample RUN --seed -1", nothing, ["--seed -1", "at least 0"]),
     ("sample RUN --sampler ddim --eta 2", nothing, ["--eta 2", "0 to 1"]),
     ("sample RUN --eta 0.5", nothing, ["--eta 0.5", "--sampler ddim"]),
+    ("sample digist", nothing, ["digist", "did you mean digits?", "a run folder"]),
+    ("sample digits --class all --spacing karas", nothing, ["--spacing 'karas'", "did you mean karras?"]),
+    ("paper tabel1 --run RUN", nothing, ["'tabel1'", "did you mean table1?"]),
     ("sample RUN --sampler euler", nothing, ["--sampler 'euler'", "ancestral, ddim"]),
     ("sample RUN --weights best", nothing, ["--weights 'best'", "ema, raw"]),
     ("sample RUN --checkpoint newest", nothing, ["checkpoint 'newest'", "last, best or a step"]),
@@ -196,6 +204,41 @@ def test_a_run_with_other_settings_is_one_line_too(trained: Path, capsys: pytest
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert f"the run in {trained} has" in err
+
+
+def test_a_run_goes_on_with_its_own_settings(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder stands for all of its options. A preset's name wins over a folder of that name; ./NAME is the run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "digits")
+    assert main(["train", "./digits", "--steps", "33"]) == 0
+    assert json.loads(Path("digits/config.json").read_text()) == {
+        **json.loads((trained / "config.json").read_text()),
+        "steps": 33,
+    }
+    again = tmp_path / "again"
+    assert train(again, "--steps", 33, "--save-every", 10, "--sample-every", 30) == 0
+    assert_same(tensors(again, 33), tensors(Path("digits"), 33))
+    assert main(["train", "again", "--out", "other", "--steps", "1"]) == 0  # a new run with the same settings
+    assert steps(Path("other")) == [1]
+    assert steps(again)[-1] == 33
+    capsys.readouterr()
+    assert main(["train", "digits", "--steps", "0"]) == 2
+    assert not Path("runs").exists()
+
+
+def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of models/ too, where a checkout is installed. Their results do not go into it."""
+    monkeypatch.chdir(tmp_path)
+    for file in opening.CHECKOUT.glob("*.safetensors"):
+        by_name, by_path = opening.open_checkpoint(file.stem), opening.open_checkpoint(file)
+        assert by_name.path == by_path.path == file
+        assert by_name.home == Path(f"ddpm-{file.stem}")
+    assert opening.open_checkpoint("digits").home == Path("ddpm-digits")
+    (tmp_path / "digits").mkdir()
+    with pytest.raises(InputError, match="digits: not a run"):
+        opening.open_checkpoint("digits")
 
 
 def test_a_config_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

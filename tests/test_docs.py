@@ -27,6 +27,7 @@ SHORT = {
     "edit": "--t 40",
     "report": "",
     "export": "",
+    "info": "",
     "import": "",
 }
 

@@ -418,7 +418,7 @@ def test_files_of_a_run(trained: Path) -> None:
 
 def test_output_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """There is no progress bar. stdout has the results and the place of the samples."""
-    assert train(tmp_path / "run", "--steps", 2, "--sample-every", 1) == 0
+    assert train(tmp_path / "run", "--steps", 2, "--sample-every", 1, "--beta-T", 0.7) == 0
     out, err = capsys.readouterr()
     assert "\r" not in err
     assert "%|" not in err
@@ -591,6 +591,48 @@ def test_held_out_loss_does_not_depend_on_the_number_of_processes(trained: Path)
     assert (total / count).tolist() == pytest.approx(held_out_by_level(denoiser, held_out, 100, Processes(0, 1, cpu)))
     few = held_out_by_level(denoiser, held_out, 4, Processes(0, 1, cpu))
     assert sum(map(math.isnan, few)) == BUCKETS - 4
+
+
+def test_a_few_held_out_images_are_seen_at_many_levels() -> None:
+    """One image is a sample of every range of t, and its loss is that of the same image held out 512 times."""
+    held_out = copy.copy(data.load_pair("digits", (8, 8), 1)[1])
+    everything, schedule, levels = held_out.rows, ddpm.schedule.cosine(100), []
+
+    def remembers(x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:
+        levels.extend((timestep + 1).tolist())
+        return torch.zeros_like(x)
+
+    denoiser, one = ddpm.Denoiser(remembers, schedule), Processes(0, 1, torch.device("cpu"))
+    held_out.rows = everything[:1]
+    alone = held_out_by_level(denoiser, held_out, 512, one)
+    assert np.histogram(levels, BUCKETS, (1, 101))[0].tolist() == pytest.approx([51.2] * BUCKETS, abs=1)
+    held_out.rows = everything[[0] * 512]
+    assert alone == held_out_by_level(denoiser, held_out, 512, one)
+    levels.clear()
+    held_out.rows = everything[:3]
+    held_out_by_level(denoiser, held_out, 512, one)
+    by_image = [levels[i::3] for i in range(3)]  # image 0, 1, 2, 0, 1 ..
+    assert all(min(np.histogram(seen, BUCKETS, (1, 101))[0]) > 5 for seen in by_image)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_which_images_are_held_out_is_in_the_run(bad: bool, tmp_path: Path) -> None:
+    """The files that are named are those that training never sees; bad files do not shift the names."""
+    pixels = data.load("digits", (8, 8), 1).batch(range(40)).permute(0, 2, 3, 1).numpy()
+    pictures.save_many(tmp_path / "data", pixels, [f"{i:02d}" for i in range(40)])
+    if bad:
+        (tmp_path / "data" / "00.png").write_text("not a picture")
+    given = ("--data", tmp_path / "data", "--steps", 1, "--skip-bad")
+    assert train(tmp_path / "run", *given) == 0
+    record = json.loads((tmp_path / "run" / "held_out.json").read_text())
+    assert (record["data"], record["count"]) == (str(tmp_path / "data"), len(record["images"]))
+    rest, held_out = data.load_pair(str(tmp_path / "data"), (8, 8), 1, skip_bad=True)
+    files = sorted((tmp_path / "data").iterdir())[bad:]
+    by_content = {np.asarray(Image.open(file)).tobytes(): str(file) for file in files}
+    assert record["images"] == [by_content[held_out.batch([i]).numpy().tobytes()] for i in range(len(held_out))]
+    seen = {by_content[rest.batch([i]).numpy().tobytes()] for i in range(len(rest))}
+    assert seen.isdisjoint(record["images"])
+    assert len(seen) + len(record["images"]) == len(files)
 
 
 def test_evaluation_and_samples_use_the_averaged_weights(trained: Path) -> None:

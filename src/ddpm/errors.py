@@ -1,9 +1,10 @@
 """The errors that users see, and the checks of arguments that several modules share."""
 
+import difflib
 import json
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -31,6 +32,17 @@ def not_installed(package: str, extra: str) -> InputError:
     "matplotlib is not installed; want `pip install 'ddpm-kit[plots]'`"
     """
     return InputError(f"{package} is not installed; want `pip install 'ddpm-kit[{extra}]'`")
+
+
+def suggestion(name: object, names: Iterable[object]) -> str:
+    """`did you mean NEAREST? `, or nothing if no name is near.
+
+    >>> suggestion("cifra10", ["cifar10", "digits"])
+    'did you mean cifar10? '
+    """
+    by_lower = {str(one).lower(): one for one in names}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    return f"did you mean {by_lower[near[0]]}? " if near else ""
 
 
 def check_size(size: Sequence[int], levels: int) -> None:

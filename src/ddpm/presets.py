@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from ddpm import catalog
 from ddpm.catalog import Compile, Precision, Prediction, TimestepSampling, Variance, Weighting
 from ddpm.details import Details
-from ddpm.errors import InputError, check_size, finite_number, whole_number
+from ddpm.errors import InputError, check_size, finite_number, suggestion, whole_number
 
 if TYPE_CHECKING:
     from ddpm.denoiser import Denoiser
@@ -62,7 +62,9 @@ class Preset:
         (32, 32), "height x width to which images are resized and cropped: 32 or 32x48", 1, _SIDE
     )
     channels: Literal[1, 3, 4] = _data(3, "1 for grey, 3 for RGB, 4 for RGBA")
-    flip: bool = _data(True, "mirror each training image with probability 1/2")
+    flip: bool = _data(True, "mirror each training image left to right with probability 1/2")
+    mirror: bool = _data(False, "mirror each training image top to bottom with probability 1/2")
+    turn: bool = _data(False, "turn each training image by 0, 90, 180 or 270 degrees, at random")
     image_column: str = _data("", "column that holds the images of a data set (default: the only one)")
     label_column: str = _data("", "column that holds the labels of a data set (default: label, class, ...)")
     classes: bool = _data(False, "learn the labels of the data set, so that a class can be sampled by its name")
@@ -123,12 +125,25 @@ class Preset:
     compile: Compile = _run("auto", "compile the network with Inductor; auto: on CUDA devices", resume=True)
     workers: int = _run(2, "processes that decode images, if the images do not fit in memory", 0, 1024, resume=True)
     save_every: int = _run(5000, "steps between checkpoints", 1, _COUNT, resume=True)
+    save_minutes: float = _run(
+        10,
+        "minutes after which a checkpoint is written between these, without a held-out loss; 0 for none",
+        0,
+        resume=True,
+    )
     keep: int = _run(2, "newest checkpoints to keep, besides the best one", 1, _COUNT, resume=True)
+    keep_steps: tuple[int, ...] = _run((0,), "steps that are saved and kept, too; 0 for none", 0, _COUNT, resume=True)
     log_every: int = _run(50, "steps between lines of metrics.jsonl", 1, _COUNT, resume=True)
     sample_every: int = _run(5000, "steps between grids of samples; 0 for none", 0, _COUNT, resume=True)
     sample_count: int = _run(64, "images in a grid of samples", 1, _MANY, resume=True)
     sample_steps: int = _run(50, "DDIM steps for a grid of samples", 1, _MANY, resume=True)
-    eval_images: int = _run(512, "held-out images for the held-out loss", 1, _COUNT, resume=True)
+    eval_images: int = _run(
+        512,
+        "noisy held-out images for the held-out loss; a few images are taken again, at other levels",
+        1,
+        _COUNT,
+        resume=True,
+    )
     tensorboard: bool = _run(False, "also write TensorBoard files (needs the extra tensorboard)", resume=True)
 
     def __post_init__(self) -> None:
@@ -136,7 +151,7 @@ class Preset:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
-                raise InputError(f"{f.name} {value!r}: want {', '.join(choices)}")
+                raise InputError(f"{f.name} {value!r}: {suggestion(value, choices)}want {', '.join(choices)}")
             value = check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
             object.__setattr__(self, f.name, value)
         if len(self.size) != 2:
@@ -144,6 +159,8 @@ class Preset:
         if len(self.channel_multipliers) > _LEVELS:
             raise InputError(f"channel_multipliers: {len(self.channel_multipliers)} levels; want at most {_LEVELS}")
         check_size(self.size, len(self.channel_multipliers) + self.patch - 1)
+        if self.turn and self.size[0] != self.size[1]:
+            raise InputError(f"turn: images of size {self.size[0]}x{self.size[1]} cannot be turned; want a square size")
         if self.width % 32:
             raise InputError(f"width {self.width}: want a multiple of 32")
         if self.loss == "simple" and self.variance.startswith("learned"):
@@ -192,7 +209,8 @@ def check(name: str, value: Any, kind: Any, least: float | None = None, most: fl
     """
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise InputError(f"{name} {value!r}: want {', '.join(map(str, get_args(kind)))}")
+            hint = suggestion(value, get_args(kind)) if isinstance(value, str) else ""
+            raise InputError(f"{name} {value!r}: {hint}want {', '.join(map(str, get_args(kind)))}")
         return value
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]
@@ -256,6 +274,28 @@ PRESETS: dict[str, Preset] = {
         save_every=1000, sample_every=1000,
     ),
 }  # fmt: skip
+
+
+def photos(size: tuple[int, int]) -> Preset:
+    """The preset for photographs of this size: the recipe of cifar10_fast, with levels down to 4 pixels if possible.
+
+    >>> photos((64, 64)).channel_multipliers, photos((128, 96)).batch_size
+    ((1, 1, 2, 2), 16)
+    """
+    patch: Literal[1, 2] = 2 if min(size) >= 32 and not any(side % 2 for side in size) else 1
+    sides = [[side // patch for side in size]]
+    while min(sides[-1]) > 4 and not any(side % 2 for side in sides[-1]):
+        sides.append([side // 2 for side in sides[-1]])
+    large = min(size) > 64
+    return replace(
+        PRESETS["cifar10_fast"], data="", size=size, patch=patch, dropout=0.1, timestep_sampling="stratified",
+        channel_multipliers=tuple(1 if min(inner) >= 16 else 2 for inner in sides),
+        batch_size=16 if large else 32 if min(size) > 32 else 64, lr=1e-3, sample_count=16,
+        eval_images=64 if large else 128,
+    )  # fmt: skip
+
+
+PRESETS["photos"] = photos((64, 64))
 
 
 def build(preset: Preset) -> Denoiser:

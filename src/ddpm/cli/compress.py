@@ -53,7 +53,8 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help=MODEL)
     parser.add_argument("file", metavar="FILE", help="a file of `ddpm compress`")
-    parser.add_argument("--out", required=True, metavar="PNG", help="NAME.png, or a folder for an archive")
+    out = "NAME.png; NAME.gif or NAME.webp shows how it develops; a folder for an archive"
+    parser.add_argument("--out", required=True, metavar="FILE", help=out)
     parser.add_argument("--at", **number(int, None), help="read only the first N bytes")
     _add_model(parser)
 
@@ -124,16 +125,18 @@ def decompress(args: argparse.Namespace) -> int:
 
     with importing():
         from ddpm.codec import container
-        from ddpm.files import images
+        from ddpm.files import animation, images
         from ddpm.run.compress import decompress, read_file
 
     path, out = Path(args.file), Path(args.out)
     if container.is_archive(read_file(path)):
         if images.check_out(out) != "folder":
             raise InputError(f"--out {out}: {path} is an archive; want a folder")
+    elif animation.is_animation(out):
+        animation.check_out(out)
     elif out.suffix.lower() != ".png" or images.check_out(out) != "png":
-        raise InputError(f"--out {out}: want the name of a PNG file")
-    about = decompress(_model(args), path, out, args.at)
+        raise InputError(f"--out {out}: want the name of a PNG file, or NAME.gif or NAME.webp for an animation")
+    about = decompress(_model(args), path, out, args.at, progress=not args.json)
     if args.json:
         print(json.dumps(about))
     elif about["exact"]:

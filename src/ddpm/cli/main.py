@@ -177,6 +177,7 @@ def _process_state() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
+            warnings.filterwarnings("default", category=UserWarning, module=r"ddpm\b")  # they are this program's output
             yield
     finally:
         sys.stdout, sys.stderr = streams

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from ddpm import catalog
 from ddpm.catalog import Precision
-from ddpm.errors import InputError
+from ddpm.errors import InputError, suggestion
 from ddpm.presets import PRESETS, Preset, check
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 MODEL = (
     "a model: a run folder, a checkpoint folder, a .safetensors file, a diffusers folder, hf:OWNER/NAME on the Hugging "
-    "Face hub, or digits, the model in the package"
+    "Face hub, or the name of an installed model, such as digits"
 )
 PICTURES = "FILE.png for a grid, FILE.npz, or a folder"
 SOURCE = catalog.accepted_sources()
@@ -268,20 +268,10 @@ def importing() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def suggestion(name: str, names: Sequence[str]) -> str:
-    """`did you mean NEAREST? `, or nothing if no name is near.
-
-    >>> suggestion("cifra10", ["cifar10", "digits"])
-    'did you mean cifar10? '
-    """
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]}? " if near else ""
-
-
 def find_preset(name: str) -> Preset:
     """The preset of that name. Raises InputError, which suggests the nearest one, if there is none."""
     if name not in PRESETS:
-        raise InputError(f"preset {name!r}: {suggestion(name, list(PRESETS))}want {', '.join(PRESETS)}")
+        raise InputError(f"preset {name!r}: {suggestion(name, PRESETS)}want {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

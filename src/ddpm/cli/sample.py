@@ -33,7 +33,10 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help=MODEL)
     parser.add_argument("-n", **number(int, 64), help="number of images (default: %(default)s)")
-    parser.add_argument("--out", default="samples.png", metavar="PATH", help=f"{PICTURES} (default: %(default)s)")
+    moves = "FILE.gif or FILE.webp for an animation of x_t, or with --progressive of x0^"
+    parser.add_argument(
+        "--out", default="samples.png", metavar="PATH", help=f"{PICTURES}; {moves} (default: %(default)s)"
+    )
     seed = "seed of the first image; each next image has the next seed (default: %(default)s)"
     parser.add_argument("--seed", **number(int, 0), help=seed)
     add_batch_size(parser)
@@ -54,14 +57,17 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{f'--eta {args.eta}' if args.eta else '--sigma-hat'}: only --sampler ddim has it")
 
     with importing():
-        from ddpm.files import images
+        from ddpm.files import animation, images
         from ddpm.run.export import grid_columns
         from ddpm.run.processes import processes
         from ddpm.run.sample import RECORD, Sampling, sample, sample_to_folder
 
-    kind = images.check_out(args.out, RECORD)
-    if kind != "png" and args.progressive:
-        raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png")
+    moves = animation.is_animation(args.out)
+    if moves:
+        animation.check_out(args.out)
+    kind = "animation" if moves else images.check_out(args.out, RECORD)
+    if kind not in ("png", "animation") and args.progressive:
+        raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png, NAME.gif or NAME.webp")
     with processes(args.device) as ranks:
         model, asked = open_model(args, ranks.device), conditions(args)
         check_sampler(args, model.denoiser.schedule.T)
@@ -72,14 +78,19 @@ def run(args: argparse.Namespace) -> int:
         if kind == "folder":
             about = sample_to_folder(model, args.n, ranks, Path(args.out), sampling, progress)
         else:
-            pictures, about = sample(model, args.n, ranks, sampling, args.progressive, progress)
+            pictures, about = sample(
+                model, args.n, ranks, sampling, args.progressive or moves, progress,
+                columns=animation.MOST_FRAMES if moves else 11, noisy=moves and not args.progressive,
+            )  # fmt: skip
         if not ranks.first:
             return 0
-        if args.progressive:
+        columns = grid_columns(len(asked.apply(model)[1]))
+        if moves:
+            animation.save(args.out, [images.channels_last(frame) for frame in pictures.unbind(1)], columns)
+        elif args.progressive:
             tiles = images.channels_last(pictures.flatten(0, 1))
             images.save(args.out, images.grid(tiles, columns=pictures.shape[1]))
         elif kind != "folder":
-            columns = grid_columns(len(asked.apply(model)[1]))
             images.save_many(args.out, images.channels_last(pictures), columns=columns)
         what = f"{args.n} image{'s' * (args.n != 1)}"
         summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,23 +17,28 @@ from ddpm.cli.options import (
     find_preset,
     height_and_width,
     importing,
+    number,
     whole_numbers,
 )
-from ddpm.presets import GROUPS, PRESETS, Preset
+from ddpm.errors import InputError
+from ddpm.presets import GROUPS, PRESETS, Preset, check, photos
 
 
 def add(commands: Commands) -> None:
     parser = command(
         commands, "train", run, "train a model, or resume a run",
         "Train the network of a preset, and write checkpoints, samples and a log into the run folder. The same command "
-        "resumes a run that was stopped. Each grouped option replaces one setting of the preset.",
+        "resumes a run that was stopped, and so does `ddpm train RUN`. Each grouped option replaces one setting.",
         "ddpm train cifar10_small --data ./photos --out runs/photos --steps 20000",
     )  # fmt: skip
-    parser.add_argument("preset", metavar="PRESET", help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/PRESET)")
+    start = f"a preset, {', '.join(PRESETS)}; or a run's folder, which goes on with its own settings"
+    parser.add_argument("preset", metavar="PRESET", nargs="?", help=f"{start} (default: photos, if there is --data)")
+    parser.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/PRESET, or the run itself)")
     add_json(parser)
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
     groups["data"].add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=f"the images: {SOURCE}")
+    minutes = "minutes that a new run takes, in place of --steps; its first steps tell how many there are"
+    groups["optimisation"].add_argument("--minutes", **number(float, None), help=minutes)
     hints = get_type_hints(Preset)
     for f in fields(Preset):
         if f.name not in ("data", "class_names", "details"):
@@ -64,13 +70,24 @@ def _add_setting(group: Any, f: Any, kind: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     overrides = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name, None) is not None}
-    preset = replace(find_preset(args.preset), **overrides)
-    out = Path(f"runs/{args.preset}" if args.out is None else args.out)
+    started = time.monotonic()
+    if args.minutes is not None:
+        check("--minutes", args.minutes, float, 0.1)
+        if "steps" in args:
+            raise InputError("--minutes, --steps: want one of the two")
+    if args.preset is None and "data" not in args:
+        raise InputError(f"PRESET: missing; want a preset, {', '.join(PRESETS)}, a run's folder, or --data SOURCE")
+    name = "photos" if args.preset is None else args.preset
+    preset, out = _start(name, None if args.out is None else Path(args.out))
+    if name == "photos":  # its network follows from the size
+        preset = photos(overrides.get("size", preset.size))
+    preset = replace(preset, **overrides)
 
     with importing():
         from ddpm.run.train import train
 
-    result = train(preset, out)
+    minutes = None if args.minutes is None else args.minutes - (time.monotonic() - started) / 60
+    result = train(preset, out, minutes)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process prints for all
         pass
     elif args.json:
@@ -84,3 +101,18 @@ def run(args: argparse.Namespace) -> int:
             print(f"pictures: {out / 'samples'}")
         print(f"next: ddpm sample {out} -n 64 --out samples.png")
     return 128 + result.interrupted if result.interrupted else 0
+
+
+def _start(name: str, out: Path | None) -> tuple[Preset, Path]:
+    """The settings to start from, and the folder of the run. The name of a preset wins over a folder of that name."""
+    if name in PRESETS or not Path(name).exists():
+        return find_preset(name), out or Path("runs", name)
+    if not (Path(name) / "config.json").is_file():
+        raise InputError(f"{name}: not a run; want a run's folder or a preset, {', '.join(PRESETS)}")
+
+    with importing():
+        from ddpm.files.checkpoints import settings
+
+    preset = settings(Path(name))
+    assert preset is not None  # there is a config.json
+    return (preset, Path(name)) if out is None else (replace(preset, class_names=()), out)  # the classes of its data

@@ -1,6 +1,6 @@
 """A calibrated model as the codec uses it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ddpm import kernels
@@ -23,6 +23,7 @@ class Model:
     where     2 bytes that name machine, device and release, for the local profile
     batches   whether the denoiser's x0^ is the same in any batch, to the bit
     packed    the weights in the layout that our kernels read, filled on the first use
+    tick      called with a number of tiles whenever the network has seen them, for progress bars
     """
 
     denoiser: Denoiser
@@ -35,7 +36,8 @@ class Model:
     where: bytes = b"\0\0"
     batches: bool = False
     packed: kernels.Packed = field(default_factory=dict, repr=False)
+    tick: Callable[[int], object] = lambda tiles: None
 
     def predictor(self, local: bool, check: bool = False) -> Predictor:
         """The function that gives x0^ in this profile."""
-        return Predictor(self.denoiser if local else self.exact, not local, check, self.packed)
+        return Predictor(self.denoiser if local else self.exact, not local, check, self.packed, self.tick)

@@ -54,6 +54,18 @@ def grid(header: Header, model: Model) -> tuple[int, int, int, int, int]:
     return c, h, w, down, across
 
 
+def work(model: Model, source: Image | bytes, **settings: Any) -> tuple[int, int]:
+    """The tiles of a picture or of a file, and how often the network sees each; `settings` are those of `compress`.
+
+    Raises what `compress` and `decompress` raise for too large a picture, and for settings out of range.
+    """
+    header = read_header(source)[0] if isinstance(source, bytes) else _header(model, source, **settings)
+    channels, _, _, down, across = grid(header, model)
+    planes = header.channels if channels == 1 else 1
+    groups = model.tables[header.bits].groups if header.bits in model.tables else ()
+    return down * across * planes, len(groups) + 1
+
+
 def cut(image: Image, header: Header, model: Model) -> Tiles:
     """Cut a picture [H, W, C] into tiles, with padded edges.
 

@@ -51,12 +51,14 @@ class Predictor:
     careful  compute one tile at a time, in float64, for the portable profile
     check    raise Undecided if less than 1e-10 decides the rounding
     packed   the network's weights in the layout of our kernels; the weights do not change any more
+    tick     called with a number of tiles when the network has seen them
     """
 
     denoiser: Denoiser
     careful: bool
     check: bool = False
     packed: kernels.Packed = field(default_factory=dict)
+    tick: Callable[[int], object] = lambda tiles: None
 
     @torch.no_grad()
     def __call__(self, x: Array, level: int) -> Array:
@@ -73,7 +75,9 @@ class Predictor:
         x = x if self.careful else x.float()
         t = torch.tensor([level])  # one time embedding, since a matrix product may differ in another batch
         device = self.denoiser.schedule.alpha_bar.device
-        return self.denoiser(x.to(device), t.to(device)).x0.double().cpu()
+        x0 = self.denoiser(x.to(device), t.to(device)).x0.double().cpu()
+        self.tick(len(x))
+        return x0
 
 
 Predict = Callable[[Array, int], Array]

@@ -7,7 +7,7 @@ import os
 import stat
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -182,8 +182,8 @@ def settings(run: Path) -> Preset | None:
         return from_json(parse_json(read_metadata(folder / "raw.safetensors")["config"]))
 
 
-def prune(run: Path, keep: int, protected: Collection[Path] = ()) -> None:
-    """Delete checkpoints, except the newest `keep`, the one with the lowest held-out loss, and calibrated ones.
+def prune(run: Path, keep: int, steps: Sequence[int] = (), protected: Collection[Path] = ()) -> None:
+    """Delete checkpoints, except the newest `keep`, the one with the lowest held-out loss, `steps` and calibrated ones.
 
     protected  folders that stay in any case
 
@@ -194,7 +194,7 @@ def prune(run: Path, keep: int, protected: Collection[Path] = ()) -> None:
     folders = saved(run)
     if len(folders) <= keep:
         return
-    kept, whole = set(protected), 0
+    kept, whole = {*protected, *(folder for folder in folders if int(folder.name) in steps)}, 0
     for folder in folders:
         if whole < keep:
             whole += damage(folder) is None

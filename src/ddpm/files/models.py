@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm.catalog import Variance
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError, parse_json
+from ddpm.errors import InputError, parse_json, suggestion
 from ddpm.files import atomic
 from ddpm.gaussian import calibrated_variance
 from ddpm.presets import Preset
@@ -20,6 +20,8 @@ from ddpm.version import __version__
 Weights = Literal["ema", "raw"]
 MODELS = Path(__file__).parents[1] / "models"
 """The folder of the models that come with the package."""
+CHECKOUT = Path(__file__).parents[3] / "models"
+"""The folder of larger models, which a checkout of the source has."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Checkpoint:
     step      the training step of the weights; 0 if they come from another package
     weights   ema (the averaged weights) or raw
     path      the file of the weights, which a run in training may have deleted meanwhile
-    name      of a third-party model, which writes its results to ./ddpm-NAME; "" for others
+    name      of a third-party model or one that was opened by its name, which writes its results to ./ddpm-NAME
     foreign   whether its files are those of diffusers, which keep the settings apart from the weights
     identity  the hash that names these weights in results, calibrations and compressed files (`tensors.identity`)
     """
@@ -119,6 +121,18 @@ def read_calibration(checkpoint: Checkpoint) -> tuple[Tensor, float] | None:
     return mse, first
 
 
+def calibration_remedy(checkpoint: Checkpoint, calibrate: str = "run `ddpm calibrate` on it first") -> str:
+    """What to do about a missing calibration, for an error; `calibrate` says how to make one.
+
+    A file that was sent around had its calibration beside it, and pictures were compressed with that one.
+    """
+    file, of_a_run = calibration_file(checkpoint.path), (checkpoint.path.parent / "state.json").exists()
+    if checkpoint.foreign or of_a_run or file.exists():
+        return calibrate
+    name = checkpoint.path.name
+    return f"fetch {file.name} from where {name} came from, and put it beside {name}; if none is there, {calibrate}"
+
+
 def codec_tables(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The codec's tables beside these weights, which compressed files need to be read; None if there are none."""
     try:
@@ -136,7 +150,7 @@ def with_variance(checkpoint: Checkpoint, variance: str) -> Checkpoint:
     """
     accepted = ("fixed_large", "fixed_small", "calibrated")
     if variance not in accepted:
-        raise InputError(f"variance {variance!r}: want {', '.join(accepted)}")
+        raise InputError(f"variance {variance!r}: {suggestion(variance, accepted)}want {', '.join(accepted)}")
     if checkpoint.denoiser.learned:
         raise InputError(f"variance {variance}: the network of {checkpoint.path} gives its own")
     if variance == "calibrated" and checkpoint.denoiser.predict == "mu":
@@ -146,7 +160,7 @@ def with_variance(checkpoint: Checkpoint, variance: str) -> Checkpoint:
         measured = read_calibration(checkpoint)
         if measured is None:
             raise InputError(
-                f"variance calibrated: {checkpoint.path} is not calibrated; run `ddpm calibrate` on it first"
+                f"variance calibrated: {checkpoint.path} is not calibrated; {calibration_remedy(checkpoint)}"
             )
         value = calibrated_variance(checkpoint.denoiser.schedule, *measured)
     return replace(checkpoint, denoiser=replace(checkpoint.denoiser, variance=value))

@@ -8,39 +8,48 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError, parse_json, whole_number
+from ddpm.errors import InputError, parse_json, suggestion, whole_number
 from ddpm.files import hub
 from ddpm.files.checkpoints import best, damage, newest, saved
 from ddpm.files.interop import diffusers as interop
-from ddpm.files.models import MODELS, Checkpoint, Weights, with_variance
+from ddpm.files.models import CHECKOUT, MODELS, Checkpoint, Weights, with_variance
 from ddpm.files.tensors import identity, not_finite
 from ddpm.presets import Preset, build, from_json, to_json
 
 
-def packaged(path: Path) -> Path:
-    """The file of the model in the package that `path` names. If no model or a file has that name, `path` itself.
+def models_by_name() -> dict[str, Path]:
+    """Name -> weights file of the models of the package and, where its source is installed, of models/ beside it.
 
-    >>> packaged(Path("digits")).name, packaged(Path("runs/digits")).name
+    >>> models_by_name()["digits"].name
+    'digits.safetensors'
+    """
+    return {file.stem: file for folder in (CHECKOUT, MODELS) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def named(path: Path) -> Path:
+    """The file of the model that `path` names. If no model or a file has that name, `path` itself.
+
+    >>> named(Path("digits")).name, named(Path("runs/digits")).name
     ('digits.safetensors', 'digits')
     """
-    file = MODELS / f"{path.name}.safetensors"
-    return file if path == Path(path.name) and file.is_file() and not path.exists() else path
+    return path if path != Path(path.name) or path.exists() else models_by_name().get(path.name, path)
 
 
-def _accepted() -> str:
-    names = ", ".join(sorted(p.stem for p in MODELS.glob("*.safetensors")))
+def _accepted(path: Path | None = None) -> str:
+    names = models_by_name()
+    hint = suggestion(path, names) if path is not None and not path.exists() else ""
     ours = "want a run folder, a checkpoint folder or a .safetensors file"
-    return f"{ours}; a model of the package: {names}; a diffusers folder; or hf:OWNER/NAME"
+    return f"{hint}{ours}; a model by name: {', '.join(names)}; a diffusers folder; or hf:OWNER/NAME"
 
 
 def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
-    """The weights file of a run folder, a checkpoint folder, a file, or a model of the package.
+    """The weights file of a run folder, a checkpoint folder, a file, or a model by name.
 
     which  the checkpoint of a run: last, best (the lowest held-out loss) or a step
 
     Raises InputError if there is none or it is damaged.
     """
-    path = packaged(path)
+    path = named(path)
     single = path.is_file() or (path / "state.json").is_file()
     if single and which != "last":
         raise InputError(f"checkpoint {which!r}: {path} is one checkpoint already; want the run to choose from")
@@ -49,7 +58,7 @@ def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
     if single:
         return _undamaged(path, weights) / f"{weights}.safetensors"
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: {'not a run' if path.exists() else 'no such file or folder'}; {_accepted()}")
+        raise InputError(f"{path}: {'not a run' if path.exists() else 'no such file or folder'}; {_accepted(path)}")
     if which.isdecimal():
         folder = path / "checkpoints" / f"{int(which):08d}"
         if not folder.is_dir():
@@ -80,7 +89,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Read a model to the CPU.
 
-    path       a run folder, a checkpoint folder, a weights file, a model of the package, a diffusers folder, or
+    path       a run folder, a checkpoint folder, a weights file, a model by name, a diffusers folder, or
                hf:OWNER/NAME
     weights    ema, the moving average, or raw; a single file holds only one of them, which is taken
     which      the checkpoint of a run: last, best (the lowest held-out loss) or a step
@@ -101,6 +110,8 @@ def open_checkpoint(
         denoiser = _denoiser(preset, state, folder)
         return Checkpoint(denoiser, preset, 0, "ema", file, name, foreign=True, identity=identity(state))
     file, metadata, state = _read(Path(path), which, weights)
+    if file == named(Path(path)) != Path(path):
+        name = file.stem
     if "config" not in metadata or metadata.get("weights") not in ("ema", "raw"):
         raise InputError(f"{file}: not a checkpoint of ddpm; want ema.safetensors or raw.safetensors of a run")
     try:

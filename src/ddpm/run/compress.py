@@ -23,8 +23,8 @@ from ddpm.codec.entropy import Damaged
 from ddpm.codec.plan import Tables
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.files import atomic, images
-from ddpm.files.models import Checkpoint, Weights, calibration_file, codec_tables, read_calibration
+from ddpm.files import animation, atomic, images
+from ddpm.files.models import Checkpoint, Weights, calibration_file, calibration_remedy, codec_tables, read_calibration
 from ddpm.run.processes import open_for_device
 from ddpm.unet import UNet
 
@@ -92,7 +92,8 @@ def load_codec(
         if checkpoint.foreign:
             remedy = f"`ddpm import {path} --out FILE.safetensors` and `ddpm calibrate FILE.safetensors`"
         raise InputError(
-            f"{calibration_file(checkpoint.path)}: no tables for the codec{reason}; want {remedy}"
+            f"{calibration_file(checkpoint.path)}: no tables for the codec{reason}; "
+            f"{calibration_remedy(checkpoint, f'want {remedy}')}"
         ) from error
     network = copy.deepcopy(checkpoint.denoiser.network)
     assert isinstance(network, UNet)
@@ -158,27 +159,39 @@ def compress(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"{twice}: two images have this name; want different names")
-    bar = tqdm(total=len(pictures), desc="compressing", unit="image", disable=None if progress else True)
-    with bar:
-        if archived:
+    if archived:
+        with tqdm(total=len(pictures), desc="compressing", unit="image", disable=None if progress else True) as bar:
             data = archive.compress(model, pictures, names, tick=lambda done: bar.update(done - bar.n), **settings)
-            atomic.write(out, data)
-            return [_summary(out, data, sum(image.size for image in pictures), len(pictures))]
-        written = []
+        atomic.write(out, data)
+        return [_summary(out, data, sum(image.size for image in pictures), len(pictures))]
+    written = []
+    work = [picture.work(model, image, **settings) for image in pictures]
+    with _counting(model, "compressing", work, progress) as model:
         for name, image, data in zip(names, pictures, picture.compress_each(model, pictures, **settings), strict=True):
             target = out if len(pictures) == 1 and not out.is_dir() else out / f"{name}{_SUFFIX}"
             atomic.write(target, data)
             written.append(_summary(target, data, image.size, 1))
-            bar.update()
     return written
+
+
+@contextmanager
+def _counting(model: Model, what: str, work: Sequence[tuple[int, int]], progress: bool) -> Iterator[Model]:
+    """The model with a bar of the tiles that its network sees, and of the time left. `work` is as of `picture.work`."""
+    tiles, total = sum(tiles for tiles, _ in work), sum(tiles * times for tiles, times in work)
+    form = "{l_bar}{bar}| {elapsed} so far, {remaining} left"
+    what = f"{what}, {tiles:,} tile{'s' * (tiles != 1)}"
+    with tqdm(total=total, desc=what, bar_format=form, disable=None if progress else True, leave=False) as bar:
+        yield replace(model, tick=bar.update)
 
 
 def _summary(file: Path, data: bytes, dims: int, count: int) -> dict[str, Any]:
     return {"file": str(file), "images": count, "bytes": len(data), "bits_per_dim": round(8 * len(data) / dims, 4)}
 
 
-def decompress(model: Model, path: Path, out: Path, at: int | None = None) -> dict[str, Any]:
+def decompress(model: Model, path: Path, out: Path, at: int | None = None, progress: bool = False) -> dict[str, Any]:
     """Write the picture of a compressed file as the PNG `out`, or those of an archive as PNGs in the folder `out`.
+
+    If the name `out` ends in .gif or .webp, an animation shows how the picture develops while the file is read.
 
     `at` reads only the first `at` bytes of the file. Returns a summary as plain JSON values. Warns about a file that
     may not decode here, and raises InputError for one that does not.
@@ -202,9 +215,14 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None) -> di
             taken.add(safe.casefold())
             images.save(out / f"{safe}.png", image)
         return {"out": str(out), "images": len(pictures), "exact": True}
-    with _naming(path):
-        *_, last = picture.pictures(model, data, at)
-    images.save(out, last.image)
+    with _naming(path), _counting(model, "decompressing", [picture.work(model, data)], progress) as model:
+        frames = []
+        for last in picture.pictures(model, data, at):
+            frames += [last.image[None]] * animation.is_animation(out)
+    if frames:
+        animation.save(out, [frames[i] for i in animation.spread(len(frames))])
+    else:
+        images.save(out, last.image)
     summary = {name: value for name, value in last._asdict().items() if name != "image"}
     return {"out": str(out), "images": 1, **summary}
 

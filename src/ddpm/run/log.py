@@ -1,4 +1,4 @@
-"""What a run writes while it trains: config.json, metrics.jsonl, and TensorBoard's files if they are wanted."""
+"""What a run writes while it trains: config.json, held_out.json, metrics.jsonl, and TensorBoard's files if wanted."""
 
 import errno
 import importlib.util
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ddpm.errors import Stopped, not_installed, parse_json
 from ddpm.files import atomic
+from ddpm.files.data import Images
 from ddpm.presets import Preset, to_json
 from ddpm.run.processes import Processes
 
@@ -64,6 +65,21 @@ def read(path: Path) -> list[dict[str, Any]]:
             if isinstance(values, dict) and type(values.get("step")) is int:
                 lines.append(values)
     return lines
+
+
+def write_held_out(out: Path, held_out: Images, ranks: Processes) -> None:
+    """Write RUN/held_out.json: which images are not trained on. Those of a split of more than 1,000 are not named.
+
+    Raises Stopped if the file cannot be written.
+    """
+    if not ranks.first:
+        return
+    names = held_out.names() if len(held_out) <= 1000 else None  # `split_holdout` sets no more apart
+    values = {"data": held_out.name, "split": held_out.split, "count": len(held_out), "images": names}
+    try:
+        atomic.write_json(out / "held_out.json", values)
+    except OSError as error:
+        raise Stopped(f"cannot write to {out}: {reason(error)}") from error
 
 
 def check_tensorboard(preset: Preset) -> None:

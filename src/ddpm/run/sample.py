@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from ddpm import kernels, pixels, spacing
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError
+from ddpm.errors import InputError, suggestion
 from ddpm.files import atomic
 from ddpm.files import images as pictures
-from ddpm.files.models import Checkpoint, read_calibration
+from ddpm.files.models import Checkpoint, calibration_remedy, read_calibration
 from ddpm.noise import ahead, per_image
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.processes import Processes
@@ -47,7 +47,7 @@ def sampler_levels(
     """
     chosen = named(sampler)
     if spaced is not None and spaced not in SPACING_NAMES:
-        raise InputError(f"spacing {spaced!r}: want {', '.join(SPACING_NAMES)}")
+        raise InputError(f"spacing {spaced!r}: {suggestion(spaced, SPACING_NAMES)}want {', '.join(SPACING_NAMES)}")
     if spaced is not None and spaced != "bound":
         chosen = chosen._replace(spacing=spaced)
     levels = chosen.levels(checkpoint.denoiser, steps, start)
@@ -55,7 +55,7 @@ def sampler_levels(
         return levels
     calibration = read_calibration(checkpoint)
     if calibration is None:
-        raise InputError(f"spacing bound: {checkpoint.path} is not calibrated; run `ddpm calibrate` on it first")
+        raise InputError(f"spacing bound: {checkpoint.path} is not calibrated; {calibration_remedy(checkpoint)}")
     top = levels[-1] + 1
     mse, _ = calibration
     return spacing.optimised(spacing.bound_cost(checkpoint.denoiser.schedule, mse)[:top, :top], len(levels))
@@ -161,8 +161,11 @@ def progressive(
     device: torch.device | str = "cpu",
     progress: bool = False,
     y: Tensor | None = None,
+    noisy: bool = False,
 ) -> Tensor:
     """Figure 6: x0^ (Eq. 15) at `columns` evenly spaced steps of the sampling, of which the last is the image.
+
+    noisy  show x_t instead, clipped to what pixels can show
 
     Returns uint8 [len(seeds), columns, C, H, W] on the CPU, with fewer columns if there are fewer steps. The other
     arguments are as in `generate`.
@@ -182,7 +185,7 @@ def progressive(
     bar = tqdm(path, total=n, unit="step", desc="sampling", disable=None if progress else True, leave=False)
     for i, step in enumerate(bar):
         if i in shown:
-            strip.append(pixels.to_pixels(step.x if step.t == 0 else step.x0).cpu())
+            strip.append(pixels.to_pixels(step.x if noisy or step.t == 0 else step.x0).cpu())
     return torch.stack(strip, dim=1)
 
 
@@ -246,7 +249,7 @@ class Conditions:
         wanted = names if self.classes == ("all",) and "all" not in names else self.classes
         for name in wanted:
             if name not in names:
-                raise InputError(f"class {name!r}: want {', '.join(names)}, or all")
+                raise InputError(f"class {name!r}: {suggestion(name, names)}want {', '.join(names)}, or all")
         guidance = self.resolved(checkpoint).guidance
         assert guidance is not None
         if guidance != 1 and checkpoint.preset.label_dropout == 0:
@@ -284,17 +287,24 @@ class Sampling:
     def maker(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """A function from places 0, 1, ... of the series to its images, uint8 on the CPU, and how they are made.
 
-        The function takes `strips` and `progress`, as `sample` does. How they are made is plain JSON values. Raises
-        InputError for a sampler, steps, a spacing or conditions that this model does not have.
+        The function takes `strips`, `progress`, `columns` and `noisy`, as `sample` does. How the images are made is
+        plain JSON values. Raises InputError for a sampler, steps, a spacing or conditions that this model does not
+        have.
         """
         conditions = self.conditions.resolved(checkpoint)
         denoiser, labels = conditions.apply(checkpoint)
         levels = sampler_levels(checkpoint, self.sampler, self.steps, self.spacing)
         solver = named(self.sampler, self.eta, self.sigma_hat)
 
-        def make(places: Sequence[int], strips: bool = False, progress: bool = False) -> Tensor:
+        def make(
+            places: Sequence[int], strips: bool = False, progress: bool = False, columns: int = 11, noisy: bool = False
+        ) -> Tensor:
             seeds, y = [self.seed + i for i in places], cycled_labels(labels, places)
-            run = progressive if strips else partial(generate, batch_size=self.batch_size)
+            strip, plain = (
+                partial(progressive, columns=columns, noisy=noisy),
+                partial(generate, batch_size=self.batch_size),
+            )
+            run = strip if strips else plain
             return run(denoiser, checkpoint.preset.shape, seeds, solver, levels, device=device, progress=progress, y=y)
 
         about = {
@@ -315,21 +325,23 @@ def sample(
     sampling: Sampling = Sampling(),
     strips: bool = False,
     progress: bool = False,
+    columns: int = 11,
+    noisy: bool = False,
 ) -> tuple[Tensor, dict[str, Any]]:
     """`n` images of the seeds seed, seed + 1, and so on, and how they were made as plain JSON values.
 
-    The images are uint8 [n, C, H, W], or with `strips` the estimates on the way, uint8 [n, columns, C, H, W]. Every
-    process makes its share, and every process gets all of them. Raises InputError as `Sampling.maker` does, and if the
-    images do not fit in this machine's memory.
+    The images are uint8 [n, C, H, W], or with `strips` the estimates on the way, uint8 [n, columns, C, H, W], or x_t if
+    `noisy`. Every process makes its share, and every process gets all of them. Raises InputError as `Sampling.maker`
+    does, and if the images do not fit in this machine's memory.
     """
-    size = n * math.prod(checkpoint.preset.shape) * (11 if strips else 1)
+    size = n * math.prod(checkpoint.preset.shape) * (columns if strips else 1)
     if (memory := _memory()) is not None and size > memory:
         raise InputError(
             f"n {n}: {size / 2**30:,.0f} GiB of images do not fit in this machine's memory; want fewer, or a folder, "
             "to which images are written as they are made"
         )
     make, about = sampling.maker(checkpoint, ranks.device)
-    images = make(ranks.mine(n), strips, progress)
+    images = make(ranks.mine(n), strips, progress, columns, noisy)
     return ranks.interleave(images, n), {"count": n, **about}
 
 

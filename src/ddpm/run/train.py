@@ -24,12 +24,14 @@ from tqdm import tqdm
 from ddpm import kernels, losses, noise, pixels, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
-from ddpm.files import atomic, checkpoints, data, images, tensors
+from ddpm.files import atomic, checkpoints, data, tensors
 from ddpm.presets import Preset, build
-from ddpm.run import ema, log
+from ddpm.run import augment, ema, forecast, log
+from ddpm.run.advice import advice
 from ddpm.run.device import compile_stages, pick_compile
+from ddpm.run.pace import Pace, time_steps
+from ddpm.run.previews import draw, grid_file, has_grid
 from ddpm.run.processes import Processes, pick_precision, processes, threads
-from ddpm.run.sample import cycled_labels, generate
 from ddpm.schedule import Schedule
 
 BUCKETS = 10
@@ -51,16 +53,20 @@ class Result:
     interrupted: int | None  # the signal that ended the run, if one did
 
 
-def train(preset: Preset, out: Path) -> Result:
+def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
     """Train `preset` into the run folder `out` up to step `preset.steps`, or resume the run in that folder.
+
+    minutes  the time from now to the end of a new run. It takes the place of `preset.steps`: the speed of the first
+             steps tells how many there are, and config.json keeps that number. Then the run begins, an ordinary one
 
     Raises InputError for settings, data or a device that cannot be used, and Stopped if the run cannot go on.
     """
+    started = time.monotonic()
     with ExitStack() as stack:
         ranks = stack.enter_context(processes(preset.device))
         devices = [ranks.device] if ranks.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))  # steps seed the global generators, which are the caller's
-        preset = _check_settings(preset, out, ranks)
+        preset = _check_settings(preset, out, ranks, minutes)
         parts = _parts(preset, ranks)
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
@@ -76,13 +82,18 @@ def train(preset: Preset, out: Path) -> Result:
         model = _build(preset, ranks.device)
         _resume(model, preset, out, train_set.fingerprint)
         begun = model.step
-        if ranks.any(ranks.first and _grid_is_missing(model, preset, out)):
-            _sample(model, preset, out, ranks, lambda: False)
+        if begun and ranks.any(ranks.first and has_grid(begun, preset) and not grid_file(out, begun).exists()):
+            size = preset.sample_count, preset.sample_steps  # an earlier process ended between checkpoint and grid
+            draw(model.averaged, preset, out, begun, ranks, size, lambda: False)
         if begun >= preset.steps:
             log.say(ranks, f"{out} is trained to step {begun} already; more steps continue it")
             return Result(begun, model.held_out_before, None, None, None)
-        training = _for_training(model, preset, ranks)
+        training, draws = _for_training(model, preset, ranks), torch.Generator(ranks.device)
+        if minutes is not None and not (out / "config.json").exists():
+            end = started + 60 * minutes
+            preset = _ending_at(end, model, training, preset, parts, train_set, held_out_set, draws, ranks)
         write = stack.enter_context(log.metrics(out, begun, preset, ranks))
+        log.write_held_out(out, held_out_set, ranks)
         _announce(preset, out, ranks, model, train_set, held_out_set)
 
         def evaluate(stop: Callable[[], bool] = lambda: False) -> float | None:
@@ -101,6 +112,7 @@ def train(preset: Preset, out: Path) -> Result:
             if ranks.first and model.step > model.saved:  # else nothing new was learned
                 _save(model, preset, out, meter.seconds(), held_out, train_set.fingerprint)
                 model.saved = model.step
+            pace.saved()
 
         if model.held_out_before is None:
             model.held_out_before = evaluate()
@@ -111,11 +123,11 @@ def train(preset: Preset, out: Path) -> Result:
             train_set, preset.seed, preset.batch_size, begun, preset.steps,
             part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
         )  # fmt: skip
-        draws = torch.Generator(ranks.device)
         bar = tqdm(total=preset.steps, initial=begun, unit="step", disable=None if ranks.first else True)
         stack.callback(bar.close)
         stop = stack.enter_context(_signals())  # before this line there is nothing to save
         stack.enter_context(_saving_at_the_end(model, out, save))
+        pace = Pace(preset, ranks, forecast.save_seconds(model.network))
 
         for batch in stream:
             loss, norm = _update(model, training, preset, parts, batch, train_set, draws, ranks, meter)
@@ -125,23 +137,32 @@ def train(preset: Preset, out: Path) -> Result:
             _apply(model, preset)
             bar.update()
 
-            done, ended = model.step == preset.steps, ranks.any(stop.signal is not None)
-            saving = model.step % preset.save_every == 0 or done
+            if pace.step():
+                log.say(ranks, f"step {model.step}: loss {float(loss):.4f}")
+                log.say(ranks, forecast.describe(preset, out, pace.costs, model.network, model.step, ranks.device))
+
+            done = model.step == preset.steps
+            ended, timed, picture = pace.decide(stop.signal is not None, model.step < preset.sample_every)
+            saving = model.step % preset.save_every == 0 or model.step in preset.keep_steps or done
             if model.step % preset.log_every == 0 or saving or ended:
                 watch.check(out, loss)
                 line = meter.line(model.adam.param_groups[0]["lr"], norm)
                 write(model.step, line)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s")
-            if saving or ended:
-                held_out = None if ended else evaluate(lambda: stop.signal is not None)
-                save(held_out)
-                ended = ended or ranks.any(stop.signal is not None)  # a signal during the evaluation
-            if not ended and _has_grid(model.step, preset):
-                _sample(model, preset, out, ranks, lambda: stop.signal is not None)
-            if saving:
-                meter.restart()  # evaluation and samples are not training time
+            with meter.paused():
+                if saving or ended:
+                    held_out = None if ended else evaluate(lambda: stop.signal is not None)
+                    save(held_out)
+                    ended = ended or ranks.any(stop.signal is not None)  # a signal during the evaluation
+                elif timed:
+                    save(None)
+                if has_grid(model.step, preset):
+                    picture = preset.sample_count, preset.sample_steps
+                if picture and not ended:
+                    draw(model.averaged, preset, out, model.step, ranks, picture, lambda: stop.signal is not None)
             if ended:
                 log.say(ranks, f"stopped at step {model.step} and saved; the same command resumes the run")
+                _draw_last(model, preset, out, ranks, pace, stop)
                 return Result(model.step, model.held_out_before, held_out, meter.rate, stop.signal or signal.SIGTERM)
 
         if train_set.skipped:
@@ -264,7 +285,8 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         raise Stopped(
             f"step {model.step}: cannot save to {out}: {log.reason(error)}; the last whole checkpoint is {last}"
         ) from error
-    checkpoints.prune(out, preset.keep, {folder, *([model.resumed] if model.resumed else [])})
+    protected = {folder, *([model.resumed] if model.resumed else [])}
+    checkpoints.prune(out, preset.keep, preset.keep_steps, protected)
 
 
 # -- a step ------------------------------------------------------------------------------------------------------------
@@ -285,6 +307,7 @@ def _update(
     t = timesteps.sample(model.schedule, preset.batch_size, preset.timestep_sampling, g, preset.predict)
     t = data.send(t, ranks.device)
     flips = data.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
+    turns = data.send(augment.draw(preset, step), ranks.device) if preset.turn or preset.mirror else None
     draws.manual_seed(noise.mix(preset.seed, step, _EPS))
     eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
     y = _labels(train_set, preset, step, g, ranks) if preset.classes else None
@@ -293,6 +316,8 @@ def _update(
         x0 = batch[part.start - parts[0].start : part.stop - parts[0].start]
         if preset.flip:
             x0 = torch.where(flips[part][:, None, None, None], x0.flip(-1), x0)
+        if turns is not None:
+            x0 = augment.apply(x0, turns[:, part])
         x0 = pixels.to_signal(x0)
         torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
         last = part is parts[-1]
@@ -315,6 +340,36 @@ def _apply(model: _Model, preset: Preset) -> None:
     ema.update(model.average_weights, model.weights, decay)
     model.step += 1
     model.whole = True
+
+
+def _ending_at(
+    end: float, model: _Model, training: Denoiser, preset: Preset, parts: list[slice], train_set: data.Images,
+    held_out_set: data.Images, draws: torch.Generator, ranks: Processes,
+) -> Preset:  # fmt: skip
+    """The preset with as many steps as end at the time `end`. The steps that are timed for this are taken back."""
+    weights = copy.deepcopy(model.network.state_dict())
+    part, meter = slice(parts[0].start, parts[-1].stop), _Meter(0.0, ranks, preset.batch_size)
+    stream = data.batches(
+        train_set, preset.seed, preset.batch_size, 0, 10**9, part=part, workers=preset.workers, device=ranks.device
+    )
+
+    def step() -> None:
+        _update(model, training, preset, parts, next(stream), train_set, draws, ranks, meter)
+        _apply(model, preset)
+
+    left = end - time.monotonic()
+    model.network.train()
+    step_seconds = time_steps(step, min(max(2.0, left / 20), 60.0), ranks)
+    begun = time.monotonic()
+    held_out_by_level(model.averaged, held_out_set, 16, ranks, labelled=preset.classes)
+    costs = forecast.Costs(step_seconds, (time.monotonic() - begun) / 16, forecast.save_seconds(model.network))
+    stream.close()
+    model.network.load_state_dict(weights)
+    model.average.load_state_dict(weights)
+    model.adam.state.clear()
+    model.step = 0
+    steps = costs.steps_in(preset, end - time.monotonic()) if ranks.first else 0
+    return replace(preset, steps=int(ranks.total(torch.tensor(steps))))
 
 
 def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
@@ -384,24 +439,28 @@ class _Meter:
             "seconds": self._before + now - self._started,
         }
 
-    def restart(self) -> None:
-        """Leave the time since the last line out of the speed."""
-        self._since = time.monotonic()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block out of the speed, since evaluation and pictures are not training time."""
+        before = time.monotonic()
+        yield
+        self._since += time.monotonic() - before
 
 
 @torch.no_grad()
 @kernels.frozen()
 def held_out_by_level(
-    denoiser: Denoiser, held_out: data.Images, most: int, ranks: Processes,
+    denoiser: Denoiser, held_out: data.Images, n: int, ranks: Processes,
     stop: Callable[[], bool] = lambda: False, labelled: bool = False,
 ) -> list[float]:  # fmt: skip
-    """L_simple of held-out images in BUCKETS equal ranges of t, lowest first.
+    """L_simple of held-out images in BUCKETS equal ranges of t, lowest first: the means of `n` noisy images.
 
-    A range without an image is nan. A range with a loss that is not a number is inf. Image i has a level and a noise of
-    its own, which are the same in every run and for any number of processes. labelled tells the network the labels.
-    If `stop` returns true, the function returns early with the means so far.
+    Noisy image i is image i modulo the number of images, so that a few images are seen at many levels. It has a level
+    and a noise of its own, which are the same in every run and for any number of processes. A range of t without an
+    image is nan. A range with a loss that is not a number is inf. labelled tells the network the labels. If `stop`
+    returns true, the function returns early with the means so far.
     """
-    n, T = min(most, len(held_out)), denoiser.schedule.T
+    T = denoiser.schedule.T
     t = 1 + (torch.randperm(n, generator=noise.generator(HELD_OUT_SEED)) * T + T // 2) // n
     sums = torch.zeros(2, BUCKETS, dtype=torch.float64)
     mine = ranks.mine(n)
@@ -409,9 +468,10 @@ def held_out_by_level(
         if stop():
             break
         rows = list(mine[start : start + 64])
-        x0 = pixels.to_signal(held_out.batch(rows)).to(ranks.device)
+        places = [i % len(held_out) for i in rows]
+        x0 = pixels.to_signal(held_out.batch(places)).to(ranks.device)
         eps = noise.normal([noise.mix(HELD_OUT_SEED, i) for i in rows], x0.shape[1:]).to(ranks.device)
-        y = None if held_out.labels is None or not labelled else held_out.labels[rows].to(ranks.device)
+        y = None if held_out.labels is None or not labelled else held_out.labels[places].to(ranks.device)
         loss = losses.simple(denoiser, x0, t[rows].to(ranks.device), eps, y).cpu().double()
         bucket = (t[rows] - 1) * BUCKETS // T
         sums[0].index_add_(0, bucket, loss.where(~loss.isnan(), math.inf))
@@ -421,30 +481,13 @@ def held_out_by_level(
     return means
 
 
-def _has_grid(step: int, preset: Preset) -> bool:
-    """Whether a grid of samples belongs to this step."""
-    return bool(preset.sample_every) and (step % preset.sample_every == 0 or step == preset.steps)
-
-
-def _grid_is_missing(model: _Model, preset: Preset, out: Path) -> bool:
-    """Whether an earlier process was ended between its checkpoint and the grid of samples of that step."""
-    return model.step > 0 and _has_grid(model.step, preset) and not _grid_file(out, model.step).exists()
-
-
-def _grid_file(out: Path, step: int) -> Path:
-    return out / "samples" / f"{step:08d}.png"
-
-
-def _sample(model: _Model, preset: Preset, out: Path, ranks: Processes, stop: Callable[[], bool]) -> None:
-    """Write a grid of samples of the averaged weights, unless `stop` returns true."""
-    mine = list(ranks.mine(preset.sample_count))
-    classes = cycled_labels(range(len(preset.class_names)), mine)
-    samples = generate(
-        model.averaged, preset.shape, mine, "ddim", preset.sample_steps, device=ranks.device, stop=stop, y=classes
-    )
-    samples = ranks.interleave(samples, preset.sample_count)
-    if not ranks.any(stop()) and ranks.first:
-        images.save(_grid_file(out, model.step), images.grid(images.channels_last(samples)))
+def _draw_last(model: _Model, preset: Preset, out: Path, ranks: Processes, pace: Pace, stop: "_Stop") -> None:
+    """Draw a picture of some seconds after Ctrl-C. The next Ctrl-C skips it."""
+    size = pace.picture(most=20)
+    if stop.signal == signal.SIGINT and preset.sample_every and size[0] and ranks.world == 1:
+        log.say(ranks, f"drawing {grid_file(out, model.step)}; Ctrl-C skips it")
+        with suppress(KeyboardInterrupt):
+            draw(model.averaged, preset, out, model.step, ranks, size, lambda: stop.signal != signal.SIGINT)
 
 
 class _Watch:
@@ -476,7 +519,7 @@ def _not_finite(what: str, out: Path) -> _NotFinite:
 # -- the run's folder, settings and signals ----------------------------------------------------------------------------
 
 
-def _check_settings(preset: Preset, out: Path, ranks: Processes) -> Preset:
+def _check_settings(preset: Preset, out: Path, ranks: Processes, minutes: float | None) -> Preset:
     """The preset to train with: it takes over from an existing run what was left open. Nothing is written.
 
     Raises InputError for settings that do not fit the run in `out`, or this machine.
@@ -487,7 +530,7 @@ def _check_settings(preset: Preset, out: Path, ranks: Processes) -> Preset:
     if (old := checkpoints.settings(out)) is not None:
         if preset.precision == "auto":
             preset = replace(preset, precision=old.precision)
-        preset = replace(preset, class_names=old.class_names)
+        preset = replace(preset, class_names=old.class_names, steps=preset.steps if minutes is None else old.steps)
         for f in fields(Preset):
             was, now = getattr(old, f.name), getattr(preset, f.name)
             moved = f.name == "data" and not os.path.exists(os.path.expanduser(was))  # the fingerprint decides later
@@ -600,7 +643,7 @@ def _signals() -> Iterator[_Stop]:
 def _announce(
     preset: Preset, out: Path, ranks: Processes, model: _Model, train_set: data.Images, held_out: data.Images
 ) -> None:
-    """Say what is about to be trained, and warn of a run that is too short for its moving average."""
+    """Say what is about to be trained, and warn of settings that will disappoint."""
     size = sum(p.numel() for p in model.weights)
     several = f" x {ranks.world} processes" if ranks.world > 1 else ""
     log.say(ranks, data.describe(train_set, held_out))
@@ -609,11 +652,6 @@ def _announce(
         f"{out}: {size:,} parameters, {len(train_set):,} images and {len(held_out):,} held out of {preset.data}, "
         f"{ranks.device}{several}, {preset.precision}, steps {model.step:,} to {preset.steps:,}",
     )
-    left = preset.ema_decay**preset.steps
-    if left > 0.01 and not preset.ema_warmup and ranks.first:
-        warnings.warn(
-            f"ema_decay {preset.ema_decay} averages over about {1 / (1 - preset.ema_decay):,.0f} steps; "
-            f"after {preset.steps:,} steps {left:.0%} of the average is still the first weights, so its samples will "
-            "look like noise; use ema_warmup, a lower ema_decay, or sample the raw weights",
-            stacklevel=2,
-        )
+    if ranks.first:
+        for line in advice(preset, model.schedule):
+            warnings.warn(line, stacklevel=2)

@@ -4,7 +4,7 @@ import functools
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -115,7 +115,7 @@ def batches(
     part: slice | None = None,
     workers: int = 2,
     device: torch.device | str = "cpu",
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Yield the images of each step in start..stop-1, as `order` lists them: uint8 [b, C, H, W] on `device`.
 
     part     the slice of each batch that this process takes; None: all of it

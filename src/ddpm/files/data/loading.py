@@ -37,6 +37,7 @@ class Images:
     class_names  K names, or None
     rows         int64 [N], the place of each image in `pixels`, or in the source if `pixels` is None
     pixels       all images in memory, uint8 [>= N, C, H, W], or None
+    origin       int64, the place in the source of each image of `pixels`, or None if that is its own place
     faults       the bad images so far: index in the source -> error
     notes        the conversions so far
     splits       the names of all splits of the source
@@ -53,6 +54,7 @@ class Images:
     rows: Tensor = field(repr=False)
     pixels: Tensor | None = field(repr=False)
     skip_bad: bool = False
+    origin: Tensor | None = field(default=None, repr=False)
     faults: dict[int, str] = field(default_factory=dict, repr=False)
     notes: pictures.Notes = field(default_factory=pictures.Notes, repr=False)
     splits: tuple[str, ...] = ()
@@ -74,6 +76,15 @@ class Images:
     def skipped(self) -> int:
         """The number of bad images so far."""
         return len(self.faults)
+
+    def names(self) -> list[str]:
+        """The images' names in the source: paths of files, or numbers of rows.
+
+        >>> load("digits", (8, 8), 1, split="test").names()[:2]
+        ['image 0 of ...', 'image 1 of ...']
+        """
+        rows = self.rows if self.origin is None else self.origin[self.rows]
+        return [self.decoder.encoded.name(row) for row in rows.tolist()]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -199,7 +210,7 @@ def _build(
     if not len(good):
         raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {faults[0]}")
     if faults:
-        pixels = pixels[good]
+        pixels, images.origin = pixels[good], good
         images.labels = None if labels is None else labels[good]
         warnings.warn(
             f"{source}: {len(faults):,} of {n:,} images skipped, the first: {min(faults.items())[1]}", stacklevel=3

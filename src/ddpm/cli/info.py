@@ -1,0 +1,156 @@
+"""`ddpm info`."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm.cli.options import MODEL, Commands, add_json, command, importing
+from ddpm.errors import InputError
+from ddpm.presets import GROUPS, PRESETS, Preset, to_json
+
+if TYPE_CHECKING:
+    from ddpm.files.models import Checkpoint
+
+KINDS = {1: "grey", 3: "RGB", 4: "RGBA"}
+
+
+def add(commands: Commands) -> None:
+    parser = command(
+        commands, "info", run, "show what a run or a model is, and what it can be asked for",
+        "Print the settings of a run or a model, its checkpoints, its classes, and the commands that it takes. Each "
+        "checkpoint is checked for damage.",
+        "ddpm info runs/digits",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help=MODEL)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with importing():
+        from ddpm.files import checkpoints, opening
+        from ddpm.files.interop.diffusers import is_diffusers
+
+    path = opening.named(Path(args.run))
+    is_run = (path / "config.json").is_file() and not is_diffusers(path)
+    saved = _checkpoints(path) if is_run else []
+    whole = any(one["damage"] is None for one in saved)
+    model = opening.open_checkpoint(args.run) if whole or not is_run else None
+    preset = model.preset if model else checkpoints.settings(path)
+    assert preset is not None  # a run has settings
+    about: dict[str, Any] = {
+        "model": args.run,
+        "step": model.step if model else 0,
+        "steps": preset.steps if is_run else None,
+        "parameters": _parameters(preset),
+        "image": f"{preset.size[0]}x{preset.size[1]} {KINDS[preset.channels]}",
+        "data": preset.data or "unknown",
+        "held_out": _held_out(path) if is_run else None,
+        "classes": list(preset.class_names),
+        "checkpoints": saved,
+        "ask": _ask(args.run, preset, model, is_run),
+        "settings": to_json(preset),
+    }
+    if args.json:
+        print(json.dumps(about))
+    else:
+        print("\n".join(_lines(about, preset)))
+    return 0
+
+
+def _lines(about: dict[str, Any], preset: Preset) -> Iterator[str]:
+    for name in ("model", "step", "steps", "parameters", "image", "data", "held_out", "classes"):
+        if value := about[name]:
+            yield f"{name.replace('_', ' '):<12}{', '.join(value) if isinstance(value, list) else _words(value)}"
+    for one in about["checkpoints"]:
+        notes = [] if one["held_out"] is None else [f"held-out L_simple {one['held_out']:.4f}"]
+        notes += [mark for mark in ("best", "calibrated") if one[mark]]
+        notes += [f"damaged: {one['damage']}"] if one["damage"] else []
+        yield f"{'checkpoint':<12}{', '.join([_words(one['step']), *notes])}"
+    for group, meaning in GROUPS.items():
+        yield f"\n{meaning}"
+        for f in fields(Preset):
+            if f.metadata["group"] == group and f.name != "class_names":
+                yield f"  {f.name:<24}{_words(getattr(preset, f.name))}"
+    yield "\nwhat it can be asked for"
+    for line, note in about["ask"].items():
+        yield f"  {line:<60}{note}".rstrip()
+
+
+def _checkpoints(path: Path) -> list[dict[str, Any]]:
+    """The checkpoints of a run, the oldest first."""
+    from ddpm.files import checkpoints
+
+    best, rows = checkpoints.best(path), []
+    for folder in reversed(checkpoints.saved(path)):
+        damage = checkpoints.damage(folder)
+        if damage and not folder.exists():  # the run is in training, and deleted it
+            continue
+        rows.append(
+            {
+                "step": int(folder.name),
+                "held_out": None if damage else checkpoints.read_state(folder)["held_out"],
+                "best": folder == best,
+                "calibrated": any(folder.glob("*.calibration.json")),
+                "damage": damage,
+            }
+        )
+    return rows
+
+
+def _held_out(path: Path) -> str | None:
+    """Which images the run holds out, in a few words."""
+    try:
+        values = json.loads((path / "held_out.json").read_bytes())
+        return f"{values['count']:,} images, {values['split']} ({path / 'held_out.json'})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _parameters(preset: Preset) -> int:
+    import torch
+
+    from ddpm.presets import build
+
+    with torch.device("meta"):
+        network = build(preset).network
+    assert isinstance(network, torch.nn.Module)
+    return sum(p.numel() for p in network.parameters())
+
+
+def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool) -> dict[str, str]:
+    """Command -> what it needs first or has to know; empty if nothing."""
+    from ddpm.files.models import codec_tables, read_calibration
+
+    folder = f"./{name}" if name in PRESETS else name
+    lines = {f"ddpm train {folder}": "goes on; more --steps train it further"} if is_run else {}
+    if model is None:
+        return lines
+    data = "" if preset.data else " --data SOURCE"
+    first = f"first: ddpm calibrate {name}{data}"
+    lines[f"ddpm sample {name}"] = ""
+    if preset.class_names:
+        scale = " --guidance X" if preset.label_dropout else ""
+        lines[f"ddpm sample {name} --class NAME{scale}"] = "a class of those above, or all"
+    try:
+        calibrated = read_calibration(model) is not None
+    except InputError as error:
+        calibrated, first = False, str(error)
+    lines[f"ddpm sample {name} --variance calibrated"] = "" if calibrated else first
+    lines[f"ddpm evaluate {name}{data}"] = ""
+    lines[f"ddpm edit {name} IMAGE"] = "also interpolate and inpaint"
+    if preset.channels in (1, 3):
+        lines[f"ddpm compress {name} IMAGE --out FILE"] = "" if calibrated and codec_tables(model) else first
+    lines[f"ddpm export {name} --out FILE.safetensors"] = ""
+    return lines
+
+
+def _words(value: Any) -> str:
+    """A value for people."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

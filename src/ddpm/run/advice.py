@@ -1,0 +1,45 @@
+"""What is worth a warning before a long run: settings that are allowed and that will disappoint."""
+
+import math
+from collections.abc import Iterator
+
+from ddpm.presets import Preset
+from ddpm.schedule import SCHEDULES, Schedule
+
+_FAR, _NEAR = 2e-3, 1e-4
+"""abar_T above which a schedule is warned of, and abar_T of the one that is recommended. The paper's is 4e-5."""
+
+
+def advice(preset: Preset, schedule: Schedule) -> Iterator[str]:
+    """One line for each setting that will disappoint.
+
+    >>> from dataclasses import replace
+    >>> from ddpm import schedule
+    >>> from ddpm.presets import PRESETS
+    >>> print(*advice(replace(PRESETS["cifar10"], num_timesteps=100), schedule.linear(100)), sep="\\n")
+    schedule linear: alpha_bar_T is 0.364 with T = 100 and beta_T = 0.02, so the last level keeps 60% of the image, ...
+    """
+    if (abar := float(schedule.alpha_bar[-1])) > _FAR:
+        beta_T = _enough(preset)
+        yield (
+            f"schedule {preset.schedule}: alpha_bar_T is {abar:.3g} with T = {preset.num_timesteps:,} and beta_T = "
+            f"{preset.beta_T}, so the last level keeps {math.sqrt(abar):.0%} of the image, but sampling starts from "
+            f"pure noise; use {'' if beta_T is None else f'beta_T {beta_T:.2g}, or '}schedule cosine"
+        )
+    left = preset.ema_decay**preset.steps
+    if left > 0.01 and not preset.ema_warmup:
+        yield (
+            f"ema_decay {preset.ema_decay} averages over about {1 / (1 - preset.ema_decay):,.0f} steps; "
+            f"after {preset.steps:,} steps {left:.0%} of the average is still the first weights, so its samples will "
+            "look like noise; use ema_warmup, a lower ema_decay, or sample the raw weights"
+        )
+
+
+def _enough(preset: Preset) -> float | None:
+    """A beta_T of two digits with which abar_T is near 0; None if beta_T has no such effect, as with T = 1."""
+    make, beta_T = SCHEDULES[preset.schedule], preset.beta_T
+    while (beta_T := 1.05 * beta_T) < 0.99:
+        rounded = float(f"{beta_T:.2g}")
+        if make(preset.num_timesteps, preset.beta_1, rounded).alpha_bar[-1] < _NEAR:
+            return rounded
+    return None

@@ -1,0 +1,120 @@
+"""How long a run takes and what it needs, from its first measured steps; and the steps that fit into given minutes."""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ddpm.presets import Preset
+
+
+def checkpoint_bytes(network: nn.Module) -> int:
+    """The size of a checkpoint: weights, their average, and Adam's two moments, all in float32."""
+    return 16 * sum(p.numel() for p in network.parameters())
+
+
+def save_seconds(network: nn.Module) -> float:
+    """A cautious guess of the time that a checkpoint takes to be written and hashed: 150 MB/s."""
+    return checkpoint_bytes(network) / 150e6
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of the parts of a run.
+
+    step        a training step
+    image_call  a call of the network for one image, in sampling and evaluation
+    save        writing a checkpoint
+    """
+
+    step: float
+    image_call: float
+    save: float
+
+    def seconds(self, preset: Preset, begun: int, steps: int) -> float:
+        """The time from step `begun` to step `steps`, with evaluations, checkpoints and grids.
+
+        >>> from dataclasses import replace
+        >>> from ddpm.presets import PRESETS
+        >>> preset = replace(PRESETS["cifar10"], save_every=10, sample_every=0, eval_images=5)
+        >>> Costs(step=2, image_call=1, save=3).seconds(preset, 0, 25)  # 3 times an evaluation and a save, and step 0
+        79.0
+        """
+        evaluation, grid = preset.eval_images * self.image_call, preset.sample_count * preset.sample_steps
+        saves = -(-steps // preset.save_every) - begun // preset.save_every
+        grids = -(-steps // preset.sample_every) - begun // preset.sample_every if preset.sample_every else 0
+        at_start = 0.0 if begun else evaluation
+        work = (steps - begun) * self.step + saves * (evaluation + self.save) + grids * grid * self.image_call
+        return float(at_start + work)
+
+    def steps_in(self, preset: Preset, seconds: float) -> int:
+        """The most steps of a new run that take at most `seconds`, and at least 1.
+
+        >>> from dataclasses import replace
+        >>> from ddpm.presets import PRESETS
+        >>> preset = replace(PRESETS["cifar10"], save_every=10, sample_every=0, eval_images=5)
+        >>> Costs(step=2, image_call=1, save=3).steps_in(preset, 79)
+        25
+        """
+        low, high = 1, max(2, int(seconds / self.step) + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.seconds(preset, 0, middle) <= seconds else (low, middle)
+        return low
+
+
+def describe(preset: Preset, out: Path, costs: Costs, network: nn.Module, step: int, device: torch.device) -> str:
+    """One line for the screen: speed, time, memory and disk. `step` is the run's step now."""
+    speed = f"{costs.step:.3g} s a step" if costs.step > 0.5 else f"{1 / costs.step:.3g} steps a second"
+    left, memory = duration(costs.seconds(preset, step, preset.steps)), peak_memory(device)
+    return (
+        f"forecast: {speed}, {left} to step {preset.steps:,}; {f'{gib(memory)} of memory; ' if memory else ''}"
+        f"checkpoints of {gib(checkpoint_bytes(network))}, {gib(disk_bytes(preset, network))} in all, "
+        f"{gib(free_bytes(out))} free"
+    )
+
+
+def disk_bytes(preset: Preset, network: nn.Module) -> int:
+    """What the checkpoints of a run take: those that are kept, the best one, and the one that is being written."""
+    return checkpoint_bytes(network) * (preset.keep + 2 + len([step for step in preset.keep_steps if step]))
+
+
+def free_bytes(out: Path) -> int:
+    """What is free on the disk of a folder."""
+    return shutil.disk_usage(out).free
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had: of the device if that is a GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    >>> duration(42), duration(600), duration(9000), duration(1e6)
+    ('42 seconds', '10 minutes', '2.5 hours', '12 days')
+    """
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}" if seconds < 10 * length else f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def gib(count: float) -> str:
+    """Bytes in MiB or GiB.
+
+    >>> gib(3 * 2**20), gib(5 * 2**29)
+    ('3 MiB', '2.5 GiB')
+    """
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, count / 2**20):.0f} MiB"

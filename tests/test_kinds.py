@@ -1,0 +1,123 @@
+"""Every cell of the tables of docs/kinds.md: the command works, with the warning, or refuses in these words."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from ddpm.cli import main
+
+TEXT = (Path(__file__).parents[1] / "docs" / "kinds.md").read_text()
+FEATURES = "def features(x):\n    return x.reshape(len(x), -1)[:, :8].astype('float64')\n"
+TRAINING = [*TINY, *"--steps 2 --eval-images 4 --channel-multipliers 1,1 --beta-T 0.7".split()]
+
+
+def cells(title: str) -> list[tuple[str, str, str]]:
+    """(row, column, cell) of the table of that section."""
+    section = TEXT.split(f"## {title}")[1].split("## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\|.*\|$", section, re.M)]
+    head, _, *body = rows
+    return [(row[0], column, cell) for row in body for column, cell in zip(head[1:], row[1:], strict=True)]
+
+
+def picture(kind: str, rng: np.random.Generator) -> Image.Image:
+    grey, colour = rng.integers(0, 256, (8, 8), np.uint8), rng.integers(0, 256, (8, 8, 3), np.uint8)
+    return {
+        "grey": lambda: Image.fromarray(grey),
+        "RGB": lambda: Image.fromarray(colour),
+        "transparent": lambda: Image.fromarray(np.dstack([colour, grey])),
+        "palette": lambda: Image.fromarray(colour).quantize(16),
+        "more than 8 bits": lambda: Image.fromarray(grey.astype(np.uint16) * 257 + 3),
+    }[kind]()
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of six pictures of each kind, and a calibrated model of each kind."""
+    folder = tmp_path_factory.mktemp("kinds")
+    rng = np.random.default_rng(0)
+    for kind in {row for row, *_ in cells("Pictures")}:
+        (folder / kind).mkdir()
+        for i in range(6):
+            picture(kind, rng).save(folder / kind / f"{i}.png")
+    (folder / "net.py").write_text(FEATURES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, data, channels in (("grey", "grey", 1), ("RGB", "RGB", 3), ("RGBA", "transparent", 4)):
+            assert main([*TRAINING, "--data", data, "--channels", str(channels), "--out", f"model {name}"]) == 0
+        assert main([*TRAINING, "--classes", "--out", "model classes"]) == 0
+        for name in ("grey", "RGB", "RGBA", "classes"):
+            assert main(["calibrate", f"model {name}", "-n", "2", "--codec", "2"]) == 0
+        assert main(["export", "model RGB", "--to", "diffusers", "model diffusers folder"]) == 0
+    return folder
+
+
+def follow(words: list[str], cell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run a command, and compare with the cell."""
+    capsys.readouterr()
+    verdict, _, said = cell.partition(": ")
+    code, err = main(words), capsys.readouterr().err.replace("`", "")
+    assert verdict in ("yes", "no")
+    assert code == (0 if verdict == "yes" else 2), err
+    assert said in err
+    assert bool(said) == ("warning" in err or verdict == "no"), err
+
+
+@pytest.mark.parametrize(("kind", "command", "cell"), cells("Pictures"))
+def test_pictures(
+    kind: str, command: str, cell: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(here)
+    one, out = f"{kind}/0.png", str(tmp_path / "out")
+    words = {
+        "train": [*TRAINING, "--data", kind, "--channels", "3", "--out", out],
+        "evaluate": ["evaluate", "model RGB", "--data", kind, "-n", "1", "--out", out],
+        "edit": ["edit", "model RGB", one, "--out", f"{out}.png"],
+        "compress": ["compress", "model RGB", one, "--out", out, "--chunk-bits", "8"],
+    }[command]
+    follow(words, cell, capsys)
+
+
+@pytest.mark.parametrize(("kind", "command", "cell"), cells("Models"))
+def test_models(
+    kind: str, command: str, cell: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(here)
+    model, out = f"model {kind}", str(tmp_path / "out")
+    data = {"grey": "grey", "RGBA": "transparent", "classes": "grey"}.get(kind, "RGB")
+    words = {
+        "sample": ["sample", model, "-n", "2", "--out", f"{out}.png", *["--class", "3"] * (kind == "classes")],
+        "evaluate": ["evaluate", model, "--data", data, "-n", "2", "--out", out],
+        "evaluate --metrics fid": [
+            "evaluate",
+            model,
+            "--data",
+            data,
+            "-n",
+            "4",
+            "--metrics",
+            "fid",
+            "--features",
+            "net.py:features",
+            "--out",
+            out,
+        ],
+        "edit": ["edit", model, f"{data}/0.png", "--out", f"{out}.png"],
+        "compress": [
+            "compress",
+            model,
+            f"{data}/0.png" if kind != "RGBA" else "RGB/0.png",
+            "--out",
+            out,
+            "--chunk-bits",
+            "8",
+        ],
+        "export --out": ["export", model, "--out", f"{out}.safetensors"],
+        "export --to diffusers": ["export", model, "--to", "diffusers", out],
+    }[command]
+    follow(words, cell, capsys)
