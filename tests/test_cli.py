@@ -94,7 +94,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("train digits --batch-size 0", nothing, ["--batch-size 0", "at least 1"]),
     ("train digits --lr nan", nothing, ["lr nan", "a finite number"]),
     ("train digits --ema-decay 1 --no-ema-warmup", nothing, ["--ema-decay 1.0", "0 to 0.999999"]),
-    ("train digits --seed 9223372036854775808", nothing, ["seed 9223372036854775808", "0 to 9223372036854775807"]),
+    ("train digits --seed 9223372036854775808", nothing, ["seed 9223372036854775808", "at most 9223372036854775807"]),
     ("train digits --dropout 1.5", nothing, ["dropout 1.5", "0 to 0.99"]),
     ("train digits --width 100", nothing, ["width 100", "multiple of 32"]),
     ("train digits --size 9", nothing, ["size 9x9", "8 and 10"]),

@@ -128,8 +128,7 @@ def test_checkpoint_is_chosen(
     """--checkpoint is last, best (by held-out loss) or a step."""
     run = shutil.copytree(trained, tmp_path / "run")
     state = run / "checkpoints" / "00000020" / "state.json"
-    values = checkpoints.read_state(state.parent)
-    values.pop("seal")
+    values = dict(checkpoints.read_state(state.parent))
     values["held_out"] = 0.01
     state.write_text(json.dumps({**values, "seal": checkpoints._seal(values)}))
     out = str(tmp_path / "a.png")

@@ -89,7 +89,7 @@ def whole_number(name: str, value: Any, least: float | None = None, most: float 
     except (TypeError, RuntimeError):  # torch raises either for what is no whole number
         number = None
     if number is None or (least is not None and number < least) or (most is not None and number > most):
-        raise InputError(f"{name} {_shown(value)}: want a whole number{_range(least, most)}")
+        raise InputError(f"{name} {_shown(value)}: want a whole number{_range(number, least, most)}")
     return number
 
 
@@ -106,7 +106,7 @@ def finite_number(name: str, value: Any, least: float | None = None, most: float
         number = None
     outside = number is None or (least is not None and number < least) or (most is not None and number > most)
     if number is None or outside or not math.isfinite(number):
-        raise InputError(f"{name} {_shown(value)}: want a finite number{_range(least, most)}")
+        raise InputError(f"{name} {_shown(value)}: want a finite number{_range(number, least, most)}")
     return number
 
 
@@ -116,10 +116,12 @@ def _shown(value: Any) -> str:
     return " ".join(text.split())[:80]
 
 
-def _range(least: float | None, most: float | None) -> str:
-    if most is None:
-        return "" if least is None else f" of at least {least}"
-    return f" of at most {most}" if least is None else f", {least} to {most}"
+def _range(number: float | None, least: float | None, most: float | None) -> str:
+    """The values that are accepted, in words. A limit of a million or more is named only if it was passed."""
+    above = number is not None and most is not None and number > most
+    if most is not None and (most < 1_000_000 or above):
+        return f" of at most {most}" if least is None or most >= 1_000_000 else f", {least} to {most}"
+    return "" if least is None else f" of at least {least}"
 
 
 def parse_json(text: str | bytes) -> Any:

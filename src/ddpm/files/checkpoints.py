@@ -96,7 +96,7 @@ def _fault(file: Path, digest: str, version: _Version) -> str | None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The `state` that `save` wrote, with the hashes of the files. Raises OSError or ValueError if it is damaged."""
-    return _read_state(folder / "state.json", _version(folder / "state.json"))
+    return dict(_read_state(folder / "state.json", _version(folder / "state.json")))
 
 
 def damage(folder: Path, *stems: str) -> str | None:
