@@ -66,7 +66,7 @@ def convolve(
 
     `ddpm.kernels` computes it if the machine and the layers allow.
     """
-    if kernels.usable(x, layer, norm):
+    if kernels.usable(x, layer, norm, add, residual):
         return kernels.convolution(x, layer, norm, swish, dropout, add, residual)
     if norm is not None:
         x = norm(x)
@@ -149,14 +149,16 @@ class Downsample(nn.Module):
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.conv = conv(c_in, c_out)
+        self.conv = nn.Conv2d(c_in, c_out, 3, stride=2)
+        _xavier(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.usable(x, self.conv) and not torch.is_autocast_enabled("cpu"):
+        if kernels.usable(x, self.conv, halving=True) and not torch.is_autocast_enabled("cpu"):
             # The kernels compute four times as many outputs, each at a quarter of the cost.
-            all_outputs = convolve(self.conv, x)
+            all_outputs = kernels.convolution(x, self.conv)
             return all_outputs[:, :, 1::2, 1::2].contiguous(memory_format=torch.channels_last)
-        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Upsample(nn.Module):
