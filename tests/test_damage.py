@@ -396,3 +396,34 @@ def test_damaged_statistics_are_made_again(tmp_path: Path) -> None:
         after = quality._real_features(network, images, tmp_path, False, False)
     assert (after.moments.covariance == before.moments.covariance).all()
     features.load_statistics(file)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000 + "a"])
+def test_a_name_that_is_too_long_is_refused_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the work, of which nothing is left."""
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ["sample", "digits", *FAST, "--out", name], ["sample", "digits", *FAST, "--out", f"{name}.png"],
+        ["train", "digits", "--steps", "1", "--out", name], ["export", "digits", "--out", f"{name}.safetensors"],
+        ["sample", name, *FAST], ["train", "digits", "--data", name], ["report", name], ["evaluate", name],
+        ["calibrate", name],
+    ):  # fmt: skip
+        assert main(command) == 2, command
+        assert len(one_line(capsys)) < 500
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_longest_names_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An export is refused before the work if its calibration, which has a longer name, cannot lie beside it."""
+    out = tmp_path / ("\u00e4" * 120 + "a" * 11 + ".png")
+    assert main(["sample", "digits", *FAST, "--out", str(out)]) == 0
+    assert out.is_file()
+    capsys.readouterr()
+    assert main(["export", "digits", "--out", str(tmp_path / ("a" * 240 + ".safetensors"))]) == 2
+    assert "too long a name, since .calibration.json has to fit" in one_line(capsys)
+    assert list(tmp_path.iterdir()) == [out]
