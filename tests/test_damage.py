@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 import ddpm
 from ddpm.cli import main
 from ddpm.errors import parse_json
-from ddpm.files import checkpoints, models, opening
+from ddpm.files import checkpoints, data, features, models, opening
 from ddpm.files.tensors import sha256_of
 from ddpm.presets import PRESETS, to_json
-from ddpm.run import log
+from ddpm.run import log, parts, quality
+from ddpm.run.processes import Processes
 
 PRESET = PRESETS["digits"]
+ALONE = Processes(0, 1, torch.device("cpu"))
 FAST = ["-n", "1", "--steps", "1", "--sampler", "ddim"]
 
 
@@ -328,3 +330,100 @@ def test_a_grid_that_a_kill_left_out_is_made_when_the_run_goes_on(trained: Path,
         grid.unlink()
         assert train(run, "--steps", count, "--save-every", 10, "--sample-every", 30) == 0
         assert grid.read_bytes() == (trained / "samples" / "00000030.png").read_bytes()
+
+
+# -- parts of measurements ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(b"")])
+def test_a_damaged_part_is_made_again(damage: Callable[[Path], Any], tmp_path: Path) -> None:
+    """And only this one; a part without a hash is no better."""
+    made: list[int] = []
+
+    def compute() -> torch.Tensor:
+        made.clear()
+
+        def make(part: slice) -> dict[str, torch.Tensor]:
+            made.append(part.start)
+            return {"x": torch.arange(part.start, part.stop, dtype=torch.float64)}
+
+        files = parts.compute_parts(tmp_path / "parts", 10, ALONE, 4, "parts", False, make)
+        return parts.read_parts(files)["x"]
+
+    whole = compute()
+    assert made == [0, 4, 8]
+    assert torch.equal(compute(), whole)
+    assert made == []
+    file = tmp_path / "parts" / "00000004-00000008.safetensors"
+    damage(file)
+    with pytest.warns(UserWarning, match="00000004-00000008.safetensors: damaged; it is made again"):
+        assert torch.equal(compute(), whole)
+    assert made == [4]
+    save_file(load_file(file), file)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert torch.equal(compute(), whole)
+    assert made == [4]
+
+
+def test_parts_that_other_code_made_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key is a hash of every source file but those of the command line."""
+    package = shutil.copytree(Path(ddpm.__file__ or "").parent, tmp_path / "ddpm")
+    monkeypatch.setattr(parts, "__file__", str(package / "run" / "parts.py"))
+
+    def key() -> str:
+        parts._code.cache_clear()
+        return parts.parts_folder(tmp_path, "nll", ["model"]).name
+
+    before = key()
+    (package / "cli" / "main.py").write_text("")
+    assert key() == before
+    for file in ("likelihood.py", "kernels/winograd.c", "run/evaluate.py"):
+        with (package / file).open("a") as opened:
+            opened.write("\n")
+        assert key() != before
+        before = key()
+    monkeypatch.undo()
+    parts._code.cache_clear()
+
+
+def test_damaged_statistics_are_made_again(tmp_path: Path) -> None:
+    images = data.load("digits", (8, 8), 1)
+    network = features.Network("mean", "w", "none", 64, lambda x: (x.double().flatten(1)[:, 20:23].numpy(), None))
+    before = quality._real_features(network, images, tmp_path, False, False)
+    (file,) = tmp_path.glob("*.npz")
+    flip(file)
+    with pytest.warns(UserWarning, match="it is made again"):
+        after = quality._real_features(network, images, tmp_path, False, False)
+    assert (after.moments.covariance == before.moments.covariance).all()
+    features.load_statistics(file)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000 + "a"])
+def test_a_name_that_is_too_long_is_refused_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the work, of which nothing is left."""
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ["sample", "digits", *FAST, "--out", name], ["sample", "digits", *FAST, "--out", f"{name}.png"],
+        ["train", "digits", "--steps", "1", "--out", name], ["export", "digits", "--out", f"{name}.safetensors"],
+        ["sample", name, *FAST], ["train", "digits", "--data", name], ["report", name], ["evaluate", name],
+        ["calibrate", name],
+    ):  # fmt: skip
+        assert main(command) == 2, command
+        assert len(one_line(capsys)) < 500
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_longest_names_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An export is refused before the work if its calibration, which has a longer name, cannot lie beside it."""
+    out = tmp_path / ("\u00e4" * 120 + "a" * 11 + ".png")
+    assert main(["sample", "digits", *FAST, "--out", str(out)]) == 0
+    assert out.is_file()
+    capsys.readouterr()
+    assert main(["export", "digits", "--out", str(tmp_path / ("a" * 240 + ".safetensors"))]) == 2
+    assert "too long a name, since .calibration.json has to fit" in one_line(capsys)
+    assert list(tmp_path.iterdir()) == [out]

@@ -1,12 +1,14 @@
 """The kernels against PyTorch's operations in float64 (the plain path), and what else they guarantee."""
 
 import copy
+import os
 import resource
+import stat
 import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import kernels
+from ddpm.errors import InputError
 from ddpm.unet import Downsample, UNet, convolve
 
 # On a CPU without AMX tiles, amx.c is compiled with tests/amx, which emulates them in plain C.
@@ -426,24 +429,98 @@ def test_a_full_memory_is_an_error_like_torchs_own() -> None:
     assert (done.returncode, "can't allocate memory for a convolution" in done.stdout) == (0, True), done
 
 
-@anywhere
-def test_a_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "FLAGS", ("-O1", *kernels.FLAGS[1:]))
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Path]]:
+    """A function that loads the float32 kernels anew, in a cache of their own, and returns the library's file."""
+    monkeypatch.setattr(kernels, "FLAGS", ("-O1", *kernels.FLAGS[1:]))  # not those that are loaded already
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def library(cache: str) -> Path:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+    def load() -> Path:
         kernels._library.cache_clear()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            return tmp_path / cache / "ddpm" / f"{kernels.identity(torch.float32)}.so"
+        return tmp_path / "cache" / "ddpm" / f"{kernels.identity(torch.float32)}.so"
 
+    yield load
+    kernels._library.cache_clear()
+
+
+def _flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def _replace_by_link(path: Path) -> None:
+    path.rename(path.with_suffix(".moved"))
+    path.symlink_to(path.with_suffix(".moved"))
+
+
+def _replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@anywhere
+@pytest.mark.parametrize(
+    "damage",
+    [
+        Path.unlink, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+        lambda p: _flip(p, p.stat().st_size // 2), lambda p: _flip(p, -1), lambda p: p.chmod(0o666), _replace_by_link,
+        _replace_by_pipe,
+    ],
+    ids=["missing", "empty", "cut", "altered", "another hash", "all may write", "link", "pipe"],
+)  # fmt: skip
+def test_a_library_that_is_not_as_it_was_written_is_compiled_again(
+    damage: Callable[[Path], Any], built: Callable[[], Path]
+) -> None:
+    path = built()
+    whole = path.read_bytes()
+    damage(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert built() == path
+    assert stat.S_ISREG(path.lstat().st_mode)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(path.read_bytes()) == len(whole)
+    assert [p.name for p in path.parent.iterdir() if p.suffix != ".moved"] == [path.name]
+
+
+@anywhere
+def test_another_users_folder_is_not_used(built: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor another user's file. This process pretends to be a third user, who is not root."""
+    path = built()
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    for owned in (path, path.parent):
+        if os.geteuid() == 0:
+            os.chown(owned, 12345, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with pytest.warns(UserWarning, match="cannot be used .*ddpm belongs to another user"):
+        built()
+    assert not kernels.ready(torch.float32)
+    with pytest.raises(PermissionError, match="not this user's file"):
+        kernels._load(path)
+
+
+@anywhere
+def test_a_folder_of_ones_own_that_others_may_write_to_is_closed(built: Callable[[], Path]) -> None:
+    path = built()
+    path.parent.chmod(0o777)
+    assert built() == path
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
+
+
+@anywhere
+def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels._library.cache_clear()
     try:
-        whole = library("a")
-        damaged = tmp_path / "b" / "ddpm" / whole.name
-        damaged.parent.mkdir(parents=True)
-        damaged.touch()
-        assert library("b") == damaged
-        assert damaged.stat().st_size == whole.stat().st_size
+        monkeypatch.setenv("DDPM_KERNELS", "off")
+        assert not kernels.ready(torch.float32)
+        assert kernels.identity(torch.float32) == ""
+        kernels._library.cache_clear()
+        monkeypatch.setenv("DDPM_KERNELS", "0")
+        with pytest.raises(InputError, match="DDPM_KERNELS '0': want on or off"):
+            kernels.ready(torch.float32)
+        monkeypatch.setenv("DDPM_KERNELS", "on")
+        assert kernels.ready(torch.float32)
     finally:
         kernels._library.cache_clear()
 
@@ -461,3 +538,161 @@ def test_without_a_compiler_the_plain_path_runs(monkeypatch: pytest.MonkeyPatch)
             assert network(dtype)(torch.randn(1, 3, 8, 8), torch.ones(1, dtype=torch.int64)).isfinite().all()
     finally:
         kernels._library.cache_clear()
+
+
+# -- beside what PyTorch promises --------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Conv2d):
+    """A subclass, as those of LoRA and of quantisation are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Shifted(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+@anywhere
+def test_subclasses_compute_what_they_say() -> None:
+    conv, norm = layers(32, 32, 3, torch.float32)
+    x = torch.randn(2, 32, 8, 8)
+    doubled, shifted = Doubled(32, 32, 3, padding=1), Shifted(norm.num_groups, 32, norm.eps)
+    doubled.load_state_dict(conv.state_dict())
+    shifted.load_state_dict(norm.state_dict())
+    with torch.no_grad():
+        assert torch.equal(convolve(doubled, x, norm), 2 * conv(norm(x)))
+        assert torch.equal(convolve(conv, x, shifted), conv(norm(x) + 1))
+        down, twice = Downsample(32, 32), Downsample(32, 32)
+        twice.conv = Doubled(32, 32, 3, stride=2)
+        twice.load_state_dict(down.state_dict())
+        assert relative(twice(x), 2 * down(x)) < 4 * ERROR[torch.float32]
+
+
+@anywhere
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_every_hook_is_called_as_often_as_on_the_plain_path(kind: str, everywhere: bool) -> None:
+    """Of convolutions and norms, those of a network's Downsample too, and those of all modules."""
+    net = network(torch.float32)
+    x, t = torch.randn(1, 3, 8, 8, requires_grad=True), torch.ones(1, dtype=torch.int64)
+    calls: list[nn.Module] = []
+
+    def hook(module: nn.Module, *_: Any) -> None:
+        calls.append(module)
+
+    def run() -> int:
+        calls.clear()
+        net(x, t).sum().backward()
+        return sum(isinstance(module, (nn.Conv2d, nn.GroupNorm)) for module in calls)
+
+    if everywhere:
+        handles = [getattr(torch.nn.modules.module, f"register_module_{kind}_hook")(hook)]
+    else:
+        leaves = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.GroupNorm))]
+        handles = [getattr(m, f"register_{kind}_hook")(hook) for m in leaves]
+    try:
+        ours = run()
+        with kernels.disabled():
+            assert run() == ours == sum(isinstance(m, (nn.Conv2d, nn.GroupNorm)) for m in net.modules())
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert run() == 0
+
+
+@anywhere
+def test_a_forward_that_was_replaced_and_a_mode_are_seen() -> None:
+    """accelerate replaces forward; a mode may count or change every call."""
+    conv, _ = layers(32, 32, 3, torch.float32)
+    x, seen = torch.randn(1, 32, 8, 8), []
+    original = conv.forward
+    conv.forward = lambda x: seen.append(1) or original(x)  # type: ignore[method-assign, func-returns-value]
+    convolve(conv, x)
+    assert seen
+    del conv.forward
+
+    class Counting(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **kwargs or {})
+
+    with Counting():
+        convolve(conv, x)
+    assert torch.conv2d in seen
+    with torch.device("cpu"):
+        assert kernels.usable(x, conv)
+
+
+@anywhere
+def test_weights_elsewhere_are_errors_of_torch() -> None:
+    """On the meta device they have no memory; so has what is added."""
+    conv, norm = layers(32, 32, 3, torch.float32)
+    x, add, residual = torch.randn(1, 32, 8, 8), torch.randn(1, 32), torch.randn(1, 32, 8, 8)
+    assert kernels.usable(x, conv, norm, add, residual)
+    for broken in (conv, norm):
+        for name in ("weight", "bias"):
+            parameter = getattr(broken, name)
+            setattr(broken, name, nn.Parameter(parameter.to("meta")))
+            assert not kernels.usable(x, conv, norm)
+            setattr(broken, name, parameter)
+            setattr(broken, name, nn.Parameter(parameter.detach()[:16]))  # of another shape than the layer says
+            assert not kernels.usable(x, conv, norm)
+            setattr(broken, name, parameter)
+    assert not kernels.usable(x.to("meta"), conv, norm)
+    assert not kernels.usable(x, conv, norm, add.to("meta"))
+    assert not kernels.usable(x, conv, norm, add, residual.to_sparse())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        convolve(conv, x, norm, residual=residual.to("meta"))
+
+
+@anywhere
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (torch._C, "_are_functorch_transforms_active"),
+        (torch._C, "_len_torch_dispatch_stack"), (torch._C, "_len_torch_function_stack"),
+        (torch.autograd.forward_ad, "_current_level"),
+    ],
+)  # fmt: skip
+def test_a_torch_without_a_private_name_runs_the_plain_path(
+    place: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next release may have moved it."""
+    conv, norm = layers(32, 32, 3, torch.float32)
+    x = torch.randn(1, 32, 8, 8)
+    with kernels.disabled():
+        plain = convolve(conv, x, norm)
+    assert kernels.usable(x, conv, norm)
+    with monkeypatch.context() as patch:
+        patch.delattr(place, name)
+        usable, out = kernels.usable(x, conv, norm), convolve(conv, x, norm)
+    assert not usable
+    assert torch.equal(out, plain)
+
+
+@anywhere
+def test_memory_of_large_calls_is_given_back() -> None:
+    """As PyTorch gives its tensors back, and not only when the thread ends."""
+    code = """if True:
+        import resource, torch
+        from pathlib import Path
+        from torch import nn
+        from ddpm.unet import convolve
+        conv, norm = nn.Conv2d(32, 32, 3, padding=1), nn.GroupNorm(8, 32)
+        def resident():
+            return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        def run(size):
+            x = torch.zeros(1, 32, size, size, requires_grad=True)
+            convolve(conv, x, norm, swish=True).sum().backward()
+            return x.nbytes
+        run(64)
+        before = resident()
+        large = run(1536)
+        print((resident() - before) / large)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.3

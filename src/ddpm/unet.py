@@ -70,7 +70,7 @@ def convolve(
 
     `ddpm.kernels` computes it if the machine and the layers allow.
     """
-    if kernels.usable(x, layer, norm):
+    if kernels.usable(x, layer, norm, add, residual):
         return kernels.convolution(x, layer, norm, swish, dropout, add, residual)
     if norm is not None:
         x = norm(x)
@@ -176,17 +176,18 @@ class Downsample(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, even_padding: bool = False) -> None:
         super().__init__()
-        self.conv, self.even_padding = conv(c_in, c_out), even_padding
+        self.even_padding = even_padding
+        self.conv = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1 if even_padding else 0)
+        _xavier(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.usable(x, self.conv) and not torch.is_autocast_enabled("cpu"):
+        if kernels.usable(x, self.conv, halving=True) and not torch.is_autocast_enabled("cpu"):
             # The kernels compute four times as many outputs, each at a quarter of the cost.
-            all_outputs = convolve(self.conv, x)
+            all_outputs = kernels.convolution(x, self.conv)
             first = 0 if self.even_padding else 1
             return all_outputs[:, :, first::2, first::2].contiguous(memory_format=torch.channels_last)
-        if self.even_padding:
-            return F.conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1)
-        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
+        out: Tensor = self.conv(x if self.even_padding else F.pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Upsample(nn.Module):

@@ -80,8 +80,9 @@ def _run(arguments: Sequence[str]) -> int:
         if error.errno is None or (error.errno not in REFUSED and not in_bad_folder):
             raise
         reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno).lower()
-        print(f"ddpm: {reason} ({error.filename or arguments[0]})", file=sys.stderr)
-        return 1
+        name = str(error.filename or arguments[0])
+        print(f"ddpm: {reason} ({name if len(name) < 200 else name[:80] + '...'})", file=sys.stderr)
+        return 2 if error.errno == errno.ENAMETOOLONG else 1
     except (RuntimeError, MemoryError) as error:
         full = ("out of memory", "can't allocate memory", "not enough memory")
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in full):

@@ -2,14 +2,17 @@
 
 amx.c computes in bfloat16 on AMX tiles. winograd.c computes in float32 or float64 and needs a quarter of the
 multiplications of a 3x3 convolution. Nothing depends on these kernels: without such a CPU or without a C compiler,
-`ready` returns False and unet.py uses PyTorch's operations (the plain path).
+`ready` returns False and unet.py uses PyTorch's operations (the plain path). The environment variable DDPM_KERNELS=off
+switches them off.
 """
 
 import ctypes
 import functools
 import hashlib
 import os
+import secrets
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -25,6 +28,8 @@ import torch.autograd.forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from ddpm.errors import InputError
 
 PLANE = 32  # the C code processes channels in planes of this many
 MAX_CHANNELS, MAX_GROUPS = 4096, 32  # the largest number of channels, and of groups in a norm
@@ -56,11 +61,21 @@ SOURCES = {
 }
 
 
+class Library(ctypes.CDLL):
+    """Compiled kernels from an open file. `build` names their source and compiler."""
+
+    def __init__(self, descriptor: int, build: str) -> None:
+        super().__init__(f"/proc/self/fd/{descriptor}")
+        self.build = build
+
+
 @functools.cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+def _library(dtype: torch.dtype) -> Library | None:
     """The compiled kernels that compute in `dtype`, or None if this machine cannot compile or run them."""
+    if (setting := os.environ.get("DDPM_KERNELS", "on")) not in ("on", "off"):
+        raise InputError(f"DDPM_KERNELS {setting!r}: want on or off")
     file, flags, needs, *_ = SOURCES[dtype]
-    if sys.platform != "linux" or not torch.cpu.get_capabilities().get(needs):
+    if setting == "off" or sys.platform != "linux" or not torch.cpu.get_capabilities().get(needs):
         return None
     slow = f"{str(dtype).removeprefix('torch.')} is about half as fast on this CPU"
     compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
@@ -73,30 +88,80 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         release = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
         name = hashlib.sha256(text + release + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm"
+        _make_private(home)
         path = home / f"kernels-{name}.so"
         try:
-            library = ctypes.CDLL(str(path))
-        except OSError:  # the file is missing or damaged
-            _compile(source, path, compiler, flags)
-            library = ctypes.CDLL(str(path))
+            library = _load(path)
+        except OSError:  # the file is missing or damaged, or somebody else put it there
+            _write(path, _compile(source, compiler, flags))
+            library = _load(path)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home folder
         warnings.warn(f"{file} cannot be used ({error}): {slow}", stacklevel=2)
         return None
     return library if library.ready() else None
 
 
-def _compile(source: Path, path: Path, compiler: str, flags: Sequence[str]) -> None:
-    """Compile a source to the library `path`, which is written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+def _is_mine(about: os.stat_result) -> bool:
+    """Whether a file or folder belongs to this user or to root, and nobody else can write to it."""
+    return about.st_uid in (0, os.geteuid()) and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _make_private(folder: Path) -> None:
+    """Make the folder of the libraries. Raises OSError if it is another user's, who could put any code there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.stat()
+    if about.st_uid == os.geteuid():
+        folder.chmod(stat.S_IMODE(about.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+    if not _is_mine(folder.stat()):
+        raise PermissionError(f"{folder} belongs to another user; XDG_CACHE_HOME names another place")
+
+
+def _load(path: Path) -> Library:
+    """The library that `_write` has written. Raises OSError if it is damaged or another user's.
+
+    What was checked is what is loaded: the file is named by its descriptor, so that nobody can exchange it meanwhile.
+    The descriptor stays open, because the loader takes a second file of the same name for the first one.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would block
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode) or not _is_mine(about):
+            raise PermissionError(f"{path} is not this user's file")
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read()
+        if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
+            raise OSError(f"{path} is damaged")
+        return Library(descriptor, path.stem)
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+_DIGEST = 32  # the bytes of a SHA-256, which stands at the end of a library's file, where the loader does not look
+
+
+def _write(path: Path, library: bytes) -> None:
+    """Write a library with its SHA-256, completely or not at all."""
+    part = path.with_name(f".{path.stem}-{secrets.token_hex(8)}.part")
+    try:
+        with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as file:
+            file.write(library + hashlib.sha256(library).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _compile(source: Path, compiler: str, flags: Sequence[str]) -> bytes:
+    """The library of a source, which can be loaded. Raises OSError or CalledProcessError."""
+    with tempfile.TemporaryDirectory() as folder:
         compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
         subprocess.run([compiler, *flags, "-c", source, "-o", compiled], check=True, capture_output=True)
         # Without -fopenmp the linker takes PyTorch's OpenMP, so there is no second set of threads.
         subprocess.run([compiler, "-shared", compiled, "-o", linked], check=True, capture_output=True)
-        ctypes.CDLL(str(linked))  # raises OSError if the library cannot be loaded; it is then not kept
-        with linked.open("rb") as file:
-            os.fsync(file.fileno())
-        linked.rename(path)
+        return linked.read_bytes()
 
 
 def ready(dtype: torch.dtype | None) -> bool:
@@ -107,7 +172,7 @@ def ready(dtype: torch.dtype | None) -> bool:
 def identity(dtype: torch.dtype | None) -> str:
     """A name for the kernels that compute in dtype, from their source and compiler; empty if they are not `ready`."""
     library = _library(dtype) if dtype in SOURCES else None
-    return "" if library is None else Path(library._name).stem
+    return "" if library is None else library.build
 
 
 _disabled = ContextVar("_disabled", default=False)
@@ -131,35 +196,83 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def _traced() -> bool:
-    """Whether PyTorch records or transforms calls (compile, trace, functorch), which it cannot do with our kernels."""
-    recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return recorded or transformed or torch._C._len_torch_dispatch_stack() > 0
+def _is_observed(modules: Sequence[nn.Module]) -> bool:
+    """Whether something is to see the calls of PyTorch's own modules and operations, which our kernels replace.
+
+    These are hooks, a `forward` that was replaced, and what records or transforms calls (compile, trace, functorch,
+    modes). PyTorch has no public names for some of them. A release without one of the names used here: True.
+    """
+    try:
+        all_modules, C = torch.nn.modules.module, torch._C
+        return bool(
+            torch.compiler.is_compiling()
+            or C._get_tracing_state() is not None
+            or C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+            or C._len_torch_dispatch_stack()
+            or (C._len_torch_function_stack() and _is_in_function_mode())
+            or all_modules._global_forward_hooks
+            or all_modules._global_forward_pre_hooks
+            or all_modules._global_backward_hooks
+            or all_modules._global_backward_pre_hooks
+            or any(map(_is_hooked, modules))
+        )
+    except AttributeError:
+        return True
 
 
-def usable(x: Tensor, layer: nn.Conv2d, norm: nn.GroupNorm | None = None) -> bool:
+def _is_in_function_mode() -> bool:
+    """Whether a mode may change calls. torch.set_default_device is a mode that does not."""
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(type(mode) is not torch.utils._device.DeviceContext for mode in modes)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def _is_plain(tensor: object) -> bool:
+    """Whether the numbers of a tensor lie in this machine's memory, and nothing else is to be done with them."""
+    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        return False
+    return tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def usable(
+    x: Tensor, layer: nn.Conv2d, norm: nn.GroupNorm | None = None, *others: Tensor | None, halving: bool = False
+) -> bool:
     """Whether `convolution` can compute this layer. If not, PyTorch computes it, or reports what is wrong with it.
 
-    It needs a dtype that is `ready`, a plain 3x3 or 1x1 convolution of x's channels, and a norm with weight and bias.
+    others   add and residual
+    halving  the layer has stride 2. If it has no padding, its result for x padded with zeros at the right and the
+             bottom is every second one, from the second on, of `convolution`; with padding 1, from the first on
+
+    It needs a dtype that is `ready`, exactly PyTorch's Conv2d and GroupNorm without hooks, a plain 3x3 or 1x1
+    convolution of x's channels, a norm with weight and bias, and everything on the CPU.
     """
-    if x.device.type != "cpu" or _traced() or _disabled.get():
+    if type(layer) is not nn.Conv2d or (norm is not None and type(norm) is not nn.GroupNorm) or _disabled.get():
+        return False
+    modules = [layer] if norm is None else [layer, norm]
+    parameters: list[Any] = [parameter for module in modules for parameter in (module.weight, module.bias)]
+    if not all(map(_is_plain, parameters)) or not _is_plain(x) or not all(o is None or _is_plain(o) for o in others):
         return False
     dtype = _compute_dtype(x)
-    if not ready(dtype):
+    if not ready(dtype) or _is_observed(modules):
         return False
     same = (layer.kernel_size[0] // 2,) * 2  # the padding that keeps H and W
-    plain = layer.kernel_size in ((1, 1), (3, 3)) and layer.padding == same and layer.padding_mode == "zeros"
-    plain = plain and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
-    plain = plain and max(layer.weight.shape[:2]) <= MAX_CHANNELS
-    plain = plain and x.dim() == 4 and x.shape[1] == layer.in_channels and x.numel() > 0
+    stride, paddings = ((2, 2), ((0, 0), same)) if halving else ((1, 1), (same,))
+    plain = layer.kernel_size in ((1, 1), (3, 3)) and layer.padding in paddings and layer.padding_mode == "zeros"
+    plain = plain and layer.stride == stride and layer.dilation == (1, 1) and layer.groups == 1
+    O, I = layer.out_channels, layer.in_channels
+    plain = plain and layer.weight.shape == (O, I, *layer.kernel_size) and max(O, I) <= MAX_CHANNELS
+    plain = plain and x.dim() == 4 and x.shape[1] == I and x.numel() > 0
     if norm is not None:
-        plain = plain and norm.num_channels == x.shape[1] and x.shape[1] % PLANE == 0 and norm.num_groups <= MAX_GROUPS
-    modules = [layer] if norm is None else [layer, norm]
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    parameters = [parameter for module in modules for parameter in (module.weight, module.bias)]
+        plain = plain and norm.num_channels == I and I % PLANE == 0 and norm.num_groups <= MAX_GROUPS
+    sizes = [O] if norm is None else [O, I, I]  # of all parameters but the weight of the convolution
+    plain = plain and [p.numel() for p in parameters[1:]] == sizes
     weights = SOURCES[dtype].weights
-    return plain and not hooked and all(p is not None and p.dtype == weights for p in parameters)
+    return plain and all(p.dtype is weights for p in parameters)
 
 
 class _Before(ctypes.Structure):

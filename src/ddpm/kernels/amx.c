@@ -331,6 +331,7 @@ int forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const fl
                          out + at);
             }
         _tile_release();
+        give_back(0);
     }
     dismiss(g);
     return 0;
@@ -449,6 +450,7 @@ int backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf16
                            dgamma + b * I, dbeta + b * I);
         }
         _tile_release();
+        give_back(0);
     }
     dismiss(g);
     return 0;
@@ -551,6 +553,7 @@ int backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H, 
                     }
         }
         _tile_release();
+        give_back(0);
     }
     free(d), free(pairs);
     dismiss(g);

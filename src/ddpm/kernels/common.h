@@ -5,10 +5,13 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #define INLINE static inline __attribute__((always_inline)) /* constant arguments are then known to the compiler */
 
-/* Each thread has four buffers, which it keeps for its next call and frees when it ends. */
+#define KEPT ((size_t)1 << 26) /* bytes of the largest buffer that a thread keeps */
+
+/* Each thread has four buffers. It keeps small ones for its next call, and frees them when it ends. */
 typedef struct { void *at; size_t bytes; } buffers[4];
 static pthread_key_t key;
 
@@ -26,7 +29,9 @@ static void *thread_buffer(int which, size_t bytes) {
     if (!own) return NULL;
     if ((*own)[which].bytes < bytes) {
         free((*own)[which].at);
-        (*own)[which].at = aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095);
+        size_t page = bytes > KEPT ? 1 << 21 : 4096, whole = (bytes + page - 1) & ~(page - 1);
+        (*own)[which].at = aligned_alloc(page, whole);
+        if (bytes > KEPT && (*own)[which].at) madvise((*own)[which].at, whole, MADV_HUGEPAGE); /* new in each call */
         (*own)[which].bytes = (*own)[which].at ? bytes : 0;
     }
     return (*own)[which].at;
@@ -37,6 +42,14 @@ static void *needed(int which, size_t bytes) {
     void *at = thread_buffer(which, bytes);
     if (!at) fputs("ddpm: the memory is full\n", stderr), abort();
     return at;
+}
+
+/* Free this thread's large buffers at the end of a call, as PyTorch frees its tensors; returns its argument. */
+static int give_back(int result) {
+    buffers *own = pthread_getspecific(key);
+    for (int k = 0; own && k < 4; k++)
+        if ((*own)[k].bytes > KEPT) free((*own)[k].at), (*own)[k].at = NULL, (*own)[k].bytes = 0;
+    return result;
 }
 
 enum { FULL = 1 }; /* functions return it if the memory is full, and 0 otherwise */

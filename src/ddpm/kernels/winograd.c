@@ -433,9 +433,9 @@ int forward(const real *x, real *out, const real *w, const real *bias, const rea
     geometry g = arrange(B, H, W, taps);
     target to = {bias, add, residual, out, O};
     const real *y = activated(x, B, H * W, I, f);
-    if (!y) return FULL;
+    if (!y) return give_back(FULL);
     convolve(y, w, numbers, &g, I, &to);
-    return 0;
+    return give_back(0);
 }
 
 /* -- gradients ----------------------------------------------------------------------------------------------------- */
@@ -537,7 +537,7 @@ int backward_data(const real *dout, const real *x, real *dx, real *y, const real
     target to = {NULL, NULL, NULL, dx, I};
     if (dx) convolve(dout, w, numbers, &g, O, &to);
     if (f->gamma) norm_backward(dx, x, y, B, n, I, f, dgamma, dbeta);
-    return 0;
+    return give_back(0);
 }
 
 /* s [count][BLOCK] += v^T d over n tiles, where v and d have PLANE numbers per tile. The distance between two rows of s
@@ -563,7 +563,7 @@ int backward_weight(const real *dout, const real *y, real *dw, long B, long H, l
     long points = g.points, rows = points == 1 ? 256 : 64;
     real *v = thread_buffer(0, sizeof(real) * points * rows * (I + O)), *d = v + points * rows * I;
     real *s = thread_buffer(1, sizeof(real) * points * I * O); /* [points][I][O] */
-    if (!v || !s) return FULL;
+    if (!v || !s) return give_back(FULL);
 #pragma omp parallel
     {
         for (long from = 0; from < g.tiles; from += rows) {
@@ -604,5 +604,5 @@ int backward_weight(const real *dout, const real *y, real *dw, long B, long H, l
                         for (int l = 0; l < LANES; l++) dw[((o + l) * taps + t) * I + i] = result[t][l];
                 }
     }
-    return 0;
+    return give_back(0);
 }

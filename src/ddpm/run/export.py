@@ -4,6 +4,7 @@ A calibrated model also has FILE.calibration.json.
 """
 
 import json
+import os
 import shlex
 import warnings
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,10 @@ def check_out(out: str | Path) -> Path:
     if (path.parent / "state.json").exists():
         raise InputError(f"out {out}: inside a checkpoint of a run; want another folder")
     check_folder(path.parent)
+    if len(os.fsencode(beside := calibration_file(path).name)) > 255:
+        raise InputError(
+            f"out {path.name[:40]}...: too long a name, since {beside[-17:]} has to fit; want a shorter one"
+        )
     return path
 
 

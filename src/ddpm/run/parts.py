@@ -1,8 +1,11 @@
 """Measurements in stored parts, so that the same command resumes where it stopped, and their images and noise."""
 
+import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +108,21 @@ def image_noise(seed: int, indices: Sequence[int], draw: int, key: int, shape: S
 
 
 def parts_folder(cache: Path, name: str, about: Sequence[Any]) -> Path:
-    """The folder for parts of the work `name`. `about` is everything that they depend on, as JSON values."""
-    digest = hashlib.sha256(json.dumps([*about, __version__]).encode()).hexdigest()
+    """The folder for parts of the work `name`. `about` is what they depend on besides the code, as JSON values."""
+    digest = hashlib.sha256(json.dumps([*about, _code()]).encode()).hexdigest()
     return cache / f"{name}-{digest[:16]}"
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of this package without its command line: parts that other code made are not read."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256(__version__.encode())
+    for file in sorted(package.rglob("*")):
+        name = file.relative_to(package).as_posix()
+        if file.suffix in (".py", ".c", ".h") and not name.startswith("cli/"):
+            content = file.read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def compute_parts(
@@ -116,16 +131,17 @@ def compute_parts(
 ) -> list[Path]:  # fmt: skip
     """Store make(part) for every part of 0..count-1, in files under `folder`, and return these in order.
 
-    A part has at most `batch_size` rows. Files that exist are not made again. The rest is split over the processes, and
-    all files exist when the function returns. `title` names the progress bar.
+    A part has at most `batch_size` rows. Files that are whole, by a hash in them, are not made again. The rest is split
+    over the processes, and all files exist when the function returns. `title` names the progress bar.
     """
     parts = _parts(count, batch_size)
     files = [folder / f"{part.start:08d}-{part.stop:08d}.safetensors" for part in parts]
     with _progress_bar(len(ranks.mine(len(parts))), title, progress) as bar:
         try:
             for i in ranks.mine(len(parts)):
-                if not files[i].is_file():
-                    tensors.save_tensors(files[i], make(parts[i]))
+                if not _is_whole(files[i]):
+                    values = make(parts[i])
+                    tensors.save_tensors(files[i], values, {_HASH: tensors.identity(values)})
                 bar.update()
         except KeyboardInterrupt:
             raise KeyboardInterrupt("finished batches are kept; the same command resumes") from None
@@ -133,12 +149,24 @@ def compute_parts(
     return files
 
 
+_HASH = "sha256"
+"""The name of the hash of a part's tensors in its file."""
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a part exists with the values that were written. Warns of a damaged one."""
+    if not file.exists():
+        return False
+    with suppress(InputError):
+        if tensors.read_metadata(file).get(_HASH) == tensors.identity(tensors.read_tensors(file)):
+            return True
+    warnings.warn(f"{file}: damaged; it is made again", stacklevel=2)
+    return False
+
+
 def read_parts(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The tensors of all parts, by name, joined along the first dimension."""
-    try:
-        parts = [tensors.read_tensors(file) for file in files]
-    except InputError as error:
-        raise InputError(f"{error}; delete this file, and the same command makes it again") from error
+    """The tensors of all parts that `compute_parts` returned, by name, joined along the first dimension."""
+    parts = [tensors.read_tensors(file) for file in files]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -1,5 +1,6 @@
 """Sample quality (Table 1): it makes samples, computes their features, and scores them against real images."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ def samples(
     `classes` holds labels, and the images cycle over them; if it is empty, the model is sampled without a class. The
     work is split over processes. Only the first process gets the images, and the others get none, [0, C, H, W].
     Finished batches are stored under `cache`, so the same call resumes where it stopped. Raises InputError for a
-    sampler or steps that do not exist, and for a damaged file in `cache`.
+    sampler or steps that do not exist.
     """
     network = checkpoint.denoiser.network
     guidance = [network.scale, network.first, network.last] if isinstance(network, Guided) else []
@@ -215,7 +216,10 @@ def _real_features(
     key = [provenance.fingerprint, provenance.comparable()]
     file = parts_folder(cache, "statistics", key).with_suffix(".npz")
     if file.is_file() and not rows:
-        return features.Measured(features.load_statistics(file, provenance.comparable()).moments, None, None)
+        try:
+            return features.Measured(features.load_statistics(file, provenance.comparable()).moments, None, None)
+        except InputError as error:
+            warnings.warn(f"{error}; it is made again", stacklevel=2)
     real = features.measure(network, images, keep_features=rows, progress=progress)
     features.save_statistics(file, real.moments, provenance)
     return real
