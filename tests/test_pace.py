@@ -200,6 +200,19 @@ def test_the_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert forecast.gib(forecast.checkpoint_bytes(network)) in line
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_a_disk_without_room_for_the_checkpoints_is_warned_of(
+    room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two newest ones, the best one, one that is kept, and the one that is being written."""
+    assert train(tmp_path / "small", "--steps", 1) == 0
+    size = sum(file.stat().st_size for file in (tmp_path / "small/checkpoints/00000001").glob("*.safetensors"))
+    capsys.readouterr()
+    monkeypatch.setattr(forecast, "free_bytes", lambda out: 5 * size if room else int(4.9 * 0.9 * size))
+    assert train(tmp_path / "run", "--steps", 1, "--keep-steps", 1) == 0
+    assert ("warning: the checkpoints of this run take" in capsys.readouterr().err) != room
+
+
 def test_a_picture_takes_no_longer_than_it_may() -> None:
     for seconds in np.geomspace(1e-3, 1e4, 50):
         count, calls = previews.affordable(PRESETS["cifar10"], float(seconds), 0.01)

@@ -418,7 +418,7 @@ def test_what_a_run_leaves(trained: Path) -> None:
 
 def test_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where there is no terminal there is no bar; the numbers and where the pictures are stand on stdout."""
-    assert train(tmp_path / "run", "--steps", 2, "--sample-every", 1, "--beta-T", 0.7) == 0
+    assert train(tmp_path / "run", "--steps", 2, "--sample-every", 1, "--beta-T", 0.7, "--warmup", 0) == 0
     out, err = capsys.readouterr()
     assert "\r" not in err
     assert "%|" not in err

@@ -633,5 +633,6 @@ def _announce(
         f"{ranks.device}{several}, {preset.precision}, steps {model.step:,} to {preset.steps:,}",
     )
     if ranks.first:
-        for line in advice(preset, model.schedule):
+        shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)))
+        for line in (*advice(preset, model.schedule), *filter(None, [shortage])):
             warnings.warn(line, stacklevel=2)
