@@ -22,6 +22,7 @@ from ddpm.files import checkpoints, images
 from ddpm.presets import PRESETS
 from ddpm.run import forecast, pace, previews
 from ddpm.run.forecast import Costs
+from ddpm.run.processes import Processes
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -182,6 +183,23 @@ def test_ctrl_c_saves_and_then_draws(
         assert Image.open(picture).size in {
             images.grid(np.zeros((n, 8, 8, 1), np.uint8)).shape[1::-1] for n in range(1, 10)
         }
+
+
+def test_the_speed_is_that_of_steps_without_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of half a second with ten seconds of other work after each."""
+    now = [0.0]
+    monkeypatch.setattr(pace, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    clock = pace.Pace(PRESETS["cifar10"], Processes(0, 1, torch.device("cpu")), save=1.0)
+    left_out, known = 0.0, []
+    for _ in range(10):
+        now[0] += 0.5
+        known.append(clock.step(left_out))
+        now[0] += 10
+        left_out += 10
+    assert clock.step_seconds == 0.5
+    assert known.count(True) == 1
+    assert known.index(True) == 5  # two steps are not timed, and two seconds are needed
+    assert clock.costs.image_call == pytest.approx(0.5 / 128 / 3)
 
 
 def test_the_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
