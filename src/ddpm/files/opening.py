@@ -68,7 +68,7 @@ def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
             raise InputError(f"checkpoint {which}: {path} has {steps}")
         return _undamaged(folder) / f"{weights}.safetensors"
     if which not in ("last", "best"):
-        raise InputError(f"checkpoint {which!r}: {suggestion(which, ('last', 'best'))}want last, best or a step")
+        raise InputError(f"checkpoint {which!r}: want last, best or a step")
     chosen = newest(path) if which == "last" else best(path)
     if chosen is None:
         raise InputError(f"{path}: the run has no whole checkpoint yet; train it first")
