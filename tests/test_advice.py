@@ -37,6 +37,16 @@ def test_the_advised_beta_is_enough(schedule: str, T: int) -> None:
         assert 0 < SCHEDULES[schedule](T, 1e-4, float(beta_T)).alpha_bar[-1] < 1e-4
 
 
+def test_a_warmup_that_never_ends_is_warned_of() -> None:
+    def lines(warmup: int, steps: int) -> list[str]:
+        return list(advice(replace(PRESETS["cifar10_fast"], warmup=warmup, steps=steps), SCHEDULES["cosine"]()))
+
+    assert lines(200, 200)[0].startswith(
+        "warmup 200: the run has 200 steps, so the learning rate never reaches lr 0.002"
+    )
+    assert not lines(200, 20_000)
+
+
 def test_a_beta_that_is_too_small_is_warned_of() -> None:
     assert "alpha_bar_T is 0.606" in of("linear", 1000, 0.0009)[0]
     assert not of("cosine", 100, 0.0009)

@@ -64,6 +64,22 @@ def test_what_it_says_of_each_command_is_so(tmp_path: Path, capsys: pytest.Captu
     assert not any(line.startswith("ddpm train") for line in asked["digits"])
 
 
+def test_a_model_of_diffusers_is_imported_first(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stands there can be typed, in that order."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(trained), "--to", "diffusers", "theirs"]) == 0
+    ask = info("theirs", capsys)["ask"]
+    wanted = "first: ddpm import theirs --out FILE.safetensors, and ddpm calibrate FILE.safetensors --data SOURCE"
+    assert ask["ddpm compress theirs IMAGE --out FILE"] == wanted
+    assert ask["ddpm import theirs --out FILE.safetensors"] == ""
+    assert not any("export" in line for line in ask)
+    assert main(["import", "theirs", "--out", "FILE.safetensors"]) == 0
+    assert main("calibrate FILE.safetensors --data digits -n 2 --codec 2".split()) == 0
+    assert info("FILE.safetensors", capsys)["ask"]["ddpm compress FILE.safetensors IMAGE --out FILE"] == ""
+
+
 def test_a_model_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     about = info("digits", capsys)
     assert about["classes"] == list("0123456789")

@@ -12,7 +12,7 @@ from ddpm.cli import main
 
 TEXT = (Path(__file__).parents[1] / "docs" / "kinds.md").read_text()
 FEATURES = "def features(x):\n    return x.reshape(len(x), -1)[:, :8].astype('float64')\n"
-TRAINING = [*TINY, *"--steps 2 --eval-images 4 --channel-multipliers 1,1 --beta-T 0.7".split()]
+TRAINING = [*TINY, *"--steps 2 --eval-images 4 --channel-multipliers 1,1 --beta-T 0.7 --warmup 0".split()]
 
 
 def cells(title: str) -> list[tuple[str, str, str]]:

@@ -22,6 +22,7 @@ from ddpm.files import checkpoints, images
 from ddpm.presets import PRESETS
 from ddpm.run import forecast, pace, previews
 from ddpm.run.forecast import Costs
+from ddpm.run.processes import Processes
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -184,6 +185,23 @@ def test_ctrl_c_saves_and_then_draws(
         }
 
 
+def test_the_speed_is_that_of_steps_without_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of half a second with ten seconds of other work after each."""
+    now = [0.0]
+    monkeypatch.setattr(pace, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    clock = pace.Pace(PRESETS["cifar10"], Processes(0, 1, torch.device("cpu")), save=1.0)
+    left_out, known = 0.0, []
+    for _ in range(10):
+        now[0] += 0.5
+        known.append(clock.step(left_out))
+        now[0] += 10
+        left_out += 10
+    assert clock.step_seconds == 0.5
+    assert known.count(True) == 1
+    assert known.index(True) == 5  # two steps are not timed, and two seconds are needed
+    assert clock.costs.image_call == pytest.approx(0.5 / 128 / 3)
+
+
 def test_the_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """It comes once, after a few steps, with the first loss; its bytes are those of the checkpoint's files."""
     clock(monkeypatch, 1)
@@ -198,6 +216,19 @@ def test_the_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     size = sum(file.stat().st_size for file in (tmp_path / "run/checkpoints/00000030").glob("*.safetensors"))
     assert forecast.checkpoint_bytes(network) == pytest.approx(size, rel=0.05)
     assert forecast.gib(forecast.checkpoint_bytes(network)) in line
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_disk_without_room_for_the_checkpoints_is_warned_of(
+    room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two newest ones, the best one, one that is kept, and the one that is being written."""
+    assert train(tmp_path / "small", "--steps", 1) == 0
+    size = sum(file.stat().st_size for file in (tmp_path / "small/checkpoints/00000001").glob("*.safetensors"))
+    capsys.readouterr()
+    monkeypatch.setattr(forecast, "free_bytes", lambda out: 5 * size if room else int(4.9 * 0.9 * size))
+    assert train(tmp_path / "run", "--steps", 1, "--keep-steps", 1) == 0
+    assert ("warning: the checkpoints of this run take" in capsys.readouterr().err) != room
 
 
 def test_a_picture_takes_no_longer_than_it_may() -> None:

@@ -130,6 +130,8 @@ def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool) ->
         return lines
     data = "" if preset.data else " --data SOURCE"
     first = f"first: ddpm calibrate {name}{data}"
+    if model.foreign:
+        first = f"first: ddpm import {name} --out FILE.safetensors, and ddpm calibrate FILE.safetensors{data}"
     lines[f"ddpm sample {name}"] = ""
     if preset.class_names:
         scale = " --guidance X" if preset.label_dropout else ""
@@ -138,12 +140,13 @@ def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool) ->
         calibrated = read_calibration(model) is not None
     except InputError as error:
         calibrated, first = False, str(error)
-    lines[f"ddpm sample {name} --variance calibrated"] = "" if calibrated else first
+    if not model.denoiser.learned and preset.predict != "mu":
+        lines[f"ddpm sample {name} --variance calibrated"] = "" if calibrated else first
     lines[f"ddpm evaluate {name}{data}"] = ""
     lines[f"ddpm edit {name} IMAGE"] = "also interpolate and inpaint"
     if preset.channels in (1, 3):
         lines[f"ddpm compress {name} IMAGE --out FILE"] = "" if calibrated and codec_tables(model) else first
-    lines[f"ddpm export {name} --out FILE.safetensors"] = ""
+    lines[f"ddpm {'import' if model.foreign else 'export'} {name} --out FILE.safetensors"] = ""
     return lines
 
 

@@ -11,7 +11,7 @@ _FAR, _NEAR = 2e-3, 1e-4
 
 
 def advice(preset: Preset, schedule: Schedule) -> Iterator[str]:
-    """One line for each setting that will disappoint.
+    """Yield one line for each setting that will disappoint.
 
     >>> from dataclasses import replace
     >>> from ddpm import schedule
@@ -25,6 +25,11 @@ def advice(preset: Preset, schedule: Schedule) -> Iterator[str]:
             f"schedule {preset.schedule}: alpha_bar_T is {abar:.3g} with T = {preset.num_timesteps:,} and beta_T = "
             f"{preset.beta_T}, so the last level keeps {math.sqrt(abar):.0%} of the image, but sampling starts from "
             f"pure noise; use {'' if beta_T is None else f'beta_T {beta_T:.2g}, or '}schedule cosine"
+        )
+    if preset.warmup >= preset.steps > 1:
+        yield (
+            f"warmup {preset.warmup:,}: the run has {preset.steps:,} steps, so the learning rate never reaches lr "
+            f"{preset.lr}; use a shorter warmup, or more steps"
         )
     left = preset.ema_decay**preset.steps
     if left > 0.01 and not preset.ema_warmup:

@@ -77,6 +77,14 @@ def describe(preset: Preset, out: Path, costs: Costs, network: nn.Module, step: 
     )
 
 
+def disk_shortage(preset: Preset, out: Path, network: nn.Module, saved: int) -> str | None:
+    """What is wrong with the disk of a run that has `saved` checkpoints; None if it is large enough."""
+    needed = disk_bytes(preset, network) - min(saved, preset.keep) * checkpoint_bytes(network)
+    if needed <= (free := free_bytes(out)):
+        return None
+    return f"the checkpoints of this run take {gib(needed)} more, but {gib(free)} are free in {out}; use a smaller keep"
+
+
 def disk_bytes(preset: Preset, network: nn.Module) -> int:
     """What the checkpoints of a run take: those that are kept, the best one, and the one that is being written."""
     return checkpoint_bytes(network) * (preset.keep + 2 + len([step for step in preset.keep_steps if step]))

@@ -37,16 +37,19 @@ class Pace:
         self._steps, self._timed_from, self._early = 0, self._began, _EARLY
         self.step_seconds: float | None = None
 
-    def step(self) -> bool:
-        """Count a step. Returns true once, when the speed becomes known."""
+    def step(self, left_out: float = 0.0) -> bool:
+        """Count a step. Returns true once, when the speed becomes known.
+
+        left_out  the seconds so far that were not of training steps
+        """
         self._steps += 1
         if self.step_seconds is not None or self._steps < _UNTIMED:
             return False
         timed = self._steps - _UNTIMED
         if timed == 0:
-            self._timed_from = _now(self._ranks)
-        elif timed >= _LEAST_STEPS and time.monotonic() - self._timed_from >= _LEAST_SECONDS:
-            self.step_seconds = (_now(self._ranks) - self._timed_from) / timed
+            self._timed_from = _now(self._ranks) - left_out
+        elif timed >= _LEAST_STEPS and time.monotonic() - left_out - self._timed_from >= _LEAST_SECONDS:
+            self.step_seconds = (_now(self._ranks) - left_out - self._timed_from) / timed
             return True
         return False
 

@@ -119,6 +119,7 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
             log.say(ranks, f"step 0: held-out L_simple {model.held_out_before:.4f}")
         model.network.train()
         meter, watch, held_out = _Meter(model.seconds, ranks, preset.batch_size), _Watch(ranks.device), None
+        pace = Pace(preset, ranks, forecast.save_seconds(model.network))
         stream = data.batches(
             train_set, preset.seed, preset.batch_size, begun, preset.steps,
             part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
@@ -127,7 +128,6 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
         stack.callback(bar.close)
         stop = stack.enter_context(_signals())  # before this line there is nothing to save
         stack.enter_context(_saving_at_the_end(model, out, save))
-        pace = Pace(preset, ranks, forecast.save_seconds(model.network))
 
         for batch in stream:
             loss, norm = _update(model, training, preset, parts, batch, train_set, draws, ranks, meter)
@@ -137,7 +137,7 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
             _apply(model, preset)
             bar.update()
 
-            if pace.step():
+            if pace.step(meter.left_out):
                 log.say(ranks, f"step {model.step}: loss {float(loss):.4f}")
                 log.say(ranks, forecast.describe(preset, out, pace.costs, model.network, model.step, ranks.device))
 
@@ -419,6 +419,7 @@ class _Meter:
         self._started = self._since = time.monotonic()
         self.total, self.steps = torch.zeros((), device=ranks.device), 0
         self.rate: float | None = None
+        self.left_out = 0.0
 
     def seconds(self) -> float:
         """Seconds of training, with those of earlier processes."""
@@ -444,7 +445,8 @@ class _Meter:
         """Leave the time of a block out of the speed, since evaluation and pictures are not training time."""
         before = time.monotonic()
         yield
-        self._since += time.monotonic() - before
+        self.left_out += (passed := time.monotonic() - before)
+        self._since += passed
 
 
 @torch.no_grad()
@@ -653,5 +655,6 @@ def _announce(
         f"{ranks.device}{several}, {preset.precision}, steps {model.step:,} to {preset.steps:,}",
     )
     if ranks.first:
-        for line in advice(preset, model.schedule):
+        shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)))
+        for line in (*advice(preset, model.schedule), *filter(None, [shortage])):
             warnings.warn(line, stacklevel=2)
