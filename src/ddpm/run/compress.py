@@ -229,6 +229,8 @@ def _naming(path: Path) -> Iterator[None]:
 
 def read_file(path: Path) -> bytes:
     """The bytes of a file. Raises InputError if it cannot be read."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading it might never end
+        raise InputError(f"{path}: a pipe or a device; want a file of `ddpm compress`")
     try:
         return path.read_bytes()
     except OSError as error:
