@@ -303,3 +303,9 @@ def test_what_loses_nothing_is_read_as_pillow_reads_it(tmp_path):
         channels = 1 if image.mode in ("L", "LA") else 3
         want = np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(8, 8, channels)
         assert (compress.read_image(tmp_path / f"{k}.png") == want).all()
+
+
+def test_a_colour_profile_that_is_lost_is_warned_of(tmp_path):
+    GREY.save(tmp_path / "a.png", icc_profile=b"a profile")
+    with pytest.warns(UserWarning, match=r"a\.png: its colour profile is not kept; its pixel values are"):
+        assert (compress.read_image(tmp_path / "a.png")[..., 0] == np.asarray(GREY)).all()

@@ -333,7 +333,9 @@ def test_near_digits():
 
 
 def test_sources_without_images(tmp_path):
-    refused(str(tmp_path), (8, 8), 3, match="no images in this folder")
+    refused(str(tmp_path), (8, 8), 3, match="no images in this folder; want")
+    (tmp_path / "a.heic").write_text("")
+    refused(str(tmp_path), (8, 8), 3, match=r"no images in this folder \(1 \.heic\); want")
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 cut short")
     refused(str(tmp_path / "a.zip"), (8, 8), 3, match=r"a\.zip: damaged or empty zip")
     (tmp_path / "a.parquet").write_bytes(b"")
@@ -768,6 +770,15 @@ def test_hugging_face_rows_that_name_files(tmp_path):
         assert len(load(naming(name), (8, 8), 1, allow_paths=True)) == 1
     refused(naming("/dev/zero"), (8, 8), 1, allow_paths=True, match="a pipe or a device")
     refused(naming("none.png"), (8, 8), 1, match="no such file")
+
+
+def test_hugging_face_parquet_that_unpacks_to_more_than_the_memory(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"image": [bytes(3 * 10**6)]}), tmp_path / "a.parquet", compression="zstd")
+    monkeypatch.setattr(pictures, "MEMORY", 10**6)
+    refused(str(tmp_path / "a.parquet"), (8, 8), 1, match=r"a\.parquet: unpacked: 4 MB; want at most 1 MB")
 
 
 def test_what_is_no_plain_file_is_no_source(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 from ddpm import cli
 from ddpm.cli.options import Help, Parser
 from ddpm.errors import InputError, Stopped
+from ddpm.files.atomic import CannotWrite
 from ddpm.version import __version__
 
 FIRST = ("train", "sample", "evaluate")
@@ -76,8 +77,7 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"ddpm: {_one_line(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:
-        in_bad_folder = str(error.filename).endswith(".part")  # a temporary file of `files.atomic`
-        if error.errno is None or (error.errno not in REFUSED and not in_bad_folder):
+        if error.errno is None or (error.errno not in REFUSED and not isinstance(error, CannotWrite)):
             raise
         reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno).lower()
         name = str(error.filename or arguments[0])

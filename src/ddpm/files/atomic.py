@@ -27,6 +27,10 @@ _SUFFIX = ".part"
 _DAY = 86_400
 
 
+class CannotWrite(OSError):
+    """No file can be made in this place. The error names the file that was wanted, not its temporary name."""
+
+
 @contextmanager
 def temporary(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name to write to, and rename that file to `path` unless an exception was raised.
@@ -50,7 +54,10 @@ def temporary(path: str | Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     part = _temporary_name(path.parent)
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(part, flags, 0o666)
+    try:
+        descriptor = os.open(part, flags, 0o666)
+    except OSError as error:
+        raise CannotWrite(error.errno, error.strerror, str(path)) from None
     try:
         mode = os.fstat(descriptor).st_mode  # the user's default; safetensors' files are for their owner only
         os.close(descriptor)

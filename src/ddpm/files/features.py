@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ddpm.errors import InputError, parse_json
 from ddpm.files import atomic
-from ddpm.files.images import channels_last, one_line
+from ddpm.files.images import channels_last, check_unpacked, one_line
 from ddpm.files.tensors import file_sha256
 from ddpm.inception import SIDE, Inception
 from ddpm.metrics import Moments, moments, softmax
@@ -311,10 +311,16 @@ def read_features(path: str | Path) -> tuple[Floats, Floats | None]:
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz file. Raises InputError if it has none, is damaged, or needs pickle."""
+    """The arrays of an .npz file. Raises InputError if it has none, is damaged, too large or needs pickle."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            check_unpacked(unpacked, path.stat().st_size, str(path))
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, want an .npz") from None
     except (
@@ -324,6 +330,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         KeyError,
         TypeError,
         AttributeError,
+        MemoryError,
         zipfile.BadZipFile,
         zlib.error,
     ) as fault:

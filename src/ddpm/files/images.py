@@ -123,6 +123,15 @@ def check_memory(size: int, what: str) -> None:
         )
 
 
+def check_unpacked(unpacked: int, packed: int, what: str) -> None:
+    """Raise InputError for a small file that would fill the memory; `what` begins the message.
+
+    >>> check_unpacked(10**10, 10**9, "a.npz")
+    """
+    if unpacked > 100 * packed:
+        check_memory(unpacked, f"{what}: unpacked")
+
+
 def file_bytes(source: str | Path | bytes | BinaryIO, name: str | None = None) -> bytes:
     """The bytes of a file, whose kind and size are looked at first. Raises InputError, as `read` does."""
     name = name or str(source)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import platform
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -127,7 +128,8 @@ def _kernel_build(checkpoint: Checkpoint) -> str:
 def read_image(path: str | Path) -> picture.Image:
     """Read an image file as uint8 [H, W, C], where C is 1 or 3.
 
-    Raises InputError if the file has more: a transparent part, more than 8 bits per channel, or several pictures.
+    Warns of a colour profile, which is not kept. Raises InputError if the file has more: a transparent part, more than
+    8 bits per channel, or several pictures.
     """
     image = images.read(path)
     extra = {
@@ -141,6 +143,8 @@ def read_image(path: str | Path) -> picture.Image:
         )
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         raise InputError(f"{path}: mode {image.mode}; want 8-bit grey or RGB")
+    if image.info.get("icc_profile"):
+        warnings.warn(f"{path}: its colour profile is not kept; its pixel values are", stacklevel=2)
     channels = 1 if image.mode in ("1", "L", "LA") else 3
     pixels = np.asarray(images.convert(image, channels, str(path), notes={}))
     return pixels.reshape(*pixels.shape[:2], channels)
@@ -249,6 +253,8 @@ def _naming(path: Path) -> Iterator[None]:
 
 def read_file(path: Path) -> bytes:
     """The bytes of a file. Raises InputError if it cannot be read."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading it might never end
+        raise InputError(f"{path}: a pipe or a device; want a file of `ddpm compress`")
     try:
         return path.read_bytes()
     except OSError as error:

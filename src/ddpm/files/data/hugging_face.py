@@ -127,9 +127,11 @@ def load_local(source: str, path: Path, configuration: str | None, progress: boo
             raise InputError(f"{file}: a pipe or a device; want a plain file")
         if file.suffix.lower() == ".parquet":  # `datasets` does not say which file is damaged
             try:
-                pyarrow.parquet.ParquetFile(file).close()
+                with pyarrow.parquet.ParquetFile(file) as rows:
+                    groups = [rows.metadata.row_group(k) for k in range(rows.metadata.num_row_groups)]
             except (OSError, ValueError) as fault:
                 raise InputError(f"{file}: damaged or empty parquet file ({pictures.one_line(fault)})") from None
+            pictures.check_unpacked(sum(group.total_byte_size for group in groups), file.stat().st_size, str(file))
     with _quiet(progress, offline=True):
         try:
             if path.is_dir() and _is_saved(path) and configuration is None:

@@ -28,6 +28,7 @@ _WORDS = {
     "test": ("test", "testing", "eval", "evaluation", "holdout", "heldout"),
 }
 _MEANING = {word: split for split, words in _WORDS.items() for word in words}
+_MAY_MEAN = re.compile("|".join(_MEANING), re.IGNORECASE)
 _FILLERS = tuple(
     "sets set datasets dataset data images image imgs img pictures photos files folder samples split".split()
 )
@@ -55,6 +56,8 @@ def meanings(name: str) -> frozenset[str]:
     >>> [sorted(meanings(name)) for name in ("train2017", "my-Test.set", "ValImages", "contest", "train_test")]
     [['train'], ['test'], ['validation'], [], ['test', 'train']]
     """
+    if not _MAY_MEAN.search(name):  # quick, for a million names
+        return frozenset()
     splits = frozenset(_MEANING[word] for word in words(name) if word in _MEANING)
     return frozenset({"test"}) if splits == {"validation", "test"} else splits  # COCO's test-dev
 
@@ -290,6 +293,8 @@ def _one_of_each_sample(
     source: str, images: list[str], files: dict[str, tuple[str, ...]], column: str | None
 ) -> list[str]:
     """The images of one extension, if every sample has several (WebDataset's 1.jpg and 1.seg.png)."""
+    if column is None and not any("." in files[name][-1].rpartition(".")[0] for name in images):
+        return images
     extensions: dict[str, set[str]] = {}
     for name in images:
         key, extension = _sample(files[name])
@@ -395,7 +400,10 @@ def _labels_beside(
 ) -> tuple[list[Any], set[str]] | None:
     """For every image the label in NAME.cls, or in NAME.json, and those files; None if there are none."""
     for extension in ("cls", "json"):
-        by_key = {key: name for name, (key, its) in ((n, _sample(p)) for n, p in files.items()) if its == extension}
+        candidates = ((name, *_sample(parts)) for name, parts in files.items() if parts[-1].lower().endswith(extension))
+        by_key = {key: name for name, key, its in candidates if its == extension}
+        if not by_key:
+            continue
         beside = [by_key.get(_sample(files[name])[0]) for name in images]
         present = [name for name in beside if name is not None]
         if not present or (extension == "cls" and column not in (None, "cls")):

@@ -32,6 +32,7 @@ from ddpm.files.data.listing import (
     EncodedImages,
     Listing,
     Options,
+    counted,
     is_image,
     natural,
     number_values,
@@ -67,12 +68,18 @@ def open_source(source: str, options: Options) -> Contents:
                 contents.warn(source)
                 return contents
     if source and path.is_dir():
-        raise InputError(f"{source}: no images in this folder; {ACCEPTED}")
+        raise InputError(f"{source}: no images in this folder{_files(walk(path))}; {ACCEPTED}")
     if path.is_file():
         raise InputError(f"{source}: not a file of images that can be read; {ACCEPTED}")
     if source and path.exists():
         raise InputError(f"{source}: a pipe or a device; {ACCEPTED}")
     raise InputError(f"{source or repr(source)}: no such file or folder; {ACCEPTED}")
+
+
+def _files(names: Iterable[str]) -> str:
+    """The kinds of files, in brackets for an error."""
+    kinds = Counter(map(kind, names))
+    return f" ({counted(kinds)})" if kinds else ""
 
 
 # -- digits ------------------------------------------------------------------------------------------------------------
@@ -241,7 +248,7 @@ def _zip(source: str, path: Path, options: Options) -> Contents:
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as fault:
         raise InputError(f"{source}: damaged zip file ({pictures.one_line(fault)}); {ACCEPTED}") from fault
     if not any(map(is_image, files)):
-        raise InputError(f"{source}: no images in this zip file")
+        raise InputError(f"{source}: no images in this zip file{_files(files)}")
     return _contents(source, files, lambda names: Zip(path, names), Zip(path, []).read, options)
 
 
@@ -317,7 +324,9 @@ def _tar(source: str, path: Path, options: Options) -> Contents:
                 f"{path / file}: not a whole tar file without compression ({pictures.one_line(fault)})"
             ) from None
     if not any(map(is_image, places)):
-        raise InputError(f"{source}: no images in {'this tar file' if path.is_file() else 'the tar files here'}")
+        raise InputError(
+            f"{source}: no images in {'this tar file' if path.is_file() else 'these tar files'}{_files(places)}"
+        )
     contents = _contents(
         source, places, lambda names: Tar(places, names), Tar(places, []).read, options, shards=not path.is_file()
     )
@@ -334,7 +343,6 @@ def _is_npz(source: str, path: Path) -> bool:
 
 def _npz(source: str, path: Path, options: Options) -> Contents:
     """Arrays of images uint8 [N, H, W] or [N, H, W, C]. x_train and x_test are splits, and y_train holds labels."""
-    _check_unpacked(source, path)
     arrays = read_arrays(path)
     images = {
         name: array
@@ -365,16 +373,6 @@ def _npz(source: str, path: Path, options: Options) -> Contents:
         return Listing(encoded, np.array([numbers[value] for value in values], np.int64), class_names)
 
     return Contents({split: functools.partial(listing, name) for name, split in split_of.items()})
-
-
-def _check_unpacked(source: str, path: Path) -> None:
-    """Raise InputError for a small file that would fill the memory."""
-    if not zipfile.is_zipfile(path):
-        return  # `read_arrays` says so
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > 100 * path.stat().st_size:
-        pictures.check_memory(unpacked, f"{source}: unpacked")
 
 
 def _labels_of_array(source: str, arrays: dict[str, NDArray[Any]], images: str, column: str | None) -> list[int] | None:
