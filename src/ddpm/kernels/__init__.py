@@ -244,8 +244,8 @@ def usable(
     """Whether `convolution` can compute this layer. If not, PyTorch computes it, or reports what is wrong with it.
 
     others   add and residual
-    halving  the layer has stride 2 and no padding. Then its result for x padded with zeros at the right and the bottom
-             is every second one, from the second on, of `convolution`
+    halving  the layer has stride 2. Its result is every second one of `convolution`: from the first on if its padding
+             is 1, and from the second on if it has none and x is padded with zeros at the right and the bottom
 
     It needs a dtype that is `ready`, exactly PyTorch's Conv2d and GroupNorm without hooks, a plain 3x3 or 1x1
     convolution of x's channels, a norm with weight and bias, and everything on the CPU.
@@ -262,8 +262,8 @@ def usable(
     if not ready(dtype) or _is_observed(modules):
         return False
     same = (layer.kernel_size[0] // 2,) * 2  # the padding that keeps H and W
-    stride, padding = ((2, 2), (0, 0)) if halving else ((1, 1), same)
-    plain = layer.kernel_size in ((1, 1), (3, 3)) and layer.padding == padding and layer.padding_mode == "zeros"
+    stride, paddings = ((2, 2), ((0, 0), same)) if halving else ((1, 1), (same,))
+    plain = layer.kernel_size in ((1, 1), (3, 3)) and layer.padding in paddings and layer.padding_mode == "zeros"
     plain = plain and layer.stride == stride and layer.dilation == (1, 1) and layer.groups == 1
     O, I = layer.out_channels, layer.in_channels
     plain = plain and layer.weight.shape == (O, I, *layer.kernel_size) and max(O, I) <= MAX_CHANNELS
