@@ -201,6 +201,68 @@ def test_no_checkpoint_is_lost_by_a_save_that_fails_or_is_killed_at_any_call(
         assert fails > 20
 
 
+def power_is_lost(run: Path, fails: int, syncs: bool = True) -> tuple[bool, int]:
+    """Save step 4 in another process, which dies at call `fails`. Files that it did not wait for are empty afterwards.
+
+    What was renamed has its new name: the worst that a file system may do. syncs False: the process waits for no file.
+    Returns whether the process came to its end, and how many files are empty.
+    """
+    before, receive, send = {p.stat().st_ino for p in run.rglob("*")}, *os.pipe()
+    child = os.fork()
+    if child == 0:
+        fsync = os.fsync
+
+        def logged(descriptor: int) -> None:
+            fsync(descriptor)
+            os.write(send, f"{os.fstat(descriptor).st_ino}\n".encode() * syncs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", logged)
+            Disk(patch, fails, dies=True)
+            save(run, 4, 0.6)
+            os._exit(0)
+    os.close(send)
+    with open(receive, "rb") as pipe:
+        durable = before | set(map(int, pipe.read().split()))
+    lost = [p for p in run.rglob("*") if p.is_file() and p.stat().st_ino not in durable]
+    for file in lost:
+        file.write_bytes(b"")
+    return os.waitpid(child, 0)[1] == 0, len(lost)
+
+
+def test_no_checkpoint_is_lost_by_a_loss_of_power_at_any_call(tmp_path: Path) -> None:
+    """At each write, sync and rename in turn."""
+    fails, ended, lost = 0, False, 0
+    while not ended:
+        fails += 1
+        run = tmp_path / str(fails)
+        for step, loss in ((1, 0.1), (2, 0.5), (3, 0.4)):
+            save(run, step, loss)
+        ended, count = power_is_lost(run, fails)
+        lost += count
+        assert whole(run) in ([1, 3], [1, 4], [1, 3, 4]), fails
+    assert (count, lost > 5) == (0, True)
+    save(tmp_path / "control", 3, 0.1)
+    power_is_lost(tmp_path / "control", 1000, syncs=False)
+    assert whole(tmp_path / "control") == [3]  # as the best one; the new one is empty
+
+
+def test_a_checkpoint_is_deleted_only_after_the_name_of_the_new_one_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a loss of power leaves one or both, whichever names the file system has written."""
+    for step in (1, 2):
+        save(tmp_path, step, 1.0 - step / 10)
+    folder, calls, fsync, rename = tmp_path / "checkpoints", [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda d: (fsync(d), calls.append(os.fstat(d).st_ino)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (rename(a, b), calls.append((Path(a).name, Path(b).name))))
+    save(tmp_path, 3, 0.1)
+    (new,) = (i for i, call in enumerate(calls) if isinstance(call, tuple) and call[1] == "00000003")
+    (old,) = (i for i, call in enumerate(calls) if isinstance(call, tuple) and call[0] == "00000002")
+    assert folder.stat().st_ino in calls[new:old]
+    assert steps(tmp_path) == [3]
+
+
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
     assert train(tmp_path / "reference", *SHORT) == 0

@@ -572,6 +572,21 @@ def test_subclasses_compute_what_they_say() -> None:
 
 
 @anywhere
+def test_a_convolution_of_stride_2_is_every_second_result() -> None:
+    """With padding at all sides from the first on, and with padding at the right and the bottom from the second on."""
+    x = torch.randn(2, 32, 8, 12)
+    for padding in (0, 1):
+        conv = nn.Conv2d(32, 64, 3, stride=2, padding=padding)
+        assert kernels.usable(x, conv, halving=True)
+        assert not kernels.usable(x, conv)
+        with torch.no_grad():
+            plain = conv(x if padding else F.pad(x, (0, 1, 0, 1)))
+            first = 1 - padding
+            ours = kernels.convolution(x, conv)[:, :, first::2, first::2]
+        assert relative(ours, plain) < 4 * ERROR[torch.float32]
+
+
+@anywhere
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])

@@ -29,15 +29,6 @@ from ddpm.errors import InputError
 from ddpm.files import images
 
 FORMATS = {"WEBP": {"lossless": True}} | {name: {} for name in "PNG BMP GIF PPM TIFF JPEG JPEG2000".split()}
-    "PNG": {},
-    "BMP": {},
-    "GIF": {},
-    "PPM": {},
-    "TIFF": {},
-    "WEBP": {"lossless": True},
-    "JPEG": {},
-    "JPEG2000": {},
-}
 MODES = "1 L LA P PA RGB RGBA RGBX CMYK YCbCr LAB HSV I I;16 I;16B F".split()
 
 

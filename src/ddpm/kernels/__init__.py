@@ -199,14 +199,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _is_observed(modules: Sequence[nn.Module]) -> bool:
     """Whether something is to see the calls of PyTorch's own modules and operations, which our kernels replace.
 
-    These are hooks, a `forward` that was replaced, and what records or transforms calls (compile, trace, functorch,
-    modes). PyTorch has no public names for some of them. A release without one of the names used here: True.
+    These are hooks, a `forward` that was replaced, and what records or transforms calls (trace, functorch, modes).
+    PyTorch has no public names for some of them. A release without one of the names used here: True.
     """
     try:
         all_modules, C = torch.nn.modules.module, torch._C
         return bool(
-            torch.compiler.is_compiling()
-            or C._get_tracing_state() is not None
+            C._get_tracing_state() is not None
             or C._are_functorch_transforms_active()
             or torch.autograd.forward_ad._current_level >= 0
             or C._len_torch_dispatch_stack()
@@ -245,13 +244,15 @@ def usable(
     """Whether `convolution` can compute this layer. If not, PyTorch computes it, or reports what is wrong with it.
 
     others   add and residual
-    halving  the layer has stride 2. If it has no padding, its result for x padded with zeros at the right and the
-             bottom is every second one, from the second on, of `convolution`; with padding 1, from the first on
+    halving  the layer has stride 2. Its result is every second one of `convolution`: from the first on if its padding
+             is 1, and from the second on if it has none and x is padded with zeros at the right and the bottom
 
     It needs a dtype that is `ready`, exactly PyTorch's Conv2d and GroupNorm without hooks, a plain 3x3 or 1x1
     convolution of x's channels, a norm with weight and bias, and everything on the CPU.
     """
-    if type(layer) is not nn.Conv2d or (norm is not None and type(norm) is not nn.GroupNorm) or _disabled.get():
+    if torch.compiler.is_compiling() or _disabled.get():  # first: a compiler stops at what it cannot follow below
+        return False
+    if type(layer) is not nn.Conv2d or (norm is not None and type(norm) is not nn.GroupNorm):
         return False
     modules = [layer] if norm is None else [layer, norm]
     parameters: list[Any] = [parameter for module in modules for parameter in (module.weight, module.bias)]
