@@ -228,6 +228,21 @@ def test_a_run_goes_on_with_its_own_settings(
     assert not Path("runs").exists()
 
 
+def test_a_mistyped_run_is_found(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside what was typed, in whatever folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "runs/My-Flowers")
+    (tmp_path / "runs/my-flowery").mkdir()  # not a run
+    for typed, wanted in (
+        ("runs/my-flowesr", "runs/My-Flowers"),
+        (f"{tmp_path}/runs/flowers", f"{tmp_path}/runs/My-Flowers"),
+    ):
+        assert main(["sample", typed]) == 2
+        assert f"{typed}: no such file or folder; did you mean {wanted}? want a run folder" in capsys.readouterr().err
+
+
 def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of models/ too, where a checkout is installed. Their results do not go into it."""
     monkeypatch.chdir(tmp_path)

@@ -1,10 +1,12 @@
 """What the clock decides in training (checkpoints, pictures, the number of steps), and that no result depends on it."""
 
 import itertools
+import json
 import os
 import random
 import shutil
 import signal
+import time
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +25,7 @@ from ddpm.presets import PRESETS
 from ddpm.run import forecast, pace, previews
 from ddpm.run.forecast import Costs
 from ddpm.run.processes import Processes
+from ddpm.run.train import held_out_by_level
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -101,6 +104,28 @@ def test_a_run_of_some_minutes_is_an_ordinary_run(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "run/config.json").read_text() == (tmp_path / "plain/config.json").read_text()
     assert_same(tensors(tmp_path / "run", 9), tensors(tmp_path / "plain", 9))
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+def test_grids_are_small_where_minutes_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid takes a tenth of the time. What was chosen is in config.json, and the picture has that many tiles."""
+    monkeypatch.setattr("ddpm.run.train.time_steps", lambda *_: 0.1)
+    monkeypatch.setattr("ddpm.run.train.held_out_by_level", slow(0.4))
+    monkeypatch.setattr(Costs, "steps_in", lambda *_: 3)
+    given = ("--minutes", 0.1, "--sample-every", 50, "--sample-count", 50, "--sample-steps", 20)
+    assert train(tmp_path / "run", *given) == 0
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    count, calls = settings["sample_count"], settings["sample_steps"]
+    assert (calls, 1 <= count <= 3) == (10, True)  # 0.025 s a call, and at most 0.6 s
+    sheet = images.grid(np.zeros((count, 8, 8, 1), np.uint8)) if count > 1 else np.zeros((36, 36, 1))
+    assert Image.open(tmp_path / "run/samples/00000003.png").size == sheet.shape[1::-1]
+
+
+def slow(seconds: float) -> Callable[..., list[float]]:
+    def evaluation(*given: Any, **named: Any) -> list[float]:
+        time.sleep(seconds)
+        return held_out_by_level(*given, **named)
+
+    return evaluation
 
 
 def test_the_steps_that_fit_are_the_most_that_fit() -> None:

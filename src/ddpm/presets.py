@@ -127,7 +127,7 @@ class Preset:
     save_every: int = _run(5000, "steps between checkpoints", 1, _COUNT, resume=True)
     save_minutes: float = _run(
         10,
-        "minutes after which a checkpoint is written between these, without a held-out loss; 0 for none",
+        "minutes after a checkpoint at which another one is saved, without a held-out loss; 0 for none",
         0,
         resume=True,
     )

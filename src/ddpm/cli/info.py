@@ -86,12 +86,16 @@ def _checkpoints(path: Path) -> list[dict[str, Any]]:
     best, rows = checkpoints.best(path), []
     for folder in reversed(checkpoints.saved(path)):
         damage = checkpoints.damage(folder)
-        if damage and not folder.exists():  # the run is in training, and deleted it
+        try:
+            loss = None if damage else checkpoints.read_state(folder)["held_out"]
+        except FileNotFoundError:
+            loss = None
+        if not folder.exists():  # the run is in training, and deleted it
             continue
         rows.append(
             {
                 "step": int(folder.name),
-                "held_out": None if damage else checkpoints.read_state(folder)["held_out"],
+                "held_out": loss,
                 "best": folder == best,
                 "calibrated": any(folder.glob("*.calibration.json")),
                 "damage": damage,

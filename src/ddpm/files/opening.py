@@ -37,7 +37,10 @@ def named(path: Path) -> Path:
 
 def _accepted(path: Path | None = None) -> str:
     names = models_by_name()
-    hint = suggestion(path, names) if path is not None and not path.exists() else ""
+    hint = ""
+    if path is not None and not path.exists():
+        runs = [str(folder.parent) for folder in path.parent.glob("*/config.json")]
+        hint = suggestion(path, [*names, *runs])
     ours = "want a run folder, a checkpoint folder or a .safetensors file"
     return f"{hint}{ours}; a model by name: {', '.join(names)}; a diffusers folder; or hf:OWNER/NAME"
 

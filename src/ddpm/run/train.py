@@ -30,7 +30,7 @@ from ddpm.run import augment, ema, forecast, log
 from ddpm.run.advice import advice
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.pace import Pace, time_steps
-from ddpm.run.previews import draw, grid_file, has_grid
+from ddpm.run.previews import affordable, draw, grid_file, has_grid
 from ddpm.run.processes import Processes, pick_precision, processes, threads
 from ddpm.schedule import Schedule
 
@@ -346,7 +346,10 @@ def _ending_at(
     end: float, model: _Model, training: Denoiser, preset: Preset, parts: list[slice], train_set: data.Images,
     held_out_set: data.Images, draws: torch.Generator, ranks: Processes,
 ) -> Preset:  # fmt: skip
-    """The preset with as many steps as end at the time `end`. The steps that are timed for this are taken back."""
+    """The preset with as many steps as end at the time `end`, and grids that take at most a tenth of the time each.
+
+    The steps that are timed for this are taken back.
+    """
     weights = copy.deepcopy(model.network.state_dict())
     part, meter = slice(parts[0].start, parts[-1].stop), _Meter(0.0, ranks, preset.batch_size)
     stream = data.batches(
@@ -360,16 +363,22 @@ def _ending_at(
     left = end - time.monotonic()
     model.network.train()
     step_seconds = time_steps(step, min(max(2.0, left / 20), 60.0), ranks)
-    begun = time.monotonic()
-    held_out_by_level(model.averaged, held_out_set, 16, ranks, labelled=preset.classes)
-    costs = forecast.Costs(step_seconds, (time.monotonic() - begun) / 16, forecast.save_seconds(model.network))
+    for _ in range(2):  # the first call also compiles and fills caches
+        begun = time.monotonic()
+        held_out_by_level(model.averaged, held_out_set, 16, ranks, labelled=preset.classes)
+        image_call = (time.monotonic() - begun) / 16
     stream.close()
     model.network.load_state_dict(weights)
     model.average.load_state_dict(weights)
     model.adam.state.clear()
     model.step = 0
-    steps = costs.steps_in(preset, end - time.monotonic()) if ranks.first else 0
-    return replace(preset, steps=int(ranks.total(torch.tensor(steps))))
+    measured = torch.tensor([step_seconds, image_call, end - time.monotonic()], dtype=torch.float64)
+    step_seconds, image_call, left = ranks.total(measured * ranks.first).tolist()  # the first process decides
+    if preset.sample_every:
+        count, calls = affordable(preset, left / 10, image_call)
+        preset = replace(preset, sample_count=max(1, count), sample_steps=calls)
+    costs = forecast.Costs(step_seconds, image_call, forecast.save_seconds(model.network))
+    return replace(preset, steps=costs.steps_in(preset, left))
 
 
 def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
