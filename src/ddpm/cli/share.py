@@ -48,8 +48,8 @@ def add(commands: Commands) -> None:
         commands, "import", import_, "read a model of another package",
         "Write FILE.safetensors, which every command takes as a model, from a diffusers folder (UNet2DModel) or from a "
         "weights file of ermongroup/ddim, pesser/pytorch_diffusion, openai/improved-diffusion or "
-        "w86763777/pytorch-ddpm. Every key, shape and setting is accounted for. A setting that our network does not have "
-        "is refused by its name.",
+        "w86763777/pytorch-ddpm. Every key, shape and setting is accounted for. A setting that our network does not "
+        "have is refused by its name.",
         "ddpm import hf:google/ddpm-cifar10-32 --out cifar10.safetensors",
     )  # fmt: skip
     path = "a diffusers folder, or hf:OWNER/NAME; a .ckpt, .pt, .pth or .safetensors file of another package's weights"

@@ -5,13 +5,22 @@
 """
 
 from ddpm.files.data.batches import STOP_SIGNALS, batches, order, send
-from ddpm.files.data.listing import natural, walk
+from ddpm.files.data.decoding import decoded
+from ddpm.files.data.listing import EncodedImages, is_hidden, is_image, natural, walk
 from ddpm.files.data.loading import Images, load, load_pair, split_holdout
+from ddpm.files.data.sources import Arrays, Folder, Zip
 
 __all__ = [
     "STOP_SIGNALS",
+    "Arrays",
+    "EncodedImages",
+    "Folder",
     "Images",
+    "Zip",
     "batches",
+    "decoded",
+    "is_hidden",
+    "is_image",
     "load",
     "load_pair",
     "natural",
