@@ -88,6 +88,14 @@ def test_the_default_network_of_diffusers_comes_in(widths, tmp_path):
     assert apart(ddpm.load(folder).network, model, *inputs(preset)) < 1e-5
 
 
+def test_more_groups_than_the_kernels_have(tmp_path):
+    """64 groups: the kernels leave such norms to PyTorch."""
+    folder, model = their_folder(tmp_path / "theirs", PAPER | {"block_out_channels": (64, 64), "norm_num_groups": 64})
+    preset, state = from_diffusers(folder)
+    assert preset.details.norm_groups == 64 > kernels.MAX_GROUPS
+    assert apart(network(preset, state), model, *inputs(preset)) < 1e-5
+
+
 def test_gradients_of_a_different_network_are_those_of_autograd(tmp_path):
     """All details together: the kernels' gradients are those of the plain path."""
     changes = {name: value for different, _ in DIFFERENT.values() for name, value in different.items()}
