@@ -125,6 +125,7 @@ def test_statistics_and_features_of_other_programs(here, capsys):
         assert "images" not in result  # nobody knows how many
         assert compared(capsys, file, "a")["frechet_distance"] == pytest.approx(wanted, rel=1e-4)
     assert features.read_reference("adm.npz").moments.mean == pytest.approx(rows.mean(0))
+    assert compared(capsys, "a", "adm.npz")["frechet_distance"] == pytest.approx(wanted, rel=1e-6)
     assert compared(capsys, "fid.npz", "features.npz")["frechet_distance"] == pytest.approx(0, abs=1e-9)
     for metric in ("kid", "pr"):
         assert main(["compare", "a", "fid.npz", "--metrics", metric, "--features", "f.py:stats"]) == 2

@@ -286,9 +286,9 @@ def compare(
     is laid on white. The network is made only if there are pictures. Returns plain JSON values. Raises InputError for
     what cannot be read, for too few pictures, and for a metric that statistics do not allow.
     """
-    sides = [_side(path) for path in (samples, images)]
-    used = network() if any(isinstance(side, _Pictures) for side in sides) else None
     rows, probabilities = (any(getattr(METRICS[name], need) for name in names) for need in ("rows", "probabilities"))
+    sides = [_side(path, rows or probabilities) for path in (samples, images)]
+    used = network() if any(isinstance(side, _Pictures) for side in sides) else None
     expected = {} if used is None else {"network": used.name, "weights": used.weights, "resize": used.resize}
     measured: list[features.Measured] = []
     for path, side in zip((samples, images), sides, strict=True):
@@ -335,9 +335,14 @@ class _Pictures:
             warnings.warn(f"{count:,} pictures: {what}; the first: {first}", stacklevel=3)
 
 
-def _side(path: Path) -> _Pictures | None:
-    """The pictures of a folder, a .zip or an .npz; None for an .npz of features or statistics."""
+def _side(path: Path, rows: bool) -> _Pictures | None:
+    """The pictures of a folder, a .zip or an .npz; None for an .npz of features or statistics.
+
+    Files of guided-diffusion hold both pictures and statistics. The statistics are taken unless `rows` are needed.
+    """
     if path.suffix.lower() == ".npz" and path.is_file():
+        if not rows and {"mu", "sigma"} <= set(features.array_names(path)):
+            return None
         arrays = {
             name: array
             for name, array in features.read_arrays(path).items()
