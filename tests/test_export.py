@@ -1,5 +1,6 @@
 """Models for others: one file, its card, and the names of those that come with the package."""
 
+import html
 import importlib.resources
 import json
 import re
@@ -19,7 +20,9 @@ from safetensors.torch import load_file
 
 import ddpm
 from ddpm.cli import main
-from ddpm.files import data, models, opening
+from ddpm.details import Details
+from ddpm.files import data, interop, models, opening
+from ddpm.files.opening import open_checkpoint
 from ddpm.files.tensors import file_sha256
 from ddpm.presets import PRESETS
 from ddpm.run import export
@@ -294,3 +297,47 @@ def test_the_digits_are_as_good_as_they_were() -> None:
     with processes("cpu") as ranks:
         levels = held_out_by_level(ddpm.load("digits"), held_out, len(held_out), ranks, labelled=True)
     assert sum(levels) / len(levels) == pytest.approx(0.2039, abs=0.002)
+
+
+MARKUP = [
+    "a\n---\n<script>alert(1)</script>",
+    "x | y",
+    "[here](javascript:a)",
+    "*b* _c_ `d` ~e~",
+    "&lt;",
+    "```\nrm -rf",
+]
+
+
+def test_names_of_other_peoples_files_are_no_markup(tmp_path: Path) -> None:
+    """They are shown as they are: Markdown that is turned into HTML gives the names back, in one cell."""
+    found = open_checkpoint("digits")
+    names = tuple(MARKUP + list("6789"))
+    preset = replace(found.preset, class_names=names, data="someone/<b>data</b>", image_column="a\n```\n<i>")
+    path = tmp_path / "theirs.safetensors"
+    interop.save(path, preset, found.denoiser.network.state_dict(), "")
+    theirs = replace(open_checkpoint(path), step=5)
+    exported = export.export(theirs, tmp_path / "out.safetensors")
+    exported = replace(exported, preset=replace(exported.preset, data=preset.data))
+    card = export.card(theirs, exported)
+    front, body = card.split("---\n", 2)[1:]
+    assert json.loads(front.split("datasets: ")[1].splitlines()[0]) == [preset.data]
+    row = next(line for line in body.splitlines() if line.startswith("| classes |"))
+    assert row.count("|") - row.count("\\|") == 3
+    plain = html.unescape(re.sub(r"\\([\\`*\[\]|~_])", r"\1", row))
+    assert ", ".join(MARKUP).replace("\n", "\\n") in plain
+    for word in ("<script>", "<b>", "\n---\n<"):
+        assert word not in body
+    assert not re.search(r"(?<!\\)\[here|(?<!\\)\]\(javascript", body)
+    shell = body.split("```sh\n")[2]
+    assert shell.count("\n```") == 1  # the block is not closed by a name
+
+
+def test_an_imported_model_has_no_training(tmp_path: Path) -> None:
+    found = open_checkpoint("digits")
+    path = tmp_path / "in.safetensors"
+    interop.save(path, replace(found.preset, details=Details(norm_eps=1e-5)), found.denoiser.network.state_dict(), "")
+    imported = open_checkpoint(path)
+    card = export.card(imported, export.export(imported, tmp_path / "out.safetensors"))
+    assert "| training | by another package |" in card
+    assert "ddpm train" not in card

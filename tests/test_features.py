@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ddpm import metrics
@@ -169,6 +170,12 @@ def test_every_key_and_shape_is_accounted_for(network, tmp_path):
     refused(load(**{"fc.bias": None}), "lacks fc.bias")
 
 
+def test_weights_in_safetensors(network, weights, pixels, tmp_path):
+    save_file({name: value.clone() for name, value in network.state_dict().items()}, tmp_path / "weights.safetensors")
+    found = features.inception(tmp_path / "weights.safetensors", any_weights=True)(pixels)
+    assert (found[0] == features.inception(weights, any_weights=True)(pixels)[0]).all()
+
+
 class Evil:
     def __reduce__(self):
         return (Path.touch, (Path("touched"),))
@@ -179,12 +186,16 @@ def test_files_that_are_no_weights(tmp_path, monkeypatch):
     path = tmp_path / "weights.pth"
     for content in (b"", b"<html>", b"PK\x03\x04 cut"):
         path.write_bytes(content)
-        refused(lambda: features.inception(path, any_weights=True), path, "not a file of weights")
+        refused(lambda: features.inception(path, any_weights=True), path, "not plain weights")
     torch.save({"fc.weight": Evil()}, path)
-    refused(lambda: features.inception(path, any_weights=True), path, "not a file of weights")
+    refused(lambda: features.inception(path, any_weights=True), path, "not plain weights")
     assert not (tmp_path / "touched").exists()
     torch.save([torch.zeros(1)], path)
     refused(lambda: features.inception(path, any_weights=True), path, "names and tensors")
+    path = tmp_path / "weights.safetensors"
+    for content in (b"", bytes(range(256)) * 8, b"\xff" * 2000, b"\x08" + b"\0" * 7 + b"{}      "):
+        path.write_bytes(content)
+        refused(lambda: features.inception(path, any_weights=True), path)
     refused(lambda: features.inception(tmp_path / "none.pth"), "none.pth: no such file", features.WEIGHTS)
 
 

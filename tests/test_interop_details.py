@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
 from test_interop import SMALL, apart, assert_same, inputs, network, random_model
 
 import ddpm
@@ -86,6 +87,14 @@ def test_the_default_network_of_diffusers_comes_in(widths, tmp_path):
     preset, state = from_diffusers(folder)
     assert apart(network(preset, state), model, *inputs(preset)) < 1e-5
     assert apart(ddpm.load(folder).network, model, *inputs(preset)) < 1e-5
+
+
+def test_more_groups_than_the_kernels_have(tmp_path):
+    """64 groups: the kernels leave such norms to PyTorch."""
+    folder, model = their_folder(tmp_path / "theirs", PAPER | {"block_out_channels": (64, 64), "norm_num_groups": 64})
+    preset, state = from_diffusers(folder)
+    assert preset.details.norm_groups == 64 > kernels.MAX_GROUPS
+    assert apart(network(preset, state), model, *inputs(preset)) < 1e-5
 
 
 def test_gradients_of_a_different_network_are_those_of_autograd(tmp_path):
@@ -289,6 +298,18 @@ def test_the_configuration_of_something_else_is_no_run(config, tmp_path):
         InputError, match=r"its config.json is not that of a run; want a run folder, .* a diffusers folder"
     ):
         ddpm.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no scheduler_config.json:UserWarning")
+def test_an_averaged_network_comes_in(tmp_path):
+    """As diffusers' training script saves it beside the network, with the settings of the average."""
+    _, model = their_folder(tmp_path / "theirs")
+    EMAModel(model.parameters(), model_cls=UNet2DModel, model_config=model.config).save_pretrained(
+        tmp_path / "unet_ema"
+    )
+    assert "inv_gamma" in json.loads((tmp_path / "unet_ema/config.json").read_text())
+    preset, state = from_diffusers(tmp_path / "unet_ema")
+    assert apart(network(preset, state), model, *inputs(preset)) < 1e-5
 
 
 def test_a_latent_diffusion_model_is_refused(tmp_path):

@@ -285,6 +285,11 @@ WRAPPED = {
     "with numbers": STATE | {"epoch": 3},
     "lightning": {"state_dict": prefixed(STATE, "model."), "epoch": 3, "optimizer_states": [{0: torch.zeros(2)}]},
     "lightning with an average": {"state_dict": prefixed(RAW, "model.") | prefixed(STATE, "ema_model.")},
+    "lightning with LitEma": {
+        "state_dict": prefixed(RAW, "model.net.")
+        | {f"model_ema.net{name.replace('.', '')}": value for name, value in STATE.items()}
+        | {"model_ema.decay": torch.tensor(0.9)}
+    },
     "model and ema": {"model": RAW, "ema": STATE},
     "ema inside": {"net": RAW, "extra": {"model_ema": prefixed(STATE, "module.")}},
     "compiled": prefixed(STATE, "_orig_mod."),

@@ -64,7 +64,16 @@ def schedules() -> dict[str, Entry]:
 
 def metrics() -> dict[str, Entry]:
     """What `ddpm evaluate --metrics` measures."""
-    return _table("run/evaluate.py", "LIKELIHOODS") | _table("run/quality.py", "METRICS")
+    return _table("run/evaluate.py", "LIKELIHOODS") | quality_metrics()
+
+
+def quality_metrics() -> dict[str, Entry]:
+    """What `ddpm compare --metrics` measures: sample quality.
+
+    >>> list(quality_metrics())
+    ['fid', 'is', 'kid', 'pr']
+    """
+    return _table("run/quality.py", "METRICS")
 
 
 def experiments() -> dict[str, Entry]:

@@ -29,7 +29,7 @@ from ddpm.errors import InputError
 from ddpm.presets import check
 
 if TYPE_CHECKING:
-    from ddpm.files import data
+    from ddpm.files import data, features
 
 LIKELIHOODS = ("nll", "ode")
 
@@ -57,6 +57,11 @@ def add(commands: Commands) -> None:
     folder = "folder for results and finished parts (default: RUN/evaluate/STEP-WEIGHTS, and RUN/cache for the parts)"
     parser.add_argument("--out", metavar="DIR", help=folder)
     add_measuring(parser)
+    reference = (
+        "compare the samples with this .npz in place of the training images: mu and sigma, as pytorch-fid, clean-fid, "
+        "torch-fidelity and guided-diffusion write them, or features"
+    )
+    parser.add_argument("--reference", metavar="FILE", help=reference)
     add_conditions(parser)
     add_model(parser)
 
@@ -100,9 +105,11 @@ def _check_quality(args: argparse.Namespace, quality: list[str]) -> None:
     names = ", ".join(name for name in catalog.metrics() if name not in LIKELIHOODS)
     if args.classes and (args.samples is not None or not quality):
         raise InputError(f"--class {args.classes[0]}: needs one of --metrics {names}, without --samples")
-    for name in ("samples", "features", "inception"):
+    for name in ("samples", "features", "inception", "reference"):
         if not quality and getattr(args, name) is not None:
             raise InputError(f"--{name} {getattr(args, name)}: needs one of --metrics {names}")
+    if args.reference is not None and _features_are_a_file(args):
+        raise InputError(f"--reference {args.reference}: not with --features FILE.npz, which is the same; want one")
     if quality and _features_are_a_file(args) and args.samples is None:
         raise InputError(
             f"--features {args.features}: holds features of real images; want those of samples as --samples FILE.npz"
@@ -162,18 +169,24 @@ def _quality(
     args: argparse.Namespace, names: list[str], model: Any, labels: list[int], asked: dict[str, Any],
     results: _Results, cache: Path, ranks: Any, progress: bool,
 ) -> None:  # fmt: skip
+    import torch
+
     from ddpm.run import quality
     from ddpm.run.sample import describe_sampling, sampler_levels
 
     samples = None if args.samples is None else Path(args.samples)
-    if _features_are_a_file(args):
-        assert samples is not None
-        values = quality.quality_of_files(names, samples, Path(args.features), args.seed, ranks.device)
-        results.keep("quality", {"samples_from": args.samples, **values}, None)
+    file = args.features if _features_are_a_file(args) else args.reference
+    if samples is not None and file is not None and quality.holds_features(samples):
+        values = quality.quality_of_files(names, samples, Path(file), args.seed, ranks.device)
+        results.keep("quality", {"samples_from": args.samples, "reference": file, **values}, None)
         return
-    network, real = feature_network(args, ranks.device), results.load("train")  # mistakes show before hours of sampling
+    if _features_are_a_file(args):
+        raise InputError(f"--samples {args.samples}: holds no features, which --features {args.features} wants")
+    # mistakes show before hours of sampling
+    network = feature_network(args, ranks.device)
+    real = results.load("train") if args.reference is None else _reference(names, Path(args.reference), network)
     if "is" in names:
-        quality.check_network(network, real)
+        quality.check_network(network, torch.zeros(1, *model.preset.shape, dtype=torch.uint8))
     if samples is not None:
         images, source = quality.read_samples(samples, model.preset.shape), {"samples_from": args.samples}
     else:
@@ -184,4 +197,18 @@ def _quality(
         source = {**describe_sampling(model.denoiser, args.sampler, levels, args.spacing), **asked}
     if ranks.first:
         values = quality.quality(names, images, real, network, cache, args.seed, ranks.device, progress)
-        results.keep("quality", {**source, **values}, "train")
+        if args.reference is not None:
+            source["reference"] = args.reference
+        results.keep("quality", {**source, **values}, "train" if args.reference is None else None)
+
+
+def _reference(names: list[str], file: Path, network: "features.Network") -> "features.Measured":
+    """The statistics or features of --reference. Raises InputError for those of another network."""
+    from ddpm.files import features
+    from ddpm.run.quality import check_reference
+
+    reference = features.read_reference(
+        file, {"network": network.name, "weights": network.weights, "resize": network.resize}
+    )
+    check_reference(names, reference)
+    return reference

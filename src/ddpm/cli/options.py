@@ -230,19 +230,25 @@ def add_measuring(parser: Parser) -> None:
     group.add_argument("--samples", metavar="PATH", help=samples)
     group.add_argument("--seed", **number(int, 0), help="seed of noise and samples (default: %(default)s)")
     add_batch_size(parser)
+    add_features(parser)
+    add_sampler(parser)
+
+
+def add_features(parser: Parser, files: bool = True) -> None:
+    """Which network scores samples; `files`: or which file holds features of real images."""
     group = parser.add_argument_group("features", "the network that scores samples")
     features = (
         "FILE.py:NAME, a function of images (NumPy uint8 [N, H, W, C]) that returns features [N, D], or features and "
-        "class probabilities [N, K]; or an .npz file of features (default: Inception)"
+        "class probabilities [N, K]"
     )
-    group.add_argument("--features", metavar="X", help=features)
+    file = "; or an .npz file of features, or of mu and sigma, of real images" if files else ""
+    group.add_argument("--features", metavar="X", help=f"{features}{file} (default: Inception)")
     group.add_argument(
         "--inception", metavar="FILE", help="weights of the Inception network of 2015 (default: download)"
     )
     group.add_argument(
         "--any-weights", action="store_true", help="accept other weights of Inception; the score is then not FID"
     )
-    add_sampler(parser)
 
 
 # -- what the options mean ---------------------------------------------------------------------------------------------
@@ -368,4 +374,5 @@ def print_results(args: argparse.Namespace, results: dict[str, Any], written: ob
         return
     for name, value in results.items():
         print(f"{name}: {json.dumps(value) if isinstance(value, dict) else value}")
-    print(f"written: {written}")
+    if written is not None:
+        print(f"written: {written}")

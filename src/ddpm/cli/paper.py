@@ -128,7 +128,7 @@ class _Setups:
         args = self.args
         base = replace(preset, data=args.data or preset.data, device=args.device)
         check_sampler(args, base.num_timesteps)  # mistakes show before the training, not after it
-        check_network(self.network(), self.load("train"))
+        check_network(self.network(), self.load("train").batch([0]))
         self.load(args.split)
 
         def setup(run: Path) -> "experiments.Setup":

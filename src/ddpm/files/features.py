@@ -8,14 +8,13 @@ import http.client
 import importlib.util
 import json
 import os
-import pickle
 import shutil
 import sys
 import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor
 from ddpm.errors import InputError, parse_json
 from ddpm.files import atomic
 from ddpm.files.images import channels_last, check_unpacked, one_line
-from ddpm.files.tensors import file_sha256
+from ddpm.files.tensors import as_state_dict, file_sha256, read_tensors, read_torch
 from ddpm.inception import SIDE, Inception
 from ddpm.metrics import Moments, moments, softmax
 from ddpm.unet import exact_convolutions
@@ -169,18 +168,15 @@ def _read(file: Path) -> tuple[Inception, bool]:
 
     Raises InputError if a weight is missing, unknown or of another shape.
     """
+    content = read_tensors(file) if file.suffix == ".safetensors" else read_torch(file)
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as fault:
-        raise InputError(f"{file}: not a file of weights ({one_line(fault)})") from fault
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{file}: not a table of weights; want names and tensors")
+        state = as_state_dict(content)
+    except InputError as fault:
+        raise InputError(f"{file}: {fault}") from None
     weights = {
-        _published_name(str(name)): value
-        for name, value in state.items()
-        if not str(name).endswith("num_batches_tracked")
+        _published_name(name): value for name, value in state.items() if not name.endswith("num_batches_tracked")
     }
-    numbered = any(str(name).startswith("blocks.") for name in state)
+    numbered = any(name.startswith("blocks.") for name in state)
     with torch.device("meta"):  # without memory and random numbers
         network = Inception()
     counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
@@ -310,15 +306,30 @@ def read_features(path: str | Path) -> tuple[Floats, Floats | None]:
     return features, None
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz file. Raises InputError if it has none, is damaged, too large or needs pickle."""
+def read_arrays(path: Path, only: Collection[str] = ()) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file, or of those only these names. Raises InputError if it is damaged or needs pickle."""
+    with _npz(path) as file:
+        arrays = {name: file[name] for name in file.files if not only or name in only}
+    if not arrays and not only:
+        raise InputError(f"{path}: no arrays in it")
+    return arrays
+
+
+def array_names(path: Path) -> list[str]:
+    """The names of the arrays of an .npz file. Raises InputError as `read_arrays` does."""
+    with _npz(path) as file:
+        return list(file.files)
+
+
+@contextmanager
+def _npz(path: Path) -> Iterator[Any]:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(member.file_size for member in archive.infolist())
             check_unpacked(unpacked, path.stat().st_size, str(path))
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            yield file
     except InputError:
         raise
     except FileNotFoundError:
@@ -335,9 +346,6 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         zlib.error,
     ) as fault:
         raise InputError(f"{path}: not a whole .npz of plain arrays ({one_line(fault)})") from fault
-    if not arrays:
-        raise InputError(f"{path}: no arrays in it")
-    return arrays
 
 
 # -- running a network over images -------------------------------------------------------------------------------------
@@ -387,35 +395,100 @@ def measure(
     from tqdm import tqdm
 
     n, step = len(images), batch_size or network.batch_size
-    if n == 0:
-        raise InputError("0 images: want at least 1")
-    total: Moments | None = None
-    waiting: list[Floats] = []  # rows that are not in `total` yet; adding them is slow, so they are added by the 1024
-    features: list[Floats] = []
-    probabilities: list[Floats] = []
+    rows = _Rows(network, keep_features, keep_probabilities)
     with tqdm(total=n, desc="features", unit="image", disable=not progress) as bar:
         for start in range(0, n, step):
-            rows = range(start, min(start + step, n))
-            pixels = images[rows.start : rows.stop] if isinstance(images, Tensor) else images.batch(rows)
-            batch_features, batch_probabilities = network(pixels)
-            waiting.append(batch_features)
-            if rows.stop == n or sum(map(len, waiting)) >= 1024:
-                part = moments(np.concatenate(waiting))
-                total = part if total is None else total + part
-                waiting = []
-            if keep_features:
-                features.append(batch_features)
-            if keep_probabilities:
-                if batch_probabilities is None:
-                    raise InputError(f"{network.name}: gives no probabilities, which the Inception score needs")
-                probabilities.append(batch_probabilities)
-            bar.update(len(rows))
-    assert total is not None
-    return Measured(
-        total,
-        np.concatenate(features) if keep_features else None,
-        np.concatenate(probabilities) if keep_probabilities else None,
-    )
+            batch = range(start, min(start + step, n))
+            rows.add(images[batch.start : batch.stop] if isinstance(images, Tensor) else images.batch(batch), batch)
+            bar.update(len(batch))
+    return rows.measured()
+
+
+def measure_each(
+    network: Network,
+    pictures: Iterable[Tensor],
+    *,
+    keep_features: bool = False,
+    keep_probabilities: bool = False,
+    progress: bool = True,
+) -> Measured:
+    """Run a feature network over pictures of any sizes, each uint8 [C, H, W]; else as `measure`.
+
+    Those of one size go through the network together. The rows are in the order of the pictures.
+
+    >>> rows = Network("means", "", "", 2, lambda x: (x.double().mean((2, 3)).numpy(), None))
+    >>> pictures = [torch.full((1, size, 3), size, dtype=torch.uint8) for size in (5, 7, 5, 5)]
+    >>> measure_each(rows, pictures, keep_features=True, progress=False).features.ravel()
+    array([5., 7., 5., 5.])
+    """
+    from tqdm import tqdm
+
+    rows = _Rows(network, keep_features, keep_probabilities)
+    waiting: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+    held = 0
+    for i, picture in enumerate(tqdm(pictures, desc="features", unit="image", disable=not progress)):
+        waiting.setdefault(picture.shape, []).append((i, picture))
+        held += picture.numel()
+        full = [picture.shape] if len(waiting[picture.shape]) == network.batch_size else []
+        for shape in list(waiting) if held > 2**28 else full:  # of very many sizes, few pictures wait together
+            held -= rows.add_group(waiting.pop(shape))
+    for group in waiting.values():
+        rows.add_group(group)
+    return rows.measured()
+
+
+class _Rows:
+    """The features of batches of images, in any order."""
+
+    def __init__(self, network: Network, keep_features: bool, keep_probabilities: bool) -> None:
+        self.network, self.keep_features, self.keep_probabilities = network, keep_features, keep_probabilities
+        self.total: Moments | None = None
+        self.waiting: list[Floats] = []  # rows that are not in `total` yet; adding them is slow, so by the 1024
+        self.features: list[Floats] = []
+        self.probabilities: list[Floats] = []
+        self.places: list[int] = []
+
+    def add(self, pixels: Tensor, places: Sequence[int]) -> None:
+        """Add a batch uint8 [B, C, H, W]. Raises InputError for probabilities that the network does not have."""
+        features, probabilities = self.network(pixels)
+        if self.waiting and features.shape[1] != self.waiting[0].shape[1]:
+            raise InputError(f"{self.network.name}: gives features of different lengths for images of different sizes")
+        self.waiting.append(features)
+        self.places += places
+        if sum(map(len, self.waiting)) >= 1024:
+            self._add_waiting()
+        if self.keep_features:
+            self.features.append(features)
+        if self.keep_probabilities:
+            if probabilities is None:
+                raise InputError(f"{self.network.name}: gives no probabilities, which the Inception score needs")
+            self.probabilities.append(probabilities)
+
+    def add_group(self, group: Sequence[tuple[int, Tensor]]) -> int:
+        """Add pictures of one size with their places, and return their size in bytes."""
+        pixels = torch.stack([picture for _, picture in group])
+        self.add(pixels, [place for place, _ in group])
+        return pixels.numel()
+
+    def _add_waiting(self) -> None:
+        if self.waiting:
+            part = moments(np.concatenate(self.waiting))
+            if self.total is not None and self.total.mean.shape != part.mean.shape:
+                raise InputError(f"{self.network.name}: gives features of different lengths for different sizes")
+            self.total = part if self.total is None else self.total + part
+            self.waiting = []
+
+    def measured(self) -> Measured:
+        """All rows in the order of their places. Raises InputError if there are none."""
+        self._add_waiting()
+        if self.total is None:
+            raise InputError("0 images: want at least 1")
+        order = np.argsort(self.places)
+        return Measured(
+            self.total,
+            np.concatenate(self.features)[order] if self.keep_features else None,
+            np.concatenate(self.probabilities)[order] if self.keep_probabilities else None,
+        )
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------
@@ -500,10 +573,12 @@ def load_statistics(path: str | Path, expected: Mapping[str, str] | None = None)
     Plain statistics have neither count nor provenance; a warning says so. Raises InputError for a file that is missing,
     damaged, or of another kind, and for a field that has another value than expected.
     """
-    arrays = read_arrays(Path(path))
-    names = next((pair for pair in (("mu", "sigma"), ("mean", "cov")) if pair[0] in arrays and pair[1] in arrays), None)
+    pairs = (("mu", "sigma"), ("mean", "cov"))
+    arrays = read_arrays(Path(path), [*pairs[0], *pairs[1], "count", "provenance"])
+    names = next((pair for pair in pairs if pair[0] in arrays and pair[1] in arrays), None)
     if names is None:
-        raise InputError(f"{path}: has {', '.join(arrays)}, want statistics, the arrays mu and sigma")
+        held = ", ".join(array_names(Path(path))) or "no arrays"
+        raise InputError(f"{path}: has {held}, want statistics, the arrays mu and sigma")
     mean, covariance = (arrays[name] for name in names)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise InputError(
@@ -512,6 +587,9 @@ def load_statistics(path: str | Path, expected: Mapping[str, str] | None = None)
     if mean.dtype.kind != "f" or covariance.dtype.kind != "f" or not np.isfinite(mean.sum() + covariance.sum()):
         raise InputError(f"{path}: {names[0]} or {names[1]} is not of finite floats")
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    asymmetry = np.abs(covariance - covariance.T).max(initial=0)
+    if asymmetry > 1e-3 * np.abs(covariance).max(initial=0) or covariance.diagonal().min(initial=0) < 0:
+        raise InputError(f"{path}: {names[1]} is not a covariance, which is symmetric with a diagonal of at least 0")
     if "provenance" not in arrays:
         warnings.warn(
             f"{path}: provenance unknown: the file does not name its images, their size and the network", stacklevel=2
@@ -527,3 +605,16 @@ def load_statistics(path: str | Path, expected: Mapping[str, str] | None = None)
         if (actual := getattr(provenance, name)) != value:
             raise InputError(f"{path}: {name} is {actual}, but that of the samples is {value}; want the same")
     return Statistics(Moments(count if count >= 0 else None, mean, covariance), provenance)
+
+
+def read_reference(path: str | Path, expected: Mapping[str, str] | None = None) -> Measured:
+    """The real side of a metric from an .npz file: features as `read_features` reads them, or else statistics.
+
+    Statistics are mu and sigma, as pytorch-fid, clean-fid, torch-fidelity and guided-diffusion write them. They have no
+    rows. `expected` is as in `load_statistics`, which says what is raised.
+    """
+    names = array_names(Path(path))
+    if "features" not in names and any(name in names for name in ("mu", "sigma", "mean", "cov")):
+        return Measured(load_statistics(path, expected).moments, None, None)
+    rows, probabilities = read_features(path)
+    return Measured(moments(rows), rows, probabilities)

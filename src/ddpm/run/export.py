@@ -3,14 +3,17 @@
 A calibrated model also has FILE.calibration.json.
 """
 
+import html
 import json
 import os
+import re
 import shlex
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import torch
 
@@ -172,28 +175,46 @@ def card(checkpoint: Checkpoint, exported: Checkpoint, license: str | None = Non
     front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in about.items() if value)
     image = {1: "grey", 3: "RGB", 4: "RGBA"}[preset.channels]
     size = "x".join(map(str, preset.size))
-    rows = "".join(f"| {key} | {value} |\n" for key, value in _facts(checkpoint, exported))
-    measured = "".join(f"| {key} | {value} |\n" for key, value in _measured(checkpoint, exported))
+    rows, measured = (_table_rows(facts(checkpoint, exported)) for facts in (_facts, _measured))
     measured = f"## Measured\n\n| | |\n|---|---|\n{measured}\n" if measured else ""
     of_classes = " --class all --guidance 1" if preset.classes else ""
-    sampling = f"ddpm sample {name}.safetensors -n {n}{of_classes} --out {name}.png"
+    file, grid = (shlex.quote(_one_line(f"{name}.{suffix}")) for suffix in ("safetensors", "png"))
+    sampling = f"ddpm sample {file} -n {n}{of_classes} --out {grid}"
+    made = f"\n## How it was made\n\n```sh\n{_commands(checkpoint, exported)}```\n" if checkpoint.step else ""
     limits = (
         f"The model makes only images like those it was trained on, of {size} pixels. It may make an image that is "
         "close to a training image. The terms of the training data, and its gaps, carry over to the samples."
     )
     return (
-        f"---\n{front}---\n\n# {name}\n\n"
+        f"---\n{front}---\n\n# {_markdown(name)}\n\n"
         f"A denoising diffusion model (Ho, Jain, Abbeel 2020) of {size} {image} images, "
         f"exported by ddpm {__version__}. The Python package is called ddpm-kit.\n\n"
-        f"![{n} samples]({name}.png)\n\n"
+        f"![{n} samples]({quote(f'{name}.png')})\n\n"
         f"These samples have the seeds 0 to {n - 1}; none was chosen. They were made by ancestral sampling with all "
         f"{preset.num_timesteps:,} levels"
         f"{', with the classes in turn and without guidance' if preset.classes else ''}.\n\n"
         f"## Use\n\n```sh\npip install ddpm-kit\n{sampling}\n```\n\n"
         f"## Facts\n\n| | |\n|---|---|\n{rows}\n{measured}"
-        f"## Limits\n\n{limits}\n\n"
-        f"## How it was made\n\n```sh\n{_commands(checkpoint, exported)}```\n"
+        f"## Limits\n\n{limits}\n{made}"
     )
+
+
+def _table_rows(facts: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"| {_markdown(key)} | {_markdown(value)} |\n" for key, value in facts)
+
+
+def _markdown(text: str) -> str:
+    r"""Text as Markdown of one line that shows it as it is: class names and names of data may come from other people.
+
+    >>> print(_markdown("fixed_large"), _markdown("a\n<b>|_c_[d](e)"))
+    fixed_large a\\n&lt;b&gt;\|\_c\_\[d\](e)
+    """
+    text = html.escape(_one_line(text), quote=False)
+    return re.sub(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _facts(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -202,10 +223,8 @@ def _facts(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, 
     stored = "rounded to bf16" if _dtypes(exported) == {torch.bfloat16} else "float32"
     if preset.data:
         yield "data", preset.data
-    yield (
-        "training",
-        f"{checkpoint.step:,} steps of {preset.batch_size} images: {checkpoint.step * preset.batch_size:,} images",
-    )
+    images = f"{checkpoint.step:,} steps of {preset.batch_size} images: {checkpoint.step * preset.batch_size:,} images"
+    yield "training", images if checkpoint.step else "by another package"
     if logged := _last_logged(checkpoint, "seconds"):
         yield "hours of training", f"{logged[1] / 3600:.2f}"
     yield "seed", str(preset.seed)
@@ -279,6 +298,7 @@ def _commands(checkpoint: Checkpoint, exported: Checkpoint) -> str:
     """The commands that make the same file: training from the nearest preset, and the export."""
     preset, name = open_checkpoint(exported.path).preset, exported.path.stem  # with the precision of the training
     fixed = {f.name for f in fields(Preset) if not f.metadata["resume"]} | {"steps", "sample_steps"}
+    fixed.discard("details")  # they are not those of a trained network
     changes = {
         base: {key: getattr(preset, key) for key in sorted(fixed) if getattr(preset, key) != getattr(other, key)}
         for base, other in PRESETS.items()
@@ -296,4 +316,4 @@ def _commands(checkpoint: Checkpoint, exported: Checkpoint) -> str:
     which = [] if checkpoint.step == preset.steps else ["--checkpoint", str(checkpoint.step)]
     which += [] if exported.weights == "ema" else ["--weights", exported.weights]
     export = ["ddpm", "export", "RUN", *which, "--out", f"{name}.safetensors"]
-    return f"{shlex.join(words)}\n{shlex.join(export)}\n"
+    return f"{_one_line(shlex.join(words))}\n{_one_line(shlex.join(export))}\n"

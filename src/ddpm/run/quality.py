@@ -1,7 +1,8 @@
 """Sample quality (Table 1): it makes samples, computes their features, and scores them against real images."""
 
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,19 +143,19 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "fid": Metric(fid, meaning="Frechet distance to the training images"),
+    "fid": Metric(fid, meaning="Frechet distance to the real images"),
     "is": Metric(inception_score, real=False, probabilities=True, least=1, meaning="Inception score"),
-    "kid": Metric(kid, rows=True, meaning="kernel distance to the training images"),
+    "kid": Metric(kid, rows=True, meaning="kernel distance to the real images"),
     "pr": Metric(precision_recall, rows=True, least=4, meaning="precision and recall by nearest neighbours"),
 }
 
 
-def check_network(network: features.Network, images: data.Images) -> None:
+def check_network(network: features.Network, pixels: Tensor) -> None:
     """Raise InputError if the network gives no class probabilities, which the Inception score needs.
 
-    The check takes one image. So a mistake shows at once, and not after hours of sampling.
+    `pixels` is one image, uint8 [1, C, H, W]. So a mistake shows at once, and not after hours of sampling.
     """
-    probabilities = network(images.batch([0]))[1]
+    probabilities = network(pixels)[1]
     if probabilities is None:
         raise InputError(f"{network.name}: gives no class probabilities, which the Inception score needs")
     _inception_score(network.name, probabilities)
@@ -175,7 +176,7 @@ def _parts(probabilities: metrics.Floats) -> int:
 def quality(
     names: Sequence[str],
     samples: Tensor,
-    images: data.Images,
+    images: data.Images | features.Measured,
     network: features.Network,
     cache: Path,
     seed: int = 0,
@@ -184,7 +185,8 @@ def quality(
 ) -> dict[str, Any]:
     """The metrics of `names` for `samples`, uint8 [N, C, H, W], against all of `images`, with features of `network`.
 
-    `names` are keys of METRICS. The Frechet distance is called fid if the network is the Inception network of 2015, and
+    `images` are real images, or their features or statistics, as `features.read_reference` reads them. `names` are keys
+    of METRICS. The Frechet distance is called fid if the network is the Inception network of 2015, and
     frechet_distance otherwise. The moments of the real features are stored under `cache`, because they take long.
     Returns plain JSON values. Raises InputError for too few samples or images, and for a network without class
     probabilities if `is` is asked for.
@@ -200,9 +202,15 @@ def quality(
     chosen = [METRICS[name] for name in names]
     rows = any(metric.rows for metric in chosen)
     probabilities = any(metric.probabilities for metric in chosen)
-    _check_counts(names, len(samples), len(images))
+    given = images if isinstance(images, features.Measured) else None
+    if given is not None:
+        check_reference(names, given)
+    _check_counts(names, len(samples), given.moments.count if given else len(images))  # type: ignore[arg-type]
     fake = features.measure(network, samples, keep_features=rows, keep_probabilities=probabilities, progress=progress)
-    real = _real_features(network, images, cache, rows, progress) if any(metric.real for metric in chosen) else None
+    real = given
+    if not isinstance(images, features.Measured) and any(metric.real for metric in chosen):
+        real = _real_features(network, images, cache, rows, progress)
+    _check_widths(fake, real)
     inception = network.weights == features.SHA256
     about = {"samples": len(samples), "features": network.name, "features_weights": network.weights}
     return about | scores(names, MetricInputs(fake, real, inception, seed, device))
@@ -230,36 +238,158 @@ def quality_of_files(
 ) -> dict[str, Any]:
     """The metrics of `names` from two .npz files: the features [N, D] of samples, and those [M, D] of real images.
 
-    The files are those that `features.read_features` reads. Returns plain JSON values. Raises InputError for a file
-    without features, for features of different widths D, and for too few rows.
+    The second may also hold statistics, mu and sigma, as `features.read_reference` reads them. Returns plain JSON
+    values. Raises InputError for a file without features, for features of different widths D, for too few rows, and for
+    metrics that need more than statistics.
     """
-    fake, real = (
-        features.Measured(metrics.moments(rows), rows, probabilities)
-        for rows, probabilities in map(features.read_features, (samples, images))
-    )
-    _check_counts(names, fake.moments.count or 0, real.moments.count or 0)
-    widths = [len(measured.moments.mean) for measured in (fake, real)]
-    if widths[0] != widths[1]:
-        raise InputError(f"{samples}: features of {widths[0]} numbers, {images} has {widths[1]}; want the same number")
+    rows, probabilities = features.read_features(samples)
+    fake, real = features.Measured(metrics.moments(rows), rows, probabilities), features.read_reference(images)
+    check_reference(names, real)
+    _check_counts(names, len(rows), real.moments.count)
+    _check_widths(fake, real)
     about = {"samples": fake.moments.count, "features": images.name}
     return about | scores(names, MetricInputs(fake, real, seed=seed, device=device))
 
 
+def holds_features(path: Path) -> bool:
+    """Whether a file of samples holds features and no images. Raises InputError if it is a damaged .npz."""
+    if path.suffix.lower() != ".npz" or not path.is_file():
+        return False
+    names = features.array_names(path)
+    return "features" in names or any(array.ndim == 2 for array in features.read_arrays(path, names[:1]).values())
+
+
+def check_reference(names: Sequence[str], reference: features.Measured) -> None:
+    """Raise InputError for a metric that needs more than the statistics that a reference holds."""
+    for name in names:
+        if METRICS[name].rows and reference.features is None:
+            raise InputError(f"metric {name}: needs the features of each real image, not mu and sigma; want fid")
+
+
+def _check_widths(fake: features.Measured, real: features.Measured | None) -> None:
+    widths = [len(measured.moments.mean) for measured in (fake, real or fake)]
+    if widths[0] != widths[1]:
+        raise InputError(
+            f"features of {widths[0]} numbers for the samples, and of {widths[1]} for the real images; want the same"
+        )
+
+
+def compare(
+    names: Sequence[str],
+    samples: Path,
+    images: Path,
+    network: Callable[[], features.Network],
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """The metrics of `names` for all pictures of `samples` against all of `images`, without a model.
+
+    Each is a folder, a .zip or an .npz of pictures of any sizes, or an .npz that `features.read_reference` reads. Alpha
+    is laid on white. The network is made only if there are pictures. Returns plain JSON values. Raises InputError for
+    what cannot be read, for too few pictures, and for a metric that statistics do not allow.
+    """
+    rows, probabilities = (any(getattr(METRICS[name], need) for name in names) for need in ("rows", "probabilities"))
+    sides = [_side(path, rows or probabilities) for path in (samples, images)]
+    used = network() if any(isinstance(side, _Pictures) for side in sides) else None
+    expected = {} if used is None else {"network": used.name, "weights": used.weights, "resize": used.resize}
+    measured: list[features.Measured] = []
+    for path, side in zip((samples, images), sides, strict=True):
+        if side is None:
+            one = features.read_reference(path, expected)
+            check_reference(names, one)
+        count = len(side) if side is not None else one.moments.count
+        _check_counts(names, *((None, count) if measured else (count, None)))
+        if side is not None:
+            assert used is not None
+            one = features.measure_each(
+                used, side, keep_features=rows, keep_probabilities=probabilities and not measured, progress=progress
+            )
+            side.warn()
+        measured.append(one)
+    fake, real = measured
+    _check_widths(fake, real)
+    inception = used is not None and used.weights == features.SHA256
+    about: dict[str, Any] = {"samples": fake.moments.count}
+    about |= {} if used is None else {"features": used.name, "features_weights": used.weights}
+    return about | scores(names, MetricInputs(fake, real, inception, seed, device))
+
+
+class _Pictures:
+    """The pictures of a source, one after the other as uint8 [C, H, W], C = 1 or 3."""
+
+    def __init__(self, encoded: data.EncodedImages) -> None:
+        self.encoded, self.notes = encoded, pictures.Notes()
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for i in range(len(self)):
+            name = self.encoded.name(i)
+            picture = data.decoded(self.encoded.fetch([i])[0], name)
+            channels = 1 if pictures.native(picture) == 1 else 3
+            array = np.array(pictures.convert(picture, channels, name, self.notes))
+            yield torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)
+
+    def warn(self) -> None:
+        """Say what was done to pictures."""
+        for what, (first, count) in self.notes.items():
+            warnings.warn(f"{count:,} pictures: {what}; the first: {first}", stacklevel=3)
+
+
+def _side(path: Path, rows: bool) -> _Pictures | None:
+    """The pictures of a folder, a .zip or an .npz; None for an .npz of features or statistics.
+
+    Files of guided-diffusion hold both pictures and statistics. The statistics are taken unless `rows` are needed.
+    """
+    if path.suffix.lower() == ".npz" and path.is_file():
+        if not rows and {"mu", "sigma"} <= set(features.array_names(path)):
+            return None
+        arrays = {
+            name: array
+            for name, array in features.read_arrays(path).items()
+            if array.dtype == np.uint8 and array.ndim in (3, 4) and array.shape[3:] in ((), (1,), (3,), (4,))
+        }
+        if len(arrays) > 1:
+            raise InputError(f"{path}: has images in {', '.join(arrays)}; want them in one array")
+        for array in arrays.values():
+            return _Pictures(data.Arrays(str(path), array[..., 0] if array.shape[3:] == (1,) else array))
+        return None
+    if path.is_dir():
+        files = sorted(filter(data.is_image, data.walk(path)), key=data.natural)
+        found: data.EncodedImages = data.Folder(path, files)
+    elif path.is_file() and zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                files = [name for name in archive.namelist() if data.is_image(name) and not data.is_hidden(name)]
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as fault:
+            raise InputError(f"{path}: damaged zip file ({pictures.one_line(fault)})") from fault
+        found = data.Zip(path, sorted(files, key=data.natural))
+    else:
+        reason = "not a zip file or an .npz" if path.exists() else "no such file or folder"
+        raise InputError(f"{path}: {reason}; want a folder, a .zip or an .npz of images")
+    if not files:
+        raise InputError(f"{path}: no images in it")
+    return _Pictures(found)
+
+
 def scores(names: Sequence[str], inputs: MetricInputs) -> dict[str, Any]:
     """The values of the metrics of these names, in the order of METRICS, and the number of real images."""
-    values: dict[str, Any] = {} if inputs.images is None else {"images": inputs.images.moments.count}
+    count = None if inputs.images is None else inputs.images.moments.count  # also unknown for plain statistics
+    values: dict[str, Any] = {} if count is None else {"images": count}
     for name, metric in METRICS.items():
         if name in names:
             values |= metric.compute(inputs)
     return values
 
 
-def _check_counts(names: Sequence[str], samples: int, images: int) -> None:
-    """Raise InputError if there are fewer samples or real images than these metrics work with."""
+def _check_counts(names: Sequence[str], samples: int | None, images: int | None) -> None:
+    """Raise InputError if there are fewer samples or real images than these metrics work with; None is unknown."""
     chosen = [METRICS[name] for name in names]
     least = max(metric.least for metric in chosen)
     for kind, count in (("samples", samples), ("images", images)):
-        if count < least and (kind == "samples" or any(metric.real for metric in chosen)):
+        if count is not None and count < least and (kind == "samples" or any(metric.real for metric in chosen)):
             raise InputError(f"{count} {kind}: want at least {least} for {', '.join(names)}")
 
 

@@ -6,14 +6,23 @@ one of a folder. `layout` finds splits and classes in the names of files.
 """
 
 from ddpm.files.data.batches import STOP_SIGNALS, batches, order, send
-from ddpm.files.data.listing import natural, walk
+from ddpm.files.data.decoding import decoded
+from ddpm.files.data.listing import EncodedImages, is_hidden, is_image, natural, walk
 from ddpm.files.data.loading import Images, describe, load, load_pair, split_holdout
+from ddpm.files.data.sources import Arrays, Folder, Zip
 
 __all__ = [
     "STOP_SIGNALS",
+    "Arrays",
+    "EncodedImages",
+    "Folder",
     "Images",
+    "Zip",
     "batches",
+    "decoded",
     "describe",
+    "is_hidden",
+    "is_image",
     "load",
     "load_pair",
     "natural",

@@ -58,6 +58,8 @@ UNET: dict[str, tuple[Any, ...]] = {
     "num_class_embeds": (None,),
     "num_train_timesteps": (None,),  # for a learned time embedding
 }
+EMA = frozenset("decay min_decay optimization_step update_after_step use_ema_warmup inv_gamma power".split())
+"""What diffusers' EMAModel adds to the configuration of an averaged network. It says nothing of the network."""
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
     "fixed_small": "fixed_small", "fixed_large": "fixed_large", "learned_range": "learned_range",
@@ -399,7 +401,7 @@ def _read_settings(file: Path, known: Mapping[str, tuple[Any, ...]], kind: str) 
     config = _read_json(file, kind)
     if config.get("_class_name") != kind:
         raise InputError(f"{file}: _class_name {config.get('_class_name')!r}: want {kind}")
-    _refuse_unknown(file, config, known)
+    _refuse_unknown(file, {name: value for name, value in config.items() if name not in EMA}, known)
     return _values(file, config, known)
 
 

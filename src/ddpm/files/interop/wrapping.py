@@ -65,3 +65,16 @@ def _candidates(content: Any, marker: str, where: str, depth: int = 0) -> Iterat
             if name.startswith(prefix) and not (inner and name.startswith(inner))
         }
         yield f"{where}{prefix}".rstrip("."), state
+        yield from _without_dots(tensors, prefix, state, where)
+
+
+def _without_dots(
+    tensors: dict[str, Tensor], prefix: str, state: dict[str, Tensor], where: str
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The average of the network at `prefix` under names without dots, as the LitEma of latent diffusion saves it."""
+    parts = prefix.split(".")[:-1]
+    for top in {name.partition(".")[0] for name in tensors}:
+        for inner in {"".join(parts[k:]) for k in range(len(parts) + 1)} if _AVERAGE.search(top) else ():
+            names = {name: f"{top}.{inner}{name.replace('.', '')}" for name in state}
+            if all(name in tensors for name in names.values()):
+                yield f"{where}{top}", {name: tensors[other] for name, other in names.items()}
