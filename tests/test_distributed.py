@@ -17,6 +17,7 @@ from conftest import TINY, assert_close, losses, metrics, steps, tensors, train
 from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.run.processes import Processes, open_for_device, pick_device, pick_precision, threads
+from ddpm.unet import fast_bf16
 
 PROGRAM = """
 import json, os, sys, torch
@@ -212,10 +213,14 @@ def test_a_bf16_model_runs_in_float32_where_bf16_is_slow(monkeypatch):
 
     for fast, expected in ((True, "bf16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"amx_bf16": fast})
+        fast_bf16.cache_clear()
         checkpoint = open_for_device("digits", torch.device("cpu"))
         assert checkpoint.preset.precision == expected
         assert ddpm.load_codec("digits").denoiser.network.bf16 == (expected == "bf16")
         assert open_for_device("digits", torch.device("cpu"), precision="bf16").preset.precision == "bf16"
+        loaded = ddpm.load("digits").network  # it stays right when it is moved
+        assert loaded.computes == (torch.bfloat16 if fast else torch.float32)
+    fast_bf16.cache_clear()
 
 
 def test_small_networks_use_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["RUN", "--out", "words.txt/a.safetensors"], "words.txt: cannot write"),
     (["RUN", "--out", "RUN/checkpoints/00000030/a.safetensors"], "inside a checkpoint of a run"),
     (["lone.safetensors", "--out", "lone.safetensors"], "this file is the one to export"),
-    (["RUN", "--out", "a.safetensors", "--precision", "fp16"], "--precision 'fp16': want bf16, float32"),
+    (
+        ["RUN", "--out", "a.safetensors", "--precision", "fp16"],
+        "--precision 'fp16': did you mean bf16? want bf16, float32",
+    ),
     (["lone.safetensors", "--out", "a.safetensors", "--weights", "raw"], "holds the ema weights"),
     (["RUN"], "--out, --to: want one of --out FILE.safetensors, --to diffusers DIR, --to hub OWNER/NAME"),
     (["RUN", "--out", "a.safetensors", "--to", "hub", "a/b"], "--out, --to: want one of"),
@@ -220,10 +223,10 @@ def test_what_is_accepted_is_named(here: Path, capsys: pytest.CaptureFixture[str
     for name in ("digit", "models/digits", "../digits"):
         assert main(["sample", name]) == 2
         err = capsys.readouterr().err
-        assert err.startswith(
-            f"ddpm: {name}: no such file or folder; want a run folder, a checkpoint folder or a .safe"
-        )
-        assert err.endswith("a model of the package: digits; a diffusers folder; or hf:OWNER/NAME\n")
+        near = "did you mean digits? " if name == "digit" else ""
+        wanted = "want a run folder, a checkpoint folder or a .safetensors file; a model by name: "
+        assert err.startswith(f"ddpm: {name}: no such file or folder; {near}{wanted}")
+        assert err.endswith("digits; a diffusers folder; or hf:OWNER/NAME\n")
 
 
 def folder(path: Path) -> dict[Path, int]:
