@@ -223,7 +223,7 @@ def test_what_is_accepted_is_named(here: Path, capsys: pytest.CaptureFixture[str
     for name in ("digit", "models/digits", "../digits"):
         assert main(["sample", name]) == 2
         err = capsys.readouterr().err
-        near = "did you mean digits? " if name == "digit" else ""
+        near = "did you mean digits? "
         wanted = "want a run folder, a checkpoint folder or a .safetensors file; a model by name: "
         assert err.startswith(f"ddpm: {name}: no such file or folder; {near}{wanted}")
         assert err.endswith("digits; a diffusers folder; or hf:OWNER/NAME\n")
