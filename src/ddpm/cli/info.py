@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.cli.options import MODEL, Commands, add_json, command, importing
-from ddpm.errors import InputError
+from ddpm.errors import InputError, parse_json
 from ddpm.presets import GROUPS, PRESETS, Preset, to_json
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _checkpoints(path: Path) -> list[dict[str, Any]]:
 def _held_out(path: Path) -> str | None:
     """Which images the run holds out, in a few words."""
     try:
-        values = json.loads((path / "held_out.json").read_bytes())
+        values = parse_json((path / "held_out.json").read_bytes())
         return f"{values['count']:,} images, {values['split']} ({path / 'held_out.json'})"
     except (OSError, ValueError, KeyError, TypeError):
         return None

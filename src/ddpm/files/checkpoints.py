@@ -61,23 +61,23 @@ def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[s
 _Version = tuple[int, ...]
 
 
-def _version(file: Path) -> _Version:
+def _version(file: str) -> _Version:
     """Numbers that change when the file does. Raises OSError if it is no plain file.
 
     A file that changed in the last two seconds can change again without a new time. It is never the same.
     """
-    about = file.stat()
+    about = os.stat(file)
     if not stat.S_ISREG(about.st_mode):
-        raise OSError(None, "not a plain file", str(file))
+        raise OSError(None, "not a plain file", file)
     changed, now = max(about.st_mtime_ns, about.st_ctime_ns), time.time_ns()
     fresh = now if now - changed < 2_000_000_000 else 0
     return about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns, fresh
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _read_state(file: Path, version: _Version) -> dict[str, Any]:
+def _read_state(file: str, version: _Version) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = parse_json(file.read_bytes())
+        state: dict[str, Any] = parse_json(Path(file).read_bytes())
         seal, _ = state.pop("seal"), state["files"].items()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"state.json cannot be read ({error})") from error
@@ -87,16 +87,17 @@ def _read_state(file: Path, version: _Version) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _fault(file: Path, digest: str, version: _Version) -> str | None:
+def _fault(file: str, digest: str, version: _Version) -> str | None:
     """What is wrong with a file of tensors that has this hash."""
-    if file_sha256(file) != digest:
+    if file_sha256(Path(file)) != digest:
         return "is truncated or altered"
-    return "holds values that are not finite" if not_finite(read_tensors(file)) else None
+    return "holds values that are not finite" if not_finite(read_tensors(Path(file))) else None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The `state` that `save` wrote, with the hashes of the files. Raises OSError or ValueError if it is damaged."""
-    return dict(_read_state(folder / "state.json", _version(folder / "state.json")))
+    file = os.path.join(folder, "state.json")
+    return dict(_read_state(file, _version(file)))
 
 
 def damage(folder: Path, *stems: str) -> str | None:
@@ -110,7 +111,8 @@ def damage(folder: Path, *stems: str) -> str | None:
         for name in [f"{stem}.safetensors" for stem in stems] or files:
             if name not in files or os.path.basename(name) != name:
                 return f"{name} is missing"
-            if fault := _fault(folder / name, files[name], _version(folder / name)):
+            file = os.path.join(folder, name)
+            if fault := _fault(file, files[name], _version(file)):
                 return f"{name} {fault}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -126,8 +128,12 @@ def damage(folder: Path, *stems: str) -> str | None:
 
 def saved(run: Path) -> list[Path]:
     """The run's checkpoint folders, the newest first, damaged ones too."""
-    folders = [p for p in (run / "checkpoints").glob("*") if p.name.isdecimal() and p.is_dir()]
-    return sorted(folders, key=lambda p: int(p.name), reverse=True)
+    try:
+        with os.scandir(run / "checkpoints") as entries:
+            names = [entry.name for entry in entries if entry.name.isdecimal() and entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [run / "checkpoints" / name for name in sorted(names, key=int, reverse=True)]
 
 
 def newest(run: Path, *stems: str) -> Path | None:

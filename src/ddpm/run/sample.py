@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ddpm import kernels, pixels, spacing
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError, suggestion
+from ddpm.errors import InputError, parse_json, suggestion
 from ddpm.files import atomic
 from ddpm.files import images as pictures
 from ddpm.files.models import Checkpoint, calibration_remedy, read_calibration
@@ -385,7 +385,7 @@ def sample_to_folder(
 def _check_record(record: Path, about: dict[str, Any], n: int) -> None:
     """Raise InputError unless the folder's images are made as these, and are at most `n`."""
     try:
-        old = json.loads(record.read_bytes())
+        old = parse_json(record.read_bytes())
         count = old.pop("count")
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{record}: damaged ({type(error).__name__}); want a new or an empty folder") from None

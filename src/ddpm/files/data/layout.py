@@ -6,7 +6,6 @@ A folder, a zip file and tar shards are all read by `arrange`. What could be rea
 import csv
 import functools
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, parse_json
 from ddpm.files.data.listing import LABELS, Options, is_hidden, is_image, natural, number_values
 from ddpm.files.images import one_line
 
@@ -365,7 +364,7 @@ def _rows_of_csv(data: bytes) -> list[Any]:
 
 
 def _rows_of_jsonl(data: bytes) -> list[Any]:
-    return [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    return [parse_json(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
 
 
 def _rows_of_parquet(data: bytes) -> list[Any]:
@@ -421,7 +420,7 @@ def _labels_beside(
 def _json(data: bytes) -> dict[str, Any]:
     """A JSON object; an empty one for anything else."""
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
+        values = parse_json(data)
+    except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
