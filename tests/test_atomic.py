@@ -36,7 +36,7 @@ def test_a_link_under_a_temporary_name_is_not_followed(tmp_path: Path, monkeypat
     monkeypatch.setattr(atomic, "_temporary_name", lambda _: planted)
     for target in ("victim", "nothing"):
         planted.symlink_to(tmp_path / target)
-        with pytest.raises(FileExistsError):
+        with pytest.raises(OSError, match="File exists"):
             atomic.write(folder / "a.txt", "theirs")
         with pytest.raises(FileExistsError), atomic.temporary_folder(folder / "a"):
             pass
@@ -155,7 +155,7 @@ os_open = os.open
 def save(run: Path, step: int, held_out: float) -> None:
     weights = {stem: {"w": torch.full((9,), float(step))} for stem in ("ema", "raw", "optimizer")}
     folder = checkpoints.save(run, PRESET, {"step": step, "held_out": held_out}, weights)
-    checkpoints.prune(run, 1, {folder})
+    checkpoints.prune(run, 1, protected={folder})
 
 
 def whole(run: Path) -> list[int]:

@@ -89,7 +89,7 @@ def test_what_cannot_be_read_is_not_deleted(tmp_path: Path) -> None:
 def test_what_was_saved_or_resumed_from_is_not_deleted(run: Path, tmp_path: Path) -> None:
     saved = save(tmp_path / "a", 1)
     save(tmp_path / "a", 2)
-    checkpoints.prune(tmp_path / "a", 1, {saved})
+    checkpoints.prune(tmp_path / "a", 1, protected={saved})
     assert steps(tmp_path / "a") == [1, 2]
     assert train(run, "--steps", 33, "--save-every", 1, "--keep", 1) == 0
     assert steps(run) == [30, 33]
@@ -107,7 +107,7 @@ def test_a_save_beside_thousands_of_checkpoints_reads_few(tmp_path: Path, monkey
     monkeypatch.setattr(checkpoints, "file_sha256", lambda path: read.append(path) or file_sha256(path))
     for keep, step in ((1000, 500), (490, 501), (490, 502)):
         read.clear()
-        checkpoints.prune(tmp_path, keep, {save(tmp_path, step, 0.6)})
+        checkpoints.prune(tmp_path, keep, protected={save(tmp_path, step, 0.6)})
         if step != 501:
             assert len(read) < 20, (keep, step)
     assert len(steps(tmp_path)) == 490

@@ -228,7 +228,7 @@ def test_table_2_trains_six_runs_once(tmp_path, trained, capsys):
         (["fig11", "--run", "{run}"], "fig11"),
         (["fig6"], "--run"),
         (["fig6", "--run", "nothing"], "nothing: no such file or folder"),
-        (["fig6", "--run", "cifar10"], "cifar10: no such file or folder; want a run folder"),
+        (["fig6", "--run", "cifar10"], "cifar10: no such file or folder; did you mean cifar10_fast? want a run folder"),
         (["fig8", "--run", "{run}", "-n", "500"], "want at least 1000"),
         (["table1", "--run", "{run}", "--features", "none.py:f"], "none.py"),
         (["neighbours", "--run", "{run}", "--features", "none.py:f", "-n", "2"], "none.py"),

@@ -169,10 +169,10 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: Except
     monkeypatch.setattr(training, name, failing)
 
 
-@pytest.mark.parametrize("name", ["_update", "_apply", "_sample", "held_out_by_level"])
+@pytest.mark.parametrize("name", ["_update", "_apply", "draw", "held_out_by_level"])
 def test_any_exception_saves_the_last_whole_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is saved is bit for bit the run that was not disturbed, and the run can be resumed from it."""
-    calls = {"_update": 5, "_apply": 5, "_sample": 1, "held_out_by_level": 2}  # held_out_by_level runs at step 0, too
+    calls = {"_update": 5, "_apply": 5, "draw": 1, "held_out_by_level": 2}  # held_out_by_level runs at step 0, too
     options = ("--dropout", 0.3, "--save-every", 4, "--sample-every", 4, "--steps", 8)
     fail_in(monkeypatch, name, calls[name], ZeroDivisionError("disturbed"))
     with pytest.raises(ZeroDivisionError, match="disturbed"):

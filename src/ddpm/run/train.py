@@ -4,6 +4,7 @@ Everything random in step n is a function of (seed, n), so a checkpoint holds on
 """
 
 import copy
+import errno
 import math
 import os
 import signal
@@ -596,7 +597,8 @@ def _lock(out: Path, stack: ExitStack) -> None:
     except filelock.Timeout:
         raise InputError(f"out {out}: another process is training this run; want another out") from None
     except OSError as error:
-        raise InputError(f"out {out}: cannot be written ({log.reason(error)})") from error
+        ill = error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # of the disk, and no mistake of the user
+        raise (Stopped if ill else InputError)(f"out {out}: cannot be written ({log.reason(error)})") from error
 
 
 @contextmanager
