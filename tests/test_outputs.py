@@ -167,6 +167,14 @@ def test_a_link_to_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     assert len(contents(tmp_path / "big" / "samples")) == 2
 
 
+def test_links_that_go_round_and_very_deep_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    measure = ["evaluate", "digits", "--metrics", "ode", "-n", "2", "--ode-steps", "3", "--out"]
+    assert main([*measure, str(tmp_path / "loop")]) == 1
+    assert "too many levels of symbolic links" in capsys.readouterr().err.splitlines()[-1]
+    assert atomic.make_folder(tmp_path / "/".join("a" * 1500)).is_dir()
+
+
 # -- names that are not Unicode ----------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,8 @@ FIRST = ("train", "sample", "evaluate")
 """The files whose commands come first in `ddpm --help`; the others follow by name."""
 
 REFUSED = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR,
+    errno.ELOOP,
 }  # fmt: skip
 """Errors of the operating system that are not our fault. A missing file may be our fault, so it is not among them."""
 

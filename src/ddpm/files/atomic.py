@@ -125,9 +125,11 @@ def make_folder(path: str | Path) -> Path:
     Its name, and those of its new parents, are then on the disk.
     """
     folder = Path(os.path.realpath(path))
+    if folder.is_symlink():  # links that go round
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for new in missing:
+    for new in reversed(missing):  # one by one: Python's own way to make parents fails for a thousand of them
+        new.mkdir(exist_ok=True)
         sync(new.parent)
     return Path(path)
 
