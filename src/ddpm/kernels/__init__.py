@@ -315,7 +315,7 @@ def _call(dtype: torch.dtype, name: str, *args: Tensor | _Before | int | None) -
 
 
 def _run(dtype: torch.dtype, name: str, *args: Tensor | _Before | int | None) -> None:
-    """Call a function of the kernels that returns 0, or FULL if the memory is full. Then raises RuntimeError."""
+    """Call a function of the kernels that returns 0, or OUT_OF_MEMORY. Then raises RuntimeError."""
     if _call(dtype, name, *args):
         raise RuntimeError(f"can't allocate memory for a convolution ({name})")
 

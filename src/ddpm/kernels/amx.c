@@ -34,7 +34,7 @@ enum { REQUEST = 0x1023, TILE_DATA = 18 };
 int ready(void) { return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0; }
 
 /* Configure all eight tiles as 16 rows of 64 bytes. */
-static void tiles_on(void) {
+static void configure_tiles(void) {
     static const struct {
         uint8_t palette, start, none[14];
         uint16_t bytes[16];
@@ -44,8 +44,9 @@ static void tiles_on(void) {
     _tile_loadconfig(&shape);
 }
 
-/* GCC does not know that tile loads and stores touch memory. SETTLE keeps it from moving other accesses across them. */
-#define SETTLE __asm__ volatile("" ::: "memory")
+/* GCC does not know that tile loads and stores touch memory. The barrier keeps it from moving other accesses across
+ * them. */
+#define MEMORY_BARRIER __asm__ volatile("" ::: "memory")
 
 static inline __m512 load(const bf16 *p) {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
@@ -68,7 +69,7 @@ static inline __m512 sigmoid(__m512 u) {
 static const before nothing;
 
 /* The dropout mask of the 16 channels from c at `position`, which counts over the batch: 1 if the channel is kept. */
-static inline __mmask16 kept(const before *f, long position, long c) {
+static inline __mmask16 dropout_mask(const before *f, long position, long c) {
     uint64_t h = (f->seed + (uint64_t)position) * 0x9E3779B97F4A7C15u;
     h ^= h >> 32;
     __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -141,7 +142,7 @@ static geometry arrange(long B, long H, long W) {
     return g;
 }
 
-static void dismiss(geometry g) { free(g.start), free(g.pixel); }
+static void free_geometry(geometry g) { free(g.start), free(g.pixel); }
 
 /* The offset of each tap from its position, in numbers of a plane. */
 static void taps_of(const geometry *g, long taps, long *offset) {
@@ -149,7 +150,7 @@ static void taps_of(const geometry *g, long taps, long *offset) {
 }
 
 /* Compute a plane of y for image b, whose x is [H W, C], and write it into `flat`. */
-INLINE void lay_plane(const bf16 *x, bf16 *plane, const geometry *g, long C, const before *f, long b, long c,
+INLINE void fill_plane(const bf16 *x, bf16 *plane, const geometry *g, long C, const before *f, long b, long c,
                       const float *scale, const float *shift, int swish, int drop) {
     __m512 by[2] = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)};
     __m512 plus[2] = {_mm512_load_ps(shift), _mm512_load_ps(shift + 16)}, keep = _mm512_set1_ps(1 / f->keep);
@@ -161,7 +162,7 @@ INLINE void lay_plane(const bf16 *x, bf16 *plane, const geometry *g, long C, con
             for (int k = 0; k < 2; k++) {
                 y[k] = _mm512_fmadd_ps(load(x + p * C + c + 16 * k), by[k], plus[k]);
                 if (swish) y[k] = _mm512_mul_ps(y[k], sigmoid(y[k]));
-                if (drop) y[k] = _mm512_maskz_mul_ps(kept(f, b * g->H * g->W + p, c + 16 * k), y[k], keep);
+                if (drop) y[k] = _mm512_maskz_mul_ps(dropout_mask(f, b * g->H * g->W + p, c + 16 * k), y[k], keep);
             }
             store(plane + (i * g->row + j) * PLANE, y[0], y[1]);
         }
@@ -171,7 +172,7 @@ INLINE void lay_plane(const bf16 *x, bf16 *plane, const geometry *g, long C, con
 static long end_of(const geometry *g, long u) { return (u + 1) * g->images < g->B ? (u + 1) * g->images : g->B; }
 
 /* Write y of the images of group u, from x [B, H W, C], into planes of g->size positions whose padding is already 0. */
-static void lay(const bf16 *x, bf16 *start, const geometry *g, long C, const before *f, long u) {
+static void fill_planes(const bf16 *x, bf16 *start, const geometry *g, long C, const before *f, long u) {
     for (long b = u * g->images; b < end_of(g, u); b++)
         OVER_PLANES(c, C) {
             const bf16 *from = x + b * g->H * g->W * C;
@@ -183,9 +184,9 @@ static void lay(const bf16 *x, bf16 *start, const geometry *g, long C, const bef
                     for (long j = 0; j < g->W; j++)
                         _mm512_storeu_si512(plane + (i * g->row + j) * PLANE,
                                             _mm512_loadu_si512(from + (i * g->W + j) * C + c));
-            else if (!f->swish) lay_plane(from, plane, g, C, f, b, c, scale, shift, 0, 0);
-            else if (f->keep == 1) lay_plane(from, plane, g, C, f, b, c, scale, shift, 1, 0);
-            else lay_plane(from, plane, g, C, f, b, c, scale, shift, 1, 1);
+            else if (!f->swish) fill_plane(from, plane, g, C, f, b, c, scale, shift, 0, 0);
+            else if (f->keep == 1) fill_plane(from, plane, g, C, f, b, c, scale, shift, 1, 0);
+            else fill_plane(from, plane, g, C, f, b, c, scale, shift, 1, 1);
         }
 }
 
@@ -200,7 +201,7 @@ typedef struct {
 } __attribute__((aligned(64))) block;
 
 /* Add bias, add and residual to row r of a block, and write it to its pixel. */
-static inline void finish(const block *d, long r) {
+static inline void write_row(const block *d, long r) {
     long p = d->pixel[r / 16][r % 16];
     if ((unsigned long)p >= (unsigned long)d->pixels) return;
     __m512 low = _mm512_load_ps(d->sum + r * PLANE), high = _mm512_load_ps(d->sum + r * PLANE + 16);
@@ -225,7 +226,7 @@ static inline void finish(const block *d, long r) {
 static void multiply(const bf16 *a0, const bf16 *a1, long C, long plane, const bf16 *w, const long *offset, long taps,
                      block *now, const block *last) {
     long each = (32 * PLANE + C * taps - 1) / (C * taps), row = last ? 0 : 32;
-    SETTLE;
+    MEMORY_BARRIER;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (long c = 0; c < C; c += PLANE, a0 += plane, a1 += plane)
         for (long t = 0; t < taps; t++, w += 1024) {
@@ -237,11 +238,11 @@ static void multiply(const bf16 *a0, const bf16 *a1, long C, long plane, const b
             _tile_loadd(5, a1 + offset[t], 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
-            for (long i = 0; i < each && row < 32; i++) finish(last, row++);
+            for (long i = 0; i < each && row < 32; i++) write_row(last, row++);
         }
     _tile_stored(0, now->sum, 128); _tile_stored(1, now->sum + 16, 128);
     _tile_stored(2, now->sum + 512, 128); _tile_stored(3, now->sum + 528, 128);
-    SETTLE;
+    MEMORY_BARRIER;
 }
 
 /* How many numbers `pack` writes for a weight. In winograd.c it may be more than the taps. */
@@ -303,7 +304,7 @@ static void convolve(const bf16 *flat, const geometry *g, long u, const bf16 *w,
                      offset, taps, now, last);
             last = now;
         }
-    for (long r = 0; r < 32; r++) finish(last, r);
+    for (long r = 0; r < 32; r++) write_row(last, r);
 }
 
 /* out = conv(y, w) + bias + add + residual, where w is packed by `pack`. */
@@ -319,12 +320,12 @@ int forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const fl
     }
 #pragma omp parallel
     {
-        tiles_on();
-        bf16 *flat = memset(needed(0, g.size * I * 2), 0, g.size * I * 2);
+        configure_tiles();
+        bf16 *flat = memset(buffer_or_abort(0, g.size * I * 2), 0, g.size * I * 2);
 #pragma omp for collapse(2) schedule(dynamic)
         for (long u = 0; u < g.groups; u++)
             for (long part = 0; part < parts; part++) { /* more threads than groups share the output channels */
-                lay(x, flat + (g.row + 1) * PLANE, &g, I, f, u);
+                fill_planes(x, flat + (g.row + 1) * PLANE, &g, I, f, u);
                 long at = u * g.images * H * W * O;
                 convolve(flat + (g.row + 1) * PLANE, &g, u, w, I, O, blocks * part / parts * 32,
                          blocks * (part + 1) / parts * 32, offset, taps, bias, add, residual ? residual + at : NULL,
@@ -333,13 +334,13 @@ int forward(const bf16 *x, bf16 *out, const bf16 *w, const float *bias, const fl
         _tile_release();
         give_back(0);
     }
-    dismiss(g);
+    free_geometry(g);
     return 0;
 }
 
 /* Turn a plane of the gradient dy into du in place, where u = norm(x). Add the sums of du to s1 and of du x to s2, and
  * compute y again. */
-INLINE void unact_plane(bf16 *dy, const bf16 *x, bf16 *y, long n, long C, const before *f, long b, long c, const float *scale,
+INLINE void backward_plane(bf16 *dy, const bf16 *x, bf16 *y, long n, long C, const before *f, long b, long c, const float *scale,
                         const float *shift, double *s1, double *s2, int swish, int drop) {
     __m512 by[2] = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)}, one = _mm512_set1_ps(1);
     __m512 plus[2] = {_mm512_load_ps(shift), _mm512_load_ps(shift + 16)}, keep = _mm512_set1_ps(1 / f->keep);
@@ -359,7 +360,7 @@ INLINE void unact_plane(bf16 *dy, const bf16 *x, bf16 *y, long n, long C, const 
                     du[k] = _mm512_mul_ps(du[k], _mm512_fmadd_ps(out[k], _mm512_sub_ps(one, s), s));
                 }
                 if (drop) {
-                    __mmask16 mask = kept(f, b * n + p, c + 16 * k);
+                    __mmask16 mask = dropout_mask(f, b * n + p, c + 16 * k);
                     du[k] = _mm512_maskz_mul_ps(mask, du[k], keep);
                     out[k] = _mm512_maskz_mul_ps(mask, out[k], keep);
                 }
@@ -374,16 +375,16 @@ INLINE void unact_plane(bf16 *dy, const bf16 *x, bf16 *y, long n, long C, const 
 }
 
 /* From dy, the gradient of y of image b [n, C], compute dx, y, and the image's dgamma and dbeta [C]. Overwrites dy. */
-static void unnorm(bf16 *dy, const bf16 *x, bf16 *dx, bf16 *y, long n, long C, const before *f, long b, float *dgamma, float *dbeta) {
+static void backward_norm(bf16 *dy, const bf16 *x, bf16 *dx, bf16 *y, long n, long C, const before *f, long b, float *dgamma, float *dbeta) {
     double m1[MOST_GROUPS] = {0}, m2[MOST_GROUPS] = {0}; /* means of dxhat and of dxhat xhat */
     long each = C / f->groups;
     float count = (float)n * each, scale[PLANE] __attribute__((aligned(64))), shift[PLANE] __attribute__((aligned(64)));
     OVER_PLANES(c, C) {
         affine(f, b, c, C, scale, shift);
         double s1[PLANE] = {0}, s2[PLANE] = {0}; /* sums of du and du x */
-        if (!f->swish) unact_plane(dy, x, y, n, C, f, b, c, scale, shift, s1, s2, 0, 0);
-        else if (f->keep == 1) unact_plane(dy, x, y, n, C, f, b, c, scale, shift, s1, s2, 1, 0);
-        else unact_plane(dy, x, y, n, C, f, b, c, scale, shift, s1, s2, 1, 1);
+        if (!f->swish) backward_plane(dy, x, y, n, C, f, b, c, scale, shift, s1, s2, 0, 0);
+        else if (f->keep == 1) backward_plane(dy, x, y, n, C, f, b, c, scale, shift, s1, s2, 1, 0);
+        else backward_plane(dy, x, y, n, C, f, b, c, scale, shift, s1, s2, 1, 1);
         for (int k = 0; k < PLANE; k++) {
             long g = (c + k) / each;
             float mean = f->mean[b * f->groups + g], rstd = f->rstd[b * f->groups + g];
@@ -426,12 +427,12 @@ int backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf16
     taps_of(&g, taps, offset);
 #pragma omp parallel
     {
-        tiles_on();
-        bf16 *flat = memset(needed(0, g.size * O * 2), 0, g.size * O * 2), *dy = needed(1, g.images * n * I * 2);
+        configure_tiles();
+        bf16 *flat = memset(buffer_or_abort(0, g.size * O * 2), 0, g.size * O * 2), *dy = buffer_or_abort(1, g.images * n * I * 2);
 #pragma omp for schedule(dynamic)
         for (long u = 0; u < g.groups; u++) {
             long first = u * g.images, end = end_of(&g, u);
-            lay(dout, flat + (g.row + 1) * PLANE, &g, O, &nothing, u);
+            fill_planes(dout, flat + (g.row + 1) * PLANE, &g, O, &nothing, u);
             for (long b = first; b < end; b++) {
                 const bf16 *d = dout + b * n * O;
                 OVER_PLANES(o, O) {
@@ -446,13 +447,13 @@ int backward_data(const bf16 *dout, const bf16 *x, bf16 *dx, bf16 *y, const bf16
                          f->gamma ? dy : dx + first * n * I);
             if (f->gamma)
                 for (long b = first; b < end; b++)
-                    unnorm(dy + (b - first) * n * I, x + b * n * I, dx + b * n * I, y + b * n * I, n, I, f, b,
+                    backward_norm(dy + (b - first) * n * I, x + b * n * I, dx + b * n * I, y + b * n * I, n, I, f, b,
                            dgamma + b * I, dbeta + b * I);
         }
         _tile_release();
         give_back(0);
     }
-    dismiss(g);
+    free_geometry(g);
     return 0;
 }
 
@@ -482,7 +483,7 @@ static void interleave(const bf16 *plane, bf16 *out, long positions) {
 static void accumulate(const bf16 *a, long length, const bf16 *b, long half, long positions, float *sum, long stride) {
     float *below = sum + 16 * stride;
     long bytes = stride * 4;
-    SETTLE;
+    MEMORY_BARRIER;
     _tile_loadd(0, sum, bytes);
     _tile_loadd(1, sum + 16, bytes);
     _tile_loadd(2, below, bytes);
@@ -501,7 +502,7 @@ static void accumulate(const bf16 *a, long length, const bf16 *b, long half, lon
     _tile_stored(1, sum + 16, bytes);
     _tile_stored(2, below, bytes);
     _tile_stored(3, below + 16, bytes);
-    SETTLE;
+    MEMORY_BARRIER;
 }
 
 /* dw[o, tap, i] += sum over positions p of dout[p, o] y[p + offset(tap), i], float32.
@@ -521,26 +522,26 @@ int backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H, 
     size_t pairs_bytes = (size_t)phase * 4;
     bf16 *d = aligned_alloc(64, (size_t)O * length * 2), *pairs = aligned_alloc(64, pairs_bytes);
     if (!d || !pairs) {
-        free(d), free(pairs), dismiss(g);
-        return FULL;
+        free(d), free(pairs), free_geometry(g);
+        return OUT_OF_MEMORY;
     }
     memset(pairs, 0, pairs_bytes);
 #pragma omp parallel
     {
-        tiles_on();
+        configure_tiles();
         size_t flat_bytes = g.size * most * 2;
-        bf16 *flat = memset(needed(0, flat_bytes), 0, flat_bytes), *start = flat + (g.row + 1) * PLANE;
+        bf16 *flat = memset(buffer_or_abort(0, flat_bytes), 0, flat_bytes), *start = flat + (g.row + 1) * PLANE;
         for (long from = 0; from < g.groups; from += at_once) {
             long groups = g.groups - from < at_once ? g.groups - from : at_once;
 #pragma omp for schedule(dynamic)
             for (long u = 0; u < groups; u++) {
                 if ((from + u + 1) * g.images > B) memset(flat, 0, flat_bytes); /* the last group has fewer images */
-                lay(y, start, &g, I, &nothing, from + u);
+                fill_planes(y, start, &g, I, &nothing, from + u);
                 for (long i = 0; i < I; i += 16)
                     for (long odd = 0; odd < 2; odd++)
                         interleave(start + i / 32 * 32 * g.size - odd * PLANE + i % 32,
                                    pairs + odd * phase + i / 16 * half + (margin + u * per) * 16, per);
-                lay(dout, start, &g, O, &nothing, from + u);
+                fill_planes(dout, start, &g, O, &nothing, from + u);
                 OVER_PLANES(o, O) transpose(start + o * g.size, d + o * length + u * per, per, length);
             }
 #pragma omp for collapse(2) schedule(dynamic)
@@ -556,6 +557,6 @@ int backward_weight(const bf16 *dout, const bf16 *y, float *dw, long B, long H, 
         give_back(0);
     }
     free(d), free(pairs);
-    dismiss(g);
+    free_geometry(g);
     return 0;
 }

@@ -38,7 +38,7 @@ static void *thread_buffer(int which, size_t bytes) {
 }
 
 /* `thread_buffer` for use inside a parallel region, which cannot return early: it aborts if the memory is full. */
-static void *needed(int which, size_t bytes) {
+static void *buffer_or_abort(int which, size_t bytes) {
     void *at = thread_buffer(which, bytes);
     if (!at) fputs("ddpm: the memory is full\n", stderr), abort();
     return at;
@@ -52,7 +52,7 @@ static int give_back(int result) {
     return result;
 }
 
-enum { FULL = 1 }; /* functions return it if the memory is full, and 0 otherwise */
+enum { OUT_OF_MEMORY = 1 }; /* functions return it if the memory is full, and 0 otherwise */
 
 /* Norm, swish and dropout before the convolution. If gamma is NULL, there are none and y = x. */
 typedef struct {

@@ -110,7 +110,7 @@ static void sums(const real *x, long n, long C, double *sum, double *square) {
 
 /* Set f->mean and f->rstd of each group of each image of x [B, n, C]. */
 static void measure(const real *x, long B, long n, long C, const before *f) {
-    double *sum = memset(needed(0, 16 * B * C), 0, 16 * B * C), *square = sum + B * C;
+    double *sum = memset(buffer_or_abort(0, 16 * B * C), 0, 16 * B * C), *square = sum + B * C;
 #pragma omp parallel for collapse(2)
     for (long b = 0; b < B; b++)
         OVER(c, C, PLANE) sums(x + b * n * C + c, n, C, sum + b * C + c, square + b * C + c);
@@ -395,8 +395,8 @@ static void convolve(const real *y, const real *w, long numbers, const geometry 
     if (parts > blocks) parts = blocks;
 #pragma omp parallel
     {
-        real *buffer = needed(2, sizeof(real) * points * (rows * I + transform_here * PLANE * BLOCK));
-        real *m = needed(3, sizeof(real) * points * rows * group * BLOCK), *u = buffer + points * rows * I;
+        real *buffer = buffer_or_abort(2, sizeof(real) * points * (rows * I + transform_here * PLANE * BLOCK));
+        real *m = buffer_or_abort(3, sizeof(real) * points * rows * group * BLOCK), *u = buffer + points * rows * I;
 #pragma omp for collapse(2) schedule(dynamic)
         for (long chunk = 0; chunk < chunks; chunk++)
             for (long part = 0; part < parts; part++) { /* more threads than chunks share the output channels */
@@ -433,7 +433,7 @@ int forward(const real *x, real *out, const real *w, const real *bias, const rea
     geometry g = arrange(B, H, W, taps);
     target to = {bias, add, residual, out, O};
     const real *y = activated(x, B, H * W, I, f);
-    if (!y) return give_back(FULL);
+    if (!y) return give_back(OUT_OF_MEMORY);
     convolve(y, w, numbers, &g, I, &to);
     return give_back(0);
 }
@@ -476,7 +476,7 @@ INLINE void activate_backward(real *dy, const real *x, real *y, long n, long C, 
 static void norm_backward(real *dy, const real *x, real *y, long B, long n, long C, const before *f, real *dgamma,
                           real *dbeta) {
     long per_group = C / f->groups;
-    double *s1 = memset(needed(0, 16 * B * C), 0, 16 * B * C), *s2 = s1 + B * C; /* sums of du and of du x */
+    double *s1 = memset(buffer_or_abort(0, 16 * B * C), 0, 16 * B * C), *s2 = s1 + B * C; /* sums of du and of du x */
 #pragma omp parallel for collapse(2)
     for (long b = 0; b < B; b++)
         OVER(c, C, PLANE) {
@@ -563,7 +563,7 @@ int backward_weight(const real *dout, const real *y, real *dw, long B, long H, l
     long points = g.points, rows = points == 1 ? 256 : 64;
     real *v = thread_buffer(0, sizeof(real) * points * rows * (I + O)), *d = v + points * rows * I;
     real *s = thread_buffer(1, sizeof(real) * points * I * O); /* [points][I][O] */
-    if (!v || !s) return give_back(FULL);
+    if (!v || !s) return give_back(OUT_OF_MEMORY);
 #pragma omp parallel
     {
         for (long from = 0; from < g.tiles; from += rows) {
