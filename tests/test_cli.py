@@ -162,7 +162,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("sample RUN --checkpoint 7", nothing, ["checkpoint 7", "20, 30"]),
     ("sample RUN/checkpoints/00000020 --checkpoint 7", nothing, ["checkpoint '7'", "one checkpoint already"]),
     ("sample RUN --precision fp16", nothing, ["--precision 'fp16'", "bf16"]),
-    ("sample RUN --out samples.jpg", nothing, ["samples.jpg", ".png or .npz"]),
+    ("sample RUN --out samples.jpg", nothing, ["samples.jpg", ".png, .npz, .gif or .webp"]),
     ("sample RUN --out pictures", lambda here: grey(here / "pictures"), ["pictures", "not empty"]),
     ("sample RUN --out notes.txt/a.png", lambda here: write(here / "notes.txt"), ["notes.txt/a.png", "cannot write"]),
     ("sample RUN --progressive --out a.npz", nothing, ["a.npz", "--progressive", "want NAME.png"]),
@@ -450,7 +450,7 @@ def test_inpaint(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[st
         (np.zeros((8, 8, 1)), "grey levels 0; want 255 (white)"),
         (np.eye(8)[..., None], "grey levels 0, 1; want 255 (white)"),
         (np.full((8, 8, 1), 128), "grey levels 128; want 255 (white)"),
-        (np.full((4, 8, 1), 255), "8x4; want a mask of the image's size, 8x8"),
+        (np.full((4, 8, 1), 255), "4x8 (height x width); want a mask of the image's size, 8x8"),
     ],
 )
 def test_a_mask_that_says_nothing_is_refused(

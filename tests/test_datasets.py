@@ -809,7 +809,7 @@ def test_what_converts_without_loss_is_used_and_the_majority_says_what_is_odd(tm
     said = sorted(re.sub(".*: mode", "mode", str(warning.message).rpartition(";")[0]) for warning in caught)
     assert said == ["mode L is converted to RGB", "mode RGBA is converted to RGB"]
     Image.new("RGBA", (8, 8)).save(tmp_path / "0.png")  # now the first loses something, and most do not
-    message = r"0\.png: RGBA \(4 channels\), but most images are RGB \(3 channels\), and RGB .* would lose something"
+    message = r"0\.png: RGBA \(4 channels\), but most images are RGB \(3 channels\), and as RGB .* would lose something"
     with pytest.raises(InputError, match=message):
         load(str(tmp_path), (8, 8), 3, cache_bytes=cache_bytes).batch([0])
 

@@ -176,7 +176,7 @@ def test_some_settings_may_change_when_a_run_is_resumed(tmp_path: Path, capsys: 
     assert_same(tensors(tmp_path / "run", 6), tensors(tmp_path / "whole", 6))
     capsys.readouterr()
     assert train(tmp_path / "run", "--steps", 6) == 0
-    assert "trained to step 6 already; more steps continue it" in capsys.readouterr().err
+    assert "trained to step 6 already; steps above 6 continue it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,7 @@ def test_bad_images_are_skipped_and_counted(tmp_path: Path, capsys: pytest.Captu
     assert "5.png" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert train(tmp_path / "run", *options, "--skip-bad") == 0
-    assert "skipped 1 images that could not be read" in capsys.readouterr().err
+    assert "bad images that were skipped: 1" in capsys.readouterr().err
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

@@ -50,6 +50,10 @@ def add(commands: Commands) -> None:
     add_model(parser)
 
 
+def _is_folder(out: str) -> bool:
+    return out.endswith("/") or Path(out).is_dir()
+
+
 def run(args: argparse.Namespace) -> int:
     check_numbers(args, n=1, seed=0, batch_size=1)
     check("--eta", args.eta, float, 0, 1)
@@ -65,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     moves = animation.is_animation(args.out)
     if moves:
         animation.check_out(args.out)
+    elif Path(args.out).suffix.lower() not in ("", ".png", ".npz") and not _is_folder(args.out):
+        raise InputError(f"--out {args.out}: want a name that ends in .png, .npz, .gif or .webp, or a folder")
     kind = "animation" if moves else images.check_out(args.out, RECORD)
     if kind not in ("png", "animation") and args.progressive:
         raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png, NAME.gif or NAME.webp")

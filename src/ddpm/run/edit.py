@@ -198,7 +198,8 @@ def _read_mask(path: str | Path, image: str | Path, preset: Preset) -> Tensor:
     mask = images.convert(images.read(path), 1, str(path), {})
     size = images.read(image).size
     if mask.size != size:
-        raise InputError(f"{path}: {mask.size[0]}x{mask.size[1]}; want a mask of the image's size, {size[0]}x{size[1]}")
+        have, wanted = (f"{height}x{width}" for width, height in (mask.size, size))  # height first, as in all messages
+        raise InputError(f"{path}: {have} (height x width); want a mask of the image's size, {wanted}")
     levels = np.unique(np.asarray(mask)).tolist()
     if not set(levels) <= {0, 255} or 255 not in levels:
         seen = ", ".join(map(str, levels[:4])) + ", .." * (len(levels) > 4)

@@ -87,7 +87,7 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
             size = preset.sample_count, preset.sample_steps  # an earlier process ended between checkpoint and grid
             draw(model.averaged, preset, out, begun, ranks, size, lambda: False)
         if begun >= preset.steps:
-            log.say(ranks, f"{out} is trained to step {begun} already; more steps continue it")
+            log.say(ranks, f"{out} is trained to step {begun} already; steps above {begun} continue it")
             return Result(begun, model.held_out_before, None, None, None)
         training, draws = _for_training(model, preset, ranks), torch.Generator(ranks.device)
         if minutes is not None and not (out / "config.json").exists():
@@ -167,7 +167,7 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
                 return Result(model.step, model.held_out_before, held_out, meter.rate, stop.signal or signal.SIGTERM)
 
         if train_set.skipped:
-            log.say(ranks, f"skipped {train_set.skipped:,} images that could not be read")
+            log.say(ranks, f"bad images that were skipped: {train_set.skipped:,}")
         return Result(model.step, model.held_out_before, held_out, meter.rate, None)
 
 

@@ -37,8 +37,9 @@ class Decoder:
                 image = decoded(encoded, name)
                 if (have := pictures.native(image)) != self.usual and not pictures.keeps(image, self.channels):
                     raise InputError(
-                        f"{name}: {_kind(have)}, but most images are {_kind(self.usual)}, and {_kind(self.channels)} "
-                        "are wanted, so it would lose something; want one kind"
+                        f"{name}: {_kind(have)}, but most images are {_kind(self.usual)}, and as "
+                        f"{_kind(self.channels)} it would lose something; want it converted beforehand, or skip_bad, "
+                        "which leaves such images out"
                     )
                 pixels[k] = pictures.fit(image, self.size, self.channels, name, notes).transpose(2, 0, 1)
             except InputError as fault:
