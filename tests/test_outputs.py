@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,16 @@ def test_a_pipe_is_written_into_and_stays(link: bool, tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert out.is_symlink() == link
     assert len(list(tmp_path.iterdir())) == 2 + link
+
+
+def test_what_goes_through_standard_output_is_the_file_alone(tmp_path: Path) -> None:
+    """The line about the file goes to standard error then."""
+    images.save(tmp_path / "a.png", np.arange(64, dtype=np.uint8).reshape(8, 8, 1) * 4)
+    words = [sys.executable, "-m", "ddpm", "compress", "digits", str(tmp_path / "a.png"), "--chunk-bits", "8", "--out"]
+    piped = subprocess.run([*words, "/dev/stdout"], capture_output=True, check=True)
+    subprocess.run([*words, str(tmp_path / "a.ddpm")], capture_output=True, check=True)
+    assert piped.stdout == (tmp_path / "a.ddpm").read_bytes()
+    assert b"bytes" in piped.stderr
 
 
 def test_a_device_is_written_into_and_stays() -> None:

@@ -37,7 +37,8 @@ class Estimate:
     """A denoiser's estimate at x_t.
 
     x0            x0^ (Eq. 15), of x_t's shape; it is in [-1, 1] if the denoiser clips
-    eps           the noise that belongs to this x0^: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
+    eps           the noise that belongs to this x0^: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps. If x0^ was clipped,
+                  this is not what the network predicts; `Denoiser.output` is
     mean          the mean of p_theta(x_{t-1} | x_t), of x_t's shape
     log_variance  its log-variance, [B, 1, ...] if the variance is fixed and of x_t's shape if it is learned
     """

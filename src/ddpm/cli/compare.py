@@ -37,7 +37,7 @@ def add(commands: Commands) -> None:
         "--metrics", nargs="+", default=["fid"], metavar="X", help=f"one or more of {names} (default: fid)"
     )
     parser.add_argument("--seed", **number(int, 0), help="seed of the random subsets of kid (default: %(default)s)")
-    parser.add_argument("--out", metavar="FILE", help="also write the result to FILE.json")
+    parser.add_argument("--out", metavar="FILE", help="also write the result to this file, NAME.json")
     add_features(parser, files=False)
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")

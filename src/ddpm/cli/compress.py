@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -105,7 +106,7 @@ def compress(args: argparse.Namespace) -> int:
         raise InputError(f"--out {out}: {len(args.images)} images; want a folder, or --archive for one file")
 
     with importing():
-        from ddpm.files import images
+        from ddpm.files import atomic, images
         from ddpm.run.compress import compress
 
     images.check_folder(out if many else out.absolute().parent)
@@ -113,10 +114,11 @@ def compress(args: argparse.Namespace) -> int:
     if not args.archive:
         settings |= {"bits_per_dim": args.bits_per_dim, "psnr": args.psnr, "whole": args.whole}
     written = compress(_model(args), list(map(Path, args.images)), out, args.archive, not args.json, **settings)
+    screen = sys.stderr if atomic.is_special(out) else sys.stdout  # a pipe may be standard output itself
     if args.json:
-        print(json.dumps(written))
+        print(json.dumps(written), file=screen)
     for about in [] if args.json else written:
-        print(f"{about['file']}: {about['bytes']:,} bytes, {about['bits_per_dim']:.3f} bits/dim")
+        print(f"{about['file']}: {about['bytes']:,} bytes, {about['bits_per_dim']:.3f} bits/dim", file=screen)
     return 0
 
 

@@ -45,7 +45,7 @@ def temporary(path: str | Path) -> Iterator[Path]:
     >>> target.read_text(), len(list(target.parent.iterdir()))
     ('all of it', 1)
     """
-    if _is_special(path):
+    if is_special(path):
         with tempfile.TemporaryDirectory() as folder:
             yield (part := Path(folder) / "part")
             with part.open("rb") as source, open(path, "wb") as target:
@@ -110,7 +110,7 @@ def _set_aside(folder: Path) -> Path:
     return part
 
 
-def _is_special(path: str | Path) -> bool:
+def is_special(path: str | Path) -> bool:
     """Whether there is something that is neither a plain file nor a folder, also behind a link such as /dev/stdout."""
     try:
         mode = os.stat(path).st_mode
