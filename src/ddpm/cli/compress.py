@@ -147,7 +147,7 @@ def decompress(args: argparse.Namespace) -> int:
     else:
         early = "" if about["whole"] else "; the file was read in part, or ended early"
         pixels = f" and {about['pixels']:,} pixel values" if about["pixels"] else ""
-        print(f"{out}: the estimate after {about['groups']} groups{pixels}{early}")
+        print(f"{out}: the estimate after {about['groups']} group{'s' * (about['groups'] != 1)}{pixels}{early}")
     return 0
 
 

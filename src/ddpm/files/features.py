@@ -220,8 +220,8 @@ def _cached(progress: bool) -> Path:
             reasons.append(one_line(fault))
     why = "; ".join(dict.fromkeys(reasons))
     raise InputError(
-        f"Inception's weights cannot be downloaded ({why}): get {URLS[0]} and put it into {file.parent}, or name its "
-        "path"
+        f"Inception's weights cannot be downloaded ({why}): get {URLS[0]} and put it into {file.parent}, or name it by "
+        "the setting inception; or choose other features by the setting features"
     )
 
 
