@@ -427,3 +427,17 @@ def test_the_longest_names_can_be_written(tmp_path: Path, capsys: pytest.Capture
     assert main(["export", "digits", "--out", str(tmp_path / ("a" * 240 + ".safetensors"))]) == 2
     assert "too long a name, since .calibration.json has to fit" in one_line(capsys)
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("values", [{"by_variance": "x"}, {"count": None}, {"bits_per_dim": []}, {"samples": "x"}])
+def test_a_result_with_other_values_is_left_out_of_the_card(
+    values: dict[str, Any], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A result that somebody changed, and a calibration with another count, end no export."""
+    assert main(["evaluate", str(run), "--metrics", "nll", "-n", "2", "--data", "digits"]) == 0
+    (file,) = run.glob("evaluate/*/nll.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    capsys.readouterr()
+    assert main(["export", str(run), "--out", str(tmp_path / "x.safetensors")]) == 0
+    assert "is left out of the card" in capsys.readouterr().err
+    assert "bits/dim" not in (tmp_path / "x.md").read_text()

@@ -239,8 +239,8 @@ def _facts(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, 
     if read_calibration(exported):
         values = parse_json(calibration_file(exported.path).read_bytes())
         weights = "the weights before rounding" if "measured_on" in values else "these weights"
-        data = _public_data_name(values["data"], checkpoint, exported)
-        yield "calibration", f"of {weights}, on {values['count']:,} images ({data})"
+        data, count = _public_data_name(str(values.get("data")), checkpoint, exported), values.get("count")
+        yield "calibration", f"of {weights}, on {count} images ({data})"
     yield "SHA-256 of the file", file_sha256(exported.path)
 
 
@@ -254,12 +254,14 @@ def _measured(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[st
         for file in sorted((source.home / "evaluate" / f"{checkpoint.step:08d}-{checkpoint.weights}").glob("*.json")):
             try:
                 values = parse_json(file.read_bytes())
-            except (OSError, ValueError) as error:
+                if not isinstance(values, dict) or values.get("identity") != source.identity:
+                    continue
+                values["data"] = _public_data_name(values.get("data", ""), checkpoint, exported)
+                figures = list(_figures(values))
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
                 warnings.warn(f"{file} is left out of the card: {error}", stacklevel=2)
                 continue
-            if isinstance(values, dict) and values.get("identity") == source.identity:
-                values["data"] = _public_data_name(values.get("data", ""), checkpoint, exported)
-                yield from ((f"{key}{before}", value) for key, value in _figures(values))
+            yield from ((f"{key}{before}", value) for key, value in figures)
 
 
 def _dtypes(model: Checkpoint) -> set[torch.dtype]:
