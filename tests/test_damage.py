@@ -1,6 +1,7 @@
 """Damaged files of a run: what is whole is used, and the rest is named in one line."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -441,3 +442,11 @@ def test_a_result_with_other_values_is_left_out_of_the_card(
     assert main(["export", str(run), "--out", str(tmp_path / "x.safetensors")]) == 0
     assert "is left out of the card" in capsys.readouterr().err
     assert "bits/dim" not in (tmp_path / "x.md").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_settings_that_are_a_pipe_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.json").unlink()
+    os.mkfifo(run / "config.json")
+    assert train(run, "--steps", 40) == 2
+    assert "config.json: not a plain file" in capsys.readouterr().err

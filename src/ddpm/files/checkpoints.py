@@ -178,6 +178,8 @@ def settings(run: Path) -> Preset | None:
     file = run / "config.json"
     if not file.is_file() and not saved(run):
         return None
+    if file.exists() and not file.is_file():  # a pipe would make the reader wait, and the writer, too
+        raise InputError(f"{file}: not a plain file; want it removed")
     try:
         return from_json(parse_json(file.read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError) as error:
