@@ -7,6 +7,7 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import TypeAlias
 
 import torch
@@ -181,7 +182,7 @@ def _by_workers(dataset: _Steps, steps: range, workers: int) -> Iterator[Tensor]
             except StopIteration:
                 return
             except (RuntimeError, EOFError, OSError) as error:  # the last two: it died while it sent a batch
-                if all(worker.is_alive() for worker in started):
+                if not connection.wait([worker.sentinel for worker in started], timeout=5):  # all are alive
                     raise
                 raise _WorkerDied(str(error).partition("\n")[0] or type(error).__name__) from None
             if isinstance(result, str):
