@@ -118,6 +118,15 @@ def ddpm(folder: Path, words: list[str], check: bool = False) -> subprocess.Comp
     )  # fmt: skip
 
 
+def outcome(folder: Path, words: list[str]) -> tuple[str, str]:
+    """The exit code of a call, or that it took too long, and what it wrote to standard error."""
+    try:
+        done = ddpm(folder, words)
+    except subprocess.TimeoutExpired:
+        return "more than 120 s", ""
+    return str(done.returncode), done.stderr.decode(errors="replace")
+
+
 def listing(folder: Path) -> dict[str, int]:
     """What is there, but for the lock and the caches that any call may leave in a run."""
     files = {str(p.relative_to(folder)): p.lstat().st_mtime_ns for p in folder.rglob("*") if not p.is_dir()}
@@ -163,10 +172,7 @@ def main() -> None:
             words = spoiled(rng, rng.choice([*CALLS.values()]).split(), odd)
             before = listing(folder)
             try:
-                done = ddpm(folder, words)
-                code, err = str(done.returncode), done.stderr.decode(errors="replace")
-            except subprocess.TimeoutExpired:
-                code, err = "more than 120 s", ""
+                code, err = outcome(folder, words)
             except OSError:  # the system itself refuses the words, as one that is too long
                 continue
             codes[code] += 1

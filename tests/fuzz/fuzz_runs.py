@@ -13,7 +13,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import figures
 import record
-from fuzz_commands import CALLS, NUMBERS, ddpm
+from fuzz_commands import CALLS, NUMBERS, ddpm, outcome
 
 from ddpm.files.checkpoints import damage
 
@@ -138,11 +137,7 @@ def main() -> None:
             spoiled = {str(f.relative_to(folder)): spoil(rng, f) for f in rng.sample(files, rng.choice((1, 1, 2, 4)))}
             name = rng.choice([*USES])
             before = whole(folder / "RUN")
-            try:
-                done = ddpm(folder, USES[name].split())
-                code, err = str(done.returncode), done.stderr.decode(errors="replace")
-            except subprocess.TimeoutExpired:
-                code, err = "more than 120 s", ""
+            code, err = outcome(folder, USES[name].split())
             after = whole(folder / "RUN")
             lost = [step for step, digest in before.items() if after.get(step) != digest]
             picture = folder / "a.png"

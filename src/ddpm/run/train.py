@@ -573,14 +573,19 @@ def _with_class_names(preset: Preset, out: Path, train_set: data.Images) -> Pres
     return replace(preset, class_names=names)
 
 
-_LOCKS: set[int] = set()
+_LOCKS: set[tuple[int, int]] = set()
+"""Device and inode of the locks that this process holds."""
+
+
+def _file_key(about: os.stat_result) -> tuple[int, int]:
+    return about.st_dev, about.st_ino
 
 
 def _let_go_of_locks() -> None:
     """Close inherited locks in a forked child; a worker that outlives this process would hold them for seconds more."""
     for name in os.listdir("/dev/fd") if _LOCKS else ():
         with suppress(OSError):  # the descriptor of the listing itself is closed
-            if os.fstat(int(name)).st_ino in _LOCKS:
+            if _file_key(os.fstat(int(name))) in _LOCKS:
                 os.close(int(name))
 
 
@@ -593,7 +598,8 @@ def _lock(out: Path, stack: ExitStack) -> None:
     try:
         atomic.make_folder(out)
         stack.enter_context(filelock.FileLock(out / ".lock").acquire(timeout=0))
-        _LOCKS.add((out / ".lock").stat().st_ino)
+        _LOCKS.add(key := _file_key((out / ".lock").stat()))
+        stack.callback(_LOCKS.discard, key)
     except filelock.Timeout:
         raise InputError(f"out {out}: another process is training this run; want another out") from None
     except OSError as error:
