@@ -99,7 +99,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("train digits --width 100", nothing, ["width 100", "multiple of 32"]),
     ("train digits --size 9", nothing, ["size 9x9", "8 and 10"]),
     ("train digits --size 3x4x5", nothing, ["size (3, 4, 5)", "32x48"]),
-    ("train digits --channels 2", nothing, ["channels 2", "1, 3, 4"]),
+    ("train digits --channels 2", nothing, ["[8, 8, 1]", "want channels 1"]),
     ("train digits --predict epsilon", nothing, ["predict 'epsilon'", "eps, x0, mu, v"]),
     ("train digits --schedule cosin", nothing, ["schedule 'cosin'", "did you mean cosine?"]),
     ("train digits --loss simpel", nothing, ["loss 'simpel'", "did you mean simple?"]),
@@ -162,7 +162,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("sample RUN --checkpoint 7", nothing, ["checkpoint 7", "20, 30"]),
     ("sample RUN/checkpoints/00000020 --checkpoint 7", nothing, ["checkpoint '7'", "one checkpoint already"]),
     ("sample RUN --precision fp16", nothing, ["--precision 'fp16'", "bf16"]),
-    ("sample RUN --out samples.jpg", nothing, ["samples.jpg", ".png, .npz, .gif or .webp"]),
+    ("sample RUN --out samples.jpg", nothing, ["samples.jpg", ".tif, FILE.gif or FILE.webp"]),
     ("sample RUN --out pictures", lambda here: grey(here / "pictures"), ["pictures", "not empty"]),
     ("sample RUN --out notes.txt/a.png", lambda here: write(here / "notes.txt"), ["notes.txt/a.png", "cannot write"]),
     ("sample RUN --progressive --out a.npz", nothing, ["a.npz", "--progressive", "want NAME.png"]),
@@ -311,7 +311,7 @@ def test_a_place_where_nothing_can_be_made_is_one_line(trained: Path, capsys: py
 def test_an_empty_out_is_a_mistake(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a shell variable that is not set makes it."""
     assert main(["sample", str(trained), "--out", ""]) == 2
-    assert capsys.readouterr().err == "ddpm: --out '': want a name that ends in .png or .npz, or a folder\n"
+    assert capsys.readouterr().err == "ddpm: --out '': want a name that ends in .png, .npz, .npy or .tif, or a folder\n"
 
 
 def test_what_the_system_refuses_is_one_line(

@@ -444,7 +444,7 @@ def test_places_that_cannot_take_images_are_refused_before_the_work(tmp_path):
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(InputError, match="not empty"):
         images.check_out(tmp_path / "full")
-    with pytest.raises(InputError, match=r"\.png or \.npz, or a folder"):
+    with pytest.raises(InputError, match=r"\.png, \.npz, \.npy or \.tif, or a folder"):
         images.check_out(tmp_path / "a.jpg")
     with pytest.raises(InputError, match="a file of that name"):
         images.check_out(tmp_path / "full" / "file")

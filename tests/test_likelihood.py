@@ -305,7 +305,7 @@ def test_signals_that_are_not_8_bit_are_refused(x0):
     """Images scaled to [0, 1], and other floats, would give a number without meaning."""
     denoiser, noise = Denoiser(lambda x, t, y: x, SHORT, "x0"), per_image(range(len(x0)), x0.shape[1:])
     for measure in (likelihood.vlb, lambda *given: next(likelihood.progressive_coding(*given))):
-        with pytest.raises(InputError, match=r"grey levels off the 256 .*want the signal of 8-bit pixels"):
+        with pytest.raises(InputError, match=r"grey levels off the 256 .*want the signal of uint8 0..255 pixels"):
             measure(denoiser, x0, noise)
 
 

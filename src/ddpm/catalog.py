@@ -18,6 +18,8 @@ Prediction = Literal["eps", "x0", "mu", "v"]
 Variance = Literal["fixed_large", "fixed_small", "learned", "learned_range"]
 TimestepSampling = Literal["uniform", "stratified", "lognormal", "bound"]
 Weighting = Literal["none", "min_snr", "p2"]
+PixelType = Literal["uint8", "uint16", "float32"]
+Fit = Literal["crop", "pad", "stretch"]
 Precision = Literal["auto", "float32", "bf16"]
 Compile = Literal["auto", "on", "off"]
 

@@ -22,6 +22,7 @@ from ddpm.gaussian import (
     q_posterior,
 )
 from ddpm.guidance import Guided
+from ddpm.pixels import EIGHT_BIT, Values
 from ddpm.schedule import Schedule
 
 
@@ -77,6 +78,7 @@ class Denoiser:
     clip      True: x0^ is clipped to [-1, 1] before the mean is computed from it; with mu, only the reported x0^ is
               clipped. A float p in (0, 1): dynamic thresholding (Saharia et al. 2022, Section 2.3), in which x0^ is
               clipped to [-s, s] and divided by s, where s is the p-quantile of an image's |x0^| but at least 1
+    values    what the numbers of its images are; likelihoods need their bins
 
     The network may compute in any precision: its output is converted to the dtype of x_t first.
     Raises InputError for an unknown setting, and for eps prediction with a schedule that ends at abar_T = 0.
@@ -93,6 +95,7 @@ class Denoiser:
     predict: Prediction = "eps"
     variance: Variance | Tensor = "fixed_large"
     clip: bool | float = True
+    values: Values = EIGHT_BIT
 
     def __post_init__(self) -> None:
         if not isinstance(self.clip, bool) and not 0 < self.clip < 1:

@@ -22,6 +22,7 @@ from ddpm.gaussian import (
     sum_per_image,
 )
 from ddpm.noise import Noise
+from ddpm.pixels import EIGHT_BIT, Values
 
 
 def _log_cdf(z: Tensor) -> Tensor:
@@ -46,11 +47,12 @@ def _log_mass(lower: Tensor, upper: Tensor, p: Gaussian) -> Tensor:
     return log_mass
 
 
-def decoder_log_prob(x0: Tensor, p: Gaussian) -> Tensor:
+def decoder_log_prob(x0: Tensor, p: Gaussian, values: Values = EIGHT_BIT) -> Tensor:
     """log p_theta(x_0 | x_1): the mass of p on each pixel's bin, x0 +- 1/255, open at -1 and 1  (Eq. 13).
 
-    x0  [B, ...], the signal of 8-bit pixels
-    p   p_theta(x_0 | x_1)
+    x0      [B, ...], the signal of pixels of these values
+    p       p_theta(x_0 | x_1)
+    values  tell how wide a bin is: 2/255 for 8-bit pixels
 
     Returns nats per image [B]. The normal CDF is exact. The official code approximates it by a tanh and floors the mass
     at 1e-12.
@@ -59,19 +61,20 @@ def decoder_log_prob(x0: Tensor, p: Gaussian) -> Tensor:
     >>> decoder_log_prob(pixels.to_signal(torch.full((1, 3), 128, dtype=torch.uint8)), sure).item()
     0.0
     """
-    lower = torch.where(x0 < -1 + pixels.BIN / 2, -torch.inf, x0 - pixels.BIN / 2)
-    upper = torch.where(x0 > 1 - pixels.BIN / 2, torch.inf, x0 + pixels.BIN / 2)
+    half = values.bin / 2
+    lower = torch.where(x0 < -1 + half, -torch.inf, x0 - half)
+    upper = torch.where(x0 > 1 - half, torch.inf, x0 + half)
     return sum_per_image(_log_mass(lower, upper, p))
 
 
-def decoder_mass(p: Gaussian) -> Tensor:
-    """The probability of every grey level in Eq. 13: [B, ..., 256] for p.mean [B, ...]; the last dimension sums to 1.
+def decoder_mass(p: Gaussian, values: Values = EIGHT_BIT) -> Tensor:
+    """The probability of all K pixel values in Eq. 13: [B, ..., K] for p.mean [B, ...]; the last dimension sums to 1.
 
     >>> mass = decoder_mass(Gaussian(torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)))
     >>> mass.shape, bool((mass.sum(-1) - 1).abs().max() < 1e-12)
     (torch.Size([1, 2, 256]), True)
     """
-    _, lower, upper = pixels.bins(p.mean)
+    _, lower, upper = pixels.bins(p.mean, values)
     wide = Gaussian(p.mean.unsqueeze(-1), p.log_variance.unsqueeze(-1))
     return _log_mass(lower, upper, wide).exp()
 
@@ -92,7 +95,7 @@ def term(denoiser: Denoiser, x0: Tensor, xt: Tensor, t: Tensor, y: Tensor | None
     divergence = kl(q_posterior(denoiser.schedule, x0, xt, t), estimate.p)
     if t.device.type == "cpu" and not (t == 1).any():  # on a GPU this test would have to wait for the GPU
         return divergence, estimate
-    return torch.where(t == 1, -decoder_log_prob(x0, estimate.p), divergence), estimate
+    return torch.where(t == 1, -decoder_log_prob(x0, estimate.p, denoiser.values), divergence), estimate
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,12 @@ class Bound:
 def vlb(denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -> Bound:
     """The variational bound with one draw at each of the T levels, as in the paper's evaluation (Eq. 5, Section 4).
 
-    x0     [B, C, H, W], the signal of 8-bit pixels
+    x0     [B, C, H, W], the signal of pixels
     noise  noise(t), of x0's shape, makes x_t
     y      int64 [B] class labels, or None
 
     Everything but the network is computed in float64. There are T network calls. Raises InputError if x0 is not on the
-    256 grey levels, or on a device without float64 (mps).
+    values of pixels, for floating point pixels, and on a device without float64 (mps).
 
     >>> from ddpm import schedule
     >>> from ddpm.noise import per_image
@@ -135,7 +138,7 @@ def vlb(denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -
     >>> bound.kl.shape, bound.bits_per_dim().shape
     (torch.Size([2, 9]), torch.Size([2]))
     """
-    x0 = pixels.eight_bit(x0)
+    x0 = pixels.on_grid(x0, denoiser.values)
     T = denoiser.schedule.T
     terms = torch.empty(len(x0), T, dtype=x0.dtype, device=x0.device)
     mse = torch.empty_like(terms)
@@ -147,7 +150,7 @@ def vlb(denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -
     return Bound(prior(denoiser, x0), terms[:, 1:], terms[:, 0], mse, x0[0].numel())
 
 
-def decoder_cost(x0: Tensor, mean: Tensor, variances: Tensor) -> Tensor:
+def decoder_cost(x0: Tensor, mean: Tensor, variances: Tensor, values: Values = EIGHT_BIT) -> Tensor:
     """L_0 (Eq. 13) summed over images, nats [K], for each of K values of sigma_1^2: x0, mean [B, ...], variances [K].
 
     >>> x0 = pixels.to_signal(torch.tensor([[7, 9]], dtype=torch.uint8))
@@ -156,7 +159,8 @@ def decoder_cost(x0: Tensor, mean: Tensor, variances: Tensor) -> Tensor:
     """
     x0, mean = float64.require(x0), float64.require(mean)
     ones = torch.ones_like(mean[:, :1])
-    return torch.stack([-decoder_log_prob(x0, Gaussian(mean, v.log() * ones)).sum() for v in variances.double()])
+    candidates = (Gaussian(mean, v.log() * ones) for v in variances.double())
+    return torch.stack([-decoder_log_prob(x0, p, values).sum() for p in candidates])
 
 
 def vlb_with_variance(bound: Bound, denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor | None = None) -> Bound:
@@ -193,12 +197,12 @@ def vlb_with_variance(bound: Bound, denoiser: Denoiser, x0: Tensor, noise: Noise
 def sampled_terms(denoiser: Denoiser, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
     """The bound's terms at the given levels, nats [B, K]: t int64 [B, K] in 1..T, noise [B, K, C, H, W].
 
-    x0 [B, C, H, W] is the signal of 8-bit pixels. If the levels are drawn from q, the sum of the terms with weights 1 /
+    x0 [B, C, H, W] is the signal of pixels. If the levels are drawn from q, the sum of the terms with weights 1 /
     (K q(t)) is an unbiased estimate of L - L_T (Eq. 5). There is one network call, with B K images. Raises InputError
     as `vlb` does.
     """
     B, K = t.shape
-    repeated = pixels.eight_bit(x0).repeat_interleave(K, dim=0)
+    repeated = pixels.on_grid(x0, denoiser.values).repeat_interleave(K, dim=0)
     xt = q_sample(denoiser.schedule, repeated, t.flatten(), noise.flatten(0, 1).to(repeated))
     labels = None if y is None else y.repeat_interleave(K)
     return term(denoiser, repeated, xt, t.flatten(), labels)[0].view(B, K)
@@ -225,7 +229,7 @@ def progressive_coding(denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor |
 
     x_T costs L_T, each of x_{T-1} .. x_1 costs KL(q || p_theta), and x_0 costs L_0. Figure 10 shows the estimates x0.
 
-    x0     [B, C, H, W], the signal of 8-bit pixels
+    x0     [B, C, H, W], the signal of pixels
     noise  noise(t), of x0's shape, makes x_t ~ q(x_t | x_{t+1}, x_0)
     y      int64 [B] class labels, or None
 
@@ -239,7 +243,7 @@ def progressive_coding(denoiser: Denoiser, x0: Tensor, noise: Noise, y: Tensor |
     >>> [state.t for state in states], bool(states[0].nats < states[-1].nats)
     ([10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0], True)
     """
-    x0, T = pixels.eight_bit(x0), denoiser.schedule.T
+    x0, T = pixels.on_grid(x0, denoiser.values), denoiser.schedule.T
     nats = prior(denoiser, x0)
     xt = q_sample(denoiser.schedule, x0, torch.full((len(x0),), T, device=x0.device), noise(T).to(x0))
     for level in range(T, 0, -1):

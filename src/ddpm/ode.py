@@ -100,12 +100,12 @@ def probability_flow(
 def bound(
     denoiser: Denoiser, x0: Tensor, u: Tensor, probe: Tensor, steps: int | None = None, y: Tensor | None = None
 ) -> Tensor:
-    """-log P(x_0) of 8-bit pixels under the probability flow, bounded from above, nats per image float64 [B].
+    """-log P(x_0) of integer pixels under the probability flow, bounded from above, nats per image float64 [B].
 
     The bound uses uniform dequantisation: P is the mass of the flow's density in the pixels' bins, and by Jensen's
-    inequality -log P(x_0) <= E_u[-log p(x_0 + (u - 1/2) BIN)] - D log BIN. The result is the right side for one u.
+    inequality -log P(x_0) <= E_u[-log p(x_0 + (u - 1/2) bin)] - D log bin. The result is the right side for one u.
 
-    x0  [B, C, H, W], the signal of 8-bit pixels
+    x0  [B, C, H, W], the signal of the pixels
     u   of x0's shape, uniform in [0, 1)
 
     The other arguments are those of `probability_flow`. The result bounds the likelihood of the flow and not that of
@@ -120,9 +120,9 @@ def bound(
     >>> round(bits_per_dim(bound(normal, x0, u, torch.ones(1, 1, 4, 4), steps=10), 16).item(), 2)
     8.32
     """
-    x0 = pixels.eight_bit(x0)
-    nats = probability_flow(denoiser, x0 + (u.double() - 0.5) * pixels.BIN, probe, steps, y)
-    return nats - x0[0].numel() * math.log(pixels.BIN)
+    x0, width = pixels.on_grid(x0, denoiser.values), denoiser.values.bin
+    nats = probability_flow(denoiser, x0 + (u.double() - 0.5) * width, probe, steps, y)
+    return nats - x0[0].numel() * math.log(width)
 
 
 def decoder_bound(
@@ -144,7 +144,7 @@ def decoder_bound(
     >>> bool(sharp[0] < sharp[1])
     True
     """
-    x0, D = pixels.eight_bit(x0), x0[0].numel()
+    x0, D = pixels.on_grid(x0, denoiser.values), x0[0].numel()
     first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
     abar = extract(denoiser.schedule.alpha_bar, first)
     sigma = float((1 / abar[0] - 1).sqrt())

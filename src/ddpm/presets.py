@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from ddpm import catalog
-from ddpm.catalog import Compile, Precision, Prediction, TimestepSampling, Variance, Weighting
+from ddpm.catalog import Compile, Fit, PixelType, Precision, Prediction, TimestepSampling, Variance, Weighting
 from ddpm.details import Details
 from ddpm.errors import InputError, check_size, finite_number, suggestion, whole_number
 
@@ -61,7 +61,17 @@ class Preset:
     size: tuple[int, int] = _data(
         (32, 32), "height x width to which images are resized and cropped: 32 or 32x48", 1, _SIDE
     )
-    channels: Literal[1, 3, 4] = _data(3, "1 for grey, 3 for RGB, 4 for RGBA")
+    channels: int = _data(3, "channels of an image: 1 for grey, 3 for RGB, 4 for RGBA, or any number", 1, 1024)
+    pixel_type: PixelType = _data("uint8", "kind of numbers in an image: uint8, uint16 or float32")
+    value_range: tuple[float, ...] = _data(
+        (), "LOW,HIGH, the numbers of black and white (default: all of the type; for float32 those of the data)"
+    )
+    clip_values: bool = _data(False, "clip numbers outside value_range, instead of refusing them")
+    fit: Fit = _data("crop", "how images get their size: crop, pad or stretch")
+    pages: Literal["first", "channels"] = _data("first", "what to take of a file with several pages")
+    show: tuple[int, ...] = _data(
+        (), "channels that pictures show, counted from 1: one, or three as 4,3,2 (default: the first)", 1, 1024, True
+    )
     flip: bool = _data(True, "mirror each training image left to right with probability 1/2")
     mirror: bool = _data(False, "mirror each training image top to bottom with probability 1/2")
     turn: bool = _data(False, "turn each training image by 0, 90, 180 or 270 degrees, at random")
@@ -152,8 +162,12 @@ class Preset:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise InputError(f"{f.name} {value!r}: {suggestion(value, choices)}want {', '.join(choices)}")
+            if value == () and f.default != ():
+                raise InputError(f"{f.name}: empty; want whole numbers with commas between")
             value = check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
             object.__setattr__(self, f.name, value)
+        if self.show and (len(self.show) not in (1, 3) or max(self.show) > self.channels):
+            raise InputError(f"show {','.join(map(str, self.show))}: want 1 or 3 channels of 1..{self.channels}")
         if len(self.size) != 2:
             raise InputError(f"size {self.size}: want height and width, as 32 or 32x48")
         if len(self.channel_multipliers) > _LEVELS:
@@ -214,8 +228,8 @@ def check(name: str, value: Any, kind: Any, least: float | None = None, most: fl
         return value
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]
-        if not isinstance(value, tuple) or not (value or element is str):
-            raise InputError(f"{name} {value!r}: want whole numbers with commas between")
+        if not isinstance(value, tuple):
+            raise InputError(f"{name} {value!r}: want {'whole ' * (element is int)}numbers with commas between")
         return tuple(check(name, one, element, least, most) for one in value)
     if kind is int:
         return whole_number(name, value, least, most)
@@ -310,6 +324,7 @@ def build(preset: Preset) -> Denoiser:
     import torch  # not at the top, because the import takes seconds
 
     from ddpm.denoiser import Denoiser
+    from ddpm.pixels import values
     from ddpm.schedule import SCHEDULES
     from ddpm.unet import UNet
 
@@ -330,7 +345,8 @@ def build(preset: Preset) -> Denoiser:
     )
     with torch.device("cpu"):
         schedule = SCHEDULES[preset.schedule](preset.num_timesteps, preset.beta_1, preset.beta_T)
-    return Denoiser(network, schedule, preset.predict, preset.variance, preset.clip)
+    pixel_values = values(preset.pixel_type, preset.value_range)
+    return Denoiser(network, schedule, preset.predict, preset.variance, preset.clip, pixel_values)
 
 
 def to_json(preset: Preset) -> dict[str, Any]:

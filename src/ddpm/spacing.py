@@ -120,13 +120,13 @@ def optimised(cost: Tensor, steps: int) -> list[int]:
     return levels[::-1]
 
 
-def bound_cost(schedule: Schedule, mse: Tensor) -> Tensor:
+def bound_cost(schedule: Schedule, mse: Tensor, bin: float = pixels.BIN) -> Tensor:
     """What a step from t to s adds to the bound at the best variance, nats/dim: float64 [T+1, T+1] as cost[s, t].
 
     mse float64 [T] is the mean squared error of x0^ at levels 1..T, which `ddpm calibrate` measures. For s > 0 the cost
     is E KL(q(x_s|x_t, x_0) || p(x_s|x_t)) = 1/2 log(1 + (SNR_s - SNR_t) mse_t) with SNR = abar / (1 - abar): this is
     Eq. 6-7 between levels s and t with the variance of Bao et al. 2022. For s = 0 it is the entropy of pixels with
-    errors of mse_t.
+    errors of mse_t, whose bins are `bin` signal units wide.
 
     >>> from ddpm import schedule
     >>> cost = bound_cost(schedule.linear(), torch.linspace(1e-4, 0.3, 1000))
@@ -137,7 +137,7 @@ def bound_cost(schedule: Schedule, mse: Tensor) -> Tensor:
     snr = (2 * schedule.half_log_snr).exp().cpu()
     snr[0] = 0  # SNR_0 is infinite; the row of level 0 is computed below
     cost = 0.5 * ((snr[:, None] - snr).clamp(min=0) * error).log1p()
-    cost[0] = 0.5 * (2 * math.pi * math.e * (error / pixels.BIN**2 + 1 / 12)).log()
+    cost[0] = 0.5 * (2 * math.pi * math.e * (error / bin**2 + 1 / 12)).log()
     return cost
 
 

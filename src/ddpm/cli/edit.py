@@ -16,6 +16,7 @@ from ddpm.cli.options import (
     add_conditions,
     add_model,
     add_sampler,
+    add_show,
     check_numbers,
     check_sampler,
     command,
@@ -23,6 +24,7 @@ from ddpm.cli.options import (
     importing,
     number,
     open_model,
+    shown_channels,
 )
 from ddpm.errors import InputError
 from ddpm.presets import check
@@ -81,6 +83,7 @@ def _add_common(parser: Parser, out: str, seed: str, sampler: str = "ancestral")
     parser.add_argument("--out", default=out, help=f"{PICTURES} (%(default)s)")
     add_batch_size(parser)
     add_sampler(parser, sampler)
+    add_show(parser)
     add_conditions(parser)
     add_model(parser)
 
@@ -132,7 +135,7 @@ def inpaint(args: argparse.Namespace) -> int:
 
 def _make(args: argparse.Namespace, make: "Callable[[Checkpoint, SamplingSettings], torch.Tensor]") -> int:
     """Open the model, make the images, and save them."""
-    from ddpm.files import images
+    from ddpm.files import arrays, images
     from ddpm.run.edit import SamplingSettings
     from ddpm.run.processes import pick_device
 
@@ -141,13 +144,16 @@ def _make(args: argparse.Namespace, make: "Callable[[Checkpoint, SamplingSetting
     exact: Precision | None = "float32" if getattr(args, "invert", 0) else None  # rounding limits the fixed point
     model = open_model(args, pick_device(args.device), precision=exact)
     check_sampler(args, model.denoiser.schedule.T)
+    show = shown_channels(args, model.preset)
     resolved = conditions(args).resolved(model)
     denoiser, labels = resolved.apply(model)
     settings = SamplingSettings(args.sampler, args.steps, args.spacing, tuple(labels), args.batch_size)
-    pictures = images.channels_last(make(replace(model, denoiser=denoiser), settings))
-    images.save_many(args.out, pictures, [f"{i:03d}" for i in range(len(pictures))], columns=min(len(pictures), 16))
-    names = ("sampler", "steps", "spacing", "t", "invert", "jump", "resample")
-    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    made = make(replace(model, denoiser=denoiser), settings)
+    sheet = arrays.sheet(made, denoiser.values, show)
+    pictures, names = images.channels_last(made), [f"{i:03d}" for i in range(len(made))]
+    images.save_many(args.out, pictures, names, min(len(pictures), 16), sheet)
+    options = ("sampler", "steps", "spacing", "t", "invert", "jump", "resample")
+    given = {name: value for name in options if (value := getattr(args, name, None)) is not None}
     about = {"out": args.out, "count": len(pictures), **model.about(), **given, **resolved.about(), "seed": args.seed}
     print(json.dumps(about) if args.json else f"{len(pictures)} image{'s' * (len(pictures) != 1)} in {args.out}")
     return 0

@@ -186,9 +186,9 @@ def _quality(
     network = feature_network(args, ranks.device)
     real = results.load("train") if args.reference is None else _reference(names, Path(args.reference), network)
     if "is" in names:
-        quality.check_network(network, torch.zeros(1, *model.preset.shape, dtype=torch.uint8))
+        quality.check_network(network, torch.zeros(1, *model.preset.shape, dtype=model.denoiser.values.torch))
     if samples is not None:
-        images, source = quality.read_samples(samples, model.preset.shape), {"samples_from": args.samples}
+        images, source = quality.read_samples(samples, model.preset), {"samples_from": args.samples}
     else:
         levels = sampler_levels(model, args.sampler, args.steps, args.spacing)
         images = quality.samples(

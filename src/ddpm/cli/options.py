@@ -34,7 +34,7 @@ MODEL = (
     "a model: a run folder, a checkpoint folder, a .safetensors file, a diffusers folder, hf:OWNER/NAME on the Hugging "
     "Face hub, or the name of an installed model, such as digits"
 )
-PICTURES = "FILE.png for a grid, FILE.npz, or a folder"
+PICTURES = "FILE.png for a grid, FILE.npz, FILE.npy, FILE.tif, or a folder"
 SOURCE = catalog.accepted_sources()
 
 
@@ -123,6 +123,10 @@ def number(kind: type[int] | type[float], default: float | None) -> dict[str, An
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def height_and_width(text: str) -> tuple[int, ...]:
@@ -314,6 +318,18 @@ def check_model(args: argparse.Namespace) -> None:
     check("--precision", args.precision, Precision)
 
 
+def add_show(parser: Parser) -> None:
+    """Which channels a picture shows, for images of many channels."""
+    several = converter(whole_numbers, "channels counted from 1, as 4,3,2")
+    help = "channels that the grid shows, counted from 1: one, or three as 4,3,2 (default: the run's)"
+    parser.add_argument("--show", type=several, default=(), metavar="N,N", help=help)
+
+
+def shown_channels(args: argparse.Namespace, preset: Preset) -> tuple[int, ...]:
+    """--show, or the run's channels. Raises InputError for channels that the images do not have."""
+    return replace(preset, show=args.show or preset.show).show
+
+
 def conditions(args: argparse.Namespace) -> "Conditions":
     """--class, --guidance, --guidance-interval and --clip."""
     from ddpm.run.sample import Conditions
@@ -343,9 +359,8 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
     @functools.cache
     def load(split: str) -> data.Images:
         return data.load(
-            args.data or preset.data, preset.size, preset.channels, split=split,
-            image_column=preset.image_column or None, label_column=preset.label_column or None,
-            skip_bad=preset.skip_bad, allow_paths=preset.allow_paths, progress=progress, as_trained=True,
+            args.data or preset.data, preset.size, preset.channels, split=split, progress=progress, as_trained=True,
+            **data.settings_of(preset),
         )  # fmt: skip
 
     return load

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from ddpm.cli.options import (
@@ -12,6 +13,7 @@ from ddpm.cli.options import (
     add_conditions,
     add_model,
     add_sampler,
+    add_show,
     check_numbers,
     check_sampler,
     command,
@@ -19,6 +21,7 @@ from ddpm.cli.options import (
     importing,
     number,
     open_model,
+    shown_channels,
 )
 from ddpm.errors import InputError
 from ddpm.presets import check
@@ -46,6 +49,7 @@ def add(commands: Commands) -> None:
     sampler.add_argument("--eta", **number(float, 0.0), help="noise of ddim, 0 to 1 (default: %(default)s)")
     sigma_hat = "ddim with eta 1 and the larger noise sigma^ of the DDIM paper's Table 1"
     sampler.add_argument("--sigma-hat", action="store_true", help=sigma_hat)
+    add_show(parser)
     add_conditions(parser)
     add_model(parser)
 
@@ -61,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{f'--eta {args.eta}' if args.eta else '--sigma-hat'}: only --sampler ddim has it")
 
     with importing():
-        from ddpm.files import animation, images
+        from ddpm.files import animation, arrays, images
         from ddpm.run.export import grid_columns
         from ddpm.run.processes import processes
         from ddpm.run.sample import RECORD, Sampling, sample, sample_to_folder
@@ -69,13 +73,14 @@ def run(args: argparse.Namespace) -> int:
     moves = animation.is_animation(args.out)
     if moves:
         animation.check_out(args.out)
-    elif Path(args.out).suffix.lower() not in ("", ".png", ".npz") and not _is_folder(args.out):
-        raise InputError(f"--out {args.out}: want a name that ends in .png, .npz, .gif or .webp, or a folder")
+    elif Path(args.out).suffix.lower() not in ("", *images.KINDS) and not _is_folder(args.out):
+        raise InputError(f"--out {args.out}: want {images.ENDS}, FILE.gif or FILE.webp, or a folder")
     kind = "animation" if moves else images.check_out(args.out, RECORD)
     if kind not in ("png", "animation") and args.progressive:
         raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png, NAME.gif or NAME.webp")
     with processes(args.device) as ranks:
         model, asked = open_model(args, ranks.device), conditions(args)
+        show = shown_channels(args, model.preset)
         check_sampler(args, model.denoiser.schedule.T)
         progress = ranks.first and not args.json
         sampling = Sampling(
@@ -91,13 +96,13 @@ def run(args: argparse.Namespace) -> int:
         if not ranks.first:
             return 0
         columns = grid_columns(len(asked.apply(model)[1]))
+        sheet = partial(arrays.sheet, values=model.denoiser.values, show=show)
         if moves:
-            animation.save(args.out, [images.channels_last(frame) for frame in pictures.unbind(1)], columns)
+            animation.save(args.out, [sheet(frame) for frame in pictures.unbind(1)], columns)
         elif args.progressive:
-            tiles = images.channels_last(pictures.flatten(0, 1))
-            images.save(args.out, images.grid(tiles, columns=pictures.shape[1]))
+            images.save(args.out, images.grid(sheet(pictures.flatten(0, 1)), columns=pictures.shape[1]))
         elif kind != "folder":
-            images.save_many(args.out, images.channels_last(pictures), columns=columns)
+            images.save_many(args.out, images.channels_last(pictures), columns=columns, shown=sheet(pictures))
         what = f"{args.n} image{'s' * (args.n != 1)}"
         summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"
         print(json.dumps({"out": args.out, **about}) if args.json else summary)

@@ -18,6 +18,7 @@ from ddpm.cli.options import (
     height_and_width,
     importing,
     number,
+    numbers,
     whole_numbers,
 )
 from ddpm.errors import InputError
@@ -56,6 +57,8 @@ def _add_setting(group: Any, f: Any, kind: Any) -> None:
         group.add_argument(option, type=converter(height_and_width, "a size as 32 or 32x48"), metavar="HxW", **about)
     elif get_origin(kind) is tuple:
         several = converter(whole_numbers, "whole numbers with commas between, as 1,2,2")
+        if get_args(kind)[0] is float:
+            several = converter(numbers, "numbers with commas between, as 0,1.5")
         group.add_argument(option, type=several, metavar="N,N", **about)
     elif choices:
         words = ", ".join(map(str, choices))

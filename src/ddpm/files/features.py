@@ -57,7 +57,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Network:
-    """A feature network: images uint8 [N, C, H, W] -> features float64 [N, D], probabilities float64 [N, K] or None.
+    """A feature network: images [N, C, H, W] -> features float64 [N, D], probabilities float64 [N, K] or None.
 
     name        goes into the provenance of statistics, as do the next two
     weights     SHA-256 of the file of the weights or of the user's function
@@ -73,9 +73,9 @@ class Network:
     function: Callable[[Tensor], tuple[Any, Any]]
 
     def __call__(self, pixels: Tensor) -> tuple[Floats, Floats | None]:
-        """Raises TypeError for images that are not uint8, and InputError for features that are not finite [N, D]."""
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4:
-            raise TypeError(f"want images uint8 [N, C, H, W], got {pixels.dtype} {list(pixels.shape)}")
+        """Raises TypeError for what is no pixels [N, C, H, W], and InputError for features not finite or not [N, D]."""
+        if pixels.dtype not in (torch.uint8, torch.uint16, torch.float32) or pixels.ndim != 4:
+            raise TypeError(f"want pixels [N, C, H, W], got {pixels.dtype} {list(pixels.shape)}")
         features, probabilities = self.function(pixels)
         features = _checked(f"{self.name}: features", features, len(pixels))
         if probabilities is None:
@@ -140,8 +140,9 @@ def inception(
     network.to(device)
 
     def run(pixels: Tensor) -> tuple[Any, Any]:
-        if pixels.shape[1] not in (1, 3):
-            raise InputError(f"images of {pixels.shape[1]} channels: Inception wants 1 or 3")
+        if pixels.shape[1] not in (1, 3) or pixels.dtype != torch.uint8:
+            kind = str(pixels.dtype).removeprefix("torch.")
+            raise InputError(f"images {kind} of {pixels.shape[1]} channels: Inception wants uint8 of 1 or 3")
         with _exact(torch.device(device)):
             features, logits = network(pixels.to(device).expand(-1, 3, -1, -1))
         return features.cpu().numpy(), softmax(logits.cpu().numpy()) if classifies else None
@@ -245,10 +246,10 @@ def _download(url: str, file: Path, progress: bool) -> None:
 def custom(spec: str) -> Network:
     """The user's network, FILE.py:function.
 
-    The function takes a NumPy array of images, uint8 [N, H, W, C], and is called once per batch. It returns features
-    [N, D], or the pair of features and class probabilities [N, K]. The file is run, so the user must trust it. Its
-    SHA-256 names the network in the provenance, although the file may load weights from other files. Raises InputError
-    if the file cannot be used, and also when the function is called, if the call fails.
+    The function takes a NumPy array of images [N, H, W, C], uint8 or what the model makes, once per batch. It returns
+    features [N, D], or the pair of features and class probabilities [N, K]. The file is run, so the user must trust it.
+    Its SHA-256 names the network in the provenance, although the file may load weights from other files. Raises
+    InputError if the file cannot be used, and also when the function is called, if the call fails.
 
     >>> custom("features.py")
     Traceback (most recent call last):

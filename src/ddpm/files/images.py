@@ -3,6 +3,7 @@
 An image here is uint8 [H, W, C], C = 1 (grey), 3 (RGB) or 4 (RGBA, alpha not premultiplied).
 """
 
+import importlib.util
 import io
 import math
 import os
@@ -12,12 +13,13 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageOps
 
+from ddpm.catalog import Fit
 from ddpm.errors import InputError
 from ddpm.files import atomic
 
@@ -32,7 +34,7 @@ Notes: TypeAlias = dict[str, tuple[str, int]]
 SUFFIXES = frozenset(".png .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split())
 """Endings, in lower case, of the names of image files."""
 
-DEEP = "more than 8 bits a channel, rounded to 8"
+DEEP = "more than 8 bits a channel, rounded to 8 (pixel_type uint16 keeps them)"
 """The note of an image that was rounded to 8 bits. Bits per dimension are not measured for such an image."""
 
 SEVERAL = "several pictures in one file, only the first is taken"
@@ -140,10 +142,7 @@ def file_bytes(source: str | Path | bytes | BinaryIO, name: str | None = None) -
         return source
     try:
         if isinstance(source, str | Path):
-            status = os.stat(source)
-            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # reading it might never end
-                raise InputError(f"{name}: a pipe or a device, want a plain file with an image")
-            check_memory(status.st_size, name)
+            check_memory(check_plain(source, name), name)
             return Path(source).read_bytes()
         data = source.read(MEMORY + 1)
     except (OSError, ValueError) as fault:
@@ -152,6 +151,14 @@ def file_bytes(source: str | Path | bytes | BinaryIO, name: str | None = None) -
         raise InputError(f"{name}: {(getattr(fault, 'strerror', '') or str(fault)).lower()}, want an image") from None
     check_memory(len(data), name)
     return data
+
+
+def check_plain(path: str | Path, name: str) -> int:
+    """The size of a file, bytes. Raises InputError for a pipe or a device, since reading it might never end."""
+    status = os.stat(path)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise InputError(f"{name}: a pipe or a device, want a plain file with an image")
+    return status.st_size
 
 
 def _open(data: bytes, name: str) -> Image.Image:
@@ -359,9 +366,13 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def fit(
-    image: Image.Image, size: tuple[int, int], channels: int, name: str = "the image", notes: Notes | None = None
-) -> Pixels:
-    """Convert the image, scale it until it just covers size = (H, W), and crop it at the centre: uint8 [H, W, C].
+    image: Image.Image, size: tuple[int, int], channels: int, name: str = "the image", notes: Notes | None = None,
+    how: Fit = "crop",
+) -> Pixels:  # fmt: skip
+    """Convert the image, and bring it to size = (H, W): uint8 [H, W, C].
+
+    how  crop scales the image until it just covers the size and crops it at the centre; pad scales it until it just
+         fits and fills the rest with black, or clear for RGBA; stretch scales both sides apart
 
     Scaling is Pillow's antialiased bicubic. An image of this size and mode keeps its pixels exactly. Enlarging and
     converting are added to `notes`, or warned of without `notes`. Raises what `convert` raises.
@@ -375,8 +386,22 @@ def fit(
     if image.size != (width, height):
         if image.width < width or image.height < height:
             note(notes, f"smaller than {height}x{width}, enlarged", name)
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        image = resized(image, (width, height), how)
     return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
+
+
+def resized(image: Image.Image, size: tuple[int, int], how: Fit, fill: float = 0) -> Image.Image:
+    """The image in `size` = (width, height), as `fit` describes; `fill` is around it for how "pad"."""
+    if how == "crop":
+        return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+    if how == "stretch":
+        return image.resize(size, Image.Resampling.BICUBIC)
+    scale = min(size[0] / image.width, size[1] / image.height)
+    inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    padded = Image.new(image.mode, size, (0,) * len(image.getbands()) if len(image.getbands()) > 1 else fill)
+    place = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    padded.paste(image.resize(inner, Image.Resampling.BICUBIC), place)
+    return padded
 
 
 def note(notes: Notes | None, what: str, name: str, count: int = 1) -> None:
@@ -393,15 +418,14 @@ def one_line(fault: BaseException) -> str:
     return " ".join(str(fault).split())[:200] or type(fault).__name__
 
 
-def channels_last(samples: "Tensor") -> Pixels:
-    """Samples uint8 [N, C, H, W], a tensor on the CPU, as the array [N, H, W, C] that this module writes.
+def channels_last(samples: "Tensor") -> NDArray[Any]:
+    """Samples [N, C, H, W], a tensor on the CPU, as the array [N, H, W, C] that this module writes.
 
     >>> import torch
     >>> channels_last(torch.zeros(2, 3, 8, 4, dtype=torch.uint8)).shape
     (2, 8, 4, 3)
     """
-    pixels: Pixels = samples.permute(0, 2, 3, 1).contiguous().numpy()
-    return pixels
+    return np.asarray(samples.permute(0, 2, 3, 1).contiguous().numpy())
 
 
 def grid(pixels: Pixels, columns: int | None = None, padding: int = 2, minimum_tile: int = 32) -> Pixels:
@@ -432,22 +456,23 @@ def grid(pixels: Pixels, columns: int | None = None, padding: int = 2, minimum_t
     return sheet
 
 
-def to_png(pixels: Pixels) -> bytes:
-    """The bytes of a PNG file of one image uint8 [H, W, C].
+def to_png(pixels: NDArray[Any]) -> bytes:
+    """The bytes of a PNG file of one image, uint8 [H, W, C] or uint16 [H, W, 1].
 
     >>> import numpy as np
     >>> to_png(np.zeros((1, 1, 1), np.uint8))[1:4]
     b'PNG'
     """
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in MODES:
-        raise ValueError(f"want uint8 [H, W, 1, 3 or 4], got {pixels.dtype} {list(pixels.shape)}")
+    deep = pixels.dtype == np.uint16 and pixels.shape[2:] == (1,)
+    if not deep and (pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in MODES):
+        raise ValueError(f"want uint8 [H, W, 1, 3 or 4] or uint16 [H, W, 1], got {pixels.dtype} {list(pixels.shape)}")
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])).save(file, "PNG")
     return file.getvalue()
 
 
-def save(path: str | Path, pixels: Pixels) -> None:
-    """Write one image uint8 [H, W, C] as PNG, completely or not at all. Missing folders are made.
+def save(path: str | Path, pixels: NDArray[Any]) -> None:
+    """Write one image, uint8 [H, W, C] or uint16 [H, W, 1], as PNG, completely or not at all. Missing folders are made.
 
     >>> import numpy as np, tempfile
     >>> save(tempfile.mkdtemp() + "/black.png", np.zeros((4, 4, 3), np.uint8))
@@ -455,7 +480,12 @@ def save(path: str | Path, pixels: Pixels) -> None:
     atomic.write(path, to_png(pixels))
 
 
-def check_out(out: str | Path, record: str | None = None) -> Literal["png", "npz", "folder"]:
+KINDS = {".png": "png", ".npz": "npz", ".npy": "npy", ".tif": "tif", ".tiff": "tif"}
+"""What `save_many` writes, by the ending of the name."""
+ENDS = "a name that ends in .png, .npz, .npy or .tif"
+
+
+def check_out(out: str | Path, record: str | None = None) -> str:
     """What `save_many` will write to `out`. Call this before the work, so that a mistake is found early.
 
     An existing folder, a name that ends in "/" and a name without a suffix stand for a folder, which must be new or
@@ -467,22 +497,25 @@ def check_out(out: str | Path, record: str | None = None) -> Literal["png", "npz
     >>> check_out("samples.jpg")
     Traceback (most recent call last):
     ...
-    ddpm.errors.InputError: samples.jpg: want a name that ends in .png or .npz, or a folder
+    ddpm.errors.InputError: samples.jpg: want a name that ends in .png, .npz, .npy or .tif, or a folder
     """
     if not str(out):
-        raise InputError("out '': want a name that ends in .png or .npz, or a folder")
+        raise InputError(f"out '': want {ENDS}, or a folder")
     path = Path(out)
     folder = path.is_dir() or not path.suffix or str(out).endswith(("/", os.sep))
-    if not folder and path.suffix.lower() not in (".png", ".npz"):
-        raise InputError(f"{out}: want a name that ends in .png or .npz, or a folder")
+    if not folder and path.suffix.lower() not in KINDS:
+        raise InputError(f"{out}: want {ENDS}, or a folder")
     if path.is_dir() and any(path.iterdir()) and not (record and (path / record).is_file()):
         raise InputError(f"{out}: the folder is not empty, want a new or an empty one")
     if folder and path.exists() and not path.is_dir():
-        raise InputError(f"{out}: a file of that name exists, want a folder or a name that ends in .png or .npz")
+        raise InputError(f"{out}: a file of that name exists, want a folder or {ENDS}")
     place = _first_existing(path if path.is_dir() else path.absolute().parent)
     if not _is_writable(place):
         raise InputError(f"{out}: cannot write in {place}")
-    return "folder" if folder else "npz" if path.suffix.lower() == ".npz" else "png"
+    kind = "folder" if folder else KINDS[path.suffix.lower()]
+    if kind == "tif" and importlib.util.find_spec("tifffile") is None:
+        raise InputError(f"{out}: tifffile is not installed; want pip install 'ddpm-kit[formats]', or a .npy file")
+    return kind
 
 
 def check_folder(out: str | Path) -> Path:
@@ -511,13 +544,56 @@ def _is_writable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
-def save_many(out: str | Path, pixels: Pixels, names: Sequence[str] = (), columns: int | None = None) -> None:
-    """Write images uint8 [N, H, W, C] to `out`. Each file is written completely or not at all.
+def suffix(dtype: Any, channels: int) -> str:
+    """The ending of the name of a file that holds an image exactly: .png, or .npy for what PNG cannot hold.
 
-    out      NAME.png for a contact sheet (for one image, the image itself), NAME.npz for the array `arr_0`, or a folder
-             for one PNG file per image
+    >>> suffix("uint16", 1), suffix("uint16", 3), suffix("uint8", 13)
+    ('.png', '.npy', '.npy')
+    """
+    dtype = np.dtype(dtype)
+    has_png = (dtype == np.uint8 and channels in MODES) or (dtype == np.uint16 and channels == 1)
+    return ".png" if has_png else ".npy"
+
+
+def save_image(path: Path, image: NDArray[Any]) -> None:
+    """Write one image [H, W, C] exactly, with the ending that `suffix` gives. Missing folders are made."""
+    kind = suffix(image.dtype, image.shape[2])
+    file = path.with_name(path.name + kind)
+    if kind == ".png":
+        save(file, image)
+    else:
+        _save_npy(file, image)
+
+
+def _save_npy(path: Path, array: NDArray[Any]) -> None:
+    with atomic.temporary(path) as part, part.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _save_tiff(path: Path, images: NDArray[Any]) -> None:
+    """Images [N, H, W, C] as pages; 3 and 4 channels are RGB and RGBA, and others are samples of a grey picture."""
+    import tifffile
+
+    photometric = "rgb" if images.shape[3] in (3, 4) else "minisblack"
+    with atomic.temporary(path) as part, part.open("wb") as file, tifffile.TiffWriter(file) as writer:
+        for image in images:
+            page = image[..., 0] if image.shape[2] == 1 else image
+            extra = ["unspecified"] * (page.shape[2] - 1) if page.ndim == 3 and photometric == "minisblack" else None
+            config = None if page.ndim == 2 else "contig"
+            writer.write(page, photometric=photometric, planarconfig=config, extrasamples=extra)
+
+
+def save_many(
+    out: str | Path, pixels: NDArray[Any], names: Sequence[str] = (), columns: int | None = None,
+    shown: Pixels | None = None,
+) -> None:  # fmt: skip
+    """Write images [N, H, W, C] to `out`. Each file is written completely or not at all.
+
+    out      NAME.png for a contact sheet (for one image, the image itself), NAME.npz for the array `arr_0`, NAME.npy
+             for the array itself, NAME.tif for pages, or a folder for one file per image, which `suffix` names
     names    names of the files in a folder, without the suffix
     columns  of the contact sheet
+    shown    the same images as 8-bit pictures, for the contact sheet; None if they are such pictures themselves
 
     Raises what `check_out` raises.
 
@@ -529,11 +605,17 @@ def save_many(out: str | Path, pixels: Pixels, names: Sequence[str] = (), column
     """
     kind, path = check_out(out), Path(out)
     if kind == "png":
-        save(path, pixels[0] if len(pixels) == 1 else grid(pixels, columns))
+        sheet = pixels if shown is None else shown
+        exact = len(pixels) == 1 and suffix(pixels.dtype, pixels.shape[3]) == ".png"
+        save(path, pixels[0] if exact else sheet[0] if len(sheet) == 1 else grid(sheet, columns))
     elif kind == "npz":
         with atomic.temporary(path) as part, part.open("wb") as file:
             np.savez(file, pixels)
+    elif kind == "npy":
+        _save_npy(path, pixels)
+    elif kind == "tif":
+        _save_tiff(path, pixels)
     else:
         atomic.make_folder(path)
         for name, image in zip(names, pixels, strict=True):
-            save(path / f"{name}.png", image)
+            save_image(path / name, image)

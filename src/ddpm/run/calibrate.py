@@ -1,5 +1,6 @@
 """Measure the best variances of a model, and the codec's tables."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ddpm import kernels, likelihood
 from ddpm.errors import InputError
 from ddpm.files import data, models
 from ddpm.gaussian import q_sample
+from ddpm.pixels import EIGHT_BIT
 from ddpm.run.parts import (
     CALIBRATION,
     as_signal,
@@ -50,13 +52,15 @@ def calibrate(
     """
     denoiser = checkpoint.denoiser
     fits_codec = codec > 0 and images.channels in (1, 3) and not checkpoint.preset.always_labelled
+    fits_codec = fits_codec and denoiser.values == EIGHT_BIT
     if fits_codec:
         from ddpm.run import compress  # now, since it raises InputError if the extra `codec` is not installed
     if denoiser.learned or denoiser.predict == "mu":
         reason = "gives its own variance" if denoiser.learned else "predicts mu, whose error is not that of x0^"
         raise InputError(f"{checkpoint.path}: the network {reason}; want eps, x0 or v and a fixed variance")
     indices = subset(images, count)
-    variances = torch.logspace(-7, 0, 141, dtype=torch.float64)  # a grey level squared is 6e-5
+    lowest = math.floor(2 * math.log10(denoiser.values.bin)) - 2  # -7 for 8 bits: a grey level squared is 6e-5
+    variances = torch.logspace(lowest, 0, 1 - 20 * lowest, dtype=torch.float64)
 
     def measure(part: slice) -> dict[str, Tensor]:
         batch = indices[part]
@@ -66,7 +70,8 @@ def calibrate(
         mse = likelihood.vlb(denoiser, x0, draws, y).mse
         first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
         mean = denoiser(q_sample(denoiser.schedule, x0.double(), first, draws(1).to(x0.device).double()), first, y).mean
-        return {"mse": mse.cpu(), "cost": likelihood.decoder_cost(x0, mean, variances.to(x0.device)).cpu()[None]}
+        cost = likelihood.decoder_cost(x0, mean, variances.to(x0.device), denoiser.values)
+        return {"mse": mse.cpu(), "cost": cost.cpu()[None]}
 
     folder = parts_folder(cache, "calibration", [*model_key(checkpoint), images.fingerprint])
     table = read_parts(compute_parts(folder, len(indices), ranks, batch_size, "calibrating", progress, measure))

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from ddpm import editing, kernels, pixels
 from ddpm.errors import InputError
-from ddpm.files import images
+from ddpm.files import data, images
 from ddpm.files.models import Checkpoint
 from ddpm.noise import Noise, mix, per_image
+from ddpm.pixels import Values
 from ddpm.presets import Preset
 from ddpm.run.sample import cycled_labels, sampler_levels
 from ddpm.samplers import SAMPLERS, Step, named
@@ -49,17 +50,17 @@ class SamplingSettings:
         y = cycled_labels(self.classes, places)
         return None if y is None else y.to(device)
 
-    def images(self, n: int, sample: Callable[[range], Iterator[Step]], progress: bool) -> Tensor:
-        """`n` images, uint8 [n, C, H, W], a batch at a time; sample(places) gives the steps of those at `places`."""
+    def images(self, n: int, sample: Callable[[range], Iterator[Step]], values: Values, progress: bool) -> Tensor:
+        """`n` images, pixels [n, C, H, W], a batch at a time; sample(places) gives the steps of those at `places`."""
         with kernels.frozen():
             batches = (sample(range(n)[i : i + self.batch_size]) for i in range(0, n, self.batch_size))
-            return torch.cat([_last(steps, progress) for steps in batches])
+            return torch.cat([_last(steps, values, progress) for steps in batches])
 
     def versions(
         self, x: Tensor, n: int, seed: int, sample: Callable[[Tensor, Noise, Tensor | None], Iterator[Step]],
-        progress: bool,
+        values: Values, progress: bool,
     ) -> Tensor:  # fmt: skip
-        """`n` versions of x [1, C, H, W], uint8 [n, C, H, W], each with its own seed and label.
+        """`n` versions of x [1, C, H, W], pixels [n, C, H, W], each with its own seed and label.
 
         sample(x, noise, y) gives the steps of a batch.
         """
@@ -68,7 +69,7 @@ class SamplingSettings:
             noise = per_image([seed + place for place in places], x.shape[1:], x.device)
             return sample(x.expand(len(places), -1, -1, -1), noise, self.labels(places, x.device))
 
-        return self.images(n, batch, progress)
+        return self.images(n, batch, values, progress)
 
 
 def redraw(
@@ -81,7 +82,7 @@ def redraw(
     iterations: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """`n` versions of an image file, sampled from its x_t at noise level t (None: T/2): uint8 [n, C, H, W].
+    """`n` versions of an image file, sampled from its x_t at noise level t (None: T/2): pixels [n, C, H, W].
 
     With iterations 0, x_t is drawn from q(x_t | x_0) with the seeds seed, seed + 1, and so on (SDEdit). Otherwise DDIM
     is inverted without a label, with so many iterations per level, and x_t is the same for all versions.
@@ -91,14 +92,14 @@ def redraw(
     """
     T, device = checkpoint.denoiser.schedule.T, checkpoint.denoiser.schedule.alpha_bar.device
     t = T // 2 if t is None else t
-    x0 = pixels.to_signal(_read(image, checkpoint.preset)).to(device)[None]
+    x0 = _signal(image, checkpoint).to(device)[None]
     levels, run = settings.levels(checkpoint, t), named(settings.sampler).run
     if iterations == 0:
 
         def noised(x: Tensor, noise: Noise, y: Tensor | None) -> Iterator[Step]:
             return editing.redraw(checkpoint.denoiser, x, t, noise, levels, y, run)
 
-        return settings.versions(x0, n, seed, noised, progress)
+        return settings.versions(x0, n, seed, noised, checkpoint.denoiser.values, progress)
     if SAMPLERS[settings.sampler].noisy:
         quiet = ", ".join(name for name, sampler in SAMPLERS.items() if not sampler.noisy)
         raise InputError(f"sampler {settings.sampler}: draws noise, which an inversion cannot use; want {quiet}")
@@ -106,11 +107,15 @@ def redraw(
     if n > most:
         raise InputError(f"n {n}: an inversion has one result per class; want at most {most}")
     if t == 0:
-        return pixels.to_pixels(x0).expand(n, -1, -1, -1).cpu()
+        return pixels.to_pixels(x0, checkpoint.denoiser.values).expand(n, -1, -1, -1).cpu()
     with kernels.frozen():
         *_, inverted = editing.invert(checkpoint.denoiser, x0, levels, t, iterations)
     unclipped = checkpoint.denoiser.unclipped()
-    return settings.versions(inverted.x, n, seed, lambda x, noise, y: run(unclipped, x, noise, levels, y, t), progress)
+
+    def back(x: Tensor, noise: Noise, y: Tensor | None) -> Iterator[Step]:
+        return run(unclipped, x, noise, levels, y, t)
+
+    return settings.versions(inverted.x, n, seed, back, checkpoint.denoiser.values, progress)
 
 
 def interpolate(
@@ -123,13 +128,13 @@ def interpolate(
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """Figure 8: `n` images from file a to file b, mixed at noise level t (None: T/2): uint8 [n, C, H, W].
+    """Figure 8: `n` images from file a to file b, mixed at noise level t (None: T/2): pixels [n, C, H, W].
 
     Raises InputError for files that are no images, and for t or steps out of range.
     """
     T, device = checkpoint.denoiser.schedule.T, checkpoint.denoiser.schedule.alpha_bar.device
     t = T // 2 if t is None else t
-    first, last = (pixels.to_signal(_read(path, checkpoint.preset)).to(device) for path in (a, b))
+    first, last = (_signal(path, checkpoint).to(device) for path in (a, b))
     eps_a, eps_b = per_image([mix(seed, 0), mix(seed, 1)], checkpoint.preset.shape, device)(T)
     weights, levels, run = torch.linspace(0, 1, n), settings.levels(checkpoint, t), named(settings.sampler).run
 
@@ -138,7 +143,7 @@ def interpolate(
         w, y = weights[places.start : places.stop], settings.labels(places, device)
         return editing.interpolate(checkpoint.denoiser, first, last, w, t, eps_a, eps_b, noise, levels, y, run)
 
-    return settings.images(n, between, progress)
+    return settings.images(n, between, checkpoint.denoiser.values, progress)
 
 
 def inpaint(
@@ -152,7 +157,7 @@ def inpaint(
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """`n` versions of an image file, redrawn by RePaint where a mask file is white: uint8 [n, C, H, W].
+    """`n` versions of an image file, redrawn by RePaint where a mask file is white: pixels [n, C, H, W].
 
     The ancestral sampler visits 250 levels by default. jump None is 1/25 of the visited levels.
 
@@ -160,7 +165,7 @@ def inpaint(
     and for settings out of range.
     """
     device = checkpoint.denoiser.schedule.alpha_bar.device
-    x0 = pixels.to_signal(_read(image, checkpoint.preset)).to(device)[None]
+    x0 = _signal(image, checkpoint).to(device)[None]
     redrawn = _read_mask(mask, image, checkpoint.preset).to(device)[None]
     T = checkpoint.denoiser.schedule.T
     if settings.sampler == "ancestral" and settings.steps is None:
@@ -173,23 +178,35 @@ def inpaint(
     def sample(x: Tensor, noise: Noise, y: Tensor | None) -> Iterator[Step]:
         return editing.inpaint(checkpoint.denoiser, x, redrawn, noise, levels, jump, resample, y, run)
 
-    return settings.versions(x0, n, seed, sample, progress)
+    return settings.versions(x0, n, seed, sample, checkpoint.denoiser.values, progress)
 
 
-def _last(steps: Iterator[Step], progress: bool) -> Tensor:
+def _last(steps: Iterator[Step], values: Values, progress: bool) -> Tensor:
     """The pixels of the last step, on the CPU."""
     *_, last = tqdm(steps, unit="call", desc="editing", disable=None if progress else True, leave=False)
-    return pixels.to_pixels(last.x).cpu()
+    return pixels.to_pixels(last.x, values).cpu()
 
 
-def _read(path: str | Path, preset: Preset) -> Tensor:
-    """An image file in the model's size and channels: pixels uint8 [C, H, W]. Warns if it is scaled and cropped."""
+def _signal(path: str | Path, checkpoint: Checkpoint) -> Tensor:
+    """An image file as the model takes it, x_0 [C, H, W]."""
+    form = data.form_of(checkpoint.preset)
+    if form.is_picture:
+        return pixels.to_signal(_picture(path, checkpoint.preset))
+    notes: images.Notes = {}
+    array = form.array(Path(path), str(path), notes)
+    for what in notes:
+        warnings.warn(f"{path}: {what}", stacklevel=3)
+    return pixels.to_signal(torch.from_numpy(array.transpose(2, 0, 1).copy()), form.values)
+
+
+def _picture(path: str | Path, preset: Preset) -> Tensor:
+    """A picture in the model's size and channels: pixels uint8 [C, H, W]. Warns if it is scaled and cropped."""
     height, width = preset.size
     image = images.read(path)
     if image.height > height or image.width > width:  # `fit` warns about smaller images
         size = f"{image.height}x{image.width}"
         warnings.warn(f"{path}: {size} is scaled and cropped to {height}x{width}, the model's size", stacklevel=3)
-    fitted = images.fit(image, (height, width), preset.channels, str(path))
+    fitted = images.fit(image, (height, width), preset.channels, str(path), how=preset.fit)
     return torch.from_numpy(fitted.copy()).permute(2, 0, 1)
 
 
@@ -204,4 +221,4 @@ def _read_mask(path: str | Path, image: str | Path, preset: Preset) -> Tensor:
     if not set(levels) <= {0, 255} or 255 not in levels:
         seen = ", ".join(map(str, levels[:4])) + ", .." * (len(levels) > 4)
         raise InputError(f"{path}: grey levels {seen}; want 255 (white) where to redraw and 0 (black) elsewhere")
-    return _read(path, replace(preset, channels=1)) > 127
+    return _picture(path, replace(preset, channels=1, show=())) > 127

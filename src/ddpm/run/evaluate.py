@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm import kernels, likelihood, noise, pixels
+from ddpm import kernels, likelihood, noise
 from ddpm import ode as probability_flow
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
@@ -89,7 +89,7 @@ def nll(
 
     table = read_parts(compute_parts(folder, len(indices), ranks, batch_size, "nll", progress, measure))
     if ranks.first:
-        _write_table(out, table)
+        _write_table(out, table, denoiser.values.bin)
     ranks.any(False)  # the other processes wait until the table is written
     n, per_image = len(indices), table["prior"] + table["terms"].sum(1)
     by_variance = {name: float((table["prior"] + table[name]).mean()) for name in variants}
@@ -135,7 +135,7 @@ def _bound_of_batch(
     return {name: value.cpu() for name, value in table.items()}
 
 
-def _write_table(out: Path, table: dict[str, Tensor]) -> None:
+def _write_table(out: Path, table: dict[str, Tensor], bin: float) -> None:
     """Write nll.csv, one row per level t from T down, and its plot nll.png. The columns are means over the images.
 
     The rate is what x_t costs, L_T + ... + L_t. The term of level t, L_{t-1}, is what x_{t-1} costs in addition. The
@@ -143,7 +143,7 @@ def _write_table(out: Path, table: dict[str, Tensor]) -> None:
     """
     terms, mse = table["terms"].mean(0), table["mse"].mean(0)
     rates = table["prior"].mean() + terms.flip(0).cumsum(0).flip(0) - terms
-    rmse = mse.sqrt() / pixels.BIN
+    rmse = mse.sqrt() / bin
     rows = ([t, *(f"{float(column[t - 1]):.8g}" for column in (rates, terms, rmse))] for t in range(len(terms), 0, -1))
     atomic.write_csv(out / "nll.csv", ["t", "rate_bits_per_dim", "term_bits_per_dim", "rmse_grey_levels"], rows)
     levels = list(range(1, len(terms) + 1))

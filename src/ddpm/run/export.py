@@ -18,7 +18,7 @@ from urllib.parse import quote
 import torch
 
 from ddpm.errors import InputError, parse_json
-from ddpm.files import atomic, images
+from ddpm.files import arrays, atomic, images
 from ddpm.files.images import check_folder
 from ddpm.files.models import Checkpoint, calibration_file, read_calibration
 from ddpm.files.opening import open_checkpoint
@@ -111,7 +111,7 @@ def illustrate(
     y = cycled_labels(range(classes), range(n))
     samples = generate(denoiser, preset.shape, range(n), device=device, progress=progress, y=y)
     grid = exported.path.with_suffix(".png")
-    images.save_many(grid, images.channels_last(samples), [], columns=grid_columns(classes))
+    images.save_many(grid, arrays.sheet(samples, denoiser.values, preset.show), [], columns=grid_columns(classes))
     atomic.write(exported.path.with_suffix(".md"), card(checkpoint, exported, license))
 
 

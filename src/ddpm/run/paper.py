@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ddpm import editing, likelihood, metrics, pixels, samplers
 from ddpm.errors import InputError, Stopped
-from ddpm.files import atomic, checkpoints, data, features, images, models, plots
+from ddpm.files import arrays, atomic, checkpoints, data, features, images, models, plots
+from ddpm.files.images import Pixels
 from ddpm.gaussian import bits_per_dim
 from ddpm.noise import mix, per_image
 from ddpm.presets import Preset, to_json
@@ -110,6 +111,14 @@ class Setup:
     def T(self) -> int:
         """The number of noise levels of the model."""
         return self.checkpoint.denoiser.schedule.T
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """The signal in [-1, 1] as pixels of the model on the CPU."""
+        return pixels.to_pixels(x, self.checkpoint.denoiser.values).cpu()
+
+    def sheet(self, pixels: Tensor) -> Pixels:
+        """Pixels [N, C, H, W] of the model as 8-bit pictures."""
+        return arrays.sheet(pixels, self.checkpoint.denoiser.values, self.checkpoint.preset.show)
 
     def held_out(self, count: int) -> Tensor:
         """The first `count` images of the held-out split as x_0, [count, C, H, W].
@@ -281,7 +290,7 @@ def fig7(setup: Setup) -> None:
         )
         rows.append(torch.cat([latents[t], last.x]))
     about = setup.about(levels=levels, **setup.about_sampler())
-    _write_picture(setup, "fig7", _uint8(torch.stack(rows)), about)
+    _write_picture(setup, "fig7", setup.pixels(torch.stack(rows)), about)
 
 
 def fig8(setup: Setup) -> None:
@@ -291,7 +300,7 @@ def fig8(setup: Setup) -> None:
     x0 = setup.held_out(2 * n)
     rows = [_interpolated(setup, x0[2 * i], x0[2 * i + 1], weights, setup.T // 2, i) for i in range(n)]
     about = setup.about(setup.split, t=setup.T // 2, mixed=weights.tolist(), **setup.about_sampler())
-    _write_picture(setup, "fig8", _uint8(torch.stack(rows)), about)
+    _write_picture(setup, "fig8", setup.pixels(torch.stack(rows)), about)
 
 
 def fig9(setup: Setup) -> None:
@@ -301,7 +310,7 @@ def fig9(setup: Setup) -> None:
     levels = [setup.T * k // 8 for k in range(8, -1, -1)]
     rows = [_interpolated(setup, a, b, weights, t, 0) for t in levels]
     about = setup.about(setup.split, levels=levels, mixed=weights.tolist(), **setup.about_sampler())
-    _write_picture(setup, "fig9", _uint8(torch.stack(rows)), about)
+    _write_picture(setup, "fig9", setup.pixels(torch.stack(rows)), about)
 
 
 def _interpolated(setup: Setup, a: Tensor, b: Tensor, weights: Tensor, t: int, pair: int) -> Tensor:
@@ -331,12 +340,12 @@ def fig10(setup: Setup) -> None:
         if received.t in levels:
             columns.append(received.x0)
             bits = bits_per_dim(received.nats, x0[0].numel())
-            rmse = (received.x0 - x0).square().flatten(1).mean(1).sqrt() / pixels.BIN
+            rmse = (received.x0 - x0).square().flatten(1).mean(1).sqrt() / setup.checkpoint.denoiser.values.bin
             rows += [(i, received.t, float(bits[i]), float(rmse[i])) for i in range(n)]
     rows.sort(key=lambda row: (row[0], -row[1]))
     about = setup.about(setup.split, levels=levels)
     _write_table(setup, "fig10", ["image", "t", "sent_bits_per_dim", "rmse_grey_levels"], rows, about)
-    _write_picture(setup, "fig10", _uint8(torch.stack(columns, dim=1)), about)
+    _write_picture(setup, "fig10", setup.pixels(torch.stack(columns, dim=1)), about)
 
 
 # -- nearest neighbours ------------------------------------------------------------------------------------------------
@@ -503,9 +512,9 @@ def _rate_distortion(setup: Setup) -> dict[int, tuple[float, float]]:
 
 
 def _samples(setup: Setup, count: int) -> Tensor:
-    """The saved samples, or `count` new ones, uint8 [N, C, H, W]. Only the first process gets new ones."""
+    """The saved samples, or `count` new ones, pixels [N, C, H, W]. Only the first process gets new ones."""
     if setup.samples is not None:
-        return quality.read_samples(setup.samples, setup.checkpoint.preset.shape)
+        return quality.read_samples(setup.samples, setup.checkpoint.preset)
     return quality.samples(
         setup.checkpoint, setup.cache, setup.ranks, count, setup.seed, setup.sampler, setup.steps, setup.batch_size,
         progress=setup.progress,
@@ -519,7 +528,7 @@ def _quality(setup: Setup, names: Sequence[str]) -> dict[str, Any]:
     if not setup.ranks.first:
         return {}
     if setup.samples is None:
-        images.save(setup.out / "samples.png", images.grid(images.channels_last(samples[:64])))
+        images.save(setup.out / "samples.png", images.grid(setup.sheet(samples[:64])))
     return quality.quality(
         names, samples, training, network, setup.cache, setup.seed, setup.ranks.device, setup.progress
     )
@@ -549,14 +558,9 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]])
 
 
 def _write_picture(setup: Setup, name: str, tiles: Tensor, about: dict[str, Any]) -> None:
-    """Write NAME.png, a grid of tiles uint8 [rows, columns, C, H, W], and NAME.json unless `about` is empty."""
+    """Write NAME.png, a grid of tiles [rows, columns, C, H, W], and NAME.json unless `about` is empty."""
     if setup.ranks.first:
-        flat = images.channels_last(tiles.flatten(0, 1))
+        flat = setup.sheet(tiles.flatten(0, 1))
         images.save(setup.out / f"{name}.png", images.grid(flat, columns=tiles.shape[1]))
         if about:
             atomic.write_json(setup.out / f"{name}.json", about)
-
-
-def _uint8(x: Tensor) -> Tensor:
-    """The signal in [-1, 1] as pixels on the CPU."""
-    return pixels.to_pixels(x).cpu()

@@ -42,7 +42,7 @@ def as_signal(images: data.Images, indices: Sequence[int]) -> Tensor:
 
     Raises InputError if one of them has more than 8 bits per channel.
     """
-    x0 = pixels.to_signal(images.batch(indices))
+    x0 = pixels.to_signal(images.batch(indices), images.values)
     if pictures.DEEP in images.notes:
         first, _ = images.notes[pictures.DEEP]
         raise InputError(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ddpm.denoiser import Denoiser
-from ddpm.files import images
+from ddpm.files import arrays, images
 from ddpm.presets import Preset
 from ddpm.run.processes import Processes
 from ddpm.run.sample import cycled_labels, generate
@@ -35,7 +35,7 @@ def draw(
     samples = generate(denoiser, preset.shape, mine, "ddim", calls, device=ranks.device, stop=stop, y=classes)
     samples = ranks.interleave(samples, count)
     if not ranks.any(stop()) and ranks.first:
-        images.save(grid_file(out, step), images.grid(images.channels_last(samples)))
+        images.save(grid_file(out, step), images.grid(arrays.sheet(samples, denoiser.values, preset.show)))
 
 
 def affordable(preset: Preset, seconds: float, image_call: float) -> tuple[int, int]:

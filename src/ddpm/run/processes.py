@@ -49,6 +49,8 @@ class Processes:
         """
         if self.world == 1:
             return x
+        if x.dtype == torch.uint16:  # which gloo does not know
+            return self.interleave(x.contiguous().view(torch.uint8), count).view(torch.uint16)
         longest = -(-count // self.world)
         padded = torch.zeros(longest, *x.shape[1:], dtype=x.dtype)
         padded[: len(x)] = x

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ddpm import metrics
 from ddpm.errors import InputError
-from ddpm.files import data, features, models
+from ddpm.files import arrays, data, features, models
 from ddpm.files import images as pictures
 from ddpm.guidance import Guided
+from ddpm.presets import Preset
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.parts import compute_parts, model_key, parts_folder, read_parts
 from ddpm.run.processes import Processes
@@ -35,7 +36,7 @@ def samples(
     progress: bool = True,
     classes: Sequence[int] = (),
 ) -> Tensor:
-    """The model's images of seeds `seed` to `seed` + count - 1, uint8 [count, C, H, W].
+    """The model's images of seeds `seed` to `seed` + count - 1, pixels [count, C, H, W].
 
     `classes` holds labels, and the images cycle over them; if it is empty, the model is sampled without a class. The
     work is split over processes. Only the first process gets the images, and the others get none, [0, C, H, W].
@@ -57,7 +58,7 @@ def samples(
 
     files = compute_parts(folder, count, ranks, batch_size, "samples", progress, make)
     if not ranks.first:
-        return torch.empty(0, *shape, dtype=torch.uint8)
+        return torch.empty(0, *shape, dtype=denoiser.values.torch)
     return read_parts(files)["images"]
 
 
@@ -153,7 +154,7 @@ METRICS = {
 def check_network(network: features.Network, pixels: Tensor) -> None:
     """Raise InputError if the network gives no class probabilities, which the Inception score needs.
 
-    `pixels` is one image, uint8 [1, C, H, W]. So a mistake shows at once, and not after hours of sampling.
+    `pixels` is one image, [1, C, H, W]. So a mistake shows at once, and not after hours of sampling.
     """
     probabilities = network(pixels)[1]
     if probabilities is None:
@@ -354,7 +355,7 @@ def _side(path: Path, rows: bool) -> _Pictures | None:
         if len(arrays) > 1:
             raise InputError(f"{path}: has images in {', '.join(arrays)}; want them in one array")
         for array in arrays.values():
-            return _Pictures(data.Arrays(str(path), array[..., 0] if array.shape[3:] == (1,) else array))
+            return _Pictures(data.Arrays(str(path), array))
         return None
     if path.is_dir():
         files = sorted(filter(data.is_image, data.walk(path)), key=data.natural)
@@ -393,24 +394,39 @@ def _check_counts(names: Sequence[str], samples: int | None, images: int | None)
             raise InputError(f"{count} {kind}: want at least {least} for {', '.join(names)}")
 
 
-def read_samples(path: Path, shape: Sequence[int]) -> Tensor:
-    """Saved samples, uint8 [N, C, H, W], from an .npz that `ddpm sample` wrote or from a folder of image files.
+def read_samples(path: Path, preset: Preset) -> Tensor:
+    """Saved samples, pixels [N, C, H, W], from an .npz or .npy that `ddpm sample` wrote or from a folder of files.
 
-    `shape` is the model's [C, H, W]. An image of another shape is an error, because a resized image would get another
-    score. Raises InputError for it, and if there are no images.
+    An image of another shape than the model's is an error, because a resized image would get another score. Raises
+    InputError for it, and if there are no images.
     """
+    shape, form = preset.shape, data.form_of(preset)
     size = f"{shape[1]}x{shape[2]}"
-    if path.suffix.lower() != ".npz":
+    if path.suffix.lower() not in (".npz", ".npy"):
         if not path.is_dir():
-            raise InputError(f"{path}: want an .npz file of `ddpm sample`, or a folder of images")
-        return _read_folder(path, shape, size)
-    array = next(iter(features.read_arrays(path).values()))
+            raise InputError(f"{path}: want an .npz or .npy file of `ddpm sample`, or a folder of images")
+        return _read_folder(path, shape, size) if form.is_picture else _read_arrays(path, form, size)
+    npz = path.suffix.lower() == ".npz"
+    array = next(iter(features.read_arrays(path).values())) if npz else np.array(arrays.read_npy(path))
     wanted = (shape[1], shape[2], shape[0])
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != wanted or not len(array):
-        raise InputError(
-            f"{path}: holds {array.dtype} {list(array.shape)}; want uint8 [N, {', '.join(map(str, wanted))}]"
-        )
+    if array.dtype != np.dtype(form.values.dtype) or array.ndim != 4 or array.shape[1:] != wanted or not len(array):
+        shown = f"{form.values.dtype} [N, {', '.join(map(str, wanted))}]"
+        raise InputError(f"{path}: holds {array.dtype} {list(array.shape)}; want {shown}")
     return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+
+def _read_arrays(path: Path, form: data.Form, size: str) -> Tensor:
+    """The files of a folder in natural order of their names, pixels [N, C, H, W] of a model that makes no pictures."""
+    found = []
+    for name in sorted(filter(data.holds_image, data.walk(path)), key=data.natural):
+        array = arrays.read(path / name, str(path / name), form.pages)
+        if array.shape[:2] != form.size:
+            have = "x".join(map(str, array.shape[:2]))
+            raise InputError(f"{path / name}: {have}; want samples of the model's size, {size}")
+        found.append(form.array(array, str(path / name), {}))
+    if not found:
+        raise InputError(f"{path}: no images in this folder; want samples of {size}")
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
 
 
 def _read_folder(path: Path, shape: Sequence[int], size: str) -> Tensor:

@@ -58,7 +58,8 @@ def sampler_levels(
         raise InputError(f"spacing bound: {checkpoint.path} is not calibrated; {calibration_remedy(checkpoint)}")
     top = levels[-1] + 1
     mse, _ = calibration
-    return spacing.optimised(spacing.bound_cost(checkpoint.denoiser.schedule, mse)[:top, :top], len(levels))
+    cost = spacing.bound_cost(checkpoint.denoiser.schedule, mse, checkpoint.denoiser.values.bin)
+    return spacing.optimised(cost[:top, :top], len(levels))
 
 
 def describe_sampling(denoiser: Denoiser, sampler: str, levels: Sequence[int], spaced: str | None) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def generate(
     stop: Callable[[], bool] = lambda: False,
     y: Tensor | None = None,
 ) -> Tensor:
-    """The images of these seeds, uint8 [len(seeds), C, H, W] on the CPU; each depends only on its own seed.
+    """The images of these seeds, pixels [len(seeds), C, H, W] on the CPU; each depends only on its own seed.
 
     shape, sampler, steps and y are as in `trajectory`. If `stop` becomes true, the function returns early, and the
     images that are not finished are all zeros.
@@ -133,7 +134,7 @@ def generate(
     >>> generate(grey, (1, 4, 4), seeds=range(3)).shape
     torch.Size([3, 1, 4, 4])
     """
-    images = torch.zeros(len(seeds), *shape, dtype=torch.uint8)
+    images = torch.zeros(len(seeds), *shape, dtype=denoiser.values.torch)
     denoiser = use_cuda_graphs(denoiser, device)
     sampler = named(sampler) if isinstance(sampler, str) else sampler
     total = len(seeds) * len(sampler.levels(denoiser, steps))
@@ -146,7 +147,7 @@ def generate(
                 if stop():
                     return images
                 if step.t == 0:
-                    images[part] = pixels.to_pixels(step.x).cpu()
+                    images[part] = pixels.to_pixels(step.x, denoiser.values).cpu()
     return images
 
 
@@ -167,7 +168,7 @@ def progressive(
 
     noisy  show x_t instead, clipped to what pixels can show
 
-    Returns uint8 [len(seeds), columns, C, H, W] on the CPU, with fewer columns if there are fewer steps. The other
+    Returns pixels [len(seeds), columns, C, H, W] on the CPU, with fewer columns if there are fewer steps. The other
     arguments are as in `generate`.
 
     >>> from ddpm import schedule
@@ -185,7 +186,8 @@ def progressive(
     bar = tqdm(path, total=n, unit="step", desc="sampling", disable=None if progress else True, leave=False)
     for i, step in enumerate(bar):
         if i in shown:
-            strip.append(pixels.to_pixels(step.x if noisy or step.t == 0 else step.x0).cpu())
+            shown_now = step.x if noisy or step.t == 0 else step.x0
+            strip.append(pixels.to_pixels(shown_now, denoiser.values).cpu())
     return torch.stack(strip, dim=1)
 
 
@@ -285,7 +287,7 @@ class Sampling:
     batch_size: int = 64
 
     def maker(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-        """A function from places 0, 1, ... of the series to its images, uint8 on the CPU, and how they are made.
+        """A function from places 0, 1, ... of the series to its images on the CPU, and how they are made.
 
         The function takes `strips`, `progress`, `columns` and `noisy`, as `sample` does. How the images are made is
         plain JSON values. Raises InputError for a sampler, steps, a spacing or conditions that this model does not
@@ -330,11 +332,12 @@ def sample(
 ) -> tuple[Tensor, dict[str, Any]]:
     """`n` images of the seeds seed, seed + 1, and so on, and how they were made as plain JSON values.
 
-    The images are uint8 [n, C, H, W], or with `strips` the estimates on the way, uint8 [n, columns, C, H, W], or x_t if
-    `noisy`. Every process makes its share, and every process gets all of them. Raises InputError as `Sampling.maker`
-    does, and if the images do not fit in this machine's memory.
+    The images are [n, C, H, W], or with `strips` the estimates on the way, [n, columns, C, H, W], or x_t if `noisy`.
+    Every process makes its share, and every process gets all of them. Raises InputError as `Sampling.maker` does, and
+    if the images do not fit in this machine's memory.
     """
-    size = n * math.prod(checkpoint.preset.shape) * (columns if strips else 1)
+    pixel = checkpoint.denoiser.values.torch.itemsize
+    size = n * math.prod(checkpoint.preset.shape) * pixel * (columns if strips else 1)
     if (memory := _memory()) is not None and size > memory:
         raise InputError(
             f"n {n}: {size / 2**30:,.0f} GiB of images do not fit in this machine's memory; want fewer, or a folder, "
@@ -357,7 +360,9 @@ def sample_to_folder(
     checkpoint: Checkpoint, n: int, ranks: Processes, folder: Path, sampling: Sampling = Sampling(),
     progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the images of `sample` to folder/SEED.png as they are made, in bounded memory; returns how they are made.
+    """Write the images of `sample` to folder/SEED.png, or .npy for what PNG cannot hold, in bounded memory.
+
+    Returns how they are made.
 
     If the folder holds images of the same sampling already, only what is missing is made. Raises InputError as
     `Sampling.maker` does, and if the folder holds anything else.
@@ -368,15 +373,15 @@ def sample_to_folder(
         if record.exists():
             _check_record(record, about, n)
         atomic.write_json(record, {"count": n, **about})
-    mine = ranks.mine(n)
+    mine, ending = ranks.mine(n), pictures.suffix(checkpoint.denoiser.values.dtype, checkpoint.preset.channels)
     with tqdm(total=len(mine), unit="image", desc="sampling", disable=None if progress else True, leave=False) as bar:
         for start in range(0, len(mine), sampling.batch_size):
             places = mine[start : start + sampling.batch_size]
-            files = {i: folder / f"{sampling.seed + i:06d}.png" for i in places}
+            files = {i: folder / f"{sampling.seed + i:06d}{ending}" for i in places}
             missing = [i for i, file in files.items() if not file.is_file()]
             made = make(missing) if missing else ()
             for i, image in zip(missing, made, strict=True):
-                pictures.save(files[i], pictures.channels_last(image[None])[0])
+                pictures.save_image(files[i].with_suffix(""), pictures.channels_last(image[None])[0])
             bar.update(len(places))
     ranks.any(False)  # wait for the images of the other processes
     return {"count": n, **about}

@@ -72,11 +72,11 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
         train_set, held_out_set = data.load_pair(
-            preset.data, preset.size, preset.channels,
-            image_column=preset.image_column or None, label_column=preset.label_column or None,
-            skip_bad=preset.skip_bad, allow_paths=preset.allow_paths, progress=ranks.first,
-        )  # fmt: skip
+            preset.data, preset.size, preset.channels, progress=ranks.first, **data.settings_of(preset)
+        )
         preset = _with_class_names(preset, out, train_set)
+        if preset.pixel_type == "float32":
+            preset = replace(preset, value_range=(train_set.values.low, train_set.values.high))
         if ranks.first:
             _lock(out, stack)  # only now, so that a mistake in settings or data leaves no folder behind
 
@@ -299,7 +299,7 @@ def _update(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Algorithm 1: draw t and eps of the whole batch, and leave the gradient of this process's parts.
 
-    batch is this process's images, uint8 [b, C, H, W]. Returns the loss of the last part, and the norm of the gradient
+    batch is this process's images, [b, C, H, W]. Returns the loss of the last part, and the norm of the gradient
     before clipping. The noise is drawn on the device. A CPU generator takes 32 bits of the seed, so a few of a million
     steps share their noise; they have other images and levels, so this does no harm.
     """
@@ -315,11 +315,11 @@ def _update(
     objective, network = losses.LOSSES[preset.loss], training.network
     for part in parts:
         x0 = batch[part.start - parts[0].start : part.stop - parts[0].start]
+        x0 = pixels.to_signal(x0, training.values)
         if preset.flip:
             x0 = torch.where(flips[part][:, None, None, None], x0.flip(-1), x0)
         if turns is not None:
             x0 = augment.apply(x0, turns[:, part])
-        x0 = pixels.to_signal(x0)
         torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
         last = part is parts[-1]
         with nullcontext() if last or ranks.world == 1 else network.no_sync():  # type: ignore[attr-defined]
@@ -481,7 +481,7 @@ def held_out_by_level(
             break
         rows = list(mine[start : start + 64])
         places = [i % len(held_out) for i in rows]
-        x0 = pixels.to_signal(held_out.batch(places)).to(ranks.device)
+        x0 = pixels.to_signal(held_out.batch(places), denoiser.values).to(ranks.device)
         eps = noise.normal([noise.mix(HELD_OUT_SEED, i) for i in rows], x0.shape[1:]).to(ranks.device)
         y = None if held_out.labels is None or not labelled else held_out.labels[places].to(ranks.device)
         loss = losses.simple(denoiser, x0, t[rows].to(ranks.device), eps, y).cpu().double()
@@ -542,6 +542,8 @@ def _check_settings(preset: Preset, out: Path, ranks: Processes, minutes: float 
     if (old := checkpoints.settings(out)) is not None:
         if preset.precision == "auto":
             preset = replace(preset, precision=old.precision)
+        if preset.pixel_type == old.pixel_type and not preset.value_range:
+            preset = replace(preset, value_range=old.value_range)
         preset = replace(preset, class_names=old.class_names, steps=preset.steps if minutes is None else old.steps)
         for f in fields(Preset):
             was, now = getattr(old, f.name), getattr(preset, f.name)

@@ -6,9 +6,9 @@ one of a folder. `layout` finds splits and classes in the names of files.
 """
 
 from ddpm.files.data.batches import STOP_SIGNALS, batches, order, send
-from ddpm.files.data.decoding import decoded
-from ddpm.files.data.listing import EncodedImages, is_hidden, is_image, natural, walk
-from ddpm.files.data.loading import Images, describe, load, load_pair, split_holdout
+from ddpm.files.data.decoding import Form, decoded
+from ddpm.files.data.listing import EncodedImages, holds_image, is_hidden, is_image, natural, walk
+from ddpm.files.data.loading import Images, describe, form_of, load, load_pair, settings_of, split_holdout, take
 from ddpm.files.data.sources import Arrays, Folder, Zip
 
 __all__ = [
@@ -16,11 +16,14 @@ __all__ = [
     "Arrays",
     "EncodedImages",
     "Folder",
+    "Form",
     "Images",
     "Zip",
     "batches",
     "decoded",
     "describe",
+    "form_of",
+    "holds_image",
     "is_hidden",
     "is_image",
     "load",
@@ -28,6 +31,8 @@ __all__ = [
     "natural",
     "order",
     "send",
+    "settings_of",
     "split_holdout",
+    "take",
     "walk",
 ]

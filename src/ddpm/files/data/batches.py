@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ddpm.errors import InputError, Stopped
 from ddpm.files import images as pictures
-from ddpm.files.data.loading import Images
+from ddpm.files.data.loading import Images, take
 from ddpm.noise import generator
 
 _ORDER = 0x0DE5
@@ -117,7 +117,7 @@ def batches(
     workers: int = 2,
     device: torch.device | str = "cpu",
 ) -> Generator[Tensor, None, None]:
-    """Yield the images of each step in start..stop-1, as `order` lists them: uint8 [b, C, H, W] on `device`.
+    """Yield the images of each step in start..stop-1, as `order` lists them: [b, C, H, W] on `device`.
 
     part     the slice of each batch that this process takes; None: all of it
     workers  processes that decode ahead, if the images are not in memory (0: none); closing the iterator ends them
@@ -135,7 +135,7 @@ def batches(
         pixels = images.pixels.to(device) if _fits(images.pixels, device) else images.pixels
         for step in range(start, stop):
             rows = images.rows[order(len(images), seed, step, batch_size)[part]]
-            yield send(pixels[send(rows, pixels.device)], device)
+            yield send(take(pixels, send(rows, pixels.device)), device)
         return
     if workers == 0:
         for step in range(start, stop):

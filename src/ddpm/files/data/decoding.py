@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,38 +12,83 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ddpm.catalog import Fit
 from ddpm.errors import InputError
+from ddpm.files import arrays
 from ddpm.files import images as pictures
 from ddpm.files.data.listing import SKIP_HINT, Encoded, EncodedImages
+from ddpm.pixels import EIGHT_BIT, Values
+
+
+@dataclass(frozen=True)
+class Form:
+    """What images become.
+
+    size      (H, W)
+    channels  of an image
+    values    what its numbers are
+    fit       how it gets its size: crop, pad or stretch, as `images.fit` describes
+    clip      whether numbers outside the range are clipped; otherwise they are errors
+    pages     what is taken of a TIFF file with several pages, as `arrays.read` describes
+    """
+
+    size: tuple[int, int]
+    channels: int
+    values: Values = EIGHT_BIT
+    fit: Fit = "crop"
+    clip: bool = False
+    pages: str = "first"
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether images are 8-bit grey, RGB or RGBA. Then colour is converted; otherwise numbers stay as they are."""
+        return self.values == EIGHT_BIT and self.channels in pictures.MODES and self.pages == "first"
+
+    def zeros(self, count: int) -> NDArray[Any]:
+        """`count` images of pixels 0, [count, C, H, W]."""
+        return np.zeros((count, self.channels, *self.size), self.values.dtype)
+
+    def array(self, encoded: Encoded | InputError, name: str, notes: pictures.Notes) -> NDArray[Any]:
+        """One image [H, W, C] that is no picture. Raises InputError if it cannot be used; `name` is for errors."""
+        if isinstance(encoded, InputError):
+            raise encoded
+        array = arrays.read(encoded, name, self.pages)
+        if array.dtype == np.uint8 and self.values.dtype == "uint16" and not isinstance(encoded, np.ndarray):
+            raise InputError(f"{name}: 8 bits a channel; want 16, as pixel_type uint16 says")
+        array = arrays.to_values(array, self.values, name, self.clip, notes)
+        return arrays.fit(array, self.size, self.channels, self.fit, name, notes)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Decodes images to `size` = (H, W) and `channels`.
+    """Decodes images to one `form`.
 
-    usual  native channels of most images. An image of another kind is bad if converting it loses something
+    usual  native channels of most pictures. A picture of another kind is bad if converting it loses something
     """
 
     encoded: EncodedImages
-    size: tuple[int, int]
-    channels: int
-    usual: int
+    form: Form
+    usual: int = 0
 
-    def decode(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], dict[int, str], pictures.Notes]:
-        """Images uint8 [B, C, H, W]; position -> error, for bad images, which are 0; and notes of conversions."""
-        pixels = np.zeros((len(indices), self.channels, *self.size), np.uint8)
+    def decode(self, indices: Sequence[int]) -> tuple[NDArray[Any], dict[int, str], pictures.Notes]:
+        """Images [B, C, H, W]; position -> error, for bad images, which are 0; and notes of conversions."""
+        form, pixels = self.form, self.form.zeros(len(indices))
         faults, notes = dict[int, str](), pictures.Notes()
         for k, (i, encoded) in enumerate(zip(indices, self.encoded.fetch(indices), strict=True)):
             name = self.encoded.name(i)
             try:
+                if not form.is_picture:
+                    pixels[k] = form.array(encoded, name, notes).transpose(2, 0, 1)
+                    continue
                 image = decoded(encoded, name)
-                if (have := pictures.native(image)) != self.usual and not pictures.keeps(image, self.channels):
+                if (have := pictures.native(image)) != self.usual and not pictures.keeps(image, form.channels):
                     raise InputError(
                         f"{name}: {_kind(have)}, but most images are {_kind(self.usual)}, and as "
-                        f"{_kind(self.channels)} it would lose something; want it converted beforehand, or skip_bad, "
+                        f"{_kind(form.channels)} it would lose something; want it converted beforehand, or skip_bad, "
                         "which leaves such images out"
                     )
-                pixels[k] = pictures.fit(image, self.size, self.channels, name, notes).transpose(2, 0, 1)
+                fitted = pictures.fit(image, form.size, form.channels, name, notes, form.fit)
+                pixels[k] = fitted.transpose(2, 0, 1)
             except InputError as fault:
                 faults[k] = str(fault)
         return pixels, faults, notes
@@ -51,7 +98,22 @@ def decoded(encoded: Encoded | InputError, name: str) -> Image.Image:
     """The decoded image. Raises InputError if it cannot be read; `name` is for errors."""
     if isinstance(encoded, InputError):
         raise encoded
+    if isinstance(encoded, Path) and encoded.suffix.lower() == ".npy":
+        encoded = arrays.read(encoded, name)
+    if isinstance(encoded, np.ndarray):
+        return _picture(encoded, name)
     return encoded if isinstance(encoded, Image.Image) else pictures.read(encoded, name)
+
+
+def _picture(array: NDArray[Any], name: str) -> Image.Image:
+    """An array [H, W] or [H, W, C] as a picture."""
+    array = arrays.read(array, name)
+    if array.dtype != np.uint8:
+        wanted = "float32" if array.dtype.kind == "f" else "uint16"
+        raise InputError(f"{name}: {array.dtype} numbers; want pixel_type {wanted}, or uint8 numbers")
+    if array.shape[2] not in pictures.MODES:
+        raise InputError(f"{name}: [H, W, C] is {list(array.shape)}; want channels {array.shape[2]}, or C of 1, 3 or 4")
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array))
 
 
 def _kind(channels: int) -> str:
@@ -67,13 +129,13 @@ def merge_notes(notes: pictures.Notes, more: pictures.Notes) -> None:
 def decode_all(
     decoder: Decoder, n: int, threads: int, skip_bad: bool, progress: bool
 ) -> tuple[Tensor, dict[int, str], pictures.Notes]:
-    """Images 0..n-1 by several threads: uint8 [n, C, H, W]; index -> error, for bad images; notes of conversions.
+    """Images 0..n-1 by several threads: [n, C, H, W]; index -> error, for bad images; notes of conversions.
 
     Raises InputError for the first bad image, unless `skip_bad`.
     """
     from tqdm import tqdm
 
-    pixels = np.empty((n, decoder.channels, *decoder.size), np.uint8)
+    pixels = decoder.form.zeros(n)
     faults, notes = dict[int, str](), pictures.Notes()
     bar = tqdm(total=n, desc="decoding", unit="image", disable=None if progress else True)
     chunks = [range(start, min(start + 256, n)) for start in range(0, n, 256)]

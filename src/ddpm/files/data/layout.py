@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError, parse_json
-from ddpm.files.data.listing import LABELS, Options, is_hidden, is_image, natural, number_values
+from ddpm.files.data.listing import LABELS, Options, holds_image, is_hidden, is_image, natural, number_values
 from ddpm.files.images import one_line
 
 # -- the names of splits -----------------------------------------------------------------------------------------------
@@ -216,6 +216,7 @@ def arrange(
     """
     files = {name: parts for name in dict.fromkeys(names) if (parts := _parts(name)) and not is_hidden("/".join(parts))}
     images = [name for name, parts in files.items() if is_image(parts[-1])]
+    images = images or [name for name, parts in files.items() if holds_image(parts[-1])]  # .npy beside pictures is none
     images = _one_of_each_sample(source, images, files, options.image_column)
     if not images:
         raise InputError(f"{source}: no images")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,8 @@ _COMPANIONS = frozenset(
     ".sha256 .toml .tsv .txt .url .xml .yaml .yml".split()
 )
 """Suffixes of files that often lie beside images. Leaving them out needs no warning."""
-Encoded: TypeAlias = bytes | Path | Image.Image
-"""One image: the bytes of a file, the path of a file, or an image that needs no decoding."""
+Encoded: TypeAlias = bytes | Path | Image.Image | NDArray[Any]
+"""One image: the bytes of a file, the path of a file, or a picture or an array that needs no decoding."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,11 @@ def number_values(values: Iterable[str | int]) -> tuple[dict[str | int, int], tu
 
 def is_image(file: str) -> bool:
     return PurePosixPath(file).suffix.lower() in pictures.SUFFIXES
+
+
+def holds_image(file: str) -> bool:
+    """Whether a file is an image: a picture, or an array in an .npy file."""
+    return is_image(file) or file.lower().endswith(".npy")
 
 
 def is_hidden(file: str) -> bool:

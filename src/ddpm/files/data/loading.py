@@ -2,24 +2,31 @@
 
 import functools
 import hashlib
+import math
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddpm.catalog import Fit
 from ddpm.errors import InputError
+from ddpm.files import arrays
 from ddpm.files import images as pictures
-from ddpm.files.data.decoding import Decoder, decode_all, decoded, merge_notes
+from ddpm.files.data.decoding import Decoder, Form, decode_all, decoded, merge_notes
 from ddpm.files.data.layout import find_split
 from ddpm.files.data.listing import SKIP_HINT, Contents, EncodedImages, Options, counted, unexpected
 from ddpm.files.data.sources import open_source
 from ddpm.noise import generator
+from ddpm.pixels import EIGHT_BIT, Values
+from ddpm.pixels import values as values_of
+from ddpm.presets import Preset
 
 _HOLDOUT = 0x401D
 """Key of the permutation that chooses the held-out images."""
@@ -31,12 +38,10 @@ class Images:
 
     name         the SOURCE
     split        the name of the split in the source
-    size         (H, W)
-    channels     1 grey, 3 RGB, 4 RGBA
     labels       int64 [N] in 0..K-1, or None
     class_names  K names, or None
     rows         int64 [N], the place of each image in `pixels`, or in the source if `pixels` is None
-    pixels       all images in memory, uint8 [>= N, C, H, W], or None
+    pixels       all images in memory, [>= N, C, H, W], or None
     origin       int64, the place in the source of each image of `pixels`, or None if that is its own place
     faults       the bad images so far: index in the source -> error
     notes        the conversions so far
@@ -46,8 +51,6 @@ class Images:
 
     name: str
     split: str
-    size: tuple[int, int]
-    channels: int
     labels: Tensor | None
     class_names: tuple[str, ...] | None
     decoder: Decoder = field(repr=False)
@@ -65,7 +68,23 @@ class Images:
 
     def __str__(self) -> str:
         height, width = self.size
-        return f"{self.name} ({self.split}): {len(self):,} images {height}x{width}x{self.channels}"
+        kind = "" if self.values == EIGHT_BIT else f" of {self.values}"
+        return f"{self.name} ({self.split}): {len(self):,} images {height}x{width}x{self.channels}{kind}"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.decoder.form.size
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for RGB, 4 for RGBA, or another number."""
+        return self.decoder.form.channels
+
+    @property
+    def values(self) -> Values:
+        """What the numbers of the images are."""
+        return self.decoder.form.values
 
     @property
     def decoded(self) -> bool:
@@ -90,10 +109,11 @@ class Images:
     def fingerprint(self) -> str:
         """Which images these are, 64 hex digits: a hash of the pixels in memory, or else of file names and sizes."""
         height, width = self.size
-        digest = hashlib.sha256(f"{len(self)} {height} {width} {self.channels}\n".encode())
+        kind = "" if self.values == EIGHT_BIT else f" {self.values}"
+        digest = hashlib.sha256(f"{len(self)} {height} {width} {self.channels}{kind}\n".encode())
         if self.pixels is not None:
             for start in range(0, len(self), 4096):
-                digest.update(self.pixels[self.rows[start : start + 4096]].numpy().data)
+                digest.update(take(self.pixels, self.rows[start : start + 4096]).numpy().data)
         else:
             for part in self.decoder.encoded.identity():
                 digest.update(part)
@@ -101,7 +121,7 @@ class Images:
         return digest.hexdigest()
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """The images at these indices, uint8 [B, C, H, W].
+        """The images at these indices, [B, C, H, W] of the dtype of `values`.
 
         With skip_bad, the next good image, of the same label if there are labels, takes the place of a bad one.
         Otherwise a bad image raises an InputError that names the file.
@@ -111,7 +131,7 @@ class Images:
         """
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if self.pixels is not None:
-            return self.pixels[self.rows[indices]]
+            return take(self.pixels, self.rows[indices])
         pixels, faults, notes = self.decode(indices)
         self.report(faults, notes)
         return pixels
@@ -127,8 +147,8 @@ class Images:
             pixels[k] = self._next_good(int(indices[k]) % len(self), faults, notes)
         return torch.from_numpy(pixels), faults, notes
 
-    def _next_good(self, index: int, faults: dict[int, str], notes: pictures.Notes) -> NDArray[np.uint8]:
-        """The image uint8 [C, H, W] that takes the place of a bad one. Faults and notes are added to the arguments."""
+    def _next_good(self, index: int, faults: dict[int, str], notes: pictures.Notes) -> NDArray[Any]:
+        """The image [C, H, W] that takes the place of a bad one. Faults and notes are added to the arguments."""
         for step in range(1, len(self)):
             other = (index + step) % len(self)
             if self.labels is not None and self.labels[other] != self.labels[index]:
@@ -157,6 +177,17 @@ class Images:
         merge_notes(self.notes, notes)
 
 
+def take(pixels: Tensor, rows: Tensor) -> Tensor:
+    """The images at these rows. torch has no indexing for uint16 on every device, so their bits are taken as int16.
+
+    >>> take(torch.zeros(3, 1, dtype=torch.uint16), torch.tensor([2, 0])).dtype
+    torch.uint16
+    """
+    if pixels.dtype != torch.uint16:
+        return pixels[rows]
+    return pixels.view(torch.int16)[rows].view(torch.uint16)
+
+
 def describe(train: Images, held_out: Images) -> str:
     """One line about the two sets of `load_pair`: their splits, classes, and what is left out.
 
@@ -174,6 +205,25 @@ def describe(train: Images, held_out: Images) -> str:
     return f"{train.name}: {'; '.join(parts)}"
 
 
+def _values_of(source: str, contents: Contents, pages: str) -> Values:
+    """float32 with the range of the numbers of all splits. Raises InputError if they are all equal, or not finite."""
+    low, high = math.inf, -math.inf
+    for split in contents.splits.values():
+        encoded = split().encoded
+        for i in range(len(encoded)):
+            found = encoded.fetch([i])[0]
+            if isinstance(found, InputError):
+                continue  # decoding tells, or skips it
+            array = arrays.read(found, encoded.name(i), pages)
+            least, most = float(array.min()), float(array.max())
+            if not math.isfinite(least + most):
+                raise InputError(f"{encoded.name(i)}: holds NaN or infinity; want finite numbers")
+            low, high = min(low, least), max(high, most)
+    if not low < high:
+        raise InputError(f"{source}: all numbers are {low:.6g}; want images, or a value_range")
+    return Values("float32", low, high)
+
+
 _PROBES = 32
 """How many images, spread over the split, tell what most images are."""
 
@@ -182,8 +232,7 @@ def _build(
     source: str,
     split: str,
     contents: Contents,
-    size: tuple[int, int],
-    channels: int,
+    form: Form,
     skip_bad: bool,
     cache_bytes: int,
     progress: bool,
@@ -193,13 +242,13 @@ def _build(
     n = len(listing.encoded)
     if n == 0:
         raise InputError(f"{source} ({split}): no images")
-    usual, largest = _probe(source, split, listing.encoded, size, channels, skip_bad)
-    decoder = Decoder(listing.encoded, size, channels, usual)
+    usual, largest = _probe(source, split, listing.encoded, form, skip_bad)
+    decoder = Decoder(listing.encoded, form, usual)
     labels = None if listing.labels is None else torch.from_numpy(listing.labels)
     rows, names = torch.arange(n), listing.class_names
-    images = Images(source, split, size, channels, labels, names, decoder, rows, None, skip_bad)
+    images = Images(source, split, labels, names, decoder, rows, None, skip_bad)
     images.splits, images.left_out = tuple(contents.splits), contents.left_out
-    if n * size[0] * size[1] * channels > cache_bytes:
+    if n * form.zeros(1).nbytes > cache_bytes:
         images.batch([0])  # warns of conversions before the work starts
         return images
     # for small images, threads would only wait for the interpreter; large ones must not fill the memory together
@@ -220,9 +269,7 @@ def _build(
     return images
 
 
-def _probe(
-    source: str, split: str, encoded: EncodedImages, size: tuple[int, int], channels: int, skip_bad: bool
-) -> tuple[int, int]:
+def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad: bool) -> tuple[int, int]:
     """What most images have: their native channels; and the pixels of the largest image that was looked at.
 
     Raises InputError if the first image is bad, but with `skip_bad` only if there is no good one.
@@ -235,8 +282,12 @@ def _probe(
             break
         name = encoded.name(i)
         try:
+            if not form.is_picture:
+                form.array(encoded.fetch([i])[0], name, {})
+                kinds[form.channels] += 1
+                continue
             image = decoded(encoded.fetch([i])[0], name)
-            pictures.fit(image, size, channels, name, {})
+            pictures.fit(image, form.size, form.channels, name, {}, form.fit)
             kinds[pictures.native(image)] += 1
             largest = max(largest, image.width * image.height)
         except InputError as error:
@@ -269,11 +320,16 @@ def load(
     allow_paths: bool = False,
     cache_bytes: int = 4 * 2**30,
     progress: bool = False,
+    values: Values | None = EIGHT_BIT,
+    fit: Fit = "crop",
+    clip_values: bool = False,
+    pages: str = "first",
     as_trained: bool = False,
 ) -> Images:
     """The images of one split of `source`, scaled and cropped at the centre to `size` = (H, W).
 
-    channels      1 grey, 3 RGB, 4 RGBA; other images are converted, with a warning
+    channels      1 grey, 3 RGB, 4 RGBA; other pictures are converted, with a warning. Images of another number must
+                  have it
     split         a name in the source, or train, validation or test, which other names may stand for: train2017,
                   training_set, val, dev. Where there is no test split, validation images serve. A source without
                   splits is all "train". `digits` has 1,500 images for training and 297 for testing
@@ -287,6 +343,11 @@ def load(
     allow_paths   let a row of a data set name an image file outside the source's folder
     cache_bytes   images that take at most this much memory are decoded at once
     progress      show a bar
+    values        what the numbers of the images are. Numbers of other than 8 bits are never converted. None: float32,
+                  with the least and the largest number of all splits as its range
+    fit           how images get their size: crop, pad or stretch (`images.fit`)
+    clip_values   clip numbers outside the range of `values`; otherwise they are errors
+    pages         what is taken of a TIFF file with several pages: first, or channels for all of them as channels
     as_trained    "train" and "test" are the two sets of `load_pair`, so if the source has one split they are the two
                   sets of `split_holdout`
 
@@ -299,10 +360,11 @@ def load(
     (297, [5, 7, 4], 'digits (test): 297 images 8x8x1')
     """
     contents = open_source(source, Options(image_column, label_column, allow_paths, progress))
+    form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     splits = contents.splits
     held_out = as_trained and split == "test" and find_split("test", splits) is None
     name = _pick(source, "train" if held_out else split, splits)
-    images = _build(source, name, contents, size, channels, skip_bad, cache_bytes, progress)
+    images = _build(source, name, contents, form, skip_bad, cache_bytes, progress)
     is_alone = find_split("test", (each for each in splits if each != name)) is None
     if held_out or (as_trained and split == "train" and is_alone):
         return split_holdout(images)[held_out]
@@ -321,6 +383,10 @@ def load_pair(
     allow_paths: bool = False,
     cache_bytes: int = 4 * 2**30,
     progress: bool = False,
+    values: Values | None = EIGHT_BIT,
+    fit: Fit = "crop",
+    clip_values: bool = False,
+    pages: str = "first",
 ) -> tuple[Images, Images]:
     """The images to train on, and held-out images.
 
@@ -332,12 +398,44 @@ def load_pair(
     (1500, 297)
     """
     contents = open_source(source, Options(image_column, label_column, allow_paths, progress))
+    form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     name = _pick(source, split, contents.splits)
-    train = _build(source, name, contents, size, channels, skip_bad, cache_bytes, progress)
+    train = _build(source, name, contents, form, skip_bad, cache_bytes, progress)
     other = find_split("test", (each for each in contents.splits if each != name))
     if other is None:
         return split_holdout(train)
-    return train, _build(source, other, contents, size, channels, skip_bad, cache_bytes, progress)
+    return train, _build(source, other, contents, form, skip_bad, cache_bytes, progress)
+
+
+def settings_of(preset: Preset) -> dict[str, Any]:
+    """The keywords of `load` and `load_pair` that a preset sets.
+
+    >>> from ddpm.presets import PRESETS
+    >>> settings_of(PRESETS["digits"])["fit"]
+    'crop'
+    """
+    form, unknown = form_of(preset), preset.pixel_type == "float32" and not preset.value_range
+    return {
+        "image_column": preset.image_column or None,
+        "label_column": preset.label_column or None,
+        "skip_bad": preset.skip_bad,
+        "allow_paths": preset.allow_paths,
+        "values": None if unknown else form.values,
+        "fit": form.fit,
+        "clip_values": form.clip,
+        "pages": form.pages,
+    }
+
+
+def form_of(preset: Preset) -> Form:
+    """What images become for a preset.
+
+    >>> from ddpm.presets import PRESETS
+    >>> form_of(PRESETS["digits"]).is_picture
+    True
+    """
+    values = values_of(preset.pixel_type, preset.value_range)
+    return Form(preset.size, preset.channels, values, preset.fit, preset.clip_values, preset.pages)
 
 
 def split_holdout(images: Images) -> tuple[Images, Images]:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
+from ddpm.files.arrays import read_npy
 from ddpm.files.data import hugging_face
 from ddpm.files.data.layout import arrange, kind, meanings, other_words
 from ddpm.files.data.listing import (
@@ -33,6 +33,7 @@ from ddpm.files.data.listing import (
     Listing,
     Options,
     counted,
+    holds_image,
     is_image,
     natural,
     number_values,
@@ -90,10 +91,10 @@ _DIGITS = 0xD161
 
 @dataclass
 class Arrays:
-    """Images in memory, uint8 [N, H, W] or [N, H, W, 3 or 4]."""
+    """Images in one array, [N, H, W] or [N, H, W, C] of any dtype."""
 
     title: str
-    arrays: NDArray[np.uint8]
+    arrays: NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.arrays)
@@ -102,7 +103,7 @@ class Arrays:
         return f"image {index} of {self.title}"
 
     def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        return [Image.fromarray(self.arrays[i]) for i in indices]
+        return [self.arrays[i] for i in indices]
 
     def identity(self) -> Iterable[bytes]:
         yield self.arrays.tobytes()
@@ -178,7 +179,10 @@ class Folder:
 
 
 def _is_image_folder(source: str, path: Path) -> bool:
-    return path.is_dir() and any(map(is_image, walk(path)))
+    if not path.is_dir():
+        return False
+    files = list(walk(path))
+    return any(map(is_image, files)) or (any(map(holds_image, files)) and not hugging_face.is_data_set(path))
 
 
 def _image_folder(source: str, path: Path, options: Options) -> Contents:
@@ -247,7 +251,7 @@ def _zip(source: str, path: Path, options: Options) -> Contents:
             files = [name for name in archive.namelist() if not name.endswith(("/", "\\"))]
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as fault:
         raise InputError(f"{source}: damaged zip file ({pictures.one_line(fault)}); {ACCEPTED}") from fault
-    if not any(map(is_image, files)):
+    if not any(map(holds_image, files)):
         raise InputError(f"{source}: no images in this zip file{_files(files)}")
     return _contents(source, files, lambda names: Zip(path, names), Zip(path, []).read, options)
 
@@ -323,7 +327,7 @@ def _tar(source: str, path: Path, options: Options) -> Contents:
             raise InputError(
                 f"{path / file}: not a whole tar file without compression ({pictures.one_line(fault)})"
             ) from None
-    if not any(map(is_image, places)):
+    if not any(map(holds_image, places)):
         raise InputError(
             f"{source}: no images in {'this tar file' if path.is_file() else 'these tar files'}{_files(places)}"
         )
@@ -342,13 +346,9 @@ def _is_npz(source: str, path: Path) -> bool:
 
 
 def _npz(source: str, path: Path, options: Options) -> Contents:
-    """Arrays of images uint8 [N, H, W] or [N, H, W, C]. x_train and x_test are splits, and y_train holds labels."""
+    """Arrays of images [N, H, W] or [N, H, W, C]. x_train and x_test are splits, and y_train holds labels."""
     arrays = read_arrays(path)
-    images = {
-        name: array
-        for name, array in arrays.items()
-        if array.dtype == np.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[-1] in (1, 3, 4)))
-    }
+    images = {name: array for name, array in arrays.items() if array.dtype.kind in "uif" and array.ndim in (3, 4)}
     if options.image_column is not None:
         images = {name: array for name, array in images.items() if name == options.image_column}
     split_of = {name: name if meanings(name) else "train" for name in images}
@@ -358,7 +358,7 @@ def _npz(source: str, path: Path, options: Options) -> Contents:
         described = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())
         asked = "" if options.image_column is None else f"image_column {options.image_column}: "
         raise InputError(
-            f"{asked}{source}: has {described}; want an .npz with images uint8 [N, H, W] or [N, H, W, C] in one array, "
+            f"{asked}{source}: has {described}; want an .npz with images [N, H, W] or [N, H, W, C] in one array, "
             "or in one array a split, as x_train and x_test"
         )
     labels = {name: _labels_of_array(source, arrays, name, options.label_column) for name in images}
@@ -367,7 +367,7 @@ def _npz(source: str, path: Path, options: Options) -> Contents:
 
     def listing(name: str) -> Listing:
         array, values = images[name], labels[name]
-        encoded = Arrays(f"{source} ({name})", array[..., 0] if array.shape[3:] == (1,) else array)
+        encoded = Arrays(f"{source} ({name})", array)
         if values is None or len(known) < len(images):
             return Listing(encoded)
         return Listing(encoded, np.array([numbers[value] for value in values], np.int64), class_names)
@@ -394,6 +394,90 @@ def _labels_of_array(source: str, arrays: dict[str, NDArray[Any]], images: str, 
                 f"label_column {column}: {source} has no such array of {n:,} integers; it has {', '.join(arrays)}"
             )
     return next(iter(fitting.values())).tolist() if len(fitting) == 1 else None
+
+
+def _is_npy(source: str, path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() == ".npy"
+
+
+def _npy(source: str, path: Path, options: Options) -> Contents:
+    """One array of images [N, H, W] or [N, H, W, C], which stays on the disk until it is used."""
+    options.refuse_columns(source)
+    array = read_npy(path)
+    if array.dtype.kind not in "uif" or array.ndim not in (3, 4) or 0 in array.shape:
+        raise InputError(f"{source}: {array.dtype} {list(array.shape)}; want images, [N, H, W] or [N, H, W, C]")
+    return Contents({"train": lambda: Listing(Arrays(source, array))})
+
+
+# -- LMDB, as LSUN is distributed --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Lmdb:
+    """Image files of an LMDB: each value is a file, and its key is its name."""
+
+    path: Path
+    keys: list[bytes]
+    opened: tuple[int, Any] | None = field(default=None, repr=False)  # with the id of the process
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def name(self, index: int) -> str:
+        return f"{self.keys[index].decode(errors='backslashreplace')} in {self.path}"
+
+    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
+        if self.opened is None or self.opened[0] != os.getpid():  # LMDB must not be used across a fork
+            self.opened = (os.getpid(), open_lmdb(self.path))
+        with self.opened[1].begin() as transaction:
+            found = [transaction.get(self.keys[i]) for i in indices]
+        return [InputError(f"{self.name(i)}: is gone") if x is None else x for i, x in zip(indices, found, strict=True)]
+
+    def identity(self) -> Iterable[bytes]:
+        yield from self.keys
+        yield str((self.path / "data.mdb").stat().st_size).encode()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "opened": None}
+
+
+def open_lmdb(path: Path) -> Any:
+    """The LMDB in a folder, for reading. Raises InputError if it is damaged, or lmdb is not installed."""
+    try:
+        import lmdb
+    except ImportError:
+        raise InputError(f"{path}: lmdb is not installed; want pip install 'ddpm-kit[formats]'") from None
+    try:
+        return lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=1024)
+    except lmdb.Error as fault:
+        raise InputError(f"{path}: damaged LMDB ({pictures.one_line(fault)})") from None
+
+
+def _lmdb_folders(path: Path) -> list[Path]:
+    return [path] if (path / "data.mdb").is_file() else sorted(p.parent for p in path.glob("*/data.mdb"))
+
+
+def _is_lmdb(source: str, path: Path) -> bool:
+    return path.is_dir() and bool(_lmdb_folders(path))
+
+
+def _lmdb(source: str, path: Path, options: Options) -> Contents:
+    """An LMDB, or a folder of LMDBs whose names say their split, as church_outdoor_train_lmdb does."""
+    options.refuse_columns(source)
+    folders = _lmdb_folders(path)
+    if len(folders) == 1:
+        splits = {"train": folders[0]}
+    else:
+        splits = {next(iter(meanings(folder.name)), folder.name): folder for folder in folders}
+        if len(splits) < len(folders):
+            names = ", ".join(folder.name for folder in folders)
+            raise InputError(f"{source}: {names}: several of one split; want one of them as the SOURCE")
+
+    def listing(folder: Path) -> Listing:
+        with open_lmdb(folder) as opened, opened.begin() as transaction:
+            return Listing(Lmdb(folder, [bytes(key) for key in transaction.cursor().iternext(values=False)]))
+
+    return Contents({name: functools.partial(listing, folder) for name, folder in splits.items()})
 
 
 # -- data sets in Hugging Face layout ----------------------------------------------------------------------------------
@@ -427,7 +511,7 @@ def _local_dataset(source: str, path: Path, options: Options) -> Contents:
 
 def _is_hub_name(source: str, path: Path) -> bool:
     """Whether SOURCE has the form of OWNER/NAME, NAME, OWNER/NAME:CONFIG or NAME:CONFIG, and is not a missing file."""
-    is_file_name = source.lower().endswith((".zip", ".parquet", ".npz", ".tar", *pictures.SUFFIXES))
+    is_file_name = source.lower().endswith((".zip", ".parquet", ".npz", ".npy", ".tar", *pictures.SUFFIXES))
     return not (path.exists() or is_file_name) and bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", source))
 
 
@@ -439,10 +523,12 @@ def _hub_dataset(source: str, path: Path, options: Options) -> Contents:
 
 SOURCES = {
     "digits": Source(_is_digits, _digits, meaning="digits"),
+    "lmdb": Source(_is_lmdb, _lmdb, meaning="an LMDB of images (LSUN)"),
     "folder": Source(_is_image_folder, _image_folder, meaning="a folder of images"),
     "data set": Source(_is_dataset_folder, _local_dataset, meaning="a folder of a Hugging Face data set"),
     "parquet": Source(_is_parquet, _local_dataset, meaning="a .parquet file"),
     "npz": Source(_is_npz, _npz, meaning="an .npz file of images"),
+    "npy": Source(_is_npy, _npy, meaning="an .npy file of images"),
     "tar": Source(_is_tar, _tar, meaning="a .tar file of images or a folder of them (WebDataset)"),
     "zip": Source(_is_zip, _zip, meaning="a .zip file of images"),
     "hub": Source(_is_hub_name, _hub_dataset, meaning="a hub data set OWNER/NAME"),

@@ -1,0 +1,226 @@
+"""Images of any dtype and number of channels, from .npy files, TIFF, PNG of 16 bits, and memory.
+
+`images` reads the pictures that most people have, 8-bit grey, RGB and RGBA. An image here is [H, W, C] of any dtype.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddpm.catalog import Fit
+from ddpm.errors import InputError
+from ddpm.files import images as pictures
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ddpm.pixels import Values
+
+Array = NDArray[Any]
+_NPY, _TIFF, _PNG = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x89PNG\r\n\x1a\n"
+_INSTALL = "pip install 'ddpm-kit[formats]'"
+
+
+def read(source: str | Path | bytes | Array | Image.Image, name: str, pages: str = "first") -> Array:
+    """Decode one image to its own numbers, [H, W, C] in its own dtype: nothing is scaled or rounded.
+
+    source  a path, the bytes of a file, an array [H, W] or [H, W, C], or a picture
+    name    its name in errors
+    pages   of a TIFF file with several: first takes the first, and channels takes all of them as channels
+
+    Raises InputError, one line with the name, for a file that is no image or damaged, for an array of another shape,
+    and if a package that reads this kind of file is not installed.
+
+    >>> read(np.zeros((4, 5)), "a").shape
+    (4, 5, 1)
+    """
+    if isinstance(source, np.ndarray):
+        return _checked(source, name)
+    if isinstance(source, Image.Image):
+        return _of_picture(source, name)
+    if isinstance(source, str | Path) and str(source).lower().endswith(".npy"):  # mapped, so only what is used is read
+        return _checked(read_npy(source), name)
+    data = pictures.file_bytes(source, name)
+    if data.startswith(_NPY):
+        return _checked(_npy(io.BytesIO(data), name), name)
+    if data.startswith(_TIFF):
+        return _tiff(data, name, pages)
+    if data.startswith(_PNG) and len(data) > 25 and data[24] == 16 and data[25] != 0:  # Pillow drops the low bytes
+        return _png_of_16_bits(data, name)
+    return _of_picture(pictures.read(data, name), name)
+
+
+def read_npy(path: str | Path) -> Array:
+    """The array of an .npy file, mapped into memory. Raises InputError if it is damaged or holds objects."""
+    try:
+        pictures.check_plain(path, str(path))
+        return np.lib.format.open_memmap(path, mode="r")
+    except InputError:
+        raise
+    except (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, MemoryError) as fault:
+        raise InputError(f"{path}: not a whole .npy file of numbers ({pictures.one_line(fault)})") from None
+
+
+def _npy(file: io.BytesIO, name: str) -> Array:
+    try:
+        return np.asarray(np.load(file, allow_pickle=False))
+    except (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, MemoryError) as fault:
+        raise InputError(f"{name}: not a whole .npy file of numbers ({pictures.one_line(fault)})") from None
+
+
+def _checked(array: Array, name: str) -> Array:
+    if array.dtype.kind not in "uif" or array.ndim not in (2, 3) or 0 in array.shape:
+        raise InputError(f"{name}: {array.dtype} {list(array.shape)}; want an image, numbers [H, W] or [H, W, C]")
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _tiff(data: bytes, name: str, pages: str) -> Array:
+    """The first series of a TIFF file; planes and samples are channels."""
+    tifffile = _package("tifffile", name)
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            series, first = file.series[0], file.pages[0]
+            pictures.check_memory(series.nbytes, f"{name}: unpacked")
+            array, axes = series.asarray(), str(series.axes)
+            inverted = int(first.photometric) == 0 and array.dtype.kind == "u"
+            top = 2 ** int(np.max(first.bitspersample)) - 1
+    except InputError:
+        raise
+    except ImportError as fault:
+        raise InputError(f"{name}: {pictures.one_line(fault)}; want {_INSTALL}") from None
+    except Exception as fault:  # tifffile raises exceptions of many kinds
+        raise InputError(f"{name}: damaged TIFF ({pictures.one_line(fault)})") from None
+    if "Y" not in axes or "X" not in axes:
+        raise InputError(f"{name}: a TIFF with axes {axes} {list(array.shape)}; want an image")
+    order = [axes.index("Y"), axes.index("X")]
+    others = [k for k in range(array.ndim) if k not in order]
+    array = array.transpose(*order, *others)
+    several = [k for k in others if axes[k] not in "SC" and series.shape[k] > 1]
+    if several and pages != "channels":
+        index = tuple(slice(None) if k in order or axes[k] in "SC" else 0 for k in (*order, *others))
+        array = array[index]
+    array = array.reshape(*array.shape[:2], -1)
+    return np.asarray(top - array if inverted else array)
+
+
+def _png_of_16_bits(data: bytes, name: str) -> Array:
+    imagecodecs = _package("imagecodecs", name)
+    height, width = (int.from_bytes(data[at : at + 4], "big") for at in (20, 16))
+    pictures.check_memory(8 * width * height, f"{name}: {width}x{height} pixels")
+    try:
+        array: Array = imagecodecs.png_decode(data)
+    except Exception as fault:  # imagecodecs raises exceptions of many kinds
+        raise InputError(f"{name}: damaged image ({pictures.one_line(fault)})") from None
+    return array.reshape(*array.shape[:2], -1)
+
+
+def _of_picture(picture: Image.Image, name: str) -> Array:
+    """The numbers of a picture that Pillow opened; palettes become colours."""
+    if picture.mode not in ("1", "L", "LA", "RGB", "RGBA", "F") and not picture.mode.startswith("I"):
+        picture = pictures.convert(picture, pictures.native(picture), name, {})
+    array = np.asarray(picture)
+    if picture.mode.startswith("I") and picture.info.get("top", 65535) <= 65535 and array.min() >= 0:
+        array = array.astype(np.uint16)
+    return _checked(array.astype(np.uint8) * 255 if picture.mode == "1" else array, name)
+
+
+def _package(module: str, name: str) -> Any:
+    try:
+        return __import__(module)
+    except ImportError:
+        raise InputError(f"{name}: {module} reads such a file, and is not installed; want {_INSTALL}") from None
+
+
+# -- to pixels of one size ---------------------------------------------------------------------------------------------
+
+
+def to_values(array: Array, values: "Values", name: str, clip: bool, notes: pictures.Notes) -> Array:
+    """The numbers of an image as pixels of these values; none changes, but floats are rounded to float32.
+
+    clip  clips numbers outside the range, which is added to `notes`; otherwise they are an error
+
+    Raises InputError for fractions where integers are wanted, for NaN and infinity, and for numbers out of range.
+
+    >>> from ddpm.pixels import Values
+    >>> to_values(np.array([[7]]), Values("uint16"), "a", False, {})
+    array([[7]], dtype=uint16)
+    """
+    if array.dtype.kind == "f":
+        if values.bins is not None:
+            raise InputError(f"{name}: {array.dtype} numbers; want pixel_type float32, or integers for {values.dtype}")
+        if not np.isfinite(array).all():
+            what = "NaN" if np.isnan(array).any() else "infinity"
+            raise InputError(f"{name}: holds {what}; want finite numbers")
+    low, high = array.min(), array.max()
+    if low < values.low or high > values.high:
+        if not clip:
+            raise InputError(
+                f"{name}: numbers {low:.6g}..{high:.6g}, outside the range {values.low:.6g}..{values.high:.6g}; "
+                "want another value_range, or clip_values"
+            )
+        pictures.note(notes, f"numbers outside {values.low:.6g}..{values.high:.6g} are clipped", name)
+        array = array.clip(values.low, values.high)
+    if array.dtype == np.float64:
+        pictures.note(notes, "float64 is rounded to float32", name)
+    return array.astype(values.dtype, copy=False)
+
+
+def fit(array: Array, size: tuple[int, int], channels: int, how: Fit, name: str, notes: pictures.Notes) -> Array:
+    """An image [H, W, C] in another size = (H', W'), scaled and cropped as `images.fit` does: [H', W', C].
+
+    Numbers stay in the range of the image, and integers are rounded. Raises InputError unless C is `channels`.
+
+    >>> fit(np.array([[[3], [3]]], np.uint16), (1, 1), 1, "crop", "a", {}).item()
+    3
+    """
+    if array.shape[2] != channels:
+        raise InputError(f"{name}: [H, W, C] is {list(array.shape)}; want channels {array.shape[2]}, or C = {channels}")
+    if array.shape[:2] == size:
+        return array
+    if array.shape[0] < size[0] or array.shape[1] < size[1]:
+        pictures.note(notes, f"smaller than {size[0]}x{size[1]}, enlarged", name)
+    planes = [Image.fromarray(np.ascontiguousarray(array[..., c], np.float32)) for c in range(channels)]
+    low, high = float(array.min()), float(array.max())
+    scaled = [np.asarray(pictures.resized(plane, (size[1], size[0]), how, low)) for plane in planes]
+    numbers = np.stack(scaled, axis=-1).clip(low, high)
+    return (numbers if array.dtype.kind == "f" else np.rint(numbers)).astype(array.dtype)
+
+
+# -- to look at --------------------------------------------------------------------------------------------------------
+
+
+def shown(pixels: Array, values: "Values", show: Sequence[int] = ()) -> pictures.Pixels:
+    """Pixels [..., C] as 8-bit grey, RGB or RGBA, for a picture to look at: low is black and high is white.
+
+    show  the channels to show, one or three, counted from 1; by default all of 1, 3 or 4 channels, the first of 2, and
+          the first three of more
+
+    >>> from ddpm.pixels import Values
+    >>> shown(np.array([[[0, 9, 65535]]], np.uint16), Values("uint16"), (3,)).item()
+    255
+    """
+    channels = pixels.shape[-1]
+    if not show and channels not in pictures.MODES:
+        show = (1,) if channels == 2 else (1, 2, 3)
+    if show:
+        pixels = pixels[..., [c - 1 for c in show]]
+    if values.dtype == "uint8" and values.bins == 256:
+        return np.asarray(pixels, np.uint8)
+    scaled = (pixels.astype(np.float64) - values.low) * (255 / (values.high - values.low))
+    return np.asarray(np.rint(scaled.clip(0, 255)), np.uint8)
+
+
+def sheet(samples: "Tensor", values: "Values", show: Sequence[int] = ()) -> pictures.Pixels:
+    """Samples [N, C, H, W], a tensor on the CPU, as 8-bit pictures [N, H, W, 1, 3 or 4] (`shown`).
+
+    >>> import torch
+    >>> from ddpm.pixels import Values
+    >>> sheet(torch.zeros(2, 13, 8, 4), Values("float32", 0, 1)).shape
+    (2, 8, 4, 3)
+    """
+    return shown(pictures.channels_last(samples), values, show)
