@@ -19,6 +19,7 @@ from ddpm.errors import InputError
 from ddpm.files import data, features, models, opening
 from ddpm.files.opening import open_checkpoint
 from ddpm.noise import per_image
+from ddpm.presets import PRESETS
 from ddpm.run import calibrate, evaluate, parts, quality, sample
 from ddpm.run.processes import Processes
 
@@ -392,6 +393,10 @@ def test_real_images_are_at_distance_zero(tmp_path):
     assert worse["frechet_distance"] > 100
 
 
+def shaped(channels, *size):
+    return replace(PRESETS["digits"], channels=channels, size=size, channel_multipliers=(1,))
+
+
 def test_saved_samples_are_read_as_they_are(tmp_path):
     from ddpm.files import images
 
@@ -399,9 +404,9 @@ def test_saved_samples_are_read_as_they_are(tmp_path):
     images.save_many(tmp_path / "a.npz", pictures, ["0", "1", "2"])
     images.save_many(tmp_path / "b", pictures, ["0", "1", "2"])
     for path in (tmp_path / "a.npz", tmp_path / "b"):
-        assert (quality.read_samples(path, (1, 8, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
+        assert (quality.read_samples(path, shaped(1, 8, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
     with pytest.raises(InputError, match="want uint8"):
-        quality.read_samples(tmp_path / "a.npz", (3, 8, 8))
+        quality.read_samples(tmp_path / "a.npz", shaped(3, 8, 8))
 
 
 def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypatch):
@@ -411,14 +416,14 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     pictures = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 1), np.uint8)
     images.save_many("digits/", pictures, ["0", "1", "2"])
-    assert (quality.read_samples(Path("digits"), (1, 4, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
+    assert (quality.read_samples(Path("digits"), shaped(1, 4, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
     with pytest.raises(InputError, match=r"^digits/0\.png: 4x8; want samples of the model's size, 8x4$"):
-        quality.read_samples(Path("digits"), (1, 8, 4))
+        quality.read_samples(Path("digits"), shaped(1, 8, 4))
     with pytest.raises(InputError, match=r"^digits/0\.png: mode L; want RGB, as samples of the model have$"):
-        quality.read_samples(Path("digits"), (3, 4, 8))
+        quality.read_samples(Path("digits"), shaped(3, 4, 8))
     Path("empty").mkdir()
     with pytest.raises(InputError, match="empty: no images in this folder; want samples of 4x8"):
-        quality.read_samples(Path("empty"), (1, 4, 8))
+        quality.read_samples(Path("empty"), shaped(1, 4, 8))
 
 
 @pytest.mark.parametrize(

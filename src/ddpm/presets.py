@@ -162,9 +162,8 @@ class Preset:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise InputError(f"{f.name} {value!r}: {suggestion(value, choices)}want {', '.join(choices)}")
-            if value == () and f.default != ():
-                raise InputError(f"{f.name}: empty; want whole numbers with commas between")
-            value = check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
+            if value != () or f.default != ():
+                value = check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
             object.__setattr__(self, f.name, value)
         if self.show and (len(self.show) not in (1, 3) or max(self.show) > self.channels):
             raise InputError(f"show {','.join(map(str, self.show))}: want 1 or 3 channels of 1..{self.channels}")
@@ -228,7 +227,7 @@ def check(name: str, value: Any, kind: Any, least: float | None = None, most: fl
         return value
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]
-        if not isinstance(value, tuple):
+        if not isinstance(value, tuple) or not (value or element is str):
             raise InputError(f"{name} {value!r}: want {'whole ' * (element is int)}numbers with commas between")
         return tuple(check(name, one, element, least, most) for one in value)
     if kind is int:
@@ -309,7 +308,21 @@ def photos(size: tuple[int, int]) -> Preset:
     )  # fmt: skip
 
 
-PRESETS["photos"] = photos((64, 64))
+def grey16(size: tuple[int, int]) -> Preset:
+    """The preset for grey images of 16 bits and this size, such as X-rays.
+
+    >>> grey16((64, 64)).pixel_type
+    'uint16'
+    """
+    return replace(
+        photos(size), channels=1, pixel_type="uint16",
+        schedule="log_snr", beta_1=1e-9, timestep_sampling="lognormal",
+    )  # fmt: skip
+
+
+BY_SIZE = {"photos": photos, "grey16": grey16}
+"""Presets whose network follows from the size of the images."""
+PRESETS |= {name: make((64, 64)) for name, make in BY_SIZE.items()}
 
 
 def build(preset: Preset) -> Denoiser:

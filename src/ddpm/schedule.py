@@ -198,6 +198,22 @@ def cosine(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02, s: float =
     return from_beta((1 - f[1:] / f[:-1]).clamp(max=0.999))
 
 
+def log_snr(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+    """log(abar_t / (1 - abar_t)) falls linearly to -10 from t = 2, where the noise is twice beta_1.
+
+    With 16-bit pixels beta_1 is near 1e-9. A rise of beta_t from there to 0.02 would make the second level thousands of
+    times noisier than the first; here all steps are alike (Kingma et al. 2021). beta_T is not used.
+
+    >>> s = log_snr(1000, 1e-9)
+    >>> f"{1 - float(s.alpha_bar[1]):.1e} {1 - float(s.alpha_bar[2]):.1e} {float(s.alpha_bar[1000]):.1e}"
+    '1.0e-09 2.0e-09 4.5e-05'
+    """
+    first = min(beta_1, 1 / 4)
+    levels = torch.sigmoid(_linspace(math.log(0.5 / first - 1), -10, max(T - 1, 1)))
+    alpha_bar = torch.cat([torch.tensor([1.0, 1 - first], dtype=torch.float64), levels[: T - 1]])
+    return Schedule(alpha_bar, torch.arange(-1, T))
+
+
 SCHEDULES = {
     "linear": linear,
     "quad": quad,
@@ -206,4 +222,5 @@ SCHEDULES = {
     "warmup50": warmup50,
     "jsd": jsd,
     "cosine": cosine,
+    "log_snr": log_snr,
 }

@@ -8,6 +8,7 @@ import difflib
 import functools
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,10 @@ SOURCE = catalog.accepted_sources()
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake raises InputError, and an unknown option or command suggests the nearest one."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -50,50 is a value, too
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         names = list(action.choices or [value])

@@ -22,7 +22,7 @@ from ddpm.cli.options import (
     whole_numbers,
 )
 from ddpm.errors import InputError
-from ddpm.presets import GROUPS, PRESETS, Preset, check, photos
+from ddpm.presets import BY_SIZE, GROUPS, PRESETS, Preset, check
 
 
 def add(commands: Commands) -> None:
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"PRESET: missing; want a preset, {', '.join(PRESETS)}, a run's folder, or --data SOURCE")
     name = "photos" if args.preset is None else args.preset
     preset, out = _start(name, None if args.out is None else Path(args.out))
-    if name == "photos":  # its network follows from the size
-        preset = photos(overrides.get("size", preset.size))
+    if name in BY_SIZE:
+        preset = BY_SIZE[name](overrides.get("size", preset.size))
     preset = replace(preset, **overrides)
 
     with importing():

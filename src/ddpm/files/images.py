@@ -574,13 +574,14 @@ def _save_tiff(path: Path, images: NDArray[Any]) -> None:
     """Images [N, H, W, C] as pages; 3 and 4 channels are RGB and RGBA, and others are samples of a grey picture."""
     import tifffile
 
-    photometric = "rgb" if images.shape[3] in (3, 4) else "minisblack"
-    with atomic.temporary(path) as part, part.open("wb") as file, tifffile.TiffWriter(file) as writer:
-        for image in images:
-            page = image[..., 0] if image.shape[2] == 1 else image
-            extra = ["unspecified"] * (page.shape[2] - 1) if page.ndim == 3 and photometric == "minisblack" else None
-            config = None if page.ndim == 2 else "contig"
-            writer.write(page, photometric=photometric, planarconfig=config, extrasamples=extra)
+    channels = images.shape[3]
+    options: dict[str, Any] = {"photometric": "rgb" if channels in (3, 4) else "minisblack"}
+    if channels > 1:
+        options["planarconfig"] = "contig"
+    if channels not in (1, 3, 4):
+        options["extrasamples"] = ["unspecified"] * (channels - 1)
+    with atomic.temporary(path) as part, part.open("wb") as file:
+        tifffile.imwrite(file, images[..., 0] if channels == 1 else images, **options)
 
 
 def save_many(

@@ -3,11 +3,16 @@
 import math
 from collections.abc import Iterator
 
+from ddpm.gaussian import beta_tilde
+from ddpm.pixels import values
 from ddpm.presets import Preset
 from ddpm.schedule import SCHEDULES, Schedule
 
 _FAR, _NEAR = 2e-3, 1e-4
 """abar_T above which a schedule is warned of, and abar_T of the one that is recommended. The paper's is 4e-5."""
+
+_FEW = 4
+"""Pixel values that sigma_1 may have. The paper's is 0.94 of 256."""
 
 
 def advice(preset: Preset, schedule: Schedule) -> Iterator[str]:
@@ -26,6 +31,15 @@ def advice(preset: Preset, schedule: Schedule) -> Iterator[str]:
             f"{preset.beta_T}, so the last level keeps {math.sqrt(abar):.0%} of the image, but sampling starts from "
             f"pure noise; use {'' if beta_T is None else f'beta_T {beta_T:.2g}, or '}schedule cosine"
         )
+    bins = values(preset.pixel_type, preset.value_range)
+    if bins.bins is not None and not preset.variance.startswith("learned"):
+        sigma = math.sqrt(float(beta_tilde(schedule)[1])) / bins.bin
+        if sigma > _FEW:
+            yield (
+                f"schedule {preset.schedule}: sigma_1 is {sigma:.3g} of {bins.bins:,} pixel values, so L_0 alone costs "
+                f"at least {math.log2(sigma * math.sqrt(2 * math.pi)):.1f} bits/dim, whatever the network; use "
+                f"schedule log_snr with beta_1 {bins.bin**2:.0e}"
+            )
     if preset.warmup >= preset.steps > 1:
         yield (
             f"warmup {preset.warmup:,}: the run has {preset.steps:,} steps, so the learning rate never reaches lr "

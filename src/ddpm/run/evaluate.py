@@ -235,6 +235,8 @@ def ode(
     standard_error_decoder  of the second
     count, steps            the number of images and of noise levels
 
+    Floating point images have a density instead: nats_per_dim, in the units of the data, and its standard_error.
+
     Raises InputError for images of more than 8 bits per channel.
 
     >>> from ddpm.files.opening import open_checkpoint
@@ -247,6 +249,15 @@ def ode(
     denoiser, shape, indices = checkpoint.denoiser, checkpoint.preset.shape, subset(images, count)
     steps = None if steps is None else min(steps, denoiser.schedule.T)
     n = len(indices)
+    if images.values.bins is None:
+        nats = torch.zeros(n, dtype=torch.float64)
+        for part, batch, x0 in batches(images, indices, ranks, batch_size, "ode", progress):
+            probe = image_noise(seed, batch, 0, _ODE, shape)(1).sign().to(x0.device)
+            y = labels_of(checkpoint, images, batch, ranks.device)
+            nats[part] = probability_flow.density(denoiser, x0, probe, steps, y).cpu() / x0[0].numel()
+        nats = ranks.total(nats)
+        spread = float(nats.std() / n**0.5) if n > 1 else None
+        return {"nats_per_dim": float(nats.mean()), "standard_error": spread, "count": n, "steps": steps}
     bits = torch.zeros(2, n, dtype=torch.float64)
     for part, batch, x0 in batches(images, indices, ranks, batch_size, "ode", progress):
         draws = image_noise(seed, batch, 0, _ODE, shape)

@@ -452,7 +452,7 @@ def _architecture(unet: Mapping[str, Any]) -> dict[str, Any]:
     size, widths = unet["sample_size"], unet["block_out_channels"]
     size = tuple(size) if isinstance(size, list) else (size, size)
     widths = tuple(widths) if isinstance(widths, list) else widths
-    check("in_channels", unet["in_channels"], Literal[1, 3, 4])
+    check("in_channels", unet["in_channels"], int, 1, 1024)
     check("sample_size", size, tuple[int, ...], 1)
     check("block_out_channels", widths, tuple[int, ...], 1)
     check("layers_per_block", unet["layers_per_block"], int, 1)
