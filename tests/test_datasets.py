@@ -834,6 +834,21 @@ def test_colour_is_refused_where_most_images_are_grey_and_the_model_is(tmp_path,
         assert (load(str(tmp_path), (8, 8), 1).batch([4]) == 255).all()
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
+def test_the_line_about_a_source_says_that_all_images_are_grey(tmp_path, mode):
+    for i in range(6):
+        grey = PIXELS[i, ..., 0]
+        image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+        image.save(tmp_path / f"{i}.tif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rgb, grey = (describe(*load_pair(str(tmp_path), (8, 8), channels)) for channels in (3, 1))
+        Image.fromarray(PIXELS[5]).save(tmp_path / "5.tif")
+        mixed = describe(*load_pair(str(tmp_path), (8, 8), 3))
+    assert rgb.endswith("are grey; --channels 1 would train a smaller model of grey images")
+    assert "channels" not in grey + mixed
+
+
 def test_what_most_images_lose_is_lost_with_a_note(tmp_path):
     folder(tmp_path, classes=False)
     Image.fromarray(PIXELS[0, ..., 0]).save(tmp_path / "0.png")

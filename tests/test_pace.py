@@ -106,6 +106,24 @@ def test_a_run_of_some_minutes_is_an_ordinary_run(tmp_path: Path, monkeypatch: p
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
+def test_a_short_run_has_a_short_warmup_and_a_run_that_exists_keeps_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ddpm.run.train.time_steps", lambda *_: 0.1)
+    monkeypatch.setattr(Costs, "steps_in", lambda *_: 20)
+    given = ("--warmup", 100, "--minutes", 1)
+    assert train(tmp_path / "run", *given) == 0
+    assert "steps 0 to 20, warmup 2 in place of 100\n" in capsys.readouterr().err
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    assert (settings["steps"], settings["warmup"]) == (20, 2)
+    assert train(tmp_path / "run", *given) == 0
+    said = capsys.readouterr().err
+    assert "run exists and keeps its 20 steps: --minutes is for a new run\n" in said
+    assert "is trained to step 20 already; steps above 20 continue it\n" in said
+    assert train(tmp_path / "short", "--warmup", 1, "--minutes", 1) == 0
+    assert "in place of" not in capsys.readouterr().err
+
+
 def test_grids_are_small_where_minutes_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid takes a tenth of the time. What was chosen is in config.json, and the picture has that many tiles."""
     monkeypatch.setattr("ddpm.run.train.time_steps", lambda *_: 0.1)
