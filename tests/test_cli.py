@@ -549,3 +549,14 @@ def test_a_folder_of_ones_own_is_measured_as_it_was_trained(tmp_path: Path, caps
     assert held_out[0]["split"] == "held out of train"
     state = json.loads((run / "checkpoints" / "00000002" / "state.json").read_text())
     assert rest[0]["fingerprint"] == state["data"]
+
+
+def test_a_note_of_both_sets_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        for i in range(2):
+            images.save(tmp_path / "set" / split / f"{i}.png", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "set" / "a.heic").write_bytes(b"x")
+    assert train(tmp_path / "run", "--data", tmp_path / "set", "--steps", 1) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert sum("converted to L" in line for line in said) == 1
+    assert sum(".heic" in line for line in said) == 1

@@ -354,10 +354,7 @@ BAD = {
     "empty": (lambda path: path.write_bytes(b""), "empty file"),
     "text": (lambda path: path.write_text("hello"), "not an image"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:100]), "damaged image"),
-    "clear": (
-        lambda path: Image.new("RGBA", (8, 8)).save(path),
-        r"RGBA \(4 channels\), but most images are RGB \(3 channels\)",
-    ),
+    "LAB": (lambda path: Image.new("LAB", (8, 8)).save(path, "TIFF"), "mode LAB"),
     "float": (lambda path: Image.new("F", (8, 8)).save(path, "TIFF"), "mode F"),
     "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "a pipe or a device, want a plain file"),
 }
@@ -550,20 +547,21 @@ def test_classes_are_where_folders_branch_below_the_split(tmp_path):
 def test_what_is_left_out_is_counted_and_said(tmp_path):
     """Formats that are not read and data beside the images are warned of; texts are only counted."""
     tree(tmp_path, "0.png", "1.png")
-    for name in ("a.HEIC", "b.heic", "c.jxl", "LICENSE", "notes.txt", "x/data.parquet", "d", "Thumbs.db"):
+    names = "a.HEIC b.heic c.jxl LICENSE notes.txt x/data.parquet d IMG_1 0.2024 Thumbs.db"
+    for name in names.split():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     message = (
-        r"5 files left out, .*: 2 \.heic, 1 \.jxl, 1 \.parquet, 1 no suffix; the images are read, and not the data"
+        r"7 files left out, .*: 3 no suffix, 2 \.heic, 1 \.jxl, 1 \.parquet; the images are read, and not the data"
     )
     with pytest.warns(UserWarning, match=message):
         pair = load_pair(str(tmp_path), (8, 8), 1)
     assert pair[0].left_out == {
-        ".heic": 2, ".jxl": 1, ".parquet": 1, "no suffix": 1, "LICENSE": 1, ".txt": 1, ".db": 1,
+        ".heic": 2, ".jxl": 1, ".parquet": 1, "no suffix": 3, "LICENSE": 1, ".txt": 1, ".db": 1,
     }  # fmt: skip
     assert describe(*pair) == (
-        f"{tmp_path}: train 1 images, held out 1 of train; no classes; warning: left out 2 .heic, 1 .db, 1 .jxl, "
-        "1 .parquet, 1 .txt, 1 LICENSE, .."
+        f"{tmp_path}: train 1 images, held out 1 of train; no classes; warning: left out 3 no suffix, 2 .heic, "
+        "1 .db, 1 .jxl, 1 .parquet, 1 .txt, .."
     )
 
 
@@ -719,9 +717,7 @@ def test_npz_files_that_are_no_images(tmp_path, monkeypatch):
     ):
         refused(of(**arrays), (8, 8), 3, match=rf"a\.npz: has {described}.*; want an \.npz with images \[N, H, W\]")
     refused(of(x=PIXELS / 255), (8, 8), 3, match=r"image 0 of .*a\.npz \(x\): float64 numbers; want pixel_type float32")
-    refused(
-        of(x=PIXELS.transpose(0, 3, 1, 2)), (8, 8), 3, match=r"\[H, W, C\] is \[3, 8, 8\]; want channels 8, or C of 1"
-    )
+    refused(of(x=PIXELS.transpose(0, 3, 1, 2)), (8, 8), 3, match=r"\[H, W, C\] is \[3, 8, 8\]; want channels 8, or C")
     assert len(load(of(x=PIXELS, y=PIXELS[:5]), (8, 8), 3, image_column="y")) == 5
     refused(of(x=PIXELS), (8, 8), 3, image_column="z", match="image_column z: .*a.npz: has x uint8")
     refused(of(x=PIXELS), (8, 8), 3, label_column="z", match="label_column z: .* has no such array of 23 integers")
@@ -811,10 +807,46 @@ def test_what_converts_without_loss_is_used_and_the_majority_says_what_is_odd(tm
         assert holds(found, range(N), want, labels=False)
     said = sorted(re.sub(".*: mode", "mode", str(warning.message).rpartition(";")[0]) for warning in caught)
     assert said == ["mode L is converted to RGB", "mode RGBA is converted to RGB"]
-    Image.new("RGBA", (8, 8)).save(tmp_path / "0.png")  # now the first loses something, and most do not
-    message = r"0\.png: RGBA \(4 channels\), but most images are RGB \(3 channels\), and as RGB .* would lose something"
-    with pytest.raises(InputError, match=message):
-        load(str(tmp_path), (8, 8), 3, cache_bytes=cache_bytes).batch([0])
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_a_few_transparent_images_are_laid_on_white_with_one_note(tmp_path, cache_bytes):
+    folder(tmp_path, classes=False)
+    for i in (0, 3, 5):
+        Image.new("RGBA", (8, 8)).save(tmp_path / f"{i}.png")
+    count = "3 images" if cache_bytes else "images"
+    note = rf": {count}: mode RGBA is converted to RGB, laid on white; the first: .*/0\.png"
+    with pytest.warns(UserWarning, match=note) as caught:
+        white = load(str(tmp_path), (8, 8), 3, cache_bytes=cache_bytes).batch([0, 3, 5])
+    assert (white == 255).all()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("colour", ["RGB", "RGBA", "P"])
+def test_colour_is_refused_where_most_images_are_grey_and_the_model_is(tmp_path, colour):
+    for i in range(4):
+        Image.fromarray(PIXELS[i, ..., 0]).save(tmp_path / f"{i}.png")
+    Image.fromarray(PIXELS[4]).convert(colour).save(tmp_path / "4.png")
+    with pytest.raises(InputError, match=r"4\.png: RGB.* most images are grey, and as grey it would lose its colours"):
+        load(str(tmp_path), (8, 8), 1)
+    Image.new("LA", (8, 8)).save(tmp_path / "4.png")
+    with pytest.warns(UserWarning, match=r"1 image: mode LA is converted to L, laid on white"):
+        assert (load(str(tmp_path), (8, 8), 1).batch([4]) == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
+def test_the_line_about_a_source_says_that_all_images_are_grey(tmp_path, mode):
+    for i in range(6):
+        grey = PIXELS[i, ..., 0]
+        image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+        image.save(tmp_path / f"{i}.tif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rgb, grey = (describe(*load_pair(str(tmp_path), (8, 8), channels)) for channels in (3, 1))
+        Image.fromarray(PIXELS[5]).save(tmp_path / "5.tif")
+        mixed = describe(*load_pair(str(tmp_path), (8, 8), 3))
+    assert rgb.endswith("are grey; --channels 1 would train a smaller model of grey images")
+    assert "channels" not in grey + mixed
 
 
 def test_what_most_images_lose_is_lost_with_a_note(tmp_path):

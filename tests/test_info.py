@@ -70,12 +70,21 @@ def test_a_model_of_diffusers_is_imported_first(
     """What stands there can be typed, in that order."""
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(trained), "--to", "diffusers", "theirs"]) == 0
-    ask = info("theirs", capsys)["ask"]
+    about = info("theirs", capsys)
+    assert about["settings"]["width"] == 32
+    assert not {"flip", "dropout", "lr", "loss", "steps", "batch_size"} & about["settings"].keys()
+    ask = about["ask"]
     wanted = "first: ddpm import theirs --out FILE.safetensors, and ddpm calibrate FILE.safetensors --data SOURCE"
     assert ask["ddpm compress theirs IMAGE --out FILE"] == wanted
     assert ask["ddpm import theirs --out FILE.safetensors"] == ""
     assert not any("export" in line for line in ask)
     assert main(["import", "theirs", "--out", "FILE.safetensors"]) == 0
+    assert info("FILE.safetensors", capsys)["settings"] == about["settings"]
+    assert main(["info", "FILE.safetensors"]) == 0
+    out = capsys.readouterr().out
+    assert "num_timesteps " in out
+    assert "flip" not in out
+    assert "the training steps" not in out
     assert main("calibrate FILE.safetensors --data digits -n 2 --codec 2".split()) == 0
     assert info("FILE.safetensors", capsys)["ask"]["ddpm compress FILE.safetensors IMAGE --out FILE"] == ""
 

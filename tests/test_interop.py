@@ -710,7 +710,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("preset", "changes", "words"),
     [
-        ({"patch": 2}, {}, "patch 2: .* want 1"),
+        ({"patch": 2}, {}, r"patch 2: .* no outer level .* patch 1, or an export with --out FILE\.safetensors"),
         ({}, {"clip": 0.99}, "clip 0.99: .* want static or none"),
         ({"channel_multipliers": (2, 2)}, {}, r"channel_multipliers \(2, 2\): .* want 1 first"),
         ({"predict": "mu"}, {}, "predict mu: .* eps, x0, v"),

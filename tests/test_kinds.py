@@ -30,6 +30,7 @@ def picture(kind: str, rng: np.random.Generator) -> Image.Image:
         "RGB": lambda: Image.fromarray(colour),
         "transparent": lambda: Image.fromarray(np.dstack([colour, grey])),
         "palette": lambda: Image.fromarray(colour).quantize(16),
+        "CMYK": lambda: Image.fromarray(colour).convert("CMYK"),
         "more than 8 bits": lambda: Image.fromarray(grey.astype(np.uint16) * 257 + 3),
     }[kind]()
 
@@ -42,7 +43,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in {row for row, *_ in cells("Pictures")}:
         (folder / kind).mkdir()
         for i in range(6):
-            picture(kind, rng).save(folder / kind / f"{i}.png")
+            picture(kind, rng).save(folder / kind / f"{i}.png", "TIFF" if kind == "CMYK" else "PNG")
     (folder / "net.py").write_text(FEATURES)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -297,7 +298,9 @@ def test_python_is_told_too(labelled: Path) -> None:
     assert model(x, t, torch.tensor([3])).x0.isfinite().all()
 
 
-def test_likelihoods_are_given_the_labels_of_the_images(labelled: Path, tmp_path: Path) -> None:
+def test_likelihoods_are_given_the_labels_of_the_images(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """They equal the bound of each image with its label, which other labels make larger."""
     from ddpm import likelihood
     from ddpm.files import data
@@ -316,6 +319,12 @@ def test_likelihoods_are_given_the_labels_of_the_images(labelled: Path, tmp_path
     assert result["bits_per_dim"] == pytest.approx(float(right.mean()), rel=1e-9)
     assert result["bits_per_dim"] != pytest.approx(float(wrong.mean()), rel=1e-6)
     assert main(["evaluate", str(labelled), "-n", "4", "--metrics", "nll", "ode", "--out", str(tmp_path / "e")]) == 0
+    bound = json.loads((tmp_path / "e" / "nll.json").read_text())
+    out = capsys.readouterr().out
+    figure = rf"{bound['bits_per_dim']:.4f} ± {bound['standard_error']:.4f}"
+    assert re.search(rf"^  bits/dim, bound \(Eq\. 5\), fixed_large  +{figure}  +4 images, ", out, re.M)
+    assert "bits/dim, ODE" in out
+    assert "{" not in out
     assert json.loads((tmp_path / "e" / "nll.json").read_text())["labels"] == "of the images"
     assert main(["calibrate", str(labelled), "-n", "8"]) == 0
 

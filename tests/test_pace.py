@@ -20,6 +20,7 @@ from conftest import assert_same, losses, metrics, steps, tensors, train
 from PIL import Image
 
 import ddpm
+from ddpm.cli import main
 from ddpm.files import checkpoints, images
 from ddpm.presets import PRESETS
 from ddpm.run import forecast, pace, previews
@@ -104,6 +105,24 @@ def test_a_run_of_some_minutes_is_an_ordinary_run(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "run/config.json").read_text() == (tmp_path / "plain/config.json").read_text()
     assert_same(tensors(tmp_path / "run", 9), tensors(tmp_path / "plain", 9))
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+def test_a_short_run_has_a_short_warmup_and_a_run_that_exists_keeps_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ddpm.run.train.time_steps", lambda *_: 0.1)
+    monkeypatch.setattr(Costs, "steps_in", lambda *_: 20)
+    given = ("--warmup", 100, "--minutes", 1)
+    assert train(tmp_path / "run", *given) == 0
+    assert "steps 0 to 20, warmup 2 in place of 100\n" in capsys.readouterr().err
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    assert (settings["steps"], settings["warmup"]) == (20, 2)
+    assert train(tmp_path / "run", *given) == 0
+    said = capsys.readouterr().err
+    assert "run exists and keeps its 20 steps: --minutes is for a new run\n" in said
+    assert "is trained to step 20 already; steps above 20 continue it\n" in said
+    assert train(tmp_path / "short", "--warmup", 1, "--minutes", 1) == 0
+    assert "in place of" not in capsys.readouterr().err
 
 
 def test_grids_are_small_where_minutes_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,3 +282,43 @@ def test_a_picture_takes_no_longer_than_it_may() -> None:
         assert count <= 64
         assert 10 <= calls <= 50
         assert count > 0 or seconds < 0.1
+
+
+def test_sampling_that_takes_minutes_is_forecast_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step of 8 images takes 1 s: 16 images of 1,000 steps take 2,000 s, and 20 steps of each 40 s."""
+    clock = 0.0
+    monkeypatch.setattr(forecast, "time", types.SimpleNamespace(monotonic=lambda: clock))
+    wanted = {
+        1000: "forecast: sampling takes about 33 minutes; --sampler unipc --steps 20 takes about 40 seconds\n",
+        50: "",
+    }
+    for count, line in wanted.items():
+        watch = forecast.SamplingForecast(16, count, count)
+        for _ in range(2 * count):
+            clock += 1
+            watch(8)
+        assert capsys.readouterr().err == line
+    slow = forecast.SamplingForecast(1, 20, 20)
+    for _ in range(20):
+        clock += 60
+        slow(1)
+    assert capsys.readouterr().err == "forecast: sampling takes about 18 minutes\n"
+
+
+def test_a_forecast_of_sampling_changes_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", "digits", "-n", "3", "--batch-size", "2", "--class", "3"]
+    assert main([*words, "--out", str(tmp_path / "a.npz")]) == 0
+    assert "forecast" not in capsys.readouterr().err
+    monkeypatch.setattr(forecast.SamplingForecast, "LEAST", 0)
+    monkeypatch.setattr(forecast, "time", types.SimpleNamespace(monotonic=itertools.count().__next__))
+    assert main([*words, "--out", str(tmp_path / "b.npz")]) == 0
+    assert capsys.readouterr().err.count("forecast: sampling takes about ") == 1
+    assert main([*words, "--out", f"{tmp_path}/c/"]) == 0
+    assert capsys.readouterr().err.count("forecast: sampling takes about ") == 1
+    first, second = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
+    assert np.array_equal(first, second)
+    assert np.array_equal(first[2, ..., 0], np.asarray(Image.open(tmp_path / "c" / "000002.png")))

@@ -1,7 +1,8 @@
 """`ddpm evaluate`."""
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,6 @@ from ddpm.cli.options import (
     number,
     open_model,
     out_folder,
-    print_results,
 )
 from ddpm.errors import InputError
 from ddpm.presets import check
@@ -141,10 +141,24 @@ class _Results:
         self.done[name] = values
 
     def print(self, args: argparse.Namespace) -> None:
+        if not args.json:
+            print("\n".join(self._table()))
+            return
         bound = self.done.get("nll") or self.done.get("nll_sampled")
         bits = {"bits_per_dim": bound["bits_per_dim"]} if bound else {}
         scores = self.done.pop("quality", {})
-        print_results(args, {**self.about, **bits, **self.done, **scores}, self.out)
+        print(json.dumps({**self.about, **bits, **self.done, **scores}))
+
+    def _table(self) -> Iterator[str]:
+        """Lines for people: the model, the figures in columns, and where all results are."""
+        from ddpm.run.export import figures
+
+        about = self.about
+        yield f"{about['run']}: step {about['step']:,}, {about['weights']}, variance {about['variance']}"
+        rows = [row for values in self.done.values() for row in figures({**about, **values})]
+        name, value = (max(len(row[k]) for row in rows) for k in (0, 1))
+        yield from (f"  {row[0]:<{name}}  {row[1]:<{value}}  {row[2]}" for row in rows)
+        yield f"written: {self.out}"
 
 
 def _likelihoods(

@@ -14,6 +14,11 @@ from ddpm.presets import GROUPS, PRESETS, Preset, to_json
 if TYPE_CHECKING:
     from ddpm.files.models import Checkpoint
 
+KNOWN = (
+    "size", "channels", "classes", "class_names", "width", "channel_multipliers", "num_res_blocks",
+    "attention_resolutions", "details", "schedule", "num_timesteps", "beta_1", "beta_T", "predict", "variance", "clip",
+)  # fmt: skip
+"""The settings that the files of another package tell. The others, of its training, are unknown."""
 KINDS = {1: "grey", 3: "RGB", 4: "RGBA"}
 
 
@@ -40,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     model = opening.open_checkpoint(args.run) if whole or not is_run else None
     preset = model.preset if model else checkpoints.settings(path)
     assert preset is not None  # a run has settings
+    imported = model is not None and (model.foreign or (model.step == 0 and not preset.data))
+    settings = {name: value for name, value in to_json(preset).items() if name in KNOWN or not imported}
     about: dict[str, Any] = {
         "model": args.run,
         "step": model.step if model else 0,
@@ -51,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         "classes": list(preset.class_names),
         "checkpoints": saved,
         "ask": _ask(args.run, preset, model, is_run),
-        "settings": to_json(preset),
+        "settings": settings,
     }
     if args.json:
         print(json.dumps(about))
@@ -70,10 +77,10 @@ def _lines(about: dict[str, Any], preset: Preset) -> Iterator[str]:
         notes += [f"damaged: {one['damage']}"] if one["damage"] else []
         yield f"{'checkpoint':<12}{', '.join([_words(one['step']), *notes])}"
     for group, meaning in GROUPS.items():
-        yield f"\n{meaning}"
-        for f in fields(Preset):
-            if f.metadata["group"] == group and f.name != "class_names":
-                yield f"  {f.name:<24}{_words(getattr(preset, f.name))}"
+        names = [f.name for f in fields(Preset) if f.metadata["group"] == group and f.name != "class_names"]
+        if known := [name for name in names if name in about["settings"]]:
+            yield f"\n{meaning}"
+            yield from (f"  {name:<24}{_words(getattr(preset, name))}" for name in known)
     yield "\nwhat it can be asked for"
     for line, note in about["ask"].items():
         yield f"  {line:<60}{note}".rstrip()

@@ -121,11 +121,19 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    from tqdm import tqdm  # tqdm.write prints above a progress bar, not into it
+class _Warnings:
+    """Prints each warning of a command once. Notes of conversions are one if only their count and first file differ."""
 
-    if issubclass(category, UserWarning):
-        tqdm.write(f"warning: {_one_line(str(message))}", file=sys.stderr)
+    def __init__(self) -> None:
+        self._said = set[str]()
+
+    def __call__(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        from tqdm import tqdm  # tqdm.write prints above a progress bar, not into it
+
+        said = re.sub(r": (?:[\d,]+ )?images?: (.*); the first: .*", r": \1", str(message))
+        if issubclass(category, UserWarning) and said not in self._said:
+            self._said.add(said)
+            tqdm.write(f"warning: {_one_line(str(message))}", file=sys.stderr)
 
 
 class _Output:
@@ -178,7 +186,7 @@ def _process_state() -> Iterator[None]:
     sys.stdout, sys.stderr = _Output(sys.stdout, results=True), _Output(sys.stderr, results=False)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _warn
+            warnings.showwarning = _Warnings()
             warnings.filterwarnings("default", category=UserWarning, module=r"ddpm\b")  # they are this program's output
             yield
     finally:

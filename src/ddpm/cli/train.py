@@ -38,7 +38,10 @@ def add(commands: Commands) -> None:
     add_json(parser)
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
     groups["data"].add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=f"the images: {SOURCE}")
-    minutes = "minutes that a new run takes, in place of --steps; its first steps tell how many there are"
+    minutes = (
+        "minutes that a new run takes, in place of --steps; its first steps tell how many there are, and at most a "
+        "tenth of them are warmup"
+    )
     groups["optimisation"].add_argument("--minutes", **number(float, None), help=minutes)
     hints = get_type_hints(Preset)
     for f in fields(Preset):

@@ -286,6 +286,18 @@ def alpha(image: Image.Image) -> Image.Image | None:
     return None if channel.getextrema() == (255, 255) else channel
 
 
+def keeps_colour(image: Image.Image, channels: int) -> bool:
+    """Whether `convert` loses no colour. Transparency, which it lays on white, may be lost.
+
+    >>> [keeps_colour(Image.new("RGBA", (1, 1), colour), 1) for colour in ((7, 7, 7, 0), (7, 8, 7, 255))]
+    [True, False]
+    """
+    if channels != 1 or native(image) == 1:
+        return True
+    red, *others = convert(image, 3, notes={}).split()
+    return all(ImageChops.difference(red, other).getextrema() == (0, 0) for other in others)
+
+
 def keeps(image: Image.Image, channels: int) -> bool:
     """Whether `convert` loses nothing: from grey and palette to RGB, from an opaque image to one without alpha, ...
 
@@ -297,10 +309,7 @@ def keeps(image: Image.Image, channels: int) -> bool:
         return True
     if have == 4 and alpha(image) is not None:
         return False
-    if channels == 3 or have == 1:
-        return True
-    red, *others = image.convert("RGB").split()
-    return all(ImageChops.difference(red, other).getextrema() == (0, 0) for other in others)
+    return keeps_colour(image, channels)
 
 
 def convert(image: Image.Image, channels: int, name: str = "the image", notes: Notes | None = None) -> Image.Image:
@@ -322,9 +331,10 @@ def convert(image: Image.Image, channels: int, name: str = "the image", notes: N
     if image.info.get("deep") or image.mode.startswith("I"):
         note(notes, DEEP, name)
     elif image.mode != target:
-        note(notes, f"mode {image.mode} is converted to {target}", name)
+        on_white = ", laid on white" * (mask is not None and target != "RGBA")
+        note(notes, f"mode {image.mode} is converted to {target}{on_white}", name)
     elif mask is not None:
-        note(notes, "a transparent colour is made white", name)
+        note(notes, "a transparent colour is laid on white", name)
     return converted
 
 

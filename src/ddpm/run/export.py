@@ -257,19 +257,24 @@ def _measured(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[st
                 if not isinstance(values, dict) or values.get("identity") != source.identity:
                     continue
                 values["data"] = _public_data_name(values.get("data", ""), checkpoint, exported)
-                figures = list(_figures(values))
+                found = list(figures(values))
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
                 warnings.warn(f"{file} is left out of the card: {error}", stacklevel=2)
                 continue
-            yield from ((f"{key}{before}", value) for key, value in figures)
+            yield from ((f"{name}{before}", f"{value} ({measured_on})") for name, value, measured_on in found)
 
 
 def _dtypes(model: Checkpoint) -> set[torch.dtype]:
     return {value.dtype for value in read_tensors(model.path).values()}
 
 
-def _figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The figures of one file of evaluate/, as (name, figure with its images or samples)."""
+def figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The figures of one file of evaluate/ for people, as (name with its unit, value, what it was measured on).
+
+    >>> values = {"bits_per_dim": 3.7, "standard_error": 0.04, "variance": "fixed_large"}
+    >>> list(figures(values | {"count": 1000, "data": "cifar10", "split": "test"}))
+    [('bits/dim, bound (Eq. 5), fixed_large', '3.7000 ± 0.0400', '1,000 images, cifar10, test')]
+    """
     names = ("classes", "guidance", "guidance_interval", "clip")
     conditions = "".join(f", {name.replace('_', ' ')} {values[name]}" for name in names if name in values)
     if "bits_per_dim" in values:
@@ -278,15 +283,15 @@ def _figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         error = values["standard_error"]
         measured_on = f"{values['count']:,} images, {values['data']}, {values['split']}{conditions}"
         figure = f"{values['bits_per_dim']:.4f}" + (f" ± {error:.4f}" if error else "")
-        yield f"bits/dim, {how}{levels}, {values['variance']}", f"{figure} ({measured_on})"
+        yield f"bits/dim, {how}{levels}, {values['variance']}", figure, measured_on
         for variance, bits in values.get("by_variance", {}).items():
             if variance != values["variance"]:
-                yield f"bits/dim, {how}, {variance}", f"{bits:.4f} ({measured_on})"
+                yield f"bits/dim, {how}, {variance}", f"{bits:.4f}", measured_on
     if "samples" in values:
         how = f"{values['sampler']}, {values['steps']} steps, " if "sampler" in values else ""
         scored = f"{values['samples']:,} samples, {how}features {values['features']}{conditions}"
         scores = ("fid", "frechet_distance", "inception_score", "kid", "precision", "recall")
-        yield from ((name, f"{values[name]:.4g} ({scored})") for name in scores if name in values)
+        yield from ((name, f"{values[name]:.4g}", scored) for name in scores if name in values)
 
 
 def _last_logged(checkpoint: Checkpoint, key: str) -> tuple[int, float] | None:

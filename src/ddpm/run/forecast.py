@@ -2,11 +2,13 @@
 
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ddpm.presets import Preset
 
@@ -64,6 +66,43 @@ class Costs:
             middle = (low + high) // 2
             low, high = (middle, high) if self.seconds(preset, 0, middle) <= seconds else (low, middle)
         return low
+
+
+class SamplingForecast:
+    """Says on stderr how long sampling takes, once, if it takes minutes. It is called after each step of a batch.
+
+    n      images in all
+    steps  noise levels for each image
+    calls  network calls for each image
+    """
+
+    LEAST = 180.0
+    """Seconds from which it is worth a line."""
+    QUICK = 20
+    """Steps of unipc, which make good images of most models (docs/samplers.md)."""
+
+    def __init__(self, n: int, steps: int, calls: int) -> None:
+        self._n, self._steps, self._calls = n, steps, calls
+        self._left, self._timed, self._number, self._from, self._said = n * steps, 0, 0, 0.0, False
+
+    def __call__(self, images: int) -> None:
+        """Count a step of a batch of so many images."""
+        self._left -= images
+        self._number += 1
+        if self._number == 1:  # it also fills caches
+            self._from = time.monotonic()
+            return
+        self._timed += images
+        passed = time.monotonic() - self._from
+        if self._said or passed < 2 or (self._number < 4 and passed < 10):
+            return
+        self._said = True
+        step = passed / self._timed
+        if (left := step * self._left) >= self.LEAST:
+            quick = step * self._n * self._steps / self._calls * self.QUICK
+            hint = f"; --sampler unipc --steps {self.QUICK} takes about {duration(quick)}"
+            hint = hint if self._calls >= 2 * self.QUICK else ""
+            tqdm.write(f"forecast: sampling takes about {duration(left)}{hint}", file=sys.stderr)
 
 
 def describe(preset: Preset, out: Path, costs: Costs, network: nn.Module, step: int, device: torch.device) -> str:

@@ -21,6 +21,7 @@ from ddpm.files import images as pictures
 from ddpm.files.models import Checkpoint, calibration_remedy, read_calibration
 from ddpm.noise import ahead, per_image
 from ddpm.run.device import use_cuda_graphs
+from ddpm.run.forecast import SamplingForecast
 from ddpm.run.processes import Processes
 from ddpm.samplers import SAMPLERS, Levels, Sampler, Step, named
 
@@ -123,11 +124,12 @@ def generate(
     progress: bool = False,
     stop: Callable[[], bool] = lambda: False,
     y: Tensor | None = None,
+    watch: Callable[[int], None] = lambda images: None,
 ) -> Tensor:
     """The images of these seeds, pixels [len(seeds), C, H, W] on the CPU; each depends only on its own seed.
 
     shape, sampler, steps and y are as in `trajectory`. If `stop` becomes true, the function returns early, and the
-    images that are not finished are all zeros.
+    images that are not finished are all zeros. `watch` is called after each step of a batch with its number of images.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(10, 1e-3, 0.8), predict="x0")
@@ -144,6 +146,7 @@ def generate(
             labels = None if y is None else y[part]
             for step in trajectory(denoiser, shape, seeds[part], sampler, steps, device, labels):
                 bar.update(len(step.x))
+                watch(len(step.x))
                 if stop():
                     return images
                 if step.t == 0:
@@ -163,6 +166,7 @@ def progressive(
     progress: bool = False,
     y: Tensor | None = None,
     noisy: bool = False,
+    watch: Callable[[int], None] = lambda images: None,
 ) -> Tensor:
     """Figure 6: x0^ (Eq. 15) at `columns` evenly spaced steps of the sampling, of which the last is the image.
 
@@ -185,6 +189,7 @@ def progressive(
     path = trajectory(denoiser, shape, seeds, sampler, steps, device, y)
     bar = tqdm(path, total=n, unit="step", desc="sampling", disable=None if progress else True, leave=False)
     for i, step in enumerate(bar):
+        watch(len(step.x))
         if i in shown:
             shown_now = step.x if noisy or step.t == 0 else step.x0
             strip.append(pixels.to_pixels(shown_now, denoiser.values).cpu())
@@ -289,9 +294,9 @@ class Sampling:
     def maker(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """A function from places 0, 1, ... of the series to its images on the CPU, and how they are made.
 
-        The function takes `strips`, `progress`, `columns` and `noisy`, as `sample` does. How the images are made is
-        plain JSON values. Raises InputError for a sampler, steps, a spacing or conditions that this model does not
-        have.
+        The function takes `strips`, `progress`, `columns` and `noisy`, as `sample` does, and `watch`, as `generate`
+        does. How the images are made is plain JSON values. Raises InputError for a sampler, steps, a spacing or
+        conditions that this model does not have.
         """
         conditions = self.conditions.resolved(checkpoint)
         denoiser, labels = conditions.apply(checkpoint)
@@ -299,15 +304,26 @@ class Sampling:
         solver = named(self.sampler, self.eta, self.sigma_hat)
 
         def make(
-            places: Sequence[int], strips: bool = False, progress: bool = False, columns: int = 11, noisy: bool = False
-        ) -> Tensor:
+            places: Sequence[int], strips: bool = False, progress: bool = False, columns: int = 11, noisy: bool = False,
+            watch: Callable[[int], None] = lambda images: None,
+        ) -> Tensor:  # fmt: skip
             seeds, y = [self.seed + i for i in places], cycled_labels(labels, places)
             strip, plain = (
                 partial(progressive, columns=columns, noisy=noisy),
                 partial(generate, batch_size=self.batch_size),
             )
             run = strip if strips else plain
-            return run(denoiser, checkpoint.preset.shape, seeds, solver, levels, device=device, progress=progress, y=y)
+            return run(
+                denoiser,
+                checkpoint.preset.shape,
+                seeds,
+                solver,
+                levels,
+                device=device,
+                progress=progress,
+                y=y,
+                watch=watch,
+            )
 
         about = {
             **checkpoint.about(),
@@ -344,8 +360,16 @@ def sample(
             "to which images are written as they are made"
         )
     make, about = sampling.maker(checkpoint, ranks.device)
-    images = make(ranks.mine(n), strips, progress, columns, noisy)
+    watch = _forecast(len(ranks.mine(n)), about, progress, ranks)
+    images = make(ranks.mine(n), strips, progress, columns, noisy, watch)
     return ranks.interleave(images, n), {"count": n, **about}
+
+
+def _forecast(n: int, about: dict[str, Any], progress: bool, ranks: Processes) -> Callable[[int], None]:
+    """What says how long `n` images of these settings take, if `progress` is wanted. A GPU's steps are not timed."""
+    if not progress or ranks.device.type == "cuda":
+        return lambda images: None
+    return SamplingForecast(n, about["steps"], about["network_calls"])
 
 
 def _memory() -> int | None:
@@ -374,14 +398,18 @@ def sample_to_folder(
             _check_record(record, about, n)
         atomic.write_json(record, {"count": n, **about})
     mine, ending = ranks.mine(n), pictures.suffix(checkpoint.denoiser.values.dtype, checkpoint.preset.channels)
+
+    def file(i: int) -> Path:
+        return folder / f"{sampling.seed + i:06d}{ending}"
+
+    watch = _forecast(sum(not file(i).is_file() for i in mine), about, progress, ranks)
     with tqdm(total=len(mine), unit="image", desc="sampling", disable=None if progress else True, leave=False) as bar:
         for start in range(0, len(mine), sampling.batch_size):
             places = mine[start : start + sampling.batch_size]
-            files = {i: folder / f"{sampling.seed + i:06d}{ending}" for i in places}
-            missing = [i for i, file in files.items() if not file.is_file()]
-            made = make(missing) if missing else ()
+            missing = [i for i in places if not file(i).is_file()]
+            made = make(missing, watch=watch) if missing else ()
             for i, image in zip(missing, made, strict=True):
-                pictures.save_image(files[i].with_suffix(""), pictures.channels_last(image[None])[0])
+                pictures.save_image(file(i).with_suffix(""), pictures.channels_last(image[None])[0])
             bar.update(len(places))
     ranks.any(False)  # wait for the images of the other processes
     return {"count": n, **about}

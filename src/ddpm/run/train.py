@@ -58,7 +58,8 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
     """Train `preset` into the run folder `out` up to step `preset.steps`, or resume the run in that folder.
 
     minutes  the time from now to the end of a new run. It takes the place of `preset.steps`: the speed of the first
-             steps tells how many there are, and config.json keeps that number. Then the run begins, an ordinary one
+             steps tells how many there are, and at most a tenth of them are warmup. config.json keeps both numbers.
+             Then the run begins, an ordinary one. A run that exists keeps its steps
 
     Raises InputError for settings, data or a device that cannot be used, and Stopped if the run cannot go on.
     """
@@ -67,6 +68,7 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
         ranks = stack.enter_context(processes(preset.device))
         devices = [ranks.device] if ranks.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))  # steps seed the global generators, which are the caller's
+        known = checkpoints.settings(out) is not None
         preset = _check_settings(preset, out, ranks, minutes)
         parts = _parts(preset, ranks)
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
@@ -86,16 +88,19 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
         if begun and ranks.any(ranks.first and has_grid(begun, preset) and not grid_file(out, begun).exists()):
             size = preset.sample_count, preset.sample_steps  # an earlier process ended between checkpoint and grid
             draw(model.averaged, preset, out, begun, ranks, size, lambda: False)
+        if minutes is not None and known:
+            log.say(ranks, f"{out} exists and keeps its {preset.steps:,} steps: --minutes is for a new run")
         if begun >= preset.steps:
             log.say(ranks, f"{out} is trained to step {begun} already; steps above {begun} continue it")
             return Result(begun, model.held_out_before, None, None, None)
         training, draws = _for_training(model, preset, ranks), torch.Generator(ranks.device)
-        if minutes is not None and not (out / "config.json").exists():
+        warmup = preset.warmup
+        if minutes is not None and not known:
             end = started + 60 * minutes
             preset = _ending_at(end, model, training, preset, parts, train_set, held_out_set, draws, ranks)
         write = stack.enter_context(log.metrics(out, begun, preset, ranks))
         log.write_held_out(out, held_out_set, ranks)
-        _announce(preset, out, ranks, model, train_set, held_out_set)
+        _announce(preset, out, ranks, model, train_set, held_out_set, warmup)
 
         def evaluate(stop: Callable[[], bool] = lambda: False) -> float | None:
             """The held-out L_simple, which goes into the log; None if the run is to stop."""
@@ -347,7 +352,8 @@ def _ending_at(
     end: float, model: _Model, training: Denoiser, preset: Preset, parts: list[slice], train_set: data.Images,
     held_out_set: data.Images, draws: torch.Generator, ranks: Processes,
 ) -> Preset:  # fmt: skip
-    """The preset with as many steps as end at the time `end`, and grids that take at most a tenth of the time each.
+    """The preset with as many steps as end at the time `end`; a tenth of them, and of the time, are the most for warmup
+    and a grid.
 
     The steps that are timed for this are taken back.
     """
@@ -379,7 +385,8 @@ def _ending_at(
         count, calls = affordable(preset, left / 10, image_call)
         preset = replace(preset, sample_count=max(1, count), sample_steps=calls)
     costs = forecast.Costs(step_seconds, image_call, forecast.save_seconds(model.network))
-    return replace(preset, steps=costs.steps_in(preset, left))
+    steps = costs.steps_in(preset, left)
+    return replace(preset, steps=steps, warmup=min(preset.warmup, steps // 10))
 
 
 def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
@@ -544,7 +551,9 @@ def _check_settings(preset: Preset, out: Path, ranks: Processes, minutes: float 
             preset = replace(preset, precision=old.precision)
         if preset.pixel_type == old.pixel_type and not preset.value_range:
             preset = replace(preset, value_range=old.value_range)
-        preset = replace(preset, class_names=old.class_names, steps=preset.steps if minutes is None else old.steps)
+        preset = replace(preset, class_names=old.class_names)
+        if minutes is not None:
+            preset = replace(preset, steps=old.steps, warmup=old.warmup)
         for f in fields(Preset):
             was, now = getattr(old, f.name), getattr(preset, f.name)
             moved = f.name == "data" and not os.path.exists(os.path.expanduser(was))  # the fingerprint decides later
@@ -662,16 +671,18 @@ def _signals() -> Iterator[_Stop]:
 
 
 def _announce(
-    preset: Preset, out: Path, ranks: Processes, model: _Model, train_set: data.Images, held_out: data.Images
-) -> None:
-    """Say what is about to be trained, and warn of settings that will disappoint."""
+    preset: Preset, out: Path, ranks: Processes, model: _Model, train_set: data.Images, held_out: data.Images,
+    warmup: int,
+) -> None:  # fmt: skip
+    """Say what is about to be trained, and warn of settings that will disappoint. `warmup` is what was asked for."""
     size = sum(p.numel() for p in model.weights)
+    shortened = f", warmup {preset.warmup:,} in place of {warmup:,}" if preset.warmup != warmup else ""
     several = f" x {ranks.world} processes" if ranks.world > 1 else ""
     log.say(ranks, data.describe(train_set, held_out))
     log.say(
         ranks,
         f"{out}: {size:,} parameters, {len(train_set):,} images and {len(held_out):,} held out of {preset.data}, "
-        f"{ranks.device}{several}, {preset.precision}, steps {model.step:,} to {preset.steps:,}",
+        f"{ranks.device}{several}, {preset.precision}, steps {model.step:,} to {preset.steps:,}{shortened}",
     )
     if ranks.first:
         shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)))

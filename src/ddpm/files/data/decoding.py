@@ -63,7 +63,7 @@ class Form:
 class Decoder:
     """Decodes images to one `form`.
 
-    usual  native channels of most pictures. A picture of another kind is bad if converting it loses something
+    usual  native channels of most pictures. If that is 1, a picture that would lose its colours is bad
     """
 
     encoded: EncodedImages
@@ -81,11 +81,11 @@ class Decoder:
                     pixels[k] = form.array(encoded, name, notes).transpose(2, 0, 1)
                     continue
                 image = decoded(encoded, name)
-                if (have := pictures.native(image)) != self.usual and not pictures.keeps(image, form.channels):
+                if self.usual == 1 and not pictures.keeps_colour(image, form.channels):
                     raise InputError(
-                        f"{name}: {_kind(have)}, but most images are {_kind(self.usual)}, and as "
-                        f"{_kind(form.channels)} it would lose something; want it converted beforehand, or skip_bad, "
-                        "which leaves such images out"
+                        f"{name}: {pictures.MODES[pictures.native(image)]}, but most images are grey, and as grey "
+                        "it would lose its colours; want it converted beforehand, or skip_bad, which leaves such "
+                        "images out"
                     )
                 fitted = pictures.fit(image, form.size, form.channels, name, notes, form.fit)
                 pixels[k] = fitted.transpose(2, 0, 1)
@@ -114,10 +114,6 @@ def _picture(array: NDArray[Any], name: str) -> Image.Image:
     if array.shape[2] not in pictures.MODES:
         raise InputError(f"{name}: [H, W, C] is {list(array.shape)}; want channels {array.shape[2]}, or C of 1, 3 or 4")
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array))
-
-
-def _kind(channels: int) -> str:
-    return f"{pictures.MODES[channels]} ({channels} channel{'s' * (channels > 1)})".replace("L (", "grey (")
 
 
 def merge_notes(notes: pictures.Notes, more: pictures.Notes) -> None:

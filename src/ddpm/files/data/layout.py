@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError, parse_json
-from ddpm.files.data.listing import LABELS, Options, holds_image, is_hidden, is_image, natural, number_values
+from ddpm.files.data.listing import LABELS, TEXTS, Options, holds_image, is_hidden, is_image, natural, number_values
 from ddpm.files.images import one_line
 
 # -- the names of splits -----------------------------------------------------------------------------------------------
@@ -249,14 +249,18 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def kind(file: str) -> str:
-    """The kind of a file that is not read: its suffix; without one the name, if it is such as LICENSE.
+    """The kind of a file that is not read: its suffix; without one the name, if it is a usual text such as LICENSE.
 
-    >>> kind("a/IMG_1.HEIC"), kind("a/LICENSE"), kind("a.b/c")
-    ('.heic', 'LICENSE', 'no suffix')
+    What follows a dot is a suffix if it is short and not only a number: 0001.2024 has none.
+
+    >>> kind("a/IMG_1.HEIC"), kind("a/LICENSE"), kind("a.b/c"), kind("a/IMG_0001"), kind("0001.2024")
+    ('.heic', 'LICENSE', 'no suffix', 'no suffix', 'no suffix')
     """
     file = file.rpartition("/")[2]
-    _, dot, suffix = file.rpartition(".")
-    return f".{suffix.lower()}" if dot else file if file.isupper() else "no suffix"
+    suffix = file.rpartition(".")[2].lower() if "." in file else ""
+    if re.fullmatch(r"(?=.*[a-z])[a-z0-9_+-]{1,12}", suffix):
+        return f".{suffix}"
+    return file if file in TEXTS else "no suffix"
 
 
 def _split_names(reading: _Reading) -> list[str]:

@@ -27,6 +27,10 @@ _COMPANIONS = frozenset(
     ".sha256 .toml .tsv .txt .url .xml .yaml .yml".split()
 )
 """Suffixes of files that often lie beside images. Leaving them out needs no warning."""
+TEXTS = frozenset(
+    "AUTHORS CHANGELOG CITATION CONTRIBUTING COPYING INSTALL LICENCE LICENSE MANIFEST NOTICE README".split()
+)
+"""Names, without a suffix, of texts that often lie beside images."""
 Encoded: TypeAlias = bytes | Path | Image.Image | NDArray[Any]
 """One image: the bytes of a file, the path of a file, or a picture or an array that needs no decoding."""
 
@@ -110,7 +114,7 @@ def unexpected(kinds: Mapping[str, int]) -> dict[str, int]:
     >>> unexpected({".heic": 8, ".txt": 1, "LICENSE": 1})
     {'.heic': 8}
     """
-    return {kind: n for kind, n in kinds.items() if kind not in _COMPANIONS and not kind.isupper()}
+    return {kind: n for kind, n in kinds.items() if kind not in _COMPANIONS | TEXTS}
 
 
 def counted(kinds: Mapping[str, int]) -> str:

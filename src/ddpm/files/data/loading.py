@@ -47,6 +47,7 @@ class Images:
     notes        the conversions so far
     splits       the names of all splits of the source
     left_out     kind of file that the source holds and that is not read -> number of files
+    looks_grey   whether some images were looked at to choose the decoding, and all are grey without transparency
     """
 
     name: str
@@ -62,6 +63,7 @@ class Images:
     notes: pictures.Notes = field(default_factory=pictures.Notes, repr=False)
     splits: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict, repr=False)
+    looks_grey: bool = field(default=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -202,6 +204,8 @@ def describe(train: Images, held_out: Images) -> str:
     parts += [f"classes {', '.join([*names[:6], '..'] if len(names) > 6 else names)}"] if names else ["no classes"]
     if train.left_out:
         parts += [f"{'warning: ' * bool(unexpected(train.left_out))}left out {counted(train.left_out)}"]
+    if train.looks_grey and train.channels > 1:
+        parts += ["all images that were looked at are grey; --channels 1 would train a smaller model of grey images"]
     return f"{train.name}: {'; '.join(parts)}"
 
 
@@ -242,12 +246,12 @@ def _build(
     n = len(listing.encoded)
     if n == 0:
         raise InputError(f"{source} ({split}): no images")
-    usual, largest = _probe(source, split, listing.encoded, form, skip_bad)
+    usual, largest, grey = _probe(source, split, listing.encoded, form, skip_bad)
     decoder = Decoder(listing.encoded, form, usual)
     labels = None if listing.labels is None else torch.from_numpy(listing.labels)
     rows, names = torch.arange(n), listing.class_names
     images = Images(source, split, labels, names, decoder, rows, None, skip_bad)
-    images.splits, images.left_out = tuple(contents.splits), contents.left_out
+    images.splits, images.left_out, images.looks_grey = tuple(contents.splits), contents.left_out, grey
     if n * form.zeros(1).nbytes > cache_bytes:
         images.batch([0])  # warns of conversions before the work starts
         return images
@@ -269,14 +273,14 @@ def _build(
     return images
 
 
-def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad: bool) -> tuple[int, int]:
-    """What most images have: their native channels; and the pixels of the largest image that was looked at.
+def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad: bool) -> tuple[int, int, bool]:
+    """What most images have: their native channels; of those looked at the largest one's pixels, and if all are grey.
 
     Raises InputError if the first image is bad, but with `skip_bad` only if there is no good one.
     """
     n = len(encoded)
     spread = sorted({k * n // _PROBES for k in range(_PROBES)})
-    kinds, largest, fault = Counter[int](), 0, ""
+    kinds, largest, grey, fault = Counter[int](), 0, form.is_picture, ""
     for i in (*spread, *(i for i in range(n) if i not in spread)):
         if kinds and i not in spread:
             break
@@ -290,13 +294,14 @@ def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad
             pictures.fit(image, form.size, form.channels, name, {}, form.fit)
             kinds[pictures.native(image)] += 1
             largest = max(largest, image.width * image.height)
+            grey = grey and pictures.keeps(image, 1)
         except InputError as error:
             if not skip_bad and i == 0:
                 raise InputError(f"{error}; {SKIP_HINT}") from error
             fault = fault or str(error)
     if not kinds:
         raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {fault}")
-    return kinds.most_common(1)[0][0], largest
+    return kinds.most_common(1)[0][0], largest, grey
 
 
 def _pick(source: str, split: str, splits: Iterable[str]) -> str:

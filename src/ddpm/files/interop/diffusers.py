@@ -200,7 +200,10 @@ def _check_exportable(checkpoint: Checkpoint) -> None:
     preset, denoiser = checkpoint.preset, checkpoint.denoiser
     variance = denoiser.variance
     if preset.patch != 1:
-        raise InputError(f"patch {preset.patch}: diffusers does not have it; want 1")
+        raise InputError(
+            f"patch {preset.patch}: diffusers' UNet2DModel has no outer level at half the size; want a model that was "
+            "trained with patch 1, or an export with --out FILE.safetensors or --to hub, which ddpm reads"
+        )
     if preset.channel_multipliers[0] != 1:
         raise InputError(
             f"channel_multipliers {preset.channel_multipliers}: in diffusers the first is always 1; want 1 first"
