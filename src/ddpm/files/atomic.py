@@ -133,7 +133,10 @@ def make_folder(path: str | Path) -> Path:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     for new in reversed(missing):  # one by one: Python's own way to make parents fails for a thousand of them
-        new.mkdir(exist_ok=True)
+        try:
+            new.mkdir(exist_ok=True)
+        except FileNotFoundError as error:  # its parent is there, but takes no folders, as /proc
+            raise CannotWrite(error.errno, error.strerror, str(path)) from None
         sync(new.parent)
     return Path(path)
 

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import platform
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -204,8 +203,8 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None, progr
     with _naming(path):
         decodes = decodes_here(model, data)
     if not decodes:
-        warning = f"{path}: written in the local profile on another machine, device or release; it may not decode here"
-        tqdm.write(f"warning: {warning}", file=sys.stderr)
+        elsewhere = "written in the local profile on another machine, device or release"
+        warnings.warn(f"{path}: {elsewhere}; it may not decode here", stacklevel=2)
     if container.is_archive(data):
         if at is not None:
             raise InputError(f"at {at}: {path} is an archive, which cannot be read in part")
