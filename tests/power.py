@@ -191,10 +191,12 @@ def _left(root: Path, reported: dict[str, int], first: int) -> Losses:
     return found
 
 
-def lose(on: Disk, chance: random.Random, first: int, syncs: str = "all", seconds: float = 0.3) -> tuple[Losses, int]:
-    """Save to a disk, cut its power after 0 to `seconds`, and see what is left. Returns that, and the next `first`.
+def lose(on: Disk, chance: random.Random, first: int, syncs: str = "all") -> tuple[Losses, int]:
+    """Save to a disk, cut its power during one of 20 saves, and see what is left. Returns that, and the next `first`.
 
-    first  the number of the first save; 1 for a new disk, whose first round of saves ends before the power is lost
+    first  the number of the first save; 1 for a new disk
+
+    Raises RuntimeError if the saving process ended before the power was lost.
     """
     receive, send = os.pipe()
     child = os.fork()
@@ -206,11 +208,13 @@ def lose(on: Disk, chance: random.Random, first: int, syncs: str = "all", second
             os._exit(0)
     os.close(send)
     with open(receive, "rb") as pipe:
-        ahead = [pipe.readline() for _ in KINDS] if first == 1 else []
-        time.sleep(chance.uniform(0, seconds))
+        ahead = [pipe.readline() for _ in range(chance.randint(len(KINDS), 20))]
+        time.sleep(chance.uniform(0, 0.02))
         on.cut()
         lines = b"".join(ahead) + pipe.read()
     os.waitpid(child, 0)
+    if not all(ahead):
+        raise RuntimeError(f"the saving process ended after {len(b''.join(ahead))} bytes of reports")
     on.restart()
     reported = {kind: int(number) for kind, _, number in (line.partition(",") for line in lines.decode().splitlines())}
     found = _left(on.root, reported, first)

@@ -279,19 +279,17 @@ def disk(tmp_path: Path) -> Iterator[power.Disk]:
 
 def test_what_was_reported_written_survives_a_loss_of_power(disk: power.Disk) -> None:
     """Files, folders and checkpoints, at random moments of many saves, on a real file system."""
-    chance, first, saves = random.Random(0), 1, 0
+    chance, first = random.Random(0), 1
     for _ in range(12):
         left, first = power.lose(disk, chance, first)
         assert (left.lost, left.torn, left.damaged) == ([], [], 0)
-        saves += left.saves
-    assert saves > 50
 
 
 @pytest.mark.parametrize(("syncs", "torn"), [("files", False), ("folders", True), ("none", False)])
 def test_without_syncs_a_loss_of_power_takes_files_back(syncs: str, torn: bool, disk: power.Disk) -> None:
     """The control of the test above. A checkpoint whose files are not on the disk is there, and recognised."""
     chance, first, lost, found = random.Random(0), 1, 0, power.Losses()
-    for _ in range(6):
+    for _ in range(60):  # of those that sync files only, one in four loses something
         found, first = power.lose(disk, chance, first, syncs)
         lost += len(found.lost)
         if lost and ((found.torn and found.damaged) or not torn):

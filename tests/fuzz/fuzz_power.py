@@ -49,7 +49,7 @@ def main() -> None:
     columns = [name.replace("_", " ") for name in results["all"]]
     rows = [[syncs, *(f"{n:,}" for n in counts.values())] for syncs, counts in results.items()]
     text = (
-        f"The power of a disk (ext4) is cut 0 to 0.3 s after saving began, seed {args.seed}. `lost` are saves that "
+        f"The power of a disk (ext4) is cut in the midst of saves, seed {args.seed}. `lost` are saves that "
         "were reported complete and are not whole afterwards. `torn` are files and folders under their final names "
         "that are not whole. Damaged checkpoints are recognised, and counted again at each try while they lie there. "
         "The other rows are controls, in which the saving process may sync files only, folders only, or nothing.\n\n"
