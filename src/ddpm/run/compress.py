@@ -194,7 +194,7 @@ def _summary(file: Path, data: bytes, dims: int, count: int) -> dict[str, Any]:
 def decompress(model: Model, path: Path, out: Path, at: int | None = None, progress: bool = False) -> dict[str, Any]:
     """Write the picture of a compressed file as the PNG `out`, or those of an archive as PNGs in the folder `out`.
 
-    If the name `out` ends in .gif or .webp, an animation shows how the picture develops while the file is read.
+    If the name `out` ends in .gif, .webp or .mp4, an animation shows how the picture develops while the file is read.
 
     `at` reads only the first `at` bytes of the file. Returns a summary as plain JSON values. Warns about a file that
     may not decode here, and raises InputError for one that does not.
