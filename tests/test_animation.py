@@ -69,6 +69,84 @@ def test_decoding(tmp_path: Path) -> None:
     assert np.abs(shown[0].astype(int) - true).mean() > np.abs(shown[-2].astype(int) - true).mean()
 
 
+# -- video -------------------------------------------------------------------------------------------------------------
+
+
+def video(path: Path) -> np.ndarray:
+    """The frames as ffmpeg decodes them: RGB, uint8 [N, H, W, 3]."""
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    about, *shown = ffmpeg.read_frames(str(path), output_params=["-sws_flags", "accurate_rnd+full_chroma_int+bilinear"])
+    width, height = about["size"]
+    assert (about["codec"], about["pix_fmt"][:7], about["fps"]) == ("h264", "yuv420p", 12.5)
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in shown])
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (33, 48), (32, 49), (35, 51)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_video_has_the_frames(channels: int, height: int, width: int, tmp_path: Path) -> None:
+    """Within 1.5 grey levels on average, and odd sides with their edge twice. The last frame stays for two seconds.
+
+    The pictures are smooth, since colour has half the resolution. They reach black, white and strong colours.
+    """
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    waves = [
+        np.stack([y, x, 1 - y][:channels], -1),
+        np.stack([x, 1 - x, y][:channels], -1),
+        np.zeros((height, width, channels)),
+    ]
+    pictures = [np.round(255 * wave).astype(np.uint8)[None] for wave in waves]
+    animation.save(tmp_path / "a.mp4", pictures)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+    shown = video(tmp_path / "a.mp4")
+    assert shown.shape == (2 + 25, height + height % 2, width + width % 2, 3)
+    for frame, picture in zip(shown, [*pictures, *[pictures[-1]] * 24], strict=True):
+        wanted = np.broadcast_to(picture[0], (height, width, 3)).astype(int)
+        error = np.abs(frame[:height, :width] - wanted)
+        assert error.mean() < 1.5
+        assert error.max() < 12
+        assert np.abs(frame[height:, :width] - wanted[-1:][: height % 2]).max(initial=0) < 12
+        assert np.abs(frame[:height, width:] - wanted[:, -1:][:, : width % 2]).max(initial=0) < 12
+
+
+def test_sampling_and_decoding_to_a_video(tmp_path: Path) -> None:
+    """The same frames as in the .webp, which is exact."""
+    sample = "sample digits -n 4 --class 3 --sampler ddim --steps 8 --seed 5 --out".split()
+    picture, file = tmp_path / "a.png", tmp_path / "a.ddpm"
+    assert main(["sample", "digits", "-n", "1", "--class", "3", "--sampler", "unipc", "--out", str(picture)]) == 0
+    assert main(["compress", "digits", str(picture), "--out", str(file), "--chunk-bits", "8"]) == 0
+    for words in (sample, ["decompress", "digits", str(file), "--out"]):
+        assert main([*words, str(tmp_path / "a.webp")]) == 0
+        assert main([*words, str(tmp_path / "a.MP4")]) == 0
+        exact, shown = frames(tmp_path / "a.webp"), video(tmp_path / "a.MP4")
+        for frame, wanted in zip(shown, exact, strict=False):
+            assert np.abs(frame.astype(int) - wanted).mean() < 3
+        assert len(shown) == len(exact) + 24
+
+
+@pytest.mark.parametrize("program", ["false", "missing"])
+def test_a_video_that_fails_leaves_nothing(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An ffmpeg that does not work ends in one line, and the file that was there stays."""
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    out = tmp_path / "a.mp4"
+    out.write_text("before")
+
+    def exe() -> str:
+        if program == "missing":
+            raise RuntimeError("No ffmpeg exe could be found.")
+        return program
+
+    monkeypatch.setattr(ffmpeg, "get_ffmpeg_exe", exe)
+    words = ["sample", "digits", "-n", "1", "--steps", "2", "--sampler", "unipc", "--out", str(out)]
+    assert main(words) == (1 if program == "false" else 2)
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("ddpm: ")
+    assert "ffmpeg" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+    assert out.read_text() == "before"
+
+
 def test_places_that_cannot_take_an_animation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.gif").mkdir()
     (tmp_path / "file").write_text("words")

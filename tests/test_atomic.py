@@ -1,15 +1,17 @@
 """Files and folders that appear complete or not at all, whatever fails, dies, or lies where they are written."""
 
 import os
+import random
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import power
 import pytest
 import torch
 from conftest import assert_same, steps, tensors, train
@@ -261,6 +263,38 @@ def test_a_checkpoint_is_deleted_only_after_the_name_of_the_new_one_is_on_the_di
     (old,) = (i for i, call in enumerate(calls) if isinstance(call, tuple) and call[0] == "00000002")
     assert folder.stat().st_ino in calls[new:old]
     assert steps(tmp_path) == [3]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[power.Disk]:
+    if reason := power.missing():
+        pytest.skip(f"a loss of power {reason}")
+    try:
+        new = power.Disk(tmp_path)
+    except OSError as error:  # a container may forbid it
+        pytest.skip(f"no file system can be mounted: {error}")
+    yield new
+    new.remove()
+
+
+def test_what_was_reported_written_survives_a_loss_of_power(disk: power.Disk) -> None:
+    """Files, folders and checkpoints, at random moments of many saves, on a real file system."""
+    chance, first = random.Random(0), 1
+    for _ in range(12):
+        left, first = power.lose(disk, chance, first)
+        assert (left.lost, left.torn, left.damaged) == ([], [], 0)
+
+
+@pytest.mark.parametrize(("syncs", "torn"), [("files", False), ("folders", True), ("none", False)])
+def test_without_syncs_a_loss_of_power_takes_files_back(syncs: str, torn: bool, disk: power.Disk) -> None:
+    """The control of the test above. A checkpoint whose files are not on the disk is there, and recognised."""
+    chance, first, lost, found = random.Random(0), 1, 0, power.Losses()
+    for _ in range(60):  # of those that sync files only, one in four loses something
+        found, first = power.lose(disk, chance, first, syncs)
+        lost += len(found.lost)
+        if lost and ((found.torn and found.damaged) or not torn):
+            return
+    pytest.fail(f"nothing was lost: {found}")
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("sample RUN --checkpoint 7", nothing, ["checkpoint 7", "20, 30"]),
     ("sample RUN/checkpoints/00000020 --checkpoint 7", nothing, ["checkpoint '7'", "one checkpoint already"]),
     ("sample RUN --precision fp16", nothing, ["--precision 'fp16'", "bf16"]),
-    ("sample RUN --out samples.jpg", nothing, ["samples.jpg", ".tif, FILE.gif or FILE.webp"]),
+    ("sample RUN --out samples.jpg", nothing, ["samples.jpg", ".tif, FILE.gif, .webp or .mp4"]),
     ("sample RUN --out pictures", lambda here: grey(here / "pictures"), ["pictures", "not empty"]),
     ("sample RUN --out notes.txt/a.png", lambda here: write(here / "notes.txt"), ["notes.txt/a.png", "cannot write"]),
     ("sample RUN --progressive --out a.npz", nothing, ["a.npz", "--progressive", "want NAME.png"]),

@@ -68,6 +68,7 @@ def test_calibrate_without_the_codec(trained: Path, tmp_path: Path) -> None:
     [
         ("compress digits a.png --out a.ddpm", "constriction", "codec"),
         ("decompress digits a.ddpm --out a.png", "constriction", "codec"),
+        ("sample RUN -n 2 --out a.mp4", "imageio_ffmpeg", "video"),
         ("calibrate RUN -n 2", "constriction", "codec"),
         ("report RUN", "matplotlib", "plots"),
         ("paper fig5 --run RUN -n 2 --out o", "matplotlib", "plots"),

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from test_train import at_step, folder_of_images, wait_for
 
 from ddpm.cli import main
 from ddpm.cli.main import _Output
-from ddpm.errors import Stopped
+from ddpm.errors import InputError, Stopped
 from ddpm.files import data
 from ddpm.presets import PRESETS
 from ddpm.run import train as training
@@ -91,6 +93,114 @@ def test_a_message_is_one_line_whatever_it_names(text: str, capsys: pytest.Captu
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert err[:-1].isprintable()
+
+
+ODD = "odd\n\x1b[2J"
+FAILING = {  # ODD is a name with a line break, RUN a run of that name, and PICTURE one that cannot be read
+    "no preset": "train ODD",
+    "no data": "train digits --data ODD/none --out out",
+    "data that cannot be read": "train digits --data ODD/pictures --size 8 --channels 1 --out out",
+    "no place": "train digits --steps 1 --out /proc/ODD",
+    "no run": "sample ODD/none --out a.png",
+    "no folder": "sample RUN -n 1 --steps 2 --out /proc/ODD/a.png",
+    "a folder": "sample RUN -n 1 --steps 2 --out ODD/a.gif",
+    "another suffix": "sample RUN -n 1 --out ODD.jpg",
+    "an option": "sample RUN -n ODD --out a.png",
+    "an unknown option": "sample RUN --ODD",
+    "a name too long": f"sample RUN -n 1 --steps 2 --out ODD{'a' * 300}.png",
+    "a damaged run": "sample DAMAGED -n 1 --out a.png",
+    "a damaged run to resume": "train digits --steps 1 --out DAMAGED",
+    "no metric": "evaluate RUN --metrics ODD",
+    "damaged features": "evaluate RUN --metrics kid -n 4 --features ODD/net.py:f --out out",
+    "samples that cannot be read": "evaluate RUN --metrics kid --samples ODD/pictures --features NET --out out",
+    "no experiment": "paper ODD --run RUN",
+    "edit": "edit RUN PICTURE --t 5 --out a.png",
+    "interpolate": "interpolate RUN PICTURE PICTURE --t 5 --out a.png",
+    "inpaint": "inpaint RUN PICTURE PICTURE --out a.png",
+    "compress": "compress digits PICTURE --out a.ddpm",
+    "decompress": "decompress digits PICTURE --out a.png",
+    "inspect": "inspect PICTURE",
+    "calibrate": "calibrate ODD/none",
+    "import": "import PICTURE --out a.safetensors",
+    "export": "export RUN --out /proc/ODD/a.safetensors",
+    "info": "info ODD/none",
+    "no command": "ODD",
+}
+
+
+@pytest.fixture(scope="module")
+def odd(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what FAILING names."""
+    here = tmp_path_factory.mktemp("odd")
+    shutil.copytree(trained, here / ODD / "run")
+    shutil.copytree(trained, here / ODD / "damaged")
+    for file in (here / ODD / "damaged").rglob("*.*"):
+        if file.is_file():
+            file.write_bytes(b"\n")
+    (here / ODD / "a.gif").mkdir()
+    (here / ODD / "pictures").mkdir()
+    for name in ("a\nb.png", "c\nd.heic", "e\nf.png"):
+        (here / ODD / "pictures" / name).write_bytes(b"\n")
+    (here / ODD / "net.py").write_text("def f(x):\n    raise ValueError('a' + chr(10) + 'b')\n")
+    return here
+
+
+def assert_one_error(err: str) -> None:
+    """Standard error ends in the one line about the error; what is before it are whole lines of another kind."""
+    lines = err.split("\n")
+    assert lines.pop() == ""
+    assert [line.startswith("ddpm: ") for line in lines] == [False] * (len(lines) - 1) + [True], err
+    assert lines[-1].isprintable()
+    warned = [line for line in lines if line.startswith("warning: ")]
+    assert all(line.isprintable() for line in warned)
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_the_last_line_is_the_one_error(
+    name: str, odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a command warns of before it fails, and whatever line breaks its values have."""
+    monkeypatch.chdir(odd)
+    stands_for = {
+        "RUN": f"{ODD}/run", "DAMAGED": f"{ODD}/damaged", "PICTURE": f"{ODD}/pictures/a\nb.png",
+        "NET": f"{ODD}/net.py:f", "ODD": ODD,
+    }  # fmt: skip
+    words = [re.sub("|".join(stands_for), lambda found: stands_for[found[0]], word) for word in FAILING[name].split()]
+    assert main(words) in (1, 2)
+    assert_one_error(capsys.readouterr().err)
+
+
+def test_a_warning_is_a_line_before_the_error(
+    odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(odd)
+    assert main(["train", "digits", "--data", f"{ODD}/pictures", "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert_one_error(err)
+    assert err.startswith("warning: ")
+    assert ".heic" in err.splitlines()[0]
+
+
+@pytest.mark.parametrize("code", [1, 2, 130])
+def test_the_error_stands_below_a_progress_bar(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bar that the failing loop still shows ends before, and is not drawn again."""
+    from tqdm import tqdm
+
+    error = {1: Stopped("the loss\nis nan"), 2: InputError("--t 5\n: want 4"), 130: KeyboardInterrupt("in\nside")}[code]
+
+    def fail(*_: Any, **__: Any) -> None:
+        for i in tqdm(range(9), file=sys.stderr, mininterval=0):
+            if i == 5:
+                warnings.warn("a\nb", UserWarning, stacklevel=1)
+                raise error
+
+    monkeypatch.setattr("ddpm.run.sample.sample", fail)
+    assert main([*SAMPLE, "--out", str(tmp_path / "a.png")]) == code
+    err = capsys.readouterr().err.replace("\r", "\n")
+    assert "5/9" in err
+    assert_one_error(err)
 
 
 # -- what a command leaves in its process ------------------------------------------------------------------------------

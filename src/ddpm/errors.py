@@ -25,6 +25,15 @@ class Stopped(RuntimeError):
     """A run cannot go on: the loss is not finite or the disk is full. The command line prints it and exits with 1."""
 
 
+def one_line(text: str) -> str:
+    r"""The text with line breaks and other control characters escaped, as file names may have them.
+
+    >>> one_line("a\nb.png: damaged")
+    'a\\nb.png: damaged'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def not_installed(package: str, extra: str) -> InputError:
     """The error for a missing package that one of this distribution's extras installs.
 

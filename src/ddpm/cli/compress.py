@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help=MODEL)
     parser.add_argument("file", metavar="FILE", help="a file of `ddpm compress`")
-    out = "NAME.png; NAME.gif or NAME.webp shows how it develops; a folder for an archive"
+    out = "NAME.png; NAME.gif, .webp or .mp4 shows how it develops; a folder for an archive"
     parser.add_argument("--out", required=True, metavar="FILE", help=out)
     parser.add_argument("--at", **number(int, None), help="read only the first N bytes")
     _add_model(parser)
@@ -137,7 +137,7 @@ def decompress(args: argparse.Namespace) -> int:
     elif animation.is_animation(out):
         animation.check_out(out)
     elif out.suffix.lower() != ".png" or images.check_out(out) != "png":
-        raise InputError(f"--out {out}: want the name of a PNG file, or NAME.gif or NAME.webp for an animation")
+        raise InputError(f"--out {out}: want the name of a PNG file, or NAME.gif, .webp or .mp4 for an animation")
     about = decompress(_model(args), path, out, args.at, progress=not args.json)
     if args.json:
         print(json.dumps(about))

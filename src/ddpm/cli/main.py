@@ -14,7 +14,7 @@ from typing import Any
 
 from ddpm import cli
 from ddpm.cli.options import Help, Parser
-from ddpm.errors import InputError, Stopped
+from ddpm.errors import InputError, Stopped, one_line
 from ddpm.files.atomic import CannotWrite
 from ddpm.version import __version__
 
@@ -72,28 +72,35 @@ def _run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()  # here, where a full disk is reported
         return code
     except InputError as error:
-        print(f"ddpm: {_one_line(_as_option(str(error), command, arguments))}", file=sys.stderr)
-        return 2
+        return _fail(2, _as_option(str(error), command, arguments))
     except Stopped as error:
-        print(f"ddpm: {_one_line(str(error))}", file=sys.stderr)
-        return 1
+        return _fail(1, str(error))
     except OSError as error:
         if error.errno is None or (error.errno not in REFUSED and not isinstance(error, CannotWrite)):
             raise
         reason = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno).lower()
-        name = str(error.filename or arguments[0])
-        print(f"ddpm: {reason} ({name if len(name) < 200 else name[:80] + '...'})", file=sys.stderr)
-        return 2 if error.errno == errno.ENAMETOOLONG else 1
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else arguments[0]
+        code = 2 if error.errno == errno.ENAMETOOLONG else 1
+        return _fail(code, f"{reason} ({name if len(name) < 200 else name[:80] + '...'})")
     except (RuntimeError, MemoryError) as error:
         full = ("out of memory", "can't allocate memory", "not enough memory")
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in full):
             raise
         less = "use a smaller --batch-size, and in training also --accumulate or --gradient-checkpointing"
-        print(f"ddpm: the memory is full; {less}", file=sys.stderr)
-        return 1
+        return _fail(1, f"the memory is full; {less}")
     except KeyboardInterrupt as error:
-        print("; ".join(["ddpm: interrupted", *map(str, error.args)]), file=sys.stderr)
-        return 130
+        return _fail(130, "; ".join(["interrupted", *map(str, error.args)]))
+
+
+def _fail(code: int, message: str) -> int:
+    """Print the line about an error as the last one, below warnings and progress bars, and return the exit code."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):  # the error may still hold the loop that would close it
+            bar.close()
+    print(f"ddpm: {one_line(message)}", file=sys.stderr)
+    return code
 
 
 def _as_option(message: str, command: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
@@ -112,15 +119,6 @@ def _as_option(message: str, command: argparse.ArgumentParser, arguments: Sequen
     return option + message[len(word[0]) :] if word and known and word[0] not in arguments else message
 
 
-def _one_line(text: str) -> str:
-    r"""The text with line breaks and other control characters escaped, as file names may have them.
-
-    >>> _one_line("a\nb.png: damaged")
-    'a\\nb.png: damaged'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 class _Warnings:
     """Prints each warning of a command once. Notes of conversions are one if only their count and first file differ."""
 
@@ -133,7 +131,7 @@ class _Warnings:
         said = re.sub(r": (?:[\d,]+ )?images?: (.*); the first: .*", r": \1", str(message))
         if issubclass(category, UserWarning) and said not in self._said:
             self._said.add(said)
-            tqdm.write(f"warning: {_one_line(str(message))}", file=sys.stderr)
+            tqdm.write(f"warning: {one_line(str(message))}", file=sys.stderr)
 
 
 class _Output:

@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help=MODEL)
     parser.add_argument("-n", **number(int, 64), help="number of images (default: %(default)s)")
-    moves = "FILE.gif or FILE.webp for an animation of x_t, or with --progressive of x0^"
+    moves = "FILE.gif, .webp or .mp4 for an animation of x_t, or with --progressive of x0^"
     parser.add_argument(
         "--out", default="samples.png", metavar="PATH", help=f"{PICTURES}; {moves} (default: %(default)s)"
     )
@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
     if moves:
         animation.check_out(args.out)
     elif Path(args.out).suffix.lower() not in ("", *images.KINDS) and not _is_folder(args.out):
-        raise InputError(f"--out {args.out}: want {images.ENDS}, FILE.gif or FILE.webp, or a folder")
+        raise InputError(f"--out {args.out}: want {images.ENDS}, FILE.gif, .webp or .mp4, or a folder")
     kind = "animation" if moves else images.check_out(args.out, RECORD)
     if kind not in ("png", "animation") and args.progressive:
-        raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png, NAME.gif or NAME.webp")
+        raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png, .gif, .webp or .mp4")
     with processes(args.device) as ranks:
         model, asked = open_model(args, ranks.device), conditions(args)
         show = shown_channels(args, model.preset)

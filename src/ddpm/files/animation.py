@@ -1,16 +1,18 @@
-"""Animated pictures: .gif, which everything shows, and .webp, which keeps every colour."""
+"""Animated pictures: .gif, which everything shows, .webp, which keeps every colour, and .mp4, which is small."""
 
+import importlib.util
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, Stopped, not_installed
 from ddpm.files import atomic
 from ddpm.files.images import Pixels, check_folder, grid
 
-SUFFIXES = (".gif", ".webp")
+SUFFIXES = (".gif", ".webp", ".mp4")
 MOST_FRAMES = 60
 _MILLISECONDS, _LAST = 80, 2000
 """How long a frame is shown, and the last one."""
@@ -22,13 +24,15 @@ def is_animation(out: str | Path) -> bool:
     >>> is_animation("a.GIF"), is_animation("a.png")
     (True, False)
     """
-    return Path(out).suffix.lower() in SUFFIXES
+    return _kind(out) in SUFFIXES
 
 
 def check_out(out: str | Path) -> None:
-    """Raise InputError if `save` could not write to `out`. Call this before the work."""
+    """Raise InputError if `save` could not write to `out`, also for want of ffmpeg. Call this before the work."""
     if Path(out).is_dir():
         raise InputError(f"out {out}: is a folder; want the name of a file")
+    if _kind(out) == ".mp4":
+        _ffmpeg()
     check_folder(Path(out).absolute().parent)
 
 
@@ -43,21 +47,73 @@ def spread(count: int) -> list[int]:
 
 
 def save(path: str | Path, frames: Sequence[Pixels], columns: int | None = None) -> None:
-    """Write frames, each of images uint8 [N, H, W, C] as a contact sheet, as one animation that repeats.
+    """Write frames, each of images uint8 [N, H, W, C] as a contact sheet, as one animation. The last one stays for 2 s.
 
-    Grey is exact in both formats; a .gif has at most 256 colours a frame. The file appears whole or not at all.
+    .gif   repeats; grey is exact, and there are at most 256 colours a frame
+    .webp  repeats, and is exact
+    .mp4   is H.264 of high quality, with half the resolution in colour. Odd sides grow by one pixel, the edge again.
+
+    The file appears whole or not at all. Raises InputError for .mp4 without imageio-ffmpeg, Stopped if ffmpeg fails.
 
     >>> import numpy as np, tempfile
     >>> save(tempfile.mkdtemp() + "/a.gif", [np.zeros((2, 8, 8, 1), np.uint8), np.ones((2, 8, 8, 1), np.uint8)])
     """
     sheets = [grid(frame, columns, padding=2 * (len(frame) > 1)) for frame in frames]
+    with atomic.temporary(path) as part:
+        if _kind(path) == ".mp4":
+            _write_video(part, sheets)
+        else:
+            _write_pictures(part, sheets, _kind(path))
+
+
+def _kind(path: str | Path) -> str:
+    return Path(path).suffix.lower()
+
+
+def _write_pictures(part: Path, sheets: Sequence[Pixels], kind: str) -> None:
     pictures = [Image.fromarray(np.ascontiguousarray(s[..., 0] if s.shape[2] == 1 else s)) for s in sheets]
-    kind = Path(path).suffix.lower()
     if kind == ".webp":  # it has no grey
         pictures = [picture.convert("RGB") if picture.mode == "L" else picture for picture in pictures]
     duration = [_MILLISECONDS] * (len(pictures) - 1) + [_LAST]
     options = {"lossless": True} if kind == ".webp" else {}
-    with atomic.temporary(path) as part, part.open("wb") as file:
+    with part.open("wb") as file:
         pictures[0].save(
             file, kind[1:].upper(), save_all=True, append_images=pictures[1:], duration=duration, loop=0, **options
         )
+
+
+# -- video -------------------------------------------------------------------------------------------------------------
+
+
+def _ffmpeg() -> str:
+    """The program that imageio-ffmpeg brings or finds. Raises InputError without it."""
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise not_installed("imageio_ffmpeg", "video")
+    import imageio_ffmpeg
+
+    try:
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
+    except RuntimeError:
+        raise InputError("imageio_ffmpeg finds no ffmpeg; want one on the PATH, or another suffix than .mp4") from None
+
+
+def _write_video(part: Path, sheets: Sequence[Pixels]) -> None:
+    height, width, channels = sheets[0].shape
+    even = [np.pad(sheet, ((0, height % 2), (0, width % 2), (0, 0)), "edge") for sheet in sheets]
+    size, kind = f"{width + width % 2}x{height + height % 2}", {1: "gray", 3: "rgb24", 4: "rgba"}[channels]
+    stay = f"tpad=stop={_LAST // _MILLISECONDS - 1}:stop_mode=clone"
+    colours = (
+        "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"  # grey is 2 levels off else
+    )
+    words = [
+        *f"-loglevel error -y -f rawvideo -pixel_format {kind} -video_size {size}".split(),
+        *f"-framerate 1000/{_MILLISECONDS} -i pipe: -c:v libx264 -crf 12 -pix_fmt yuv420p -f mp4".split(),
+        *f"-vf {stay},{colours} -movflags +faststart".split(),
+        *"-colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv".split(),
+    ]
+    done = subprocess.run(
+        [_ffmpeg(), *words, f"file:{part}"], input=b"".join(map(np.ndarray.tobytes, even)), capture_output=True
+    )
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[:1] or [f"exit code {done.returncode}"]
+        raise Stopped(f"the video cannot be written: ffmpeg says: {reason[0]}")

@@ -1,5 +1,7 @@
 """Files and folders that appear complete or not at all: each gets a temporary name, is synced, and then renamed.
 
+What a function here has written is on the disk when it returns, its name too. A loss of power does not take it back.
+
 A temporary name is random and must not exist yet, so that no link that lies there is followed. What a killed process
 left under such names is deleted by the next one that writes to the folder.
 """
@@ -65,6 +67,7 @@ def temporary(path: str | Path) -> Iterator[Path]:
         part.chmod(mode)
         sync(part)
         os.replace(part, path)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -73,7 +76,8 @@ def temporary(path: str | Path) -> Iterator[Path]:
 def temporary_folder(path: Path) -> Iterator[Path]:
     """The same for a folder: yield a new one, and rename it to `path`. A folder that has this name already is replaced.
 
-    The files in it must be synced, as those of `write` are.
+    The files in it must be synced, as those of `write` are. The old folder is set aside just before the new one gets
+    its name, and power that is lost between the two leaves neither. So replace only what is empty or damaged.
     """
     path = Path(os.path.realpath(path))
     part = _temporary_name(path.parent)
@@ -129,7 +133,10 @@ def make_folder(path: str | Path) -> Path:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     for new in reversed(missing):  # one by one: Python's own way to make parents fails for a thousand of them
-        new.mkdir(exist_ok=True)
+        try:
+            new.mkdir(exist_ok=True)
+        except FileNotFoundError as error:  # its parent is there, but takes no folders, as /proc
+            raise CannotWrite(error.errno, error.strerror, str(path)) from None
         sync(new.parent)
     return Path(path)
 

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import platform
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -195,7 +194,7 @@ def _summary(file: Path, data: bytes, dims: int, count: int) -> dict[str, Any]:
 def decompress(model: Model, path: Path, out: Path, at: int | None = None, progress: bool = False) -> dict[str, Any]:
     """Write the picture of a compressed file as the PNG `out`, or those of an archive as PNGs in the folder `out`.
 
-    If the name `out` ends in .gif or .webp, an animation shows how the picture develops while the file is read.
+    If the name `out` ends in .gif, .webp or .mp4, an animation shows how the picture develops while the file is read.
 
     `at` reads only the first `at` bytes of the file. Returns a summary as plain JSON values. Warns about a file that
     may not decode here, and raises InputError for one that does not.
@@ -204,8 +203,8 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None, progr
     with _naming(path):
         decodes = decodes_here(model, data)
     if not decodes:
-        warning = f"{path}: written in the local profile on another machine, device or release; it may not decode here"
-        tqdm.write(f"warning: {warning}", file=sys.stderr)
+        elsewhere = "written in the local profile on another machine, device or release"
+        warnings.warn(f"{path}: {elsewhere}; it may not decode here", stacklevel=2)
     if container.is_archive(data):
         if at is not None:
             raise InputError(f"at {at}: {path} is an archive, which cannot be read in part")

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from ddpm.errors import Stopped, not_installed, parse_json
+from ddpm.errors import Stopped, not_installed, one_line, parse_json
 from ddpm.files import atomic
 from ddpm.files.data import Images
 from ddpm.presets import Preset, to_json
@@ -91,7 +91,7 @@ def check_tensorboard(preset: Preset) -> None:
 def say(ranks: Processes, line: str) -> None:
     """Print a line on stderr, above a progress bar, on the first process only."""
     if ranks.first:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(one_line(line), file=sys.stderr)
 
 
 def reason(error: OSError) -> str:

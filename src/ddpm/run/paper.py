@@ -5,7 +5,7 @@ Each experiment NAME writes NAME.csv, NAME.png or both. NAME.json records the mo
 
 import csv
 import json
-import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -420,7 +420,7 @@ def _spaces(setup: Setup) -> dict[str, Callable[[Tensor], Tensor]]:
         if setup.named_features:
             raise
         if setup.ranks.first:
-            print(f"neighbours: compared by pixels only ({reason})", file=sys.stderr)
+            warnings.warn(f"neighbours: compared by pixels only ({reason})", stacklevel=2)
         return {"pixels": _pixels}
 
     def embed(x: Tensor) -> Tensor:
