@@ -14,6 +14,9 @@ TEXT = (Path(__file__).parents[1] / "docs" / "kinds.md").read_text()
 FEATURES = "def features(x):\n    return x.reshape(len(x), -1)[:, :8].astype('float64')\n"
 TRAINING = [*TINY, *"--steps 2 --eval-images 4 --channel-multipliers 1,1 --beta-T 0.7 --warmup 0".split()]
 
+ARRAYS = {"16 bits": (1, "uint16"), "float": (1, "float32"), "13 channels": (13, "uint8")}
+"""Models of .npy files: their channels and their numbers."""
+
 
 def cells(title: str) -> list[tuple[str, str, str]]:
     """(row, column, cell) of the table of that section."""
@@ -50,7 +53,16 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, data, channels in (("grey", "grey", 1), ("RGB", "RGB", 3), ("RGBA", "transparent", 4)):
             assert main([*TRAINING, "--data", data, "--channels", str(channels), "--out", f"model {name}"]) == 0
         assert main([*TRAINING, "--classes", "--out", "model classes"]) == 0
-        for name in ("grey", "RGB", "RGBA", "classes"):
+        for name, (channels, dtype) in ARRAYS.items():
+            (folder / name).mkdir()
+            for i in range(6):
+                numbers = rng.integers(0, 256, (8, 8, channels)).astype(dtype)
+                numbers = numbers if dtype == "uint8" else numbers * 257
+                np.save(folder / name / f"{i}.npy", numbers)
+            schedule = "--schedule log_snr --beta-1 1e-9" if dtype == "uint16" else ""
+            options = f"--channels {channels} --pixel-type {dtype} {schedule}".split()
+            assert main([*TRAINING, "--data", name, *options, "--out", f"model {name}"]) == 0
+        for name in ("grey", "RGB", "RGBA", "classes", "16 bits", "13 channels"):
             assert main(["calibrate", f"model {name}", "-n", "2", "--codec", "2"]) == 0
         assert main(["export", "model RGB", "--to", "diffusers", "model diffusers folder"]) == 0
     return folder
@@ -90,33 +102,23 @@ def test_models(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(here)
     model, out = f"model {kind}", str(tmp_path / "out")
-    data = {"grey": "grey", "RGBA": "transparent", "classes": "grey"}.get(kind, "RGB")
+    data = {"grey": "grey", "RGBA": "transparent", "classes": "grey", **dict.fromkeys(ARRAYS, kind)}.get(kind, "RGB")
+    image = f"{data}/0.npy" if kind in ARRAYS else f"{data}/0.png"
     words = {
         "sample": ["sample", model, "-n", "2", "--out", f"{out}.png", *["--class", "3"] * (kind == "classes")],
         "evaluate": ["evaluate", model, "--data", data, "-n", "2", "--out", out],
         "evaluate --metrics fid": [
-            "evaluate",
-            model,
-            "--data",
-            data,
-            "-n",
-            "4",
-            "--metrics",
-            "fid",
-            "--features",
-            "net.py:features",
-            "--out",
-            out,
+            *["evaluate", model, "--data", data, "--out", out],
+            *"-n 4 --metrics fid --features net.py:features".split(),
         ],
-        "edit": ["edit", model, f"{data}/0.png", "--out", f"{out}.png"],
+        "evaluate --metrics ode": [
+            *["evaluate", model, "--data", data, "--out", out],
+            *"-n 2 --metrics ode --ode-steps 4".split(),
+        ],
+        "edit": ["edit", model, image, "--out", f"{out}.png"],
         "compress": [
-            "compress",
-            model,
-            f"{data}/0.png" if kind != "RGBA" else "RGB/0.png",
-            "--out",
-            out,
-            "--chunk-bits",
-            "8",
+            *["compress", model, "grey/0.png" if data == "grey" else "RGB/0.png"],
+            *["--out", out, "--chunk-bits", "8"],
         ],
         "export --out": ["export", model, "--out", f"{out}.safetensors"],
         "export --to diffusers": ["export", model, "--to", "diffusers", out],

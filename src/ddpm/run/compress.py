@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm import kernels
+from ddpm import kernels, pixels
 from ddpm.catalog import Precision
 from ddpm.codec import Model, archive, container, fit, picture
 from ddpm.codec.entropy import Damaged
@@ -74,8 +74,9 @@ def load_codec(
     """
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)
     checkpoint = open_for_device(path, device, weights, which, precision)
-    if checkpoint.preset.channels not in (1, 3):
-        raise InputError(f"{path}: its images have {checkpoint.preset.channels} channels; the codec takes grey and RGB")
+    if checkpoint.preset.channels not in (1, 3) or checkpoint.denoiser.values != pixels.EIGHT_BIT:
+        kind = f"{checkpoint.denoiser.values}, {checkpoint.preset.channels} channels"
+        raise InputError(f"{path}: its images are {kind}; the codec takes 8-bit grey and RGB")
     if checkpoint.preset.always_labelled:
         raise InputError(
             f"{path}: never saw an image without its label, and the codec sends no label; want another model"
@@ -145,8 +146,8 @@ def read_image(path: str | Path) -> picture.Image:
     if image.info.get("icc_profile"):
         warnings.warn(f"{path}: its colour profile is not kept; its pixel values are", stacklevel=2)
     channels = 1 if image.mode in ("1", "L", "LA") else 3
-    pixels = np.asarray(images.convert(image, channels, str(path), notes={}))
-    return pixels.reshape(*pixels.shape[:2], channels)
+    array = np.asarray(images.convert(image, channels, str(path), notes={}))
+    return array.reshape(*array.shape[:2], channels)
 
 
 def compress(

@@ -23,6 +23,7 @@ from ddpm.files.images import check_folder
 from ddpm.files.models import Checkpoint, calibration_file, read_calibration
 from ddpm.files.opening import open_checkpoint
 from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
+from ddpm.pixels import EIGHT_BIT
 from ddpm.presets import PRESETS, Preset, to_json
 from ddpm.run import log
 from ddpm.run.sample import cycled_labels, generate
@@ -173,7 +174,8 @@ def card(checkpoint: Checkpoint, exported: Checkpoint, license: str | None = Non
         "datasets": [preset.data] if "/" in preset.data else None,
     }
     front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in about.items() if value)
-    image = {1: "grey", 3: "RGB", 4: "RGBA"}[preset.channels]
+    image = {1: "grey", 3: "RGB", 4: "RGBA"}.get(preset.channels, f"{preset.channels}-channel")
+    image += "" if exported.denoiser.values == EIGHT_BIT else f" {exported.denoiser.values}"
     size = "x".join(map(str, preset.size))
     rows, measured = (_table_rows(facts(checkpoint, exported)) for facts in (_facts, _measured))
     measured = f"## Measured\n\n| | |\n|---|---|\n{measured}\n" if measured else ""
@@ -287,6 +289,10 @@ def figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         for variance, bits in values.get("by_variance", {}).items():
             if variance != values["variance"]:
                 yield f"bits/dim, {how}, {variance}", f"{bits:.4f}", measured_on
+    if "nats_per_dim" in values:
+        error = values["standard_error"]
+        figure = f"{values['nats_per_dim']:.4f}" + (f" ± {error:.4f}" if error else "")
+        yield "nats/dim, ODE", figure, f"{values['count']:,} images, {values['data']}, {values['split']}{conditions}"
     if "samples" in values:
         how = f"{values['sampler']}, {values['steps']} steps, " if "sampler" in values else ""
         scored = f"{values['samples']:,} samples, {how}features {values['features']}{conditions}"
