@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,33 @@ def test_files_that_cannot_be_read_are_named(tmp_path, damage):
     wanted = "8 bits a channel; want 16" if damage == "8-bit" else "not a whole .npy file of numbers"
     with pytest.raises(InputError, match=rf"0\.(npy|png): {wanted}"):
         data.load(str(tmp_path), SIZE, 1, values=DEEP)
+
+
+def test_damaged_files_are_refused_or_read():
+    """Bytes that are changed or cut off end in InputError, or in an image; never in another exception."""
+    rng = np.random.default_rng(0)
+    whole = [npy(GREY16[0]), npy(FLOATS[0]), png(RGB16[0]), planes(BANDS[0]), tiff(RGB16[0], photometric="rgb")]
+    refusals = 0
+    for k in range(400):
+        data = bytearray(whole[k % len(whole)])
+        if k % 3:
+            data[rng.integers(min(len(data), 200))] = rng.integers(256)
+        else:
+            data = data[: rng.integers(len(data))]
+        with suppress(InputError):
+            assert arrays.read(bytes(data), "a", "channels").ndim == 3
+            continue
+        refusals += 1
+    assert refusals > 100
+
+
+def test_a_tiff_without_pixels_is_not_read_as_zeros():
+    """tifffile only logs that the place of the pixels is missing, and returns zeros."""
+    data = bytearray(tiff(GREY16[0, ..., 0]))
+    at = data.index((273).to_bytes(2, "little") + (4).to_bytes(2, "little"))  # StripOffsets
+    data[at : at + 2] = (40000).to_bytes(2, "little")
+    with pytest.raises(InputError, match=r"damaged TIFF \(.*missing data offset tag"):
+        arrays.read(bytes(data), "a")
 
 
 def test_clipping_is_said_once_with_a_count(tmp_path):

@@ -4,7 +4,11 @@
 """
 
 import io
-from collections.abc import Sequence
+import logging
+import re
+import tokenize
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 _NPY, _TIFF, _PNG = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x89PNG\r\n\x1a\n"
+_FAULTS = (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, MemoryError, tokenize.TokenError)
 _INSTALL = "pip install 'ddpm-kit[formats]'"
 
 
@@ -62,20 +67,21 @@ def read_npy(path: str | Path) -> Array:
         return np.lib.format.open_memmap(path, mode="r")
     except InputError:
         raise
-    except (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, MemoryError) as fault:
+    except _FAULTS as fault:
         raise InputError(f"{path}: not a whole .npy file of numbers ({pictures.one_line(fault)})") from None
 
 
 def _npy(file: io.BytesIO, name: str) -> Array:
     try:
         return np.asarray(np.load(file, allow_pickle=False))
-    except (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, MemoryError) as fault:
+    except _FAULTS as fault:
         raise InputError(f"{name}: not a whole .npy file of numbers ({pictures.one_line(fault)})") from None
 
 
 def _checked(array: Array, name: str) -> Array:
     if array.dtype.kind not in "uif" or array.ndim not in (2, 3) or 0 in array.shape:
         raise InputError(f"{name}: {array.dtype} {list(array.shape)}; want an image, numbers [H, W] or [H, W, C]")
+    pictures.check_memory(array.nbytes, f"{name}: {list(array.shape)}")
     return array[..., None] if array.ndim == 2 else array
 
 
@@ -83,19 +89,19 @@ def _tiff(data: bytes, name: str, pages: str) -> Array:
     """The first series of a TIFF file; planes and samples are channels."""
     tifffile = _package("tifffile", name)
     try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
+        with _damage_is_an_error(), tifffile.TiffFile(io.BytesIO(data)) as file:
             series, first = file.series[0], file.pages[0]
             pictures.check_memory(series.nbytes, f"{name}: unpacked")
-            array, axes = series.asarray(), str(series.axes)
+            array, axes = np.asarray(series.asarray()), str(series.axes)
             inverted = int(first.photometric) == 0 and array.dtype.kind == "u"
-            top = 2 ** int(np.max(first.bitspersample)) - 1
+            top = 2 ** min(int(np.max(first.bitspersample)), 8 * array.itemsize) - 1
     except InputError:
         raise
     except ImportError as fault:
         raise InputError(f"{name}: {pictures.one_line(fault)}; want {_INSTALL}") from None
     except Exception as fault:  # tifffile raises exceptions of many kinds
         raise InputError(f"{name}: damaged TIFF ({pictures.one_line(fault)})") from None
-    if "Y" not in axes or "X" not in axes:
+    if not {"Y", "X"} <= set(axes) or len(axes) != array.ndim or 0 in array.shape:
         raise InputError(f"{name}: a TIFF with axes {axes} {list(array.shape)}; want an image")
     order = [axes.index("Y"), axes.index("X")]
     others = [k for k in range(array.ndim) if k not in order]
@@ -104,8 +110,31 @@ def _tiff(data: bytes, name: str, pages: str) -> Array:
     if several and pages != "channels":
         index = tuple(slice(None) if k in order or axes[k] in "SC" else 0 for k in (*order, *others))
         array = array[index]
-    array = array.reshape(*array.shape[:2], -1)
+    array = _checked(array.reshape(*array.shape[:2], -1), name)
     return np.asarray(top - array if inverted else array)
+
+
+_OF_PIXELS = frozenset(map(str, (256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 338, 339)))
+"""The tags of TIFF that pixels depend on."""
+
+
+class _Damage(logging.Handler):
+    """Raises what tifffile only logs, and then fills with zeros; but not for a tag that no pixel depends on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tag = re.search(r"TiffTag (\d+)", record.getMessage())
+        if record.levelno >= logging.ERROR and (tag is None or tag[1] in _OF_PIXELS):
+            raise ValueError(record.getMessage())
+
+
+@contextmanager
+def _damage_is_an_error() -> Iterator[None]:
+    logger, handler = logging.getLogger("tifffile"), _Damage()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _png_of_16_bits(data: bytes, name: str) -> Array:
@@ -179,7 +208,10 @@ def fit(array: Array, size: tuple[int, int], channels: int, how: Fit, name: str,
     3
     """
     if array.shape[2] != channels:
-        raise InputError(f"{name}: [H, W, C] is {list(array.shape)}; want channels {array.shape[2]}, or C = {channels}")
+        stack = "; a file of several images is a SOURCE by itself" if array.shape[0] > 4 * array.shape[1] else ""
+        raise InputError(
+            f"{name}: [H, W, C] is {list(array.shape)}; want channels {array.shape[2]}, or C = {channels}{stack}"
+        )
     if array.shape[:2] == size:
         return array
     if array.shape[0] < size[0] or array.shape[1] < size[1]:
