@@ -19,7 +19,7 @@ Variance = Literal["fixed_large", "fixed_small", "learned", "learned_range"]
 TimestepSampling = Literal["uniform", "stratified", "lognormal", "bound"]
 Weighting = Literal["none", "min_snr", "p2"]
 PixelType = Literal["uint8", "uint16", "float32"]
-Fit = Literal["crop", "pad", "stretch"]
+Fit = Literal["crop", "pad", "stretch", "random-crop"]
 Precision = Literal["auto", "float32", "bf16"]
 Compile = Literal["auto", "on", "off"]
 

@@ -67,7 +67,11 @@ class Preset:
         (), "LOW,HIGH, the numbers of black and white (default: all of the type; for float32 those of the data)"
     )
     clip_values: bool = _data(False, "clip numbers outside value_range, instead of refusing them")
-    fit: Fit = _data("crop", "how images get their size: crop, pad or stretch")
+    fit: Fit = _data(
+        "crop",
+        "how images get their size: scale and crop, scale and pad, stretch; or random-crop, which trains on a part of "
+        "each image at its own resolution",
+    )
     pages: Literal["first", "channels"] = _data("first", "what to take of a file with several pages")
     show: tuple[int, ...] = _data(
         (), "channels that pictures show, counted from 1: one, or three as 4,3,2 (default: the first)", 1, 1024, True

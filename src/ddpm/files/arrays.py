@@ -199,7 +199,24 @@ def to_values(array: Array, values: "Values", name: str, clip: bool, notes: pict
     return array.astype(values.dtype, copy=False)
 
 
-def fit(array: Array, size: tuple[int, int], channels: int, how: Fit, name: str, notes: pictures.Notes) -> Array:
+def cropped(array: Array, size: tuple[int, int], place: pictures.Place | None = None) -> Array:
+    """The part of an image [H, W, C] of `size` = (H', W') at a place, or at the centre. It is a view, not a copy.
+
+    An image that does not cover the size is returned itself.
+
+    >>> cropped(np.arange(5).reshape(5, 1, 1), (1, 1)).item()
+    2
+    """
+    if array.shape[0] < size[0] or array.shape[1] < size[1]:
+        return array
+    top, left = pictures.corner((array.shape[0], array.shape[1]), size, place)
+    return array[top : top + size[0], left : left + size[1]]
+
+
+def fit(
+    array: Array, size: tuple[int, int], channels: int, how: Fit, name: str, notes: pictures.Notes,
+    place: pictures.Place | None = None,
+) -> Array:  # fmt: skip
     """An image [H, W, C] in another size = (H', W'), scaled and cropped as `images.fit` does: [H', W', C].
 
     Numbers stay in the range of the image, and integers are rounded. Raises InputError unless C is `channels`.
@@ -214,11 +231,13 @@ def fit(array: Array, size: tuple[int, int], channels: int, how: Fit, name: str,
         )
     if array.shape[:2] == size:
         return array
+    if how == "random-crop" and array.shape[0] >= size[0] and array.shape[1] >= size[1]:
+        return cropped(array, size, place)
     if array.shape[0] < size[0] or array.shape[1] < size[1]:
         pictures.note(notes, f"smaller than {size[0]}x{size[1]}, enlarged", name)
     planes = [Image.fromarray(np.ascontiguousarray(array[..., c], np.float32)) for c in range(channels)]
     low, high = float(array.min()), float(array.max())
-    scaled = [np.asarray(pictures.resized(plane, (size[1], size[0]), how, low)) for plane in planes]
+    scaled = [np.asarray(pictures.resized(plane, (size[1], size[0]), how, low, place)) for plane in planes]
     numbers = np.stack(scaled, axis=-1).clip(low, high)
     return (numbers if array.dtype.kind == "f" else np.rint(numbers)).astype(array.dtype)
 

@@ -31,6 +31,9 @@ Pixels: TypeAlias = NDArray[np.uint8]
 Notes: TypeAlias = dict[str, tuple[str, int]]
 """What was done to images beyond decoding -> (the first file, the number of files)."""
 
+Place: TypeAlias = tuple[float, float]
+"""The place of a crop: two numbers in 0 <= u < 1, from the top to the bottom and from the left to the right."""
+
 SUFFIXES = frozenset(".png .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split())
 """Endings, in lower case, of the names of image files."""
 
@@ -377,12 +380,14 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
 
 def fit(
     image: Image.Image, size: tuple[int, int], channels: int, name: str = "the image", notes: Notes | None = None,
-    how: Fit = "crop",
+    how: Fit = "crop", place: Place | None = None,
 ) -> Pixels:  # fmt: skip
     """Convert the image, and bring it to size = (H, W): uint8 [H, W, C].
 
-    how  crop scales the image until it just covers the size and crops it at the centre; pad scales it until it just
-         fits and fills the rest with black, or clear for RGBA; stretch scales both sides apart
+    how    crop scales the image until it just covers the size and crops it at the centre; pad scales it until it just
+           fits and fills the rest with black, or clear for RGBA; stretch scales both sides apart; random-crop scales
+           nothing but an image that does not cover the size, and crops it
+    place  of a random-crop; None: the centre
 
     Scaling is Pillow's antialiased bicubic. An image of this size and mode keeps its pixels exactly. Enlarging and
     converting are added to `notes`, or warned of without `notes`. Raises what `convert` raises.
@@ -396,12 +401,36 @@ def fit(
     if image.size != (width, height):
         if image.width < width or image.height < height:
             note(notes, f"smaller than {height}x{width}, enlarged", name)
-        image = resized(image, (width, height), how)
+        image = resized(image, (width, height), how, place=place)
     return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
 
 
-def resized(image: Image.Image, size: tuple[int, int], how: Fit, fill: float = 0) -> Image.Image:
+def corner(have: tuple[int, int], size: tuple[int, int], place: Place | None = None) -> tuple[int, int]:
+    """The top and the left side of a crop of `size` in an image of `have`, both (H, W). Every place is as likely.
+
+    place  two numbers in 0 <= u < 1 for top and left; None: the centre
+
+    >>> corner((100, 8), (10, 8)), corner((100, 8), (10, 8), (0.9999, 0.3))
+    ((45, 0), (90, 0))
+    """
+    rooms = [outer - inner for outer, inner in zip(have, size, strict=True)]
+    if place is None:
+        return rooms[0] // 2, rooms[1] // 2
+    top, left = (min(int(u * (room + 1)), room) for u, room in zip(place, rooms, strict=True))
+    return top, left
+
+
+def resized(
+    image: Image.Image, size: tuple[int, int], how: Fit, fill: float = 0, place: Place | None = None
+) -> Image.Image:
     """The image in `size` = (width, height), as `fit` describes; `fill` is around it for how "pad"."""
+    if how == "random-crop":
+        scale = max(1, size[0] / image.width, size[1] / image.height)
+        if scale > 1:
+            covering = max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale))
+            image = image.resize(covering, Image.Resampling.BICUBIC)
+        top, left = corner((image.height, image.width), (size[1], size[0]), place)
+        return image.crop((left, top, left + size[0], top + size[1]))
     if how == "crop":
         return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
     if how == "stretch":

@@ -205,7 +205,8 @@ def _picture(path: str | Path, preset: Preset) -> Tensor:
     image = images.read(path)
     if image.height > height or image.width > width:  # `fit` warns about smaller images
         size = f"{image.height}x{image.width}"
-        warnings.warn(f"{path}: {size} is scaled and cropped to {height}x{width}, the model's size", stacklevel=3)
+        how = "cropped at the centre" if preset.fit == "random-crop" else "scaled and cropped"
+        warnings.warn(f"{path}: {size} is {how} to {height}x{width}, the model's size", stacklevel=3)
     fitted = images.fit(image, (height, width), preset.channels, str(path), how=preset.fit)
     return torch.from_numpy(fitted.copy()).permute(2, 0, 1)
 

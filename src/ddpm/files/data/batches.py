@@ -23,6 +23,8 @@ _ORDER = 0x0DE5
 """Key of the permutations. It keeps them apart from other draws of the same seed."""
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 """What a person or a cluster sends to stop a run. Windows does not have all of them."""
+_CROP = 0xC809
+"""Key of the places of random crops. It keeps them apart from other draws of the same seed."""
 _TRIES = 5
 """How often workers may die without a batch in between."""
 
@@ -51,6 +53,27 @@ def order(n: int, seed: int, step: int, batch_size: int) -> Tensor:
     return torch.cat(parts)
 
 
+def crop_places(images: Images, seed: int, step: int, batch_size: int) -> Tensor | None:
+    """The places of a step's random crops, float64 [batch_size, 2] in 0 <= u < 1; None if `images` has another fit.
+
+    They are a function of (seed, step, place in the batch of all processes), so workers, processes and resuming change
+    nothing.
+
+    >>> from ddpm.files.data import load
+    >>> crop_places(load("digits", (4, 4), 1, fit="random-crop"), 0, 7, 16).shape
+    torch.Size([16, 2])
+    """
+    if images.decoder.form.fit != "random-crop":
+        return None
+    return torch.rand(batch_size, 2, generator=generator(seed, step, _CROP), dtype=torch.float64)
+
+
+def _what(images: Images, seed: int, step: int, batch_size: int, part: slice) -> tuple[Tensor, Tensor | None]:
+    """What a process decodes in a step: indices and places."""
+    places = crop_places(images, seed, step, batch_size)
+    return order(len(images), seed, step, batch_size)[part], None if places is None else places[part]
+
+
 _Step: TypeAlias = tuple[Tensor, dict[int, str], pictures.Notes] | str
 
 
@@ -65,7 +88,7 @@ class _Steps(Dataset[_Step]):
 
     def __getitem__(self, step: int) -> _Step:
         try:
-            return self.images.decode(order(len(self.images), self.seed, step, self.batch_size)[self.part])
+            return self.images.decode(*_what(self.images, self.seed, step, self.batch_size, self.part))
         except InputError as fault:
             return str(fault)
 
@@ -139,7 +162,7 @@ def batches(
         return
     if workers == 0:
         for step in range(start, stop):
-            yield send(images.batch(order(len(images), seed, step, batch_size)[part]), device)
+            yield send(images.batch(*_what(images, seed, step, batch_size, part)), device)
         return
     faults_in_a_row = 0
     while start < stop:

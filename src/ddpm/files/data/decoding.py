@@ -27,7 +27,7 @@ class Form:
     size      (H, W)
     channels  of an image
     values    what its numbers are
-    fit       how it gets its size: crop, pad or stretch, as `images.fit` describes
+    fit       how it gets its size: crop, pad, stretch or random-crop, as `images.fit` describes
     clip      whether numbers outside the range are clipped; otherwise they are errors
     pages     what is taken of a TIFF file with several pages, as `arrays.read` describes
     """
@@ -48,15 +48,19 @@ class Form:
         """`count` images of pixels 0, [count, C, H, W]."""
         return np.zeros((count, self.channels, *self.size), self.values.dtype)
 
-    def array(self, encoded: Encoded | InputError, name: str, notes: pictures.Notes) -> NDArray[Any]:
+    def array(
+        self, encoded: Encoded | InputError, name: str, notes: pictures.Notes, place: pictures.Place | None = None
+    ) -> NDArray[Any]:
         """One image [H, W, C] that is no picture. Raises InputError if it cannot be used; `name` is for errors."""
         if isinstance(encoded, InputError):
             raise encoded
         array = arrays.read(encoded, name, self.pages)
         if array.dtype == np.uint8 and self.values.dtype == "uint16" and not isinstance(encoded, np.ndarray):
             raise InputError(f"{name}: 8 bits a channel; want 16, as pixel_type uint16 says")
+        if self.fit == "random-crop":  # first, so that only this part of an array on the disk is read
+            array = arrays.cropped(array, self.size, place)
         array = arrays.to_values(array, self.values, name, self.clip, notes)
-        return arrays.fit(array, self.size, self.channels, self.fit, name, notes)
+        return arrays.fit(array, self.size, self.channels, self.fit, name, notes, place)
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,20 @@ class Decoder:
     form: Form
     usual: int = 0
 
-    def decode(self, indices: Sequence[int]) -> tuple[NDArray[Any], dict[int, str], pictures.Notes]:
-        """Images [B, C, H, W]; position -> error, for bad images, which are 0; and notes of conversions."""
+    def decode(
+        self, indices: Sequence[int], places: Sequence[pictures.Place] | None = None
+    ) -> tuple[NDArray[Any], dict[int, str], pictures.Notes]:
+        """Images [B, C, H, W]; position -> error, for bad images, which are 0; and notes of conversions.
+
+        places  of random crops, one for each image; None: the centre
+        """
         form, pixels = self.form, self.form.zeros(len(indices))
         faults, notes = dict[int, str](), pictures.Notes()
         for k, (i, encoded) in enumerate(zip(indices, self.encoded.fetch(indices), strict=True)):
-            name = self.encoded.name(i)
+            name, place = self.encoded.name(i), places[k] if places else None
             try:
                 if not form.is_picture:
-                    pixels[k] = form.array(encoded, name, notes).transpose(2, 0, 1)
+                    pixels[k] = form.array(encoded, name, notes, place).transpose(2, 0, 1)
                     continue
                 image = decoded(encoded, name)
                 if self.usual == 1 and not pictures.keeps_colour(image, form.channels):
@@ -87,7 +96,7 @@ class Decoder:
                         "it would lose its colours; want it converted beforehand, or skip_bad, which leaves such "
                         "images out"
                     )
-                fitted = pictures.fit(image, form.size, form.channels, name, notes, form.fit)
+                fitted = pictures.fit(image, form.size, form.channels, name, notes, form.fit, place)
                 pixels[k] = fitted.transpose(2, 0, 1)
             except InputError as fault:
                 faults[k] = str(fault)

@@ -112,6 +112,7 @@ class Images:
         """Which images these are, 64 hex digits: a hash of the pixels in memory, or else of file names and sizes."""
         height, width = self.size
         kind = "" if self.values == EIGHT_BIT else f" {self.values}"
+        kind += "" if self.decoder.form.fit == "crop" else f" {self.decoder.form.fit}"
         digest = hashlib.sha256(f"{len(self)} {height} {width} {self.channels}{kind}\n".encode())
         if self.pixels is not None:
             for start in range(0, len(self), 4096):
@@ -122,8 +123,10 @@ class Images:
             digest.update(self.rows.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
+    def batch(self, indices: Sequence[int] | Tensor, places: Tensor | None = None) -> Tensor:
         """The images at these indices, [B, C, H, W] of the dtype of `values`.
+
+        places  of random crops, [B, 2] (`batches.crop_places`); None: the centre of each image
 
         With skip_bad, the next good image, of the same label if there are labels, takes the place of a bad one.
         Otherwise a bad image raises an InputError that names the file.
@@ -134,29 +137,32 @@ class Images:
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if self.pixels is not None:
             return take(self.pixels, self.rows[indices])
-        pixels, faults, notes = self.decode(indices)
+        pixels, faults, notes = self.decode(indices, places)
         self.report(faults, notes)
         return pixels
 
-    def decode(self, indices: Tensor) -> tuple[Tensor, dict[int, str], pictures.Notes]:
+    def decode(self, indices: Tensor, places: Tensor | None = None) -> tuple[Tensor, dict[int, str], pictures.Notes]:
         """`batch` for worker processes: the images and the arguments of `report`, without warnings."""
         rows: list[int] = self.rows[indices].tolist()
-        pixels, bad, notes = self.decoder.decode(rows)
+        crops = None if places is None else [(top, left) for top, left in places.tolist()]
+        pixels, bad, notes = self.decoder.decode(rows, crops)
         if bad and not self.skip_bad:
             raise InputError(f"{next(iter(bad.values()))}; {SKIP_HINT}")
         faults = {rows[k]: fault for k, fault in bad.items()}
         for k in bad:
-            pixels[k] = self._next_good(int(indices[k]) % len(self), faults, notes)
+            pixels[k] = self._next_good(int(indices[k]) % len(self), faults, notes, crops and crops[k : k + 1])
         return torch.from_numpy(pixels), faults, notes
 
-    def _next_good(self, index: int, faults: dict[int, str], notes: pictures.Notes) -> NDArray[Any]:
+    def _next_good(
+        self, index: int, faults: dict[int, str], notes: pictures.Notes, place: list[pictures.Place] | None
+    ) -> NDArray[Any]:
         """The image [C, H, W] that takes the place of a bad one. Faults and notes are added to the arguments."""
         for step in range(1, len(self)):
             other = (index + step) % len(self)
             if self.labels is not None and self.labels[other] != self.labels[index]:
                 continue
             row = int(self.rows[other])
-            pixels, bad, more_notes = self.decoder.decode([row])
+            pixels, bad, more_notes = self.decoder.decode([row], place)
             if not bad:
                 merge_notes(notes, more_notes)
                 return np.asarray(pixels[0])
@@ -252,7 +258,7 @@ def _build(
     rows, names = torch.arange(n), listing.class_names
     images = Images(source, split, labels, names, decoder, rows, None, skip_bad)
     images.splits, images.left_out, images.looks_grey = tuple(contents.splits), contents.left_out, grey
-    if n * form.zeros(1).nbytes > cache_bytes:
+    if form.fit == "random-crop" or n * form.zeros(1).nbytes > cache_bytes:
         images.batch([0])  # warns of conversions before the work starts
         return images
     # for small images, threads would only wait for the interpreter; large ones must not fill the memory together
@@ -350,7 +356,8 @@ def load(
     progress      show a bar
     values        what the numbers of the images are. Numbers of other than 8 bits are never converted. None: float32,
                   with the least and the largest number of all splits as its range
-    fit           how images get their size: crop, pad or stretch (`images.fit`)
+    fit           how images get their size: crop, pad, stretch or random-crop (`images.fit`). Random crops are for
+                  training (`batches`); otherwise they are at the centre. Such images are always decoded on demand
     clip_values   clip numbers outside the range of `values`; otherwise they are errors
     pages         what is taken of a TIFF file with several pages: first, or channels for all of them as channels
     as_trained    "train" and "test" are the two sets of `load_pair`, so if the source has one split they are the two

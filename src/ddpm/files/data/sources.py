@@ -106,7 +106,8 @@ class Arrays:
         return [self.arrays[i] for i in indices]
 
     def identity(self) -> Iterable[bytes]:
-        yield self.arrays.tobytes()
+        for start in range(0, len(self), 256):  # the array may be a file that is larger than the memory
+            yield self.arrays[start : start + 256].tobytes()
 
 
 def _is_digits(source: str, path: Path) -> bool:
