@@ -154,8 +154,10 @@ def test_lsun_as_it_is_distributed(tmp_path):
 def test_pages_of_a_tiff(tmp_path):
     """The first page, or all of them as channels."""
     source = folder(tmp_path / "a", BANDS, ".tif", lambda x: tiff(x.transpose(2, 0, 1).copy(), metadata=None))
-    assert (whole(source, 1, DEEP) == BANDS[..., :1]).all()
     assert (whole(source, 13, DEEP, pages="channels") == BANDS).all()
+    with pytest.warns(UserWarning, match="24 images: several pictures in one file, only the first is taken"):
+        first = data.load(source, SIZE, 1, values=DEEP)
+    assert (first.batch(range(N)).permute(0, 2, 3, 1).numpy() == BANDS[..., :1]).all()
 
 
 def test_the_range_of_floats_is_found_over_all_splits(tmp_path):

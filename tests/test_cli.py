@@ -555,8 +555,8 @@ def test_a_note_of_both_sets_is_said_once(tmp_path: Path, capsys: pytest.Capture
     for split in ("train", "test"):
         for i in range(2):
             images.save(tmp_path / "set" / split / f"{i}.png", np.zeros((8, 8, 3), np.uint8))
-    (tmp_path / "set" / "a.heic").write_bytes(b"x")
+    (tmp_path / "set" / "a.cr2").write_bytes(b"x")
     assert train(tmp_path / "run", "--data", tmp_path / "set", "--steps", 1) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert sum("converted to L" in line for line in said) == 1
-    assert sum(".heic" in line for line in said) == 1
+    assert sum(".cr2" in line for line in said) == 1

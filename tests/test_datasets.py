@@ -334,8 +334,8 @@ def test_near_digits():
 
 def test_sources_without_images(tmp_path):
     refused(str(tmp_path), (8, 8), 3, match="no images in this folder; want")
-    (tmp_path / "a.heic").write_text("")
-    refused(str(tmp_path), (8, 8), 3, match=r"no images in this folder \(1 \.heic\); want")
+    (tmp_path / "a.cr2").write_text("")
+    refused(str(tmp_path), (8, 8), 3, match=r"no images in this folder \(1 \.cr2\); want")
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 cut short")
     refused(str(tmp_path / "a.zip"), (8, 8), 3, match=r"a\.zip: damaged or empty zip")
     (tmp_path / "a.parquet").write_bytes(b"")
@@ -547,21 +547,19 @@ def test_classes_are_where_folders_branch_below_the_split(tmp_path):
 def test_what_is_left_out_is_counted_and_said(tmp_path):
     """Formats that are not read and data beside the images are warned of; texts are only counted."""
     tree(tmp_path, "0.png", "1.png")
-    names = "a.HEIC b.heic c.jxl LICENSE notes.txt x/data.parquet d IMG_1 0.2024 Thumbs.db"
+    names = "a.CR2 b.cr2 c.nef LICENSE notes.txt x/data.parquet d IMG_1 0.2024 Thumbs.db"
     for name in names.split():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    message = (
-        r"7 files left out, .*: 3 no suffix, 2 \.heic, 1 \.jxl, 1 \.parquet; the images are read, and not the data"
-    )
+    message = r"7 files left out, .*: 3 no suffix, 2 \.cr2, 1 \.nef, 1 \.parquet; the images are read, and not the data"
     with pytest.warns(UserWarning, match=message):
         pair = load_pair(str(tmp_path), (8, 8), 1)
     assert pair[0].left_out == {
-        ".heic": 2, ".jxl": 1, ".parquet": 1, "no suffix": 3, "LICENSE": 1, ".txt": 1, ".db": 1,
+        ".cr2": 2, ".nef": 1, ".parquet": 1, "no suffix": 3, "LICENSE": 1, ".txt": 1, ".db": 1,
     }  # fmt: skip
     assert describe(*pair) == (
-        f"{tmp_path}: train 1 images, held out 1 of train; no classes; warning: left out 3 no suffix, 2 .heic, "
-        "1 .db, 1 .jxl, 1 .parquet, 1 .txt, .."
+        f"{tmp_path}: train 1 images, held out 1 of train; no classes; warning: left out 3 no suffix, 2 .cr2, "
+        "1 .db, 1 .nef, 1 .parquet, 1 .txt, .."
     )
 
 

@@ -139,7 +139,7 @@ def odd(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.write_bytes(b"\n")
     (here / ODD / "a.gif").mkdir()
     (here / ODD / "pictures").mkdir()
-    for name in ("a\nb.png", "c\nd.heic", "e\nf.png"):
+    for name in ("a\nb.png", "c\nd.cr2", "e\nf.png"):
         (here / ODD / "pictures" / name).write_bytes(b"\n")
     (here / ODD / "net.py").write_text("def f(x):\n    raise ValueError('a' + chr(10) + 'b')\n")
     return here
@@ -178,7 +178,7 @@ def test_a_warning_is_a_line_before_the_error(
     err = capsys.readouterr().err
     assert_one_error(err)
     assert err.startswith("warning: ")
-    assert ".heic" in err.splitlines()[0]
+    assert ".cr2" in err.splitlines()[0]
 
 
 @pytest.mark.parametrize("code", [1, 2, 130])

@@ -72,7 +72,9 @@ class Preset:
         "how images get their size: scale and crop, scale and pad, stretch; or random-crop, which trains on a part of "
         "each image at its own resolution",
     )
-    pages: Literal["first", "channels"] = _data("first", "what to take of a file with several pages")
+    pages: Literal["first", "channels", "images"] = _data(
+        "first", "what to take of a TIFF file of several pages: the first, all as channels, or each as an image"
+    )
     show: tuple[int, ...] = _data(
         (), "channels that pictures show, counted from 1: one, or three as 4,3,2 (default: the first)", 1, 1024, True
     )

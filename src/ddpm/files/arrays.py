@@ -18,25 +18,31 @@ from PIL import Image
 
 from ddpm.catalog import Fit
 from ddpm.errors import InputError
+from ddpm.files import codecs
 from ddpm.files import images as pictures
 
 if TYPE_CHECKING:
+    import tifffile
     from torch import Tensor
 
     from ddpm.pixels import Values
 
 Array = NDArray[Any]
-_NPY, _TIFF, _PNG = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x89PNG\r\n\x1a\n"
+_NPY, TIFF, _PNG = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x89PNG\r\n\x1a\n"
 _FAULTS = (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, MemoryError, tokenize.TokenError)
-_INSTALL = "pip install 'ddpm-kit[formats]'"
+_INSTALL = codecs.INSTALL
 
 
-def read(source: str | Path | bytes | Array | Image.Image, name: str, pages: str = "first") -> Array:
+def read(
+    source: str | Path | bytes | Array | Image.Image, name: str, pages: str = "first",
+    notes: pictures.Notes | None = None,
+) -> Array:  # fmt: skip
     """Decode one image to its own numbers, [H, W, C] in its own dtype: nothing is scaled or rounded.
 
     source  a path, the bytes of a file, an array [H, W] or [H, W, C], or a picture
     name    its name in errors
     pages   of a TIFF file with several: first takes the first, and channels takes all of them as channels
+    notes   gets what was done to the file, and what in it is not used
 
     Raises InputError, one line with the name, for a file that is no image or damaged, for an array of another shape,
     and if a package that reads this kind of file is not installed.
@@ -47,17 +53,21 @@ def read(source: str | Path | bytes | Array | Image.Image, name: str, pages: str
     if isinstance(source, np.ndarray):
         return _checked(source, name)
     if isinstance(source, Image.Image):
-        return _of_picture(source, name)
+        return _of_picture(source, name, notes)
     if isinstance(source, str | Path) and str(source).lower().endswith(".npy"):  # mapped, so only what is used is read
         return _checked(read_npy(source), name)
     data = pictures.file_bytes(source, name)
     if data.startswith(_NPY):
         return _checked(_npy(io.BytesIO(data), name), name)
-    if data.startswith(_TIFF):
-        return _tiff(data, name, pages)
+    if data.startswith(TIFF):
+        return _tiff(data, name, pages, notes)
+    if codecs.is_jxl(data) or codecs.is_heic(data):
+        found = pictures.unpack(data, name)
+        pictures.note_file({**found._asdict(), "icc_profile": found.profile}, name, {} if notes is None else notes)
+        return _checked(found.pixels, name)
     if data.startswith(_PNG) and len(data) > 25 and data[24] == 16 and data[25] != 0:  # Pillow drops the low bytes
-        return _png_of_16_bits(data, name)
-    return _of_picture(pictures.read(data, name), name)
+        return _png_of_16_bits(data, name, notes)
+    return _of_picture(pictures.read(data, name), name, notes)
 
 
 def read_npy(path: str | Path) -> Array:
@@ -85,33 +95,22 @@ def _checked(array: Array, name: str) -> Array:
     return array[..., None] if array.ndim == 2 else array
 
 
-def _tiff(data: bytes, name: str, pages: str) -> Array:
-    """The first series of a TIFF file; planes and samples are channels."""
-    tifffile = _package("tifffile", name)
+@contextmanager
+def _opened(source: str | Path | bytes, name: str) -> "Iterator[tifffile.TiffFile]":
+    """A TIFF file. What tifffile raises becomes an InputError of one line."""
+    module = _package("tifffile", name)
     try:
-        with _damage_is_an_error(), tifffile.TiffFile(io.BytesIO(data)) as file:
-            series, first = file.series[0], file.pages[0]
-            pictures.check_memory(series.nbytes, f"{name}: unpacked")
-            array, axes = np.asarray(series.asarray()), str(series.axes)
-            inverted = int(first.photometric) == 0 and array.dtype.kind == "u"
-            top = 2 ** min(int(np.max(first.bitspersample)), 8 * array.itemsize) - 1
+        with (
+            _damage_is_an_error(),
+            module.TiffFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file,
+        ):
+            yield file
     except InputError:
         raise
     except ImportError as fault:
         raise InputError(f"{name}: {pictures.one_line(fault)}; want {_INSTALL}") from None
     except Exception as fault:  # tifffile raises exceptions of many kinds
         raise InputError(f"{name}: damaged TIFF ({pictures.one_line(fault)})") from None
-    if not {"Y", "X"} <= set(axes) or len(axes) != array.ndim or 0 in array.shape:
-        raise InputError(f"{name}: a TIFF with axes {axes} {list(array.shape)}; want an image")
-    order = [axes.index("Y"), axes.index("X")]
-    others = [k for k in range(array.ndim) if k not in order]
-    array = array.transpose(*order, *others)
-    several = [k for k in others if axes[k] not in "SC" and series.shape[k] > 1]
-    if several and pages != "channels":
-        index = tuple(slice(None) if k in order or axes[k] in "SC" else 0 for k in (*order, *others))
-        array = array[index]
-    array = _checked(array.reshape(*array.shape[:2], -1), name)
-    return np.asarray(top - array if inverted else array)
 
 
 _OF_PIXELS = frozenset(map(str, (256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 338, 339)))
@@ -137,7 +136,86 @@ def _damage_is_an_error() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _png_of_16_bits(data: bytes, name: str) -> Array:
+def _tiff(data: bytes, name: str, pages: str, notes: pictures.Notes | None) -> Array:
+    """The first series of a TIFF file; planes and samples are channels."""
+    with _opened(data, name) as file:
+        series = file.series[0]
+        pictures.check_memory(series.nbytes, f"{name}: unpacked")
+        array, axes, rest = np.asarray(series.asarray()), str(series.axes), len(file.series) > 1
+        if not {"Y", "X"} <= set(axes) or len(axes) != array.ndim or 0 in array.shape:
+            raise InputError(f"{name}: a TIFF with axes {axes} {list(array.shape)}; want an image")
+        order = [axes.index("Y"), axes.index("X")]
+        others = [k for k in range(array.ndim) if k not in order]
+        array = array.transpose(*order, *others)
+        several = any(axes[k] not in "SC" and series.shape[k] > 1 for k in others)
+        if several and pages != "channels":
+            index = tuple(slice(None) if k in order or axes[k] in "SC" else 0 for k in (*order, *others))
+            array = array[index]
+        return _of_page(array, file.pages[0], name, notes, rest or (several and pages != "channels"))
+
+
+def find_pages(source: Path | bytes, name: str) -> list[int]:
+    """The numbers, from 0, of the pages of a TIFF file that are images, and no thumbnails or smaller copies.
+
+    Raises InputError if it is damaged, or stores pages that it does not list.
+    """
+    with _opened(source, name) as file:
+        if len(file.pages) == 1 and file.series[0].is_truncated:
+            raise InputError(
+                f"{name}: lists one page, and stores {list(file.series[0].shape)}; want pages that are listed"
+            )
+        return [0, *(k for k in range(1, len(file.pages)) if not file.pages[k].aspage().is_reduced)]
+
+
+def read_page(source: Path | bytes, page: int, name: str) -> Array:
+    """One of the pages that `find_pages` finds, as `read` gives an image: [H, W, C].
+
+    Raises what `read` raises.
+    """
+    with _opened(source, name) as file:
+        found = file.pages[page].aspage()
+        pictures.check_memory(found.nbytes, f"{name}: unpacked")
+        axes = str(found.axes)
+        array = np.asarray(found.asarray())
+        if not {"Y", "X"} <= set(axes) <= set("YXS") or len(axes) != array.ndim or 0 in array.shape:
+            raise InputError(f"{name}: a page with axes {axes} {list(array.shape)}; want an image")
+        array = np.moveaxis(array, [axes.index("Y"), axes.index("X")], [0, 1])
+        return _of_page(array, found, name, None, False)
+
+
+def _of_page(array: Array, page: Any, name: str, notes: pictures.Notes | None, several: bool) -> Array:
+    """The numbers of a page [H, W, ..] as [H, W, C]: white is high, palettes are colours, and the image is upright."""
+    page = page.aspage()
+    kind, array = int(page.photometric), array.reshape(*array.shape[:2], -1)
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+        array = 255 - array if kind == 0 else array
+    elif kind == 0 and array.dtype.kind == "u":
+        array = 2 ** min(int(np.max(page.bitspersample)), 8 * array.itemsize) - 1 - array
+    elif kind == 3 and array.shape[2] == 1:
+        array = (page.colormap.T[array[..., 0]] >> 8).astype(np.uint8)
+    elif kind == 5:
+        raise InputError(f"{name}: CMYK, of which only pictures of 8 bits are read; want RGB or grey")
+    orientation = page.tags.valueof(274, default=1)
+    info = {"several": several, "turned": orientation in range(2, 9), "icc_profile": page.iccprofile}
+    pictures.note_file(info, name, {} if notes is None else notes)
+    return _checked(upright(np.asarray(array), orientation), name)
+
+
+def upright(array: Array, orientation: int) -> Array:
+    """An image [H, W, C] turned and mirrored as the EXIF orientation 1..8 says; another number is no orientation.
+
+    >>> upright(np.array([[[1], [2]]]), 6).tolist()
+    [[[1]], [[2]]]
+    """
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return array[::-1] if orientation in (3, 4, 7, 8) else array
+
+
+def _png_of_16_bits(data: bytes, name: str, notes: pictures.Notes | None) -> Array:
     imagecodecs = _package("imagecodecs", name)
     height, width = (int.from_bytes(data[at : at + 4], "big") for at in (20, 16))
     pictures.check_memory(8 * width * height, f"{name}: {width}x{height} pixels")
@@ -145,11 +223,21 @@ def _png_of_16_bits(data: bytes, name: str) -> Array:
         array: Array = imagecodecs.png_decode(data)
     except Exception as fault:  # imagecodecs raises exceptions of many kinds
         raise InputError(f"{name}: damaged image ({pictures.one_line(fault)})") from None
-    return array.reshape(*array.shape[:2], -1)
+    array, orientation, profile = array.reshape(*array.shape[:2], -1), 1, None
+    if b"eXIf" in data or b"iCCP" in data:
+        try:
+            with Image.open(io.BytesIO(data)) as picture:
+                orientation, profile = picture.getexif().get(274, 1), picture.info.get("icc_profile")
+        except (OSError, SyntaxError, ValueError, TypeError, LookupError) as fault:
+            raise InputError(f"{name}: damaged image ({pictures.one_line(fault)})") from None
+    info = {"turned": orientation in range(2, 9), "icc_profile": profile}
+    pictures.note_file(info, name, {} if notes is None else notes)
+    return upright(array, orientation)
 
 
-def _of_picture(picture: Image.Image, name: str) -> Array:
+def _of_picture(picture: Image.Image, name: str, notes: pictures.Notes | None) -> Array:
     """The numbers of a picture that Pillow opened; palettes become colours."""
+    pictures.note_file(picture.info, name, {} if notes is None else notes)
     if picture.mode not in ("1", "L", "LA", "RGB", "RGBA", "F") and not picture.mode.startswith("I"):
         picture = pictures.convert(picture, pictures.native(picture), name, {})
     array = np.asarray(picture)

@@ -3,6 +3,7 @@
 An image here is uint8 [H, W, C], C = 1 (grey), 3 (RGB) or 4 (RGBA, alpha not premultiplied).
 """
 
+import functools
 import importlib.util
 import io
 import math
@@ -11,17 +12,17 @@ import re
 import stat
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps
 
 from ddpm.catalog import Fit
 from ddpm.errors import InputError
-from ddpm.files import atomic
+from ddpm.files import atomic, codecs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,7 @@ Place: TypeAlias = tuple[float, float]
 """The place of a crop: two numbers in 0 <= u < 1, from the top to the bottom and from the left to the right."""
 
 SUFFIXES = frozenset(".png .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split())
+SUFFIXES |= codecs.SUFFIXES
 """Endings, in lower case, of the names of image files."""
 
 DEEP = "more than 8 bits a channel, rounded to 8 (pixel_type uint16 keeps them)"
@@ -42,6 +44,9 @@ DEEP = "more than 8 bits a channel, rounded to 8 (pixel_type uint16 keeps them)"
 
 SEVERAL = "several pictures in one file, only the first is taken"
 """The note of an animation, and of a file with pages, thumbnails or maps beside its picture."""
+
+TURNED = "turned as the EXIF data say"
+"""The note of an image whose file says that it lies on a side, or is mirrored."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Number of channels -> Pillow's mode."""
@@ -54,7 +59,8 @@ Image.init()
 _FORMATS = [f for f in "PNG JPEG WEBP BMP GIF TIFF PPM JPEG2000 AVIF".split() if f in Image.OPEN]
 _FAULTS: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError)
 _FAULTS += (OverflowError, struct.error)
-_WANTED = "PNG, JPEG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000 or AVIF"
+_WANTED = "PNG, JPEG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000, AVIF, HEIC or JPEG XL"
+_ORIENTATION = 274
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
 """Bytes of a pixel in Pillow's memory; 4 in every other mode."""
 
@@ -66,7 +72,8 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
     name    its name in errors; None: the path
 
     The image's `info` holds what Pillow's mode does not tell and `convert` needs: "deep", whether the file has more
-    than 8 bits a channel; "top", the grey level of white; and "several", whether the file holds more pictures.
+    than 8 bits a channel; "top", the grey level of white; "several", whether the file holds more pictures; and
+    "turned", whether the image was turned.
 
     Raises InputError, one line with the name, if the file is missing, empty, cut short, no plain file, not an image, or
     takes more than MEMORY bytes.
@@ -83,12 +90,15 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
     data = file_bytes(source, name)
     if not data:
         raise InputError(f"{name}: empty file, want an image")
+    if codecs.is_jxl(data) or codecs.is_heic(data):
+        return _of_codec(data, name)
     try:
         image = _open(data, name)
         width, height = image.size
         check_memory(width * height * _BYTES.get(image.mode, 4), f"{name}: {width}x{height} pixels")
         several = _holds_several(image)
         deep, depth, top, inverted = _depth(image, data, name)  # before Pillow cuts 16-bit colour to 8 bits
+        turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)  # before Pillow turns a TIFF
         image.load()
     except InputError:
         raise
@@ -96,7 +106,7 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
         raise InputError(f"{name}: too large ({one_line(fault)}), want a smaller image") from None
     except _FAULTS as fault:
         raise InputError(f"{name}: damaged image ({one_line(fault)})") from None
-    info = {**image.info, "deep": deep, "top": top, "several": several}
+    info = {**image.info, "deep": deep, "top": top, "several": several, "turned": turned}
     if (key := info.get("transparency")) is not None and image.mode in ("L", "RGB") and image.format == "PNG":
         levels = [key] if isinstance(key, int) else key  # in the file's own depth
         levels = [level >> 8 if depth == 16 else level * 255 // (2**depth - 1) for level in levels]
@@ -111,6 +121,26 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
     except _FAULTS as fault:
         raise InputError(f"{name}: damaged image ({one_line(fault)})") from None
     return image
+
+
+def _of_codec(data: bytes, name: str) -> Image.Image:
+    """What `read` gives, for a file of `codecs`. Colour of more than 8 bits is rounded to 8."""
+    pixels, depth, several, turned, profile = unpack(data, name)
+    channels, top = pixels.shape[2], 2**depth - 1
+    if channels > 4 or (pixels.dtype.kind == "f" and channels > 1):
+        raise InputError(f"{name}: {pixels.dtype} of {channels} channels; want pixel_type float32, or 8 or 16 bits")
+    if pixels.dtype != np.uint8 and channels > 1:
+        pixels = ((pixels.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if channels == 1 else pixels))
+    image.info = {"deep": depth > 8, "top": top, "several": several, "turned": turned, "icc_profile": profile}
+    return image
+
+
+def unpack(data: bytes, name: str) -> codecs.Decoded:
+    """`codecs.decode` of a file that fits in memory."""
+    height, width = codecs.size(data, name)
+    check_memory(8 * height * width, f"{name}: {width}x{height} pixels")
+    return codecs.decode(data, name)
 
 
 def check_memory(size: int, what: str) -> None:
@@ -329,8 +359,7 @@ def convert(image: Image.Image, channels: int, name: str = "the image", notes: N
     target = MODES[channels]
     mask = None if image.mode == target == "RGBA" else alpha(image)
     converted = image if image.mode == target and mask is None else _converted(image, target, mask, name)
-    if image.info.get("several"):
-        note(notes, SEVERAL, name)
+    note_file(image.info, name, notes)
     if image.info.get("deep") or image.mode.startswith("I"):
         note(notes, DEEP, name)
     elif image.mode != target:
@@ -339,6 +368,28 @@ def convert(image: Image.Image, channels: int, name: str = "the image", notes: N
     elif mask is not None:
         note(notes, "a transparent colour is laid on white", name)
     return converted
+
+
+def note_file(info: Mapping[Any, Any], name: str, notes: Notes | None) -> None:
+    """Note what `read` did with a file, and what in it is not used; `info` is the image's."""
+    if info.get("several"):
+        note(notes, SEVERAL, name)
+    if info.get("turned"):
+        note(notes, TURNED, name)
+    if info.get("icc_profile") and (profile := _profile(info["icc_profile"])):
+        note(notes, f"the colour profile {profile} is not applied", name)
+
+
+@functools.lru_cache(maxsize=64)
+def _profile(data: bytes) -> str:
+    """What a colour profile calls itself; nothing for sRGB, which needs no conversion."""
+    try:
+        described = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(data)))
+    except (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError):
+        return "(damaged)"
+    name = " ".join(described.split())[:60]
+    is_srgb = "srgb" in name.lower() and "linear" not in name.lower()
+    return "" if is_srgb or name in ("c2", "c2ci") else name or "(without a name)"  # c2: a small file of sRGB
 
 
 def _converted(image: Image.Image, target: str, mask: Image.Image | None, name: str) -> Image.Image:

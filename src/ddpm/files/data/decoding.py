@@ -42,7 +42,7 @@ class Form:
     @property
     def is_picture(self) -> bool:
         """Whether images are 8-bit grey, RGB or RGBA. Then colour is converted; otherwise numbers stay as they are."""
-        return self.values == EIGHT_BIT and self.channels in pictures.MODES and self.pages == "first"
+        return self.values == EIGHT_BIT and self.channels in pictures.MODES and self.pages != "channels"
 
     def zeros(self, count: int) -> NDArray[Any]:
         """`count` images of pixels 0, [count, C, H, W]."""
@@ -54,7 +54,7 @@ class Form:
         """One image [H, W, C] that is no picture. Raises InputError if it cannot be used; `name` is for errors."""
         if isinstance(encoded, InputError):
             raise encoded
-        array = arrays.read(encoded, name, self.pages)
+        array = arrays.read(encoded, name, self.pages, notes)
         if array.dtype == np.uint8 and self.values.dtype == "uint16" and not isinstance(encoded, np.ndarray):
             raise InputError(f"{name}: 8 bits a channel; want 16, as pixel_type uint16 says")
         if self.fit == "random-crop":  # first, so that only this part of an array on the disk is read

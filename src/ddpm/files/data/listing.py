@@ -15,6 +15,7 @@ from PIL import Image
 
 from ddpm import catalog
 from ddpm.errors import InputError
+from ddpm.files import codecs
 from ddpm.files import images as pictures
 
 SKIP_HINT = "the setting skip_bad of `ddpm train` skips such images"
@@ -42,12 +43,14 @@ class Options:
     image_column, label_column  names of columns; None for one that is to be found
     allow_paths                 whether a row may name an image file outside the source's folder
     progress                    whether to show a bar
+    pages                       what is taken of a TIFF file of several pages: first, channels or images
     """
 
     image_column: str | None = None
     label_column: str | None = None
     allow_paths: bool = False
     progress: bool = False
+    pages: str = "first"
 
     def refuse_columns(self, source: str) -> None:
         """Raise InputError if a column is named, for a source that has none."""
@@ -100,7 +103,9 @@ class Contents:
         if kinds := unexpected(self.left_out):
             number = sum(kinds.values())
             data = {".parquet", ".arrow", ".tar", ".zip", ".npz"} & set(kinds)
-            hint = f"; the images are read, and not the data in {', '.join(sorted(data))}" if data else ""
+            missing = ", ".join(sorted(codecs.MISSING & set(kinds)))
+            hint = f"; {codecs.INSTALL} reads {missing}" if missing else ""
+            hint += f"; the images are read, and not the data in {', '.join(sorted(data))}" if data else ""
             warnings.warn(
                 f"{source}: {number:,} file{'s' * (number != 1)} left out, which cannot be read as images: "
                 f"{counted(kinds)}{hint}",

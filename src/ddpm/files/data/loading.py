@@ -22,6 +22,7 @@ from ddpm.files import images as pictures
 from ddpm.files.data.decoding import Decoder, Form, decode_all, decoded, merge_notes
 from ddpm.files.data.layout import find_split
 from ddpm.files.data.listing import SKIP_HINT, Contents, EncodedImages, Options, counted, unexpected
+from ddpm.files.data.pages import Pages
 from ddpm.files.data.sources import open_source
 from ddpm.noise import generator
 from ddpm.pixels import EIGHT_BIT, Values
@@ -206,6 +207,8 @@ def describe(train: Images, held_out: Images) -> str:
     from_split = held_out.split.removeprefix("held out of ")
     parts = [f"{train.split} {len(train):,} images, held out {len(held_out):,} of {from_split}"]
     parts += [f"not used: {', '.join(others)}"] if others else []
+    if isinstance(encoded := train.decoder.encoded, Pages):
+        parts += [f"each page of {encoded.described()} is an image"]
     names = [" ".join(name.split())[:40] for name in train.class_names or ()]
     parts += [f"classes {', '.join([*names[:6], '..'] if len(names) > 6 else names)}"] if names else ["no classes"]
     if train.left_out:
@@ -359,7 +362,8 @@ def load(
     fit           how images get their size: crop, pad, stretch or random-crop (`images.fit`). Random crops are for
                   training (`batches`); otherwise they are at the centre. Such images are always decoded on demand
     clip_values   clip numbers outside the range of `values`; otherwise they are errors
-    pages         what is taken of a TIFF file with several pages: first, or channels for all of them as channels
+    pages         what is taken of a TIFF file of several pages: first; channels, for all of them as channels; or
+                  images, for each as an image with the labels of its file. A .tif file as the source is such a stack
     as_trained    "train" and "test" are the two sets of `load_pair`, so if the source has one split they are the two
                   sets of `split_holdout`
 
@@ -371,7 +375,7 @@ def load(
     >>> len(digits), digits.labels[:3].tolist(), str(digits)
     (297, [5, 7, 4], 'digits (test): 297 images 8x8x1')
     """
-    contents = open_source(source, Options(image_column, label_column, allow_paths, progress))
+    contents = open_source(source, Options(image_column, label_column, allow_paths, progress, pages=pages))
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     splits = contents.splits
     held_out = as_trained and split == "test" and find_split("test", splits) is None
@@ -409,7 +413,7 @@ def load_pair(
     >>> len(train), len(held_out)
     (1500, 297)
     """
-    contents = open_source(source, Options(image_column, label_column, allow_paths, progress))
+    contents = open_source(source, Options(image_column, label_column, allow_paths, progress, pages=pages))
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     name = _pick(source, split, contents.splits)
     train = _build(source, name, contents, form, skip_bad, cache_bytes, progress)

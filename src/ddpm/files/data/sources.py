@@ -39,6 +39,7 @@ from ddpm.files.data.listing import (
     number_values,
     walk,
 )
+from ddpm.files.data.pages import by_pages
 from ddpm.files.features import read_arrays
 from ddpm.noise import generator
 
@@ -152,7 +153,8 @@ def _contents(
 
     def listing(split: str) -> Listing:
         labels = None if layout.labels is None else layout.labels[split]
-        return Listing(images_of(layout.splits[split]), labels, layout.class_names)
+        found = Listing(images_of(layout.splits[split]), labels, layout.class_names)
+        return by_pages(found) if options.pages == "images" else found
 
     return Contents({split: functools.partial(listing, split) for split in layout.splits}, layout.left_out)
 
@@ -410,6 +412,18 @@ def _npy(source: str, path: Path, options: Options) -> Contents:
     return Contents({"train": lambda: Listing(Arrays(source, array))})
 
 
+def _is_tif(source: str, path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in (".tif", ".tiff")
+
+
+def _tif(source: str, path: Path, options: Options) -> Contents:
+    """The pages of one TIFF file."""
+    options.refuse_columns(source)
+    if options.pages == "channels":
+        raise InputError(f"pages channels: {source} would be one image; want a folder of such files, or pages images")
+    return Contents({"train": lambda: by_pages(Listing(Folder(path.parent, [path.name])))})
+
+
 # -- LMDB, as LSUN is distributed --------------------------------------------------------------------------------------
 
 
@@ -530,6 +544,7 @@ SOURCES = {
     "parquet": Source(_is_parquet, _local_dataset, meaning="a .parquet file"),
     "npz": Source(_is_npz, _npz, meaning="an .npz file of images"),
     "npy": Source(_is_npy, _npy, meaning="an .npy file of images"),
+    "tif": Source(_is_tif, _tif, meaning="a .tif file of pages"),
     "tar": Source(_is_tar, _tar, meaning="a .tar file of images or a folder of them (WebDataset)"),
     "zip": Source(_is_zip, _zip, meaning="a .zip file of images"),
     "hub": Source(_is_hub_name, _hub_dataset, meaning="a hub data set OWNER/NAME"),
