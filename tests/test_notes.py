@@ -9,6 +9,7 @@ from conftest import train
 from PIL import Image, ImageCms
 
 from ddpm.files import arrays, data, images
+from ddpm.pixels import Values
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -120,3 +121,34 @@ def test_16_bit_colour_is_turned_and_its_profile_said(orientation):
     assert (read == arrays.upright(given, orientation)).all()
     wanted = {"the colour profile P3P3 built-in is not applied"} | ({images.TURNED} if orientation == 6 else set())
     assert notes.keys() == wanted
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+@pytest.mark.parametrize(
+    ("top", "high", "wanted"),
+    [
+        (
+            4000,
+            65535,
+            "all numbers are at most 4,000, and white is 65,535; --value-range 0,4095 would use the whole",
+        ),
+        (
+            4096,
+            65535,
+            "all numbers are at most 4,096, and white is 65,535; --value-range 0,8191 would use the whole",
+        ),
+        (8191, 65535, "all numbers are at most 8,191"),
+        (8192, 65535, ""),
+        (4000, 4095, ""),
+    ],
+)
+def test_numbers_of_12_bits_in_16_are_told_once_with_the_range_to_give(tmp_path, top, high, wanted, cache_bytes):
+    """The hint stands in the line about the data, if white is more than eight times the largest number."""
+    given = RNG.integers(0, top + 1, (6, 8, 8, 1), dtype=np.uint16)
+    given[:, 0, 0] = top
+    for i, image in enumerate(given):
+        images.save_image(tmp_path / f"{i}", image)
+    pair = data.load_pair(str(tmp_path), (8, 8), 1, values=Values("uint16", 0, high), cache_bytes=cache_bytes)
+    line = data.describe(*pair)
+    assert wanted in line
+    assert ("at most" in line) == bool(wanted)

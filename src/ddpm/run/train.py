@@ -37,6 +37,8 @@ from ddpm.schedule import Schedule
 
 BUCKETS = 10
 """Equal ranges of t in which the held-out loss is logged."""
+_FEW_STEPS = 200
+"""Fewer steps than these learn next to nothing."""
 HELD_OUT_SEED = 1 << 40  # far from the seeds of runs, so that held-out draws are the same in every run
 
 # The purpose of a draw. It keeps the draws of one step apart.
@@ -98,6 +100,12 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
         if minutes is not None and not known:
             end = started + 60 * minutes
             preset = _ending_at(end, model, training, preset, parts, train_set, held_out_set, draws, ranks)
+            if ranks.first and preset.steps < _FEW_STEPS:
+                warnings.warn(
+                    f"minutes {minutes:g}: {preset.steps:,} steps, after which samples are still noise; want more "
+                    f"minutes, or a smaller width (now {preset.width}), batch_size (now {preset.batch_size}) or size",
+                    stacklevel=2,
+                )
         write = stack.enter_context(log.metrics(out, begun, preset, ranks))
         log.write_held_out(out, held_out_set, ranks)
         _announce(preset, out, ranks, model, train_set, held_out_set, warmup)

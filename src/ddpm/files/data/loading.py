@@ -48,6 +48,7 @@ class Images:
     notes        the conversions so far
     splits       the names of all splits of the source
     left_out     kind of file that the source holds and that is not read -> number of files
+    highest      the largest number of the images that were looked at, which are all if they are in memory
     looks_grey   whether some images were looked at to choose the decoding, and all are grey without transparency
     """
 
@@ -64,6 +65,7 @@ class Images:
     notes: pictures.Notes = field(default_factory=pictures.Notes, repr=False)
     splits: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict, repr=False)
+    highest: float = field(default=math.inf, repr=False)
     looks_grey: bool = field(default=False, repr=False)
 
     def __len__(self) -> int:
@@ -215,7 +217,20 @@ def describe(train: Images, held_out: Images) -> str:
         parts += [f"{'warning: ' * bool(unexpected(train.left_out))}left out {counted(train.left_out)}"]
     if train.looks_grey and train.channels > 1:
         parts += ["all images that were looked at are grey; --channels 1 would train a smaller model of grey images"]
+    if hint := _range_hint(train.values, max(train.highest, held_out.highest)):
+        parts += [hint]
     return f"{train.name}: {'; '.join(parts)}"
+
+
+def _range_hint(values: Values, highest: float) -> str:
+    """What to say if integers use less than an eighth of their range, as those of 12 bits in 16 do."""
+    if values.bins is None or not values.low < highest < values.low + (values.high - values.low) / 8:
+        return ""
+    top = max(2 ** int(highest).bit_length() - 1, int(values.low) + 1)
+    return (
+        f"all numbers are at most {highest:,.0f}, and white is {values.high:,.0f}; "
+        f"--value-range {values.low:.0f},{top} would use the whole range, and show brighter pictures"
+    )
 
 
 def _values_of(source: str, contents: Contents, pages: str) -> Values:
@@ -255,12 +270,13 @@ def _build(
     n = len(listing.encoded)
     if n == 0:
         raise InputError(f"{source} ({split}): no images")
-    usual, largest, grey = _probe(source, split, listing.encoded, form, skip_bad)
+    usual, largest, grey, highest = _probe(source, split, listing.encoded, form, skip_bad)
     decoder = Decoder(listing.encoded, form, usual)
     labels = None if listing.labels is None else torch.from_numpy(listing.labels)
     rows, names = torch.arange(n), listing.class_names
     images = Images(source, split, labels, names, decoder, rows, None, skip_bad)
     images.splits, images.left_out, images.looks_grey = tuple(contents.splits), contents.left_out, grey
+    images.highest = highest
     if form.fit == "random-crop" or n * form.zeros(1).nbytes > cache_bytes:
         images.batch([0])  # warns of conversions before the work starts
         return images
@@ -277,30 +293,33 @@ def _build(
         warnings.warn(
             f"{source}: {len(faults):,} of {n:,} images skipped, the first: {min(faults.items())[1]}", stacklevel=3
         )
+    images.highest = float(pixels.numpy().max())
     images.pixels, images.rows, images.faults = pixels, torch.arange(len(good)), faults
     images.report({}, notes)
     return images
 
 
-def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad: bool) -> tuple[int, int, bool]:
-    """What most images have: their native channels; of those looked at the largest one's pixels, and if all are grey.
+def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad: bool) -> tuple[int, int, bool, float]:
+    """What most images have: their native channels. Of those looked at: the pixels of the largest one, whether all are
+    grey, and the largest number.
 
     Raises InputError if the first image is bad, but with `skip_bad` only if there is no good one.
     """
     n = len(encoded)
     spread = sorted({k * n // _PROBES for k in range(_PROBES)})
-    kinds, largest, grey, fault = Counter[int](), 0, form.is_picture, ""
+    kinds, largest, grey, fault, highest = Counter[int](), 0, form.is_picture, "", -math.inf
     for i in (*spread, *(i for i in range(n) if i not in spread)):
         if kinds and i not in spread:
             break
         name = encoded.name(i)
         try:
             if not form.is_picture:
-                form.array(encoded.fetch([i])[0], name, {})
+                highest = max(highest, float(form.array(encoded.fetch([i])[0], name, {}).max()))
                 kinds[form.channels] += 1
                 continue
             image = decoded(encoded.fetch([i])[0], name)
-            pictures.fit(image, form.size, form.channels, name, {}, form.fit)
+            fitted = pictures.fit(image, form.size, form.channels, name, {}, form.fit)
+            highest = max(highest, float(fitted.max()))
             kinds[pictures.native(image)] += 1
             largest = max(largest, image.width * image.height)
             grey = grey and pictures.keeps(image, 1)
@@ -310,7 +329,7 @@ def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad
             fault = fault or str(error)
     if not kinds:
         raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {fault}")
-    return kinds.most_common(1)[0][0], largest, grey
+    return kinds.most_common(1)[0][0], largest, grey, highest
 
 
 def _pick(source: str, split: str, splits: Iterable[str]) -> str:
