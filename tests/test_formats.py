@@ -124,7 +124,11 @@ def fault_of(read, file):
     return ""
 
 
-@pytest.mark.parametrize("file", [jxl(SMOOTH), jxl(levels((9, 9), 16, np.uint16)), heic(Image.fromarray(SMOOTH))])
+@pytest.mark.parametrize(
+    "file",
+    [jxl(SMOOTH), jxl(levels((9, 9), 16, np.uint16)), heic(Image.fromarray(SMOOTH))],
+    ids=["JPEG XL", "JPEG XL of 16 bits", "HEIC"],
+)
 def test_damaged_files_are_named(file):
     """Cut and changed anywhere: a picture or an error of one line, and never another exception."""
     for k in range(0, len(file), max(1, len(file) // 40)):
@@ -171,7 +175,9 @@ def test_without_the_packages_they_are_left_out_and_the_extra_is_named(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("module", "file"), [("imagecodecs", jxl(SMOOTH)), ("pillow_heif", heic(Image.fromarray(SMOOTH)))]
+    ("module", "file"),
+    [("imagecodecs", jxl(SMOOTH)), ("pillow_heif", heic(Image.fromarray(SMOOTH)))],
+    ids=["JPEG XL", "HEIC"],
 )
 def test_a_file_whose_package_is_missing_names_it(monkeypatch, module, file):
     def refuse(name, *arguments):

@@ -87,6 +87,7 @@ def test_a_run_says_it_as_a_line(tmp_path, capsys):
         (SRGB[:100], "(damaged)"),
         (b"no", "(damaged)"),
     ],
+    ids=["sRGB", "another", "Lab", "linear", "cut", "no profile"],  # a profile holds the time when it was made
 )
 def test_only_srgb_needs_no_word(profile, name):
     notes = {}
