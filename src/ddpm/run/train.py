@@ -102,8 +102,9 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
             preset = _ending_at(end, model, training, preset, parts, train_set, held_out_set, draws, ranks)
             if ranks.first and preset.steps < _FEW_STEPS:
                 warnings.warn(
-                    f"minutes {minutes:g}: {preset.steps:,} steps, after which samples are still noise; want more "
-                    f"minutes, or a smaller width (now {preset.width}), batch_size (now {preset.batch_size}) or size",
+                    f"minutes: there is time for {preset.steps:,} step{'s' * (preset.steps != 1)}, after which samples are "
+                    f"still noise; want more minutes, or a smaller width (now {preset.width}), batch_size (now "
+                    f"{preset.batch_size}) or size",
                     stacklevel=2,
                 )
         write = stack.enter_context(log.metrics(out, begun, preset, ranks))

@@ -223,8 +223,12 @@ def describe(train: Images, held_out: Images) -> str:
 
 
 def _range_hint(values: Values, highest: float) -> str:
-    """What to say if integers use less than an eighth of their range, as those of 12 bits in 16 do."""
-    if values.bins is None or not values.low < highest < values.low + (values.high - values.low) / 8:
+    """What to say if integers that are not 8-bit pictures use less than an eighth of their range, as those of 12 bits in 16 do."""
+    if (
+        values == EIGHT_BIT
+        or values.bins is None
+        or not values.low < highest < values.low + (values.high - values.low) / 8
+    ):
         return ""
     top = max(2 ** int(highest).bit_length() - 1, int(values.low) + 1)
     return (
