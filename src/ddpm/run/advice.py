@@ -54,6 +54,23 @@ def advice(preset: Preset, schedule: Schedule) -> Iterator[str]:
         )
 
 
+def few_steps(preset: Preset) -> str:
+    """One line if the time of a run is enough for fewer than 200 steps, which learn next to nothing; or nothing.
+
+    >>> from dataclasses import replace
+    >>> from ddpm.presets import PRESETS
+    >>> few_steps(replace(PRESETS["photos"], steps=40))[:38]
+    'minutes: there is time for only 40 ste'
+    """
+    if preset.steps >= 200:
+        return ""
+    return (
+        f"minutes: there is time for only {preset.steps:,} step{'s' * (preset.steps != 1)}, after which samples are "
+        f"still noise; want more minutes, or a smaller width (now {preset.width}), batch_size (now "
+        f"{preset.batch_size}) or size"
+    )
+
+
 def _enough(preset: Preset) -> float | None:
     """A beta_T of two digits with which abar_T is near 0; None if beta_T has no such effect, as with T = 1."""
     make, beta_T = SCHEDULES[preset.schedule], preset.beta_T

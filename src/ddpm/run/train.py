@@ -28,7 +28,7 @@ from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
 from ddpm.presets import Preset, build
 from ddpm.run import augment, ema, forecast, log
-from ddpm.run.advice import advice
+from ddpm.run.advice import advice, few_steps
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.pace import Pace, time_steps
 from ddpm.run.previews import affordable, draw, grid_file, has_grid
@@ -37,8 +37,6 @@ from ddpm.schedule import Schedule
 
 BUCKETS = 10
 """Equal ranges of t in which the held-out loss is logged."""
-_FEW_STEPS = 200
-"""Fewer steps than these learn next to nothing."""
 HELD_OUT_SEED = 1 << 40  # far from the seeds of runs, so that held-out draws are the same in every run
 
 # The purpose of a draw. It keeps the draws of one step apart.
@@ -100,13 +98,8 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
         if minutes is not None and not known:
             end = started + 60 * minutes
             preset = _ending_at(end, model, training, preset, parts, train_set, held_out_set, draws, ranks)
-            if ranks.first and preset.steps < _FEW_STEPS:
-                warnings.warn(
-                    f"minutes: there is time for {preset.steps:,} step{'s' * (preset.steps != 1)}, after which samples are "
-                    f"still noise; want more minutes, or a smaller width (now {preset.width}), batch_size (now "
-                    f"{preset.batch_size}) or size",
-                    stacklevel=2,
-                )
+            if ranks.first and (hint := few_steps(preset)):
+                warnings.warn(hint, stacklevel=2)
         write = stack.enter_context(log.metrics(out, begun, preset, ranks))
         log.write_held_out(out, held_out_set, ranks)
         _announce(preset, out, ranks, model, train_set, held_out_set, warmup)

@@ -223,7 +223,7 @@ def describe(train: Images, held_out: Images) -> str:
 
 
 def _range_hint(values: Values, highest: float) -> str:
-    """What to say if integers that are not 8-bit pictures use less than an eighth of their range, as those of 12 bits in 16 do."""
+    """What to say if integers, but not those of 8 bits, use less than an eighth of their range, as 12 bits in 16 do."""
     if (
         values == EIGHT_BIT
         or values.bins is None
