@@ -91,7 +91,7 @@ def test_presets_are_all_there():
 
 def test_python_examples(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
 

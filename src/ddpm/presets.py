@@ -325,6 +325,13 @@ BY_SIZE = {"photos": photos, "grey16": grey16}
 PRESETS |= {name: make((64, 64)) for name, make in BY_SIZE.items()}
 
 
+def find_preset(name: str) -> Preset:
+    """The preset of that name. Raises InputError, which suggests the nearest one, if there is none."""
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r}: {suggestion(name, PRESETS)}want {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 def build(preset: Preset) -> Denoiser:
     """The denoiser of a preset; torch's global generator draws the initial weights of its network.
 

@@ -20,12 +20,16 @@ from ddpm.run.processes import Processes
 Log = Callable[[int, dict[str, Any]], None]
 """log(step, values) writes one line of metrics.jsonl."""
 
+OnLog = Callable[[dict[str, Any]], None]
+"""A caller's function, which gets each line of metrics.jsonl as a dict."""
+
 
 @contextmanager
-def metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator[Log]:
+def metrics(out: Path, step: int, preset: Preset, ranks: Processes, on_log: OnLog | None = None) -> Iterator[Log]:
     """Write config.json, cut RUN/metrics.jsonl back to `step`, and give the function that adds lines to it.
 
-    On other processes than the first one the function does nothing. Raises Stopped if a file cannot be written.
+    on_log gets each line that is added. On other processes than the first one the function does nothing. Raises Stopped
+    if a file cannot be written.
     """
     if not ranks.first:
         yield lambda *_: None
@@ -41,13 +45,15 @@ def metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator[
 
         def log(step: int, values: dict[str, Any]) -> None:
             try:
-                _write_line(file, {"step": step, **values})
+                line = _write_line(file, {"step": step, **values})
             except OSError as error:
                 raise Stopped(f"step {step}: cannot write {path}: {reason(error)}") from error
             if board is not None:
                 for name, value in values.items():
                     for i, one in enumerate(value if isinstance(value, list) else [value]):
                         board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, one, step)
+            if on_log is not None:
+                on_log(line)
 
         yield log
 
@@ -91,7 +97,12 @@ def check_tensorboard(preset: Preset) -> None:
 def say(ranks: Processes, line: str) -> None:
     """Print a line on stderr, above a progress bar, on the first process only."""
     if ranks.first:
-        tqdm.write(one_line(line), file=sys.stderr)
+        note(line)
+
+
+def note(line: str) -> None:
+    """Print a line on stderr, above a progress bar."""
+    tqdm.write(one_line(line), file=sys.stderr)
 
 
 def reason(error: OSError) -> str:
@@ -101,12 +112,13 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _write_line(file: BinaryIO, values: dict[str, Any]) -> None:
-    """Write one JSON object as a line. JSON has no NaN and no infinity, so these become null."""
-    clean = json.loads(json.dumps(values), parse_constant=lambda _: None)
+def _write_line(file: BinaryIO, values: dict[str, Any]) -> dict[str, Any]:
+    """Write one JSON object as a line, and return it. JSON has no NaN and no infinity, so these become null."""
+    clean: dict[str, Any] = json.loads(json.dumps(values), parse_constant=lambda _: None)
     line = memoryview((json.dumps(clean) + "\n").encode())
     while line:  # if the disk has room for half a line, the first write writes only that half
         line = line[file.write(line) :]
+    return clean
 
 
 def _tensorboard(out: Path, wanted: bool, step: int) -> AbstractContextManager[Any]:

@@ -54,12 +54,20 @@ class Result:
     interrupted: int | None  # the signal that ended the run, if one did
 
 
-def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
+def train(
+    preset: Preset,
+    out: Path,
+    minutes: float | None = None,
+    images: data.Given | None = None,
+    on_log: log.OnLog | None = None,
+) -> Result:
     """Train `preset` into the run folder `out` up to step `preset.steps`, or resume the run in that folder.
 
     minutes  the time from now to the end of a new run. It takes the place of `preset.steps`: the speed of the first
              steps tells how many there are, and at most a tenth of them are warmup. config.json keeps both numbers.
              Then the run begins, an ordinary one. A run that exists keeps its steps
+    images   images in memory, in the place of the SOURCE `preset.data`
+    on_log   gets each new line of metrics.jsonl
 
     Raises InputError for settings, data or a device that cannot be used, and Stopped if the run cannot go on.
     """
@@ -74,7 +82,7 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
         train_set, held_out_set = data.load_pair(
-            preset.data, preset.size, preset.channels, progress=ranks.first, **data.settings_of(preset)
+            images or preset.data, preset.size, preset.channels, progress=ranks.first, **data.settings_of(preset)
         )
         preset = _with_class_names(preset, out, train_set)
         if preset.pixel_type == "float32":
@@ -98,7 +106,7 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
         if minutes is not None and not known:
             end = started + 60 * minutes
             preset = _ending_at(end, model, training, preset, parts, train_set, held_out_set, draws, ranks)
-        write = stack.enter_context(log.metrics(out, begun, preset, ranks))
+        write = stack.enter_context(log.metrics(out, begun, preset, ranks, on_log))
         log.write_held_out(out, held_out_set, ranks)
         _announce(preset, out, ranks, model, train_set, held_out_set, warmup)
 
