@@ -14,6 +14,7 @@ from ddpm.files import images
 
 ROOT = Path(__file__).parents[1]
 SHORT = {
+    "data": "",
     "train": "--steps 2 --num-timesteps 50 --width 32 --channel-multipliers 1,1 --num-res-blocks 1 "
     "--batch-size 4 --size 8 --sample-count 2 --sample-steps 2 --eval-images 4",
     "sample": "--steps 12",

@@ -42,14 +42,14 @@ def add(commands: Commands) -> None:
         "tenth of them are warmup"
     )
     groups["optimisation"].add_argument("--minutes", **number(float, None), help=minutes)
-    hints = get_type_hints(Preset)
     for f in fields(Preset):
         if f.name not in ("data", "class_names", "details"):
-            _add_setting(groups[f.metadata["group"]], f, hints[f.name])
+            add_setting(groups[f.metadata["group"]], f)
 
 
-def _add_setting(group: Any, f: Any, kind: Any) -> None:
-    """The option of one field. If it is not given, the preset's value stays."""
+def add_setting(group: Any, f: Any) -> None:
+    """The option of one field of Preset. If it is not given, the preset's value stays."""
+    kind = get_type_hints(Preset)[f.name]
     option, help = f"--{f.name.replace('_', '-')}", f.metadata["help"]
     about = {"dest": f.name, "default": argparse.SUPPRESS, "help": help}
     choices = f.metadata["choices"] or (get_args(kind) if get_origin(kind) is Literal else ())
