@@ -14,6 +14,7 @@ from PIL import Image
 
 import ddpm
 from ddpm import pixels
+from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.files import data, images
 
@@ -112,10 +113,8 @@ def test_other_numbers_and_channels(kind: str, dtype: Any, tmp_path: Path) -> No
     given = {"array": array, "tensor": tensor, "Dataset": Items(list(tensor))}[kind]
     settings = {**SETTINGS, "channels": 8, "pixel_type": dtype}
     run = ddpm.train("digits", given, tmp_path / "run", steps=1, **settings)
-    known = {"values": pixels.Values(dtype, *run.preset.value_range)} if dtype == "float32" else {}
-    train, held_out = data.load_pair(
-        data.given(given), (8, 8), 8, **{"values": pixels.Values("uint16", 0, 65535), **known}
-    )
+    values = pixels.values(dtype, run.preset.value_range)
+    train, held_out = data.load_pair(data.given(given), (8, 8), 8, values=values)
     found = torch.zeros(20, 8, 8, 8, dtype=torch.float64)
     for part in (train, held_out):
         found[part.rows] = part.batch(range(len(part))).double()
@@ -144,13 +143,13 @@ def test_a_dataset_too_large_for_memory(tmp_path: Path) -> None:
         contents = data.given(Items(items))
         return data.load_pair(contents, (8, 8), 1, cache_bytes=0)[0].fingerprint
 
-    pixels = list(digits())
-    one = fingerprint(pixels)
-    assert one == fingerprint(pixels)
-    assert one != fingerprint(pixels[:39])
-    assert one != fingerprint([255 - pixels[0], *pixels[1:]])
-    images_by_worker = data.load_pair(data.given(Items(pixels)), (8, 8), 1, cache_bytes=0)[0]
-    at_once = data.load_pair(data.given(Items(pixels)), (8, 8), 1)[0]
+    drawn = list(digits())
+    one = fingerprint(drawn)
+    assert one == fingerprint(drawn)
+    assert one != fingerprint(drawn[:39])
+    assert one != fingerprint([255 - drawn[0], *drawn[1:]])
+    images_by_worker = data.load_pair(data.given(Items(drawn)), (8, 8), 1, cache_bytes=0)[0]
+    at_once = data.load_pair(data.given(Items(drawn)), (8, 8), 1)[0]
     for workers in (0, 2):
         batch = next(data.batches(images_by_worker, 0, 8, 0, 1, workers=workers))
         assert torch.equal(batch, next(data.batches(at_once, 0, 8, 0, 1)))
@@ -226,3 +225,57 @@ def test_a_mistake_is_one_line_and_leaves_nothing(what: str, tmp_path: Path) -> 
         ddpm.train(**{"preset": "digits", "out": tmp_path / "run", **arguments})
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+# -- settings in a file ------------------------------------------------------------------------------------------------
+
+FILES = {
+    "a.yaml": "size: 8\nchannel_multipliers: [1]\nlr: 1e-3\nschedule: linear\nema_warmup: true\n",
+    "a.toml": 'size = "8x8"\nchannel_multipliers = [1]\nlr = 1e-3\nschedule = "linear"\nema_warmup = true\n',
+    "a.json": '{"size": [8, 8], "channel_multipliers": [1], "lr": 1e-3, "schedule": "linear", "ema_warmup": true}',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_settings_from_a_file(name: str, tmp_path: Path) -> None:
+    """The file's settings replace those of the preset, and options replace the file's."""
+    (tmp_path / name).write_text(FILES[name])
+    short = f"--steps 1 --batch-size 4 --eval-images 4 --sample-every 0 --out {tmp_path / 'run'}"
+    assert main(["train", "digits", "--config", str(tmp_path / name), "--schedule", "cosine", *short.split()]) == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["size"], config["lr"], config["channel_multipliers"]) == ([8, 8], 1e-3, [1])
+    assert config["schedule"] == "cosine"
+    assert config["warmup"] == ddpm.PRESETS["digits"].warmup
+
+
+def test_the_config_of_a_run_makes_the_same_run(trained: Path, tmp_path: Path) -> None:
+    """To the bit, with no preset and no other option."""
+    assert main(["train", "--config", str(trained / "config.json"), "--out", str(tmp_path / "run")]) == 0
+    assert_same(tensors(trained, 30), tensors(tmp_path / "run", 30))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "stepz: 5", "stepz: no such setting; did you mean steps?"),
+        ("a.yaml", "steps: [", "cannot be read (while parsing"),
+        ("a.yaml", "- 5", "want settings by their names"),
+        ("a.toml", "steps = ", "cannot be read (Invalid value"),
+        ("a.json", "{", "cannot be read (Expecting"),
+        ("a.yaml", "steps: many", "--steps 'many': want a whole number"),
+        ("a.yaml", "details: {headz: 3}", "config details {'headz': 3}: want some of"),
+        ("a.ini", "steps=5", "want a name that ends in .json, .yaml, .yml, .toml"),
+        ("b.yaml", None, "cannot be read ([Errno 2] No such file"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line(
+    name: str, text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert main(["train", "digits", "--config", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert main(["train", "--config", str(tmp_path / name)]) == 2

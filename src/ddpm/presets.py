@@ -130,6 +130,8 @@ class Preset:
         False, "recompute activations in the backward pass: less memory, more time", resume=True
     )
 
+    init: str = _optimisation("", "MODEL to begin with: its network and weights, and a quarter of the learning rate")
+
     seed: int = _run(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
     device: str = _run("auto", "auto, cpu, cuda, cuda:1 or mps", resume=True)
     compile: Compile = _run("auto", "compile the network with Inductor; auto: on CUDA devices", resume=True)
@@ -394,11 +396,16 @@ def from_json(config: Mapping[str, Any]) -> Preset:
         name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
     }
     if "details" in values:
-        values["details"] = _details(values["details"])
+        values["details"] = details_from(values["details"])
     return Preset(**values)
 
 
-def _details(values: Any) -> Details:
+def details_from(values: Any) -> Details:
+    """Details from plain values. Raises InputError for anything else.
+
+    >>> details_from({"heads": 4}).heads
+    4
+    """
     known = {f.name for f in fields(Details)}
     if not isinstance(values, dict) or not values.keys() <= known:
         raise InputError(f"config details {values!r}: want some of {', '.join(sorted(known))}")

@@ -34,6 +34,8 @@ def add(commands: Commands) -> None:
     start = f"a preset, {', '.join(PRESETS)}; or a run's folder, which goes on with its own settings"
     parser.add_argument("preset", metavar="PRESET", nargs="?", help=f"{start} (default: photos, if there is --data)")
     parser.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/PRESET, or the run itself)")
+    config = "settings that replace the preset's: a run's config.json, or some of these fields as .json, .yaml or .toml"
+    parser.add_argument("--config", metavar="FILE", help=config)
     add_json(parser)
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
     groups["data"].add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=f"the images: {SOURCE}")
@@ -80,10 +82,13 @@ def run(args: argparse.Namespace) -> int:
         check("--minutes", args.minutes, float, 0.1)
         if "steps" in args:
             raise InputError("--minutes, --steps: want one of the two")
-    if args.preset is None and "data" not in args:
-        raise InputError(f"PRESET: missing; want a preset, {', '.join(PRESETS)}, a run's folder, or --data SOURCE")
+    if args.preset is None and args.config is None and not {"data", "init"} & overrides.keys():
+        raise InputError(
+            f"PRESET: missing; want a preset, {', '.join(PRESETS)}, a run's folder, or --data SOURCE, --init MODEL or "
+            "--config FILE"
+        )
     with importing():
-        preset, out = settle(args.preset, args.out, overrides)
+        preset, out = settle(args.preset, args.out, overrides, args.config)
         from ddpm.run.train import train
 
     minutes = None if args.minutes is None else args.minutes - (time.monotonic() - started) / 60

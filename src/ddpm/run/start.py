@@ -6,13 +6,16 @@ This module loads torch only when it is used, so that the command line starts qu
 from __future__ import annotations
 
 import functools
+import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm.errors import InputError, suggestion
-from ddpm.presets import BY_SIZE, PRESETS, Preset, find_preset
+from ddpm.details import Details
+from ddpm.errors import InputError, parse_json, suggestion
+from ddpm.presets import BY_SIZE, PRESETS, Preset, details_from, find_preset
 
 if TYPE_CHECKING:
     from ddpm.denoiser import Denoiser
@@ -71,7 +74,7 @@ def train(
     """Train a model, or resume a run: the same call goes on where the run was stopped.
 
     preset    the name of a preset, a Preset, or the folder of a run, which goes on with its own settings (default:
-              photos, the recipe for images of any size)
+              photos, the recipe for images of any size; with init, that model's settings)
     data      the images, if not those of the preset: a SOURCE as text or a path; an array [N, H, W] or
               [N, H, W, C]; a torch tensor [N, C, H, W] or [N, H, W]; a pair (one of these, N labels); a map-style
               Dataset of images or (image, label); or a data set of `datasets` (`ddpm.files.data.given`). Numbers other
@@ -79,7 +82,8 @@ def train(
     out       the run's folder (default: runs/PRESET)
     on_log    is called with each line of metrics.jsonl, a dict
     minutes   the time that a new run takes, in place of `steps`
-    settings  fields of Preset, as steps=1000 or size=(32, 48)
+    settings  fields of Preset, as steps=1000 or size=(32, 48). init=MODEL begins with a model: a run, a file, a name, a
+              diffusers folder or hf:OWNER/NAME
 
     It also works outside the main thread, where no signal ends a run. An interrupted notebook cell saves the run first.
     Raises InputError for what cannot be used, and Stopped if the run cannot go on.
@@ -108,22 +112,83 @@ def train(
 
 
 def settle(
-    start: str | Path | Preset | None, out: str | Path | None, settings: Mapping[str, Any]
+    start: str | Path | Preset | None,
+    out: str | Path | None,
+    settings: Mapping[str, Any],
+    config: str | Path | None = None,
 ) -> tuple[Preset, Path]:
     """The settings of a run, and its folder.
 
     start     a preset or its name, a run's folder, or None for the preset photos. The name of a preset wins over a
               folder of that name
     out       the run's folder; None: that of the run, or runs/PRESET
-    settings  fields of Preset that replace those of `start`
+    settings  fields of Preset that replace those of `start` and of `config`; with `init`, network and diffusion come
+              from that model, and without a `start` all of them do
+    config    a file of fields of Preset, which replace those of `start` (`read_config`)
 
-    Raises InputError if there is no such preset or run, and for settings that cannot be.
+    Raises InputError if there is no such preset, run, model or file, and for settings that cannot be.
     """
-    preset, folder = _start(start, None if out is None else Path(out))
-    name = "photos" if start is None else start
-    if isinstance(name, str) and name in BY_SIZE:  # its network follows from the size
-        preset = BY_SIZE[name](settings.get("size", preset.size))
-    return replace(preset, **settings), folder
+    place = None if out is None else Path(out)
+    settings = {**(read_config(config) if config is not None else {}), **settings}
+    name = settings.get("init")
+    if start is None and config is not None and place is None:
+        raise InputError("out: missing; want the run's folder")
+    if name:
+        from ddpm.run import init
+
+        if start is None:
+            place = place or init.out_folder(name)
+            return init.inherit(name, None, settings), place
+    preset, folder = _start(start, place)
+    of_size = "photos" if start is None else start
+    if isinstance(of_size, str) and of_size in BY_SIZE:  # its network follows from the size
+        preset = BY_SIZE[of_size](settings.get("size", preset.size))
+    return init.inherit(name, preset, settings) if name else replace(preset, **settings), folder
+
+
+def read_config(file: str | Path) -> dict[str, Any]:
+    """Fields of Preset from a run's config.json, or from a .json, .yaml, .yml or .toml file of some of them.
+
+    The names of classes are left out, since the data tells them. Raises InputError if the file cannot be read, and for
+    an unknown setting; it names the nearest one.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp(), "mine.toml")
+    >>> _ = file.write_text('size = "32x48"\\nlr = 2e-4')
+    >>> read_config(file)
+    {'size': (32, 48), 'lr': 0.0002}
+    """
+    path = Path(file)
+    readers: dict[str, Callable[[str], Any]] = {
+        ".json": parse_json,
+        ".yaml": _yaml,
+        ".yml": _yaml,
+        ".toml": tomllib.loads,
+    }
+    if path.suffix.lower() not in readers:
+        raise InputError(f"config {file}: want a name that ends in {', '.join(readers)}")
+    try:
+        values = readers[path.suffix.lower()](path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"config {file}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise InputError(f"config {file}: want settings by their names, as lr: 0.001")
+    values = converted(values, f"config {file}: ")
+    for f in fields(Preset):  # YAML takes 2e-4 for text
+        if f.type == "float" and isinstance(values.get(f.name), str):
+            with suppress(ValueError):
+                values[f.name] = float(values[f.name])
+    values.pop("class_names", None)
+    return values
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def _start(start: str | Path | Preset | None, out: Path | None) -> tuple[Preset, Path]:
@@ -157,6 +222,8 @@ def converted(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
             hint = suggestion(name, known).rstrip() or f"want some of {', '.join(known)}"
             raise InputError(f"{where}{name}: no such setting; {hint}")
     values = dict(values)
+    if "details" in values and not isinstance(values["details"], Details):
+        values["details"] = details_from(values["details"])
     if type(size := values.get("size")) is int:
         values["size"] = (size, size)
     elif isinstance(size, str) and all(part.isdecimal() for part in size.lower().split("x")):

@@ -26,8 +26,9 @@ from ddpm import kernels, losses, noise, pixels, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
+from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset, build
-from ddpm.run import augment, ema, forecast, log
+from ddpm.run import augment, ema, forecast, init, log
 from ddpm.run.advice import advice
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.pace import Pace, time_steps
@@ -78,6 +79,7 @@ def train(
         stack.enter_context(torch.random.fork_rng(devices))  # steps seed the global generators, which are the caller's
         known = checkpoints.settings(out) is not None
         preset = _check_settings(preset, out, ranks, minutes)
+        source = init.source(preset) if preset.init and not checkpoints.saved(out) else None
         parts = _parts(preset, ranks)
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
@@ -92,6 +94,8 @@ def train(
 
         model = _build(preset, ranks.device)
         _resume(model, preset, out, train_set.fingerprint)
+        if source is not None:
+            _begin_with(source, model, preset, ranks)
         begun = model.step
         if begun and ranks.any(ranks.first and has_grid(begun, preset) and not grid_file(out, begun).exists()):
             size = preset.sample_count, preset.sample_steps  # an earlier process ended between checkpoint and grid
@@ -240,6 +244,17 @@ def _for_training(model: _Model, preset: Preset, ranks: Processes) -> Denoiser:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     return replace(model.denoiser, network=network)
+
+
+def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Processes) -> None:
+    """Make the weights of another model, where it is averaged their average, the first weights and their average."""
+    state, lines = init.adapt(source, preset)
+    model.network.load_state_dict(state)
+    model.average.load_state_dict(state)
+    step = f"step {source.step:,}, " if source.step else ""
+    log.say(ranks, f"begins with {preset.init} ({step}{source.weights}), at lr {preset.lr:g}")
+    for line in lines:
+        log.say(ranks, f"  {line}")
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
