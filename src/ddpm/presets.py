@@ -156,7 +156,12 @@ class Preset:
         _COUNT,
         resume=True,
     )
-    tensorboard: bool = _run(False, "also write TensorBoard files (needs the extra tensorboard)", resume=True)
+    track: str = _run(
+        "none",
+        f"send the curves to a tracker, too; its extra has its name: {catalog.accepted_trackers()}",
+        choices=("none", *catalog.trackers()),
+        resume=True,
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

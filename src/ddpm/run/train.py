@@ -28,7 +28,7 @@ from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
 from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset, build
-from ddpm.run import augment, ema, forecast, init, log
+from ddpm.run import augment, ema, forecast, init, log, track
 from ddpm.run.advice import advice
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.pace import Pace, time_steps
@@ -584,7 +584,7 @@ def _check_settings(preset: Preset, out: Path, ranks: Processes, minutes: float 
                 raise InputError(f"{f.name} {now!r}: the run in {out} has {was!r}; want the same, or another out")
     elif out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
         raise InputError(f"out {out}: exists and is not a run; want a new folder, or a run to resume")
-    log.check_tensorboard(preset)
+    track.check(preset.track)
     with torch.device("meta"):
         build(preset)  # a network or a schedule that cannot be is a mistake in the settings
     return replace(preset, precision=pick_precision(preset.precision, ranks.device))
