@@ -56,7 +56,7 @@ def test_conversions_and_faults(photos: Path, capsys: pytest.CaptureFixture[str]
     about = look(capsys, photos, "--size", "8")
     assert (about["train"], about["looked_at"], about["bad"]) == (12, 12, 1)
     assert about["kinds"] == {"RGB": 9, "L": 1, "I;16 of more than 8 bits": 1}
-    counts = {what: each["images"] for what, each in about["conversions"].items()}
+    counts = {what.partition(" (")[0]: each["images"] for what, each in about["conversions"].items()}
     assert counts == {
         "mode L is converted to RGB": 1,
         "more than 8 bits a channel, rounded to 8": 1,
@@ -87,6 +87,23 @@ def test_the_sheet_shows_images_before_and_after(tmp_path: Path, capsys: pytest.
         assert np.array_equal(before[k], pixels[k])
     assert (before[2][:14] == 255).all()  # the whole of it, on white
     assert (before[2][20:44, :14] == 0).all()
+
+
+def test_other_numbers_and_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """8 channels of 16 bits, of which the sheet shows three; black is the least and white the largest number."""
+    array = np.full((6, 8, 8, 8), 65535, np.uint16)
+    array[..., 0] = 0
+    array[0] = 0
+    np.save(tmp_path / "a.npy", array)
+    options = ["--size", 8, "--channels", 8, "--pixel-type", "uint16", "--show", "1,2,3", "--out", tmp_path / "a.png"]
+    about = look(capsys, tmp_path / "a.npy", *options)
+    assert about["kinds"] == {"uint16 of 8 channels": 5}  # one is held out
+    assert about["height"] == {"min": 8, "median": 8, "max": 8}
+    assert "uint16 0..65535" in about["fitted"]
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))
+    colours = {tuple(colour) for colour in sheet.reshape(-1, 3).tolist()}
+    assert (0, 255, 255) in colours
+    assert colours <= {(0, 255, 255), (0, 0, 0), (255, 255, 255)}
 
 
 @pytest.mark.parametrize(

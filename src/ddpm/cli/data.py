@@ -11,7 +11,10 @@ from ddpm.cli.train import add_setting
 from ddpm.presets import PRESETS, Preset, check
 from ddpm.run.start import settle
 
-SETTINGS = ("size", "channels", "image_column", "label_column", "allow_paths")
+SETTINGS = (
+    "size", "channels", "pixel_type", "value_range", "clip_values", "fit", "pages", "show", "image_column",
+    "label_column", "allow_paths",
+)  # fmt: skip
 
 
 def add(commands: Commands) -> None:

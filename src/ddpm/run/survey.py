@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ddpm.errors import InputError
-from ddpm.files import data
+from ddpm.files import arrays, data
 from ddpm.files import images as pictures
+from ddpm.pixels import Values
 from ddpm.presets import Preset
 
 _SHEET = 24
@@ -53,10 +55,8 @@ def survey(source: str, preset: Preset, most: int = 400) -> Survey:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the same is in the result
-        train, held_out = data.load_pair(
-            source, preset.size, preset.channels, image_column=preset.image_column or None,
-            label_column=preset.label_column or None, skip_bad=True, allow_paths=preset.allow_paths, cache_bytes=0,
-        )  # fmt: skip
+        settings = {**data.settings_of(preset), "skip_bad": True}
+        train, held_out = data.load_pair(source, preset.size, preset.channels, cache_bytes=0, **settings)
     n = len(train)
     rows = train.rows[torch.arange(min(n, most)) * n // min(n, most)].tolist()
     begun = time.perf_counter()
@@ -67,14 +67,15 @@ def survey(source: str, preset: Preset, most: int = 400) -> Survey:
     wanted = set(range(0, len(rows), -(-len(rows) // _SHEET)))
     for k, row in enumerate(rows):
         try:
-            image = data.decoded(train.decoder.encoded.fetch([row])[0], train.decoder.encoded.name(row))
+            name = train.decoder.encoded.name(row)
+            image, kind = _read(train.decoder.encoded.fetch([row])[0], name, train.decoder.form)
         except InputError:
             continue  # it is among the faults
-        heights.append(image.height)
-        widths.append(image.width)
-        kinds[_kind(image)] += 1
+        heights.append(image.height if isinstance(image, Image.Image) else image.shape[0])
+        widths.append(image.width if isinstance(image, Image.Image) else image.shape[1])
+        kinds[kind] += 1
         if k in wanted and k not in faults:
-            pair = _pair(image, pixels[k])
+            pair = _pair(image, pixels[k], train.decoder.form.values, preset.show)
             before.append(pair[0])
             after.append(pair[1])
     labels = None if train.labels is None else Counter(train.labels.tolist())
@@ -90,7 +91,7 @@ def survey(source: str, preset: Preset, most: int = 400) -> Survey:
         "height": _spread(heights),
         "width": _spread(widths),
         "kinds": dict(kinds.most_common()),
-        "fitted": f"{preset.size[0]}x{preset.size[1]}, channels {preset.channels}",
+        "fitted": f"{preset.size[0]}x{preset.size[1]}, channels {preset.channels}, {train.decoder.form.values}",
         "conversions": {what: {"images": count, "first": first} for what, (first, count) in notes.items()},
         "bad": len(faults),
         "faults": [faults[k] for k in sorted(faults)][:_NAMED],
@@ -105,26 +106,43 @@ def _spread(values: Sequence[int]) -> dict[str, float] | None:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def _kind(image: Image.Image) -> str:
-    """Pillow's mode, and what it does not tell."""
+def _read(encoded: Any, name: str, form: data.Form) -> tuple[Image.Image | NDArray[Any], str]:
+    """An image as it is, and its kind in words: Pillow's mode, or the type and the number of channels of an array.
+
+    Raises InputError if it cannot be read.
+    """
+    if isinstance(encoded, InputError):
+        raise encoded
+    if not form.is_picture:
+        array = arrays.read(encoded, name, form.pages)
+        return array, f"{array.dtype} of {array.shape[2]} channel{'s' * (array.shape[2] != 1)}"
+    image = data.decoded(encoded, name)
     notes = [" of more than 8 bits"] if image.info.get("deep") else []
     notes += [" with several pictures"] if image.info.get("several") else []
-    return image.mode + ",".join(notes)
+    return image, image.mode + ",".join(notes)
 
 
-def _pair(image: Image.Image, fitted: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[pictures.Pixels, pictures.Pixels]:
-    """Two tiles uint8 [H, W, 3] of one size: the whole image on white, and the fitted pixels uint8 [C, H, W]."""
+def _pair(
+    image: Image.Image | NDArray[Any], fitted: NDArray[Any], values: Values, show: Sequence[int]
+) -> tuple[pictures.Pixels, pictures.Pixels]:
+    """Two tiles uint8 [H, W, 3] of one size: the whole image on white, and its pixels [C, H, W] as they are fitted."""
     factor = -(-64 // min(fitted.shape[1:]))
-    shown = fitted[:3] if len(fitted) >= 3 else fitted[:1].repeat(3, axis=0)
-    if len(fitted) == 4:  # alpha, on white
-        alpha = fitted[3:].astype(np.float32) / 255
-        shown = (shown * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
-    shown = shown.transpose(1, 2, 0).repeat(factor, axis=0).repeat(factor, axis=1)
-    whole = pictures.convert(image, 3, notes={})
+    seen = _colours(_picture(fitted.transpose(1, 2, 0), values, show))
+    shown = np.asarray(seen).repeat(factor, axis=0).repeat(factor, axis=1)
+    whole = _colours(image if isinstance(image, Image.Image) else _picture(image, values, show))
     enlarged = whole.width < shown.shape[1] and whole.height < shown.shape[0]
     method = Image.Resampling.NEAREST if enlarged else Image.Resampling.BICUBIC
     tile = ImageOps.pad(whole, (shown.shape[1], shown.shape[0]), method, color="white")
     return np.asarray(tile, np.uint8), shown
+
+
+def _picture(pixels: NDArray[Any], values: Values, show: Sequence[int]) -> Image.Image:
+    seen = arrays.shown(pixels, values, show)
+    return Image.fromarray(np.ascontiguousarray(seen[..., 0] if seen.shape[2] == 1 else seen))
+
+
+def _colours(image: Image.Image) -> Image.Image:
+    return pictures.convert(image, 3, notes={})
 
 
 def _sheet(before: list[pictures.Pixels], after: list[pictures.Pixels]) -> pictures.Pixels | None:
