@@ -114,6 +114,15 @@ def test_a_run_resumes_without_the_model(trained: Path, tmp_path: Path) -> None:
         ddpm.train(None, letters(), tmp_path / "new", init=where, **short)
 
 
+def test_a_run_of_python_is_a_model(tmp_path: Path) -> None:
+    """What `ddpm.train` gave back; and its folder as a path."""
+    first = ddpm.train("digits", letters(), tmp_path / "a", classes=False, **SHORT)
+    for k, model in enumerate((first, first.folder)):
+        run = ddpm.train(data=letters(), out=tmp_path / f"b{k}", init=model, **SHORT)
+        assert run.preset.init == str(first.folder)
+        assert run.result.held_out_before == pytest.approx(first.result.held_out, rel=1e-6)
+
+
 # -- what differs ------------------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,25 @@ def test_colour_tensors_have_their_channels_first() -> None:
         assert torch.equal(torch.cat([train.batch([0]), held_out.batch([0])]).sort(0).values, colour.sort(0).values)
 
 
+def test_a_data_set_of_hugging_face(tmp_path: Path) -> None:
+    """Its splits and labels are those that the hub would give."""
+    import datasets
+
+    drawn = digits()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
+
+    def part(rows: range) -> Any:
+        columns = {"image": [Image.fromarray(drawn[i]) for i in rows], "label": [i % 2 for i in rows]}
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    both = datasets.DatasetDict({"train": part(range(30)), "test": part(range(30, 40))})
+    train, held_out = data.load_pair(data.given(both), (8, 8), 1)
+    assert torch.equal(train.batch(range(30))[:, 0], torch.from_numpy(drawn[:30]))
+    assert torch.equal(held_out.batch(range(10))[:, 0], torch.from_numpy(drawn[30:]))
+    run = ddpm.train("digits", both["train"], tmp_path / "run", steps=1, **{**SETTINGS, "classes": True})
+    assert run.preset.class_names == ("even", "odd")
+
+
 @pytest.mark.parametrize("kind", ["array", "tensor", "Dataset"])
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_other_numbers_and_channels(kind: str, dtype: Any, tmp_path: Path) -> None:
@@ -199,6 +218,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no preset": ({"preset": "digist"}, "preset 'digist': did you mean digits"),
     "no setting": ({"stepss": 5}, "stepss: no such setting; did you mean steps"),
     "a value": ({"steps": 0}, "steps 0: want a whole number of at least 1"),
+    "two ends": ({"steps": 5, "minutes": 1}, "minutes, steps: want one of the two"),
+    "no time": ({"minutes": 0}, "minutes 0: want a finite number"),
     "no out": ({"preset": ddpm.Preset(), "out": None}, "out: missing"),
     "float": (
         {"data": np.zeros((4, 8, 8))},

@@ -6,6 +6,7 @@ This module loads torch only when it is used, so that the command line starts qu
 from __future__ import annotations
 
 import functools
+import os
 import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.details import Details
 from ddpm.errors import InputError, parse_json, suggestion
-from ddpm.presets import BY_SIZE, PRESETS, Preset, details_from, find_preset
+from ddpm.presets import BY_SIZE, PRESETS, Preset, check, details_from, find_preset
 
 if TYPE_CHECKING:
     from ddpm.denoiser import Denoiser
@@ -82,8 +83,8 @@ def train(
     out       the run's folder (default: runs/PRESET)
     on_log    is called with each line of metrics.jsonl, a dict
     minutes   the time that a new run takes, in place of `steps`
-    settings  fields of Preset, as steps=1000 or size=(32, 48). init=MODEL begins with a model: a run, a file, a name, a
-              diffusers folder or hf:OWNER/NAME
+    settings  fields of Preset, as steps=1000 or size=(32, 48). init=MODEL begins with a model: a Run, or as text the
+              folder of a run, a file, a name, a diffusers folder or hf:OWNER/NAME
 
     It also works outside the main thread, where no signal ends a run. An interrupted notebook cell saves the run first.
     Raises InputError for what cannot be used, and Stopped if the run cannot go on.
@@ -98,15 +99,22 @@ def train(
     from ddpm.run import log
     from ddpm.run.train import train as train_run
 
+    if minutes is not None:
+        check("minutes", minutes, float, 0.1)
+        if "steps" in settings:
+            raise InputError("minutes, steps: want one of the two")
     if isinstance(data, (str, Path)):
         settings["data"] = str(data)
+    if isinstance(settings.get("init"), Run):
+        settings["init"] = settings["init"].folder
     chosen, folder = settle(preset, out, converted(settings))
     images = None
     if data is not None and not isinstance(data, (str, Path)):
         options = sources.Options(chosen.image_column or None, chosen.label_column or None)
         images = sources.given(data, chosen.classes, options)
         chosen = replace(chosen, data=images.name)
-        log.note(images.meaning)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun the first process prints for all
+            log.note(images.meaning)
     result = train_run(chosen, folder, minutes, images, on_log)
     return Run(folder, checkpoints.settings(folder) or chosen, result)
 
@@ -229,4 +237,5 @@ def converted(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     elif isinstance(size, str) and all(part.isdecimal() for part in size.lower().split("x")):
         sides = tuple(map(int, size.lower().split("x")))
         values["size"] = sides * 2 if len(sides) == 1 else sides
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
