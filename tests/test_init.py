@@ -81,14 +81,14 @@ def test_on_other_images_too(tmp_path: Path) -> None:
 
 
 def test_what_comes_from_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Network and diffusion from the model, the rest from the preset; a quarter of the learning rate, unless given."""
+    """Network and diffusion from the model, the rest from the preset; half of the learning rate, unless given."""
     model = open_checkpoint("digits").preset
     run = ddpm.train("mnist", letters(), tmp_path / "a", init="digits", size=8, classes=False, **SHORT)
     for name in ("width", "channel_multipliers", "predict", "schedule", "attention_resolutions", "timestep_sampling"):
         assert getattr(run.preset, name) == getattr(model, name)
     mnist = ddpm.PRESETS["mnist"]
-    assert (run.preset.warmup, run.preset.lr, run.preset.init) == (mnist.warmup, mnist.lr / 4, "digits")
-    assert "at lr 0.000125" in capsys.readouterr().err
+    assert (run.preset.warmup, run.preset.lr, run.preset.init) == (mnist.warmup, mnist.lr / 2, "digits")
+    assert "at lr 0.00025" in capsys.readouterr().err
     words = "train --init digits --lr 1e-3 --no-classes --steps 1 --eval-images 4 --sample-every 0 --batch-size 4"
     assert main([*words.split(), "--out", str(tmp_path / "b")]) == 0
     config = json.loads((tmp_path / "b/config.json").read_text())

@@ -130,7 +130,7 @@ class Preset:
         False, "recompute activations in the backward pass: less memory, more time", resume=True
     )
 
-    init: str = _optimisation("", "MODEL to begin with: its network and weights, and a quarter of the learning rate")
+    init: str = _optimisation("", "MODEL to begin with: its network and weights, and half of the learning rate")
 
     seed: int = _run(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
     device: str = _run("auto", "auto, cpu, cuda, cuda:1 or mps", resume=True)

@@ -19,7 +19,7 @@ from ddpm.files.opening import open_checkpoint
 from ddpm.pixels import values
 from ddpm.presets import Preset
 
-LR_SHARE = 0.25
+LR_SHARE = 0.5
 """The default learning rate is this share of what training from nothing has."""
 _FREE = {"dropout", "variance", "clip", "loss", "weighting", "timestep_sampling", "attention_resolutions"}
 """Settings of the network and the diffusion that the weights do not depend on, or not by that name."""
@@ -30,11 +30,11 @@ def inherit(name: str, base: Preset | None, settings: Mapping[str, Any]) -> Pres
     """The settings of a run that begins with the model `name`.
 
     `settings` win. The network and the diffusion are the model's, and the rest is that of `base`, or the model's
-    without a base. The learning rate is a quarter of what it would be. Raises InputError if there is no such model.
+    without a base. The learning rate is half of what it would be. Raises InputError if there is no such model.
 
     >>> begun = inherit("digits", None, {"seed": 1})
     >>> begun.predict, begun.lr, begun.init, begun.seed
-    ('v', 0.0005, 'digits', 1)
+    ('v', 0.001, 'digits', 1)
     """
     model = open_checkpoint(name).preset
     if base is None:
