@@ -1,6 +1,7 @@
 """`ddpm.train`: the same run whichever way its images and settings are given, in any thread, and resumed."""
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ddpm import pixels
 from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.files import data, images
+from ddpm.run.start import read_config
 
 SETTINGS: dict[str, Any] = {
     "classes": False, "width": 32, "channel_multipliers": [1], "num_res_blocks": 1, "attention_resolutions": (0,),
@@ -273,6 +275,13 @@ def test_the_config_of_a_run_makes_the_same_run(trained: Path, tmp_path: Path) -
     """To the bit, with no preset and no other option."""
     assert main(["train", "--config", str(trained / "config.json"), "--out", str(tmp_path / "run")]) == 0
     assert_same(tensors(trained, 30), tensors(tmp_path / "run", 30))
+
+
+def test_a_pipe_of_settings_is_refused(tmp_path: Path) -> None:
+    """Reading one would wait for ever."""
+    os.mkfifo(tmp_path / "a.yaml")
+    with pytest.raises(InputError, match="not a plain file"):
+        read_config(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize(

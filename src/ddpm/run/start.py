@@ -175,6 +175,8 @@ def read_config(file: str | Path) -> dict[str, Any]:
     }
     if path.suffix.lower() not in readers:
         raise InputError(f"config {file}: want a name that ends in {', '.join(readers)}")
+    if path.exists() and not path.is_file():  # reading a pipe would wait
+        raise InputError(f"config {file}: not a plain file; want one")
     try:
         values = readers[path.suffix.lower()](path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
