@@ -129,6 +129,10 @@ def main() -> None:
     )
 
 
+def _percent(part: float) -> str:
+    return "more than 50%" if part > 0.5 else f"{part:.1%}"
+
+
 def table(values: dict[str, Any], steps: int) -> str:
     shares, curves = values["shares"], values["curves"]
     lines = [
@@ -136,15 +140,16 @@ def table(values: dict[str, Any], steps: int) -> str:
         f"{len(LETTERS)} letters, no digit; 8x8; {steps} steps of 64 images from nothing, "
         f"{steps // 2} from digits; preset digits without classes.",
         "",
-        f"Steps that `--init digits` needs for the last held-out loss of training from nothing: median "
-        f"{statistics.median(shares):.1%} ({min(shares):.1%} - {max(shares):.1%}) over {len(shares)} seeds.",
+        f"Steps that `--init digits` needs for the last held-out loss of training from nothing: "
+        f"median {_percent(statistics.median(shares))} ({_percent(min(shares))} - {_percent(max(shares))}) over "
+        f"{len(shares)} seeds.",
         "",
         "| seed | from nothing, at its end | from digits, step 0 | from digits, at its end | share of the steps |",
         "|---|---|---|---|---|",
     ]
     for seed, part in enumerate(shares):
         nothing, fine = curves["nothing"][seed], curves["digits"][seed]
-        lines.append(f"| {seed} | {nothing[steps]:.4f} | {fine[0]:.4f} | {fine[steps // 2]:.4f} | {part:.1%} |")
+        lines.append(f"| {seed} | {nothing[steps]:.4f} | {fine[0]:.4f} | {fine[steps // 2]:.4f} | {_percent(part)} |")
     lines += ["", "Held-out L_simple at the end by learning rate, seed 0; the lowest one is used for all seeds.", ""]
     lines += ["| begins with | " + " | ".join("lr and loss" for _ in range(6)) + " |", "|---" * 7 + "|"]
     for start, tried in values["rates"].items():
