@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import codec
 import figures
+import fine_tune
 import memory
 import peers
 import profile_step
@@ -341,3 +342,26 @@ def test_ours_trains_for_the_time_and_finished_parts_do_not_run_again(contest, m
     contest.minutes = 1
     with pytest.raises(SystemExit, match="other settings"):
         quality_per_hour.run_parts(contest)
+
+
+def test_fine_tune_counts_the_steps_to_the_others_last_loss():
+    nothing = {0: 1.0, 50: 0.6, 100: 0.5}
+    assert fine_tune.share({0: 0.9, 25: 0.51, 50: 0.5}, nothing) == 0.5
+    assert fine_tune.share({0: 0.5, 50: 0.7}, nothing) == 0  # it counts from the first time
+    assert fine_tune.share({0: 0.9, 50: 0.6}, nothing) == float("inf")
+
+
+def test_fine_tune_draws_letters_of_many_fonts(tmp_path):
+    """White on black, as high or as wide as the image, and no digit is among them."""
+    pytest.importorskip("matplotlib")
+    files = fine_tune.fonts()
+    assert len(files) >= 5
+    assert not any(c.isdigit() for c in fine_tune.LETTERS)
+    for letter in "Wlo":
+        drawn = fine_tune.draw(letter, files[0])
+        assert drawn.shape == (8, 8)
+        touched = (drawn > 0).any(1).all() or (drawn > 0).any(0).all()
+        assert touched
+        assert drawn.mean() < 200
+    ink = [fine_tune.draw(letter, files[0]).mean() for letter in "MWi"]
+    assert ink[2] < min(ink[:2])

@@ -14,6 +14,7 @@ from ddpm.files import images
 
 ROOT = Path(__file__).parents[1]
 SHORT = {
+    "data": "",
     "train": "--steps 2 --num-timesteps 50 --width 32 --channel-multipliers 1,1 --num-res-blocks 1 "
     "--batch-size 4 --size 8 --sample-count 2 --sample-steps 2 --eval-images 4",
     "sample": "--steps 12",
@@ -91,7 +92,7 @@ def test_presets_are_all_there():
 
 def test_python_examples(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ddpm
+from ddpm import catalog
 
 ROOT = Path(ddpm.__file__).parent
 MAY_IMPORT = {"mathematics": {"mathematics"}, "codec": {"mathematics", "codec"}, "files": {"mathematics", "files"}}
@@ -126,5 +127,6 @@ def test_extras_and_version_match_the_package():
         source = path.read_text(encoding="utf-8")
         extras = re.findall(r'not_installed\("\w+", "(\w+)"\)', source) + re.findall(r"ddpm-kit\[(\w+)\]", source)
         assert set(extras) <= project["optional-dependencies"].keys(), path
+    assert catalog.trackers().keys() <= project["optional-dependencies"].keys()
     citation = (repository / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {ddpm.__version__}\n" in citation

@@ -447,15 +447,6 @@ def test_a_run_that_is_shorter_than_its_average_warns(
     assert ("warning: ema_decay 0.9999 averages over about 10,000 steps" in capsys.readouterr().err) == warned
 
 
-def test_tensorboard(tmp_path: Path) -> None:
-    """The TensorBoard files hold the losses of metrics.jsonl."""
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert train(tmp_path / "run", "--steps", 3, "--tensorboard") == 0
-    board = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    by_step = {event.step: event.value for event in board.Scalars("loss")}
-    assert by_step == pytest.approx(losses(tmp_path / "run"))
-
-
 def test_bad_images_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """This needs --skip-bad. Without it the first bad image ends the run, and the error names it."""
     folder_of_images(tmp_path / "data")

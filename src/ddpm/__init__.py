@@ -3,6 +3,7 @@
 mathematics   pixels, noise, schedule, gaussian, denoiser, guidance, timesteps, losses, likelihood, ode, samplers,
               spacing, editing, metrics, unet
 settings      presets: Preset, PRESETS, build; catalog: what can be chosen by name
+training      train: a preset and images -> Run, with its model
 files         load: a run folder or a checkpoint file -> Denoiser
 codec         codec.compress, codec.decompress, codec.pictures; load_codec: a calibrated model -> codec.Model
 programs      run.train, run.sample, run.evaluate, run.quality, run.calibrate, run.paper, run.edit, run.report,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from ddpm.presets import Preset as Preset
     from ddpm.presets import build as build
     from ddpm.run.compress import load_codec as load_codec
+    from ddpm.run.start import Run as Run
+    from ddpm.run.start import train as train
     from ddpm.schedule import Schedule as Schedule
     from ddpm.unet import UNet as UNet
 
@@ -65,6 +68,8 @@ _NAMES = {
     "build": "presets",
     "load": "files.opening",
     "load_codec": "run.compress",
+    "train": "run.start",
+    "Run": "run.start",
     "InputError": "errors",
 }
 __all__ = ["__version__", *sorted(_MODULES), *sorted(_NAMES)]

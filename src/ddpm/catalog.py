@@ -83,6 +83,24 @@ def experiments() -> dict[str, Entry]:
     return _table("run/paper.py", "EXPERIMENTS")
 
 
+def trackers() -> dict[str, Entry]:
+    """Where `ddpm train --track` can send its curves.
+
+    >>> list(trackers())
+    ['wandb', 'mlflow', 'tensorboard']
+    """
+    return _table("run/track.py", "TRACKERS")
+
+
+def accepted_trackers() -> str:
+    """The trackers as one phrase, for help.
+
+    >>> accepted_trackers()[:23]
+    'wandb (Weights & Biases'
+    """
+    return ", ".join(f"{name} ({entry.meaning})" for name, entry in trackers().items())
+
+
 def sources() -> dict[str, Entry]:
     """Where images can come from, in the order in which `files.data` tries to recognise a SOURCE."""
     return _table("files/data/sources.py", "SOURCES")

@@ -136,6 +136,8 @@ class Preset:
         False, "recompute activations in the backward pass: less memory, more time", resume=True
     )
 
+    init: str = _optimisation("", "MODEL to begin with: its network and weights, and half of the learning rate")
+
     seed: int = _run(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
     device: str = _run("auto", "auto, cpu, cuda, cuda:1 or mps", resume=True)
     compile: Compile = _run("auto", "compile the network with Inductor; auto: on CUDA devices", resume=True)
@@ -160,7 +162,12 @@ class Preset:
         _COUNT,
         resume=True,
     )
-    tensorboard: bool = _run(False, "also write TensorBoard files (needs the extra tensorboard)", resume=True)
+    track: str = _run(
+        "none",
+        f"send the curves to a tracker, too; its extra has its name: {catalog.accepted_trackers()}",
+        choices=("none", *catalog.trackers()),
+        resume=True,
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -331,6 +338,13 @@ BY_SIZE = {"photos": photos, "grey16": grey16}
 PRESETS |= {name: make((64, 64)) for name, make in BY_SIZE.items()}
 
 
+def find_preset(name: str) -> Preset:
+    """The preset of that name. Raises InputError, which suggests the nearest one, if there is none."""
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r}: {suggestion(name, PRESETS)}want {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 def build(preset: Preset) -> Denoiser:
     """The denoiser of a preset; torch's global generator draws the initial weights of its network.
 
@@ -393,11 +407,16 @@ def from_json(config: Mapping[str, Any]) -> Preset:
         name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
     }
     if "details" in values:
-        values["details"] = _details(values["details"])
+        values["details"] = details_from(values["details"])
     return Preset(**values)
 
 
-def _details(values: Any) -> Details:
+def details_from(values: Any) -> Details:
+    """Details from plain values. Raises InputError for anything else.
+
+    >>> details_from({"heads": 4}).heads
+    4
+    """
     known = {f.name for f in fields(Details)}
     if not isinstance(values, dict) or not values.keys() <= known:
         raise InputError(f"config details {values!r}: want some of {', '.join(sorted(known))}")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 from ddpm import catalog
 from ddpm.catalog import Precision
 from ddpm.errors import InputError, suggestion
-from ddpm.presets import PRESETS, Preset, check
+from ddpm.presets import Preset, check
 
 if TYPE_CHECKING:
     import torch
@@ -281,13 +281,6 @@ def importing() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises InputError, which suggests the nearest one, if there is none."""
-    if name not in PRESETS:
-        raise InputError(f"preset {name!r}: {suggestion(name, PRESETS)}want {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def check_numbers(args: argparse.Namespace, **least: int) -> None:

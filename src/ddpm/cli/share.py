@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ddpm.cli.options import MODEL, SOURCE, Commands, add_json, command, find_preset, importing, open_model
+from ddpm.cli.options import MODEL, SOURCE, Commands, add_json, command, importing, open_model
 from ddpm.errors import InputError
-from ddpm.presets import check, to_json
+from ddpm.presets import check, find_preset, to_json
 from ddpm.version import __version__
 
 

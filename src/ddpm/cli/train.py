@@ -4,8 +4,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ddpm.cli.options import (
@@ -14,7 +13,6 @@ from ddpm.cli.options import (
     add_json,
     command,
     converter,
-    find_preset,
     height_and_width,
     importing,
     number,
@@ -22,7 +20,8 @@ from ddpm.cli.options import (
     whole_numbers,
 )
 from ddpm.errors import InputError
-from ddpm.presets import BY_SIZE, GROUPS, PRESETS, Preset, check
+from ddpm.presets import GROUPS, PRESETS, Preset, check
+from ddpm.run.start import settle
 
 
 def add(commands: Commands) -> None:
@@ -35,6 +34,8 @@ def add(commands: Commands) -> None:
     start = f"a preset, {', '.join(PRESETS)}; or a run's folder, which goes on with its own settings"
     parser.add_argument("preset", metavar="PRESET", nargs="?", help=f"{start} (default: photos, if there is --data)")
     parser.add_argument("--out", metavar="RUN", help="the run's folder (default: runs/PRESET, or the run itself)")
+    config = "settings that replace the preset's: a run's config.json, or some of these fields as .json, .yaml or .toml"
+    parser.add_argument("--config", metavar="FILE", help=config)
     add_json(parser)
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
     groups["data"].add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=f"the images: {SOURCE}")
@@ -43,14 +44,14 @@ def add(commands: Commands) -> None:
         "tenth of them are warmup"
     )
     groups["optimisation"].add_argument("--minutes", **number(float, None), help=minutes)
-    hints = get_type_hints(Preset)
     for f in fields(Preset):
         if f.name not in ("data", "class_names", "details"):
-            _add_setting(groups[f.metadata["group"]], f, hints[f.name])
+            add_setting(groups[f.metadata["group"]], f)
 
 
-def _add_setting(group: Any, f: Any, kind: Any) -> None:
-    """The option of one field. If it is not given, the preset's value stays."""
+def add_setting(group: Any, f: Any) -> None:
+    """The option of one field of Preset. If it is not given, the preset's value stays."""
+    kind = get_type_hints(Preset)[f.name]
     option, help = f"--{f.name.replace('_', '-')}", f.metadata["help"]
     about = {"dest": f.name, "default": argparse.SUPPRESS, "help": help}
     choices = f.metadata["choices"] or (get_args(kind) if get_origin(kind) is Literal else ())
@@ -81,15 +82,13 @@ def run(args: argparse.Namespace) -> int:
         check("--minutes", args.minutes, float, 0.1)
         if "steps" in args:
             raise InputError("--minutes, --steps: want one of the two")
-    if args.preset is None and "data" not in args:
-        raise InputError(f"PRESET: missing; want a preset, {', '.join(PRESETS)}, a run's folder, or --data SOURCE")
-    name = "photos" if args.preset is None else args.preset
-    preset, out = _start(name, None if args.out is None else Path(args.out))
-    if name in BY_SIZE:
-        preset = BY_SIZE[name](overrides.get("size", preset.size))
-    preset = replace(preset, **overrides)
-
+    if args.preset is None and args.config is None and not {"data", "init"} & overrides.keys():
+        raise InputError(
+            f"PRESET: missing; want a preset, {', '.join(PRESETS)}, a run's folder, or --data SOURCE, --init MODEL or "
+            "--config FILE"
+        )
     with importing():
+        preset, out = settle(args.preset, args.out, overrides, args.config)
         from ddpm.run.train import train
 
     minutes = None if args.minutes is None else args.minutes - (time.monotonic() - started) / 60
@@ -107,18 +106,3 @@ def run(args: argparse.Namespace) -> int:
             print(f"pictures: {out / 'samples'}")
         print(f"next: ddpm sample {out} -n 64 --out samples.png")
     return 128 + result.interrupted if result.interrupted else 0
-
-
-def _start(name: str, out: Path | None) -> tuple[Preset, Path]:
-    """The settings to start from, and the folder of the run. The name of a preset wins over a folder of that name."""
-    if name in PRESETS or not Path(name).exists():
-        return find_preset(name), out or Path("runs", name)
-    if not (Path(name) / "config.json").is_file():
-        raise InputError(f"{name}: not a run; want a run's folder or a preset, {', '.join(PRESETS)}")
-
-    with importing():
-        from ddpm.files.checkpoints import settings
-
-    preset = settings(Path(name))
-    assert preset is not None  # there is a config.json
-    return (preset, Path(name)) if out is None else (replace(preset, class_names=()), out)  # the classes of its data

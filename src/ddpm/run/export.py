@@ -18,7 +18,7 @@ from urllib.parse import quote
 import torch
 
 from ddpm.errors import InputError, parse_json
-from ddpm.files import arrays, atomic, images
+from ddpm.files import arrays, atomic, hub, images
 from ddpm.files.images import check_folder
 from ddpm.files.models import Checkpoint, calibration_file, read_calibration
 from ddpm.files.opening import open_checkpoint
@@ -137,7 +137,7 @@ def _has_own_calibration(exported: Checkpoint) -> bool:
 
 
 def public(preset: Preset, data: str | None = None) -> Preset:
-    """The preset without what means something on one machine only: its device, and the place of its data.
+    """The preset without what means something on one machine only: its device, and the places of data and models.
 
     The data set is `data` if given. Otherwise its name stays if a preset of the package has it, and else is ''.
 
@@ -147,7 +147,8 @@ def public(preset: Preset, data: str | None = None) -> Preset:
     'digits'
     """
     name = data or (preset.data if preset.data in _PUBLIC_DATA and not Path(preset.data).exists() else "")
-    return replace(preset, data=name, device="auto")
+    init = preset.init if hub.is_name(preset.init) or preset.init in PRESETS else ""
+    return replace(preset, data=name, init=init, device="auto")
 
 
 _PUBLIC_DATA = {preset.data for preset in PRESETS.values()} - {""}

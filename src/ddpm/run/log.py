@@ -1,31 +1,35 @@
-"""What a run writes while it trains: config.json, held_out.json, metrics.jsonl, and TensorBoard's files if wanted."""
+"""What a run writes while it trains: config.json, held_out.json and metrics.jsonl, which trackers get, too."""
 
 import errno
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from ddpm.errors import Stopped, not_installed, one_line, parse_json
+from ddpm.errors import Stopped, one_line, parse_json
 from ddpm.files import atomic
 from ddpm.files.data import Images
 from ddpm.presets import Preset, to_json
+from ddpm.run import track
 from ddpm.run.processes import Processes
 
 Log = Callable[[int, dict[str, Any]], None]
 """log(step, values) writes one line of metrics.jsonl."""
 
+OnLog = Callable[[dict[str, Any]], None]
+"""A caller's function, which gets each line of metrics.jsonl as a dict."""
+
 
 @contextmanager
-def metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator[Log]:
+def metrics(out: Path, step: int, preset: Preset, ranks: Processes, on_log: OnLog | None = None) -> Iterator[Log]:
     """Write config.json, cut RUN/metrics.jsonl back to `step`, and give the function that adds lines to it.
 
-    On other processes than the first one the function does nothing. Raises Stopped if a file cannot be written.
+    on_log gets each line that is added. On other processes than the first one the function does nothing. Raises Stopped
+    if a file cannot be written.
     """
     if not ranks.first:
         yield lambda *_: None
@@ -37,17 +41,15 @@ def metrics(out: Path, step: int, preset: Preset, ranks: Processes) -> Iterator[
         atomic.write(path, "".join(line + "\n" for line in before))
     except OSError as error:
         raise Stopped(f"cannot write to {out}: {reason(error)}") from error
-    with path.open("ab", buffering=0) as file, _tensorboard(out, preset.tensorboard, step) as board:
+    with path.open("ab", buffering=0) as file, track.tracker(preset.track, out, step, to_json(preset)) as send:
 
         def log(step: int, values: dict[str, Any]) -> None:
             try:
-                _write_line(file, {"step": step, **values})
+                line = _write_line(file, {"step": step, **values})
             except OSError as error:
                 raise Stopped(f"step {step}: cannot write {path}: {reason(error)}") from error
-            if board is not None:
-                for name, value in values.items():
-                    for i, one in enumerate(value if isinstance(value, list) else [value]):
-                        board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, one, step)
+            for listener in filter(None, (send, on_log)):
+                listener(line)
 
         yield log
 
@@ -82,16 +84,15 @@ def write_held_out(out: Path, held_out: Images, ranks: Processes) -> None:
         raise Stopped(f"cannot write to {out}: {reason(error)}") from error
 
 
-def check_tensorboard(preset: Preset) -> None:
-    """Raise InputError if TensorBoard's files are wanted and cannot be written."""
-    if preset.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise not_installed("tensorboard", "tensorboard")
-
-
 def say(ranks: Processes, line: str) -> None:
     """Print a line on stderr, above a progress bar, on the first process only."""
     if ranks.first:
-        tqdm.write(one_line(line), file=sys.stderr)
+        note(line)
+
+
+def note(line: str) -> None:
+    """Print a line on stderr, above a progress bar."""
+    tqdm.write(one_line(line), file=sys.stderr)
 
 
 def reason(error: OSError) -> str:
@@ -101,17 +102,10 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _write_line(file: BinaryIO, values: dict[str, Any]) -> None:
-    """Write one JSON object as a line. JSON has no NaN and no infinity, so these become null."""
-    clean = json.loads(json.dumps(values), parse_constant=lambda _: None)
+def _write_line(file: BinaryIO, values: dict[str, Any]) -> dict[str, Any]:
+    """Write one JSON object as a line, and return it. JSON has no NaN and no infinity, so these become null."""
+    clean: dict[str, Any] = json.loads(json.dumps(values), parse_constant=lambda _: None)
     line = memoryview((json.dumps(clean) + "\n").encode())
     while line:  # if the disk has room for half a line, the first write writes only that half
         line = line[file.write(line) :]
-
-
-def _tensorboard(out: Path, wanted: bool, step: int) -> AbstractContextManager[Any]:
-    if not wanted:
-        return nullcontext()
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(out / "tensorboard", purge_step=step and step + 1)  # later steps are trained again
+    return clean

@@ -26,8 +26,9 @@ from ddpm import kernels, losses, noise, pixels, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
+from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset, build
-from ddpm.run import augment, ema, forecast, log
+from ddpm.run import augment, ema, forecast, init, log, track
 from ddpm.run.advice import advice, few_steps
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.pace import Pace, time_steps
@@ -54,12 +55,20 @@ class Result:
     interrupted: int | None  # the signal that ended the run, if one did
 
 
-def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
+def train(
+    preset: Preset,
+    out: Path,
+    minutes: float | None = None,
+    images: data.Given | None = None,
+    on_log: log.OnLog | None = None,
+) -> Result:
     """Train `preset` into the run folder `out` up to step `preset.steps`, or resume the run in that folder.
 
     minutes  the time from now to the end of a new run. It takes the place of `preset.steps`: the speed of the first
              steps tells how many there are, and at most a tenth of them are warmup. config.json keeps both numbers.
              Then the run begins, an ordinary one. A run that exists keeps its steps
+    images   images in memory, in the place of the SOURCE `preset.data`
+    on_log   gets each new line of metrics.jsonl
 
     Raises InputError for settings, data or a device that cannot be used, and Stopped if the run cannot go on.
     """
@@ -70,11 +79,12 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
         stack.enter_context(torch.random.fork_rng(devices))  # steps seed the global generators, which are the caller's
         known = checkpoints.settings(out) is not None
         preset = _check_settings(preset, out, ranks, minutes)
+        source = init.source(preset) if preset.init and not checkpoints.saved(out) else None
         parts = _parts(preset, ranks)
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
         train_set, held_out_set = data.load_pair(
-            preset.data, preset.size, preset.channels, progress=ranks.first, **data.settings_of(preset)
+            images or preset.data, preset.size, preset.channels, progress=ranks.first, **data.settings_of(preset)
         )
         preset = _with_class_names(preset, out, train_set)
         if preset.pixel_type == "float32":
@@ -84,6 +94,8 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
 
         model = _build(preset, ranks.device)
         _resume(model, preset, out, train_set.fingerprint)
+        if source is not None:
+            _begin_with(source, model, preset, ranks)
         begun = model.step
         if begun and ranks.any(ranks.first and has_grid(begun, preset) and not grid_file(out, begun).exists()):
             size = preset.sample_count, preset.sample_steps  # an earlier process ended between checkpoint and grid
@@ -100,7 +112,7 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
             preset = _ending_at(end, model, training, preset, parts, train_set, held_out_set, draws, ranks)
             if ranks.first and (hint := few_steps(preset)):
                 warnings.warn(hint, stacklevel=2)
-        write = stack.enter_context(log.metrics(out, begun, preset, ranks))
+        write = stack.enter_context(log.metrics(out, begun, preset, ranks, on_log))
         log.write_held_out(out, held_out_set, ranks)
         _announce(preset, out, ranks, model, train_set, held_out_set, warmup)
 
@@ -234,6 +246,17 @@ def _for_training(model: _Model, preset: Preset, ranks: Processes) -> Denoiser:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     return replace(model.denoiser, network=network)
+
+
+def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Processes) -> None:
+    """Make the weights of another model, where it is averaged their average, the first weights and their average."""
+    state, lines = init.adapt(source, preset)
+    model.network.load_state_dict(state)
+    model.average.load_state_dict(state)
+    step = f"step {source.step:,}, " if source.step else ""
+    log.say(ranks, f"begins with {preset.init} ({step}{source.weights}), at lr {preset.lr:g}")
+    for line in lines:
+        log.say(ranks, f"  {line}")
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -563,7 +586,7 @@ def _check_settings(preset: Preset, out: Path, ranks: Processes, minutes: float 
                 raise InputError(f"{f.name} {now!r}: the run in {out} has {was!r}; want the same, or another out")
     elif out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
         raise InputError(f"out {out}: exists and is not a run; want a new folder, or a run to resume")
-    log.check_tensorboard(preset)
+    track.check(preset.track)
     with torch.device("meta"):
         build(preset)  # a network or a schedule that cannot be is a mistake in the settings
     return replace(preset, precision=pick_precision(preset.precision, ranks.device))

@@ -7,8 +7,9 @@ one of a folder. `layout` finds splits and classes in the names of files.
 
 from ddpm.files.data.batches import STOP_SIGNALS, batches, order, send
 from ddpm.files.data.decoding import Form, decoded
-from ddpm.files.data.listing import EncodedImages, holds_image, is_hidden, is_image, natural, walk
+from ddpm.files.data.listing import EncodedImages, Options, holds_image, is_hidden, is_image, natural, walk
 from ddpm.files.data.loading import Images, describe, form_of, load, load_pair, settings_of, split_holdout, take
+from ddpm.files.data.objects import Given, given
 from ddpm.files.data.sources import Arrays, Folder, Zip
 
 __all__ = [
@@ -17,12 +18,15 @@ __all__ = [
     "EncodedImages",
     "Folder",
     "Form",
+    "Given",
     "Images",
+    "Options",
     "Zip",
     "batches",
     "decoded",
     "describe",
     "form_of",
+    "given",
     "holds_image",
     "is_hidden",
     "is_image",

@@ -22,6 +22,7 @@ from ddpm.files import images as pictures
 from ddpm.files.data.decoding import Decoder, Form, decode_all, decoded, merge_notes
 from ddpm.files.data.layout import find_split
 from ddpm.files.data.listing import SKIP_HINT, Contents, EncodedImages, Options, counted, unexpected
+from ddpm.files.data.objects import Given
 from ddpm.files.data.pages import Pages
 from ddpm.files.data.sources import open_source
 from ddpm.noise import generator
@@ -411,7 +412,7 @@ def load(
 
 
 def load_pair(
-    source: str,
+    source: str | Given,
     size: tuple[int, int],
     channels: int,
     *,
@@ -430,13 +431,17 @@ def load_pair(
     """The images to train on, and held-out images.
 
     The held-out images are the source's test split or else its validation split. If it has neither, `split_holdout`
-    sets some apart. Arguments and errors are those of `load`; fewer than 2 images also raise InputError.
+    sets some apart. Arguments and errors are those of `load`; fewer than 2 images also raise InputError. The source may
+    also be Python objects (`given`).
 
     >>> train, held_out = load_pair("digits", (8, 8), 1)
     >>> len(train), len(held_out)
     (1500, 297)
     """
-    contents = open_source(source, Options(image_column, label_column, allow_paths, progress, pages=pages))
+    if isinstance(source, Given):
+        contents, source = source.contents, source.name
+    else:
+        contents = open_source(source, Options(image_column, label_column, allow_paths, progress, pages=pages))
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     name = _pick(source, split, contents.splits)
     train = _build(source, name, contents, form, skip_bad, cache_bytes, progress)
