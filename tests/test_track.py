@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,10 +36,19 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 def wandb_history(file: Path) -> dict[int, dict[str, float]]:
-    """Step -> values in W&B's file of an offline run: records in LevelDB's format of a log."""
+    """Step -> values in W&B's file of an offline run. W&B's own process may end it later than the run ends."""
+    deadline = time.monotonic() + 60
+    while (by_step := _finished_history(file)) is None:
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.1)
+    return by_step
+
+
+def _finished_history(file: Path) -> dict[int, dict[str, float]] | None:
+    """Its records, in LevelDB's format of a log; None if the record of its end is not there yet."""
     from wandb.proto import wandb_internal_pb2
 
-    data, at, record, by_step = file.read_bytes(), 7, b"", dict[int, dict[str, float]]()
+    data, at, record, by_step, ended = file.read_bytes(), 7, b"", dict[int, dict[str, float]](), False
     while at + 7 <= len(data):
         if (left := -at % 32768) and left < 7:  # the rest of a block
             at += left
@@ -46,12 +56,15 @@ def wandb_history(file: Path) -> dict[int, dict[str, float]]:
         record += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # a whole record, or the last part of one
+            if at > len(data):
+                break  # cut off
             parsed = wandb_internal_pb2.Record.FromString(record)
+            ended = ended or parsed.HasField("exit")
             record = b""
             items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in parsed.history.item}
             if items:
                 by_step.setdefault(items.pop("_step", parsed.history.step.num), {}).update(items)
-    return by_step
+    return by_step if ended else None
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
