@@ -164,7 +164,7 @@ def test_pixels_in_the_signals_place_are_refused(x):
         with pytest.raises(InputError, match="want the signal"):
             call(SCHEDULE, x, torch.tensor([5, 6]), X)
     with pytest.raises(InputError, match="grey levels off"):  # not compared after rounding to x's own dtype
-        pixels.eight_bit(0 * x)
+        pixels.on_grid(0 * x)
 
 
 FLOWS = {

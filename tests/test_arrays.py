@@ -14,7 +14,7 @@ from PIL import Image
 from ddpm.cli.main import main
 from ddpm.errors import InputError
 from ddpm.files import arrays, data, images
-from ddpm.pixels import Values
+from ddpm.pixels import EIGHT_BIT, Values
 
 tifffile = pytest.importorskip("tifffile")
 imagecodecs = pytest.importorskip("imagecodecs")
@@ -86,9 +86,9 @@ DEEP = Values("uint16", 0, 65535)
         (BANDS, ".npy", lambda x: npy(x.astype(np.int32)), Values("uint16", 0, 10_000)),
         (FLOATS, ".npy", npy, Values("float32", 200, 400)),
         (FLOATS, ".tif", lambda x: tiff(x[..., 0]), Values("float32", 200, 400)),
-        ((BANDS % 256).astype(np.uint8), ".npy", npy, Values()),
-        ((BANDS[..., :3] % 256).astype(np.uint8), ".npy", npy, Values()),
-        ((BANDS[..., :2] % 256).astype(np.uint8), ".tif", planes, Values()),
+        ((BANDS % 256).astype(np.uint8), ".npy", npy, EIGHT_BIT),
+        ((BANDS[..., :3] % 256).astype(np.uint8), ".npy", npy, EIGHT_BIT),
+        ((BANDS[..., :2] % 256).astype(np.uint8), ".tif", planes, EIGHT_BIT),
     ],
 )  # fmt: skip
 def test_files_are_read_exactly(tmp_path, given, suffix, encode, values, cache_bytes):
@@ -170,8 +170,8 @@ def test_the_range_of_floats_is_found_over_all_splits(tmp_path):
 @pytest.mark.parametrize(
     ("image", "channels", "values", "match"),
     [
-        (FLOATS[0], 1, Values(), r"0\.npy: float32 numbers; want pixel_type float32"),
-        (GREY16[0], 1, Values(), r"0\.npy: uint16 numbers; want pixel_type uint16"),
+        (FLOATS[0], 1, EIGHT_BIT, r"0\.npy: float32 numbers; want pixel_type float32"),
+        (GREY16[0], 1, EIGHT_BIT, r"0\.npy: uint16 numbers; want pixel_type uint16"),
         (FLOATS[0], 1, DEEP, r"0\.npy: float32 numbers; want pixel_type float32, or integers for uint16"),
         (
             FLOATS[0],
@@ -276,8 +276,7 @@ def test_what_a_picture_of_many_channels_shows():
     assert (arrays.shown(BANDS, values) == np.rint(BANDS[..., :3] * (255 / 10_000))).all()
     assert arrays.shown(BANDS[..., :2], values).shape[-1] == 1
     eight = RNG.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    assert arrays.shown(eight, Values()) is not None
-    assert (arrays.shown(eight, Values()) == eight).all()
+    assert (arrays.shown(eight, EIGHT_BIT) == eight).all()
 
 
 # -- from files to samples ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ddpm.errors import InputError
 from ddpm.files import arrays, data, images
 from ddpm.files.data.batches import crop_places
 from ddpm.noise import generator
-from ddpm.pixels import Values
+from ddpm.pixels import EIGHT_BIT, Values
 
 N, OUTER, SIZE = 12, (23, 31), (8, 8)
 RNG = np.random.default_rng(0)
@@ -22,7 +22,7 @@ BANDS = RNG.integers(0, 10_001, (N, *OUTER, 13), dtype=np.uint16)
 FLOATS = RNG.normal(0, 1, (N, *OUTER, 1)).astype(np.float32)
 
 KINDS = [
-    pytest.param(RGB, Values(), ".png", id="RGB"),
+    pytest.param(RGB, EIGHT_BIT, ".png", id="RGB"),
     pytest.param(GREY16, Values("uint16", 0, 65535), ".png", id="grey16"),
     pytest.param(BANDS, Values("uint16", 0, 10_000), "one.npy", id="13 bands in one file"),
     pytest.param(BANDS, Values("uint16", 0, 10_000), ".npy", id="13 bands"),
@@ -67,7 +67,7 @@ def test_evaluation_takes_the_centre(tmp_path, given, values, kind):
 
 
 def test_workers_processes_and_resuming_change_nothing(tmp_path):
-    loaded = opened(tmp_path, RGB, Values(), ".png")
+    loaded = opened(tmp_path, RGB, EIGHT_BIT, ".png")
     whole = torch.stack(list(data.batches(loaded, 1, 8, 0, 4, workers=0)))
     assert torch.equal(whole, torch.stack(list(data.batches(loaded, 1, 8, 0, 4, workers=2))))
     parts = [torch.stack(list(data.batches(loaded, 1, 8, 0, 4, part=part, workers=0))) for part in HALVES]
@@ -81,7 +81,7 @@ HALVES = slice(0, 4), slice(4, 8)
 
 def test_every_place_is_as_likely(tmp_path):
     """Chi squared over all places of a crop, and no dependence of top and left; the places come from many steps."""
-    loaded = opened(tmp_path, RGB[:2], Values(), ".png")
+    loaded = opened(tmp_path, RGB[:2], EIGHT_BIT, ".png")
     draws = torch.cat([crop_places(loaded, 0, step, 64) for step in range(500)]).tolist()
     counts = np.zeros((16, 24))
     for place in draws:

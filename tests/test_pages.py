@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from ddpm.errors import InputError
 from ddpm.files import arrays, data
-from ddpm.pixels import Values
+from ddpm.pixels import EIGHT_BIT, Values
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -58,7 +58,7 @@ def whole(loaded):
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("kind", ["", ".zip", ".tar"])
-@pytest.mark.parametrize(("given", "values"), [(GREY, DEEP), (RGB, Values())])
+@pytest.mark.parametrize(("given", "values"), [(GREY, DEEP), (RGB, EIGHT_BIT)])
 def test_each_page_is_an_image_with_the_labels_of_its_file(tmp_path, kind, given, values, cache_bytes):
     source = write(tmp_path, kind, files(given))
     channels = given.shape[3] if given.ndim == 4 else 1

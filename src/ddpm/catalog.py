@@ -109,7 +109,7 @@ def sources() -> dict[str, Entry]:
 def accepted_sources() -> str:
     """The sources as one phrase, for help and errors.
 
-    >>> accepted_sources().startswith("digits, a folder of images, ")
+    >>> accepted_sources().startswith("digits, ")
     True
     """
     *first, last = (entry.meaning for entry in sources().values())

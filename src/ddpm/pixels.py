@@ -28,13 +28,13 @@ class Values:
 
     Raises InputError for a range that is empty, or that the dtype does not have.
 
-    >>> Values().bins, Values("uint16", 0, 4095).bins, Values("float32", -1, 1).bins
+    >>> Values("uint8", 0, 255).bins, Values("uint16", 0, 4095).bins, Values("float32", -1, 1).bins
     (256, 4096, None)
     """
 
-    dtype: PixelType = "uint8"
-    low: float = 0
-    high: float = 255
+    dtype: PixelType
+    low: float
+    high: float
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(PixelType):
@@ -65,7 +65,7 @@ class Values:
 
         Raises InputError for floating point, which has no bins.
 
-        >>> Values("uint16").bin == 2 / 65535
+        >>> Values("uint16", 0, 65535).bin == 2 / 65535
         True
         """
         if self.bins is None:
@@ -79,7 +79,7 @@ class Values:
         return f"{self.dtype} {self.low:.6g}..{self.high:.6g}"
 
 
-EIGHT_BIT = Values()
+EIGHT_BIT = Values("uint8", 0, 255)
 """The paper's pixels, 0..255."""
 BIN = EIGHT_BIT.bin
 """The width of one of 256 grey levels in signal units."""

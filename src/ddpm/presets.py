@@ -175,7 +175,8 @@ class Preset:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise InputError(f"{f.name} {value!r}: {suggestion(value, choices)}want {', '.join(choices)}")
-            if value != () or f.default != ():
+            left_open = isinstance(value, tuple) and value == f.default == ()
+            if not left_open:
                 value = check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
             object.__setattr__(self, f.name, value)
         if self.show and (len(self.show) not in (1, 3) or max(self.show) > self.channels):

@@ -264,7 +264,7 @@ def to_values(array: Array, values: "Values", name: str, clip: bool, notes: pict
     Raises InputError for fractions where integers are wanted, for NaN and infinity, and for numbers out of range.
 
     >>> from ddpm.pixels import Values
-    >>> to_values(np.array([[7]]), Values("uint16"), "a", False, {})
+    >>> to_values(np.array([[7]]), Values("uint16", 0, 65535), "a", False, {})
     array([[7]], dtype=uint16)
     """
     if array.dtype.kind == "f":
@@ -340,7 +340,7 @@ def shown(pixels: Array, values: "Values", show: Sequence[int] = ()) -> pictures
           the first three of more
 
     >>> from ddpm.pixels import Values
-    >>> shown(np.array([[[0, 9, 65535]]], np.uint16), Values("uint16"), (3,)).item()
+    >>> shown(np.array([[[0, 9, 65535]]], np.uint16), Values("uint16", 0, 65535), (3,)).item()
     255
     """
     channels = pixels.shape[-1]

@@ -32,7 +32,7 @@ def advice(preset: Preset, schedule: Schedule) -> Iterator[str]:
             f"pure noise; use {'' if beta_T is None else f'beta_T {beta_T:.2g}, or '}schedule cosine"
         )
     bins = values(preset.pixel_type, preset.value_range)
-    if bins.bins is not None and not preset.variance.startswith("learned"):
+    if (bins.bins or 0) > 256 and not preset.variance.startswith("learned"):
         sigma = math.sqrt(float(beta_tilde(schedule)[1])) / bins.bin
         if sigma > _FEW:
             yield (
