@@ -262,7 +262,7 @@ def test_parquet_without_any_path(tmp_path):
     held = load(str(tmp_path / "a.parquet"), (8, 8), 3)
     lazy = load(str(tmp_path / "a.parquet"), (8, 8), 3, cache_bytes=0)
     assert torch.equal(lazy.batch([0, 1, 2]), held.batch([0, 1, 2]))
-    assert lazy.fingerprint != held.fingerprint
+    assert lazy.fingerprint == held.fingerprint
 
 
 def test_hugging_face_bad_rows(tmp_path):
@@ -879,14 +879,49 @@ def test_held_out_images_are_a_fixed_part_without_copies(tmp_path, cache_bytes):
         load_pair(str(tmp_path / "one"), (8, 8), 3)
 
 
-def test_fingerprint_tells_data_apart(tmp_path):
-    prints = set()
-    for k in range(2):
-        folder(tmp_path, classes=False)
-        pictures.save(tmp_path / "3.png", PIXELS[3] * k)
-        for cache_bytes in (2**30, 0):
-            prints.add(load(str(tmp_path), (8, 8), 3, cache_bytes=cache_bytes).fingerprint)
-    assert len(prints) == 4
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "parquet", "npz"])
+def test_one_fingerprint_whether_decoded_or_not_and_another_for_other_data(tmp_path, kind):
+    """A name, a size, a label, the image size or the part of the source that differs is noticed."""
+
+    def source(k, rows, labels=True):
+        root = tmp_path / f"{k}" / "set"
+        root.mkdir(parents=True)
+        if kind == "parquet":
+            table = rows_of(0, len(rows))
+            if not labels:
+                table = table.remove_columns(["label"])
+            table.to_parquet(root / "a.parquet")
+            return str(root / "a.parquet")
+        if kind == "npz":
+            arrays = {"x_train": PIXELS[: len(rows)]} | ({"y_train": np.array(LABELS)[: len(rows)]} if labels else {})
+            np.savez(root / "a.npz", **arrays)
+            return str(root / "a.npz")
+        folder(root, rows=rows, classes=labels)
+        if kind == "zip":
+            return str(zipped(root, tmp_path / f"{k}" / "set.zip"))
+        if kind == "tar":
+            with tarfile.open(tmp_path / f"{k}" / "set.tar", "w") as archive:
+                archive.add(root, "set")
+            return str(tmp_path / f"{k}" / "set.tar")
+        return str(root)
+
+    def prints(source, size=(8, 8), channels=3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = [
+                [part.fingerprint for part in load_pair(source, size, channels, cache_bytes=cache_bytes)]
+                for cache_bytes in (2**30, 0)
+            ]
+        assert found[0] == found[1]
+        assert found[0][0] != found[0][1]
+        return found[0]
+
+    first = source(0, range(N))
+    assert prints(first) == prints(source(1, range(N)))  # a copy, whose times differ
+    others = [prints(source(2, range(N - 1))), prints(source(3, range(N), labels=False))]
+    others += [prints(first, (16, 8)), prints(first, channels=1)]
+    every = [one for both in (prints(first), *others) for one in both]
+    assert len(set(every)) == len(every)
 
 
 # -- order and batches -------------------------------------------------------------------------------------------------

@@ -156,14 +156,23 @@ def test_images_are_decoded_ahead_by_other_processes(tmp_path: Path, monkeypatch
     folder_of_images(tmp_path / "data")
     options = ("--data", tmp_path / "data", "--steps", 6, "--workers", 2)
     assert train(tmp_path / "memory", *options) == 0
-    monkeypatch.setattr(data, "load_pair", functools.partial(data.load_pair, cache_bytes=0))
     with monkeypatch.context() as patch:
         at_step(3, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert train(tmp_path / "ahead", *options) == 130
+        assert train(tmp_path / "ahead", *options, "--cache-bytes", 0) == 130
     assert not multiprocessing.active_children()
-    assert train(tmp_path / "ahead", *options) == 0
-    assert losses(tmp_path / "ahead") == losses(tmp_path / "memory")
+    shutil.copytree(tmp_path / "ahead", tmp_path / "then-in-memory")
+    assert train(tmp_path / "ahead", *options, "--cache-bytes", "0K") == 0
+    assert train(tmp_path / "then-in-memory", *options, "--cache-bytes", "1.5M") == 0
+    for run in ("ahead", "then-in-memory"):
+        assert losses(tmp_path / run) == losses(tmp_path / "memory")
     assert not multiprocessing.active_children()
+
+
+def test_cache_bytes_that_are_no_number_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("4 apples", "-1", "1e9", "9999999T"):
+        assert train(tmp_path / "run", "--cache-bytes", text) == 2
+        wanted = f"ddpm: --cache-bytes '{text}': want a number of bytes, as 4G, 500M or 0\n"
+        assert capsys.readouterr().err.endswith(wanted)
 
 
 def test_some_settings_may_change_when_a_run_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -746,8 +755,7 @@ def test_a_bad_image_in_the_first_batch_changes_no_file(
 ) -> None:
     """A new run has nothing to save. A resumed run keeps its checkpoint with its held-out loss."""
     folder_of_images(tmp_path / "data")
-    monkeypatch.setattr(data, "load_pair", functools.partial(data.load_pair, cache_bytes=0))
-    options = ("--data", tmp_path / "data", "--workers", 0, "--steps")
+    options = ("--data", tmp_path / "data", "--workers", 0, "--cache-bytes", 0, "--steps")
     if before:
         assert train(tmp_path / "run", *options, before) == 0
     kept = {p: p.read_bytes() for p in (tmp_path / "run").rglob("checkpoints/*/*")}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from ddpm import catalog
 from ddpm.catalog import Compile, Fit, PixelType, Precision, Prediction, TimestepSampling, Variance, Weighting
 from ddpm.details import Details
-from ddpm.errors import InputError, check_size, finite_number, suggestion, whole_number
+from ddpm.errors import InputError, byte_count, check_size, finite_number, suggestion, whole_number
 
 if TYPE_CHECKING:
     from ddpm.denoiser import Denoiser
@@ -82,6 +82,9 @@ class Preset:
     label_dropout: float = _data(0.1, "probability of hiding a label, which guidance needs", 0, 1)
     skip_bad: bool = _data(False, "skip images that cannot be read, and count them", resume=True)
     allow_paths: bool = _data(False, "let a data set name image files outside its own folder", resume=True)
+    cache_bytes: int = _data(
+        4 * 2**30, "memory for decoded images, as 4G or 500M; more are decoded again and again", 0, 2**62, resume=True
+    )
 
     width: int = _network(128, "channels of the first level, a multiple of 32", 32, 8192)
     channel_multipliers: tuple[int, ...] = _network(
@@ -162,6 +165,7 @@ class Preset:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise InputError(f"{f.name} {value!r}: {suggestion(value, choices)}want {', '.join(choices)}")
+            value = byte_count(f.name, value) if f.name == "cache_bytes" else value
             if value != () or f.default != ():
                 value = check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
             object.__setattr__(self, f.name, value)

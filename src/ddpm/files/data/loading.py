@@ -104,23 +104,29 @@ class Images:
         >>> load("digits", (8, 8), 1, split="test").names()[:2]
         ['image 0 of ...', 'image 1 of ...']
         """
-        rows = self.rows if self.origin is None else self.origin[self.rows]
-        return [self.decoder.encoded.name(row) for row in rows.tolist()]
+        return [self.decoder.encoded.name(row) for row in self._places().tolist()]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Which images these are, 64 hex digits: a hash of the pixels in memory, or else of file names and sizes."""
+        """Which images these are, 64 hex digits: a hash of their names, sizes and labels, and of the size asked for.
+
+        Arrays in memory are hashed themselves. It is the same whether the images are decoded or not, unless bad ones
+        are left out, since then the order is another one.
+        """
         height, width = self.size
         kind = "" if self.values == EIGHT_BIT else f" {self.values}"
         digest = hashlib.sha256(f"{len(self)} {height} {width} {self.channels}{kind}\n".encode())
-        if self.pixels is not None:
-            for start in range(0, len(self), 4096):
-                digest.update(take(self.pixels, self.rows[start : start + 4096]).numpy().data)
-        else:
-            for part in self.decoder.encoded.identity():
-                digest.update(part)
-            digest.update(self.rows.numpy().astype("<i8").tobytes())
+        for part in self.decoder.encoded.identity():
+            digest.update(part)
+        digest.update(self._places().numpy().astype("<i8").tobytes())
+        if self.labels is not None:
+            digest.update("\n".join(("", *(self.class_names or ()), "")).encode(errors="surrogateescape"))
+            digest.update(self.labels.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def _places(self) -> Tensor:
+        """The place of each image in the source, int64 [N]."""
+        return self.rows if self.origin is None else self.origin[self.rows]
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The images at these indices, [B, C, H, W] of the dtype of `values`.
@@ -425,6 +431,7 @@ def settings_of(preset: Preset) -> dict[str, Any]:
         "label_column": preset.label_column or None,
         "skip_bad": preset.skip_bad,
         "allow_paths": preset.allow_paths,
+        "cache_bytes": preset.cache_bytes,
         "values": None if unknown else form.values,
         "fit": form.fit,
         "clip_values": form.clip,
