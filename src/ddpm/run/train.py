@@ -392,7 +392,7 @@ def _ending_at(
 def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
     """The labels of a batch, int64 [batch_size]; -1 hides one (Ho & Salimans 2022, Algorithm 1)."""
     assert train_set.labels is not None
-    y = train_set.labels[data.order(len(train_set), preset.seed, step, preset.batch_size)]
+    y = train_set.labels[train_set.order(preset.seed, step, preset.batch_size)]
     hidden = torch.rand(preset.batch_size, generator=g) < preset.label_dropout
     return data.send(y.masked_fill(hidden, -1), ranks.device)
 

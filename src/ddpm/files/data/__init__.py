@@ -5,10 +5,11 @@
 one of a folder. `layout` finds splits and classes in the names of files.
 """
 
-from ddpm.files.data.batches import STOP_SIGNALS, batches, order, send
+from ddpm.files.data.batches import STOP_SIGNALS, batches, send
 from ddpm.files.data.decoding import Form, decoded
 from ddpm.files.data.listing import EncodedImages, holds_image, is_hidden, is_image, natural, walk
 from ddpm.files.data.loading import Images, describe, form_of, load, load_pair, settings_of, split_holdout, take
+from ddpm.files.data.ordering import Shards, order
 from ddpm.files.data.sources import Arrays, Folder, Zip
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Folder",
     "Form",
     "Images",
+    "Shards",
     "Zip",
     "batches",
     "decoded",

@@ -1,6 +1,5 @@
 """Batches of images in an order that is a function of (seed, step)."""
 
-import functools
 import multiprocessing
 import signal
 import threading
@@ -17,38 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from ddpm.errors import InputError, Stopped
 from ddpm.files import images as pictures
 from ddpm.files.data.loading import Images, take
-from ddpm.noise import generator
 
-_ORDER = 0x0DE5
-"""Key of the permutations. It keeps them apart from other draws of the same seed."""
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 """What a person or a cluster sends to stop a run. Windows does not have all of them."""
 _TRIES = 5
 """How often workers may die without a batch in between."""
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=generator(seed, epoch, _ORDER))
-
-
-def order(n: int, seed: int, step: int, batch_size: int) -> Tensor:
-    """The indices, in 0..n-1, of the images of a step (0, 1, ...): int64 [batch_size].
-
-    The batches are one stream of images. Its place p = step * batch_size + i holds place p mod n of the permutation of
-    (seed, p // n). So every epoch visits each image once, and a run can resume at any step.
-
-    >>> torch.cat([order(4, 0, step, 2) for step in (0, 1)]).sort().values
-    tensor([0, 1, 2, 3])
-    """
-    if n < 1 or step < 0 or batch_size < 1:
-        raise ValueError(f"want n >= 1, step >= 0, batch_size >= 1, got {n}, {step}, {batch_size}")
-    start, stop = step * batch_size, (step + 1) * batch_size
-    parts = [
-        _permutation(n, seed, epoch)[max(start - epoch * n, 0) : stop - epoch * n]
-        for epoch in range(start // n, (stop - 1) // n + 1)
-    ]
-    return torch.cat(parts)
 
 
 _Step: TypeAlias = tuple[Tensor, dict[int, str], pictures.Notes] | str
@@ -65,7 +37,7 @@ class _Steps(Dataset[_Step]):
 
     def __getitem__(self, step: int) -> _Step:
         try:
-            return self.images.decode(order(len(self.images), self.seed, step, self.batch_size)[self.part])
+            return self.images.decode(self.images.order(self.seed, step, self.batch_size)[self.part])
         except InputError as fault:
             return str(fault)
 
@@ -134,12 +106,12 @@ def batches(
     if images.pixels is not None:
         pixels = images.pixels.to(device) if _fits(images.pixels, device) else images.pixels
         for step in range(start, stop):
-            rows = images.rows[order(len(images), seed, step, batch_size)[part]]
+            rows = images.rows[images.order(seed, step, batch_size)[part]]
             yield send(take(pixels, send(rows, pixels.device)), device)
         return
     if workers == 0:
         for step in range(start, stop):
-            yield send(images.batch(order(len(images), seed, step, batch_size)[part]), device)
+            yield send(images.batch(images.order(seed, step, batch_size)[part]), device)
         return
     faults_in_a_row = 0
     while start < stop:

@@ -77,11 +77,13 @@ class Listing:
 
     labels       int64 [N] in 0..K-1, or None
     class_names  K names, or None
+    shards       int64 [S], where each shard ends, if the images must be read in order; None if they need not
     """
 
     encoded: EncodedImages
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
+    shards: NDArray[np.int64] | None = None
 
 
 @dataclass

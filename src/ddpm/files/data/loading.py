@@ -22,6 +22,7 @@ from ddpm.files import images as pictures
 from ddpm.files.data.decoding import Decoder, Form, decode_all, decoded, merge_notes
 from ddpm.files.data.layout import find_split
 from ddpm.files.data.listing import SKIP_HINT, Contents, EncodedImages, Options, counted, unexpected
+from ddpm.files.data.ordering import Shards, order
 from ddpm.files.data.sources import open_source
 from ddpm.noise import generator
 from ddpm.pixels import EIGHT_BIT, Values
@@ -45,6 +46,8 @@ class Images:
     origin       int64, the place in the source of each image of `pixels`, or None if that is its own place
     faults       the bad images so far: index in the source -> error
     notes        the conversions so far
+    bounds       int64 [S], where the shards end in the source if they must be read in order, or None
+    window       images of such shards that are shuffled together
     splits       the names of all splits of the source
     left_out     kind of file that the source holds and that is not read -> number of files
     looks_grey   whether some images were looked at to choose the decoding, and all are grey without transparency
@@ -61,6 +64,8 @@ class Images:
     origin: Tensor | None = field(default=None, repr=False)
     faults: dict[int, str] = field(default_factory=dict, repr=False)
     notes: pictures.Notes = field(default_factory=pictures.Notes, repr=False)
+    bounds: Tensor | None = field(default=None, repr=False)
+    window: int = 1
     splits: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict, repr=False)
     looks_grey: bool = field(default=False, repr=False)
@@ -119,6 +124,8 @@ class Images:
         for part in self.decoder.encoded.identity():
             digest.update(part)
         digest.update(self._places().numpy().astype("<i8").tobytes())
+        if self.shards is not None:
+            digest.update(f"in order {self.window}\n".encode() + self.shards.ends.astype("<i8").tobytes())
         if self.labels is not None:
             digest.update("\n".join(("", *(self.class_names or ()), "")).encode(errors="surrogateescape"))
             digest.update(self.labels.numpy().astype("<i8").tobytes())
@@ -127,6 +134,23 @@ class Images:
     def _places(self) -> Tensor:
         """The place of each image in the source, int64 [N]."""
         return self.rows if self.origin is None else self.origin[self.rows]
+
+    @functools.cached_property
+    def shards(self) -> Shards | None:
+        """The shards of these images, if they must be read in order."""
+        if self.bounds is None:
+            return None
+        ends = torch.searchsorted(self._places(), self.bounds)
+        return Shards(ends.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist(), self.window)
+
+    def order(self, seed: int, step: int, batch_size: int) -> Tensor:
+        """The indices of the images of a step, int64 [batch_size], as the function `order` says.
+
+        >>> digits = load("digits", (8, 8), 1)
+        >>> torch.equal(digits.order(0, 7, 64), order(len(digits), 0, 7, 64))
+        True
+        """
+        return order(len(self), seed, step, batch_size, self.shards)
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The images at these indices, [B, C, H, W] of the dtype of `values`.
@@ -245,6 +269,7 @@ def _build(
     form: Form,
     skip_bad: bool,
     cache_bytes: int,
+    window: int,
     progress: bool,
 ) -> Images:
     """The images of one split, decoded into memory if they take at most `cache_bytes`."""
@@ -258,6 +283,7 @@ def _build(
     rows, names = torch.arange(n), listing.class_names
     images = Images(source, split, labels, names, decoder, rows, None, skip_bad)
     images.splits, images.left_out, images.looks_grey = tuple(contents.splits), contents.left_out, grey
+    images.bounds, images.window = None if listing.shards is None else torch.from_numpy(listing.shards), window
     if n * form.zeros(1).nbytes > cache_bytes:
         images.batch([0])  # warns of conversions before the work starts
         return images
@@ -330,6 +356,7 @@ def load(
     skip_bad: bool = False,
     allow_paths: bool = False,
     cache_bytes: int = 4 * 2**30,
+    shuffle_window: int = 10_000,
     progress: bool = False,
     values: Values | None = EIGHT_BIT,
     fit: Fit = "crop",
@@ -353,6 +380,7 @@ def load(
     skip_bad      skip and count images that cannot be used
     allow_paths   let a row of a data set name an image file outside the source's folder
     cache_bytes   images that take at most this much memory are decoded at once
+    shuffle_window  images that are shuffled together where shards must be read in order, at least 1
     progress      show a bar
     values        what the numbers of the images are. Numbers of other than 8 bits are never converted. None: float32,
                   with the least and the largest number of all splits as its range
@@ -375,7 +403,7 @@ def load(
     splits = contents.splits
     held_out = as_trained and split == "test" and find_split("test", splits) is None
     name = _pick(source, "train" if held_out else split, splits)
-    images = _build(source, name, contents, form, skip_bad, cache_bytes, progress)
+    images = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress)
     is_alone = find_split("test", (each for each in splits if each != name)) is None
     if held_out or (as_trained and split == "train" and is_alone):
         return split_holdout(images)[held_out]
@@ -393,6 +421,7 @@ def load_pair(
     skip_bad: bool = False,
     allow_paths: bool = False,
     cache_bytes: int = 4 * 2**30,
+    shuffle_window: int = 10_000,
     progress: bool = False,
     values: Values | None = EIGHT_BIT,
     fit: Fit = "crop",
@@ -411,11 +440,11 @@ def load_pair(
     contents = open_source(source, Options(image_column, label_column, allow_paths, progress))
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     name = _pick(source, split, contents.splits)
-    train = _build(source, name, contents, form, skip_bad, cache_bytes, progress)
+    train = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress)
     other = find_split("test", (each for each in contents.splits if each != name))
     if other is None:
         return split_holdout(train)
-    return train, _build(source, other, contents, form, skip_bad, cache_bytes, progress)
+    return train, _build(source, other, contents, form, skip_bad, cache_bytes, shuffle_window, progress)
 
 
 def settings_of(preset: Preset) -> dict[str, Any]:
@@ -432,6 +461,7 @@ def settings_of(preset: Preset) -> dict[str, Any]:
         "skip_bad": preset.skip_bad,
         "allow_paths": preset.allow_paths,
         "cache_bytes": preset.cache_bytes,
+        "shuffle_window": preset.shuffle_window,
         "values": None if unknown else form.values,
         "fit": form.fit,
         "clip_values": form.clip,
