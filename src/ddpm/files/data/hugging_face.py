@@ -250,19 +250,28 @@ def _labels(
         if not (usual or len(classes) == 1):
             return None, None
         column = (usual or classes)[0]
-    cells: list[Any] = splits[split].select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
+    cells = splits[split].select_columns([column]).with_format("arrow")[:].column(0)
+    missing = cells.null_count > 0
     if isinstance(features[column], datasets.ClassLabel):
         names = tuple(features[column].names)
-        missing = any(cell is None or cell < 0 for cell in cells)  # -1 stands for a secret label of a test set
-        labels = None if missing else np.array(cells, np.int64)
+        found = None if missing else np.asarray(cells).astype(np.int64)
+        if found is not None and (found < 0).any():  # -1 stands for a secret label of a test set
+            found, missing = None, True
     else:
         values = {v for rows in splits.values() if column in rows.features for v in rows.unique(column)} - {None}
         number, names = number_values(values)
-        missing = any(cell is None for cell in cells)
-        labels = None if missing else np.array([number[cell] for cell in cells], np.int64)
+        found = None if missing else _numbered(cells, number)
     if missing and named is not None:
         raise InputError(f"label_column {named}: some rows of {source} ({split}) have no label")
-    return (None, None) if labels is None else (labels, names)
+    return (None, None) if found is None else (found, names)
+
+
+def _numbered(cells: Any, number: Mapping[str | int, int]) -> NDArray[np.int64]:
+    """The numbers of the values in a column without nulls."""
+    codes = cells.combine_chunks().dictionary_encode()
+    numbers = np.array([number[value] for value in codes.dictionary.to_pylist()], np.int64)
+    found: NDArray[np.int64] = numbers[np.asarray(codes.indices)]
+    return found
 
 
 def _check_column(source: str, setting: str, named: str, features: Any) -> None:

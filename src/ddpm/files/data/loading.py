@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import math
 import os
 import warnings
@@ -312,10 +313,11 @@ def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad
     """
     n = len(encoded)
     spread = sorted({k * n // _PROBES for k in range(_PROBES)})
-    kinds, largest, grey, fault = Counter[int](), 0, form.is_picture, ""
-    for i in (*spread, *(i for i in range(n) if i not in spread)):
-        if kinds and i not in spread:
+    kinds, largest, grey, fault, tried = Counter[int](), 0, form.is_picture, "", 0
+    for i in itertools.chain(spread, range(n)):
+        if kinds and tried >= len(spread):
             break
+        tried += 1
         name = encoded.name(i)
         try:
             if not form.is_picture:
@@ -500,5 +502,7 @@ def split_holdout(images: Images) -> tuple[Images, Images]:
         rows, notes = images.rows[indices], dict(images.notes)
         return replace(images, split=split, labels=labels, rows=rows, faults=faults, notes=notes)
 
-    rest = view(shuffled[k:].sort().values, images.split, dict(images.faults))
-    return rest, view(shuffled[:k].sort().values, f"held out of {images.split}", {})
+    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen[shuffled[:k]] = True
+    rest = view((~chosen).nonzero()[:, 0], images.split, dict(images.faults))
+    return rest, view(chosen.nonzero()[:, 0], f"held out of {images.split}", {})

@@ -47,8 +47,9 @@ def order(n: int, seed: int, step: int, batch_size: int, shards: Shards | None =
     (seed, p // n). So every epoch visits each image once, and a run can resume at any step.
 
     With `shards`, an epoch's permutation puts the shards in random order, cuts that line of images into windows, the
-    first one of random length, and shuffles each; a window of n or more shuffles all. So an image moves by less than a window, and neighbours in a shard
-    come to lie less than two windows apart. Raises ValueError for numbers out of range.
+    first one of random length, and shuffles each; a window of n or more shuffles all. So an image moves by less than a
+    window, and neighbours in a shard come to lie less than two windows apart. Raises ValueError for numbers out of
+    range.
 
     >>> torch.cat([order(4, 0, step, 2) for step in (0, 1)]).sort().values
     tensor([0, 1, 2, 3])

@@ -1,0 +1,149 @@
+"""Image files in tar files, read in place: an index says where each file lies."""
+
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from ddpm.errors import InputError
+from ddpm.files import images as pictures
+from ddpm.files.data.blobs import Blob
+from ddpm.files.data.index import indexed, key_of
+from ddpm.files.data.listing import Encoded, names_and_sizes
+
+_BLOCK = 512
+
+
+@dataclass
+class Tar:
+    """Image files of tar files.
+
+    shards    the tar files
+    files     the names of the images; if there are several shards, each begins with that of its shard and "/"
+    places    int64 [N, 3]: for each image the number of its shard, where it begins there, and its size
+    prefixed  whether the names begin with that of a shard
+    """
+
+    shards: list[Blob]
+    files: list[str]
+    places: NDArray[np.int64]
+    prefixed: bool
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        file = self.files[index]
+        return f"{file.partition('/')[2] if self.prefixed else file} in {self.shards[self.places[index, 0]]}"
+
+    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
+        return [self._read(i) for i in indices]
+
+    def _read(self, index: int) -> bytes | InputError:
+        try:
+            return self.read(index)
+        except InputError as fault:
+            return fault
+
+    def read(self, index: int) -> bytes:
+        """The bytes of a file. Raises InputError if it is too large or cannot be read."""
+        name = self.name(index)
+        shard, start, size = self.places[index].tolist()
+        pictures.check_memory(size, name)
+        try:
+            data: bytes = self.shards[shard].read(start, size)
+        except OSError as fault:
+            raise InputError(f"{name}: cannot be read ({pictures.one_line(fault)})") from None
+        if len(data) < size:
+            raise InputError(f"{name}: the tar file ends early")
+        return data
+
+    def identity(self) -> Iterable[bytes]:
+        return names_and_sizes(self.files, self.places[:, 2].tolist())
+
+    def stamp(self) -> list[object]:
+        return [shard.facts() for shard in self.shards]
+
+
+def members(shard: Blob, fresh: bool = False) -> tuple[list[str], NDArray[np.int64]]:
+    """The names of the files in a tar file, and int64 [N, 2], where each begins and its size; from the index.
+
+    Raises InputError if it is no whole tar file without compression.
+    """
+
+    def build() -> pa.Table:
+        try:
+            with shard.open() as file:
+                found = _quick(file, shard.size)
+                if found is None:
+                    file.seek(0)
+                    found = _thorough(file)
+        except (tarfile.TarError, OSError, EOFError, ValueError) as fault:
+            reason = pictures.one_line(fault)
+            raise InputError(f"{shard}: not a whole tar file without compression ({reason})") from None
+        names = [name.encode(errors="surrogateescape") for name, _, _ in found]
+        places = np.array([place for _, *place in found], np.int64).reshape(-1, 2)
+        columns = {"name": pa.array(names, pa.large_binary()), "start": places[:, 0], "size": places[:, 1]}
+        return pa.table(columns)
+
+    table = indexed(key_of("tar", shard.facts()), build, fresh)
+    names = [name.decode(errors="surrogateescape") for name in table["name"].to_pylist()]
+    return names, np.stack([table["start"].to_numpy(), table["size"].to_numpy()], 1)
+
+
+def _thorough(file: BinaryIO) -> list[tuple[str, int, int]]:
+    """Name, start and size of each plain file, as Python's tarfile finds them."""
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        plain = (member for member in archive if member.isfile() and not member.issparse())
+        return [(member.name, member.offset_data, member.size) for member in plain]
+
+
+def _quick(file: BinaryIO, size: int) -> list[tuple[str, int, int]] | None:
+    """The same for the usual tar file, ten times as fast; None for one that `_thorough` must read.
+
+    Usual is what the programs for WebDataset write: headers of ustar with a checksum, and pax headers before them.
+    """
+    found, at, pax = list[tuple[str, int, int]](), 0, dict[bytes, bytes]()
+    while at + _BLOCK <= size:
+        file.seek(at)
+        header = file.read(_BLOCK)
+        at += _BLOCK
+        if len(header) < _BLOCK:
+            return None
+        kind = header[156:157]
+        if header[:1] == b"\0":
+            return found if not any(header) and not pax else None
+        try:
+            length = int(header[124:136].rstrip(b" \0"), 8)
+            sums = sum(header) - sum(header[148:156]) + 256 == int(header[148:156].split(b"\0")[0], 8)
+        except ValueError:
+            return None
+        if not sums or header[257:262] != b"ustar" or kind not in b"0x5" or length < 0:
+            return None
+        if kind == b"x":
+            pax = dict(_pax(file.read(length)))
+            if any(key.startswith(b"GNU.") or key in (b"size", b"hdrcharset") for key in pax):
+                return None
+        else:
+            name, prefix = (part.split(b"\0")[0] for part in (header[:100], header[345:500]))
+            if header[257:265] == b"ustar\x0000" and prefix:
+                name = prefix + b"/" + name
+            name = pax.pop(b"path", name).rstrip(b"/")
+            if kind == b"0":
+                found.append((name.decode(errors="surrogateescape"), at, length))
+            pax = {}
+        at += -(-length // _BLOCK) * _BLOCK
+    return None
+
+
+def _pax(data: bytes) -> Iterable[tuple[bytes, bytes]]:
+    """Keys and values of a pax header, of lines LENGTH KEY=VALUE."""
+    while data:
+        length = int(data.split(b" ", 1)[0])
+        key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
+        yield key, value
+        data = data[length:]
