@@ -44,6 +44,7 @@ class Options:
     allow_paths                 whether a row may name an image file outside the source's folder
     progress                    whether to show a bar
     fresh                       whether to look at the files themselves, and not at an index of them
+    cache_bytes                 what parts of remote files may take on this machine
     """
 
     image_column: str | None = None
@@ -51,6 +52,7 @@ class Options:
     allow_paths: bool = False
     progress: bool = False
     fresh: bool = False
+    cache_bytes: int = 4 * 2**30
 
     def refuse_columns(self, source: str) -> None:
         """Raise InputError if a column is named, for a source that has none."""

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ddpm.files import arrays
 from ddpm.files import images as pictures
 from ddpm.files.data.decoding import Decoder, Form, decode_all, decoded, merge_notes
 from ddpm.files.data.layout import find_split
-from ddpm.files.data.listing import SKIP_HINT, Contents, EncodedImages, Options, counted, unexpected
+from ddpm.files.data.listing import SKIP_HINT, Contents, Encoded, EncodedImages, Options, counted, unexpected
 from ddpm.files.data.ordering import Shards, order
 from ddpm.files.data.sources import open_source
 from ddpm.noise import generator
@@ -314,17 +314,17 @@ def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad
     n = len(encoded)
     spread = sorted({k * n // _PROBES for k in range(_PROBES)})
     kinds, largest, grey, fault, tried = Counter[int](), 0, form.is_picture, "", 0
-    for i in itertools.chain(spread, range(n)):
+    for i, data in _fetched(encoded, [spread[k : k + 8] for k in range(0, len(spread), 8)]):
         if kinds and tried >= len(spread):
             break
         tried += 1
         name = encoded.name(i)
         try:
             if not form.is_picture:
-                form.array(encoded.fetch([i])[0], name, {})
+                form.array(data, name, {})
                 kinds[form.channels] += 1
                 continue
-            image = decoded(encoded.fetch([i])[0], name)
+            image = decoded(data, name)
             pictures.fit(image, form.size, form.channels, name, {}, form.fit)
             kinds[pictures.native(image)] += 1
             largest = max(largest, image.width * image.height)
@@ -336,6 +336,12 @@ def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad
     if not kinds:
         raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {fault}")
     return kinds.most_common(1)[0][0], largest, grey
+
+
+def _fetched(encoded: EncodedImages, groups: list[list[int]]) -> Iterator[tuple[int, Encoded | InputError]]:
+    """Places of images and what `fetch` gives of them: groups that are fetched at once, and then all one by one."""
+    for group in itertools.chain(groups, ([i] for i in range(len(encoded)))):
+        yield from zip(group, encoded.fetch(group), strict=True)
 
 
 def _pick(source: str, split: str, splits: Iterable[str]) -> str:
@@ -400,7 +406,7 @@ def load(
     >>> len(digits), digits.labels[:3].tolist(), str(digits)
     (297, [5, 7, 4], 'digits (test): 297 images 8x8x1')
     """
-    contents = open_source(source, Options(image_column, label_column, allow_paths, progress))
+    contents = open_source(source, Options(image_column, label_column, allow_paths, progress, cache_bytes=cache_bytes))
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     splits = contents.splits
     held_out = as_trained and split == "test" and find_split("test", splits) is None
@@ -439,7 +445,7 @@ def load_pair(
     >>> len(train), len(held_out)
     (1500, 297)
     """
-    contents = open_source(source, Options(image_column, label_column, allow_paths, progress))
+    contents = open_source(source, Options(image_column, label_column, allow_paths, progress, cache_bytes=cache_bytes))
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     name = _pick(source, split, contents.splits)
     train = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress)

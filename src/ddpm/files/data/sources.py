@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
 from ddpm.files.arrays import read_npy
-from ddpm.files.data import hugging_face
+from ddpm.files.data import hugging_face, remote
 from ddpm.files.data.blobs import Blob, LocalFile, facts_of
-from ddpm.files.data.index import indexed, key_of
+from ddpm.files.data.index import data_cache, indexed, key_of
 from ddpm.files.data.layout import Layout, arrange, kind, meanings, other_words
 from ddpm.files.data.listing import (
     ACCEPTED,
@@ -306,10 +306,12 @@ def _tar_contents(source: str, files: Sequence[tuple[str, Blob]], options: Optio
     """The contents of tar files. Their names may name splits, but a single one that is the SOURCE has the name ""."""
     prefixed = files[0][0] != ""
     shards, names, places = [shard for _, shard in files], list[str](), list[NDArray[np.int64]]()
+    texts = list[bytes | None]()
     for k, (file, shard) in enumerate(files):
         # one part of a path for a shard: it may name a split, but no class
         prefix = f"{file[: -len('.tar')].replace('/', ' ')}/" if prefixed else ""
-        found, where = members(shard, options.fresh)
+        found, where, contained = members(shard, options.fresh)
+        texts += contained
         names += [prefix + name for name in found] if prefix else found
         places.append(np.column_stack([np.full(len(where), k), where]))
     if not any(map(holds_image, names)):
@@ -320,8 +322,58 @@ def _tar_contents(source: str, files: Sequence[tuple[str, Blob]], options: Optio
     def images_of(wanted: list[str]) -> Tar:
         return Tar(shards, wanted, every.places[[row[name] for name in wanted]], prefixed)
 
+    def read(file: str) -> bytes:
+        text = texts[row[file]]
+        return every.read(row[file]) if text is None else text
+
     key = ["tar", [(file, shard.facts()) for file, shard in files]]
-    return _contents(source, names, images_of, lambda file: every.read(row[file]), options, key, shards=prefixed)
+    return _contents(source, names, images_of, read, options, key, shards=prefixed)
+
+
+# -- shards at a URL ---------------------------------------------------------------------------------------------------
+
+
+def _is_url(source: str, path: Path) -> bool:
+    return remote.is_url(source)
+
+
+def _url(source: str, path: Path, options: Options) -> Contents:
+    """Tar files, or parquet files, at a URL. Tar files that come only as a whole are read in order."""
+    shards = remote.found(source, (".tar", ".parquet"), options.cache_bytes)
+    tars = [shard for shard in shards if shard.url.lower().endswith(".tar")]
+    if not shards or 0 < len(tars) < len(shards):
+        raise InputError(f"{source}: {len(shards)} files, {len(tars)} of them .tar; want .tar files, or .parquet files")
+    if not tars:
+        return _remote_rows(source, shards, options)
+    names = [shard.url.rpartition("/")[2] for shard in tars] if len(tars) > 1 else [""]
+    contents = _tar_contents(source, list(zip(names, tars, strict=True)), options)
+    if all(shard.ranges for shard in tars):
+        return contents
+
+    def in_order(split: str) -> Listing:
+        listing = contents.splits[split]()
+        assert isinstance(listing.encoded, Tar)
+        by_place = np.lexsort((listing.encoded.places[:, 1], listing.encoded.places[:, 0]))
+        files, places = [listing.encoded.files[i] for i in by_place], listing.encoded.places[by_place]
+        labels = None if listing.labels is None else listing.labels[by_place]
+        ends = np.searchsorted(places[:, 0], np.unique(places[:, 0]), side="right").astype(np.int64)
+        return replace(
+            listing, encoded=replace(listing.encoded, files=files, places=places), labels=labels, shards=ends
+        )
+
+    return Contents({split: functools.partial(in_order, split) for split in contents.splits}, contents.left_out)
+
+
+def _remote_rows(source: str, shards: Sequence[remote.RemoteFile], options: Options) -> Contents:
+    """Parquet files at a URL: copies on this machine, which `datasets` reads as a local folder."""
+    folder = data_cache() / "copies" / key_of(*(shard.facts() for shard in shards))[:32]
+    try:
+        for shard in shards:
+            shard.copy(folder / shard.url.rpartition("/")[2])
+    except OSError as fault:
+        raise InputError(f"{shard}: cannot be copied ({pictures.one_line(fault)})") from None
+    loaded = hugging_face.load_local(source, folder, None, options.progress)
+    return hugging_face.contents(source, loaded, folder, options)
 
 
 # -- arrays in a file --------------------------------------------------------------------------------------------------
@@ -517,6 +569,7 @@ SOURCES = {
     "npy": Source(_is_npy, _npy, meaning="an .npy file of images"),
     "tar": Source(_is_tar, _tar, meaning="a .tar file of images or a folder of them (WebDataset)"),
     "zip": Source(_is_zip, _zip, meaning="a .zip file of images"),
+    "url": Source(_is_url, _url, meaning="a URL of .tar or .parquet files (s3://, gs://, https://, hf://)"),
     "hub": Source(_is_hub_name, _hub_dataset, meaning="a hub data set OWNER/NAME"),
 }
 """The kinds of source. The first that recognises a SOURCE opens it."""

@@ -2,8 +2,9 @@
 
 import tarfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -11,11 +12,14 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
-from ddpm.files.data.blobs import Blob
+from ddpm.files.data.blobs import Blob, LocalFile
 from ddpm.files.data.index import indexed, key_of
 from ddpm.files.data.listing import Encoded, names_and_sizes
+from ddpm.files.data.remote import THREADS
 
 _BLOCK = 512
+_TEXT = 1 << 16
+"""The most bytes of a file whose text is kept in the index."""
 
 
 @dataclass
@@ -41,7 +45,10 @@ class Tar:
         return f"{file.partition('/')[2] if self.prefixed else file} in {self.shards[self.places[index, 0]]}"
 
     def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        return [self._read(i) for i in indices]
+        if all(isinstance(shard, LocalFile) for shard in self.shards):
+            return [self._read(i) for i in indices]
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(self._read, indices))
 
     def _read(self, index: int) -> bytes | InputError:
         try:
@@ -69,8 +76,17 @@ class Tar:
         return [shard.facts() for shard in self.shards]
 
 
-def members(shard: Blob, fresh: bool = False) -> tuple[list[str], NDArray[np.int64]]:
-    """The names of the files in a tar file, and int64 [N, 2], where each begins and its size; from the index.
+class Member(NamedTuple):
+    """A plain file in a tar file. Small files that may hold labels are read at once, where they are passed anyway."""
+
+    name: str
+    start: int
+    size: int
+    text: bytes | None
+
+
+def members(shard: Blob, fresh: bool = False) -> tuple[list[str], NDArray[np.int64], list[bytes | None]]:
+    """The names of the files in a tar file; int64 [N, 2], where each begins and its size; and texts, from the index.
 
     Raises InputError if it is no whole tar file without compression.
     """
@@ -85,29 +101,41 @@ def members(shard: Blob, fresh: bool = False) -> tuple[list[str], NDArray[np.int
         except (tarfile.TarError, OSError, EOFError, ValueError) as fault:
             reason = pictures.one_line(fault)
             raise InputError(f"{shard}: not a whole tar file without compression ({reason})") from None
-        names = [name.encode(errors="surrogateescape") for name, _, _ in found]
-        places = np.array([place for _, *place in found], np.int64).reshape(-1, 2)
-        columns = {"name": pa.array(names, pa.large_binary()), "start": places[:, 0], "size": places[:, 1]}
+        columns = {
+            "name": pa.array([each.name.encode(errors="surrogateescape") for each in found], pa.large_binary()),
+            "start": pa.array([each.start for each in found], pa.int64()),
+            "size": pa.array([each.size for each in found], pa.int64()),
+            "text": pa.array([each.text for each in found], pa.large_binary()),
+        }
         return pa.table(columns)
 
     table = indexed(key_of("tar", shard.facts()), build, fresh)
     names = [name.decode(errors="surrogateescape") for name in table["name"].to_pylist()]
-    return names, np.stack([table["start"].to_numpy(), table["size"].to_numpy()], 1)
+    return names, np.stack([table["start"].to_numpy(), table["size"].to_numpy()], 1), table["text"].to_pylist()
 
 
-def _thorough(file: BinaryIO) -> list[tuple[str, int, int]]:
-    """Name, start and size of each plain file, as Python's tarfile finds them."""
+def _has_text(name: str, size: int) -> bool:
+    return size <= _TEXT and name.lower().endswith((".cls", ".json"))
+
+
+def _thorough(file: BinaryIO) -> list[Member]:
+    """The plain files as Python's tarfile finds them."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        plain = (member for member in archive if member.isfile() and not member.issparse())
-        return [(member.name, member.offset_data, member.size) for member in plain]
+        plain = [member for member in archive if member.isfile() and not member.issparse()]
+        found = []
+        for member in plain:
+            file.seek(member.offset_data)
+            text = file.read(member.size) if _has_text(member.name, member.size) else None
+            found.append(Member(member.name, member.offset_data, member.size, text))
+        return found
 
 
-def _quick(file: BinaryIO, size: int) -> list[tuple[str, int, int]] | None:
+def _quick(file: BinaryIO, size: int) -> list[Member] | None:
     """The same for the usual tar file, ten times as fast; None for one that `_thorough` must read.
 
     Usual is what the programs for WebDataset write: headers of ustar with a checksum, and pax headers before them.
     """
-    found, at, pax = list[tuple[str, int, int]](), 0, dict[bytes, bytes]()
+    found, at, pax = list[Member](), 0, dict[bytes, bytes]()
     while at + _BLOCK <= size:
         file.seek(at)
         header = file.read(_BLOCK)
@@ -134,7 +162,9 @@ def _quick(file: BinaryIO, size: int) -> list[tuple[str, int, int]] | None:
                 name = prefix + b"/" + name
             name = pax.pop(b"path", name).rstrip(b"/")
             if kind == b"0":
-                found.append((name.decode(errors="surrogateescape"), at, length))
+                file_name = name.decode(errors="surrogateescape")
+                text = file.read(length) if _has_text(file_name, length) else None
+                found.append(Member(file_name, at, length, text))
             pax = {}
         at += -(-length // _BLOCK) * _BLOCK
     return None
