@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from ddpm.catalog import Fit
 from ddpm.errors import InputError
@@ -123,15 +121,16 @@ def merge_notes(notes: pictures.Notes, more: pictures.Notes) -> None:
 
 
 def decode_all(
-    decoder: Decoder, n: int, threads: int, skip_bad: bool, progress: bool
-) -> tuple[Tensor, dict[int, str], pictures.Notes]:
-    """Images 0..n-1 by several threads: [n, C, H, W]; index -> error, for bad images; notes of conversions.
+    decoder: Decoder, pixels: NDArray[Any], threads: int, skip_bad: bool, progress: bool
+) -> tuple[dict[int, str], pictures.Notes]:
+    """Write images 0..n-1 into `pixels` [n, C, H, W] by several threads.
 
-    Raises InputError for the first bad image, unless `skip_bad`.
+    Returns index -> error, for bad images, and notes of conversions. Raises InputError for the first bad image, unless
+    `skip_bad`.
     """
     from tqdm import tqdm
 
-    pixels = decoder.form.zeros(n)
+    n = len(pixels)
     faults, notes = dict[int, str](), pictures.Notes()
     bar = tqdm(total=n, desc="decoding", unit="image", disable=None if progress else True)
     chunks = [range(start, min(start + 256, n)) for start in range(0, n, 256)]
@@ -152,4 +151,4 @@ def decode_all(
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-    return torch.from_numpy(pixels), faults, notes
+    return faults, notes

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
+from ddpm.files.data.blobs import facts_of
 from ddpm.files.data.listing import ACCEPTED, LABELS, Contents, Encoded, Listing, Options, number_values, walk
 
 SUFFIXES = (".parquet", ".arrow")
@@ -85,6 +86,18 @@ class Rows:
             for part in parts:
                 part = part.cast(pa.string()) if pa.types.is_null(part.type) else part  # if no row has a path
                 yield np.asarray(pc.fill_null(pc.binary_length(part), -1)).astype("<i8").tobytes()
+
+    def stamp(self) -> list[object] | None:
+        """The files that hold the rows; None if rows name other files."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self.rows[:].column(0)
+        cells = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+        if not (pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type)) or cells.null_count:
+            return None
+        files = [Path(each["filename"]) for each in self.rows.cache_files]
+        return [self.rows._fingerprint, [[str(file), *facts_of(file)] for file in files]] if files else None
 
 
 @contextmanager

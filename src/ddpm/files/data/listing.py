@@ -75,6 +75,9 @@ class EncodedImages(Protocol):
     def identity(self) -> Iterable[bytes]:
         """Names and sizes of the images, for the fingerprint."""
 
+    def stamp(self) -> Any:
+        """JSON values that change whenever an image may have: places and times of files. None if nothing tells."""
+
 
 @dataclass
 class Listing:

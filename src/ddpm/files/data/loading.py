@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,9 +22,11 @@ from ddpm.errors import InputError
 from ddpm.files import arrays
 from ddpm.files import images as pictures
 from ddpm.files.data.decoding import Decoder, Form, decode_all, decoded, merge_notes
+from ddpm.files.data.index import key_of
 from ddpm.files.data.layout import find_split
 from ddpm.files.data.listing import SKIP_HINT, Contents, Encoded, EncodedImages, Options, counted, unexpected
 from ddpm.files.data.ordering import Shards, order
+from ddpm.files.data.shared import PLAIN, decoded_once
 from ddpm.files.data.sources import open_source
 from ddpm.noise import generator
 from ddpm.pixels import EIGHT_BIT, Values
@@ -42,9 +45,8 @@ class Images:
     split        the name of the split in the source
     labels       int64 [N] in 0..K-1, or None
     class_names  K names, or None
-    rows         int64 [N], the place of each image in `pixels`, or in the source if `pixels` is None
+    rows         int64 [N], the place of each image in the source, and in `pixels`
     pixels       all images in memory, [>= N, C, H, W], or None
-    origin       int64, the place in the source of each image of `pixels`, or None if that is its own place
     faults       the bad images so far: index in the source -> error
     notes        the conversions so far
     bounds       int64 [S], where the shards end in the source if they must be read in order, or None
@@ -62,7 +64,6 @@ class Images:
     rows: Tensor = field(repr=False)
     pixels: Tensor | None = field(repr=False)
     skip_bad: bool = False
-    origin: Tensor | None = field(default=None, repr=False)
     faults: dict[int, str] = field(default_factory=dict, repr=False)
     notes: pictures.Notes = field(default_factory=pictures.Notes, repr=False)
     bounds: Tensor | None = field(default=None, repr=False)
@@ -110,7 +111,7 @@ class Images:
         >>> load("digits", (8, 8), 1, split="test").names()[:2]
         ['image 0 of ...', 'image 1 of ...']
         """
-        return [self.decoder.encoded.name(row) for row in self._places().tolist()]
+        return [self.decoder.encoded.name(row) for row in self.rows.tolist()]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -124,7 +125,7 @@ class Images:
         digest = hashlib.sha256(f"{len(self)} {height} {width} {self.channels}{kind}\n".encode())
         for part in self.decoder.encoded.identity():
             digest.update(part)
-        digest.update(self._places().numpy().astype("<i8").tobytes())
+        digest.update(self.rows.numpy().astype("<i8").tobytes())
         if self.shards is not None:
             digest.update(f"in order {self.window}\n".encode() + self.shards.ends.astype("<i8").tobytes())
         if self.labels is not None:
@@ -132,16 +133,12 @@ class Images:
             digest.update(self.labels.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def _places(self) -> Tensor:
-        """The place of each image in the source, int64 [N]."""
-        return self.rows if self.origin is None else self.origin[self.rows]
-
     @functools.cached_property
     def shards(self) -> Shards | None:
         """The shards of these images, if they must be read in order."""
         if self.bounds is None:
             return None
-        ends = torch.searchsorted(self._places(), self.bounds)
+        ends = torch.searchsorted(self.rows, self.bounds)
         return Shards(ends.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist(), self.window)
 
     def order(self, seed: int, step: int, batch_size: int) -> Tensor:
@@ -291,19 +288,37 @@ def _build(
     # for small images, threads would only wait for the interpreter; large ones must not fill the memory together
     most = 1 if largest < 128 * 128 else max(1, pictures.MEMORY // (4 * largest))
     threads = min(most, 8, os.cpu_count() or 1)
-    pixels, faults, notes = decode_all(decoder, n, threads, skip_bad, progress)
+    shape, dtype = form.zeros(n).shape, form.zeros(0).dtype
+
+    def decode(pixels: NDArray[Any]) -> tuple[dict[int, str], pictures.Notes]:
+        return decode_all(decoder, pixels, threads, skip_bad, progress)
+
+    stamp = listing.encoded.stamp()
+    if stamp is None or (math.prod(shape) * dtype.itemsize < PLAIN and os.environ.get("WORLD_SIZE", "1") == "1"):
+        pixels = form.zeros(n)
+        faults, notes = decode(pixels)
+    else:
+        identity = _hash(listing.encoded.identity())
+        key = key_of("decoded", stamp, identity, repr(form), usual, skip_bad, n, PIL.__version__)
+        pixels, (faults, notes) = decoded_once(key, shape, dtype, decode)
     good = torch.tensor([i for i in range(n) if i not in faults], dtype=torch.int64)
     if not len(good):
         raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {faults[0]}")
     if faults:
-        pixels, images.origin = pixels[good], good
         images.labels = None if labels is None else labels[good]
         warnings.warn(
             f"{source}: {len(faults):,} of {n:,} images skipped, the first: {min(faults.items())[1]}", stacklevel=3
         )
-    images.pixels, images.rows, images.faults = pixels, torch.arange(len(good)), faults
+    images.pixels, images.rows, images.faults = torch.from_numpy(pixels), good, faults
     images.report({}, notes)
     return images
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad: bool) -> tuple[int, int, bool]:

@@ -111,7 +111,11 @@ class Arrays:
         return [self.arrays[i] for i in indices]
 
     def identity(self) -> Iterable[bytes]:
-        yield self.arrays.tobytes()
+        for start in range(0, len(self), 4096):
+            yield self.arrays[start : start + 4096].tobytes()
+
+    def stamp(self) -> list[object]:
+        return []  # the identity holds the numbers themselves
 
 
 def _is_digits(source: str, path: Path) -> bool:
@@ -190,6 +194,9 @@ class Folder:
     def identity(self) -> Iterable[bytes]:
         return names_and_sizes(self.files, self._facts()[:, 0].tolist())
 
+    def stamp(self) -> list[object]:
+        return [os.path.realpath(self.root), hashlib.sha256(self._facts().tobytes()).hexdigest()]
+
     def _facts(self) -> NDArray[np.int64]:
         if self.facts is None:
             found = [facts_of(self.root / file) for file in self.files]
@@ -248,6 +255,9 @@ class Zip:
     def identity(self) -> Iterable[bytes]:
         archive = self._archive()
         return names_and_sizes(self.files, (archive.getinfo(file).file_size for file in self.files))
+
+    def stamp(self) -> list[object]:
+        return [os.path.realpath(self.path), *facts_of(self.path)]
 
     def _archive(self) -> zipfile.ZipFile:
         if self.opened is None or self.opened[0] != os.getpid():  # a forked process must not share the file position
@@ -474,6 +484,9 @@ class Lmdb:
     def identity(self) -> Iterable[bytes]:
         yield from self.keys
         yield str((self.path / "data.mdb").stat().st_size).encode()
+
+    def stamp(self) -> list[object]:
+        return [os.path.realpath(self.path), *facts_of(self.path / "data.mdb")]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": None}
