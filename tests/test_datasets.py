@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import tarfile
+import time
 import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
@@ -1026,6 +1027,28 @@ def test_closing_the_iterator_ends_the_workers(tmp_path):
     assert len(multiprocessing.active_children()) == 2
     steps.close()
     assert multiprocessing.active_children() == []
+
+
+def test_auto_takes_the_workers_that_the_first_steps_ask_for(tmp_path, monkeypatch):
+    """The batches are the same; decoding that is slow gets processes, and decoding that takes no time gets none."""
+    lazy = load(str(folder(tmp_path, classes=False)), (8, 8), 3, cache_bytes=0)
+    want = list(batches(lazy, 0, 4, 0, 12, workers=0))
+    decode, said = type(lazy).decode, []
+
+    def slow(*args):
+        time.sleep(0.02)
+        return decode(*args)
+
+    for slower, training, workers in ((slow, 0.005, {1, 2}), (decode, 0.5, {0})):
+        monkeypatch.setattr(type(lazy), "decode", slower)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+        stream = batches(lazy, 0, 4, 0, 12 if workers != {0} else 5, workers="auto", say=said.append)
+        for step, batch in enumerate(stream):
+            assert torch.equal(batch, want[step])
+            assert len(multiprocessing.active_children()) in (workers if step > 3 else {0})
+            time.sleep(training)
+    assert [line[:9] for line in said] == ["workers 2", "workers 0"]
+    assert [len(batch) for batch in batches(lazy, 0, 4, 0, 2, workers="auto")] == [4, 4]
 
 
 def test_zip_in_a_new_process(tmp_path):

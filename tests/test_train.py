@@ -36,7 +36,7 @@ from ddpm.run import ema
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.processes import Processes
 from ddpm.run.sample import generate
-from ddpm.run.train import BUCKETS, _Watch, held_out_by_level
+from ddpm.run.train import BUCKETS, _Meter, _Watch, held_out_by_level
 
 # -- stopping and resuming ---------------------------------------------------------------------------------------------
 
@@ -166,6 +166,29 @@ def test_images_are_decoded_ahead_by_other_processes(tmp_path: Path, monkeypatch
     for run in ("ahead", "then-in-memory"):
         assert losses(tmp_path / run) == losses(tmp_path / "memory")
     assert not multiprocessing.active_children()
+
+
+def test_the_log_says_how_much_training_waits_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of_images(tmp_path / "data")
+    options = ("--data", tmp_path / "data", "--steps", 4, "--workers", 0, "--cache-bytes")
+    decode = data.Images.decode
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.3)
+        return decode(*args)
+
+    monkeypatch.setattr(data.Images, "decode", slow)
+    shares = []
+    for cache_bytes in (0, "1M"):
+        assert train(tmp_path / f"run{cache_bytes}", *options, cache_bytes) == 0
+        lines = [line for line in metrics(tmp_path / f"run{cache_bytes}") if "data_wait" in line]
+        assert all(0 <= line["data_wait"] <= 1 for line in lines)
+        shares.append(sorted(line["data_wait"] for line in lines)[1])
+    assert shares[0] > 2 * shares[1]
+    meter = _Meter(0.0, Processes(0, 1, torch.device("cpu")), 8)
+    for waited, line in ((0.5, ""), (6.0, "training waits for data 60% of the time"), (6.0, "")):
+        meter._all_waited, meter._all_seconds = waited, 10.0
+        assert meter.waits().partition(";")[0] == line
 
 
 def test_cache_bytes_that_are_no_number_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,7 +435,7 @@ def test_files_of_a_run(trained: Path) -> None:
     assert json.loads((trained / "config.json").read_text())["width"] == 32
     lines = metrics(trained)
     training = [line for line in lines if "loss" in line]
-    keys = {"step", "loss", "lr", "grad_norm", "images_per_second", "seconds"}
+    keys = {"step", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "seconds"}
     assert all(line.keys() == keys for line in training)
     assert [line["step"] for line in training] == list(range(1, 31))
     assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(training))

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from ddpm import catalog
-from ddpm.catalog import Compile, Fit, PixelType, Precision, Prediction, TimestepSampling, Variance, Weighting
+from ddpm.catalog import Compile, Fit, PixelType, Precision, Prediction, TimestepSampling, Variance, Weighting, Workers
 from ddpm.details import Details
 from ddpm.errors import InputError, byte_count, check_size, finite_number, suggestion, whole_number
 
@@ -139,7 +139,13 @@ class Preset:
     seed: int = _run(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
     device: str = _run("auto", "auto, cpu, cuda, cuda:1 or mps", resume=True)
     compile: Compile = _run("auto", "compile the network with Inductor; auto: on CUDA devices", resume=True)
-    workers: int = _run(2, "processes that decode images, if the images do not fit in memory", 0, 1024, resume=True)
+    workers: Workers = _run(
+        "auto",
+        "processes that decode images, if these take more than cache_bytes; auto: by the speed of the first steps",
+        0,
+        1024,
+        resume=True,
+    )
     save_every: int = _run(5000, "steps between checkpoints", 1, _COUNT, resume=True)
     save_minutes: float = _run(
         10,
@@ -232,6 +238,12 @@ def check(name: str, value: Any, kind: Any, least: float | None = None, most: fl
             hint = suggestion(value, get_args(kind)) if isinstance(value, str) else ""
             raise InputError(f"{name} {value!r}: {hint}want {', '.join(map(str, get_args(kind)))}")
         return value
+    if kind == Workers:
+        if value == "auto":
+            return value
+        if isinstance(value, str):
+            raise InputError(f"{name} {value!r}: want auto or a whole number, {least} to {most}")
+        kind = int
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]
         if not isinstance(value, tuple) or not (value or element is str):

@@ -39,6 +39,9 @@ BUCKETS = 10
 """Equal ranges of t in which the held-out loss is logged."""
 HELD_OUT_SEED = 1 << 40  # far from the seeds of runs, so that held-out draws are the same in every run
 
+_WAITS = 0.1
+"""The share of waiting for data that is worth a line."""
+
 # The purpose of a draw. It keeps the draws of one step apart.
 _BATCH, _EPS, _DROPOUT = 1, 2, 3
 
@@ -129,13 +132,14 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
         stream = data.batches(
             train_set, preset.seed, preset.batch_size, begun, preset.steps,
             part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
+            say=lambda line: log.say(ranks, line),
         )  # fmt: skip
         bar = tqdm(total=preset.steps, initial=begun, unit="step", disable=None if ranks.first else True)
         stack.callback(bar.close)
         stop = stack.enter_context(_signals())  # before this line there is nothing to save
         stack.enter_context(_saving_at_the_end(model, out, save))
 
-        for batch in stream:
+        for batch in meter.waiting(stream):
             loss, norm = _update(model, training, preset, parts, batch, train_set, draws, ranks, meter)
             watch.see(model.step, norm)
             if ranks.device.type == "cpu":
@@ -154,6 +158,8 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
                 watch.check(out, loss)
                 line = meter.line(model.adam.param_groups[0]["lr"], norm)
                 write(model.step, line)
+                if warning := meter.waits():
+                    log.say(ranks, warning)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s")
             with meter.paused():
                 if saving or ended:
@@ -437,6 +443,8 @@ class _Meter:
         self.total, self.steps = torch.zeros((), device=ranks.device), 0
         self.rate: float | None = None
         self.left_out = 0.0
+        self._waited = self._all_waited = self._all_seconds = 0.0
+        self._warned = False
 
     def seconds(self) -> float:
         """Seconds of training, with those of earlier processes."""
@@ -448,14 +456,38 @@ class _Meter:
         self.rate = self.steps * self._batch_size / (now - self._since)
         loss = float(self._ranks.total((self.total / self.steps).cpu())) / self._ranks.world
         self.total.zero_()
-        self.steps, self._since = 0, now
+        passed, waited = now - self._since, self._waited
+        self.steps, self._since, self._waited = 0, now, 0.0
+        self._all_waited, self._all_seconds = self._all_waited + waited, self._all_seconds + passed
         return {
             "loss": loss,
             "lr": lr,
             "grad_norm": float(norm),
             "images_per_second": self.rate,
+            "data_wait": waited / passed,
             "seconds": self._before + now - self._started,
         }
+
+    def waiting(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The batches; the time until each one comes is waiting for data."""
+        while True:
+            begun = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - begun
+            if batch is None:
+                return
+            yield batch
+
+    def waits(self) -> str:
+        """One line if training waits for data, once in a run."""
+        share = self._all_waited / self._all_seconds
+        if self._warned or self._all_seconds < 5 or share < _WAITS:
+            return ""
+        self._warned = True
+        return (
+            f"training waits for data {share:.0%} of the time; more workers, a larger cache_bytes or images stored at "
+            "their size in training would help"
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:

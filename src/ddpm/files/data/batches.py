@@ -1,9 +1,12 @@
 """Batches of images in an order that is a function of (seed, step)."""
 
+import math
 import multiprocessing
+import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -13,12 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ddpm.catalog import Workers
 from ddpm.errors import InputError, Stopped
 from ddpm.files import images as pictures
 from ddpm.files.data.loading import Images, take
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 """What a person or a cluster sends to stop a run. Windows does not have all of them."""
+_TRIAL = 4
+"""Steps that are timed for workers "auto"; the fastest ones count, since the first one also compiles."""
+_LITTLE, _SPARE = 0.02, 1.25
+"""The share of a step below which decoding needs no process of its own; and how much faster decoding is to be."""
 _TRIES = 5
 """How often workers may die without a batch in between."""
 
@@ -86,13 +94,16 @@ def batches(
     stop: int,
     *,
     part: slice | None = None,
-    workers: int = 2,
+    workers: Workers = 2,
     device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Generator[Tensor, None, None]:
     """Yield the images of each step in start..stop-1, as `order` lists them: [b, C, H, W] on `device`.
 
     part     the slice of each batch that this process takes; None: all of it
-    workers  processes that decode ahead, if the images are not in memory (0: none); closing the iterator ends them
+    workers  processes that decode ahead, if the images are not in memory (0: none); closing the iterator ends them.
+             auto: this process decodes the first batches, and their times tell how many there are (`enough_workers`)
+    say      is told that number
 
     Images that are in memory are copied to a CUDA device once, if they fit. Workers that die are started again, with
     the same batches, since the order is a function of the step. Raises what `Images.batch` raises, and Stopped if
@@ -109,6 +120,10 @@ def batches(
             rows = images.rows[images.order(seed, step, batch_size)[part]]
             yield send(take(pixels, send(rows, pixels.device)), device)
         return
+    if workers == "auto":
+        first = range(start, min(start + _TRIAL, stop))
+        workers = yield from _trial(images, seed, batch_size, first, part, device, say)
+        start = first.stop
     if workers == 0:
         for step in range(start, stop):
             yield send(images.batch(images.order(seed, step, batch_size)[part]), device)
@@ -126,6 +141,45 @@ def batches(
                     f"step {start}: the processes that decode images died {_TRIES} times in a row ({error}); "
                     "the memory may be full: want fewer workers, or workers 0"
                 ) from None
+
+
+def enough_workers(decoding: float, training: float, cores: int) -> int:
+    """How many processes decode so that training does not wait: 0 if decoding takes next to no time.
+
+    decoding  seconds in which one process decodes the images of a step
+    training  seconds of a step without that
+    cores     the most
+
+    >>> enough_workers(0.3, 0.1, 8), enough_workers(0.3, 0.1, 2), enough_workers(0.001, 1.0, 8)
+    (4, 2, 0)
+    """
+    if decoding < _LITTLE * training:
+        return 0
+    return max(1, min(cores, math.ceil(_SPARE * decoding / max(training, 1e-9))))
+
+
+def _trial(
+    images: Images, seed: int, batch_size: int, steps: range, part: slice, device: torch.device,
+    say: Callable[[str], None],
+) -> Generator[Tensor, None, int]:  # fmt: skip
+    """Yield the batches of these steps, decoded by this process, and return how many workers are enough."""
+    decoding, training = [], []
+    for step in steps:
+        begun = time.monotonic()
+        batch = images.batch(images.order(seed, step, batch_size)[part])
+        decoded = time.monotonic()
+        yield send(batch, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        decoding.append(decoded - begun)
+        training.append(time.monotonic() - decoded)
+    if len(steps) < _TRIAL:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    workers = enough_workers(min(decoding), min(training), cores)
+    say(f"workers {workers}: decoding a batch takes {min(decoding):.2g} s, and training with it {min(training):.2g} s")
+    return workers
 
 
 class _WorkerDied(Exception):
