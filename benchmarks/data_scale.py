@@ -151,36 +151,43 @@ def start(source: str) -> dict[str, Any]:
     return {"seconds": seconds, "load_seconds": loaded, "bytes": memory, "images": len(train), "print": printed}
 
 
+def cpu_seconds() -> float:
+    """The CPU time of this process and of the processes that it started and that still run."""
+    ticks, total = os.sysconf("SC_CLK_TCK"), time.process_time()
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / ticks
+    return total
+
+
 def loader(source: str, seconds: float) -> dict[str, float]:
-    """The decode rate of one core, and the rate of the loader with as many workers as cores, in images/s."""
+    """Images/s, and CPU milliseconds an image, of one process without workers, and of as many workers as cores."""
     from ddpm.files import data
     from ddpm.files import images as pictures
 
     images = data.load(source, (256, 256), 3, cache_bytes=0)
     files = [Path(images.decoder.encoded.name(i)).read_bytes() for i in range(min(len(images), 256))]
 
-    def rate(work: Any) -> float:
-        begun, count = time.monotonic(), 0
-        while (passed := time.monotonic() - begun) < seconds:
+    def rate(work: Any) -> tuple[float, float]:
+        begun, cpu, count = time.monotonic(), cpu_seconds(), 0
+        while time.monotonic() - begun < seconds:
             count += work(count)
-        return count / passed
+        return count / (time.monotonic() - begun), 1000 * (cpu_seconds() - cpu) / count
 
     def decode(k: int) -> int:
         pictures.fit(pictures.read(files[k % len(files)]), (256, 256), 3)
         return 1
 
-    def pillow(k: int) -> int:
-        np.asarray(Image.open(io.BytesIO(files[k % len(files)])).convert("RGB"))
-        return 1
-
-    values = {"core": rate(decode), "pillow": rate(pillow)}
-    watch, before = Watch(), pss(os.getpid())
-    stream = data.batches(images, 0, 32, 0, 10**9, workers=os.cpu_count() or 1)
-    for _ in range(16):
-        next(stream)
-    values["loader"] = rate(lambda _: len(next(stream)))
-    stream.close()
-    values["bytes"] = watch.stop() - before
+    values: dict[str, float] = {}
+    values["decode"], values["decode_cpu"] = rate(decode)
+    for name, workers in (("alone", 0), ("workers", os.cpu_count() or 1)):
+        watch, before = Watch(), pss(os.getpid())
+        stream = data.batches(images, 0, 32, 0, 10**9, workers=workers)
+        for _ in range(16):
+            next(stream)
+        values[name], values[f"{name}_cpu"] = rate(lambda _, stream=stream: len(next(stream)))
+        stream.close()
+        values[f"{name}_bytes"] = watch.stop() - before
     return values
 
 
@@ -233,19 +240,26 @@ def main() -> None:
         ]
         values["loader"] = repeats
         cores = os.cpu_count() or 1
-        spreads = {key: figures.spread(each[key] for each in repeats) for key in ("core", "pillow", "loader")}
-        share = figures.spread(each["loader"] / each["core"] / cores for each in repeats)
-        text += f"## The loader alone, JPEGs of 256x256, {cores} workers\n\n"
-        text += figures.table(
-            ["", "images/s"],
-            [
-                ("decoding, one core", spreads["core"]),
-                ("Pillow alone, one core", spreads["pillow"]),
-                ("loader", spreads["loader"]),
-                (f"loader / ({cores} cores x decoding)", share),
-                ("memory of the loader, MiB (PSS)", figures.spread(each["bytes"] / MIB for each in repeats)),
-            ],
-        )
+        names = {"decode": "decoding alone, one core", "alone": "the loader, no workers", "workers": f"{cores} workers"}
+        table = [
+            (title, *(figures.spread(each[key + part] for each in repeats) for part in ("", "_cpu")))
+            for key, title in names.items()
+        ]
+        shares = [
+            (
+                f"rate, share of {cores} x the loader without workers",
+                [each["workers"] / each["alone"] / cores for each in repeats],
+            ),
+            (
+                f"rate, share of {cores} x decoding alone",
+                [each["workers"] / each["decode"] / cores for each in repeats],
+            ),
+            ("CPU time, loader without workers / with", [each["alone_cpu"] / each["workers_cpu"] for each in repeats]),
+            ("memory with workers, MiB (PSS), beyond the start", [each["workers_bytes"] / MIB for each in repeats]),
+        ]
+        text += f"## The loader alone, JPEGs of 256x256, batches of 32, {cores} cores\n\n"
+        text += figures.table(["", "images/s", "CPU ms an image"], table) + "\n"
+        text += figures.table(["", ""], [(title, figures.spread(values)) for title, values in shares])
     record.write("data-scale", "The data path at scale", args, values, text, repeated=False)
 
 

@@ -27,25 +27,34 @@ _TRIAL = 4
 """Steps that are timed for workers "auto"; the fastest ones count, since the first one also compiles."""
 _LITTLE, _SPARE = 0.02, 1.25
 """The share of a step below which decoding needs no process of its own; and how much faster decoding is to be."""
+_AHEAD, _LARGE = 4, 1 << 25
+"""Batches that each worker decodes ahead, if one takes less than so many bytes; otherwise 2."""
 _TRIES = 5
 """How often workers may die without a batch in between."""
 
 
-_Step: TypeAlias = tuple[Tensor, dict[int, str], pictures.Notes] | str
+_Step: TypeAlias = tuple[int, dict[int, str], pictures.Notes] | str
 
 
 @dataclass
 class _Steps(Dataset[_Step]):
-    """Step -> its images, or an error as a string: torch makes many lines of an error that is raised in a worker."""
+    """Step -> the slot of its images, or an error as a string: torch makes many lines of an error in a worker.
+
+    slots  shared memory, [S, B, C, H, W]. Step n is written into slot n mod S. To send images in another way would cost
+           as much as to decode them, most of it for new pages of memory
+    """
 
     images: Images
     seed: int
     batch_size: int
     part: slice
+    slots: Tensor
 
     def __getitem__(self, step: int) -> _Step:
+        slot, indices = step % len(self.slots), self.images.order(self.seed, step, self.batch_size)[self.part]
         try:
-            return self.images.decode(self.images.order(self.seed, step, self.batch_size)[self.part])
+            _, faults, notes = self.images.decode(indices, self.slots[slot].numpy())
+            return slot, faults, notes
         except InputError as fault:
             return str(fault)
 
@@ -131,7 +140,7 @@ def batches(
     faults_in_a_row = 0
     while start < stop:
         try:
-            for batch in _by_workers(_Steps(images, seed, batch_size, part), range(start, stop), workers):
+            for batch in _by_workers(images, seed, batch_size, part, range(start, stop), workers):
                 yield send(batch, device)
                 start, faults_in_a_row = start + 1, 0
         except _WorkerDied as error:
@@ -186,14 +195,21 @@ class _WorkerDied(Exception):
     """A process that decodes was killed, as the system does when memory is full, or a signal to the whole group."""
 
 
-def _by_workers(dataset: _Steps, steps: range, workers: int) -> Iterator[Tensor]:
+def _by_workers(
+    images: Images, seed: int, batch_size: int, part: slice, steps: range, workers: int
+) -> Iterator[Tensor]:
     """The batches of these steps, decoded ahead by other processes, which end with the iterator."""
+    batch = images.decoder.form.zeros(len(range(batch_size)[part]))
+    ahead = _AHEAD if batch.nbytes < _LARGE else 2
+    # when a step begins, at most workers * ahead steps before it have not been given out, and one is being copied
+    count = min(workers * ahead + 2, len(steps))
+    slots = torch.empty(count, *batch.shape, dtype=torch.from_numpy(batch).dtype).share_memory_()  # type: ignore[no-untyped-call]
     loader = DataLoader(
-        dataset,
+        _Steps(images, seed, batch_size, part, slots),
         batch_size=None,
         sampler=steps,
         num_workers=workers,
-        prefetch_factor=4,
+        prefetch_factor=ahead,
         worker_init_fn=_in_worker,
         generator=torch.Generator(),  # the default is the global generator, whose state would change
     )
@@ -213,8 +229,8 @@ def _by_workers(dataset: _Steps, steps: range, workers: int) -> Iterator[Tensor]
                 raise _WorkerDied(str(error).partition("\n")[0] or type(error).__name__) from None
             if isinstance(result, str):
                 raise InputError(result)
-            pixels, faults, notes = result
-            dataset.images.report(faults, notes)
-            yield pixels
+            slot, faults, notes = result
+            images.report(faults, notes)
+            yield torch.from_numpy(slots[slot].numpy().copy())  # torch's own copy would start all its threads
     finally:
         del results  # it is the last reference, so this ends the workers

@@ -68,9 +68,14 @@ class Decoder:
     form: Form
     usual: int = 0
 
-    def decode(self, indices: Sequence[int]) -> tuple[NDArray[Any], dict[int, str], pictures.Notes]:
-        """Images [B, C, H, W]; position -> error, for bad images, which are 0; and notes of conversions."""
-        form, pixels = self.form, self.form.zeros(len(indices))
+    def decode(
+        self, indices: Sequence[int], out: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], dict[int, str], pictures.Notes]:
+        """Images [B, C, H, W]; position -> error, for bad images, which are 0; and notes of conversions.
+
+        out  where the images are written
+        """
+        form, pixels = self.form, self.form.zeros(len(indices)) if out is None else out
         faults, notes = dict[int, str](), pictures.Notes()
         for k, (i, encoded) in enumerate(zip(indices, self.encoded.fetch(indices), strict=True)):
             name = self.encoded.name(i)
@@ -88,7 +93,7 @@ class Decoder:
                 fitted = pictures.fit(image, form.size, form.channels, name, notes, form.fit)
                 pixels[k] = fitted.transpose(2, 0, 1)
             except InputError as fault:
-                faults[k] = str(fault)
+                pixels[k], faults[k] = 0, str(fault)
         return pixels, faults, notes
 
 
@@ -136,7 +141,7 @@ def decode_all(
     chunks = [range(start, min(start + 256, n)) for start in range(0, n, 256)]
 
     def work(chunk: range) -> tuple[dict[int, str], pictures.Notes]:
-        pixels[chunk.start : chunk.stop], faults_in_chunk, notes_of_chunk = decoder.decode(chunk)
+        _, faults_in_chunk, notes_of_chunk = decoder.decode(chunk, pixels[chunk.start : chunk.stop])
         return {chunk[k]: fault for k, fault in faults_in_chunk.items()}, notes_of_chunk
 
     pool = ThreadPoolExecutor(threads)

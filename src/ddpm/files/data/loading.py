@@ -166,10 +166,13 @@ class Images:
         self.report(faults, notes)
         return pixels
 
-    def decode(self, indices: Tensor) -> tuple[Tensor, dict[int, str], pictures.Notes]:
-        """`batch` for worker processes: the images and the arguments of `report`, without warnings."""
+    def decode(self, indices: Tensor, out: NDArray[Any] | None = None) -> tuple[Tensor, dict[int, str], pictures.Notes]:
+        """`batch` for worker processes: the images and the arguments of `report`, without warnings.
+
+        out  where the images are written, [B, C, H, W]
+        """
         rows: list[int] = self.rows[indices].tolist()
-        pixels, bad, notes = self.decoder.decode(rows)
+        pixels, bad, notes = self.decoder.decode(rows, out)
         if bad and not self.skip_bad:
             raise InputError(f"{next(iter(bad.values()))}; {SKIP_HINT}")
         faults = {rows[k]: fault for k, fault in bad.items()}
