@@ -168,6 +168,28 @@ def test_images_are_decoded_ahead_by_other_processes(tmp_path: Path, monkeypatch
     assert not multiprocessing.active_children()
 
 
+def test_verify_notices_an_image_of_the_same_name_and_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_of_images(tmp_path / "data")
+    monkeypatch.setattr("ddpm.files.data.loading.PLAIN", 0)
+    options = ("--data", tmp_path / "data", "--verify", "--steps")
+    assert train(tmp_path / "run", *options, 2) == 0
+    assert train(tmp_path / "run", *options, 3) == 0
+    old = {}
+    for path in sorted((tmp_path / "data").iterdir()):
+        old[path], status = path.read_bytes(), path.stat()
+        path.write_bytes(old[path][:-4] + b"\0\0\0\0")  # the checksum of the last chunk, which Pillow passes over
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert train(tmp_path / "run", *options[:2], "--steps", 4) == 0  # without --verify it is not noticed
+    capsys.readouterr()
+    assert train(tmp_path / "run", *options, 5) == 2
+    assert "other contents; want those, or another out" in capsys.readouterr().err
+    for path, content in old.items():
+        path.write_bytes(content)
+    assert train(tmp_path / "run", *options, 5) == 0
+
+
 def test_the_log_says_how_much_training_waits_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_of_images(tmp_path / "data")
     options = ("--data", tmp_path / "data", "--steps", 4, "--workers", 0, "--cache-bytes")

@@ -82,6 +82,9 @@ class Preset:
     label_dropout: float = _data(0.1, "probability of hiding a label, which guidance needs", 0, 1)
     skip_bad: bool = _data(False, "skip images that cannot be read, and count them", resume=True)
     allow_paths: bool = _data(False, "let a data set name image files outside its own folder", resume=True)
+    verify: bool = _data(
+        False, "hash the contents of all images, and refuse to resume a run on others of the same size", resume=True
+    )
     shuffle_window: int = _data(
         10_000, "images that are shuffled together, if the shards of a data set must be read in order", 1, _COUNT
     )

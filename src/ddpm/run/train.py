@@ -77,8 +77,9 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
         train_set, held_out_set = data.load_pair(
-            preset.data, preset.size, preset.channels, progress=ranks.first, **data.settings_of(preset)
-        )
+            preset.data, preset.size, preset.channels, verify=preset.verify, progress=ranks.first,
+            **data.settings_of(preset),
+        )  # fmt: skip
         preset = _with_class_names(preset, out, train_set)
         if preset.pixel_type == "float32":
             preset = replace(preset, value_range=(train_set.values.low, train_set.values.high))
@@ -86,7 +87,7 @@ def train(preset: Preset, out: Path, minutes: float | None = None) -> Result:
             _lock(out, stack)  # only now, so that a mistake in settings or data leaves no folder behind
 
         model = _build(preset, ranks.device)
-        _resume(model, preset, out, train_set.fingerprint)
+        _resume(model, preset, out, train_set)
         begun = model.step
         if begun and ranks.any(ranks.first and has_grid(begun, preset) and not grid_file(out, begun).exists()):
             size = preset.sample_count, preset.sample_steps  # an earlier process ended between checkpoint and grid
@@ -195,6 +196,7 @@ class _Model:
     seconds    of training so far
     saved      the step of the newest checkpoint
     resumed    the checkpoint that this process began with
+    contents   a hash of the images that it is trained on, if some process of the run made it
     whole      whether weights, moments and average are those of one step, and not amid an update
     """
 
@@ -209,6 +211,7 @@ class _Model:
     held_out_before: float | None = None
     saved: int = 0
     resumed: Path | None = None
+    contents: str | None = None
     whole: bool = True
 
     def __post_init__(self) -> None:
@@ -243,15 +246,22 @@ def _for_training(model: _Model, preset: Preset, ranks: Processes) -> Denoiser:
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _resume(model: _Model, preset: Preset, out: Path, fingerprint: str) -> None:
+def _resume(model: _Model, preset: Preset, out: Path, images: data.Images) -> None:
     """Load the newest whole checkpoint, if the run has one. Raises InputError if the run saw other images."""
     folder = checkpoints.newest(out)
+    model.contents = images.contents if preset.verify else None
     if folder is None:
         if damaged := checkpoints.saved(out):
             raise InputError(f"out {out}: none of its checkpoints is whole; delete {damaged[0].parent} to start again")
         return
     state = checkpoints.read_state(folder)
-    if state["data"] != fingerprint:
+    if model.contents is not None and state.get("contents") not in (None, model.contents):
+        raise InputError(
+            f"data {preset.data}: images of the same names and sizes as those of the run in {out}, but other contents; "
+            "want those, or another out"
+        )
+    model.contents = model.contents or state.get("contents")
+    if state["data"] != images.fingerprint:
         was = checkpoints.settings(out)
         raise InputError(
             f"data {preset.data}: not the images that the run in {out} was trained on, which came from "
@@ -282,6 +292,7 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         "held_out": held_out,
         "held_out_before": model.held_out_before,
         "data": fingerprint,
+        **({"contents": model.contents} if model.contents else {}),
     }
     files = {
         "ema": model.average.state_dict(),

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,17 @@ class Images:
         if self.labels is not None:
             digest.update("\n".join(("", *(self.class_names or ()), "")).encode(errors="surrogateescape"))
             digest.update(self.labels.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def contents(self) -> str:
+        """A hash of the encoded images and their order, 64 hex digits: every file is read."""
+        digest, rows = hashlib.sha256(), self.rows.tolist()
+        for start in range(0, len(rows), 64):
+            group = rows[start : start + 64]
+            for row, data in zip(group, self.decoder.encoded.fetch(group), strict=True):
+                content = _content(data, self.decoder.encoded.name(row))
+                digest.update(f"{len(content)}\n".encode() + content)
         return digest.hexdigest()
 
     @functools.cached_property
@@ -272,6 +284,7 @@ def _build(
     cache_bytes: int,
     window: int,
     progress: bool,
+    verify: bool,
 ) -> Images:
     """The images of one split, decoded into memory if they take at most `cache_bytes`."""
     listing = contents.splits[split]()
@@ -297,6 +310,8 @@ def _build(
         return decode_all(decoder, pixels, threads, skip_bad, progress)
 
     stamp = listing.encoded.stamp()
+    if verify:  # a copy of the same files may be older than their contents
+        stamp = [stamp, images.contents]
     if stamp is None or (math.prod(shape) * dtype.itemsize < PLAIN and os.environ.get("WORLD_SIZE", "1") == "1"):
         pixels = form.zeros(n)
         faults, notes = decode(pixels)
@@ -315,6 +330,16 @@ def _build(
     images.pixels, images.rows, images.faults = torch.from_numpy(pixels), good, faults
     images.report({}, notes)
     return images
+
+
+def _content(data: Encoded | InputError, name: str) -> bytes:
+    """The bytes of an encoded image; none of one that cannot be read."""
+    try:
+        if isinstance(data, bytes | Path):
+            return pictures.file_bytes(data, name)
+    except InputError:
+        return b""
+    return b"" if isinstance(data, InputError) else np.ascontiguousarray(data).tobytes()
 
 
 def _hash(parts: Iterable[bytes]) -> str:
@@ -383,6 +408,7 @@ def load(
     allow_paths: bool = False,
     cache_bytes: int = 4 * 2**30,
     shuffle_window: int = 10_000,
+    verify: bool = False,
     progress: bool = False,
     values: Values | None = EIGHT_BIT,
     fit: Fit = "crop",
@@ -407,6 +433,7 @@ def load(
     allow_paths   let a row of a data set name an image file outside the source's folder
     cache_bytes   images that take at most this much memory are decoded at once
     shuffle_window  images that are shuffled together where shards must be read in order, at least 1
+    verify        look at the files themselves, and not at what is kept of earlier runs
     progress      show a bar
     values        what the numbers of the images are. Numbers of other than 8 bits are never converted. None: float32,
                   with the least and the largest number of all splits as its range
@@ -424,12 +451,12 @@ def load(
     >>> len(digits), digits.labels[:3].tolist(), str(digits)
     (297, [5, 7, 4], 'digits (test): 297 images 8x8x1')
     """
-    contents = open_source(source, Options(image_column, label_column, allow_paths, progress, cache_bytes=cache_bytes))
+    contents = open_source(source, Options(image_column, label_column, allow_paths, progress, verify, cache_bytes))
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     splits = contents.splits
     held_out = as_trained and split == "test" and find_split("test", splits) is None
     name = _pick(source, "train" if held_out else split, splits)
-    images = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress)
+    images = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify)
     is_alone = find_split("test", (each for each in splits if each != name)) is None
     if held_out or (as_trained and split == "train" and is_alone):
         return split_holdout(images)[held_out]
@@ -448,6 +475,7 @@ def load_pair(
     allow_paths: bool = False,
     cache_bytes: int = 4 * 2**30,
     shuffle_window: int = 10_000,
+    verify: bool = False,
     progress: bool = False,
     values: Values | None = EIGHT_BIT,
     fit: Fit = "crop",
@@ -463,14 +491,14 @@ def load_pair(
     >>> len(train), len(held_out)
     (1500, 297)
     """
-    contents = open_source(source, Options(image_column, label_column, allow_paths, progress, cache_bytes=cache_bytes))
+    contents = open_source(source, Options(image_column, label_column, allow_paths, progress, verify, cache_bytes))
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     name = _pick(source, split, contents.splits)
-    train = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress)
+    train = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify)
     other = find_split("test", (each for each in contents.splits if each != name))
     if other is None:
         return split_holdout(train)
-    return train, _build(source, other, contents, form, skip_bad, cache_bytes, shuffle_window, progress)
+    return train, _build(source, other, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify)
 
 
 def settings_of(preset: Preset) -> dict[str, Any]:
