@@ -303,3 +303,45 @@ def test_parquet_files_at_a_url(embedded, tmp_path, serve, shards):
     server.asked.clear()
     stream(f"{server.url}/train-0.parquet", cache_bytes=0, allow_paths=True)
     assert {span for _, span in server.asked} == {"bytes=0-0"}
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_row_groups_are_read_in_order_by_their_ranges(tmp_path, serve, shards, ranges):
+    """Splits, labels and images are those of the local files; an epoch visits each image once, within the window."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name, rows in {"train-0": range(25), "train-1": range(25, 48), "test-0": range(48, N)}.items():
+        cells = [{"bytes": pictures.to_png(PIXELS[i]), "path": None} for i in rows]
+        table = pa.table({"image": cells, "text": ["x" * 60_000] * len(rows), "label": [f"c{i % 3}" for i in rows]})
+        pq.write_table(table, shards / f"{name}.parquet", row_group_size=10, use_dictionary=False, compression="none")
+    server = serve(ranges=ranges)
+    url = f"{server.url}/{{train-0,train-1,test-0}}.parquet"
+    train, test = load_pair(url, (8, 8), 3, cache_bytes=0, shuffle_window=8)
+    assert torch.equal(train.batch(range(48)), torch.from_numpy(PIXELS[:48]).permute(0, 3, 1, 2))
+    assert torch.equal(test.batch(range(12)), torch.from_numpy(PIXELS[48:]).permute(0, 3, 1, 2))
+    assert train.labels.tolist() == [i % 3 for i in range(48)]
+    assert (train.class_names, train.split, test.split) == (("c0", "c1", "c2"), "train", "test")
+    assert (train.shards.sizes, train.shards.window) == ([10, 10, 5, 10, 10, 3], 8)
+    assert torch.equal(train.batch([40, 3, 3, 27]), torch.from_numpy(PIXELS[[40, 3, 3, 27]]).permute(0, 3, 1, 2))
+    if ranges:  # the column of texts is most of the file
+        read = sum(int(span[6:].split("-")[1]) - int(span[6:].split("-")[0]) + 1 for _, span in server.asked if span)
+        assert read < sum(path.stat().st_size for path in shards.glob("*.parquet"))
+    for workers in (0, 2):
+        stream_of = batches(train, 1, 12, 0, 4, workers=workers)
+        assert len({bytes(image) for batch in stream_of for image in batch.numpy()}) == 48
+    server.faults.extend([500, "cut"])
+    again = load_pair(url, (8, 8), 3, cache_bytes=0, shuffle_window=8)
+    assert [part.fingerprint for part in again] == [train.fingerprint, test.fingerprint]
+    assert load_pair(url, (8, 8), 3, cache_bytes=0, shuffle_window=9)[0].fingerprint != train.fingerprint
+    with pytest.raises(InputError, match="image_column img: no such column"):
+        stream(url, image_column="img")
+    with pytest.raises(InputError, match="label_column half: no such column"):
+        stream(url, label_column="half")
+
+
+def test_a_damaged_parquet_file_at_a_url_is_named(serve, shards):
+    (shards / "a.parquet").write_bytes(b"PAR1" + bytes(3000))
+    server = serve()
+    with pytest.raises(InputError, match=r"a\.parquet: damaged parquet file"):
+        stream(f"{server.url}/a.parquet")

@@ -45,9 +45,9 @@ class Rows:
         start, stop = min(indices), max(indices) + 1
         consecutive = list(indices) == list(range(start, stop))
         column = (self.rows[start:stop] if consecutive else self.rows[list(indices)]).column(0).to_pylist()
-        return [self._encoded(i, cell) for i, cell in zip(indices, column, strict=True)]
+        return [self.encoded(i, cell) for i, cell in zip(indices, column, strict=True)]
 
-    def _encoded(self, index: int, cell: Any) -> Encoded | InputError:
+    def encoded(self, index: int, cell: Any) -> Encoded | InputError:
         """The image in a cell: {"bytes", "path"}, a path, or bytes."""
         if isinstance(cell, dict):
             cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
@@ -204,15 +204,18 @@ def contents(
 
     def listing(split: str) -> Listing:
         rows = splits[split]
-        column = _image_column(source, rows.features, options.image_column)
-        labels, names = _labels(source, splits, split, options.label_column)
+        column = image_column(source, rows.features, options.image_column)
+        label = label_column(source, rows.features, options.label_column)
+        found, names = None, None
+        if label is not None:
+            found, names = labels(source, splits, split, label, options.label_column is not None)
         plain = rows.select_columns([column]).with_format("arrow")
-        return Listing(Rows(f"{source} ({split})", plain, folder, options.allow_paths), labels, names)
+        return Listing(Rows(f"{source} ({split})", plain, folder, options.allow_paths), found, names)
 
     return Contents({split: functools.partial(listing, split) for split in splits}, left_out or {})
 
 
-def _image_column(source: str, features: Any, named: str | None) -> str:
+def image_column(source: str, features: Any, named: str | None) -> str:
     """The column of images, which is `named` or else the only one. Raises InputError if there is no such column."""
     import datasets
 
@@ -240,8 +243,27 @@ def _image_column(source: str, features: Any, named: str | None) -> str:
     raise InputError(f"{source}: no column of images among {', '.join(features)}")
 
 
-def _labels(
-    source: str, splits: dict[str, Any], split: str, named: str | None
+def label_column(source: str, features: Any, named: str | None) -> str | None:
+    """The column of labels, which is `named`, or else has a usual name, or is the only one of class labels; or None.
+
+    Raises InputError if the column is `named` and holds no labels.
+    """
+    import datasets
+
+    discrete = ("bool", "string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+    usable = [name for name, feature in features.items() if getattr(feature, "dtype", None) in discrete]
+    classes = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
+    if named is not None:
+        _check_column(source, "label_column", named, features)
+        if named not in usable:
+            raise InputError(f"label_column {named}: holds no labels; columns of {source} that do: {', '.join(usable)}")
+        return named
+    usual = [name for group in (classes, usable) for name in LABELS if name in group]
+    return (usual or classes)[0] if usual or len(classes) == 1 else None
+
+
+def labels(
+    source: str, splits: Mapping[str, Any], split: str, column: str, named: bool
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
     """Labels 0..K-1 of the split, and the K class names of all splits; (None, None) if a row has no label.
 
@@ -250,19 +272,6 @@ def _labels(
     import datasets
 
     features = splits[split].features
-    discrete = ("bool", "string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
-    usable = [name for name, feature in features.items() if getattr(feature, "dtype", None) in discrete]
-    classes = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
-    if named is not None:
-        _check_column(source, "label_column", named, features)
-        if named not in usable:
-            raise InputError(f"label_column {named}: holds no labels; columns of {source} that do: {', '.join(usable)}")
-        column = named
-    else:
-        usual = [name for group in (classes, usable) for name in LABELS if name in group]
-        if not (usual or len(classes) == 1):
-            return None, None
-        column = (usual or classes)[0]
     cells = splits[split].select_columns([column]).with_format("arrow")[:].column(0)
     missing = cells.null_count > 0
     if isinstance(features[column], datasets.ClassLabel):
@@ -274,8 +283,8 @@ def _labels(
         values = {v for rows in splits.values() if column in rows.features for v in rows.unique(column)} - {None}
         number, names = number_values(values)
         found = None if missing else _numbered(cells, number)
-    if missing and named is not None:
-        raise InputError(f"label_column {named}: some rows of {source} ({split}) have no label")
+    if missing and named:
+        raise InputError(f"label_column {column}: some rows of {source} ({split}) have no label")
     return (None, None) if found is None else (found, names)
 
 

@@ -73,17 +73,25 @@ class RemoteFile:
             with self.open() as whole:
                 whole.seek(start)
                 return whole.read(size)
-        path = self._folder / f"{start}-{size}"
+        data = self.kept(f"{start}-{size}", lambda: self._range(start, min(start + size, self.size)))
+        return data
+
+    def kept(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """What make() returns, kept on this machine under a name, which begins with a digit. Raises what it raises."""
+        path = self._folder / name
         with suppress(OSError):
             data = path.read_bytes()
-            if len(data) == size:
-                os.utime(path)
-                return data
-        data = self._range(start, min(start + size, self.size))
+            os.utime(path)
+            return data
+        data = make()
         with suppress(OSError):  # a full disk makes it slower, and not wrong
             atomic.write(path, data)
             _tidy(len(data), self.cache_bytes)
         return data
+
+    def parts(self) -> Any:
+        """The file, for reading just the parts that are asked for. Raises OSError."""
+        return _Parts(self) if self.ranges else self.open()
 
     def copy(self, path: Path) -> None:
         """Copy the file to a path of this machine, if it is not there. Raises OSError."""
@@ -94,7 +102,7 @@ class RemoteFile:
 
     def open(self) -> BinaryIO:
         if self.ranges:
-            return io.BufferedReader(_Ahead(self), _AHEAD)
+            return io.BufferedReader(_Parts(self), _AHEAD)
         path = self._folder / "whole"
         for _ in range(3):  # another process may delete it between two lines
             with suppress(FileNotFoundError):
@@ -124,8 +132,8 @@ class RemoteFile:
             raise OSError(f"{to.stat().st_size:,} bytes in place of {self.size:,}")
 
 
-class _Ahead(io.RawIOBase):
-    """A remote file from one end to the other."""
+class _Parts(io.RawIOBase):
+    """A remote file, each read of which is a request."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file, self._at = file, 0
@@ -259,7 +267,7 @@ def _status(fault: BaseException | None) -> int | None:
 # -- the parts on this machine -----------------------------------------------------------------------------------------
 
 _IN_USE = 60
-"""Seconds in which a whole file that was used is not deleted: many images of it are wanted one after another."""
+"""Seconds in which a whole file or row group that was used is not deleted: many images of it are wanted in turn."""
 _written, _guard = 0, threading.Lock()
 
 
@@ -284,7 +292,7 @@ def _tidy(count: int, most: int) -> None:
     for used, size, path in sorted(parts)[:-1]:  # the last one is in use
         if excess <= 0:
             return
-        if path.name == "whole" and time.time_ns() - used < _IN_USE * 10**9:
+        if path.name.endswith(("whole", "g")) and time.time_ns() - used < _IN_USE * 10**9:
             continue
         with suppress(OSError):
             path.unlink()

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
 from ddpm.files.arrays import read_npy
-from ddpm.files.data import hugging_face, remote
+from ddpm.files.data import hugging_face, remote, remote_rows
 from ddpm.files.data.blobs import Blob, LocalFile, facts_of
-from ddpm.files.data.index import data_cache, indexed, key_of
+from ddpm.files.data.index import indexed, key_of
 from ddpm.files.data.layout import Layout, arrange, kind, meanings, other_words
 from ddpm.files.data.listing import (
     ACCEPTED,
@@ -348,13 +348,13 @@ def _is_url(source: str, path: Path) -> bool:
 
 
 def _url(source: str, path: Path, options: Options) -> Contents:
-    """Tar files, or parquet files, at a URL. Tar files that come only as a whole are read in order."""
+    """Tar or parquet files at a URL. Rows of parquet, and tar files that come only as a whole, are read in order."""
     shards = remote.found(source, (".tar", ".parquet"), options.cache_bytes)
     tars = [shard for shard in shards if shard.url.lower().endswith(".tar")]
     if not shards or 0 < len(tars) < len(shards):
         raise InputError(f"{source}: {len(shards)} files, {len(tars)} of them .tar; want .tar files, or .parquet files")
     if not tars:
-        return _remote_rows(source, shards, options)
+        return remote_rows.contents(source, shards, options)
     names = [shard.url.rpartition("/")[2] for shard in tars] if len(tars) > 1 else [""]
     contents = _tar_contents(source, list(zip(names, tars, strict=True)), options)
     if all(shard.ranges for shard in tars):
@@ -372,18 +372,6 @@ def _url(source: str, path: Path, options: Options) -> Contents:
         )
 
     return Contents({split: functools.partial(in_order, split) for split in contents.splits}, contents.left_out)
-
-
-def _remote_rows(source: str, shards: Sequence[remote.RemoteFile], options: Options) -> Contents:
-    """Parquet files at a URL: copies on this machine, which `datasets` reads as a local folder."""
-    folder = data_cache() / "copies" / key_of(*(shard.facts() for shard in shards))[:32]
-    try:
-        for shard in shards:
-            shard.copy(folder / shard.url.rpartition("/")[2])
-    except OSError as fault:
-        raise InputError(f"{shard}: cannot be copied ({pictures.one_line(fault)})") from None
-    loaded = hugging_face.load_local(source, folder, None, options.progress)
-    return hugging_face.contents(source, loaded, folder, options)
 
 
 # -- arrays in a file --------------------------------------------------------------------------------------------------
