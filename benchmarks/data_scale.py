@@ -223,7 +223,7 @@ def main() -> None:
     work = args.work
     work.mkdir(parents=True, exist_ok=True)
     del args.work  # a record does not name folders of this machine
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"load": os.getloadavg()[0]}
     rows = []
     for kind in ("folder", "tar", "parquet"):
         if n := getattr(args, kind):
@@ -234,7 +234,8 @@ def main() -> None:
                     row = [kind, f"{n:,}", when, f"{found['seconds']:.1f}", f"{found['bytes'] / MIB:.0f}"]
                     rows.append(row)
                     print(" | ".join(row), file=sys.stderr, flush=True)
-    text = "## To the first batch, streamed\n\n"
+    text = f"Load average at the start: {values['load']:.1f} on {os.cpu_count()} cores.\n\n"
+    text += "## To the first batch, streamed\n\n"
     text += figures.table(["source", "images", "start", "s", "MiB (PSS), beyond imports"], rows) + "\n" if rows else ""
     if args.loader:
         source = str(made(work, "loader", args.loader))
