@@ -1029,6 +1029,24 @@ def test_closing_the_iterator_ends_the_workers(tmp_path):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_ranks_and_workers_visit_each_image_once_from_any_step_on(tmp_path, kind):
+    """An epoch as a multiset of images, for 1, 2 and 3 ranks, 0 and 4 workers, stopped after any step."""
+    warnings.filterwarnings("ignore", ".*worker processes in total.*")  # more than cores
+    root = folder(tmp_path / "set", rows=range(22), classes=False)
+    source = root if kind == "folder" else zipped(root, tmp_path / "set.zip")
+    lazy = load(str(source), (8, 8), 3, cache_bytes=0)
+    every = {bytes(PIXELS[i].transpose(2, 0, 1)): i for i in range(22)}
+    for ranks, workers, stop in ((1, 0, 1), (2, 4, 1), (3, 0, 0), (1, 4, 0)):
+        seen = []
+        for rank in range(ranks):
+            part = slice(rank * 11 // ranks, (rank + 1) * 11 // ranks)
+            for start, end in ((0, stop), (stop, 2)):  # it stops and goes on
+                for batch in batches(lazy, 3, 11, start, end, part=part, workers=workers):
+                    seen += [every[bytes(image.numpy())] for image in batch]
+        assert sorted(seen) == list(range(22))
+
+
 def test_auto_takes_the_workers_that_the_first_steps_ask_for(tmp_path, monkeypatch):
     """The batches are the same; decoding that is slow gets processes, and decoding that takes no time gets none."""
     lazy = load(str(folder(tmp_path, classes=False)), (8, 8), 3, cache_bytes=0)
