@@ -1,12 +1,15 @@
 """An index says what the files say, is used again only for the same files, and never stands in the way."""
 
 import io
+import multiprocessing
 import os
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -166,6 +169,29 @@ def test_an_index_that_is_not_used_is_forgotten(tmp_path, cache):
     found(source_of(tmp_path / "b", "folder"))
     [new] = cache.glob("index/*.arrow")
     assert new != old
+
+
+def _index(counted):
+    def build():
+        with counted.get_lock():
+            counted.value += 1
+        time.sleep(0.3)
+        return pa.table({"a": [1, 2, 3]})
+
+    assert index.indexed(index.key_of("test"), build).equals(pa.table({"a": [1, 2, 3]}))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_processes_that_start_together_build_one_index():
+    context = multiprocessing.get_context("fork")
+    counted = context.Value("i", 0)
+    processes = [context.Process(target=_index, args=(counted,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert counted.value == 1
 
 
 def test_mistakes_are_not_kept(tmp_path):

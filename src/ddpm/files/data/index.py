@@ -10,10 +10,11 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ddpm.files import atomic
@@ -45,19 +46,26 @@ def indexed(key: str, build: Callable[[], pa.Table], fresh: bool = False) -> pa.
 
     fresh  whether to build it in any case
 
-    Raises what `build` raises. A cache that cannot be written is no error.
+    Processes that start together wait for the first one. Raises what `build` raises. A cache that cannot be written is
+    no error.
     """
     path = data_cache() / "index" / f"{key}.arrow"
     if not fresh and (table := _read(path)) is not None:
         return table
-    table = build()
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    data = sink.getvalue().to_pybytes()
-    with suppress(OSError):
-        atomic.write(path, hashlib.sha256(data).digest() + data)
-        forget(path.parent, "*.arrow", _DAYS)
+    with ExitStack() as stack:
+        with suppress(OSError):
+            atomic.make_folder(path.parent)
+            stack.enter_context(filelock.FileLock(path.with_suffix(".lock")))
+            if not fresh and (table := _read(path)) is not None:  # another process made it meanwhile
+                return table
+        table = build()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        data = sink.getvalue().to_pybytes()
+        with suppress(OSError):
+            atomic.write(path, hashlib.sha256(data).digest() + data)
+            forget(path.parent, "*.*", _DAYS)
     return table
 
 
