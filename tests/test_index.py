@@ -76,6 +76,12 @@ def test_the_quick_reader_believes_no_damaged_header(entries, data):
             assert b"PaxHeader" in whole
 
 
+@pytest.mark.parametrize("line", [b"0 a=b\n", b"-4 a=b\n", b"99 a=b\n", b"a=b", b"\xff", b"7 abcd\n", b"4 =b\n"])
+def test_a_damaged_pax_header_ends(line):
+    with pytest.raises(ValueError, match=r"damaged pax|invalid literal"):
+        list(tars._pax(line + b"9 c=d\n"))
+
+
 def test_the_quick_reader_reads_what_writers_of_webdataset_write():
     plain = [(f"{i:05d}.{end}", tarfile.REGTYPE, 99, i / 7) for i in range(30) for end in ("png", "cls")]
     for form in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT):

@@ -152,8 +152,13 @@ def _quick(file: BinaryIO, size: int) -> list[Member] | None:
             return None
         if not sums or header[257:262] != b"ustar" or kind not in b"0x5" or length < 0:
             return None
+        if kind == b"x" and length > _TEXT:
+            return None
         if kind == b"x":
-            pax = dict(_pax(file.read(length)))
+            try:
+                pax = dict(_pax(file.read(length)))
+            except ValueError:
+                return None
             if any(key.startswith(b"GNU.") or key in (b"size", b"hdrcharset") for key in pax):
                 return None
         else:
@@ -171,9 +176,14 @@ def _quick(file: BinaryIO, size: int) -> list[Member] | None:
 
 
 def _pax(data: bytes) -> Iterable[tuple[bytes, bytes]]:
-    """Keys and values of a pax header, of lines LENGTH KEY=VALUE."""
+    """Keys and values of a pax header, of lines LENGTH KEY=VALUE. Raises ValueError for other text."""
     while data:
-        length = int(data.split(b" ", 1)[0])
-        key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
+        number, space, _ = data.partition(b" ")
+        length = int(number)
+        if not space or not len(number) + 3 <= length <= len(data) or data[length - 1 : length] != b"\n":
+            raise ValueError("damaged pax header")
+        key, equals, value = data[len(number) + 1 : length - 1].partition(b"=")
+        if not key or not equals or any(part != part.strip() for part in (number, key)):
+            raise ValueError("damaged pax header")
         yield key, value
         data = data[length:]
