@@ -59,7 +59,7 @@ WORDS = {f"--{was}": f"--{is_now.replace('_', '-')}" for was, is_now in RENAMED.
 # Keys of JSON files that the package writes: their old names.
 KEYS = {is_now: was for was, is_now in RENAMED.items()} | {"levels_per_image": "levels"}
 # Keys of JSON files that are left out: they differ between runs, between versions, and with the identity of a model.
-TIMED = {"seconds", "images_per_second"}
+TIMED = {"seconds", "images_per_second", "data_wait"}
 VERSIONED = {"version", "_diffusers_version"}
 NAMED = {"sha256", "identity", "weights_sha256", "model", "measured_on"}
 SAMPLED = "ancestral ddim dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc unipc_3 heun flow".split()

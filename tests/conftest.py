@@ -34,6 +34,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep indexes of data sets out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_DATA_CACHE", str(tmp_path_factory.mktemp("data_cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _ctrl_c() -> None:
     """Handle SIGINT. In a background job of a shell script it is ignored, and Python does not change that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

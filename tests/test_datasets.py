@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import tarfile
+import time
 import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
@@ -262,7 +263,7 @@ def test_parquet_without_any_path(tmp_path):
     held = load(str(tmp_path / "a.parquet"), (8, 8), 3)
     lazy = load(str(tmp_path / "a.parquet"), (8, 8), 3, cache_bytes=0)
     assert torch.equal(lazy.batch([0, 1, 2]), held.batch([0, 1, 2]))
-    assert lazy.fingerprint != held.fingerprint
+    assert lazy.fingerprint == held.fingerprint
 
 
 def test_hugging_face_bad_rows(tmp_path):
@@ -877,14 +878,49 @@ def test_held_out_images_are_a_fixed_part_without_copies(tmp_path, cache_bytes):
         load_pair(str(tmp_path / "one"), (8, 8), 3)
 
 
-def test_fingerprint_tells_data_apart(tmp_path):
-    prints = set()
-    for k in range(2):
-        folder(tmp_path, classes=False)
-        pictures.save(tmp_path / "3.png", PIXELS[3] * k)
-        for cache_bytes in (2**30, 0):
-            prints.add(load(str(tmp_path), (8, 8), 3, cache_bytes=cache_bytes).fingerprint)
-    assert len(prints) == 4
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "parquet", "npz"])
+def test_one_fingerprint_whether_decoded_or_not_and_another_for_other_data(tmp_path, kind):
+    """A name, a size, a label, the image size or the part of the source that differs is noticed."""
+
+    def source(k, rows, labels=True):
+        root = tmp_path / f"{k}" / "set"
+        root.mkdir(parents=True)
+        if kind == "parquet":
+            table = rows_of(0, len(rows))
+            if not labels:
+                table = table.remove_columns(["label"])
+            table.to_parquet(root / "a.parquet")
+            return str(root / "a.parquet")
+        if kind == "npz":
+            arrays = {"x_train": PIXELS[: len(rows)]} | ({"y_train": np.array(LABELS)[: len(rows)]} if labels else {})
+            np.savez(root / "a.npz", **arrays)
+            return str(root / "a.npz")
+        folder(root, rows=rows, classes=labels)
+        if kind == "zip":
+            return str(zipped(root, tmp_path / f"{k}" / "set.zip"))
+        if kind == "tar":
+            with tarfile.open(tmp_path / f"{k}" / "set.tar", "w") as archive:
+                archive.add(root, "set")
+            return str(tmp_path / f"{k}" / "set.tar")
+        return str(root)
+
+    def prints(source, size=(8, 8), channels=3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = [
+                [part.fingerprint for part in load_pair(source, size, channels, cache_bytes=cache_bytes)]
+                for cache_bytes in (2**30, 0)
+            ]
+        assert found[0] == found[1]
+        assert found[0][0] != found[0][1]
+        return found[0]
+
+    first = source(0, range(N))
+    assert prints(first) == prints(source(1, range(N)))  # a copy, whose times differ
+    others = [prints(source(2, range(N - 1))), prints(source(3, range(N), labels=False))]
+    others += [prints(first, (16, 8)), prints(first, channels=1)]
+    every = [one for both in (prints(first), *others) for one in both]
+    assert len(set(every)) == len(every)
 
 
 # -- order and batches -------------------------------------------------------------------------------------------------
@@ -989,6 +1025,46 @@ def test_closing_the_iterator_ends_the_workers(tmp_path):
     assert len(multiprocessing.active_children()) == 2
     steps.close()
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_ranks_and_workers_visit_each_image_once_from_any_step_on(tmp_path, kind):
+    """An epoch as a multiset of images, for 1, 2 and 3 ranks, 0 and 4 workers, stopped after any step."""
+    warnings.filterwarnings("ignore", ".*worker processes in total.*")  # more than cores
+    root = folder(tmp_path / "set", rows=range(22), classes=False)
+    source = root if kind == "folder" else zipped(root, tmp_path / "set.zip")
+    lazy = load(str(source), (8, 8), 3, cache_bytes=0)
+    every = {bytes(PIXELS[i].transpose(2, 0, 1)): i for i in range(22)}
+    for ranks, workers, stop in ((1, 0, 1), (2, 4, 1), (3, 0, 0), (1, 4, 0)):
+        seen = []
+        for rank in range(ranks):
+            part = slice(rank * 11 // ranks, (rank + 1) * 11 // ranks)
+            for start, end in ((0, stop), (stop, 2)):  # it stops and goes on
+                for batch in batches(lazy, 3, 11, start, end, part=part, workers=workers):
+                    seen += [every[bytes(image.numpy())] for image in batch]
+        assert sorted(seen) == list(range(22))
+
+
+def test_auto_takes_the_workers_that_the_first_steps_ask_for(tmp_path, monkeypatch):
+    """The batches are the same; decoding that is slow gets processes, and decoding that takes no time gets none."""
+    lazy = load(str(folder(tmp_path, classes=False)), (8, 8), 3, cache_bytes=0)
+    want = list(batches(lazy, 0, 4, 0, 12, workers=0))
+    decode, said = type(lazy).decode, []
+
+    def slow(*args):
+        time.sleep(0.02)
+        return decode(*args)
+
+    for slower, training, workers in ((slow, 0.005, {1, 2}), (decode, 0.5, {0})):
+        monkeypatch.setattr(type(lazy), "decode", slower)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+        stream = batches(lazy, 0, 4, 0, 12 if workers != {0} else 5, workers="auto", say=said.append)
+        for step, batch in enumerate(stream):
+            assert torch.equal(batch, want[step])
+            assert len(multiprocessing.active_children()) in (workers if step > 3 else {0})
+            time.sleep(training)
+    assert [line[:9] for line in said] == ["workers 2", "workers 0"]
+    assert [len(batch) for batch in batches(lazy, 0, 4, 0, 2, workers="auto")] == [4, 4]
 
 
 def test_zip_in_a_new_process(tmp_path):

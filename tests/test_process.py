@@ -331,12 +331,6 @@ def test_a_full_disk_is_not_tried_twice(tmp_path: Path, monkeypatch: pytest.Monk
 # -- processes that decode images --------------------------------------------------------------------------------------
 
 
-def streaming(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let images be decoded by other processes, as if they did not fit in memory."""
-    for name in ("load", "load_pair"):
-        monkeypatch.setitem(getattr(data, name).__kwdefaults__, "cache_bytes", 0)
-
-
 def workers() -> list[int]:
     import multiprocessing
 
@@ -349,7 +343,6 @@ def test_dead_workers_are_replaced(number: int, tmp_path: Path, monkeypatch: pyt
     folder_of_images(tmp_path / "data")
     options = ("--data", tmp_path / "data", "--workers", 2, "--steps", 30)
     assert train(tmp_path / "memory", *options) == 0
-    streaming(monkeypatch)
     killed: list[int] = []
 
     def kill() -> None:
@@ -358,7 +351,7 @@ def test_dead_workers_are_replaced(number: int, tmp_path: Path, monkeypatch: pyt
             os.kill(pid, number)
 
     at_step(3, monkeypatch, kill)
-    assert train(tmp_path / "ahead", *options) == 0
+    assert train(tmp_path / "ahead", *options, "--cache-bytes", 0) == 0
     assert len(killed) == 2
     assert losses(tmp_path / "ahead") == losses(tmp_path / "memory")
     assert not workers()
@@ -366,7 +359,6 @@ def test_dead_workers_are_replaced(number: int, tmp_path: Path, monkeypatch: pyt
 
 def test_workers_that_always_die_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_of_images(tmp_path / "data")
-    streaming(monkeypatch)
     monkeypatch.setattr(sys.modules["ddpm.files.data.batches"], "_TRIES", 2)
     decode = data.Images.decode
 
@@ -378,22 +370,18 @@ def test_workers_that_always_die_end_the_run(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(data.Images, "decode", die)
     monkeypatch.setattr(training, "held_out_by_level", lambda *_: [0.0])
     with pytest.raises(Stopped, match=r"died 2 times in a row .* want fewer workers"):
-        training.train(_tiny(data=str(tmp_path / "data"), workers=2, steps=3), tmp_path / "run")
+        training.train(_tiny(data=str(tmp_path / "data"), workers=2, cache_bytes=0, steps=3), tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_the_whole_group(number: int, tmp_path: Path) -> None:
     """Slurm, systemd and `timeout` signal every process. SIGTERM saves; after SIGKILL the lock is free at once."""
     folder_of_images(tmp_path / "data")
-    script = (
-        "import sys; from ddpm.files import data; from ddpm.cli import main\n"
-        "for f in (data.load, data.load_pair): f.__kwdefaults__['cache_bytes'] = 0\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
     run = tmp_path / "run"
-    options = ["--data", str(tmp_path / "data"), "--steps", "100000", "--workers", "2", "--out", str(run)]
+    options = ["--data", str(tmp_path / "data"), "--steps", "100000", "--workers", "2", "--cache-bytes", "0"]
+    options += ["--out", str(run)]
     process = subprocess.Popen(
-        [sys.executable, "-c", script, *TINY, *options], stderr=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-m", "ddpm", *TINY, *options], stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 5,' in (run / "metrics.jsonl").read_text())

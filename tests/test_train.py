@@ -36,7 +36,7 @@ from ddpm.run import ema
 from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.processes import Processes
 from ddpm.run.sample import generate
-from ddpm.run.train import BUCKETS, _Watch, held_out_by_level
+from ddpm.run.train import BUCKETS, _Meter, _Watch, held_out_by_level
 
 # -- stopping and resuming ---------------------------------------------------------------------------------------------
 
@@ -156,14 +156,68 @@ def test_images_are_decoded_ahead_by_other_processes(tmp_path: Path, monkeypatch
     folder_of_images(tmp_path / "data")
     options = ("--data", tmp_path / "data", "--steps", 6, "--workers", 2)
     assert train(tmp_path / "memory", *options) == 0
-    monkeypatch.setattr(data, "load_pair", functools.partial(data.load_pair, cache_bytes=0))
     with monkeypatch.context() as patch:
         at_step(3, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert train(tmp_path / "ahead", *options) == 130
+        assert train(tmp_path / "ahead", *options, "--cache-bytes", 0) == 130
     assert not multiprocessing.active_children()
-    assert train(tmp_path / "ahead", *options) == 0
-    assert losses(tmp_path / "ahead") == losses(tmp_path / "memory")
+    shutil.copytree(tmp_path / "ahead", tmp_path / "then-in-memory")
+    assert train(tmp_path / "ahead", *options, "--cache-bytes", "0K") == 0
+    assert train(tmp_path / "then-in-memory", *options, "--cache-bytes", "1.5M") == 0
+    for run in ("ahead", "then-in-memory"):
+        assert losses(tmp_path / run) == losses(tmp_path / "memory")
     assert not multiprocessing.active_children()
+
+
+def test_verify_notices_an_image_of_the_same_name_and_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_of_images(tmp_path / "data")
+    monkeypatch.setattr("ddpm.files.data.loading.PLAIN", 0)
+    options = ("--data", tmp_path / "data", "--verify", "--steps")
+    assert train(tmp_path / "run", *options, 2) == 0
+    assert train(tmp_path / "run", *options, 3) == 0
+    old = {}
+    for path in sorted((tmp_path / "data").iterdir()):
+        old[path], status = path.read_bytes(), path.stat()
+        path.write_bytes(old[path][:-4] + b"\0\0\0\0")  # the checksum of the last chunk, which Pillow passes over
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert train(tmp_path / "run", *options[:2], "--steps", 4) == 0  # without --verify it is not noticed
+    capsys.readouterr()
+    assert train(tmp_path / "run", *options, 5) == 2
+    assert "other contents; want those, or another out" in capsys.readouterr().err
+    for path, content in old.items():
+        path.write_bytes(content)
+    assert train(tmp_path / "run", *options, 5) == 0
+
+
+def test_the_log_says_how_much_training_waits_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of_images(tmp_path / "data")
+    options = ("--data", tmp_path / "data", "--steps", 4, "--workers", 0, "--cache-bytes")
+    decode = data.Images.decode
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.3)
+        return decode(*args)
+
+    monkeypatch.setattr(data.Images, "decode", slow)
+    shares = []
+    for cache_bytes in (0, "1M"):
+        assert train(tmp_path / f"run{cache_bytes}", *options, cache_bytes) == 0
+        lines = [line for line in metrics(tmp_path / f"run{cache_bytes}") if "data_wait" in line]
+        assert all(0 <= line["data_wait"] <= 1 for line in lines)
+        shares.append(sorted(line["data_wait"] for line in lines)[1])
+    assert shares[0] > 2 * shares[1]
+    meter = _Meter(0.0, Processes(0, 1, torch.device("cpu")), 8)
+    for waited, line in ((0.5, ""), (6.0, "training waits for data 60% of the time"), (6.0, "")):
+        meter._all_waited, meter._all_seconds = waited, 10.0
+        assert meter.waits().partition(";")[0] == line
+
+
+def test_cache_bytes_that_are_no_number_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("4 apples", "-1", "1e9", "9999999T"):
+        assert train(tmp_path / "run", "--cache-bytes", text) == 2
+        wanted = f"ddpm: --cache-bytes '{text}': want a number of bytes, as 4G, 500M or 0\n"
+        assert capsys.readouterr().err.endswith(wanted)
 
 
 def test_some_settings_may_change_when_a_run_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -403,7 +457,7 @@ def test_files_of_a_run(trained: Path) -> None:
     assert json.loads((trained / "config.json").read_text())["width"] == 32
     lines = metrics(trained)
     training = [line for line in lines if "loss" in line]
-    keys = {"step", "loss", "lr", "grad_norm", "images_per_second", "seconds"}
+    keys = {"step", "loss", "lr", "grad_norm", "images_per_second", "data_wait", "seconds"}
     assert all(line.keys() == keys for line in training)
     assert [line["step"] for line in training] == list(range(1, 31))
     assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(training))
@@ -737,8 +791,7 @@ def test_a_bad_image_in_the_first_batch_changes_no_file(
 ) -> None:
     """A new run has nothing to save. A resumed run keeps its checkpoint with its held-out loss."""
     folder_of_images(tmp_path / "data")
-    monkeypatch.setattr(data, "load_pair", functools.partial(data.load_pair, cache_bytes=0))
-    options = ("--data", tmp_path / "data", "--workers", 0, "--steps")
+    options = ("--data", tmp_path / "data", "--workers", 0, "--cache-bytes", 0, "--steps")
     if before:
         assert train(tmp_path / "run", *options, before) == 0
     kept = {p: p.read_bytes() for p in (tmp_path / "run").rglob("checkpoints/*/*")}

@@ -21,6 +21,7 @@ Weighting = Literal["none", "min_snr", "p2"]
 PixelType = Literal["uint8", "uint16", "float32"]
 Fit = Literal["crop", "pad", "stretch", "random-crop"]
 Precision = Literal["auto", "float32", "bf16"]
+Workers = Literal["auto"] | int
 Compile = Literal["auto", "on", "off"]
 
 

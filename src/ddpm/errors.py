@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -117,6 +118,28 @@ def finite_number(name: str, value: Any, least: float | None = None, most: float
     if number is None or outside or not math.isfinite(number):
         raise InputError(f"{name} {_shown(value)}: want a finite number{_range(number, least, most)}")
     return number
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def byte_count(name: str, value: Any) -> int:
+    """Return a number of bytes as an int. Text may end in K, M, G or T, powers of 1024. Raises InputError otherwise.
+
+    >>> byte_count("cache_bytes", "4G") == 4 * 2**30, byte_count("cache_bytes", "1.5K"), byte_count("cache_bytes", 7)
+    (True, 1536, 7)
+    >>> byte_count("cache_bytes", "4 apples")
+    Traceback (most recent call last):
+    ...
+    ddpm.errors.InputError: cache_bytes '4 apples': want a number of bytes, as 4G, 500M or 0
+    """
+    if not isinstance(value, str):
+        return whole_number(name, value, 0, 2**62)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
+    count = float(match[1]) * _UNITS[match[2].upper()] if match else math.inf
+    if count > 2**62:
+        raise InputError(f"{name} {_shown(value)}: want a number of bytes, as 4G, 500M or 0")
+    return int(count)
 
 
 def _shown(value: Any) -> str:

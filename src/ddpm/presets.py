@@ -11,9 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from ddpm import catalog
-from ddpm.catalog import Compile, Fit, PixelType, Precision, Prediction, TimestepSampling, Variance, Weighting
+from ddpm.catalog import Compile, Fit, PixelType, Precision, Prediction, TimestepSampling, Variance, Weighting, Workers
 from ddpm.details import Details
-from ddpm.errors import InputError, check_size, finite_number, suggestion, whole_number
+from ddpm.errors import InputError, byte_count, check_size, finite_number, suggestion, whole_number
 
 if TYPE_CHECKING:
     from ddpm.denoiser import Denoiser
@@ -88,6 +88,15 @@ class Preset:
     label_dropout: float = _data(0.1, "probability of hiding a label, which guidance needs", 0, 1)
     skip_bad: bool = _data(False, "skip images that cannot be read, and count them", resume=True)
     allow_paths: bool = _data(False, "let a data set name image files outside its own folder", resume=True)
+    verify: bool = _data(
+        False, "hash the contents of all images, and refuse to resume a run on others of the same size", resume=True
+    )
+    shuffle_window: int = _data(
+        10_000, "images that are shuffled together, if the shards of a data set must be read in order", 1, _COUNT
+    )
+    cache_bytes: int = _data(
+        4 * 2**30, "memory for decoded images, as 4G or 500M; more are decoded again and again", 0, 2**62, resume=True
+    )
 
     width: int = _network(128, "channels of the first level, a multiple of 32", 32, 8192)
     channel_multipliers: tuple[int, ...] = _network(
@@ -141,7 +150,13 @@ class Preset:
     seed: int = _run(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
     device: str = _run("auto", "auto, cpu, cuda, cuda:1 or mps", resume=True)
     compile: Compile = _run("auto", "compile the network with Inductor; auto: on CUDA devices", resume=True)
-    workers: int = _run(2, "processes that decode images, if the images do not fit in memory", 0, 1024, resume=True)
+    workers: Workers = _run(
+        "auto",
+        "processes that decode images, if these take more than cache_bytes; auto: by the speed of the first steps",
+        0,
+        1024,
+        resume=True,
+    )
     save_every: int = _run(5000, "steps between checkpoints", 1, _COUNT, resume=True)
     save_minutes: float = _run(
         10,
@@ -175,6 +190,7 @@ class Preset:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise InputError(f"{f.name} {value!r}: {suggestion(value, choices)}want {', '.join(choices)}")
+            value = byte_count(f.name, value) if f.name == "cache_bytes" else value
             left_open = isinstance(value, tuple) and value == f.default == ()
             if not left_open:
                 value = check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
@@ -239,6 +255,12 @@ def check(name: str, value: Any, kind: Any, least: float | None = None, most: fl
             hint = suggestion(value, get_args(kind)) if isinstance(value, str) else ""
             raise InputError(f"{name} {value!r}: {hint}want {', '.join(map(str, get_args(kind)))}")
         return value
+    if kind == Workers:
+        if value == "auto":
+            return value
+        if isinstance(value, str):
+            raise InputError(f"{name} {value!r}: want auto or a whole number, {least} to {most}")
+        kind = int
     if get_origin(kind) is tuple:
         element = get_args(kind)[0]
         if not isinstance(value, tuple) or not (value or element is str):

@@ -134,6 +134,10 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
+def auto_or_number(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def height_and_width(text: str) -> tuple[int, ...]:
     sides = tuple(int(part) for part in text.lower().split("x"))
     return sides * 2 if len(sides) == 1 else sides

@@ -11,6 +11,7 @@ from ddpm.cli.options import (
     SOURCE,
     Commands,
     add_json,
+    auto_or_number,
     command,
     converter,
     height_and_width,
@@ -59,6 +60,10 @@ def add_setting(group: Any, f: Any) -> None:
         group.add_argument(option, action=argparse.BooleanOptionalAction, **about)
     elif f.name == "size":
         group.add_argument(option, type=converter(height_and_width, "a size as 32 or 32x48"), metavar="HxW", **about)
+    elif f.name == "workers":
+        group.add_argument(option, type=converter(auto_or_number, "auto or a whole number"), metavar="N", **about)
+    elif f.name == "cache_bytes":
+        group.add_argument(option, metavar="BYTES", **about)  # Preset reads 4G
     elif get_origin(kind) is tuple:
         several = converter(whole_numbers, "whole numbers with commas between, as 1,2,2")
         if get_args(kind)[0] is float:

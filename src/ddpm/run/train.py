@@ -40,6 +40,9 @@ BUCKETS = 10
 """Equal ranges of t in which the held-out loss is logged."""
 HELD_OUT_SEED = 1 << 40  # far from the seeds of runs, so that held-out draws are the same in every run
 
+_WAITS = 0.1
+"""The share of waiting for data that is worth a line."""
+
 # The purpose of a draw. It keeps the draws of one step apart.
 _BATCH, _EPS, _DROPOUT = 1, 2, 3
 
@@ -84,8 +87,9 @@ def train(
         at_once = preset.batch_size // (ranks.world * preset.accumulate)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
         train_set, held_out_set = data.load_pair(
-            images or preset.data, preset.size, preset.channels, progress=ranks.first, **data.settings_of(preset)
-        )
+            images or preset.data, preset.size, preset.channels, verify=preset.verify, progress=ranks.first,
+            **data.settings_of(preset),
+        )  # fmt: skip
         preset = _with_class_names(preset, out, train_set)
         if preset.pixel_type == "float32":
             preset = replace(preset, value_range=(train_set.values.low, train_set.values.high))
@@ -93,7 +97,7 @@ def train(
             _lock(out, stack)  # only now, so that a mistake in settings or data leaves no folder behind
 
         model = _build(preset, ranks.device)
-        _resume(model, preset, out, train_set.fingerprint)
+        _resume(model, preset, out, train_set)
         if source is not None:
             _begin_with(source, model, preset, ranks)
         begun = model.step
@@ -143,13 +147,14 @@ def train(
         stream = data.batches(
             train_set, preset.seed, preset.batch_size, begun, preset.steps,
             part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
+            say=lambda line: log.say(ranks, line),
         )  # fmt: skip
         bar = tqdm(total=preset.steps, initial=begun, unit="step", disable=None if ranks.first else True)
         stack.callback(bar.close)
         stop = stack.enter_context(_signals())  # before this line there is nothing to save
         stack.enter_context(_saving_at_the_end(model, out, save))
 
-        for batch in stream:
+        for batch in meter.waiting(stream):
             loss, norm = _update(model, training, preset, parts, batch, train_set, draws, ranks, meter)
             watch.see(model.step, norm)
             if ranks.device.type == "cpu":
@@ -168,6 +173,8 @@ def train(
                 watch.check(out, loss)
                 line = meter.line(model.adam.param_groups[0]["lr"], norm)
                 write(model.step, line)
+                if warning := meter.waits():
+                    log.say(ranks, warning)
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s")
             with meter.paused():
                 if saving or ended:
@@ -203,6 +210,7 @@ class _Model:
     seconds    of training so far
     saved      the step of the newest checkpoint
     resumed    the checkpoint that this process began with
+    contents   a hash of the images that it is trained on, if some process of the run made it
     whole      whether weights, moments and average are those of one step, and not amid an update
     """
 
@@ -217,6 +225,7 @@ class _Model:
     held_out_before: float | None = None
     saved: int = 0
     resumed: Path | None = None
+    contents: str | None = None
     whole: bool = True
 
     def __post_init__(self) -> None:
@@ -262,15 +271,22 @@ def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Proces
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _resume(model: _Model, preset: Preset, out: Path, fingerprint: str) -> None:
+def _resume(model: _Model, preset: Preset, out: Path, images: data.Images) -> None:
     """Load the newest whole checkpoint, if the run has one. Raises InputError if the run saw other images."""
     folder = checkpoints.newest(out)
+    model.contents = images.contents if preset.verify else None
     if folder is None:
         if damaged := checkpoints.saved(out):
             raise InputError(f"out {out}: none of its checkpoints is whole; delete {damaged[0].parent} to start again")
         return
     state = checkpoints.read_state(folder)
-    if state["data"] != fingerprint:
+    if model.contents is not None and state.get("contents") not in (None, model.contents):
+        raise InputError(
+            f"data {preset.data}: images of the same names and sizes as those of the run in {out}, but other contents; "
+            "want those, or another out"
+        )
+    model.contents = model.contents or state.get("contents")
+    if state["data"] != images.fingerprint:
         was = checkpoints.settings(out)
         raise InputError(
             f"data {preset.data}: not the images that the run in {out} was trained on, which came from "
@@ -301,6 +317,7 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         "held_out": held_out,
         "held_out_before": model.held_out_before,
         "data": fingerprint,
+        **({"contents": model.contents} if model.contents else {}),
     }
     files = {
         "ema": model.average.state_dict(),
@@ -417,7 +434,7 @@ def _ending_at(
 def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
     """The labels of a batch, int64 [batch_size]; -1 hides one (Ho & Salimans 2022, Algorithm 1)."""
     assert train_set.labels is not None
-    y = train_set.labels[data.order(len(train_set), preset.seed, step, preset.batch_size)]
+    y = train_set.labels[train_set.order(preset.seed, step, preset.batch_size)]
     hidden = torch.rand(preset.batch_size, generator=g) < preset.label_dropout
     return data.send(y.masked_fill(hidden, -1), ranks.device)
 
@@ -462,6 +479,8 @@ class _Meter:
         self.total, self.steps = torch.zeros((), device=ranks.device), 0
         self.rate: float | None = None
         self.left_out = 0.0
+        self._waited = self._all_waited = self._all_seconds = 0.0
+        self._warned = False
 
     def seconds(self) -> float:
         """Seconds of training, with those of earlier processes."""
@@ -473,14 +492,38 @@ class _Meter:
         self.rate = self.steps * self._batch_size / (now - self._since)
         loss = float(self._ranks.total((self.total / self.steps).cpu())) / self._ranks.world
         self.total.zero_()
-        self.steps, self._since = 0, now
+        passed, waited = now - self._since, self._waited
+        self.steps, self._since, self._waited = 0, now, 0.0
+        self._all_waited, self._all_seconds = self._all_waited + waited, self._all_seconds + passed
         return {
             "loss": loss,
             "lr": lr,
             "grad_norm": float(norm),
             "images_per_second": self.rate,
+            "data_wait": waited / passed,
             "seconds": self._before + now - self._started,
         }
+
+    def waiting(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The batches; the time until each one comes is waiting for data."""
+        while True:
+            begun = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - begun
+            if batch is None:
+                return
+            yield batch
+
+    def waits(self) -> str:
+        """One line if training waits for data, once in a run."""
+        share = self._all_waited / self._all_seconds
+        if self._warned or self._all_seconds < 5 or share < _WAITS:
+            return ""
+        self._warned = True
+        return (
+            f"training waits for data {share:.0%} of the time; more workers, a larger cache_bytes or images stored at "
+            "their size in training would help"
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -2,14 +2,16 @@
 
 `sources.SOURCES` lists the kinds of SOURCE. `digits` always means scikit-learn's images; a folder with that name is
 ./digits. A data set on the hub is OWNER/NAME, or OWNER/NAME:CONFIG for one of its configurations, and FOLDER:CONFIG is
-one of a folder. `layout` finds splits and classes in the names of files.
+one of a folder. `layout` finds splits and classes in the names of files. `ordering` says which images a step takes.
+`index`, `shared` and `remote` keep what is slow to find out, decoded images, and parts of files at URLs.
 """
 
-from ddpm.files.data.batches import STOP_SIGNALS, batches, order, send
+from ddpm.files.data.batches import STOP_SIGNALS, batches, send
 from ddpm.files.data.decoding import Form, decoded
 from ddpm.files.data.listing import EncodedImages, Options, holds_image, is_hidden, is_image, natural, walk
 from ddpm.files.data.loading import Images, describe, form_of, load, load_pair, settings_of, split_holdout, take
 from ddpm.files.data.objects import Given, given
+from ddpm.files.data.ordering import Shards, order
 from ddpm.files.data.sources import Arrays, Folder, Zip
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Given",
     "Images",
     "Options",
+    "Shards",
     "Zip",
     "batches",
     "decoded",

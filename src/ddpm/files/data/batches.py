@@ -1,10 +1,12 @@
 """Batches of images in an order that is a function of (seed, step)."""
 
-import functools
+import math
 import multiprocessing
+import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -14,43 +16,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ddpm.catalog import Workers
 from ddpm.errors import InputError, Stopped
 from ddpm.files import images as pictures
 from ddpm.files.data.loading import Images, take
 from ddpm.noise import generator
 
-_ORDER = 0x0DE5
-"""Key of the permutations. It keeps them apart from other draws of the same seed."""
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 """What a person or a cluster sends to stop a run. Windows does not have all of them."""
 _CROP = 0xC809
 """Key of the places of random crops. It keeps them apart from other draws of the same seed."""
+_TRIAL = 4
+"""Steps that are timed for workers "auto"; the fastest ones count, since the first one also compiles."""
+_LITTLE, _SPARE = 0.02, 1.25
+"""The share of a step below which decoding needs no process of its own; and how much faster decoding is to be."""
+_AHEAD, _LARGE = 4, 1 << 25
+"""Batches that each worker decodes ahead, if one takes less than so many bytes; otherwise 2."""
 _TRIES = 5
 """How often workers may die without a batch in between."""
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=generator(seed, epoch, _ORDER))
-
-
-def order(n: int, seed: int, step: int, batch_size: int) -> Tensor:
-    """The indices, in 0..n-1, of the images of a step (0, 1, ...): int64 [batch_size].
-
-    The batches are one stream of images. Its place p = step * batch_size + i holds place p mod n of the permutation of
-    (seed, p // n). So every epoch visits each image once, and a run can resume at any step.
-
-    >>> torch.cat([order(4, 0, step, 2) for step in (0, 1)]).sort().values
-    tensor([0, 1, 2, 3])
-    """
-    if n < 1 or step < 0 or batch_size < 1:
-        raise ValueError(f"want n >= 1, step >= 0, batch_size >= 1, got {n}, {step}, {batch_size}")
-    start, stop = step * batch_size, (step + 1) * batch_size
-    parts = [
-        _permutation(n, seed, epoch)[max(start - epoch * n, 0) : stop - epoch * n]
-        for epoch in range(start // n, (stop - 1) // n + 1)
-    ]
-    return torch.cat(parts)
 
 
 def crop_places(images: Images, seed: int, step: int, batch_size: int) -> Tensor | None:
@@ -71,24 +54,32 @@ def crop_places(images: Images, seed: int, step: int, batch_size: int) -> Tensor
 def _what(images: Images, seed: int, step: int, batch_size: int, part: slice) -> tuple[Tensor, Tensor | None]:
     """What a process decodes in a step: indices and places."""
     places = crop_places(images, seed, step, batch_size)
-    return order(len(images), seed, step, batch_size)[part], None if places is None else places[part]
+    return images.order(seed, step, batch_size)[part], None if places is None else places[part]
 
 
-_Step: TypeAlias = tuple[Tensor, dict[int, str], pictures.Notes] | str
+_Step: TypeAlias = tuple[int, dict[int, str], pictures.Notes] | str
 
 
 @dataclass
 class _Steps(Dataset[_Step]):
-    """Step -> its images, or an error as a string: torch makes many lines of an error that is raised in a worker."""
+    """Step -> the slot of its images, or an error as a string: torch makes many lines of an error in a worker.
+
+    slots  shared memory, [S, B, C, H, W]. Step n is written into slot n mod S. To send images in another way would cost
+           as much as to decode them, most of it for new pages of memory
+    """
 
     images: Images
     seed: int
     batch_size: int
     part: slice
+    slots: Tensor
 
     def __getitem__(self, step: int) -> _Step:
+        slot = step % len(self.slots)
         try:
-            return self.images.decode(*_what(self.images, self.seed, step, self.batch_size, self.part))
+            what = _what(self.images, self.seed, step, self.batch_size, self.part)
+            _, faults, notes = self.images.decode(*what, out=self.slots[slot].numpy())
+            return slot, faults, notes
         except InputError as fault:
             return str(fault)
 
@@ -137,13 +128,16 @@ def batches(
     stop: int,
     *,
     part: slice | None = None,
-    workers: int = 2,
+    workers: Workers = 2,
     device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Generator[Tensor, None, None]:
     """Yield the images of each step in start..stop-1, as `order` lists them: [b, C, H, W] on `device`.
 
     part     the slice of each batch that this process takes; None: all of it
-    workers  processes that decode ahead, if the images are not in memory (0: none); closing the iterator ends them
+    workers  processes that decode ahead, if the images are not in memory (0: none); closing the iterator ends them.
+             auto: this process decodes the first batches, and their times tell how many there are (`enough_workers`)
+    say      is told that number
 
     Images that are in memory are copied to a CUDA device once, if they fit. Workers that die are started again, with
     the same batches, since the order is a function of the step. Raises what `Images.batch` raises, and Stopped if
@@ -157,9 +151,13 @@ def batches(
     if images.pixels is not None:
         pixels = images.pixels.to(device) if _fits(images.pixels, device) else images.pixels
         for step in range(start, stop):
-            rows = images.rows[order(len(images), seed, step, batch_size)[part]]
+            rows = images.rows[images.order(seed, step, batch_size)[part]]
             yield send(take(pixels, send(rows, pixels.device)), device)
         return
+    if workers == "auto":
+        first = range(start, min(start + _TRIAL, stop))
+        workers = yield from _trial(images, seed, batch_size, first, part, device, say)
+        start = first.stop
     if workers == 0:
         for step in range(start, stop):
             yield send(images.batch(*_what(images, seed, step, batch_size, part)), device)
@@ -167,7 +165,7 @@ def batches(
     faults_in_a_row = 0
     while start < stop:
         try:
-            for batch in _by_workers(_Steps(images, seed, batch_size, part), range(start, stop), workers):
+            for batch in _by_workers(images, seed, batch_size, part, range(start, stop), workers):
                 yield send(batch, device)
                 start, faults_in_a_row = start + 1, 0
         except _WorkerDied as error:
@@ -179,18 +177,64 @@ def batches(
                 ) from None
 
 
+def enough_workers(decoding: float, training: float, cores: int) -> int:
+    """How many processes decode so that training does not wait: 0 if decoding takes next to no time.
+
+    decoding  seconds in which one process decodes the images of a step
+    training  seconds of a step without that
+    cores     the most
+
+    >>> enough_workers(0.3, 0.1, 8), enough_workers(0.3, 0.1, 2), enough_workers(0.001, 1.0, 8)
+    (4, 2, 0)
+    """
+    if decoding < _LITTLE * training:
+        return 0
+    return max(1, min(cores, math.ceil(_SPARE * decoding / max(training, 1e-9))))
+
+
+def _trial(
+    images: Images, seed: int, batch_size: int, steps: range, part: slice, device: torch.device,
+    say: Callable[[str], None],
+) -> Generator[Tensor, None, int]:  # fmt: skip
+    """Yield the batches of these steps, decoded by this process, and return how many workers are enough."""
+    decoding, training = [], []
+    for step in steps:
+        begun = time.monotonic()
+        batch = images.batch(images.order(seed, step, batch_size)[part])
+        decoded = time.monotonic()
+        yield send(batch, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        decoding.append(decoded - begun)
+        training.append(time.monotonic() - decoded)
+    if len(steps) < _TRIAL:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    workers = enough_workers(min(decoding), min(training), cores)
+    say(f"workers {workers}: decoding a batch takes {min(decoding):.2g} s, and training with it {min(training):.2g} s")
+    return workers
+
+
 class _WorkerDied(Exception):
     """A process that decodes was killed, as the system does when memory is full, or a signal to the whole group."""
 
 
-def _by_workers(dataset: _Steps, steps: range, workers: int) -> Iterator[Tensor]:
+def _by_workers(
+    images: Images, seed: int, batch_size: int, part: slice, steps: range, workers: int
+) -> Iterator[Tensor]:
     """The batches of these steps, decoded ahead by other processes, which end with the iterator."""
+    batch = images.decoder.form.zeros(len(range(batch_size)[part]))
+    ahead = _AHEAD if batch.nbytes < _LARGE else 2
+    # when a step begins, at most workers * ahead steps before it have not been given out, and one is being copied
+    count = min(workers * ahead + 2, len(steps))
+    slots = torch.empty(count, *batch.shape, dtype=torch.from_numpy(batch).dtype).share_memory_()  # type: ignore[no-untyped-call]
     loader = DataLoader(
-        dataset,
+        _Steps(images, seed, batch_size, part, slots),
         batch_size=None,
         sampler=steps,
         num_workers=workers,
-        prefetch_factor=4,
+        prefetch_factor=ahead,
         worker_init_fn=_in_worker,
         generator=torch.Generator(),  # the default is the global generator, whose state would change
     )
@@ -210,8 +254,8 @@ def _by_workers(dataset: _Steps, steps: range, workers: int) -> Iterator[Tensor]
                 raise _WorkerDied(str(error).partition("\n")[0] or type(error).__name__) from None
             if isinstance(result, str):
                 raise InputError(result)
-            pixels, faults, notes = result
-            dataset.images.report(faults, notes)
-            yield pixels
+            slot, faults, notes = result
+            images.report(faults, notes)
+            yield torch.from_numpy(slots[slot].numpy().copy())  # torch's own copy would start all its threads
     finally:
         del results  # it is the last reference, so this ends the workers

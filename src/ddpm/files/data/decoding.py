@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from ddpm.catalog import Fit
 from ddpm.errors import InputError
@@ -75,13 +73,14 @@ class Decoder:
     usual: int = 0
 
     def decode(
-        self, indices: Sequence[int], places: Sequence[pictures.Place] | None = None
+        self, indices: Sequence[int], places: Sequence[pictures.Place] | None = None, out: NDArray[Any] | None = None
     ) -> tuple[NDArray[Any], dict[int, str], pictures.Notes]:
         """Images [B, C, H, W]; position -> error, for bad images, which are 0; and notes of conversions.
 
         places  of random crops, one for each image; None: the centre
+        out     where the images are written
         """
-        form, pixels = self.form, self.form.zeros(len(indices))
+        form, pixels = self.form, self.form.zeros(len(indices)) if out is None else out
         faults, notes = dict[int, str](), pictures.Notes()
         for k, (i, encoded) in enumerate(zip(indices, self.encoded.fetch(indices), strict=True)):
             name, place = self.encoded.name(i), places[k] if places else None
@@ -99,7 +98,7 @@ class Decoder:
                 fitted = pictures.fit(image, form.size, form.channels, name, notes, form.fit, place)
                 pixels[k] = fitted.transpose(2, 0, 1)
             except InputError as fault:
-                faults[k] = str(fault)
+                pixels[k], faults[k] = 0, str(fault)
         return pixels, faults, notes
 
 
@@ -132,21 +131,22 @@ def merge_notes(notes: pictures.Notes, more: pictures.Notes) -> None:
 
 
 def decode_all(
-    decoder: Decoder, n: int, threads: int, skip_bad: bool, progress: bool
-) -> tuple[Tensor, dict[int, str], pictures.Notes]:
-    """Images 0..n-1 by several threads: [n, C, H, W]; index -> error, for bad images; notes of conversions.
+    decoder: Decoder, pixels: NDArray[Any], threads: int, skip_bad: bool, progress: bool
+) -> tuple[dict[int, str], pictures.Notes]:
+    """Write images 0..n-1 into `pixels` [n, C, H, W] by several threads.
 
-    Raises InputError for the first bad image, unless `skip_bad`.
+    Returns index -> error, for bad images, and notes of conversions. Raises InputError for the first bad image, unless
+    `skip_bad`.
     """
     from tqdm import tqdm
 
-    pixels = decoder.form.zeros(n)
+    n = len(pixels)
     faults, notes = dict[int, str](), pictures.Notes()
     bar = tqdm(total=n, desc="decoding", unit="image", disable=None if progress else True)
     chunks = [range(start, min(start + 256, n)) for start in range(0, n, 256)]
 
     def work(chunk: range) -> tuple[dict[int, str], pictures.Notes]:
-        pixels[chunk.start : chunk.stop], faults_in_chunk, notes_of_chunk = decoder.decode(chunk)
+        _, faults_in_chunk, notes_of_chunk = decoder.decode(chunk, out=pixels[chunk.start : chunk.stop])
         return {chunk[k]: fault for k, fault in faults_in_chunk.items()}, notes_of_chunk
 
     pool = ThreadPoolExecutor(threads)
@@ -161,4 +161,4 @@ def decode_all(
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-    return torch.from_numpy(pixels), faults, notes
+    return faults, notes

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
+from ddpm.files.data.blobs import facts_of
 from ddpm.files.data.listing import ACCEPTED, LABELS, Contents, Encoded, Listing, Options, number_values, walk
 
 SUFFIXES = (".parquet", ".arrow")
@@ -44,9 +45,9 @@ class Rows:
         start, stop = min(indices), max(indices) + 1
         consecutive = list(indices) == list(range(start, stop))
         column = (self.rows[start:stop] if consecutive else self.rows[list(indices)]).column(0).to_pylist()
-        return [self._encoded(i, cell) for i, cell in zip(indices, column, strict=True)]
+        return [self.encoded(i, cell) for i, cell in zip(indices, column, strict=True)]
 
-    def _encoded(self, index: int, cell: Any) -> Encoded | InputError:
+    def encoded(self, index: int, cell: Any) -> Encoded | InputError:
         """The image in a cell: {"bytes", "path"}, a path, or bytes."""
         if isinstance(cell, dict):
             cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
@@ -85,6 +86,18 @@ class Rows:
             for part in parts:
                 part = part.cast(pa.string()) if pa.types.is_null(part.type) else part  # if no row has a path
                 yield np.asarray(pc.fill_null(pc.binary_length(part), -1)).astype("<i8").tobytes()
+
+    def stamp(self) -> list[object] | None:
+        """The files that hold the rows; None if rows name other files."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self.rows[:].column(0)
+        cells = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+        if not (pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type)) or cells.null_count:
+            return None
+        files = [Path(each["filename"]) for each in self.rows.cache_files]
+        return [self.rows._fingerprint, [[str(file), *facts_of(file)] for file in files]] if files else None
 
 
 @contextmanager
@@ -191,15 +204,18 @@ def contents(
 
     def listing(split: str) -> Listing:
         rows = splits[split]
-        column = _image_column(source, rows.features, options.image_column)
-        labels, names = _labels(source, splits, split, options.label_column)
+        column = image_column(source, rows.features, options.image_column)
+        label = label_column(source, rows.features, options.label_column)
+        found, names = None, None
+        if label is not None:
+            found, names = labels(source, splits, split, label, options.label_column is not None)
         plain = rows.select_columns([column]).with_format("arrow")
-        return Listing(Rows(f"{source} ({split})", plain, folder, options.allow_paths), labels, names)
+        return Listing(Rows(f"{source} ({split})", plain, folder, options.allow_paths), found, names)
 
     return Contents({split: functools.partial(listing, split) for split in splits}, left_out or {})
 
 
-def _image_column(source: str, features: Any, named: str | None) -> str:
+def image_column(source: str, features: Any, named: str | None) -> str:
     """The column of images, which is `named` or else the only one. Raises InputError if there is no such column."""
     import datasets
 
@@ -227,8 +243,27 @@ def _image_column(source: str, features: Any, named: str | None) -> str:
     raise InputError(f"{source}: no column of images among {', '.join(features)}")
 
 
-def _labels(
-    source: str, splits: dict[str, Any], split: str, named: str | None
+def label_column(source: str, features: Any, named: str | None) -> str | None:
+    """The column of labels, which is `named`, or else has a usual name, or is the only one of class labels; or None.
+
+    Raises InputError if the column is `named` and holds no labels.
+    """
+    import datasets
+
+    discrete = ("bool", "string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+    usable = [name for name, feature in features.items() if getattr(feature, "dtype", None) in discrete]
+    classes = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
+    if named is not None:
+        _check_column(source, "label_column", named, features)
+        if named not in usable:
+            raise InputError(f"label_column {named}: holds no labels; columns of {source} that do: {', '.join(usable)}")
+        return named
+    usual = [name for group in (classes, usable) for name in LABELS if name in group]
+    return (usual or classes)[0] if usual or len(classes) == 1 else None
+
+
+def labels(
+    source: str, splits: Mapping[str, Any], split: str, column: str, named: bool
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
     """Labels 0..K-1 of the split, and the K class names of all splits; (None, None) if a row has no label.
 
@@ -237,32 +272,28 @@ def _labels(
     import datasets
 
     features = splits[split].features
-    discrete = ("bool", "string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
-    usable = [name for name, feature in features.items() if getattr(feature, "dtype", None) in discrete]
-    classes = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
-    if named is not None:
-        _check_column(source, "label_column", named, features)
-        if named not in usable:
-            raise InputError(f"label_column {named}: holds no labels; columns of {source} that do: {', '.join(usable)}")
-        column = named
-    else:
-        usual = [name for group in (classes, usable) for name in LABELS if name in group]
-        if not (usual or len(classes) == 1):
-            return None, None
-        column = (usual or classes)[0]
-    cells: list[Any] = splits[split].select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
+    cells = splits[split].select_columns([column]).with_format("arrow")[:].column(0)
+    missing = cells.null_count > 0
     if isinstance(features[column], datasets.ClassLabel):
         names = tuple(features[column].names)
-        missing = any(cell is None or cell < 0 for cell in cells)  # -1 stands for a secret label of a test set
-        labels = None if missing else np.array(cells, np.int64)
+        found = None if missing else np.asarray(cells).astype(np.int64)
+        if found is not None and (found < 0).any():  # -1 stands for a secret label of a test set
+            found, missing = None, True
     else:
         values = {v for rows in splits.values() if column in rows.features for v in rows.unique(column)} - {None}
         number, names = number_values(values)
-        missing = any(cell is None for cell in cells)
-        labels = None if missing else np.array([number[cell] for cell in cells], np.int64)
-    if missing and named is not None:
-        raise InputError(f"label_column {named}: some rows of {source} ({split}) have no label")
-    return (None, None) if labels is None else (labels, names)
+        found = None if missing else _numbered(cells, number)
+    if missing and named:
+        raise InputError(f"label_column {column}: some rows of {source} ({split}) have no label")
+    return (None, None) if found is None else (found, names)
+
+
+def _numbered(cells: Any, number: Mapping[str | int, int]) -> NDArray[np.int64]:
+    """The numbers of the values in a column without nulls."""
+    codes = cells.combine_chunks().dictionary_encode()
+    numbers = np.array([number[value] for value in codes.dictionary.to_pylist()], np.int64)
+    found: NDArray[np.int64] = numbers[np.asarray(codes.indices)]
+    return found
 
 
 def _check_column(source: str, setting: str, named: str, features: Any) -> None:

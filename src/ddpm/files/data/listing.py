@@ -1,12 +1,13 @@
 """What a source of images holds before anything is decoded: its splits, labels and class names."""
 
+import functools
 import os
 import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -44,6 +45,8 @@ class Options:
     allow_paths                 whether a row may name an image file outside the source's folder
     progress                    whether to show a bar
     pages                       what is taken of a TIFF file of several pages: first, channels or images
+    fresh                       whether to look at the files themselves, and not at an index of them
+    cache_bytes                 what parts of remote files may take on this machine
     """
 
     image_column: str | None = None
@@ -51,6 +54,8 @@ class Options:
     allow_paths: bool = False
     progress: bool = False
     pages: str = "first"
+    fresh: bool = False
+    cache_bytes: int = 4 * 2**30
 
     def refuse_columns(self, source: str) -> None:
         """Raise InputError if a column is named, for a source that has none."""
@@ -73,6 +78,9 @@ class EncodedImages(Protocol):
     def identity(self) -> Iterable[bytes]:
         """Names and sizes of the images, for the fingerprint."""
 
+    def stamp(self) -> Any:
+        """JSON values that change whenever an image may have: places and times of files. None if nothing tells."""
+
 
 @dataclass
 class Listing:
@@ -80,11 +88,13 @@ class Listing:
 
     labels       int64 [N] in 0..K-1, or None
     class_names  K names, or None
+    shards       int64 [S], where each shard ends, if the images must be read in order; None if they need not
     """
 
     encoded: EncodedImages
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
+    shards: NDArray[np.int64] | None = None
 
 
 @dataclass
@@ -144,8 +154,20 @@ def number_values(values: Iterable[str | int]) -> tuple[dict[str | int, int], tu
     return {value: k for k, value in enumerate(ordered)}, tuple(map(str, ordered))
 
 
+def names_and_sizes(files: Sequence[str], sizes: Iterable[int]) -> Iterator[bytes]:
+    """A line for each file, for `EncodedImages.identity`."""
+    for file, size in zip(files, sizes, strict=True):
+        yield f"{file} {size}\n".encode(errors="surrogateescape")
+
+
 def is_image(file: str) -> bool:
-    return PurePosixPath(file).suffix.lower() in pictures.SUFFIXES
+    """Whether a name ends as those of images do.
+
+    >>> is_image("a/1.JPG"), is_image("a/.png"), is_image("png")
+    (True, False, False)
+    """
+    stem, dot, suffix = file.rpartition("/")[2].rpartition(".")
+    return bool(stem and dot) and f".{suffix.lower()}" in pictures.SUFFIXES
 
 
 def holds_image(file: str) -> bool:
@@ -163,21 +185,46 @@ def walk(root: Path) -> Iterator[str]:
 
     Links to folders are followed, and each folder is visited once. Raises InputError for a folder that cannot be read.
     """
+    return (file for file, _ in _entries(root))
 
-    def refuse(fault: OSError) -> None:
-        raise InputError(f"{fault.filename}: {(fault.strerror or str(fault)).lower()}; want a folder that can be read")
 
-    seen = set[str]()
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+def facts(root: Path) -> dict[str, tuple[int, int]]:
+    """The size and the time of change (nanoseconds) of each file of `walk`; -1 for a link to nothing."""
+    return {file: _size_and_time(entry) for file, entry in _entries(root)}
+
+
+def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
+    try:
+        status = entry.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _entries(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    seen, folders = set[str](), [""]
+    while folders:
+        relative = folders.pop()
+        folder = os.path.join(root, relative) if relative else str(root)
         real = os.path.realpath(folder)
         if real in seen:
-            folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(f for f in folders if not is_hidden(f))
-        for file in files:
-            if not is_hidden(file):
-                yield (Path(folder) / file).relative_to(root).as_posix()
+        below = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        continue
+                    name = f"{relative}/{entry.name}" if relative else entry.name
+                    if entry.is_dir():
+                        below.append(name)
+                    else:
+                        yield name, entry
+        except OSError as fault:
+            why = (fault.strerror or str(fault)).lower()
+            raise InputError(f"{fault.filename}: {why}; want a folder that can be read") from None
+        folders += sorted(below, reverse=True)
 
 
 def natural(path: str) -> tuple[tuple[tuple[str | int, ...], ...], str]:
@@ -186,7 +233,15 @@ def natural(path: str) -> tuple[tuple[tuple[str | int, ...], ...], str]:
     >>> sorted(["b/10.png", "b/9.png", "a.png"], key=natural)
     ['a.png', 'b/9.png', 'b/10.png']
     """
-    parts = unicodedata.normalize("NFC", path).split("/")
-    # each list alternates text and digits, so text is compared with text, and numbers with numbers
-    split = (re.split(r"([0-9]+)", part) for part in parts)
-    return tuple(tuple(int(s) if k % 2 else s for k, s in enumerate(part)) for part in split), path
+    parts = (path if path.isascii() else unicodedata.normalize("NFC", path)).split("/")
+    return (*map(_numbers, parts[:-1]), _split_numbers(parts[-1])), path
+
+
+def _split_numbers(part: str) -> tuple[str | int, ...]:
+    """Text and digits in turn, so that text is compared with text, and numbers with numbers."""
+    return tuple(int(piece) if k % 2 else piece for k, piece in enumerate(_DIGITS.split(part)))
+
+
+_DIGITS = re.compile(r"([0-9]+)")
+_numbers = functools.lru_cache(maxsize=2**14)(_split_numbers)
+"""For folders, of which there are few."""

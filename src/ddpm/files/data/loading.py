@@ -2,15 +2,18 @@
 
 import functools
 import hashlib
+import itertools
 import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,10 +23,13 @@ from ddpm.errors import InputError
 from ddpm.files import arrays
 from ddpm.files import images as pictures
 from ddpm.files.data.decoding import Decoder, Form, decode_all, decoded, merge_notes
+from ddpm.files.data.index import key_of
 from ddpm.files.data.layout import find_split
-from ddpm.files.data.listing import SKIP_HINT, Contents, EncodedImages, Options, counted, unexpected
+from ddpm.files.data.listing import SKIP_HINT, Contents, Encoded, EncodedImages, Options, counted, unexpected
 from ddpm.files.data.objects import Given
+from ddpm.files.data.ordering import Shards, order
 from ddpm.files.data.pages import Pages
+from ddpm.files.data.shared import PLAIN, decoded_once
 from ddpm.files.data.sources import open_source
 from ddpm.noise import generator
 from ddpm.pixels import EIGHT_BIT, Values
@@ -42,11 +48,12 @@ class Images:
     split        the name of the split in the source
     labels       int64 [N] in 0..K-1, or None
     class_names  K names, or None
-    rows         int64 [N], the place of each image in `pixels`, or in the source if `pixels` is None
+    rows         int64 [N], the place of each image in the source, and in `pixels`
     pixels       all images in memory, [>= N, C, H, W], or None
-    origin       int64, the place in the source of each image of `pixels`, or None if that is its own place
     faults       the bad images so far: index in the source -> error
     notes        the conversions so far
+    bounds       int64 [S], where the shards end in the source if they must be read in order, or None
+    window       images of such shards that are shuffled together
     splits       the names of all splits of the source
     left_out     kind of file that the source holds and that is not read -> number of files
     highest      the largest number of the images that were looked at, which are all if they are in memory
@@ -61,9 +68,10 @@ class Images:
     rows: Tensor = field(repr=False)
     pixels: Tensor | None = field(repr=False)
     skip_bad: bool = False
-    origin: Tensor | None = field(default=None, repr=False)
     faults: dict[int, str] = field(default_factory=dict, repr=False)
     notes: pictures.Notes = field(default_factory=pictures.Notes, repr=False)
+    bounds: Tensor | None = field(default=None, repr=False)
+    window: int = 1
     splits: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict, repr=False)
     highest: float = field(default=math.inf, repr=False)
@@ -108,24 +116,56 @@ class Images:
         >>> load("digits", (8, 8), 1, split="test").names()[:2]
         ['image 0 of ...', 'image 1 of ...']
         """
-        rows = self.rows if self.origin is None else self.origin[self.rows]
-        return [self.decoder.encoded.name(row) for row in rows.tolist()]
+        return [self.decoder.encoded.name(row) for row in self.rows.tolist()]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Which images these are, 64 hex digits: a hash of the pixels in memory, or else of file names and sizes."""
+        """Which images these are, 64 hex digits: a hash of their names, sizes and labels, and of the size asked for.
+
+        Arrays in memory are hashed themselves. It is the same whether the images are decoded or not, unless bad ones
+        are left out, since then the order is another one.
+        """
         height, width = self.size
         kind = "" if self.values == EIGHT_BIT else f" {self.values}"
         kind += "" if self.decoder.form.fit == "crop" else f" {self.decoder.form.fit}"
         digest = hashlib.sha256(f"{len(self)} {height} {width} {self.channels}{kind}\n".encode())
-        if self.pixels is not None:
-            for start in range(0, len(self), 4096):
-                digest.update(take(self.pixels, self.rows[start : start + 4096]).numpy().data)
-        else:
-            for part in self.decoder.encoded.identity():
-                digest.update(part)
-            digest.update(self.rows.numpy().astype("<i8").tobytes())
+        for part in self.decoder.encoded.identity():
+            digest.update(part)
+        digest.update(self.rows.numpy().astype("<i8").tobytes())
+        if self.shards is not None:
+            digest.update(f"in order {self.window}\n".encode() + self.shards.ends.astype("<i8").tobytes())
+        if self.labels is not None:
+            digest.update("\n".join(("", *(self.class_names or ()), "")).encode(errors="surrogateescape"))
+            digest.update(self.labels.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def contents(self) -> str:
+        """A hash of the encoded images and their order, 64 hex digits: every file is read."""
+        digest, rows = hashlib.sha256(), self.rows.tolist()
+        for start in range(0, len(rows), 64):
+            group = rows[start : start + 64]
+            for row, data in zip(group, self.decoder.encoded.fetch(group), strict=True):
+                content = _content(data, self.decoder.encoded.name(row))
+                digest.update(f"{len(content)}\n".encode() + content)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def shards(self) -> Shards | None:
+        """The shards of these images, if they must be read in order."""
+        if self.bounds is None:
+            return None
+        ends = torch.searchsorted(self.rows, self.bounds)
+        return Shards(ends.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist(), self.window)
+
+    def order(self, seed: int, step: int, batch_size: int) -> Tensor:
+        """The indices of the images of a step, int64 [batch_size], as the function `order` says.
+
+        >>> digits = load("digits", (8, 8), 1)
+        >>> torch.equal(digits.order(0, 7, 64), order(len(digits), 0, 7, 64))
+        True
+        """
+        return order(len(self), seed, step, batch_size, self.shards)
 
     def batch(self, indices: Sequence[int] | Tensor, places: Tensor | None = None) -> Tensor:
         """The images at these indices, [B, C, H, W] of the dtype of `values`.
@@ -145,11 +185,16 @@ class Images:
         self.report(faults, notes)
         return pixels
 
-    def decode(self, indices: Tensor, places: Tensor | None = None) -> tuple[Tensor, dict[int, str], pictures.Notes]:
-        """`batch` for worker processes: the images and the arguments of `report`, without warnings."""
+    def decode(
+        self, indices: Tensor, places: Tensor | None = None, out: NDArray[Any] | None = None
+    ) -> tuple[Tensor, dict[int, str], pictures.Notes]:
+        """`batch` for worker processes: the images and the arguments of `report`, without warnings.
+
+        out  where the images are written, [B, C, H, W]
+        """
         rows: list[int] = self.rows[indices].tolist()
         crops = None if places is None else [(top, left) for top, left in places.tolist()]
-        pixels, bad, notes = self.decoder.decode(rows, crops)
+        pixels, bad, notes = self.decoder.decode(rows, crops, out)
         if bad and not self.skip_bad:
             raise InputError(f"{next(iter(bad.values()))}; {SKIP_HINT}")
         faults = {rows[k]: fault for k, fault in bad.items()}
@@ -268,7 +313,9 @@ def _build(
     form: Form,
     skip_bad: bool,
     cache_bytes: int,
+    window: int,
     progress: bool,
+    verify: bool,
 ) -> Images:
     """The images of one split, decoded into memory if they take at most `cache_bytes`."""
     listing = contents.splits[split]()
@@ -282,26 +329,58 @@ def _build(
     images = Images(source, split, labels, names, decoder, rows, None, skip_bad)
     images.splits, images.left_out, images.looks_grey = tuple(contents.splits), contents.left_out, grey
     images.highest = highest
+    images.bounds, images.window = None if listing.shards is None else torch.from_numpy(listing.shards), window
     if form.fit == "random-crop" or n * form.zeros(1).nbytes > cache_bytes:
         images.batch([0])  # warns of conversions before the work starts
         return images
     # for small images, threads would only wait for the interpreter; large ones must not fill the memory together
     most = 1 if largest < 128 * 128 else max(1, pictures.MEMORY // (4 * largest))
     threads = min(most, 8, os.cpu_count() or 1)
-    pixels, faults, notes = decode_all(decoder, n, threads, skip_bad, progress)
+    shape, dtype = form.zeros(n).shape, form.zeros(0).dtype
+
+    def decode(pixels: NDArray[Any]) -> tuple[dict[int, str], pictures.Notes]:
+        return decode_all(decoder, pixels, threads, skip_bad, progress)
+
+    stamp = listing.encoded.stamp()
+    if verify:  # a copy of the same files may be older than their contents
+        stamp = [stamp, images.contents]
+    if stamp is None or (math.prod(shape) * dtype.itemsize < PLAIN and os.environ.get("WORLD_SIZE", "1") == "1"):
+        pixels = form.zeros(n)
+        faults, notes = decode(pixels)
+    else:
+        identity = _hash(listing.encoded.identity())
+        key = key_of("decoded", stamp, identity, repr(form), usual, skip_bad, n, PIL.__version__)
+        pixels, (faults, notes) = decoded_once(key, shape, dtype, decode)
     good = torch.tensor([i for i in range(n) if i not in faults], dtype=torch.int64)
     if not len(good):
         raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {faults[0]}")
     if faults:
-        pixels, images.origin = pixels[good], good
         images.labels = None if labels is None else labels[good]
         warnings.warn(
             f"{source}: {len(faults):,} of {n:,} images skipped, the first: {min(faults.items())[1]}", stacklevel=3
         )
-    images.highest = float(pixels.numpy().max())
-    images.pixels, images.rows, images.faults = pixels, torch.arange(len(good)), faults
+    if form.values.dtype == "uint16":
+        images.highest = float(pixels.max())
+    images.pixels, images.rows, images.faults = torch.from_numpy(pixels), good, faults
     images.report({}, notes)
     return images
+
+
+def _content(data: Encoded | InputError, name: str) -> bytes:
+    """The bytes of an encoded image; none of one that cannot be read."""
+    try:
+        if isinstance(data, bytes | Path):
+            return pictures.file_bytes(data, name)
+    except InputError:
+        return b""
+    return b"" if isinstance(data, InputError) else np.ascontiguousarray(data).tobytes()
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad: bool) -> tuple[int, int, bool, float]:
@@ -312,17 +391,18 @@ def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad
     """
     n = len(encoded)
     spread = sorted({k * n // _PROBES for k in range(_PROBES)})
-    kinds, largest, grey, fault, highest = Counter[int](), 0, form.is_picture, "", -math.inf
-    for i in (*spread, *(i for i in range(n) if i not in spread)):
-        if kinds and i not in spread:
+    kinds, largest, grey, fault, highest, tried = Counter[int](), 0, form.is_picture, "", -math.inf, 0
+    for i, data in _fetched(encoded, [spread[k : k + 8] for k in range(0, len(spread), 8)]):
+        if kinds and tried >= len(spread):
             break
+        tried += 1
         name = encoded.name(i)
         try:
             if not form.is_picture:
-                highest = max(highest, float(form.array(encoded.fetch([i])[0], name, {}).max()))
+                highest = max(highest, float(form.array(data, name, {}).max()))
                 kinds[form.channels] += 1
                 continue
-            image = decoded(encoded.fetch([i])[0], name)
+            image = decoded(data, name)
             fitted = pictures.fit(image, form.size, form.channels, name, {}, form.fit)
             highest = max(highest, float(fitted.max()))
             kinds[pictures.native(image)] += 1
@@ -335,6 +415,12 @@ def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad
     if not kinds:
         raise InputError(f"{source} ({split}): none of {n:,} images can be used, the first: {fault}")
     return kinds.most_common(1)[0][0], largest, grey, highest
+
+
+def _fetched(encoded: EncodedImages, groups: list[list[int]]) -> Iterator[tuple[int, Encoded | InputError]]:
+    """Places of images and what `fetch` gives of them: groups that are fetched at once, and then all one by one."""
+    for group in itertools.chain(groups, ([i] for i in range(len(encoded)))):
+        yield from zip(group, encoded.fetch(group), strict=True)
 
 
 def _pick(source: str, split: str, splits: Iterable[str]) -> str:
@@ -357,6 +443,8 @@ def load(
     skip_bad: bool = False,
     allow_paths: bool = False,
     cache_bytes: int = 4 * 2**30,
+    shuffle_window: int = 10_000,
+    verify: bool = False,
     progress: bool = False,
     values: Values | None = EIGHT_BIT,
     fit: Fit = "crop",
@@ -380,6 +468,8 @@ def load(
     skip_bad      skip and count images that cannot be used
     allow_paths   let a row of a data set name an image file outside the source's folder
     cache_bytes   images that take at most this much memory are decoded at once
+    shuffle_window  images that are shuffled together where shards must be read in order, at least 1
+    verify        look at the files themselves, and not at what is kept of earlier runs
     progress      show a bar
     values        what the numbers of the images are. Numbers of other than 8 bits are never converted. None: float32,
                   with the least and the largest number of all splits as its range
@@ -399,12 +489,13 @@ def load(
     >>> len(digits), digits.labels[:3].tolist(), str(digits)
     (297, [5, 7, 4], 'digits (test): 297 images 8x8x1')
     """
-    contents = open_source(source, Options(image_column, label_column, allow_paths, progress, pages=pages))
+    options = Options(image_column, label_column, allow_paths, progress, pages, verify, cache_bytes)
+    contents = open_source(source, options)
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     splits = contents.splits
     held_out = as_trained and split == "test" and find_split("test", splits) is None
     name = _pick(source, "train" if held_out else split, splits)
-    images = _build(source, name, contents, form, skip_bad, cache_bytes, progress)
+    images = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify)
     is_alone = find_split("test", (each for each in splits if each != name)) is None
     if held_out or (as_trained and split == "train" and is_alone):
         return split_holdout(images)[held_out]
@@ -422,6 +513,8 @@ def load_pair(
     skip_bad: bool = False,
     allow_paths: bool = False,
     cache_bytes: int = 4 * 2**30,
+    shuffle_window: int = 10_000,
+    verify: bool = False,
     progress: bool = False,
     values: Values | None = EIGHT_BIT,
     fit: Fit = "crop",
@@ -441,14 +534,15 @@ def load_pair(
     if isinstance(source, Given):
         contents, source = source.contents, source.name
     else:
-        contents = open_source(source, Options(image_column, label_column, allow_paths, progress, pages=pages))
+        options = Options(image_column, label_column, allow_paths, progress, pages, verify, cache_bytes)
+        contents = open_source(source, options)
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     name = _pick(source, split, contents.splits)
-    train = _build(source, name, contents, form, skip_bad, cache_bytes, progress)
+    train = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify)
     other = find_split("test", (each for each in contents.splits if each != name))
     if other is None:
         return split_holdout(train)
-    return train, _build(source, other, contents, form, skip_bad, cache_bytes, progress)
+    return train, _build(source, other, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify)
 
 
 def settings_of(preset: Preset) -> dict[str, Any]:
@@ -464,6 +558,8 @@ def settings_of(preset: Preset) -> dict[str, Any]:
         "label_column": preset.label_column or None,
         "skip_bad": preset.skip_bad,
         "allow_paths": preset.allow_paths,
+        "cache_bytes": preset.cache_bytes,
+        "shuffle_window": preset.shuffle_window,
         "values": None if unknown else form.values,
         "fit": form.fit,
         "clip_values": form.clip,
@@ -502,5 +598,7 @@ def split_holdout(images: Images) -> tuple[Images, Images]:
         rows, notes = images.rows[indices], dict(images.notes)
         return replace(images, split=split, labels=labels, rows=rows, faults=faults, notes=notes)
 
-    rest = view(shuffled[k:].sort().values, images.split, dict(images.faults))
-    return rest, view(shuffled[:k].sort().values, f"held out of {images.split}", {})
+    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen[shuffled[:k]] = True
+    rest = view((~chosen).nonzero()[:, 0], images.split, dict(images.faults))
+    return rest, view(chosen.nonzero()[:, 0], f"held out of {images.split}", {})

@@ -143,6 +143,9 @@ class Items:
         for i in sorted({k * n // 32 for k in range(32)}):
             yield _bytes_of(self._image(i))
 
+    def stamp(self) -> None:
+        return None  # nobody knows when an item changes
+
 
 def _bytes_of(image: Encoded | InputError) -> bytes:
     if isinstance(image, InputError):

@@ -1,5 +1,6 @@
 """The pages of TIFF files as images of their own."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,10 @@ class Pages:
     def identity(self) -> Iterable[bytes]:
         yield from self.files.identity()
         yield np.array(self.places, "<i8").tobytes()
+
+    def stamp(self) -> Any:
+        stamp = self.files.stamp()
+        return None if stamp is None else [stamp, hashlib.sha256(np.array(self.places, "<i8").tobytes()).hexdigest()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}

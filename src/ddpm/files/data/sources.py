@@ -5,14 +5,14 @@
 
 import difflib
 import functools
+import hashlib
 import os
 import re
-import tarfile
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
 from ddpm.files.arrays import read_npy
-from ddpm.files.data import hugging_face
-from ddpm.files.data.layout import arrange, kind, meanings, other_words
+from ddpm.files.data import hugging_face, remote, remote_rows
+from ddpm.files.data.blobs import Blob, LocalFile, facts_of
+from ddpm.files.data.index import indexed, key_of
+from ddpm.files.data.layout import Layout, arrange, kind, meanings, other_words
 from ddpm.files.data.listing import (
     ACCEPTED,
     Contents,
@@ -33,13 +35,16 @@ from ddpm.files.data.listing import (
     Listing,
     Options,
     counted,
+    facts,
     holds_image,
     is_image,
+    names_and_sizes,
     natural,
     number_values,
     walk,
 )
 from ddpm.files.data.pages import by_pages
+from ddpm.files.data.tars import Tar, members
 from ddpm.files.features import read_arrays
 from ddpm.noise import generator
 
@@ -110,6 +115,9 @@ class Arrays:
         for start in range(0, len(self), 256):  # the array may be a file that is larger than the memory
             yield self.arrays[start : start + 256].tobytes()
 
+    def stamp(self) -> list[object]:
+        return []  # the identity holds the numbers themselves
+
 
 def _is_digits(source: str, path: Path) -> bool:
     return source == "digits"
@@ -146,10 +154,16 @@ def _contents(
     images_of: Callable[[list[str]], EncodedImages],
     read: Callable[[str], bytes],
     options: Options,
+    key: Sequence[Any],
     shards: bool = False,
 ) -> Contents:
-    """The splits of files, as `layout.arrange` finds them. images_of(names) gives the images of some of them."""
-    layout = arrange(source, names, read, options, shards)
+    """The splits of files, as `layout.arrange` finds them. images_of(names) gives the images of some of them.
+
+    key  JSON values that change whenever a file does, under which the layout is kept
+    """
+    whole_key = key_of("layout", key, options.image_column, options.label_column, shards)
+    table = indexed(whole_key, lambda: arrange(source, names, read, options, shards).to_table(), options.fresh)
+    layout = Layout.from_table(table)
 
     def listing(split: str) -> Listing:
         labels = None if layout.labels is None else layout.labels[split]
@@ -161,10 +175,14 @@ def _contents(
 
 @dataclass
 class Folder:
-    """Image files of a folder; `files` are paths relative to `root`, with "/"."""
+    """Image files of a folder; `files` are paths relative to `root`, with "/".
+
+    facts  int64 [N, 2], the size of each file and the nanoseconds of its change; None: they are looked up when needed
+    """
 
     root: Path
     files: list[str]
+    facts: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -176,9 +194,16 @@ class Folder:
         return [self.root / self.files[i] for i in indices]
 
     def identity(self) -> Iterable[bytes]:
-        for file in self.files:
-            path = self.root / file
-            yield f"{file} {path.stat().st_size if path.exists() else -1}\n".encode(errors="surrogateescape")
+        return names_and_sizes(self.files, self._facts()[:, 0].tolist())
+
+    def stamp(self) -> list[object]:
+        return [os.path.realpath(self.root), hashlib.sha256(self._facts().tobytes()).hexdigest()]
+
+    def _facts(self) -> NDArray[np.int64]:
+        if self.facts is None:
+            found = [facts_of(self.root / file) for file in self.files]
+            self.facts = np.array(found, np.int64).reshape(-1, 2)
+        return self.facts
 
 
 def _is_image_folder(source: str, path: Path) -> bool:
@@ -189,8 +214,16 @@ def _is_image_folder(source: str, path: Path) -> bool:
 
 
 def _image_folder(source: str, path: Path, options: Options) -> Contents:
+    found = facts(path)
+
+    def images_of(files: list[str]) -> Folder:
+        return Folder(path, files, np.array([found[file] for file in files], np.int64).reshape(-1, 2))
+
+    key = hashlib.sha256()
+    for file, (size, changed) in found.items():
+        key.update(f"{file} {size} {changed}\n".encode(errors="surrogateescape"))
     return _contents(
-        source, walk(path), lambda files: Folder(path, files), lambda file: pictures.file_bytes(path / file), options
+        source, found, images_of, lambda file: pictures.file_bytes(path / file), options, ["folder", key.hexdigest()]
     )
 
 
@@ -223,8 +256,10 @@ class Zip:
 
     def identity(self) -> Iterable[bytes]:
         archive = self._archive()
-        for file in self.files:
-            yield f"{file} {archive.getinfo(file).file_size}\n".encode(errors="surrogateescape")
+        return names_and_sizes(self.files, (archive.getinfo(file).file_size for file in self.files))
+
+    def stamp(self) -> list[object]:
+        return [os.path.realpath(self.path), *facts_of(self.path)]
 
     def _archive(self) -> zipfile.ZipFile:
         if self.opened is None or self.opened[0] != os.getpid():  # a forked process must not share the file position
@@ -256,53 +291,8 @@ def _zip(source: str, path: Path, options: Options) -> Contents:
         raise InputError(f"{source}: damaged zip file ({pictures.one_line(fault)}); {ACCEPTED}") from fault
     if not any(map(holds_image, files)):
         raise InputError(f"{source}: no images in this zip file{_files(files)}")
-    return _contents(source, files, lambda names: Zip(path, names), Zip(path, []).read, options)
-
-
-class Place(NamedTuple):
-    """Where a file lies in a tar file."""
-
-    path: Path
-    member: str
-    start: int
-    size: int
-
-
-@dataclass
-class Tar:
-    """Image files of tar files; `files` are keys of `places`."""
-
-    places: dict[str, Place]
-    files: list[str]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        place = self.places[self.files[index]]
-        return f"{place.member} in {place.path}"
-
-    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        return [_or_error(self.read, self.files[i]) for i in indices]
-
-    def read(self, file: str) -> bytes:
-        """The bytes of a file. Raises InputError if it is too large or cannot be read."""
-        place = self.places[file]
-        name = f"{place.member} in {place.path}"
-        pictures.check_memory(place.size, name)
-        try:
-            with place.path.open("rb") as archive:
-                archive.seek(place.start)
-                data = archive.read(place.size)
-        except OSError as fault:
-            raise InputError(f"{name}: cannot be read ({pictures.one_line(fault)})") from None
-        if len(data) < place.size:
-            raise InputError(f"{name}: the tar file ends early")
-        return data
-
-    def identity(self) -> Iterable[bytes]:
-        for file in self.files:
-            yield f"{file} {self.places[file].size}\n".encode(errors="surrogateescape")
+    key = ["zip", *facts_of(path), os.path.realpath(path)]
+    return _contents(source, files, lambda names: Zip(path, names), Zip(path, []).read, options, key)
 
 
 def _is_tar(source: str, path: Path) -> bool:
@@ -316,29 +306,74 @@ def _shards(path: Path) -> Iterable[str]:
 
 
 def _tar(source: str, path: Path, options: Options) -> Contents:
-    places = dict[str, Place]()
-    for file in [""] if path.is_file() else sorted(_shards(path), key=natural):
+    if path.is_file():
+        return _tar_contents(source, [("", LocalFile(path))], options)
+    files = [(file, LocalFile(path / file)) for file in sorted(_shards(path), key=natural)]
+    contents = _tar_contents(source, files, options)
+    others = Counter(kind(file) for file in walk(path) if not file.lower().endswith(".tar"))
+    return Contents(contents.splits, Counter(contents.left_out) + others)
+
+
+def _tar_contents(source: str, files: Sequence[tuple[str, Blob]], options: Options) -> Contents:
+    """The contents of tar files. Their names may name splits, but a single one that is the SOURCE has the name ""."""
+    prefixed = files[0][0] != ""
+    shards, names, places = [shard for _, shard in files], list[str](), list[NDArray[np.int64]]()
+    texts = list[bytes | None]()
+    for k, (file, shard) in enumerate(files):
         # one part of a path for a shard: it may name a split, but no class
-        shard = "" if path.is_file() else file[: -len(".tar")].replace("/", " ") + "/"
-        try:
-            with tarfile.open(path / file, "r:") as archive:
-                for member in archive:
-                    if member.isfile() and not member.issparse():
-                        place = Place(path / file, member.name, member.offset_data, member.size)
-                        places[shard + member.name] = place
-        except (tarfile.TarError, OSError, EOFError, ValueError) as fault:
-            raise InputError(
-                f"{path / file}: not a whole tar file without compression ({pictures.one_line(fault)})"
-            ) from None
-    if not any(map(holds_image, places)):
-        raise InputError(
-            f"{source}: no images in {'this tar file' if path.is_file() else 'these tar files'}{_files(places)}"
+        prefix = f"{file[: -len('.tar')].replace('/', ' ')}/" if prefixed else ""
+        found, where, contained = members(shard, options.fresh)
+        texts += contained
+        names += [prefix + name for name in found] if prefix else found
+        places.append(np.column_stack([np.full(len(where), k), where]))
+    if not any(map(holds_image, names)):
+        raise InputError(f"{source}: no images in {'these tar files' if prefixed else 'this tar file'}{_files(names)}")
+    every = Tar(shards, names, np.concatenate(places), prefixed)
+    row = {name: i for i, name in enumerate(names)}
+
+    def images_of(wanted: list[str]) -> Tar:
+        return Tar(shards, wanted, every.places[[row[name] for name in wanted]], prefixed)
+
+    def read(file: str) -> bytes:
+        text = texts[row[file]]
+        return every.read(row[file]) if text is None else text
+
+    key = ["tar", [(file, shard.facts()) for file, shard in files]]
+    return _contents(source, names, images_of, read, options, key, shards=prefixed)
+
+
+# -- shards at a URL ---------------------------------------------------------------------------------------------------
+
+
+def _is_url(source: str, path: Path) -> bool:
+    return remote.is_url(source)
+
+
+def _url(source: str, path: Path, options: Options) -> Contents:
+    """Tar or parquet files at a URL. Rows of parquet, and tar files that come only as a whole, are read in order."""
+    shards = remote.found(source, (".tar", ".parquet"), options.cache_bytes)
+    tars = [shard for shard in shards if shard.url.lower().endswith(".tar")]
+    if not shards or 0 < len(tars) < len(shards):
+        raise InputError(f"{source}: {len(shards)} files, {len(tars)} of them .tar; want .tar files, or .parquet files")
+    if not tars:
+        return remote_rows.contents(source, shards, options)
+    names = [shard.url.rpartition("/")[2] for shard in tars] if len(tars) > 1 else [""]
+    contents = _tar_contents(source, list(zip(names, tars, strict=True)), options)
+    if all(shard.ranges for shard in tars):
+        return contents
+
+    def in_order(split: str) -> Listing:
+        listing = contents.splits[split]()
+        assert isinstance(listing.encoded, Tar)
+        by_place = np.lexsort((listing.encoded.places[:, 1], listing.encoded.places[:, 0]))
+        files, places = [listing.encoded.files[i] for i in by_place], listing.encoded.places[by_place]
+        labels = None if listing.labels is None else listing.labels[by_place]
+        ends = np.searchsorted(places[:, 0], np.unique(places[:, 0]), side="right").astype(np.int64)
+        return replace(
+            listing, encoded=replace(listing.encoded, files=files, places=places), labels=labels, shards=ends
         )
-    contents = _contents(
-        source, places, lambda names: Tar(places, names), Tar(places, []).read, options, shards=not path.is_file()
-    )
-    others = Counter(kind(file) for file in walk(path) if not file.lower().endswith(".tar")) if path.is_dir() else {}
-    return Contents(contents.splits, Counter(contents.left_out) + Counter(others))
+
+    return Contents({split: functools.partial(in_order, split) for split in contents.splits}, contents.left_out)
 
 
 # -- arrays in a file --------------------------------------------------------------------------------------------------
@@ -452,6 +487,9 @@ class Lmdb:
         yield from self.keys
         yield str((self.path / "data.mdb").stat().st_size).encode()
 
+    def stamp(self) -> list[object]:
+        return [os.path.realpath(self.path), *facts_of(self.path / "data.mdb")]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": None}
 
@@ -547,6 +585,7 @@ SOURCES = {
     "tif": Source(_is_tif, _tif, meaning="a .tif file of pages"),
     "tar": Source(_is_tar, _tar, meaning="a .tar file of images or a folder of them (WebDataset)"),
     "zip": Source(_is_zip, _zip, meaning="a .zip file of images"),
+    "url": Source(_is_url, _url, meaning="a URL of .tar or .parquet files (s3://, gs://, https://, hf://)"),
     "hub": Source(_is_hub_name, _hub_dataset, meaning="a hub data set OWNER/NAME"),
 }
 """The kinds of source. The first that recognises a SOURCE opens it."""
