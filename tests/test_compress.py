@@ -190,7 +190,10 @@ def test_a_model_of_transparent_pictures_has_no_codec(tmp_path):
     words = ["calibrate", str(tmp_path / "rgba.safetensors"), "--data", str(tmp_path / "set"), "-n", "1"]
     assert main(words) == 0
     assert main(words) == 0
-    with pytest.raises(ddpm.InputError, match=r"rgba\.safetensors: its images have 4 channels; .* takes grey and RGB"):
+    with pytest.raises(
+        ddpm.InputError,
+        match=r"rgba\.safetensors: its images are uint8 0..255, 4 channels; .* takes 8-bit grey and RGB",
+    ):
         ddpm.load_codec(tmp_path / "rgba.safetensors")
 
 

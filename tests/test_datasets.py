@@ -1051,9 +1051,9 @@ def test_auto_takes_the_workers_that_the_first_steps_ask_for(tmp_path, monkeypat
     want = list(batches(lazy, 0, 4, 0, 12, workers=0))
     decode, said = type(lazy).decode, []
 
-    def slow(*args):
+    def slow(*args, **named):
         time.sleep(0.02)
-        return decode(*args)
+        return decode(*args, **named)
 
     for slower, training, workers in ((slow, 0.005, {1, 2}), (decode, 0.5, {0})):
         monkeypatch.setattr(type(lazy), "decode", slower)

@@ -89,7 +89,7 @@ def test_inception_from_a_file(network, weights, published, pixels):
     grey, _ = found(pixels[:1, :1])
     assert (grey == found(pixels[:1, :1].repeat(1, 3, 1, 1))[0]).all()
     refused(lambda: found(pixels[:, :2]), "2 channels", "1 or 3")
-    with pytest.raises(TypeError, match="uint8"):
+    with pytest.raises(InputError, match="images float32 of 3 channels: Inception wants uint8 of 1 or 3"):
         found(pixels.float())
 
 

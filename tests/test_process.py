@@ -362,10 +362,10 @@ def test_workers_that_always_die_end_the_run(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(sys.modules["ddpm.files.data.batches"], "_TRIES", 2)
     decode = data.Images.decode
 
-    def die(*args: Any) -> Any:
+    def die(*args: Any, **named: Any) -> Any:
         if torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return decode(*args)
+        return decode(*args, **named)
 
     monkeypatch.setattr(data.Images, "decode", die)
     monkeypatch.setattr(training, "held_out_by_level", lambda *_: [0.0])

@@ -195,9 +195,9 @@ def test_the_log_says_how_much_training_waits_for_data(tmp_path: Path, monkeypat
     options = ("--data", tmp_path / "data", "--steps", 4, "--workers", 0, "--cache-bytes")
     decode = data.Images.decode
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **named: Any) -> Any:
         time.sleep(0.3)
-        return decode(*args)
+        return decode(*args, **named)
 
     monkeypatch.setattr(data.Images, "decode", slow)
     shares = []

@@ -55,8 +55,8 @@ def survey(source: str, preset: Preset, most: int = 400) -> Survey:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the same is in the result
-        settings = {**data.settings_of(preset), "skip_bad": True}
-        train, held_out = data.load_pair(source, preset.size, preset.channels, cache_bytes=0, **settings)
+        settings = {**data.settings_of(preset), "skip_bad": True, "cache_bytes": 0}
+        train, held_out = data.load_pair(source, preset.size, preset.channels, **settings)
     n = len(train)
     rows = train.rows[torch.arange(min(n, most)) * n // min(n, most)].tolist()
     begun = time.perf_counter()
