@@ -271,12 +271,14 @@ def test_padding_and_stretching():
 
 def test_what_a_picture_of_many_channels_shows():
     values = Values("uint16", 0, 10_000)
-    shown = arrays.shown(BANDS, values, (4, 3, 2))
+    shown = arrays.shown(BANDS, arrays.View(values, (4, 3, 2)))
     assert (shown == np.rint(BANDS[..., [3, 2, 1]] * (255 / 10_000))).all()
-    assert (arrays.shown(BANDS, values) == np.rint(BANDS[..., :3] * (255 / 10_000))).all()
-    assert arrays.shown(BANDS[..., :2], values).shape[-1] == 1
+    assert (arrays.shown(BANDS, arrays.View(values)) == np.rint(BANDS[..., :3] * (255 / 10_000))).all()
+    assert arrays.shown(BANDS[..., :2], arrays.View(values)).shape[-1] == 1
+    bright = arrays.shown(BANDS, arrays.View(values, (1,), (1000, 3000)))
+    assert (bright == np.rint(((BANDS[..., :1] - 1000.0) * (255 / 2000)).clip(0, 255))).all()
     eight = RNG.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    assert (arrays.shown(eight, EIGHT_BIT) == eight).all()
+    assert (arrays.shown(eight, arrays.View(EIGHT_BIT)) == eight).all()
 
 
 # -- from files to samples ---------------------------------------------------------------------------------------------
@@ -290,7 +292,12 @@ TINY += "--batch-size 8 --sample-every 4 --sample-count 4 --sample-steps 4 --eva
     [
         (GREY16, ".png", png, "--channels 1 --pixel-type uint16"),
         (RGB16, ".tif", lambda x: tiff(x, photometric="rgb"), "--pixel-type uint16"),
-        (BANDS, ".npy", npy, "--channels 13 --pixel-type uint16 --value-range 0,10000 --show 4,3,2"),
+        (
+            BANDS,
+            ".npy",
+            npy,
+            "--channels 13 --pixel-type uint16 --value-range 0,10000 --show 4,3,2 --show-range 0,99",
+        ),
         (FLOATS, ".npy", npy, "--channels 1 --pixel-type float32"),
         (FLOATS - 300, ".npy", npy, "--channels 1 --pixel-type float32 --value-range -50,50"),
     ],

@@ -78,6 +78,9 @@ class Preset:
     show: tuple[int, ...] = _data(
         (), "channels that pictures show, counted from 1: one, or three as 4,3,2 (default: the first)", 1, 1024, True
     )
+    show_range: tuple[float, ...] = _data(
+        (), "LOW,HIGH, the numbers that are black and white in pictures (default: value_range)", resume=True
+    )
     flip: bool = _data(True, "mirror each training image left to right with probability 1/2")
     mirror: bool = _data(False, "mirror each training image top to bottom with probability 1/2")
     turn: bool = _data(False, "turn each training image by 0, 90, 180 or 270 degrees, at random")
@@ -197,6 +200,8 @@ class Preset:
             object.__setattr__(self, f.name, value)
         if self.show and (len(self.show) not in (1, 3) or max(self.show) > self.channels):
             raise InputError(f"show {','.join(map(str, self.show))}: want 1 or 3 channels of 1..{self.channels}")
+        if self.show_range and (len(self.show_range) != 2 or self.show_range[0] >= self.show_range[1]):
+            raise InputError(f"show_range {','.join(f'{x:g}' for x in self.show_range)}: want LOW,HIGH, LOW below HIGH")
         if len(self.size) != 2:
             raise InputError(f"size {self.size}: want height and width, as 32 or 32x48")
         if len(self.channel_multipliers) > _LEVELS:

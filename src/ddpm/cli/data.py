@@ -12,8 +12,8 @@ from ddpm.presets import PRESETS, Preset, check
 from ddpm.run.start import settle
 
 SETTINGS = (
-    "size", "channels", "pixel_type", "value_range", "clip_values", "fit", "pages", "show", "image_column",
-    "label_column", "allow_paths",
+    "size", "channels", "pixel_type", "value_range", "clip_values", "fit", "pages", "show", "show_range",
+    "image_column", "label_column", "allow_paths",
 )  # fmt: skip
 
 

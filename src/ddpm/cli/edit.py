@@ -24,7 +24,7 @@ from ddpm.cli.options import (
     importing,
     number,
     open_model,
-    shown_channels,
+    with_view,
 )
 from ddpm.errors import InputError
 from ddpm.presets import check
@@ -144,12 +144,12 @@ def _make(args: argparse.Namespace, make: "Callable[[Checkpoint, SamplingSetting
     exact: Precision | None = "float32" if getattr(args, "invert", 0) else None  # rounding limits the fixed point
     model = open_model(args, pick_device(args.device), precision=exact)
     check_sampler(args, model.denoiser.schedule.T)
-    show = shown_channels(args, model.preset)
+    shown = with_view(args, model.preset)
     resolved = conditions(args).resolved(model)
     denoiser, labels = resolved.apply(model)
     settings = SamplingSettings(args.sampler, args.steps, args.spacing, tuple(labels), args.batch_size)
     made = make(replace(model, denoiser=denoiser), settings)
-    sheet = arrays.sheet(made, denoiser.values, show)
+    sheet = arrays.sheet(made, arrays.view_of(shown, denoiser.values))
     pictures, names = images.channels_last(made), [f"{i:03d}" for i in range(len(made))]
     images.save_many(args.out, pictures, names, min(len(pictures), 16), sheet)
     options = ("sampler", "steps", "spacing", "t", "invert", "jump", "resample")

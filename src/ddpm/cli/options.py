@@ -321,15 +321,18 @@ def check_model(args: argparse.Namespace) -> None:
 
 
 def add_show(parser: Parser) -> None:
-    """Which channels a picture shows, for images of many channels."""
+    """Which channels and numbers a picture shows."""
     several = converter(whole_numbers, "channels counted from 1, as 4,3,2")
     help = "channels that the grid shows, counted from 1: one, or three as 4,3,2 (default: the run's)"
     parser.add_argument("--show", type=several, default=(), metavar="N,N", help=help)
+    two = converter(numbers, "two numbers, as 0,3000")
+    help = "numbers that are black and white in the grid (default: the run's)"
+    parser.add_argument("--show-range", type=two, default=(), metavar="LOW,HIGH", help=help)
 
 
-def shown_channels(args: argparse.Namespace, preset: Preset) -> tuple[int, ...]:
-    """--show, or the run's channels. Raises InputError for channels that the images do not have."""
-    return replace(preset, show=args.show or preset.show).show
+def with_view(args: argparse.Namespace, preset: Preset) -> Preset:
+    """The preset with --show and --show-range, if they are given. Raises InputError for what its images do not have."""
+    return replace(preset, show=args.show or preset.show, show_range=args.show_range or preset.show_range)
 
 
 def conditions(args: argparse.Namespace) -> "Conditions":

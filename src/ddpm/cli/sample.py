@@ -21,7 +21,7 @@ from ddpm.cli.options import (
     importing,
     number,
     open_model,
-    shown_channels,
+    with_view,
 )
 from ddpm.errors import InputError
 from ddpm.presets import check
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png, .gif, .webp or .mp4")
     with processes(args.device) as ranks:
         model, asked = open_model(args, ranks.device), conditions(args)
-        show = shown_channels(args, model.preset)
+        shown = with_view(args, model.preset)
         check_sampler(args, model.denoiser.schedule.T)
         progress = ranks.first and not args.json
         sampling = Sampling(
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         if not ranks.first:
             return 0
         columns = grid_columns(len(asked.apply(model)[1]))
-        sheet = partial(arrays.sheet, values=model.denoiser.values, show=show)
+        sheet = partial(arrays.sheet, view=arrays.view_of(shown, model.denoiser.values))
         if moves:
             animation.save(args.out, [sheet(frame) for frame in pictures.unbind(1)], columns)
         elif args.progressive:

@@ -10,7 +10,7 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ddpm.pixels import Values
+    from ddpm.presets import Preset
 
 Array = NDArray[Any]
 _NPY, TIFF, _PNG = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x89PNG\r\n\x1a\n"
@@ -333,33 +334,50 @@ def fit(
 # -- to look at --------------------------------------------------------------------------------------------------------
 
 
-def shown(pixels: Array, values: "Values", show: Sequence[int] = ()) -> pictures.Pixels:
-    """Pixels [..., C] as 8-bit grey, RGB or RGBA, for a picture to look at: low is black and high is white.
+class View(NamedTuple):
+    """How pixels of any kind become a picture to look at.
 
-    show  the channels to show, one or three, counted from 1; by default all of 1, 3 or 4 channels, the first of 2, and
-          the first three of more
+    values      what the numbers are
+    channels    the channels to show, one or three, counted from 1; empty for all of 1, 3 or 4 channels, the first of 2,
+                and the first three of more
+    show_range  the numbers that are black and white in the picture; empty for the range of `values`
+    """
+
+    values: "Values"
+    channels: Sequence[int] = ()
+    show_range: Sequence[float] = ()
+
+
+def view_of(preset: "Preset", values: "Values") -> View:
+    """How the pictures of a run look."""
+    return View(values, preset.show, preset.show_range)
+
+
+def shown(pixels: Array, view: View) -> pictures.Pixels:
+    """Pixels [..., C] as 8-bit grey, RGB or RGBA, for a picture to look at.
 
     >>> from ddpm.pixels import Values
-    >>> shown(np.array([[[0, 9, 65535]]], np.uint16), Values("uint16", 0, 65535), (3,)).item()
+    >>> shown(np.array([[[0, 9, 65535]]], np.uint16), View(Values("uint16", 0, 65535), (3,))).item()
     255
     """
-    channels = pixels.shape[-1]
+    channels, show = pixels.shape[-1], view.channels
     if not show and channels not in pictures.MODES:
         show = (1,) if channels == 2 else (1, 2, 3)
     if show:
         pixels = pixels[..., [c - 1 for c in show]]
-    if values.dtype == "uint8" and values.bins == 256:
+    low, high = view.show_range or (view.values.low, view.values.high)
+    if view.values.dtype == "uint8" and (low, high) == (0, 255):
         return np.asarray(pixels, np.uint8)
-    scaled = (pixels.astype(np.float64) - values.low) * (255 / (values.high - values.low))
+    scaled = (pixels.astype(np.float64) - low) * (255 / (high - low))
     return np.asarray(np.rint(scaled.clip(0, 255)), np.uint8)
 
 
-def sheet(samples: "Tensor", values: "Values", show: Sequence[int] = ()) -> pictures.Pixels:
+def sheet(samples: "Tensor", view: View) -> pictures.Pixels:
     """Samples [N, C, H, W], a tensor on the CPU, as 8-bit pictures [N, H, W, 1, 3 or 4] (`shown`).
 
     >>> import torch
     >>> from ddpm.pixels import Values
-    >>> sheet(torch.zeros(2, 13, 8, 4), Values("float32", 0, 1)).shape
+    >>> sheet(torch.zeros(2, 13, 8, 4), View(Values("float32", 0, 1))).shape
     (2, 8, 4, 3)
     """
-    return shown(pictures.channels_last(samples), values, show)
+    return shown(pictures.channels_last(samples), view)

@@ -112,7 +112,8 @@ def illustrate(
     y = cycled_labels(range(classes), range(n))
     samples = generate(denoiser, preset.shape, range(n), device=device, progress=progress, y=y)
     grid = exported.path.with_suffix(".png")
-    images.save_many(grid, arrays.sheet(samples, denoiser.values, preset.show), [], columns=grid_columns(classes))
+    sheet = arrays.sheet(samples, arrays.view_of(preset, denoiser.values))
+    images.save_many(grid, sheet, [], columns=grid_columns(classes))
     atomic.write(exported.path.with_suffix(".md"), card(checkpoint, exported, license))
 
 

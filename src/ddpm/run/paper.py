@@ -118,7 +118,7 @@ class Setup:
 
     def sheet(self, pixels: Tensor) -> Pixels:
         """Pixels [N, C, H, W] of the model as 8-bit pictures."""
-        return arrays.sheet(pixels, self.checkpoint.denoiser.values, self.checkpoint.preset.show)
+        return arrays.sheet(pixels, arrays.view_of(self.checkpoint.preset, self.checkpoint.denoiser.values))
 
     def held_out(self, count: int) -> Tensor:
         """The first `count` images of the held-out split as x_0, [count, C, H, W].

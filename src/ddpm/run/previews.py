@@ -35,7 +35,7 @@ def draw(
     samples = generate(denoiser, preset.shape, mine, "ddim", calls, device=ranks.device, stop=stop, y=classes)
     samples = ranks.interleave(samples, count)
     if not ranks.any(stop()) and ranks.first:
-        images.save(grid_file(out, step), images.grid(arrays.sheet(samples, denoiser.values, preset.show)))
+        images.save(grid_file(out, step), images.grid(arrays.sheet(samples, arrays.view_of(preset, denoiser.values))))
 
 
 def affordable(preset: Preset, seconds: float, image_call: float) -> tuple[int, int]:

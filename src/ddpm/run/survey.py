@@ -17,7 +17,6 @@ from PIL import Image, ImageOps
 from ddpm.errors import InputError
 from ddpm.files import arrays, data
 from ddpm.files import images as pictures
-from ddpm.pixels import Values
 from ddpm.presets import Preset
 
 _SHEET = 24
@@ -75,7 +74,7 @@ def survey(source: str, preset: Preset, most: int = 400) -> Survey:
         widths.append(image.width if isinstance(image, Image.Image) else image.shape[1])
         kinds[kind] += 1
         if k in wanted and k not in faults:
-            pair = _pair(image, pixels[k], train.decoder.form.values, preset.show)
+            pair = _pair(image, pixels[k], arrays.view_of(preset, train.values))
             before.append(pair[0])
             after.append(pair[1])
     labels = None if train.labels is None else Counter(train.labels.tolist())
@@ -123,21 +122,21 @@ def _read(encoded: Any, name: str, form: data.Form) -> tuple[Image.Image | NDArr
 
 
 def _pair(
-    image: Image.Image | NDArray[Any], fitted: NDArray[Any], values: Values, show: Sequence[int]
+    image: Image.Image | NDArray[Any], fitted: NDArray[Any], view: arrays.View
 ) -> tuple[pictures.Pixels, pictures.Pixels]:
     """Two tiles uint8 [H, W, 3] of one size: the whole image on white, and its pixels [C, H, W] as they are fitted."""
     factor = -(-64 // min(fitted.shape[1:]))
-    seen = _colours(_picture(fitted.transpose(1, 2, 0), values, show))
+    seen = _colours(_picture(fitted.transpose(1, 2, 0), view))
     shown = np.asarray(seen).repeat(factor, axis=0).repeat(factor, axis=1)
-    whole = _colours(image if isinstance(image, Image.Image) else _picture(image, values, show))
+    whole = _colours(image if isinstance(image, Image.Image) else _picture(image, view))
     enlarged = whole.width < shown.shape[1] and whole.height < shown.shape[0]
     method = Image.Resampling.NEAREST if enlarged else Image.Resampling.BICUBIC
     tile = ImageOps.pad(whole, (shown.shape[1], shown.shape[0]), method, color="white")
     return np.asarray(tile, np.uint8), shown
 
 
-def _picture(pixels: NDArray[Any], values: Values, show: Sequence[int]) -> Image.Image:
-    seen = arrays.shown(pixels, values, show)
+def _picture(pixels: NDArray[Any], view: arrays.View) -> Image.Image:
+    seen = arrays.shown(pixels, view)
     return Image.fromarray(np.ascontiguousarray(seen[..., 0] if seen.shape[2] == 1 else seen))
 
 
