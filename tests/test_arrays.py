@@ -313,6 +313,7 @@ def test_from_files_to_samples(tmp_path, monkeypatch, capsys, given, suffix, enc
         assert (low, high) == (float(given.min()), float(given.max()))
     with Image.open("run/samples/00000004.png") as grid:
         assert grid.mode == ("L" if given.shape[3] == 1 else "RGB")
+    assert main("info run".split()) == 0
     steps = "-n 3 --sampler ddim --steps 2 --json"
     for out in ("one/", "all.npy", "all.npz", "all.tif", "grid.png"):
         assert main(f"sample run {steps} --out {out}".split()) == 0

@@ -232,6 +232,16 @@ class Preset:
         return self.channels, *self.size
 
     @property
+    def kind(self) -> str:
+        """What the images are, in words.
+
+        >>> PRESETS["digits"].kind, PRESETS["grey16"].kind, replace(PRESETS["grey16"], channels=13).kind
+        ('grey', '16-bit grey', '16-bit 13-channel')
+        """
+        depth = {"uint8": "", "uint16": "16-bit ", "float32": "floating point "}[self.pixel_type]
+        return depth + {1: "grey", 3: "RGB", 4: "RGBA"}.get(self.channels, f"{self.channels}-channel")
+
+    @property
     def always_labelled(self) -> bool:
         """Whether the network never sees an image without its label, and so cannot be called without one."""
         return bool(self.class_names) and self.label_dropout == 0

@@ -19,7 +19,6 @@ KNOWN = (
     "attention_resolutions", "details", "schedule", "num_timesteps", "beta_1", "beta_T", "predict", "variance", "clip",
 )  # fmt: skip
 """The settings that the files of another package tell. The others, of its training, are unknown."""
-KINDS = {1: "grey", 3: "RGB", 4: "RGBA"}
 
 
 def add(commands: Commands) -> None:
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         "step": model.step if model else 0,
         "steps": preset.steps if is_run else None,
         "parameters": _parameters(preset),
-        "image": f"{preset.size[0]}x{preset.size[1]} {KINDS[preset.channels]}",
+        "image": f"{preset.size[0]}x{preset.size[1]} {preset.kind}",
         "data": preset.data or "unknown",
         "held_out": _held_out(path) if is_run else None,
         "classes": list(preset.class_names),

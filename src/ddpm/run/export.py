@@ -23,7 +23,6 @@ from ddpm.files.images import check_folder
 from ddpm.files.models import Checkpoint, calibration_file, read_calibration
 from ddpm.files.opening import open_checkpoint
 from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
-from ddpm.pixels import EIGHT_BIT
 from ddpm.presets import PRESETS, Preset, to_json
 from ddpm.run import log
 from ddpm.run.sample import cycled_labels, generate
@@ -176,8 +175,6 @@ def card(checkpoint: Checkpoint, exported: Checkpoint, license: str | None = Non
         "datasets": [preset.data] if "/" in preset.data else None,
     }
     front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in about.items() if value)
-    image = {1: "grey", 3: "RGB", 4: "RGBA"}.get(preset.channels, f"{preset.channels}-channel")
-    image += "" if exported.denoiser.values == EIGHT_BIT else f" {exported.denoiser.values}"
     size = "x".join(map(str, preset.size))
     rows, measured = (_table_rows(facts(checkpoint, exported)) for facts in (_facts, _measured))
     measured = f"## Measured\n\n| | |\n|---|---|\n{measured}\n" if measured else ""
@@ -191,7 +188,7 @@ def card(checkpoint: Checkpoint, exported: Checkpoint, license: str | None = Non
     )
     return (
         f"---\n{front}---\n\n# {_markdown(name)}\n\n"
-        f"A denoising diffusion model (Ho, Jain, Abbeel 2020) of {size} {image} images, "
+        f"A denoising diffusion model (Ho, Jain, Abbeel 2020) of {size} {preset.kind} images, "
         f"exported by ddpm {__version__}. The Python package is called ddpm-kit.\n\n"
         f"![{n} samples]({quote(f'{name}.png')})\n\n"
         f"These samples have the seeds 0 to {n - 1}; none was chosen. They were made by ancestral sampling with all "
