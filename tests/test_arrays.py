@@ -341,4 +341,8 @@ def test_from_files_to_samples(tmp_path, monkeypatch, capsys, given, suffix, enc
         assert "float32: has no bins" in capsys.readouterr().err
     Path("f.py").write_text("def f(x):\n    return x.reshape(len(x), -1)[:, :2].astype(float)\n")
     assert main("evaluate run --metrics kid --features f.py:f -n 4 --sampler ddim --steps 2".split()) == 0
+    assert main("paper neighbours --model run --features f.py:f -n 4 --sampler ddim --steps 2".split()) == 0
+    capsys.readouterr()
+    assert main("evaluate run --metrics fid -n 4 --sampler ddim --steps 2".split()) == 2
+    assert "images: Inception takes 8-bit grey and RGB; want --features FILE.py:NAME" in capsys.readouterr().err
     assert main(f"train photos --data a --out run {TINY} {options} --steps 6".split()) == 0

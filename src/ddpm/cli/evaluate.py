@@ -197,7 +197,7 @@ def _quality(
     if _features_are_a_file(args):
         raise InputError(f"--samples {args.samples}: holds no features, which --features {args.features} wants")
     # mistakes show before hours of sampling
-    network = feature_network(args, ranks.device)
+    network = feature_network(args, ranks.device, model.preset)
     real = results.load("train") if args.reference is None else _reference(names, Path(args.reference), network)
     if "is" in names:
         quality.check_network(network, torch.zeros(1, *model.preset.shape, dtype=model.denoiser.values.torch))

@@ -371,11 +371,15 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
     return load
 
 
-def feature_network(args: argparse.Namespace, device: "torch.device") -> "features.Network":
-    """The network of --features or --inception."""
+def feature_network(
+    args: argparse.Namespace, device: "torch.device", preset: Preset | None = None
+) -> "features.Network":
+    """The network of --features or --inception. Raises InputError if it does not take the images of `preset`."""
     from ddpm.files import features
 
     if args.features is None:
+        if preset is not None and (preset.channels not in (1, 3) or preset.pixel_type != "uint8"):
+            raise InputError(f"{preset.kind} images: Inception takes 8-bit grey and RGB; want --features FILE.py:NAME")
         return features.inception(args.inception, any_weights=args.any_weights, device=device)
     return features.custom(args.features)
 

@@ -104,7 +104,7 @@ class _Setups:
     def __init__(self, args: argparse.Namespace, preset: Preset, ranks: Any, progress: bool) -> None:
         self.args, self.ranks, self.progress = args, ranks, progress
         self.load = loader(args, preset, progress)
-        self.network = functools.cache(partial(feature_network, args, ranks.device))
+        self.network = functools.cache(partial(feature_network, args, ranks.device, preset))
 
     def __call__(self, model: "Checkpoint", out: Path, cache: Path) -> "experiments.Setup":
         from ddpm.run.paper import Setup

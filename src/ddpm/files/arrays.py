@@ -76,8 +76,8 @@ def read_npy(path: str | Path) -> Array:
     try:
         pictures.check_plain(path, str(path))
         return np.lib.format.open_memmap(path, mode="r")
-    except InputError:
-        raise
+    except (InputError, FileNotFoundError) as fault:
+        raise InputError(str(fault) if isinstance(fault, InputError) else f"{path}: no such file") from None
     except _FAULTS as fault:
         raise InputError(f"{path}: not a whole .npy file of numbers ({pictures.one_line(fault)})") from None
 

@@ -410,7 +410,7 @@ def neighbours(setup: Setup) -> None:
 
 
 def _spaces(setup: Setup) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The spaces in which images are compared, each a function from images uint8 [N, C, H, W] to points [N, D].
+    """The spaces in which images are compared, each a function from images [N, C, H, W] to points [N, D].
 
     Without a feature network there are only the pixels; but a network that the user chose must open.
     """
@@ -436,12 +436,17 @@ def _nearest(
     k, device = min(8, len(training)), setup.ranks.device
     points = _embedded(training, embed)
     if setup.checkpoint.preset.flip:
-        points = torch.cat([points, _embedded(training, lambda x: embed(x.flip(-1)))])
+        points = torch.cat([points, _embedded(training, lambda x: embed(_mirrored(x)))])
     distances, indices = metrics.nearest(embed(samples), points, k, device=device)
     expected = _relative_distance(metrics.nearest(_embedded(held_out, embed), points, k, device=device)[0])
     expected = expected[expected > 0]  # an image of both sets says nothing about chance
     chance = (1 + (expected <= _relative_distance(distances)[:, None]).sum(1)) / (len(expected) + 1)
     return _Neighbours(distances, indices % len(training), chance, len(expected))
+
+
+def _mirrored(x: Tensor) -> Tensor:
+    """The images mirrored left to right. torch cannot flip uint16, so their bits are flipped as int16."""
+    return x.view(torch.int16).flip(-1).view(x.dtype) if x.dtype == torch.uint16 else x.flip(-1)
 
 
 def _relative_distance(distances: Tensor) -> Tensor:
