@@ -191,7 +191,26 @@ def loader(source: str, seconds: float) -> dict[str, float]:
             next(stream)
         values[f"{name}_bytes"] = watch.stop() - before
         stream.close()
+    memory = data.load(source, (256, 256), 3, cache_bytes=1 << 40)
+    for name, fed in (("fed_streamed", images), ("fed_memory", memory)):
+        values[name] = fed_rate(fed, 32 / values["workers"], seconds)
     return values
+
+
+def fed_rate(images: Any, step_seconds: float, seconds: float) -> float:
+    """Images/s of a loop that waits `step_seconds` after each batch, as for a network on another device."""
+    from ddpm.files import data
+
+    stream = data.batches(images, 0, 32, 0, 10**9, workers=os.cpu_count() or 1)
+    for _ in range(16):
+        next(stream)
+    begun, count = time.monotonic(), 0
+    while time.monotonic() - begun < seconds:
+        count += len(next(stream))
+        time.sleep(step_seconds)
+    rate = count / (time.monotonic() - begun)
+    stream.close()
+    return rate
 
 
 def child(arguments: dict[str, Any]) -> None:
@@ -257,6 +276,10 @@ def main() -> None:
             (
                 f"rate, share of {cores} x decoding alone",
                 [each["workers"] / each["decode"] / cores for each in repeats],
+            ),
+            (
+                "a network as fast as the loader, fed by it / from memory",
+                [each["fed_streamed"] / each["fed_memory"] for each in repeats],
             ),
             ("CPU time, loader without workers / with", [each["alone_cpu"] / each["workers_cpu"] for each in repeats]),
             ("memory with workers, MiB (PSS), beyond the start", [each["workers_bytes"] / MIB for each in repeats]),

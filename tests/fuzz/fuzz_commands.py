@@ -32,6 +32,15 @@ CALLS = {  # calls that work; DIR is a folder of images, RUN a run, OUT a place 
     "--seed 0 --size 8 --channels 1 --schedule linear --predict eps --variance fixed_large --loss simple --dropout 0.1 "
     "--ema-decay 0.9 --save-every 1 --keep 1 --eval-images 4 --sample-every 0 --workers 0 --accumulate 1 "
     "--device cpu --precision float32 --cooldown 0.5 --grad-clip 1 --label-dropout 0.1 --out OUT",
+    "arrays": "train photos --data STACK.npy --width 32 --channel-multipliers 1 --num-res-blocks 1 --patch 1 "
+    "--attention-resolutions 0 --num-timesteps 20 --sample-steps 5 --steps 1 --batch-size 4 --size 8 --channels 5 "
+    "--pixel-type uint16 --value-range 0,9999 --show 3,2,1 --show-range 0,500 --fit pad --pages first "
+    "--schedule log_snr --beta-1 1e-6 --cache-bytes 1M --shuffle-window 10 --workers 0 --eval-images 4 --out OUT",
+    "init": "train --init RUN --data DIR --steps 1 --batch-size 4 --eval-images 4 --sample-every 0 --workers 0 "
+    "--lr 0.001 --out OUT",
+    "config": "train --config RUN/config.json --steps 1 --batch-size 4 --out OUT",
+    "data": "data DIR --size 8 --channels 1 --fit crop --pixel-type uint8 --out OUT.png",
+    "deep": "sample DEEP -n 2 --sampler ddim --steps 2 --show 1 --show-range 0,9 --out OUT.npy",
     "sample": "sample RUN -n 2 --steps 3 --sampler ddim --eta 0.5 --spacing uniform --seed 1 --batch-size 2 --clip "
     "0.9 --checkpoint last --weights ema --precision float32 --device cpu --variance fixed_small --out OUT.png",
     "class": "sample digits -n 2 --steps 2 --class 7 --guidance 2 --guidance-interval 200,800 --out OUT",
@@ -63,9 +72,7 @@ WORDS = (
 )
 WORDS += "~nobody ü \udce4 hf: hf:a hf:a/b@c a/b a/b:c %s {} $HOME * [] null".split()
 WORDS += ["", " ", "a\nb", "a\tb", "a" * 300, "a/" * 2000]
-PLACES = (
-    "DIR RUN IMAGE FILE.ddpm FILE.safetensors THEIRS NET.py NET.py:nothing RUN/config.json RUN/checkpoints missing.png "
-)
+PLACES = "DIR RUN DEEP STACK.npy IMAGE FILE.ddpm FILE.safetensors THEIRS NET.py NET.py:nothing RUN/config.json RUN/checkpoints missing.png "
 PLACES += "missing/ /dev/null /dev/zero /proc/self/mem OUT/deep/er.png"
 
 
@@ -81,6 +88,8 @@ def prepare(folder: Path) -> list[str]:
     (folder / "NET.py").write_text("def net(x):\n    return x.reshape(len(x), -1)[:, :9].astype(float)\n")
     run = (CALLS["train"] + " ").replace("--out OUT ", "--out RUN").split()
     ddpm(folder, run, check=True)
+    np.save(folder / "STACK.npy", rng.integers(0, 9999, (12, 8, 8, 5), np.uint16))
+    ddpm(folder, (CALLS["arrays"] + " ").replace("--out OUT ", "--out DEEP").split(), check=True)
     ddpm(folder, "compress digits IMAGE --chunk-bits 8 --out FILE.ddpm".split(), check=True)
     ddpm(folder, "export RUN --out FILE.safetensors".split(), check=True)
     ddpm(folder, "export RUN --to diffusers THEIRS".split(), check=True)
