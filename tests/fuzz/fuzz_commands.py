@@ -72,8 +72,8 @@ WORDS = (
 )
 WORDS += "~nobody ü \udce4 hf: hf:a hf:a/b@c a/b a/b:c %s {} $HOME * [] null".split()
 WORDS += ["", " ", "a\nb", "a\tb", "a" * 300, "a/" * 2000]
-PLACES = "DIR RUN DEEP STACK.npy IMAGE FILE.ddpm FILE.safetensors THEIRS NET.py NET.py:nothing RUN/config.json RUN/checkpoints missing.png "
-PLACES += "missing/ /dev/null /dev/zero /proc/self/mem OUT/deep/er.png"
+PLACES = "DIR RUN DEEP STACK.npy IMAGE FILE.ddpm FILE.safetensors THEIRS NET.py NET.py:nothing RUN/config.json "
+PLACES += "RUN/checkpoints missing.png missing/ /dev/null /dev/zero /proc/self/mem OUT/deep/er.png"
 
 
 def prepare(folder: Path) -> list[str]:
