@@ -70,6 +70,7 @@ def test_workers_processes_and_resuming_change_nothing(tmp_path):
     loaded = opened(tmp_path, RGB, EIGHT_BIT, ".png")
     whole = torch.stack(list(data.batches(loaded, 1, 8, 0, 4, workers=0)))
     assert torch.equal(whole, torch.stack(list(data.batches(loaded, 1, 8, 0, 4, workers=2))))
+    assert torch.equal(whole, torch.stack(list(data.batches(loaded, 1, 8, 0, 4, workers="auto"))))
     parts = [torch.stack(list(data.batches(loaded, 1, 8, 0, 4, part=part, workers=0))) for part in HALVES]
     assert torch.equal(whole, torch.cat(parts, 1))
     assert torch.equal(whole[2:], torch.stack(list(islice(data.batches(loaded, 1, 8, 2, 9, workers=2), 2))))

@@ -416,6 +416,20 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path):
     refused(str(path), (8, 8), 3, match=r"3\.png in .*set\.zip: cannot be read")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_member_of_any_compression_is_named(tmp_path, method):
+    files = sorted(folder(tmp_path / "set", classes=False).rglob("*.png"))
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", method) as archive:
+        for file in files:
+            archive.write(file, file.name)
+        info = archive.getinfo(files[0].name)
+    data = bytearray((tmp_path / "set.zip").read_bytes())
+    start = info.header_offset + 30 + len(info.filename)
+    data[start + 12 : start + info.compress_size] = bytes(info.compress_size - 12)
+    (tmp_path / "set.zip").write_bytes(data)
+    refused(str(tmp_path / "set.zip"), (8, 8), 3, match=r"0\.png in .*set\.zip: cannot be read")
+
+
 @pytest.mark.parametrize("cache_bytes", [2**30, 0])
 def test_converting_and_enlarging_warn_once(tmp_path, cache_bytes):
     folder(tmp_path, classes=False)

@@ -200,6 +200,46 @@ def test_processes_that_start_together_build_one_index():
     assert counted.value == 1
 
 
+def test_images_of_a_format_that_is_installed_later_are_found(tmp_path, monkeypatch):
+    source = source_of(tmp_path, "folder")
+    pictures.save(tmp_path / "b.png", PIXELS[0])
+    os.replace(tmp_path / "b.png", source / "c0" / "b.heic")
+    monkeypatch.setattr(pictures, "SUFFIXES", pictures.SUFFIXES - {".heic"})
+    with pytest.warns(UserWarning, match=r"1 file left out.*1 \.heic"):
+        assert len(found(source)[1]) == len(PIXELS)
+    monkeypatch.setattr(pictures, "SUFFIXES", pictures.SUFFIXES | {".heic"})
+    assert len(found(source)[1]) == len(PIXELS) + 1
+
+
+def test_a_cache_of_another_user_is_used(tmp_path, monkeypatch):
+    """Its files can be read, but their times cannot be changed."""
+
+    def refuse(*_, **__):
+        raise PermissionError
+
+    source = source_of(tmp_path, "tar")
+    first = found(source)
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(sources, "arrange", not_called)
+    monkeypatch.setattr(tars, "_quick", not_called)
+    assert found(source) == first
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps no such time")
+def test_an_edit_that_keeps_size_and_time_is_noticed(tmp_path):
+    """As by `cp -p`."""
+    root = tmp_path / "set"
+    for i, image in enumerate(PIXELS):
+        pictures.save(root / f"{i}.png", image)
+        (root / f"{i}.cls").write_text(f"c{i % 2}")
+    first = found(root)
+    before = (root / "0.cls").stat()
+    time.sleep(0.02)  # the clock of a file system has steps
+    (root / "0.cls").write_text("c1")
+    os.utime(root / "0.cls", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert found(root)[1] == [1, *first[1][1:]]
+
+
 def test_mistakes_are_not_kept(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"x" * 2000)
     for _ in range(2):

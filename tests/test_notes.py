@@ -153,3 +153,18 @@ def test_numbers_of_12_bits_in_16_are_told_once_with_the_range_to_give(tmp_path,
     line = data.describe(*pair)
     assert wanted in line
     assert ("at most" in line) == bool(wanted)
+
+
+def test_8_bit_pictures_that_are_nearly_black_are_told(tmp_path):
+    """As labels stored as grey levels, or 12 bits in 16-bit files that are rounded to 8."""
+    for i in range(6):
+        images.save_image(tmp_path / "dark" / f"{i}", np.full((8, 8, 1), 20 + i, np.uint8))
+        images.save_image(tmp_path / "deep" / f"{i}", np.full((8, 8, 1), 4000 + i, np.uint16))
+        images.save_image(tmp_path / "grey" / f"{i}", np.full((8, 8, 1), 40 + i, np.uint8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        pairs = {kind: data.load_pair(str(tmp_path / kind), (8, 8), 1) for kind in ("dark", "deep", "grey")}
+    lines = {kind: data.describe(*pair) for kind, pair in pairs.items()}
+    assert "all numbers are at most 25, and white is 255, so all pictures are nearly black" in lines["dark"]
+    assert "at most 16, and white is 255" in lines["deep"]
+    assert "at most" not in lines["grey"]

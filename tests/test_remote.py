@@ -8,6 +8,7 @@ import re
 import tarfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -18,6 +19,8 @@ import torch
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
 from ddpm.files.data import batches, load, load_pair, remote
+from ddpm.presets import PRESETS
+from ddpm.run import survey
 
 pytest.importorskip("aiohttp")
 
@@ -345,3 +348,13 @@ def test_a_damaged_parquet_file_at_a_url_is_named(serve, shards):
     server = serve()
     with pytest.raises(InputError, match=r"a\.parquet: damaged parquet file"):
         stream(f"{server.url}/a.parquet")
+
+
+def test_a_look_at_a_source_keeps_what_others_read(serve, cache):
+    """`ddpm data` holds no image in memory, and leaves the parts on the disk."""
+    url = f"{serve().url}/{SOME}"
+    stream(url)
+    kept = set(cache.glob("parts/*/*"))
+    assert len(kept) > 10
+    survey.survey(url, replace(PRESETS["digits"], channels=3), 5)
+    assert kept <= set(cache.glob("parts/*/*"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ddpm.errors import InputError
+from ddpm.files import codecs
 from ddpm.files import images as pictures
 from ddpm.files.data import batches, load, loading, shared
 
@@ -143,6 +144,28 @@ def test_copies_that_are_not_used_are_forgotten_and_damaged_ones_made_again(fold
     with pytest.warns(UserWarning, match="converted"):
         load(folder, (8, 8), 1)
     assert path not in set(cache.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells which files are mapped")
+def test_a_file_is_renamed_only_when_it_is_not_mapped(folder, cache, monkeypatch):
+    """Windows renames no other file."""
+    replace, mapped = os.replace, []
+
+    def look(source, target):
+        mapped.append(str(source) in Path("/proc/self/maps").read_text())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look)
+    found(folder)
+    assert len(list(cache.glob("*.npy"))) == 1
+    assert not any(mapped)
+
+
+def test_another_version_of_a_decoder_decodes_again(folder, cache, monkeypatch):
+    found(folder)
+    monkeypatch.setattr(codecs, "version", lambda package: "99")
+    found(folder)
+    assert len(list(cache.glob("*.npy"))) == 2
 
 
 def test_few_images_of_one_process_stay_in_its_memory(folder, cache, monkeypatch):

@@ -202,6 +202,16 @@ def test_the_run_that_comes_back(tmp_path: Path) -> None:
     assert (more.folder, more.result.step, more.preset.width) == (run.folder, 5, 32)
 
 
+@pytest.mark.parametrize("kind", ["array", "tensor", "Dataset"])
+def test_a_run_of_objects_goes_on_only_with_these(kind: str, tmp_path: Path) -> None:
+    """Its folder alone does not hold them, and the error says what is missing."""
+    images = {"array": digits(), "tensor": torch.from_numpy(digits()), "Dataset": Items(list(digits()))}[kind]
+    run = ddpm.train("digits", images, tmp_path / "run", steps=1, **SETTINGS)
+    with pytest.raises(InputError, match=f"data: the images of this run were given in Python, {kind} "):
+        ddpm.train(run.folder, steps=2)
+    assert ddpm.train(run.folder, images, steps=2).result.step == 2
+
+
 def test_a_fault_of_the_callback_saves_the_run(tmp_path: Path) -> None:
     def fail(line: dict[str, Any]) -> None:
         if line["step"] == 3:
@@ -230,7 +240,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "bool": ({"data": np.zeros((4, 8, 8), bool)}, r"data array bool \[4, 8, 8\]: want numbers"),
     "flat": ({"data": np.zeros((4, 64), np.uint8)}, r"\[4, 64\]: want \[N, H, W\] or \[N, H, W, C\]"),
-    "empty": ({"data": np.zeros((0, 8, 8), np.uint8)}, r"\[0, 8, 8\]: want"),
+    "empty": ({"data": np.zeros((0, 8, 8), np.uint8)}, r"\[0, 8, 8\]: no images; want"),
+    "one image": ({"data": np.zeros((8, 8, 3), np.uint8)}, r"\[8, 8, 3\]: seems to be one image; want \[N, H, W\]"),
+    "bands": (
+        {"data": np.zeros((4, 8, 8, 13), np.uint16)},
+        r"uint16 numbers; want pixel_type uint16 and channels 13, or uint8",
+    ),
     "channels first": ({"data": np.zeros((4, 3, 8, 8), np.uint8)}, "channels seem to be at another place"),
     "channels last": ({"data": torch.zeros(4, 8, 8, 3, dtype=torch.uint8)}, "channels seem to be at another place"),
     "labels": ({"data": (np.zeros((4, 8, 8), np.uint8), [1, 2])}, "2 labels; want 4 integers or names"),

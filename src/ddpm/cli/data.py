@@ -68,11 +68,13 @@ def _lines(about: dict[str, Any]) -> Iterator[str]:
     yield row("looked at", f"{about['looked_at']:,} of {about['train']:,} images" if some else "all images to train on")
     for name in ("height", "width"):
         if (spread := about[name]) is not None:
-            yield row(name, f"{spread['min']} to {spread['max']}, median {spread['median']:g}")
+            same = spread["min"] == spread["max"]
+            yield row(name, f"{spread['min']}" + f" to {spread['max']}, median {spread['median']:g}" * (not same))
     yield row("kinds", ", ".join(f"{kind} {count:,}" for kind, count in about["kinds"].items()) or "none")
     yield row("become", about["fitted"])
     for what, each in about["conversions"].items():
-        yield row("conversion", f"{each['images']:,}: {what}; the first: {each['first']}")
+        number = f"{each['images']:,} image{'s' * (each['images'] != 1)}"
+        yield row("conversion", f"{number}: {what}; the first: {each['first']}")
     for fault in about["faults"]:
         yield row("bad", fault)
     if more := about["bad"] - len(about["faults"]):

@@ -8,6 +8,8 @@ import importlib
 import importlib.util
 import io
 import re
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,15 @@ MISSING = frozenset(_PACKAGES) - SUFFIXES
 
 _JXL_BOX = b"\0\0\0\x0cJXL \r\n\x87\n"
 _HEVC = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"))
+
+
+def versions() -> dict[str, str]:
+    """The packages here that decode images, and their versions."""
+    found = dict[str, str]()
+    for package in ("Pillow", "pillow-heif", "imagecodecs", "tifffile"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 class Decoded(NamedTuple):

@@ -54,7 +54,7 @@ def survey(source: str, preset: Preset, most: int = 400) -> Survey:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the same is in the result
-        settings = {**data.settings_of(preset), "skip_bad": True, "cache_bytes": 0}
+        settings = {**data.settings_of(preset), "skip_bad": True, "on_demand": True}
         train, held_out = data.load_pair(source, preset.size, preset.channels, **settings)
     n = len(train)
     rows = train.rows[torch.arange(min(n, most)) * n // min(n, most)].tolist()

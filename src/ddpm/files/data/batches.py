@@ -200,7 +200,7 @@ def _trial(
     decoding, training = [], []
     for step in steps:
         begun = time.monotonic()
-        batch = images.batch(images.order(seed, step, batch_size)[part])
+        batch = images.batch(*_what(images, seed, step, batch_size, part))
         decoded = time.monotonic()
         yield send(batch, device)
         if device.type == "cuda":

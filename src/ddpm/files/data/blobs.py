@@ -48,10 +48,13 @@ class LocalFile:
         return io.BufferedReader(io.FileIO(self.path), 1 << 16)
 
 
-def facts_of(path: Path) -> tuple[int, int]:
-    """The size of a file and the time of its change in nanoseconds; -1 if there is none."""
+def facts_of(file: Path | os.DirEntry[str]) -> tuple[int, int]:
+    """The size of a file and the time of its change in nanoseconds; -1 if there is none, as for a link to nothing.
+
+    The time is also that of its inode, which a copy with `cp -p` or `rsync -t` in its place does not keep.
+    """
     try:
-        status = path.stat()
+        status = file.stat()
     except OSError:
         return -1, -1
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)

@@ -118,6 +118,7 @@ def _picture(array: NDArray[Any], name: str) -> Image.Image:
     array = arrays.read(array, name)
     if array.dtype != np.uint8:
         wanted = "float32" if array.dtype.kind == "f" else "uint16"
+        wanted += "" if array.shape[2] in pictures.MODES else f" and channels {array.shape[2]}"
         raise InputError(f"{name}: {array.dtype} numbers; want pixel_type {wanted}, or uint8 numbers")
     if array.shape[2] not in pictures.MODES:
         raise InputError(f"{name}: [H, W, C] is {list(array.shape)}; want channels {array.shape[2]}, or C of 1, 3 or 4")

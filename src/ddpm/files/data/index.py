@@ -77,10 +77,16 @@ def _read(path: Path) -> pa.Table | None:
             return None
         with pa.ipc.open_file(pa.py_buffer(data).slice(32)) as reader:
             table = reader.read_all()
-        os.utime(path)
-        return table
     except (OSError, pa.ArrowInvalid):
         return None
+    mark_used(path)
+    return table
+
+
+def mark_used(path: Path) -> None:
+    """Note that a file of the cache was used now, if this user may change its time."""
+    with suppress(OSError):
+        os.utime(path)
 
 
 def forget(folder: Path, pattern: str, days: float) -> None:

@@ -18,10 +18,13 @@ from ddpm import catalog
 from ddpm.errors import InputError
 from ddpm.files import codecs
 from ddpm.files import images as pictures
+from ddpm.files.data.blobs import facts_of
 
 SKIP_HINT = "the setting skip_bad of `ddpm train` skips such images"
 
 ACCEPTED = f"want {catalog.accepted_sources()}"
+GIVEN = re.compile(r"(array|tensor) \w+ \[[\d, ]+\]|Dataset \w+ of [\d,]+|datasets\.Dataset(Dict)?")
+"""What the setting `data` of a run is if its images were given as a Python object (`objects`)."""
 LABELS = ("label", "labels", "class", "fine_label", "cls")
 """Usual names of what holds the labels, the preferred one first."""
 _COMPANIONS = frozenset(
@@ -189,16 +192,8 @@ def walk(root: Path) -> Iterator[str]:
 
 
 def facts(root: Path) -> dict[str, tuple[int, int]]:
-    """The size and the time of change (nanoseconds) of each file of `walk`; -1 for a link to nothing."""
-    return {file: _size_and_time(entry) for file, entry in _entries(root)}
-
-
-def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
-    try:
-        status = entry.stat()
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+    """`facts_of` each file of `walk`."""
+    return {file: facts_of(entry) for file, entry in _entries(root)}
 
 
 def _entries(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.catalog import Fit
 from ddpm.errors import InputError
-from ddpm.files import arrays
+from ddpm.files import arrays, codecs
 from ddpm.files import images as pictures
 from ddpm.files.data.decoding import Decoder, Form, decode_all, decoded, merge_notes
 from ddpm.files.data.index import key_of
@@ -271,13 +270,14 @@ def describe(train: Images, held_out: Images) -> str:
 
 
 def _range_hint(values: Values, highest: float) -> str:
-    """What to say if integers, but not those of 8 bits, use less than an eighth of their range, as 12 bits in 16 do."""
-    if (
-        values == EIGHT_BIT
-        or values.bins is None
-        or not values.low < highest < values.low + (values.high - values.low) / 8
-    ):
+    """What to say if integers use less than an eighth of their range, as 12 bits in 16 do."""
+    if values.bins is None or not values.low < highest < values.low + (values.high - values.low) / 8:
         return ""
+    if values == EIGHT_BIT:
+        return (
+            f"all numbers are at most {highest:.0f}, and white is 255, so all pictures are nearly black; --value-range "
+            "says what is white, and --pixel-type uint16 keeps more than 8 bits"
+        )
     top = max(2 ** int(highest).bit_length() - 1, int(values.low) + 1)
     return (
         f"all numbers are at most {highest:,.0f}, and white is {values.high:,.0f}; "
@@ -318,8 +318,9 @@ def _build(
     window: int,
     progress: bool,
     verify: bool,
+    on_demand: bool = False,
 ) -> Images:
-    """The images of one split, decoded into memory if they take at most `cache_bytes`."""
+    """The images of one split, decoded into memory if they take at most `cache_bytes`, and not `on_demand`."""
     listing = contents.splits[split]()
     n = len(listing.encoded)
     if n == 0:
@@ -332,7 +333,7 @@ def _build(
     images.splits, images.left_out, images.looks_grey = tuple(contents.splits), contents.left_out, grey
     images.highest = highest
     images.bounds, images.window = None if listing.shards is None else torch.from_numpy(listing.shards), window
-    if form.fit == "random-crop" or n * form.zeros(1).nbytes > cache_bytes:
+    if on_demand or form.fit == "random-crop" or n * form.zeros(1).nbytes > cache_bytes:
         images.batch([0])  # warns of conversions before the work starts
         return images
     # for small images, threads would only wait for the interpreter; large ones must not fill the memory together
@@ -351,7 +352,7 @@ def _build(
         faults, notes = decode(pixels)
     else:
         identity = _hash(listing.encoded.identity())
-        key = key_of("decoded", stamp, identity, repr(form), usual, skip_bad, n, PIL.__version__)
+        key = key_of("decoded", stamp, identity, repr(form), usual, skip_bad, n, codecs.versions())
         pixels, (faults, notes) = decoded_once(key, shape, dtype, decode)
     good = torch.tensor([i for i in range(n) if i not in faults], dtype=torch.int64)
     if not len(good):
@@ -522,12 +523,13 @@ def load_pair(
     fit: Fit = "crop",
     clip_values: bool = False,
     pages: str = "first",
+    on_demand: bool = False,
 ) -> tuple[Images, Images]:
     """The images to train on, and held-out images.
 
     The held-out images are the source's test split or else its validation split. If it has neither, `split_holdout`
     sets some apart. Arguments and errors are those of `load`; fewer than 2 images also raise InputError. The source may
-    also be Python objects (`given`).
+    also be Python objects (`given`). With on_demand, no image is decoded before it is asked for.
 
     >>> train, held_out = load_pair("digits", (8, 8), 1)
     >>> len(train), len(held_out)
@@ -540,11 +542,13 @@ def load_pair(
         contents = open_source(source, options)
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     name = _pick(source, split, contents.splits)
-    train = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify)
+    train = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify, on_demand)
     other = find_split("test", (each for each in contents.splits if each != name))
     if other is None:
         return split_holdout(train)
-    return train, _build(source, other, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify)
+    return train, _build(
+        source, other, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify, on_demand
+    )
 
 
 def settings_of(preset: Preset) -> dict[str, Any]:

@@ -83,8 +83,12 @@ def _of_array(images: NDArray[Any] | Tensor, labels: Any) -> Given:
     kind = "tensor" if isinstance(images, Tensor) else "array"
     title = f"{kind} {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
     wanted = "[N, C, H, W] or [N, H, W]" if kind == "tensor" else "[N, H, W] or [N, H, W, C]"
-    if images.ndim not in (3, 4) or 0 in images.shape:
+    if 0 in images.shape:
+        raise InputError(f"data {title}: no images; want {wanted}")
+    if images.ndim not in (3, 4):
         raise InputError(f"data {title}: want {wanted}")
+    if kind == "array" and images.ndim == 3 and images.shape[2] in (1, 3, 4):
+        raise InputError(f"data {title}: seems to be one image; want {wanted}")
     at, other = (1, -1) if kind == "tensor" else (-1, 1)
     if images.ndim == 4 and images.shape[at] == images.shape[2] > 4 >= images.shape[other]:
         raise InputError(f"data {title}: its channels seem to be at another place; want {wanted}")

@@ -7,7 +7,6 @@ kept in the same way.
 
 import io
 import itertools
-import os
 import re
 import threading
 import time
@@ -22,7 +21,7 @@ import filelock
 
 from ddpm.errors import InputError
 from ddpm.files import atomic
-from ddpm.files.data.index import data_cache, key_of
+from ddpm.files.data.index import data_cache, key_of, mark_used
 from ddpm.files.images import one_line
 
 T = TypeVar("T")
@@ -81,7 +80,7 @@ class RemoteFile:
         path = self._folder / name
         with suppress(OSError):
             data = path.read_bytes()
-            os.utime(path)
+            mark_used(path)
             return data
         data = make()
         with suppress(OSError):  # a full disk makes it slower, and not wrong
@@ -109,7 +108,7 @@ class RemoteFile:
                 if not path.exists():
                     self.copy(path)
                     _tidy(self.size, self.cache_bytes)
-                os.utime(path)
+                mark_used(path)
                 return path.open("rb")
         raise OSError(f"its copy {path} vanishes; want a larger cache_bytes")
 

@@ -9,7 +9,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ddpm.files import atomic
-from ddpm.files.data.index import data_cache, forget
+from ddpm.files.data.index import data_cache, forget, mark_used
 from ddpm.files.images import Notes, one_line
 
 PLAIN = 64 * 2**20
@@ -49,6 +48,7 @@ def decoded_once(
                 pixels = np.lib.format.open_memmap(part, "r+")
                 report = decode(pixels)
                 pixels.flush()
+                del pixels  # Windows renames no file that is mapped
                 about = path.with_suffix(".json")
                 atomic.write_json(about, {"faults": list(report[0].items()), "notes": report[1]})
             found = _mapped(path, shape, dtype)
@@ -81,9 +81,8 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> tuple[NDArr
         pixels = np.load(path, mmap_mode="c")
         if pixels.shape != shape or pixels.dtype != dtype:
             return None
-        for file in (path, path.with_suffix(".json")):
-            with suppress(OSError):
-                os.utime(file)
+        mark_used(path)
+        mark_used(path.with_suffix(".json"))
         faults = {int(index): str(fault) for index, fault in about["faults"]}
         notes = {what: (str(first), int(count)) for what, (first, count) in about["notes"].items()}
         return pixels, (faults, notes)

@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from ddpm.files.data.index import indexed, key_of
 from ddpm.files.data.layout import Layout, arrange, kind, meanings, other_words
 from ddpm.files.data.listing import (
     ACCEPTED,
+    GIVEN,
     Contents,
     Encoded,
     EncodedImages,
@@ -78,6 +78,8 @@ def open_source(source: str, options: Options) -> Contents:
         raise InputError(f"{source}: no images in this folder{_files(walk(path))}; {ACCEPTED}")
     if path.is_file():
         raise InputError(f"{source}: not a file of images that can be read; {ACCEPTED}")
+    if GIVEN.fullmatch(source):
+        raise InputError(f"data: the images of this run were given in Python, {source}; want them as data again")
     if source and path.exists():
         raise InputError(f"{source}: a pipe or a device; {ACCEPTED}")
     raise InputError(f"{source or repr(source)}: no such file or folder; {ACCEPTED}")
@@ -161,7 +163,8 @@ def _contents(
 
     key  JSON values that change whenever a file does, under which the layout is kept
     """
-    whole_key = key_of("layout", key, options.image_column, options.label_column, shards)
+    endings = sorted(pictures.SUFFIXES)  # an extra that is installed later adds some
+    whole_key = key_of("layout", key, endings, options.image_column, options.label_column, shards)
     table = indexed(whole_key, lambda: arrange(source, names, read, options, shards).to_table(), options.fresh)
     layout = Layout.from_table(table)
 
@@ -250,8 +253,7 @@ class Zip:
         pictures.check_memory(archive.getinfo(file).file_size, name)  # zipfile reads no more than this
         try:
             return archive.read(file)
-        # zipfile raises RuntimeError for an encrypted member
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as fault:
+        except Exception as fault:  # zipfile and the codecs under it raise exceptions of many kinds
             raise InputError(f"{name}: cannot be read ({pictures.one_line(fault)})") from None
 
     def identity(self) -> Iterable[bytes]:
