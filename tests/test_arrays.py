@@ -128,6 +128,15 @@ def test_one_file_of_many_images(tmp_path, given, name):
     assert (whole(str(path), given.shape[3], values) == given).all()
 
 
+def test_an_lmdb_is_opened_by_several(tmp_path):
+    """As by a notebook that trains twice, though a process may open an LMDB only once."""
+    pictures = [images.to_png(np.full((8, 8, 3), i, np.uint8)) for i in range(6)]
+    write_lmdb(tmp_path / "lmdb", pictures)
+    one, other = (data.load(str(tmp_path / "lmdb"), SIZE, 3, cache_bytes=0) for _ in range(2))
+    for each in (one, other, one):
+        assert each.batch(range(6))[:, 0, 0, 0].tolist() == list(range(6))
+
+
 def write_lmdb(path, files):
     lmdb = pytest.importorskip("lmdb")
     with lmdb.open(str(path), map_size=1 << 24) as opened, opened.begin(write=True) as transaction:

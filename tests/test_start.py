@@ -269,7 +269,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(what: str, tmp_path: Path) -> 
 # -- settings in a file ------------------------------------------------------------------------------------------------
 
 FILES = {
-    "a.yaml": "size: 8\nchannel_multipliers: [1]\nlr: 1e-3\nschedule: linear\nema_warmup: true\n",
+    "a.yaml": "size: 8\nchannel_multipliers: 1\nlr: 1e-3\nschedule: linear\nema_warmup: true\n",
     "a.toml": 'size = "8x8"\nchannel_multipliers = [1]\nlr = 1e-3\nschedule = "linear"\nema_warmup = true\n',
     "a.json": '{"size": [8, 8], "channel_multipliers": [1], "lr": 1e-3, "schedule": "linear", "ema_warmup": true}',
 }

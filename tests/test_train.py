@@ -188,6 +188,13 @@ def test_verify_notices_an_image_of_the_same_name_and_size(
     for path, content in old.items():
         path.write_bytes(content)
     assert train(tmp_path / "run", *options, 5) == 0
+    assert train(tmp_path / "later", *options[:2], "--steps", 1) == 0
+    capsys.readouterr()
+    assert train(tmp_path / "later", *options, 2) == 0
+    assert "has no hash of its images yet, so nothing is compared" in capsys.readouterr().err
+    path.write_bytes(content + b"\0")  # the first thing that differs is said
+    assert train(tmp_path / "later", *options, 3) == 2
+    assert "not the images that the run in" in capsys.readouterr().err
 
 
 def test_the_log_says_how_much_training_waits_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

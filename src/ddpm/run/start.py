@@ -219,12 +219,12 @@ def _start(start: str | Path | Preset | None, out: Path | None) -> tuple[Preset,
 
 
 def converted(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Settings from Python or from a file, as Preset has them: a size may be 32 or "32x48", and a tuple a list.
+    """Settings from Python or from a file, as Preset has them: a size may be 32 or "32x48", a tuple a list or a number.
 
     `where` begins the message. Raises InputError for an unknown setting; it names the nearest one.
 
-    >>> converted({"size": 32, "channel_multipliers": [1, 2]})
-    {'size': (32, 32), 'channel_multipliers': (1, 2)}
+    >>> converted({"size": 32, "channel_multipliers": [1, 2], "show": 4})
+    {'size': (32, 32), 'channel_multipliers': (1, 2), 'show': (4,)}
     """
     known = [f.name for f in fields(Preset)]
     for name in values:
@@ -240,4 +240,6 @@ def converted(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         sides = tuple(map(int, size.lower().split("x")))
         values["size"] = sides * 2 if len(sides) == 1 else sides
     values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    lists = {f.name for f in fields(Preset) if str(f.type).startswith("tuple")}
+    values |= {name: (value,) for name, value in values.items() if name in lists and type(value) in (int, float)}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

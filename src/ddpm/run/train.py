@@ -97,7 +97,7 @@ def train(
             _lock(out, stack)  # only now, so that a mistake in settings or data leaves no folder behind
 
         model = _build(preset, ranks.device)
-        _resume(model, preset, out, train_set)
+        _resume(model, preset, out, train_set, ranks)
         if source is not None:
             _begin_with(source, model, preset, ranks)
         begun = model.step
@@ -271,7 +271,7 @@ def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Proces
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _resume(model: _Model, preset: Preset, out: Path, images: data.Images) -> None:
+def _resume(model: _Model, preset: Preset, out: Path, images: data.Images, ranks: Processes) -> None:
     """Load the newest whole checkpoint, if the run has one. Raises InputError if the run saw other images."""
     folder = checkpoints.newest(out)
     model.contents = images.contents if preset.verify else None
@@ -280,12 +280,6 @@ def _resume(model: _Model, preset: Preset, out: Path, images: data.Images) -> No
             raise InputError(f"out {out}: none of its checkpoints is whole; delete {damaged[0].parent} to start again")
         return
     state = checkpoints.read_state(folder)
-    if model.contents is not None and state.get("contents") not in (None, model.contents):
-        raise InputError(
-            f"data {preset.data}: images of the same names and sizes as those of the run in {out}, but other contents; "
-            "want those, or another out"
-        )
-    model.contents = model.contents or state.get("contents")
     if state["data"] != images.fingerprint:
         was = checkpoints.settings(out)
         raise InputError(
@@ -293,6 +287,15 @@ def _resume(model: _Model, preset: Preset, out: Path, images: data.Images) -> No
             f"{was.data if was else 'elsewhere'}; want "
             "these, or another out"
         )
+    known = state.get("contents")
+    if model.contents is not None and known not in (None, model.contents):
+        raise InputError(
+            f"data {preset.data}: images of the same names and sizes as those of the run in {out}, but other contents; "
+            "want those, or another out"
+        )
+    if model.contents is not None and known is None:
+        log.say(ranks, f"{out} has no hash of its images yet, so nothing is compared; later starts with verify compare")
+    model.contents = model.contents or known
     model.network.load_state_dict(tensors.read_tensors(folder / "raw.safetensors"))
     model.average.load_state_dict(tensors.read_tensors(folder / "ema.safetensors"))
     moments = tensors.read_tensors(folder / "optimizer.safetensors")

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import re
+import weakref
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -496,16 +497,27 @@ class Lmdb:
         return {**self.__dict__, "opened": None}
 
 
+_OPENED = weakref.WeakValueDictionary[tuple[int, str, int, int], Any]()
+"""Id of a process, place, size and time of an LMDB -> the LMDB, which a process may open only once at a time."""
+
+
 def open_lmdb(path: Path) -> Any:
-    """The LMDB in a folder, for reading. Raises InputError if it is damaged, or lmdb is not installed."""
+    """The LMDB in a folder, for reading; its last user closes it by letting go of it.
+
+    Raises InputError if it is damaged, or lmdb is not installed.
+    """
     try:
         import lmdb
     except ImportError:
         raise InputError(f"{path}: lmdb is not installed; want pip install 'ddpm-kit[formats]'") from None
-    try:
-        return lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=1024)
-    except lmdb.Error as fault:
-        raise InputError(f"{path}: damaged LMDB ({pictures.one_line(fault)})") from None
+    key = os.getpid(), os.path.realpath(path), *facts_of(path / "data.mdb")
+    if (opened := _OPENED.get(key)) is None:
+        try:
+            opened = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=1024)
+        except lmdb.Error as fault:
+            raise InputError(f"{path}: damaged LMDB ({pictures.one_line(fault)})") from None
+        _OPENED[key] = opened
+    return opened
 
 
 def _lmdb_folders(path: Path) -> list[Path]:
@@ -529,7 +541,7 @@ def _lmdb(source: str, path: Path, options: Options) -> Contents:
             raise InputError(f"{source}: {names}: several of one split; want one of them as the SOURCE")
 
     def listing(folder: Path) -> Listing:
-        with open_lmdb(folder) as opened, opened.begin() as transaction:
+        with open_lmdb(folder).begin() as transaction:
             return Listing(Lmdb(folder, [bytes(key) for key in transaction.cursor().iternext(values=False)]))
 
     return Contents({name: functools.partial(listing, folder) for name, folder in splits.items()})
