@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -169,29 +171,31 @@ def main() -> None:
         template = Path(tmp) / "template"
         template.mkdir()
         odd = prepare(template)
-        for words in CALLS.values():  # without a fault they work
-            folder = Path(tmp) / "works"
+        works = [call.split() for call in CALLS.values()]
+        calls = [*works, *(spoiled(rng, rng.choice(works), odd) for _ in range(args.calls))]
+
+        def run(number: int) -> tuple[str, str, list[Any]]:
+            folder = Path(tmp) / f"call{number}"
             shutil.copytree(template, folder, symlinks=True, copy_function=_copy)
-            done = ddpm(folder, words.split())
-            assert done.returncode == 0, (words, done.stderr)
-            shutil.rmtree(folder)
-        for i in range(args.calls):
-            folder = Path(tmp) / f"call{i}"
-            shutil.copytree(template, folder, symlinks=True, copy_function=_copy)
-            words = spoiled(rng, rng.choice([*CALLS.values()]).split(), odd)
             before = listing(folder)
             try:
-                code, err = outcome(folder, words)
+                code, err = outcome(folder, calls[number])
             except OSError:  # the system itself refuses the words, as one that is too long
-                continue
-            codes[code] += 1
-            lines = [line for line in err.splitlines() if line.startswith("ddpm: ")]
-            fault = "Traceback" in err or code not in ("0", "1", "2") or (code == "2" and len(lines) != 1)
+                return "", "", []
             left = sorted(set(listing(folder).items()) ^ set(before.items())) if code == "2" else []
-            if fault or left:
-                faults.append({"words": words, "code": code, "left": left[:5], "err": err[-600:]})
-                print(words, code, left[:3], err[-300:], flush=True)
-            shutil.rmtree(folder)
+            subprocess.run(["rm", "-rf", folder], check=True)  # a call may make folders that are too deep for Python
+            return code, err, left
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for words, (code, err, left) in zip(calls, pool.map(run, range(len(calls))), strict=True):
+                if words in works:  # without a fault they work
+                    assert code == "0", (words, err)
+                    continue
+                codes[code] += bool(code)
+                lines = [line for line in err.splitlines() if line.startswith("ddpm: ")]
+                if "Traceback" in err or code not in ("", "0", "1", "2") or (code == "2" and len(lines) != 1) or left:
+                    faults.append({"words": words, "code": code, "left": left[:5], "err": err[-600:]})
+                    print(words, code, left[:3], err[-300:], flush=True)
     text = (
         f"{codes.total():,} bad calls over all commands, seed {args.seed}: {len(faults)} ended in a traceback, by a "
         "signal, in more than one line of error or after 120 s, or left something behind after exit code 2.\n\n"
