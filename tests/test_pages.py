@@ -79,7 +79,8 @@ def test_a_tif_file_is_a_stack_of_images(tmp_path):
     (tmp_path / "a.tif").write_bytes(tiff(GREY))
     loaded = data.load(str(tmp_path / "a.tif"), (8, 8), 1, values=DEEP)
     assert (whole(loaded)[..., 0] == GREY).all()
-    assert "each page of 1 TIFF file is an image; no classes" in data.describe(*data.split_holdout(loaded))
+    line = "each page of 1 TIFF file is an image; 8x8, 1 channel of uint16 0..65535; no classes"
+    assert line in data.describe(*data.split_holdout(loaded))
     with pytest.raises(InputError, match=r"pages channels: .*a\.tif would be one image; want a folder of such files"):
         data.load(str(tmp_path / "a.tif"), (8, 8), 6, values=DEEP, pages="channels")
 

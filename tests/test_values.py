@@ -212,9 +212,10 @@ def test_a_run_of_16_bits_is_told_of_a_schedule_that_is_too_coarse():
     deep = replace(PRESETS["cifar10"], pixel_type="uint16")
     [line] = advice(deep, schedule.linear())
     assert "sigma_1 is 242 of 65,536 pixel values, so L_0 alone costs at least 9.2 bits/dim" in line
-    beta_1 = float(line.rpartition(" ")[2])
-    better = replace(deep, schedule="log_snr", beta_1=beta_1)
-    assert not list(advice(better, schedule.log_snr(1000, beta_1)))
+    beta_1, also = line.rpartition("beta_1 ")[2].split(" ", 1)
+    assert also == "and timestep_sampling lognormal"
+    better = replace(deep, schedule="log_snr", beta_1=float(beta_1), timestep_sampling="lognormal")
+    assert not list(advice(better, schedule.log_snr(1000, float(beta_1))))
     assert not list(advice(PRESETS["grey16"], schedule.log_snr(1000, PRESETS["grey16"].beta_1)))
     assert not list(advice(PRESETS["cifar10"], schedule.linear()))
 

@@ -257,7 +257,8 @@ def describe(train: Images, held_out: Images) -> str:
     if isinstance(encoded := train.decoder.encoded, Pages):
         parts += [f"each page of {encoded.described()} is an image"]
     if not train.decoder.form.is_picture:
-        parts += [f"{'x'.join(map(str, train.size))}, {train.channels} channels of {train.values}"]
+        channels = f"{train.channels} channel{'s' * (train.channels != 1)}"
+        parts += [f"{'x'.join(map(str, train.size))}, {channels} of {train.values}"]
     names = [" ".join(name.split())[:40] for name in train.class_names or ()]
     parts += [f"classes {', '.join([*names[:6], '..'] if len(names) > 6 else names)}"] if names else ["no classes"]
     if train.left_out:
