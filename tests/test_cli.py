@@ -311,7 +311,10 @@ def test_a_place_where_nothing_can_be_made_is_one_line(trained: Path, capsys: py
 def test_an_empty_out_is_a_mistake(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a shell variable that is not set makes it."""
     assert main(["sample", str(trained), "--out", ""]) == 2
-    assert capsys.readouterr().err == "ddpm: --out '': want a name that ends in .png, .npz, .npy or .tif, or a folder\n"
+    assert (
+        capsys.readouterr().err
+        == "ddpm: --out '': want a name that ends in .png, .npz, .npy, .tar or .tif, or a folder\n"
+    )
 
 
 def test_what_the_system_refuses_is_one_line(

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import ddpm
@@ -19,6 +20,7 @@ from ddpm.errors import InputError
 from ddpm.files import checkpoints, data, images, interop, models, opening, tensors
 from ddpm.presets import PRESETS, build
 from ddpm.run import compress
+from ddpm.run.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +314,28 @@ def test_a_colour_profile_that_is_lost_is_warned_of(tmp_path):
     GREY.save(tmp_path / "a.png", icc_profile=b"a profile")
     with pytest.warns(UserWarning, match=r"a\.png: its colour profile is not kept; its pixel values are"):
         assert (compress.read_image(tmp_path / "a.png")[..., 0] == np.asarray(GREY)).all()
+
+
+def test_processes_divide_the_pictures(model, pictures, tmp_path, monkeypatch):
+    """Together they write the files of one process, to the byte. An archive is the first one's alone."""
+    paths = [pictures / f"digit{i}.png" for i in range(3)]
+    alone = compress.compress(model, paths, tmp_path / "one", progress=False, bits=8)
+    monkeypatch.setattr(Processes, "total", lambda self, x: x)
+    ranks = [Processes(rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    for rank, names in zip(ranks, (["digit0", "digit2"], ["digit1"]), strict=True):
+        compress.compress(model, paths, tmp_path / f"two{rank.rank}", progress=False, ranks=rank, bits=8)
+        made = {p.stem: p.read_bytes() for p in (tmp_path / f"two{rank.rank}").iterdir()}
+        assert made == {name: (tmp_path / "one" / f"{name}.ddpm").read_bytes() for name in names}
+    assert [about["bytes"] for about in alone] == [os.path.getsize(about["file"]) for about in alone]
+    archived = [compress.compress(model, paths, tmp_path / "a.ddpm", True, False, rank, bits=8) for rank in ranks]
+    assert [len(written) for written in archived] == [1, 0]
+
+
+def test_one_picture_at_a_time_is_held(model, pictures, tmp_path, monkeypatch):
+    """Each picture is read when the one before is written."""
+    paths, real, events = [pictures / f"digit{i}.png" for i in range(3)], compress.read_image, []
+    monkeypatch.setattr(compress, "read_image", lambda path: (events.append("read"), real(path))[1])
+    write = compress.atomic.write
+    monkeypatch.setattr(compress.atomic, "write", lambda *args: (events.append("write"), write(*args)))
+    compress.compress(model, paths, tmp_path / "out", progress=False, bits=8)
+    assert events == ["read"] * 3 + ["read", "write"] * 3

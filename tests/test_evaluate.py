@@ -449,3 +449,24 @@ def test_mistakes(trained, tmp_path, capsys, monkeypatch, words, names):
     assert error.count("\n") == 1
     assert not Path("out").exists()
     assert names in error
+
+
+def test_the_bound_reduced_part_by_part_is_that_of_the_whole_table(checkpoint, held_out, tmp_path):
+    """The sums of parts against the table [n, T] in memory."""
+    result = nll(checkpoint, held_out, tmp_path, batch_size=5)
+    files = sorted(next(tmp_path.glob("nll-*")).glob("*.safetensors"))
+    table = parts.read_parts(files)
+    assert table["terms"].shape == (12, 20)
+    per_image = table["prior"] + table["terms"].sum(1)
+    expected = {
+        "bits_per_dim": per_image.mean(),
+        "standard_error": per_image.std() / 12**0.5,
+        "prior": table["prior"].mean(),
+        "rate": (per_image - table["terms"][:, 0]).mean(),
+        "distortion": table["terms"][:, 0].mean(),
+    }
+    for name, value in expected.items():
+        assert result[name] == pytest.approx(float(value), rel=1e-12)
+    sums = parts.sum_parts(files, ["terms", "mse"])
+    assert torch.allclose(sums["terms"] / 12, table["terms"].mean(0), rtol=1e-13)
+    assert torch.allclose(sums["mse"] / 12, table["mse"].mean(0), rtol=1e-13)

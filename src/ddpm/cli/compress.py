@@ -21,6 +21,8 @@ from ddpm.errors import InputError
 from ddpm.presets import check
 
 if TYPE_CHECKING:
+    import torch
+
     from ddpm.codec import Model
 
 
@@ -80,13 +82,13 @@ def _add_model(parser: Parser) -> None:
     add_machine(group, "precision in the local profile: auto, float32 or bf16 (auto)")
 
 
-def _model(args: argparse.Namespace) -> "Model":
+def _model(args: argparse.Namespace, device: "torch.device | None" = None) -> "Model":
     from ddpm.run.compress import load_codec
     from ddpm.run.processes import pick_device
 
     check_model(args)
     precision = None if args.precision == "auto" else args.precision
-    return load_codec(args.run, pick_device(args.device), precision, args.checkpoint, args.weights)
+    return load_codec(args.run, device or pick_device(args.device), precision, args.checkpoint, args.weights)
 
 
 def compress(args: argparse.Namespace) -> int:
@@ -108,12 +110,17 @@ def compress(args: argparse.Namespace) -> int:
     with importing():
         from ddpm.files import atomic, images
         from ddpm.run.compress import compress
+        from ddpm.run.processes import processes
 
     images.check_folder(out if many else out.absolute().parent)
     settings = {"bits": args.chunk_bits, "local": args.profile == "local", "seed": args.seed}
     if not args.archive:
         settings |= {"bits_per_dim": args.bits_per_dim, "psnr": args.psnr, "whole": args.whole}
-    written = compress(_model(args), list(map(Path, args.images)), out, args.archive, not args.json, **settings)
+    with processes(args.device) as ranks:
+        paths, progress = list(map(Path, args.images)), ranks.first and not args.json
+        written = compress(_model(args, ranks.device), paths, out, args.archive, progress, ranks, **settings)
+        if not ranks.first:
+            return 0
     screen = sys.stderr if atomic.is_special(out) else sys.stdout  # a pipe may be standard output itself
     if args.json:
         print(json.dumps(written), file=screen)

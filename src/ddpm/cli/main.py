@@ -99,6 +99,8 @@ def _fail(code: int, message: str) -> int:
 
         for bar in list(getattr(tqdm, "_instances", ())):  # the error may still hold the loop that would close it
             bar.close()
+    if "ddpm.run.progress" in sys.modules:
+        sys.modules["ddpm.run.progress"].close_all()
     print(f"ddpm: {one_line(message)}", file=sys.stderr)
     return code
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from functools import partial
 from pathlib import Path
 
@@ -36,10 +37,15 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help=MODEL)
     parser.add_argument("-n", **number(int, 64), help="number of images (default: %(default)s)")
-    moves = "FILE.gif, .webp or .mp4 for an animation of x_t, or with --progressive of x0^"
+    moves = "FILE.tar for WebDataset; FILE.gif, .webp or .mp4 for an animation of x_t, or with --progressive of x0^"
     parser.add_argument(
-        "--out", default="samples.png", metavar="PATH", help=f"{PICTURES}; {moves} (default: %(default)s)"
+        "--out",
+        default="samples.png",
+        metavar="PATH",
+        help=f"{PICTURES}; {moves} (default: %(default)s)",
     )
+    shard = "with a folder: tar files for WebDataset of N images each, with the classes, in place of images"
+    parser.add_argument("--shard", **number(int, None), help=shard)
     seed = "seed of the first image; each next image has the next seed (default: %(default)s)"
     parser.add_argument("--seed", **number(int, 0), help=seed)
     add_batch_size(parser)
@@ -59,7 +65,7 @@ def _is_folder(out: str) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_numbers(args, n=1, seed=0, batch_size=1)
+    check_numbers(args, n=1, seed=0, batch_size=1, shard=1)
     check("--eta", args.eta, float, 0, 1)
     if (args.eta or args.sigma_hat) and args.sampler != "ddim":
         raise InputError(f"{f'--eta {args.eta}' if args.eta else '--sigma-hat'}: only --sampler ddim has it")
@@ -68,14 +74,18 @@ def run(args: argparse.Namespace) -> int:
         from ddpm.files import animation, arrays, images
         from ddpm.run.export import grid_columns
         from ddpm.run.processes import processes
-        from ddpm.run.sample import RECORD, Sampling, sample, sample_to_folder
+        from ddpm.run.sample import Sampling, sample
+        from ddpm.run.stream import RECORD, STREAMED, write_samples
 
     moves = animation.is_animation(args.out)
     if moves:
         animation.check_out(args.out)
-    elif Path(args.out).suffix.lower() not in ("", *images.KINDS) and not _is_folder(args.out):
-        raise InputError(f"--out {args.out}: want {images.ENDS}, FILE.gif, .webp or .mp4, or a folder")
-    kind = "animation" if moves else images.check_out(args.out, RECORD)
+    kinds, ends = {**images.KINDS, ".tar": "tar"}, "a name that ends in .png, .npz, .npy, .tar or .tif"
+    if not moves and Path(args.out).suffix.lower() not in ("", *kinds) and not _is_folder(args.out):
+        raise InputError(f"--out {args.out}: want {ends}, FILE.gif, .webp or .mp4, or a folder")
+    kind = "animation" if moves else images.check_out(args.out, RECORD, kinds, ends)
+    if args.shard is not None and kind != "folder":
+        raise InputError(f"--shard {args.shard}: --out {args.out} is one file; want a folder as --out")
     if kind not in ("png", "animation") and args.progressive:
         raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png, .gif, .webp or .mp4")
     with processes(args.device) as ranks:
@@ -86,9 +96,13 @@ def run(args: argparse.Namespace) -> int:
         sampling = Sampling(
             args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size
         )
-        if kind == "folder":
-            about = sample_to_folder(model, args.n, ranks, Path(args.out), sampling, progress)
+        begun, made, out = time.monotonic(), args.n, Path(args.out)
+        if kind in STREAMED:
+            about, made = write_samples(model, args.n, ranks, out, sampling, kind, args.shard, progress)
         else:
+            if kind != "tif":
+                tiles = 11 if args.progressive and not moves else 1
+                images.check_grid(args.n, *model.preset.size, min(model.preset.channels, 3), tiles)
             pictures, about = sample(
                 model, args.n, ranks, sampling, args.progressive or moves, progress,
                 columns=animation.MOST_FRAMES if moves else 11, noisy=moves and not args.progressive,
@@ -101,9 +115,11 @@ def run(args: argparse.Namespace) -> int:
             animation.save(args.out, [sheet(frame) for frame in pictures.unbind(1)], columns)
         elif args.progressive:
             images.save(args.out, images.grid(sheet(pictures.flatten(0, 1)), columns=pictures.shape[1]))
-        elif kind != "folder":
+        elif kind not in STREAMED:
             images.save_many(args.out, images.channels_last(pictures), columns=columns, shown=sheet(pictures))
         what = f"{args.n} image{'s' * (args.n != 1)}"
         summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"
+        rate = made / (time.monotonic() - begun)
+        summary += f", {rate:.3g} images/s" if made == args.n else f", {made:,} made now, {rate:.3g} images/s"
         print(json.dumps({"out": args.out, **about}) if args.json else summary)
     return 0

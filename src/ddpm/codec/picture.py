@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -138,21 +138,26 @@ def compress(
     raise InputError(f"image: x0^ lies too near a rounding boundary with {_TRIES} seeds; want the local profile")
 
 
-def compress_each(model: Model, images: Sequence[Image], **settings: Any) -> Iterator[bytes]:
-    """The files that `compress` makes, to the bit. In the local profile several pictures may share network calls."""
+def compress_each(model: Model, images: Iterable[Image], **settings: Any) -> Iterator[bytes]:
+    """The files that `compress` makes, to the bit. In the local profile several pictures may share network calls.
+
+    Pictures are taken one by one, and no more are held than share a call.
+    """
     if not (settings.get("local") and model.batches):
         yield from (compress(model, image, **settings) for image in images)
         return
     walks: list[progressive.Walk[bytes]] = []
     tiles = 0
-    for i, image in enumerate(images):
+    for image in images:
         header = _header(model, image, **settings)
         walks.append(_walk(model, image, header, settings.get("bits_per_dim"), settings.get("psnr")))
         _, _, _, down, across = grid(header, model)
         tiles += down * across
-        if tiles >= _TOGETHER or i == len(images) - 1:
+        if tiles >= _TOGETHER:
             yield from progressive.run_together(model.predictor(True), walks)
             walks, tiles = [], 0
+    if walks:
+        yield from progressive.run_together(model.predictor(True), walks)
 
 
 def _header(

@@ -546,6 +546,23 @@ def grid(pixels: Pixels, columns: int | None = None, padding: int = 2, minimum_t
     return sheet
 
 
+def check_grid(n: int, height: int, width: int, channels: int, tiles: int = 1, minimum_tile: int = 32) -> None:
+    """Raise InputError if a `grid` of n images, each of so many tiles, takes more than the MEMORY of a picture.
+
+    >>> check_grid(10**6, 256, 256, 3)
+    Traceback (most recent call last):
+    ...
+    ddpm.errors.InputError: n 1000000: a grid takes 199,692 MB, and may take 600 MB; want at most 3,004, or a folder
+    """
+    factor = max(1, math.ceil(minimum_tile / min(height, width)))
+    tile = tiles * (factor * height + 2) * (factor * width + 2) * channels
+    if n * tile > MEMORY:
+        taken, most = f"{n * tile // 1_000_000:,} MB", f"{MEMORY // 1_000_000:,} MB"
+        raise InputError(
+            f"n {n}: a grid takes {taken}, and may take {most}; want at most {max(1, MEMORY // tile):,}, or a folder"
+        )
+
+
 def to_png(pixels: NDArray[Any]) -> bytes:
     """The bytes of a PNG file of one image, uint8 [H, W, C] or uint16 [H, W, 1].
 
@@ -575,12 +592,14 @@ KINDS = {".png": "png", ".npz": "npz", ".npy": "npy", ".tif": "tif", ".tiff": "t
 ENDS = "a name that ends in .png, .npz, .npy or .tif"
 
 
-def check_out(out: str | Path, record: str | None = None) -> str:
+def check_out(
+    out: str | Path, record: str | None = None, kinds: Mapping[str, str] = KINDS, ends: str = ENDS
+) -> str:  # fmt: skip
     """What `save_many` will write to `out`. Call this before the work, so that a mistake is found early.
 
     An existing folder, a name that ends in "/" and a name without a suffix stand for a folder, which must be new or
     empty, or hold a file named `record`, so that the work can resume. Raises InputError for another suffix, a folder
-    that is not empty, and a place that cannot be written.
+    that is not empty, and a place that cannot be written. `kinds` and `ends` are for a program that writes more kinds.
 
     >>> check_out("new/samples.png"), check_out("samples.npz"), check_out("samples")
     ('png', 'npz', 'folder')
@@ -590,19 +609,19 @@ def check_out(out: str | Path, record: str | None = None) -> str:
     ddpm.errors.InputError: samples.jpg: want a name that ends in .png, .npz, .npy or .tif, or a folder
     """
     if not str(out):
-        raise InputError(f"out '': want {ENDS}, or a folder")
+        raise InputError(f"out '': want {ends}, or a folder")
     path = Path(out)
     folder = path.is_dir() or not path.suffix or str(out).endswith(("/", os.sep))
-    if not folder and path.suffix.lower() not in KINDS:
-        raise InputError(f"{out}: want {ENDS}, or a folder")
+    if not folder and path.suffix.lower() not in kinds:
+        raise InputError(f"{out}: want {ends}, or a folder")
     if path.is_dir() and any(path.iterdir()) and not (record and (path / record).is_file()):
         raise InputError(f"{out}: the folder is not empty, want a new or an empty one")
     if folder and path.exists() and not path.is_dir():
-        raise InputError(f"{out}: a file of that name exists, want a folder or {ENDS}")
+        raise InputError(f"{out}: a file of that name exists, want a folder or {ends}")
     place = _first_existing(path if path.is_dir() else path.absolute().parent)
     if not _is_writable(place):
         raise InputError(f"{out}: cannot write in {place}")
-    kind = "folder" if folder else KINDS[path.suffix.lower()]
+    kind = "folder" if folder else kinds[path.suffix.lower()]
     if kind == "tif" and importlib.util.find_spec("tifffile") is None:
         raise InputError(f"{out}: tifffile is not installed; want pip install 'ddpm-kit[formats]', or a .npy file")
     return kind
@@ -643,6 +662,20 @@ def suffix(dtype: Any, channels: int) -> str:
     dtype = np.dtype(dtype)
     has_png = (dtype == np.uint8 and channels in MODES) or (dtype == np.uint16 and channels == 1)
     return ".png" if has_png else ".npy"
+
+
+def image_bytes(image: NDArray[Any]) -> bytes:
+    """The bytes of the file that `save_image` writes.
+
+    >>> import numpy as np
+    >>> image_bytes(np.zeros((2, 2, 1), np.uint8))[1:4], image_bytes(np.zeros((2, 2, 7), np.uint8))[1:6]
+    (b'PNG', b'NUMPY')
+    """
+    if suffix(image.dtype, image.shape[2]) == ".png":
+        return to_png(image)
+    file = io.BytesIO()
+    np.save(file, image, allow_pickle=False)
+    return file.getvalue()
 
 
 def save_image(path: Path, image: NDArray[Any]) -> None:

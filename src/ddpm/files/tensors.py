@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,13 @@ def _sort_metadata(path: Path) -> None:
         file.write(text)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises InputError if it is not a complete one."""
+def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or those of these names. Raises InputError if it is not a complete one."""
     try:
-        return load_file(path)
+        if names is None:
+            return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
 

@@ -22,8 +22,12 @@ from ddpm.run.parts import (
     parts_folder,
     read_parts,
     subset,
+    sum_parts,
 )
 from ddpm.run.processes import Processes
+
+_FITTED = 5000
+"""The codec's tables are fitted to the errors of at most so many images: 8 bytes for each of their levels in memory."""
 
 
 @kernels.frozen()
@@ -74,8 +78,9 @@ def calibrate(
         return {"mse": mse.cpu(), "cost": cost.cpu()[None]}
 
     folder = parts_folder(cache, "calibration", [*model_key(checkpoint), images.fingerprint])
-    table = read_parts(compute_parts(folder, len(indices), ranks, batch_size, "calibrating", progress, measure))
-    mse, first_variance = table["mse"].mean(0), float(variances[table["cost"].sum(0).argmin()])
+    files = compute_parts(folder, len(indices), ranks, batch_size, "calibrating", progress, measure)
+    total = sum_parts(files, ["mse", "cost"])
+    mse, first_variance = total["mse"] / len(indices), float(variances[total["cost"].argmin()])
     if ranks.first:
         about: dict[str, Any] = {
             "data": images.name, "split": images.split, "fingerprint": images.fingerprint, "count": len(indices),
@@ -83,7 +88,8 @@ def calibrate(
         }  # fmt: skip
         tables = models.codec_tables(checkpoint)
         if fits_codec:
-            tables = compress.fit_tables(denoiser, table["mse"], images.batch(indices[:codec]), progress)
+            errors = read_parts(files[: -(-_FITTED // batch_size)], ["mse"])["mse"][:_FITTED]
+            tables = compress.fit_tables(denoiser, errors, images.batch(indices[:codec]), progress)
         if tables:
             about["codec"] = tables
         models.save_calibration(checkpoint, mse, first_variance, about)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpm import kernels, pixels
 from ddpm.catalog import Precision
@@ -25,12 +24,14 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import animation, atomic, images
 from ddpm.files.models import Checkpoint, Weights, calibration_file, calibration_remedy, codec_tables, read_calibration
-from ddpm.run.processes import open_for_device
+from ddpm.run.processes import Processes, open_for_device
+from ddpm.run.progress import Progress
 from ddpm.unet import UNet
 
 BITS = (8, 12, 14)
 """Bits per chunk, K, that `ddpm calibrate` fits tables for: from the fastest to the smallest files."""
 _SUFFIX = ".ddpm"
+_ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def fit_tables(denoiser: Denoiser, mse: Tensor, examples: Tensor, progress: bool = True) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def fit_tables(denoiser: Denoiser, mse: Tensor, examples: Tensor, progress: bool
     examples  training images, uint8 [m, C, H, W]
     """
     gain = fit.gains(denoiser, examples)
-    with tqdm(desc="fitting the codec", unit="group", disable=None if progress else True) as bar:
+    with Progress[None](desc="fitting the codec", unit="group", show=progress) as bar:
         tables = [fit.fit(denoiser, mse, examples, gain, bits, lambda _: bar.update()) for bits in BITS]
         chain = fit.fit_chain(denoiser, mse, examples, gain)
     return {"tables": [table.to_json() for table in tables], "chain": chain.to_json()}
@@ -151,31 +152,42 @@ def read_image(path: str | Path) -> picture.Image:
 
 
 def compress(
-    model: Model, paths: Sequence[Path], out: Path, archived: bool = False, progress: bool = True, **settings: Any
-) -> list[dict[str, Any]]:
+    model: Model, paths: Sequence[Path], out: Path, archived: bool = False, progress: bool = True,
+    ranks: Processes = _ALONE, **settings: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Compress image files to one file each, or to one archive. `settings` are those of `codec.compress`.
 
     `out` is a file for one image or an archive, and a folder for several images. All images are read before anything is
-    written. Returns one summary per file as plain JSON values.
+    written, so that a mistake in one shows at once. The images of single files are divided over the processes, and each
+    holds one image at a time. An archive is made by the first process, which holds all images. Returns one summary per
+    file as plain JSON values; none for an archive on the other processes.
     """
-    pictures = [read_image(path) for path in paths]
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"{twice}: two images have this name; want different names")
     if archived:
-        with tqdm(total=len(pictures), desc="compressing", unit="image", disable=None if progress else True) as bar:
+        if not ranks.first:
+            return []
+        pictures = [read_image(path) for path in paths]
+        with Progress[None](total=len(pictures), desc="compressing", unit="image", show=progress) as bar:
             data = archive.compress(model, pictures, names, tick=lambda done: bar.update(done - bar.n), **settings)
         atomic.write(out, data)
-        return [_summary(out, data, sum(image.size for image in pictures), len(pictures))]
-    written = []
-    work = [picture.work(model, image, **settings) for image in pictures]
-    with _counting(model, "compressing", work, progress) as model:
-        for name, image, data in zip(names, pictures, picture.compress_each(model, pictures, **settings), strict=True):
-            target = out if len(pictures) == 1 and not out.is_dir() else out / f"{name}{_SUFFIX}"
-            atomic.write(target, data)
-            written.append(_summary(target, data, image.size, 1))
-    return written
+        return [_summary(out, len(data), sum(image.size for image in pictures), len(pictures))]
+    sizes, work = [], []
+    for image in map(read_image, paths):
+        sizes.append(image.size)
+        work.append(picture.work(model, image, **settings))
+    single = len(paths) == 1 and not out.is_dir()
+    targets = [out if single else out / f"{name}{_SUFFIX}" for name in names]
+    mine, lengths = ranks.mine(len(paths)), torch.zeros(len(paths), dtype=torch.int64)
+    with _counting(model, "compressing", [work[i] for i in mine], progress) as model:
+        files = picture.compress_each(model, (read_image(paths[i]) for i in mine), **settings)
+        for i, data in zip(mine, files, strict=True):
+            atomic.write(targets[i], data)
+            lengths[i] = len(data)
+    lengths = ranks.total(lengths)  # when all are written
+    return [_summary(*about, 1) for about in zip(targets, lengths.tolist(), sizes, strict=True)]
 
 
 @contextmanager
@@ -184,12 +196,12 @@ def _counting(model: Model, what: str, work: Sequence[tuple[int, int]], progress
     tiles, total = sum(tiles for tiles, _ in work), sum(tiles * times for tiles, times in work)
     form = "{l_bar}{bar}| {elapsed} so far, {remaining} left"
     what = f"{what}, {tiles:,} tile{'s' * (tiles != 1)}"
-    with tqdm(total=total, desc=what, bar_format=form, disable=None if progress else True, leave=False) as bar:
+    with Progress[None](total=total, desc=what, unit="call", form=form, show=progress, leave=False) as bar:
         yield replace(model, tick=bar.update)
 
 
-def _summary(file: Path, data: bytes, dims: int, count: int) -> dict[str, Any]:
-    return {"file": str(file), "images": count, "bytes": len(data), "bits_per_dim": round(8 * len(data) / dims, 4)}
+def _summary(file: Path, length: int, dims: int, count: int) -> dict[str, Any]:
+    return {"file": str(file), "images": count, "bytes": length, "bits_per_dim": round(8 * length / dims, 4)}
 
 
 def decompress(model: Model, path: Path, out: Path, at: int | None = None, progress: bool = False) -> dict[str, Any]:

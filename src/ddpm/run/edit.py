@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpm import editing, kernels, pixels
 from ddpm.errors import InputError
@@ -17,6 +16,7 @@ from ddpm.files.models import Checkpoint
 from ddpm.noise import Noise, mix, per_image
 from ddpm.pixels import Values
 from ddpm.presets import Preset
+from ddpm.run.progress import Progress
 from ddpm.run.sample import cycled_labels, sampler_levels
 from ddpm.samplers import SAMPLERS, Step, named
 
@@ -183,7 +183,7 @@ def inpaint(
 
 def _last(steps: Iterator[Step], values: Values, progress: bool) -> Tensor:
     """The pixels of the last step, on the CPU."""
-    *_, last = tqdm(steps, unit="call", desc="editing", disable=None if progress else True, leave=False)
+    *_, last = Progress(steps, unit="call", desc="editing", show=progress, leave=False)
     return pixels.to_pixels(last.x, values).cpu()
 
 

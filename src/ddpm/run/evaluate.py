@@ -17,7 +17,7 @@ from ddpm import kernels, likelihood, noise
 from ddpm import ode as probability_flow
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.files import atomic, data, models, plots
+from ddpm.files import atomic, data, models, plots, tensors
 from ddpm.gaussian import bits_per_dim
 from ddpm.run.parts import (
     as_signal,
@@ -29,6 +29,7 @@ from ddpm.run.parts import (
     parts_folder,
     read_parts,
     subset,
+    sum_parts,
     variance_key,
 )
 from ddpm.run.processes import Processes
@@ -87,18 +88,22 @@ def nll(
                 means[name] = means.get(name, 0) + value / draws
         return means
 
-    table = read_parts(compute_parts(folder, len(indices), ranks, batch_size, "nll", progress, measure))
+    files, n = compute_parts(folder, len(indices), ranks, batch_size, "nll", progress, measure), len(indices)
+    prior, means = read_parts(files, ["prior"])["prior"], sum_parts(files, ["terms", "mse"])
+    means = {name: total / n for name, total in means.items()}
     if ranks.first:
-        _write_table(out, table, denoiser.values.bin)
+        _write_table(out, float(prior.mean()), means["terms"], means["mse"], denoiser.values.bin)
     ranks.any(False)  # the other processes wait until the table is written
-    n, per_image = len(indices), table["prior"] + table["terms"].sum(1)
-    by_variance = {name: float((table["prior"] + table[name]).mean()) for name in variants}
+    others = read_parts(files, [*variants]) if variants else {}
+    by_variance = {name: float((prior + others[name]).mean()) for name in variants}
+    per_image = torch.cat([_per_image(tensors.read_tensors(file, ["prior", "terms"])) for file in files])
+    distortion = float(means["terms"][0])
     return {
         "bits_per_dim": float(per_image.mean()),
         "standard_error": float(per_image.std() / n**0.5) if n > 1 else None,
-        "prior": float(table["prior"].mean()),
-        "rate": float((per_image - table["terms"][:, 0]).mean()),
-        "distortion": float(table["terms"][:, 0].mean()),
+        "prior": float(prior.mean()),
+        "rate": float(per_image.mean()) - distortion,
+        "distortion": distortion,
         "by_variance": by_variance,
         "count": n,
         "draws": draws,
@@ -135,14 +140,20 @@ def _bound_of_batch(
     return {name: value.cpu() for name, value in table.items()}
 
 
-def _write_table(out: Path, table: dict[str, Tensor], bin: float) -> None:
-    """Write nll.csv, one row per level t from T down, and its plot nll.png. The columns are means over the images.
+def _per_image(part: dict[str, Tensor]) -> Tensor:
+    """The bound of each image of a part, bits/dim [B]."""
+    return part["prior"] + part["terms"].sum(1)
+
+
+def _write_table(out: Path, prior: float, terms: Tensor, mse: Tensor, bin: float) -> None:
+    """Write nll.csv, one row per level t from T down, and its plot nll.png.
+
+    prior, terms, mse are means over the images: L_T, and L_{t-1} [T] in bits/dim, and the error of x0^ [T].
 
     The rate is what x_t costs, L_T + ... + L_t. The term of level t, L_{t-1}, is what x_{t-1} costs in addition. The
     RMSE is the root mean square error of x0^(x_t) over images and pixels, in grey levels.
     """
-    terms, mse = table["terms"].mean(0), table["mse"].mean(0)
-    rates = table["prior"].mean() + terms.flip(0).cumsum(0).flip(0) - terms
+    rates = prior + terms.flip(0).cumsum(0).flip(0) - terms
     rmse = mse.sqrt() / bin
     rows = ([t, *(f"{float(column[t - 1]):.8g}" for column in (rates, terms, rmse))] for t in range(len(terms), 0, -1))
     atomic.write_csv(out / "nll.csv", ["t", "rate_bits_per_dim", "term_bits_per_dim", "rmse_grey_levels"], rows)

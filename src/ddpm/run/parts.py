@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpm import noise, pixels
 from ddpm.denoiser import Denoiser
@@ -21,6 +20,7 @@ from ddpm.files import images as pictures
 from ddpm.files.models import Checkpoint
 from ddpm.presets import to_json
 from ddpm.run.processes import Processes
+from ddpm.run.progress import Progress
 from ddpm.version import __version__
 
 CALIBRATION, SUBSET = 0xCA1B, 0x5B5E7
@@ -81,11 +81,11 @@ def batches(
     Yields (part, indices[part], x_0 on the process's device). `title` names the progress bar.
     """
     parts = _parts(len(indices), batch_size)
-    with _progress_bar(len(ranks.mine(len(parts))), title, progress) as bar:
+    with _progress_bar(parts, ranks, title, progress) as bar:
         for i in ranks.mine(len(parts)):
             batch = list(indices[parts[i]])
             yield parts[i], batch, as_signal(images, batch).to(ranks.device)
-            bar.update()
+            bar.update(len(batch))
 
 
 def _parts(count: int, batch_size: int) -> list[slice]:
@@ -93,8 +93,9 @@ def _parts(count: int, batch_size: int) -> list[slice]:
     return [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-def _progress_bar(total: int, title: str, progress: bool) -> "tqdm[Any]":
-    return tqdm(total=total, desc=title, unit="batch", disable=None if progress else True)
+def _progress_bar(parts: Sequence[slice], ranks: Processes, title: str, progress: bool) -> Progress[None]:
+    mine = sum(parts[i].stop - parts[i].start for i in ranks.mine(len(parts)))
+    return Progress(total=mine, desc=title, unit="image", show=progress)
 
 
 def image_noise(seed: int, indices: Sequence[int], draw: int, key: int, shape: Sequence[int]) -> noise.Noise:
@@ -136,13 +137,13 @@ def compute_parts(
     """
     parts = _parts(count, batch_size)
     files = [folder / f"{part.start:08d}-{part.stop:08d}.safetensors" for part in parts]
-    with _progress_bar(len(ranks.mine(len(parts))), title, progress) as bar:
+    with _progress_bar(parts, ranks, title, progress) as bar:
         try:
             for i in ranks.mine(len(parts)):
                 if not _is_whole(files[i]):
                     values = make(parts[i])
                     tensors.save_tensors(files[i], values, {_HASH: tensors.identity(values)})
-                bar.update()
+                bar.update(parts[i].stop - parts[i].start)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("finished batches are kept; the same command resumes") from None
     ranks.any(False)  # wait for the parts of the other processes
@@ -164,10 +165,25 @@ def _is_whole(file: Path) -> bool:
     return False
 
 
-def read_parts(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The tensors of all parts that `compute_parts` returned, by name, joined along the first dimension."""
-    parts = [tensors.read_tensors(file) for file in files]
+def read_parts(files: Sequence[Path], names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of all parts that `compute_parts` returned, by name, joined along the first dimension.
+
+    names  which tensors; None: all
+    """
+    parts = [tensors.read_tensors(file, names) for file in files]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def sum_parts(files: Sequence[Path], names: Sequence[str]) -> dict[str, Tensor]:
+    """The sums over all rows of the tensors of these names, float64, from one part at a time.
+
+    The order of the sums is that of the parts, so the result does not depend on the number of processes.
+    """
+    total: dict[str, Tensor] = {}
+    for file in files:
+        for name, value in tensors.read_tensors(file, names).items():
+            total[name] = total.get(name, 0) + value.double().sum(0)
+    return total
 
 
 def model_key(checkpoint: Checkpoint) -> list[Any]:

@@ -1,28 +1,24 @@
 """Sample images: from a denoiser in batches of seeds, the strips of Figure 6, and the program behind `ddpm sample`."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpm import kernels, pixels, spacing
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError, parse_json, suggestion
-from ddpm.files import atomic
-from ddpm.files import images as pictures
+from ddpm.errors import InputError, suggestion
 from ddpm.files.models import Checkpoint, calibration_remedy, read_calibration
 from ddpm.noise import ahead, per_image
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.forecast import SamplingForecast
 from ddpm.run.processes import Processes
+from ddpm.run.progress import Progress
 from ddpm.samplers import SAMPLERS, Levels, Sampler, Step, named
 
 SPACING_NAMES = (*spacing.SPACINGS, "bound")
@@ -140,7 +136,7 @@ def generate(
     denoiser = use_cuda_graphs(denoiser, device)
     sampler = named(sampler) if isinstance(sampler, str) else sampler
     total = len(seeds) * len(sampler.levels(denoiser, steps))
-    with tqdm(total=total, unit="step", desc="sampling", disable=None if progress else True, leave=False) as bar:
+    with Progress[None](total=total, unit="step", desc="sampling", show=progress, leave=False) as bar:
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
             labels = None if y is None else y[part]
@@ -187,7 +183,7 @@ def progressive(
     shown = [round((n - 1) * i / max(columns - 1, 1)) for i in range(columns)]
     strip = []
     path = trajectory(denoiser, shape, seeds, sampler, steps, device, y)
-    bar = tqdm(path, total=n, unit="step", desc="sampling", disable=None if progress else True, leave=False)
+    bar = Progress(path, total=n, unit="step", desc="sampling", show=progress, leave=False)
     for i, step in enumerate(bar):
         watch(len(step.x))
         if i in shown:
@@ -262,10 +258,6 @@ class Conditions:
         if guidance != 1 and checkpoint.preset.label_dropout == 0:
             raise InputError(f"guidance {guidance}: {checkpoint.path} never saw an image without its label; want 1")
         return denoiser.guided(guidance, self.guidance_interval), [names.index(name) for name in wanted]
-
-
-RECORD = "samples.json"
-"""The file in a folder of samples that says how they are made, so that the same command resumes."""
 
 
 @dataclass(frozen=True)
@@ -360,12 +352,12 @@ def sample(
             "to which images are written as they are made"
         )
     make, about = sampling.maker(checkpoint, ranks.device)
-    watch = _forecast(len(ranks.mine(n)), about, progress, ranks)
+    watch = forecast(len(ranks.mine(n)), about, progress, ranks)
     images = make(ranks.mine(n), strips, progress, columns, noisy, watch)
     return ranks.interleave(images, n), {"count": n, **about}
 
 
-def _forecast(n: int, about: dict[str, Any], progress: bool, ranks: Processes) -> Callable[[int], None]:
+def forecast(n: int, about: dict[str, Any], progress: bool, ranks: Processes) -> Callable[[int], None]:
     """What says how long `n` images of these settings take, if `progress` is wanted. A GPU's steps are not timed."""
     if not progress or ranks.device.type == "cuda":
         return lambda images: None
@@ -378,55 +370,3 @@ def _memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def sample_to_folder(
-    checkpoint: Checkpoint, n: int, ranks: Processes, folder: Path, sampling: Sampling = Sampling(),
-    progress: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Write the images of `sample` to folder/SEED.png, or .npy for what PNG cannot hold, in bounded memory.
-
-    Returns how they are made.
-
-    If the folder holds images of the same sampling already, only what is missing is made. Raises InputError as
-    `Sampling.maker` does, and if the folder holds anything else.
-    """
-    make, about = sampling.maker(checkpoint, ranks.device)
-    record = folder / RECORD
-    if ranks.first:
-        if record.exists():
-            _check_record(record, about, n)
-        atomic.write_json(record, {"count": n, **about})
-    mine, ending = ranks.mine(n), pictures.suffix(checkpoint.denoiser.values.dtype, checkpoint.preset.channels)
-
-    def file(i: int) -> Path:
-        return folder / f"{sampling.seed + i:06d}{ending}"
-
-    watch = _forecast(sum(not file(i).is_file() for i in mine), about, progress, ranks)
-    with tqdm(total=len(mine), unit="image", desc="sampling", disable=None if progress else True, leave=False) as bar:
-        for start in range(0, len(mine), sampling.batch_size):
-            places = mine[start : start + sampling.batch_size]
-            missing = [i for i in places if not file(i).is_file()]
-            made = make(missing, watch=watch) if missing else ()
-            for i, image in zip(missing, made, strict=True):
-                pictures.save_image(file(i).with_suffix(""), pictures.channels_last(image[None])[0])
-            bar.update(len(places))
-    ranks.any(False)  # wait for the images of the other processes
-    return {"count": n, **about}
-
-
-def _check_record(record: Path, about: dict[str, Any], n: int) -> None:
-    """Raise InputError unless the folder's images are made as these, and are at most `n`."""
-    try:
-        old = parse_json(record.read_bytes())
-        count = old.pop("count")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{record}: damaged ({type(error).__name__}); want a new or an empty folder") from None
-    now = json.loads(json.dumps(about))
-    if differs := [name for name in {**old, **now} if old.get(name) != now.get(name)]:
-        raise InputError(
-            f"{record.parent}: holds samples with {differs[0]} {old.get(differs[0])!r}, and these have "
-            f"{now.get(differs[0])!r}; want a new or an empty folder"
-        )
-    if not isinstance(count, int) or count > n:
-        raise InputError(f"{record.parent}: holds {count} samples; want n of at least that, or another folder")

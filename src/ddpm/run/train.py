@@ -20,7 +20,6 @@ import filelock
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from ddpm import kernels, losses, noise, pixels, timesteps
 from ddpm.denoiser import Denoiser
@@ -34,6 +33,7 @@ from ddpm.run.device import compile_stages, pick_compile
 from ddpm.run.pace import Pace, time_steps
 from ddpm.run.previews import affordable, draw, grid_file, has_grid
 from ddpm.run.processes import Processes, pick_precision, processes, threads
+from ddpm.run.progress import Progress
 from ddpm.schedule import Schedule
 
 BUCKETS = 10
@@ -149,7 +149,7 @@ def train(
             part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
             say=lambda line: log.say(ranks, line),
         )  # fmt: skip
-        bar = tqdm(total=preset.steps, initial=begun, unit="step", disable=None if ranks.first else True)
+        bar = Progress[None](total=preset.steps, initial=begun, unit="step", desc="training", show=ranks.first)
         stack.callback(bar.close)
         stop = stack.enter_context(_signals())  # before this line there is nothing to save
         stack.enter_context(_saving_at_the_end(model, out, save))
@@ -175,7 +175,8 @@ def train(
                 write(model.step, line)
                 if warning := meter.waits():
                     log.say(ranks, warning)
-                bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s")
+                waits = f", {line['data_wait']:.0%} waiting for data"
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s{waits}")
             with meter.paused():
                 if saving or ended:
                     held_out = None if ended else evaluate(lambda: stop.signal is not None)
