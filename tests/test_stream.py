@@ -15,7 +15,6 @@ from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.files import data
 from ddpm.files.opening import open_checkpoint
-from ddpm.run import stream
 from ddpm.run.processes import Processes
 from ddpm.run.sample import Conditions, Sampling, sample
 from ddpm.run.stream import RECORD, write_samples
@@ -117,13 +116,12 @@ def test_what_a_stop_left_is_not_made_again(
     write_samples(checkpoint, N, ALONE, tmp_path / "whole" / out, SAMPLING, kind, shard)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt, match="^5 of 11 images are left, from seed 10 on; the same command"):
+        with pytest.raises(KeyboardInterrupt, match=r"^5 of 11 images are left, from seed 10 on; the same command"):
             write_samples(checkpoint, N, ALONE, tmp_path / out, SAMPLING, kind, shard)
     kept = sorted(tmp_path.rglob("set-*.tar" if shard else "*.part"))
     assert len([p for p in kept if p.parent.parent == tmp_path]) == 2
     assert (tmp_path / out).exists() == (kind == "folder")
-    about, made = write_samples(checkpoint, N, ALONE, tmp_path / out, SAMPLING, kind, shard)
-    assert made == 5
+    assert write_samples(checkpoint, N, ALONE, tmp_path / out, SAMPLING, kind, shard)[1] == 5
     files = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file()]
     assert len(files) == (5 if shard else 1)
     for file in files:
@@ -223,8 +221,7 @@ def test_no_process_holds_more_than_a_batch(checkpoint: Any, tmp_path: Path, mon
 
 def test_the_last_line_tells_the_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["sample", "digits", "-n", "6", "--out", str(tmp_path / "set"), *QUICK, "--shard", "4"]
-    for count, line in ((6, r" images/s"), (6, r", 0 made now, 0 images/s")):
+    for line in (" images/s", ", 0 made now, 0 images/s"):
         assert main(command) == 0
         assert capsys.readouterr().out.rstrip().endswith(line)
-    assert json.loads((tmp_path / "set" / RECORD).read_text())["count"] == count
-    assert stream.STREAMED == ("folder", "tar", "npy", "npz")
+    assert json.loads((tmp_path / "set" / RECORD).read_text())["count"] == 6
