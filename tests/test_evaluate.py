@@ -22,6 +22,7 @@ from ddpm.noise import per_image
 from ddpm.presets import PRESETS
 from ddpm.run import calibrate, evaluate, parts, quality, sample
 from ddpm.run.processes import Processes
+from ddpm.run.saved import all_of, read_samples
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SHAPE = (1, 4, 4)
@@ -289,14 +290,18 @@ def test_the_likelihood_of_the_flow_does_not_depend_on_the_batch(checkpoint, hel
 
 def test_samples_are_cached(checkpoint, tmp_path, monkeypatch):
     """They are the images of their seeds. A second call makes only missing ones. Other settings make other images."""
-    whole = quality.samples(checkpoint, tmp_path, ALONE, 7, 3, "ddim", 5, 3, progress=False)
+
+    def samples(seed=3):
+        return all_of(quality.samples(checkpoint, tmp_path, ALONE, 7, seed, "ddim", 5, 3, progress=False))
+
+    whole = samples()
     assert torch.equal(whole, sample.generate(checkpoint.denoiser, (1, 8, 8), range(3, 10), "ddim", 5))
     next(tmp_path.glob("samples-*/00000003-*")).unlink()
     calls = []
     monkeypatch.setattr(quality, "generate", lambda *a, **k: (calls.append(a[2]), sample.generate(*a, **k))[1])
-    assert torch.equal(quality.samples(checkpoint, tmp_path, ALONE, 7, 3, "ddim", 5, 3, progress=False), whole)
+    assert torch.equal(samples(), whole)
     assert calls == [range(6, 9)]
-    assert not torch.equal(quality.samples(checkpoint, tmp_path, ALONE, 7, 4, "ddim", 5, 3, progress=False), whole)
+    assert not torch.equal(samples(4), whole)
 
 
 def test_samples_of_classes_are_cached_apart(tmp_path):
@@ -306,7 +311,7 @@ def test_samples_of_classes_are_cached_apart(tmp_path):
 
     def samples(denoiser, classes=()):
         changed = replace(checkpoint, denoiser=denoiser)
-        return quality.samples(changed, tmp_path, ALONE, 5, 3, "ddim", 3, 2, progress=False, classes=classes)
+        return all_of(quality.samples(changed, tmp_path, ALONE, 5, 3, "ddim", 3, 2, progress=False, classes=classes))
 
     whole = samples(guided, [4, 0])
     y = torch.tensor([4, 0, 4, 0, 4])
@@ -385,12 +390,26 @@ def test_real_images_are_at_distance_zero(tmp_path):
     network = features.custom(f"{tmp_path}/mine.py:rows")
     train = data.load("digits", (8, 8), 1)
     same = train.batch(range(len(train)))
-    result = quality.quality(["fid", "pr"], same, train, network, tmp_path, progress=False)
+    result = quality.quality(["fid", "pr"], train, train, network, tmp_path, ALONE, progress=False)
     assert result["frechet_distance"] == pytest.approx(0, abs=1e-6)
     assert result["precision"] == result["recall"] == 1
     noisy = (same.int() + torch.randint(0, 80, same.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
-    worse = quality.quality(["fid"], noisy.to(torch.uint8), train, network, tmp_path, progress=False)
+    fake = Rows(noisy.to(torch.uint8))
+    worse = quality.quality(["fid"], fake, train, network, tmp_path, ALONE, progress=False)
     assert worse["frechet_distance"] > 100
+
+
+class Rows:
+    """Images in memory."""
+
+    def __init__(self, pixels):
+        self.pixels = pixels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def batch(self, indices):
+        return self.pixels[list(indices)]
 
 
 def shaped(channels, *size):
@@ -404,9 +423,9 @@ def test_saved_samples_are_read_as_they_are(tmp_path):
     images.save_many(tmp_path / "a.npz", pictures, ["0", "1", "2"])
     images.save_many(tmp_path / "b", pictures, ["0", "1", "2"])
     for path in (tmp_path / "a.npz", tmp_path / "b"):
-        assert (quality.read_samples(path, shaped(1, 8, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
+        assert (all_of(read_samples(path, shaped(1, 8, 8))).permute(0, 2, 3, 1).numpy() == pictures).all()
     with pytest.raises(InputError, match="want uint8"):
-        quality.read_samples(tmp_path / "a.npz", shaped(3, 8, 8))
+        read_samples(tmp_path / "a.npz", shaped(3, 8, 8))
 
 
 def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypatch):
@@ -416,14 +435,14 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     pictures = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 1), np.uint8)
     images.save_many("digits/", pictures, ["0", "1", "2"])
-    assert (quality.read_samples(Path("digits"), shaped(1, 4, 8)).permute(0, 2, 3, 1).numpy() == pictures).all()
+    assert (all_of(read_samples(Path("digits"), shaped(1, 4, 8))).permute(0, 2, 3, 1).numpy() == pictures).all()
     with pytest.raises(InputError, match=r"^digits/0\.png: 4x8; want samples of the model's size, 8x4$"):
-        quality.read_samples(Path("digits"), shaped(1, 8, 4))
+        read_samples(Path("digits"), shaped(1, 8, 4))
     with pytest.raises(InputError, match=r"^digits/0\.png: mode L; want RGB, as samples of the model have$"):
-        quality.read_samples(Path("digits"), shaped(3, 4, 8))
+        read_samples(Path("digits"), shaped(3, 4, 8))
     Path("empty").mkdir()
     with pytest.raises(InputError, match="empty: no images in this folder; want samples of 4x8"):
-        quality.read_samples(Path("empty"), shaped(1, 4, 8))
+        read_samples(Path("empty"), shaped(1, 4, 8))
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,7 @@ def _quality(
 
     from ddpm.run import quality
     from ddpm.run.sample import describe_sampling, sampler_levels
+    from ddpm.run.saved import Samples, read_samples
 
     samples = None if args.samples is None else Path(args.samples)
     file = args.features if _features_are_a_file(args) else args.reference
@@ -202,15 +203,16 @@ def _quality(
     if "is" in names:
         quality.check_network(network, torch.zeros(1, *model.preset.shape, dtype=model.denoiser.values.torch))
     if samples is not None:
-        images, source = quality.read_samples(samples, model.preset), {"samples_from": args.samples}
+        images: Samples = read_samples(samples, model.preset)
+        source: dict[str, Any] = {"samples_from": args.samples}
     else:
         levels = sampler_levels(model, args.sampler, args.steps, args.spacing)
         images = quality.samples(
             model, cache, ranks, args.n or 50_000, args.seed, args.sampler, levels, args.batch_size, progress, labels
         )
         source = {**describe_sampling(model.denoiser, args.sampler, levels, args.spacing), **asked}
+    values = quality.quality(names, images, real, network, cache, ranks, args.seed, progress)
     if ranks.first:
-        values = quality.quality(names, images, real, network, cache, args.seed, ranks.device, progress)
         if args.reference is not None:
             source["reference"] = args.reference
         results.keep("quality", {**source, **values}, "train" if args.reference is None else None)

@@ -24,6 +24,7 @@ from ddpm.noise import mix, per_image
 from ddpm.presets import Preset, to_json
 from ddpm.run import evaluate, parts, quality, sample
 from ddpm.run.processes import Processes
+from ddpm.run.saved import Samples, read_samples
 from ddpm.run.train import train
 
 # Some of the numbers that the paper reports. None is a missing number; "unstable" is the paper's word.
@@ -385,9 +386,10 @@ def neighbours(setup: Setup) -> None:
         raise InputError(f"split {setup.split}: holds the images that the model was trained on; want held-out ones")
     spaces = _spaces(setup)
     n = setup.n or 64
-    samples = _samples(setup, n)[:n]
+    found = _samples(setup, n)
     if not setup.ranks.first:
         return
+    samples = found.batch(range(min(n, len(found))))
     rows: list[tuple[Any, ...]] = []
     summary: dict[str, Any] = {}
     for space, embed in spaces.items():
@@ -516,10 +518,10 @@ def _rate_distortion(setup: Setup) -> dict[int, tuple[float, float]]:
         return {int(row["t"]): (float(row["rate_bits_per_dim"]), float(row["rmse_grey_levels"])) for row in rows}
 
 
-def _samples(setup: Setup, count: int) -> Tensor:
-    """The saved samples, or `count` new ones, pixels [N, C, H, W]. Only the first process gets new ones."""
+def _samples(setup: Setup, count: int) -> Samples:
+    """The saved samples, or `count` new ones."""
     if setup.samples is not None:
-        return quality.read_samples(setup.samples, setup.checkpoint.preset)
+        return read_samples(setup.samples, setup.checkpoint.preset)
     return quality.samples(
         setup.checkpoint, setup.cache, setup.ranks, count, setup.seed, setup.sampler, setup.steps, setup.batch_size,
         progress=setup.progress,
@@ -530,13 +532,10 @@ def _quality(setup: Setup, names: Sequence[str]) -> dict[str, Any]:
     """The metrics of `names`, as `quality.quality` gives them; {} on all processes but the first."""
     network, training = setup.network(), setup.images("train")  # mistakes show before hours of sampling
     samples = _samples(setup, setup.n or 50_000)
-    if not setup.ranks.first:
-        return {}
-    if setup.samples is None:
-        images.save(setup.out / "samples.png", images.grid(setup.sheet(samples[:64])))
-    return quality.quality(
-        names, samples, training, network, setup.cache, setup.seed, setup.ranks.device, setup.progress
-    )
+    if setup.ranks.first and setup.samples is None:
+        first = samples.batch(range(min(64, len(samples))))
+        images.save(setup.out / "samples.png", images.grid(setup.sheet(first)))
+    return quality.quality(names, samples, training, network, setup.cache, setup.ranks, setup.seed, setup.progress)
 
 
 def _distance(scores: dict[str, Any]) -> str:

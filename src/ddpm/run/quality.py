@@ -13,14 +13,16 @@ from torch import Tensor
 
 from ddpm import metrics
 from ddpm.errors import InputError
-from ddpm.files import arrays, data, features, models
+from ddpm.files import data, features, models
 from ddpm.files import images as pictures
 from ddpm.guidance import Guided
-from ddpm.presets import Preset
 from ddpm.run.device import use_cuda_graphs
-from ddpm.run.parts import compute_parts, model_key, parts_folder, read_parts
+from ddpm.run.measure import measure
+from ddpm.run.parts import compute_parts, model_key, parts_folder
 from ddpm.run.processes import Processes
+from ddpm.run.progress import Progress
 from ddpm.run.sample import cycled_labels, generate
+from ddpm.run.saved import Parts, Samples
 from ddpm.samplers import Levels
 
 
@@ -35,13 +37,12 @@ def samples(
     batch_size: int = 64,
     progress: bool = True,
     classes: Sequence[int] = (),
-) -> Tensor:
-    """The model's images of seeds `seed` to `seed` + count - 1, pixels [count, C, H, W].
+) -> Samples:
+    """The model's images of seeds `seed` to `seed` + count - 1, which are read when they are wanted.
 
     `classes` holds labels, and the images cycle over them; if it is empty, the model is sampled without a class. The
-    work is split over processes. Only the first process gets the images, and the others get none, [0, C, H, W].
-    Finished batches are stored under `cache`, so the same call resumes where it stopped. Raises InputError for a
-    sampler or steps that do not exist.
+    work is split over processes, which must see the same disk. Finished batches are stored under `cache`, so the same
+    call resumes where it stopped. Raises InputError for a sampler or steps that do not exist.
     """
     network = checkpoint.denoiser.network
     guidance = [network.scale, network.first, network.last] if isinstance(network, Guided) else []
@@ -57,9 +58,7 @@ def samples(
         return {"images": images}
 
     files = compute_parts(folder, count, ranks, batch_size, "samples", progress, make)
-    if not ranks.first:
-        return torch.empty(0, *shape, dtype=denoiser.values.torch)
-    return read_parts(files)["images"]
+    return Parts(files, batch_size, count)
 
 
 @dataclass(frozen=True)
@@ -176,29 +175,32 @@ def _parts(probabilities: metrics.Floats) -> int:
 
 def quality(
     names: Sequence[str],
-    samples: Tensor,
+    samples: Samples,
     images: data.Images | features.Measured,
     network: features.Network,
     cache: Path,
+    ranks: Processes,
     seed: int = 0,
-    device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The metrics of `names` for `samples`, uint8 [N, C, H, W], against all of `images`, with features of `network`.
+    """The metrics of `names` for `samples` against all of `images`, with features of `network`.
 
     `images` are real images, or their features or statistics, as `features.read_reference` reads them. `names` are keys
     of METRICS. The Frechet distance is called fid if the network is the Inception network of 2015, and
     frechet_distance otherwise. The moments of the real features are stored under `cache`, because they take long.
-    Returns plain JSON values. Raises InputError for too few samples or images, and for a network without class
+    The features are computed by all processes, which must see the same images. The first one computes the metrics and
+    returns plain JSON values; the others return {}. It maps the rows that kid and pr need from files in `cache`, and pr
+    also holds two copies of one set. Raises InputError for too few samples or images, and for a network without class
     probabilities if `is` is asked for.
 
     >>> import tempfile
     >>> network = features.Network("pixels", "", "", 64, lambda x: (x.flatten(1).numpy(), None))
-    >>> images = data.load("digits", (8, 8), 1)
+    >>> images, test = (data.load("digits", (8, 8), 1, split=split) for split in ("train", "test"))
+    >>> alone = Processes(0, 1, torch.device("cpu"))
     >>> with tempfile.TemporaryDirectory() as cache:
-    ...     result = quality(["fid"], images.batch(range(500)), images, network, Path(cache), progress=False)
-    >>> result["samples"], result["images"], 0 < result["frechet_distance"] < 5000
-    (500, 1500, True)
+    ...     result = quality(["fid"], test, images, network, Path(cache), alone, progress=False)
+    >>> result["samples"], result["images"], result["frechet_distance"] > 0
+    (297, 1500, True)
     """
     chosen = [METRICS[name] for name in names]
     rows = any(metric.rows for metric in chosen)
@@ -207,30 +209,39 @@ def quality(
     if given is not None:
         check_reference(names, given)
     _check_counts(names, len(samples), given.moments.count if given else len(images))  # type: ignore[arg-type]
-    fake = features.measure(network, samples, keep_features=rows, keep_probabilities=probabilities, progress=progress)
+    fake = measure(network, samples, ranks, cache, rows, probabilities, progress)
     real = given
     if not isinstance(images, features.Measured) and any(metric.real for metric in chosen):
-        real = _real_features(network, images, cache, rows, progress)
+        real = _real_features(network, images, cache, ranks, rows, progress)
+    if not ranks.first:
+        return {}
     _check_widths(fake, real)
     inception = network.weights == features.SHA256
     about = {"samples": len(samples), "features": network.name, "features_weights": network.weights}
-    return about | scores(names, MetricInputs(fake, real, inception, seed, device))
+    return about | scores(names, MetricInputs(fake, real, inception, seed, ranks.device))
 
 
 def _real_features(
-    network: features.Network, images: data.Images, cache: Path, rows: bool, progress: bool
-) -> features.Measured:
-    """The features of the real images. Their moments are read from `cache` if no single rows are needed."""
+    network: features.Network, images: data.Images, cache: Path, ranks: Processes, rows: bool, progress: bool
+) -> features.Measured | None:
+    """The features of the real images. Their moments are read from `cache` if no single rows are needed.
+
+    Processes but the first get nothing if the moments are stored.
+    """
     provenance = features.provenance(images, network)
     key = [provenance.fingerprint, provenance.comparable()]
     file = parts_folder(cache, "statistics", key).with_suffix(".npz")
-    if file.is_file() and not rows:
+    stored = None
+    if ranks.first and file.is_file() and not rows:
         try:
-            return features.Measured(features.load_statistics(file, provenance.comparable()).moments, None, None)
+            stored = features.Measured(features.load_statistics(file, provenance.comparable()).moments, None, None)
         except InputError as error:
             warnings.warn(f"{error}; it is made again", stacklevel=2)
-    real = features.measure(network, images, keep_features=rows, progress=progress)
-    features.save_statistics(file, real.moments, provenance)
+    if ranks.any(stored is not None):
+        return stored
+    real = measure(network, images, ranks, cache, rows, progress=progress)
+    if ranks.first:
+        features.save_statistics(file, real.moments, provenance)
     return real
 
 
@@ -303,8 +314,9 @@ def compare(
         _check_counts(names, *((None, count) if measured else (count, None)))
         if side is not None:
             assert used is not None
+            counted = Progress(side, total=len(side), desc="features", unit="image", show=progress)
             one = features.measure_each(
-                used, side, keep_features=rows, keep_probabilities=probabilities and not measured, progress=progress
+                used, counted, keep_features=rows, keep_probabilities=probabilities and not measured, progress=False
             )
             side.warn()
         measured.append(one)
@@ -392,56 +404,3 @@ def _check_counts(names: Sequence[str], samples: int | None, images: int | None)
     for kind, count in (("samples", samples), ("images", images)):
         if count is not None and count < least and (kind == "samples" or any(metric.real for metric in chosen)):
             raise InputError(f"{count} {kind}: want at least {least} for {', '.join(names)}")
-
-
-def read_samples(path: Path, preset: Preset) -> Tensor:
-    """Saved samples, pixels [N, C, H, W], from an .npz or .npy that `ddpm sample` wrote or from a folder of files.
-
-    An image of another shape than the model's is an error, because a resized image would get another score. Raises
-    InputError for it, and if there are no images.
-    """
-    shape, form = preset.shape, data.form_of(preset)
-    size = f"{shape[1]}x{shape[2]}"
-    if path.suffix.lower() not in (".npz", ".npy"):
-        if not path.is_dir():
-            raise InputError(f"{path}: want an .npz or .npy file of `ddpm sample`, or a folder of images")
-        return _read_folder(path, shape, size) if form.is_picture else _read_arrays(path, form, size)
-    npz = path.suffix.lower() == ".npz"
-    array = next(iter(features.read_arrays(path).values())) if npz else np.array(arrays.read_npy(path))
-    wanted = (shape[1], shape[2], shape[0])
-    if array.dtype != np.dtype(form.values.dtype) or array.ndim != 4 or array.shape[1:] != wanted or not len(array):
-        shown = f"{form.values.dtype} [N, {', '.join(map(str, wanted))}]"
-        raise InputError(f"{path}: holds {array.dtype} {list(array.shape)}; want {shown}")
-    return torch.from_numpy(array).permute(0, 3, 1, 2)
-
-
-def _read_arrays(path: Path, form: data.Form, size: str) -> Tensor:
-    """The files of a folder in natural order of their names, pixels [N, C, H, W] of a model that makes no pictures."""
-    found = []
-    for name in sorted(filter(data.holds_image, data.walk(path)), key=data.natural):
-        array = arrays.read(path / name, str(path / name), form.pages)
-        if array.shape[:2] != form.size:
-            have = "x".join(map(str, array.shape[:2]))
-            raise InputError(f"{path / name}: {have}; want samples of the model's size, {size}")
-        found.append(form.array(array, str(path / name), {}))
-    if not found:
-        raise InputError(f"{path}: no images in this folder; want samples of {size}")
-    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
-
-
-def _read_folder(path: Path, shape: Sequence[int], size: str) -> Tensor:
-    """The image files of a folder and of the folders in it, in natural order of their names, uint8 [N, C, H, W]."""
-    arrays = []
-    for name in sorted(data.walk(path), key=data.natural):
-        if Path(name).suffix.lower() not in pictures.SUFFIXES:
-            continue
-        picture, file = pictures.read(path / name), path / name
-        if picture.size != (shape[2], shape[1]):
-            raise InputError(f"{file}: {picture.height}x{picture.width}; want samples of the model's size, {size}")
-        if pictures.native(picture) not in (shape[0], 4) or not pictures.keeps(picture, shape[0]):
-            mode = pictures.MODES[shape[0]]
-            raise InputError(f"{file}: mode {picture.mode}; want {mode}, as samples of the model have")
-        arrays.append(np.array(pictures.convert(picture, shape[0], str(file), notes={})).reshape(*shape[1:], -1))
-    if not arrays:
-        raise InputError(f"{path}: no images in this folder; want samples of {size}")
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
