@@ -39,7 +39,7 @@ class Case(NamedTuple):
     without_network: bool = False
 
 
-SMALL, BIG, MANY = (500, 1000, 2000), (32, 64, 128), (2500, 5000, 10_000)
+SMALL, BIG, MANY = (200, 400, 800), (32, 64, 128), (2000, 4000, 8000)
 CASES = {
     "sample 8x8, folder": Case("sample digits -n {n} --out {out}/s/", SMALL, 64),
     "sample 8x8, shards": Case("sample digits -n {n} --shard 256 --out {out}/s", SMALL, 64),
