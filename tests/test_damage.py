@@ -390,11 +390,11 @@ def test_parts_that_other_code_made_are_not_read(tmp_path: Path, monkeypatch: py
 def test_damaged_statistics_are_made_again(tmp_path: Path) -> None:
     images = data.load("digits", (8, 8), 1)
     network = features.Network("mean", "w", "none", 64, lambda x: (x.double().flatten(1)[:, 20:23].numpy(), None))
-    before = quality._real_features(network, images, tmp_path, False, False)
+    before = quality._real_features(network, images, tmp_path, ALONE, False, False)
     (file,) = tmp_path.glob("*.npz")
     flip(file)
     with pytest.warns(UserWarning, match="it is made again"):
-        after = quality._real_features(network, images, tmp_path, False, False)
+        after = quality._real_features(network, images, tmp_path, ALONE, False, False)
     assert (after.moments.covariance == before.moments.covariance).all()
     features.load_statistics(file)
 
