@@ -3,7 +3,7 @@
     python benchmarks/scale_memory.py [--only WORD ...] [--scale X] [--work DIR]
 
 Each command runs in a process of its own with three numbers of images. Its memory is the most that it had resident
-(ru_maxrss). The slope is that of the least-squares line through the three. Beside it is the size of an image, or of
+(VmHWM; ru_maxrss would begin at what this script holds, since a process inherits it). Linux only. The slope is that of the least-squares line through the three. Beside it is the size of an image, or of
 what a table in memory would hold for it: a program that holds everything has at least that slope. The models are the
 package's digits, and two of random weights (one step of training on random images): 8x8 grey with 1,000 noise levels,
 and 128x128 RGB with 20. nll and calibrate run with random errors in place of the network's, since thousands of images
@@ -66,18 +66,23 @@ def vlb(denoiser, x0, noise, y=None):
     b, T = len(x0), denoiser.schedule.T
     return likelihood.Bound(*(torch.rand(shape, dtype=torch.float64) for shape in ((b,), (b, T - 1), (b,), (b, T))), 64)
 likelihood.vlb, likelihood.vlb_with_variance = vlb, lambda bound, *_: bound
-sys.exit(main(sys.argv[1:]))
+"""
+PROGRAM = """
+import re, sys
+from ddpm.cli import main
+code = main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+sys.exit(code)
 """
 
 
 def ddpm(*words: str, without_network: bool = False) -> float:
     """Run a command in a process of its own, and return the most memory that it had, in bytes."""
-    program = ["-c", WITHOUT_NETWORK] if without_network else ["-m", "ddpm"]
-    process = subprocess.Popen([sys.executable, *program, *words], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"ddpm {' '.join(words)}: exit {status >> 8}")
-    return float(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    program = (WITHOUT_NETWORK if without_network else "") + PROGRAM
+    done = subprocess.run([sys.executable, "-c", program, *words], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"ddpm {' '.join(words)}: exit {done.returncode}")
+    return 1024 * float(done.stdout.splitlines()[-1])
 
 
 def made(work: Path, most: int) -> dict[str, str]:
