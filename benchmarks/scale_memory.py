@@ -3,11 +3,12 @@
     python benchmarks/scale_memory.py [--only WORD ...] [--scale X] [--work DIR]
 
 Each command runs in a process of its own with three numbers of images. Its memory is the most that it had resident
-(VmHWM; ru_maxrss would begin at what this script holds, since a process inherits it). Linux only. The slope is that of the least-squares line through the three. Beside it is the size of an image, or of
-what a table in memory would hold for it: a program that holds everything has at least that slope. The models are the
-package's digits, and two of random weights (one step of training on random images): 8x8 grey with 1,000 noise levels,
-and 128x128 RGB with 20. nll and calibrate run with random errors in place of the network's, since thousands of images
-at 1,000 levels take hours otherwise. --scale multiplies all numbers of images.
+(VmHWM; ru_maxrss would begin at what this script holds, since a process inherits it). Linux only. The slope is that
+of the least-squares line through the three. Beside it is the size of an image, or of what a table in memory would
+hold for it: a program that holds everything has at least that slope. The models are the package's digits, and two of
+random weights (one step of training on random images): 8x8 grey with 1,000 noise levels, and 128x128 RGB with 20. nll
+and calibrate run with random errors in place of the network's, since thousands of images at 1,000 levels take hours
+otherwise. --scale multiplies all numbers of images.
 """
 
 import os
