@@ -209,7 +209,7 @@ class Cluster:
         size = f"{least}:{nodes}" if least else str(nodes)
         self.nodes = []
         for i in range(1, nodes + 1):
-            conf = f"is_host={int(i == 1)},join_timeout=120,last_call_timeout=2,read_timeout=20"
+            conf = f"is_host={int(i == 1)},join_timeout=120,last_call_timeout=2,read_timeout=10"
             words = ["-m", "torch.distributed.run", "--nnodes", size, "--nproc-per-node", str(each)]
             words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"10.77.0.1:{PORT}", "--rdzv-id", "faults"]
             words += ["--rdzv-conf", conf, "--local-addr", f"10.77.0.{i}", "--max-restarts", "1000"]
@@ -595,13 +595,14 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=90, help="seconds in which a run must go on (%(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="a new run begins after this step (%(default)s)")
     parser.add_argument("--megabytes", type=int, default=600, help="size of the disk (%(default)s)")
+    parser.add_argument("--note", default="", help="a line for the record")
     parser.add_argument("--logs", type=Path, help="folder for the agents' logs")
     parser.add_argument("--random", type=int, default=0, help="seed of the moments and places (%(default)s)")
     args = parser.parse_args()
     random.seed(args.random)
-    names = [name for _ in range(args.times) for name in args.faults]
+    names = [name for _ in range(args.times) for name in random.sample(args.faults, len(args.faults))]
     outcomes = series(names, args.nodes, args.each, args, time.monotonic() + 60 * args.minutes)
-    text = f"{args.nodes} nodes of {args.each} processes, {len(outcomes)} faults.\n\n{report(outcomes)}"
+    text = f"{args.nodes} nodes of {args.each} processes, {len(outcomes)} faults. {args.note}\n\n{report(outcomes)}"
     args.logs = None  # a record does not name folders of this machine
     values = {"outcomes": [asdict(o) for o in outcomes]}
     record.write("faults", "Faults of nodes, links, processes and disks", args, values, text, repeated=False)
