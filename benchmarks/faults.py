@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import figures
@@ -517,9 +518,9 @@ def disk(where: Path, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(where)], check=True)
 
 
-def series(names: list[str], nodes: int, each: int, args: argparse.Namespace, end: float) -> list[Outcome]:
+def series(names: list[str], args: argparse.Namespace, end: float, outcomes: list[Outcome]) -> None:
     """All those faults, in one run as long as it goes on; else in the next one."""
-    outcomes: list[Outcome] = []
+    nodes, each = args.nodes, args.each
     world = nodes * each
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ddpm-faults-")))
@@ -548,7 +549,94 @@ def series(names: list[str], nodes: int, each: int, args: argparse.Namespace, en
                         for log in folder.glob("*.log"):
                             args.logs.mkdir(parents=True, exist_ok=True)
                             shutil.copy(log, args.logs / f"{turn}-{log.name}")
-    return outcomes
+
+
+def elastic(args: argparse.Namespace, end: float, outcomes: list[Outcome]) -> None:
+    """`--nnodes 1:3`: the last node is lost, comes back, and so on. Another number of nodes rounds in another way."""
+    before_these = len(outcomes)
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ddpm-faults-")))
+        delay = stack.enter_context(network(3))
+        c = Cluster(work, delay, 3, least=1)
+        try:
+            for node in c.nodes:
+                node.start()
+            wait(lambda: c.place()[1] > 3, 120)
+            for i in range(2 * args.times):
+                if time.monotonic() > end:
+                    break
+                node, leaves = c.nodes[-1 - i // 2 % 2], i % 2 == 0
+                time.sleep(random.uniform(1, 2))
+                (inode, step), before, begun = c.place(), set(c.ranks()), time.monotonic()
+                outcome = Outcome(f"--nnodes 1:3, a node {'is lost' if leaves else 'joins'}", step)
+                sizes = [n.log.stat().st_size for n in c.nodes]
+                node.end() if leaves else node.start()
+                gone = wait(partial(gone_of, c, before), args.limit)
+                if wait(partial(moved, c, inode), args.limit) is None:
+                    outcome.note = "did not go on: " + why(c, sizes)
+                else:
+                    outcome.noticed, outcome.on = gone, time.monotonic() - begun
+                    outcome.lost = max(0, step - (resumed_from(c, sizes) or 0))
+                    outcome.checkpoint = c.place()[1] // SAVE_EVERY * SAVE_EVERY + SAVE_EVERY
+                    wait(partial(has, c, outcome.checkpoint), args.limit)
+                outcomes.append(outcome)
+                say(outcome)
+                if outcome.note:
+                    break
+        finally:
+            c.end()
+            compare(Reference(work / "reference", 1), c.out, outcomes[before_these:])
+
+
+def resized(args: argparse.Namespace, end: float, outcomes: list[Outcome]) -> None:
+    """SIGTERM to a run of 4 processes, which goes on with 2, then 3, then 4."""
+    before_these = len(outcomes)
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ddpm-faults-")))
+        delay = stack.enter_context(network(1))
+        sizes, last = [4, 2, 3] * args.times, None
+        c = Cluster(work, delay, 1, each=4)
+        try:
+            for each in sizes:
+                if time.monotonic() > end:
+                    break
+                inode, step = c.place()
+                outcome, begun = Outcome(f"a run of {last} processes goes on with {each}", step), time.monotonic()
+                c = Cluster(work, delay, 1, each=each)
+                seen = [c.nodes[0].log.stat().st_size if c.nodes[0].log.exists() else 0]
+                c.start()
+                if wait(partial(moved, c, inode), args.limit) is None:
+                    outcome.note = "did not go on: " + why(c, seen)
+                else:
+                    outcome.noticed, outcome.on = 0.0, time.monotonic() - begun
+                    outcome.lost = max(0, step - (resumed_from(c, seen) or 0))
+                    outcome.checkpoint = c.place()[1] // SAVE_EVERY * SAVE_EVERY + SAVE_EVERY
+                    wait(partial(has, c, outcome.checkpoint), args.limit)
+                if last:
+                    outcomes.append(outcome)
+                    say(outcome)
+                c.nodes[0].off, last = True, each
+                kill(agent(c, 0), signal.SIGTERM)
+                wait(lambda: not pids("ddpm-1"), 60)
+        finally:
+            c.end()
+            compare(Reference(work / "reference", 1), c.out, outcomes[before_these:])
+
+
+def gone_of(c: Cluster, before: set[int]) -> bool:
+    """Whether the processes that trained before are gone."""
+    return not before & set(c.ranks())
+
+
+def moved(c: Cluster, inode: int) -> bool:
+    """Whether processes that resumed have done a step."""
+    new, step = c.place()
+    return new != inode and step > 0
+
+
+def has(c: Cluster, step: int) -> bool:
+    """Whether the checkpoint of that step is there."""
+    return step in c.saved()
 
 
 def compare(reference: Reference, run: Path, outcomes: list[Outcome]) -> None:
@@ -580,14 +668,15 @@ def report(outcomes: list[Outcome]) -> str:
             )
         ]
         same = sum(o.weights == "to the bit" for o in those)
-        rows.append([fault, len(those), len(good), *spreads, f"{same} of {len(good)}"])
-    header = ["fault", "times", "went on", "s to notice", "s to go on", "steps lost", "weights equal to the bit"]
+        near = sum(o.weights.startswith("within") for o in those)
+        rows.append([fault, len(those), len(good), *spreads, same, near])
+    header = ["fault", "times", "went on", "s to notice", "s to go on", "steps lost", "equal to the bit", "within 1e-3"]
     return figures.table(header, rows)
 
 
 def main() -> None:
     parser = record.parser(__doc__, repeats=1, seconds=0)
-    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--faults", nargs="+", choices=[*FAULTS, "elastic", "resized"], default=list(FAULTS))
     parser.add_argument("--times", type=int, default=4, help="how often each fault comes (%(default)s)")
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--each", type=int, default=1, help="processes of a node (%(default)s)")
@@ -600,8 +689,17 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=0, help="seed of the moments and places (%(default)s)")
     args = parser.parse_args()
     random.seed(args.random)
-    names = [name for _ in range(args.times) for name in random.sample(args.faults, len(args.faults))]
-    outcomes = series(names, args.nodes, args.each, args, time.monotonic() + 60 * args.minutes)
+    single = [name for name in args.faults if name in FAULTS]
+    names = [name for _ in range(args.times) for name in random.sample(single, len(single))]
+    end = time.monotonic() + 60 * args.minutes
+    outcomes: list[Outcome] = []
+    with suppress(KeyboardInterrupt):  # the record holds what was measured until then
+        if names:
+            series(names, args, end, outcomes)
+        if "elastic" in args.faults:
+            elastic(args, end, outcomes)
+        if "resized" in args.faults:
+            resized(args, end, outcomes)
     text = f"{args.nodes} nodes of {args.each} processes, {len(outcomes)} faults. {args.note}\n\n{report(outcomes)}"
     args.logs = None  # a record does not name folders of this machine
     values = {"outcomes": [asdict(o) for o in outcomes]}
