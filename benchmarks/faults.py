@@ -173,7 +173,7 @@ class Node:
         threading.Thread(target=self._supervise, daemon=True).start()
 
     def _supervise(self) -> None:
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **MEETING, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
         while not self.off:
             with self.log.open("ab") as log:
                 self.agent = subprocess.Popen(
@@ -207,6 +207,7 @@ class Cluster:
 
     def __init__(self, work: Path, delay: Delay, nodes: int, least: int | None = None, each: int = 1) -> None:
         self.out, self.delay, self.work = work / "run", delay, work
+        self.first: dict[int, int] = {}
         size = f"{least}:{nodes}" if least else str(nodes)
         self.nodes = []
         for i in range(1, nodes + 1):
@@ -249,6 +250,11 @@ class Cluster:
         """Whether the first steps are done."""
         return self.place()[1] > 3
 
+    def resumed(self, inode: int) -> bool:
+        """Whether another process than the one of `inode` writes the log, and has done a step."""
+        new, last = self.place()
+        return new not in (0, inode) and last > self.first.setdefault(new, last)
+
     def saved(self) -> list[int]:
         """The steps of whole checkpoints at multiples of SAVE_EVERY, by which runs are compared."""
         names = [p.name for p in (self.out / "checkpoints").glob("[0-9]*") if (p / "raw.safetensors").exists()]
@@ -265,6 +271,8 @@ def more() -> list[str]:
 
 
 _MORE: list[str] | None = None
+MEETING = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Without it a new agent of PyTorch 2.13 cannot join older ones: it waits for an address that is never written."""
 TIMEOUT = 20.0
 """Seconds of --timeout."""
 
@@ -430,15 +438,15 @@ def strike(name: str, c: Cluster, limit: float) -> Outcome:
     errors = [node.log.stat().st_size if node.log.exists() else 0 for node in c.nodes]
     result, begun = Outcome(str(FAULTS[name].__doc__), step), time.monotonic()
     FAULTS[name](c)
-    lasts, gone, first = LASTS.get(name, 0), None, None
+    lasts, gone, first = LASTS.get(name, 0), None, False
     while time.monotonic() < begun + lasts + limit:
         now = time.monotonic() - begun
         if gone is None and not before & set(c.ranks()):
             gone = now
-        new, last = c.place()
-        if new != inode and last:
-            first = last
+        if c.resumed(inode):
+            first = True
             break
+        last = c.place()[1]
         patience = 1 if name in CALM else 30
         if gone is None and now > lasts + patience and last > step + 3:  # the same processes go on
             result.note = "" if name in CALM else "the same processes went on"
@@ -572,7 +580,7 @@ def elastic(args: argparse.Namespace, end: float, outcomes: list[Outcome]) -> No
                 sizes = [n.log.stat().st_size for n in c.nodes]
                 node.end() if leaves else node.start()
                 gone = wait(partial(gone_of, c, before), args.limit)
-                if wait(partial(moved, c, inode), args.limit) is None:
+                if wait(partial(c.resumed, inode), args.limit) is None:
                     outcome.note = "did not go on: " + why(c, sizes)
                 else:
                     outcome.noticed, outcome.on = gone, time.monotonic() - begun
@@ -605,7 +613,7 @@ def resized(args: argparse.Namespace, end: float, outcomes: list[Outcome]) -> No
                 c = Cluster(work, delay, 1, each=each)
                 seen = [c.nodes[0].log.stat().st_size if c.nodes[0].log.exists() else 0]
                 c.start()
-                if wait(partial(moved, c, inode), args.limit) is None:
+                if wait(partial(c.resumed, inode), args.limit) is None:
                     outcome.note = "did not go on: " + why(c, seen)
                 else:
                     outcome.noticed, outcome.on = 0.0, time.monotonic() - begun
@@ -626,12 +634,6 @@ def resized(args: argparse.Namespace, end: float, outcomes: list[Outcome]) -> No
 def gone_of(c: Cluster, before: set[int]) -> bool:
     """Whether the processes that trained before are gone."""
     return not before & set(c.ranks())
-
-
-def moved(c: Cluster, inode: int) -> bool:
-    """Whether processes that resumed have done a step."""
-    new, step = c.place()
-    return new != inode and step > 0
 
 
 def has(c: Cluster, step: int) -> bool:
@@ -689,6 +691,8 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=0, help="seed of the moments and places (%(default)s)")
     args = parser.parse_args()
     random.seed(args.random)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     single = [name for name in args.faults if name in FAULTS]
     names = [name for _ in range(args.times) for name in random.sample(single, len(single))]
     end = time.monotonic() + 60 * args.minutes
