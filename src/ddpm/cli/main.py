@@ -28,6 +28,10 @@ REFUSED = {
 """Errors of the operating system that are not our fault. A missing file may be our fault, so it is not among them."""
 
 
+SEVERAL = ("train", "sample", "evaluate", "calibrate", "paper")
+"""The commands that torchrun runs in several processes. They tell each other of a mistake."""
+
+
 def parser() -> Parser:
     """The parser of all commands, from the files of this package."""
     top = Parser(
@@ -72,9 +76,16 @@ def _run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()  # here, where a full disk is reported
         return code
     except InputError as error:
-        return _fail(2, _as_option(str(error), command, arguments))
+        line = _as_option(str(error), command, arguments)
+        several = os.environ.get("WORLD_SIZE", "1") != "1" and bool({*arguments[:1]} & {*SEVERAL})
+        if several and not hasattr(error, "shared"):
+            from ddpm.run.processes import tell
+
+            error = tell(line)
+            line = str(error)
+        return _fail(2, line, getattr(error, "shared", True))
     except Stopped as error:
-        return _fail(1, str(error))
+        return _fail(1, str(error), getattr(error, "shared", True))
     except OSError as error:
         if error.errno is None or (error.errno not in REFUSED and not isinstance(error, CannotWrite)):
             raise
@@ -92,14 +103,18 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(130, "; ".join(["interrupted", *map(str, error.args)]))
 
 
-def _fail(code: int, message: str) -> int:
-    """Print the line about an error as the last one, below warnings and progress bars, and return the exit code."""
+def _fail(code: int, message: str, prints: bool = True) -> int:
+    """Print the line about an error as the last one, below warnings and progress bars, and return the exit code.
+
+    prints  whether this process prints it, and no other one of torchrun
+    """
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
         for bar in list(getattr(tqdm, "_instances", ())):  # the error may still hold the loop that would close it
             bar.close()
-    print(f"ddpm: {one_line(message)}", file=sys.stderr)
+    if prints:
+        print(f"ddpm: {one_line(message)}", file=sys.stderr)
     return code
 
 
