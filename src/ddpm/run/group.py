@@ -46,6 +46,7 @@ class Group:
     def __init__(self, store: Store, rank: int, world: int, timeout: float, hosting: bool) -> None:
         self.store, self.timeout, self._rank, self._world, self._hosting = store, timeout, rank, world, hosting
         self.interval = min(max(1.0, world / 50), timeout / 10)
+        self._few = 4 * self.interval
         self.step = 0
         self.hosts = [""] * world
         self._exchanges, self._ended, self._sent = 0, [], 0  # type: ignore[var-annotated]
@@ -132,6 +133,11 @@ class Group:
         now = time.monotonic()
         return [rank for rank, at in self._changed.items() if rank != self._rank and now - at > seconds]
 
+    def gone(self) -> list[int]:
+        """The other processes that have ended, or have been silent for a few signs."""
+        ended = [rank for rank, sign in list(self._signs.items()) if sign[2] and rank != self._rank]
+        return sorted({*ended, *self.silent(self._few)})
+
     def cut(self, error: Exception) -> bool:
         """Whether the error is that of a collective call that failed."""
         known = isinstance(error, (Stopped, InputError, OSError))
@@ -141,9 +147,8 @@ class Group:
         """Why a collective call failed: who is lost or has ended; None for an error of another kind."""
         if not self.cut(error):
             return None
-        limit = 4 * self.interval  # a process that was just killed has been silent for less
-        _until(lambda: bool(self._others_end() or self.silent(limit)), limit + 2 * self.interval)
-        return self._others_end() or self._lost(self.silent(limit))
+        _until(lambda: bool(self.gone()), self._few + 2 * self.interval)
+        return self._others_end() or self._lost(self.silent(self._few))
 
     def _others_end(self) -> Stopped | InputError | None:
         for rank, (_, _, ended) in sorted(self._signs.items()):

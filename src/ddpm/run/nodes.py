@@ -53,26 +53,26 @@ def find(out: Path, ranks: Processes) -> Found:
     return Found(own, from_json(settings) if settings else None, folder, any_saved, step, holder, at_once)
 
 
-def writes(out: Path, ranks: Processes) -> bool:
-    """Whether this process writes the run's folder: the first one of those that see the same folder. Makes the folder.
+def sharing(out: Path, ranks: Processes) -> tuple[int, ...]:
+    """The processes that see the same run folder as this one, in order. Makes the folder.
 
     Each process leaves a file there, and sees which others did. Raises OSError if it cannot.
     """
     if ranks.world == 1:
-        return True
+        return (0,)
     name = ranks.exchange(secrets.token_hex(8))[0]
     atomic.make_folder(out)
     mine = out / f"{_MARK}{name}-{ranks.rank}"
     mine.touch()
     try:
         ranks.exchange()
-        lowest = min(int(path.name.rpartition("-")[2]) for path in out.glob(f"{_MARK}{name}-*"))
+        here = sorted(int(path.name.rpartition("-")[2]) for path in out.glob(f"{_MARK}{name}-*"))
         ranks.exchange()
     finally:
         mine.unlink(missing_ok=True)
-    if lowest == ranks.rank:
+    if here[0] == ranks.rank:
         for path in out.glob(f"{_MARK}*"):  # of processes that were killed
             if name not in path.name:
                 with suppress(OSError):
                     path.unlink()
-    return lowest == ranks.rank
+    return tuple(here)

@@ -28,14 +28,14 @@ class Processes:
     """This process, number `rank` of `world`, and its device.
 
     group   how it talks to the others, if there are others
-    writer  whether it writes the files of a run; None: if it is the first one
+    folder  the processes that see the same run folder, in order; empty: all
     """
 
     rank: int
     world: int
     device: torch.device
     group: Group | None = None
-    writer: bool | None = None
+    folder: tuple[int, ...] = ()
 
     @property
     def first(self) -> bool:
@@ -45,7 +45,13 @@ class Processes:
     @property
     def writes(self) -> bool:
         """Whether this process writes the run's folder. Nodes that share no disk have a writer each."""
-        return self.first if self.writer is None else self.writer
+        return self.rank == self.folder[0] if self.folder else self.first
+
+    @property
+    def inherits(self) -> bool:
+        """Whether the process that writes the run's folder is lost, and this one is the next that lives."""
+        gone = self.group.gone() if self.group else ()
+        return not self.writes and self.rank == next(rank for rank in self.folder if rank not in gone)
 
     def exchange(self, value: Any = None) -> list[Any]:
         """Every process's value, plain JSON, in their order. It waits as long as all processes live."""

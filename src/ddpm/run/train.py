@@ -150,12 +150,12 @@ def train(
             return mean
 
         def save(held_out: float | None, last: bool = False, alone: bool = False) -> None:
-            """Save, and wait until all writers have; not the `last` time. `alone` compares no weights with others."""
+            """Save, and wait until all writers have; not the `last` time. `alone`: this process only."""
             watch.check(out, meter.total)  # a bad image may end the run between a NaN and its report
             if model.step > model.saved:  # else nothing new was learned
                 if not alone:
                     agree.weights(model.kinds(), model.step, out, ranks)
-                if ranks.writes:
+                if ranks.writes or alone:
                     _save(model, preset, out, meter.seconds(), held_out, train_set.fingerprint)
                 model.saved = model.step
                 if not (last or alone):
@@ -755,7 +755,7 @@ def _lock(out: Path, ranks: Processes, stack: ExitStack) -> Processes:
     Raises InputError if other processes train the run.
     """
     try:
-        ranks = replace(ranks, writer=nodes.writes(out, ranks))
+        ranks = replace(ranks, folder=nodes.sharing(out, ranks))
         if ranks.writes:
             atomic.make_folder(out)
             stack.enter_context(filelock.FileLock(out / ".lock").acquire(timeout=0))
@@ -784,9 +784,12 @@ def _saving_at_the_end(model: _Model, out: Path, save: Callable[..., None], rank
         lost = None
         try:
             cut = ranks.group is not None and ranks.group.cut(error)
-            if model.whole and not (cut and ranks.device.type == "cuda"):  # its queue waits for the lost process
+            can = model.whole and not (cut and ranks.device.type == "cuda")  # its queue waits for the lost process
+            if can and ranks.writes:
                 save(None, alone=True)
             lost = error if isinstance(error, Lost) else ranks.group and ranks.group.explain(error)
+            if can and lost and ranks.inherits:
+                save(None, alone=True)
         except Stopped as stopped:
             raise (error if isinstance(error, Stopped) else stopped) from None
         except Exception as second:  # as of a device that is gone
