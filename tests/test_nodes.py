@@ -17,7 +17,7 @@ from conftest import TINY, assert_close, assert_same, losses, metrics, steps, te
 from several import Agents, reached, wait_until
 
 from ddpm.errors import InputError
-from ddpm.run import agree, partition
+from ddpm.run import agree, forecast, partition
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 LONG = ("--steps", "100000")
@@ -49,9 +49,7 @@ def test_every_image_of_a_batch_is_computed_once_and_in_order(world: int) -> Non
             sizes = [[part.stop - part.start for part in parts] for parts in mine]
             assert max(map(sum, sizes)) - min(map(sum, sizes)) <= 1
             assert max(max(each) for each in sizes) == partition.largest(batch, world, accumulate, most)
-            assert max(max(each) for each in sizes) <= min(
-                most or batch, math.ceil(math.ceil(batch / world) / accumulate)
-            )
+            assert max(max(each) for each in sizes) <= min(most or batch, math.ceil(-(-batch // world) / accumulate))
             # the mean over processes of the sum of (mean of a part / divisor) is the mean over the batch
             each = torch.rand(batch, dtype=torch.float64)
             share = [sum(float(each[p].mean()) / partition.divisor(p, batch, world) for p in parts) for parts in mine]
@@ -258,7 +256,45 @@ def test_what_one_process_does_alone_trips_no_timeout(tmp_path: Path) -> None:
     assert steps(tmp_path / "run") == [3, 4]
 
 
+DIFFERENT = """
+import os, sys, torch
+from ddpm.cli import main
+from ddpm.run import train
+real = train._apply
+def apply(model, preset):
+    real(model, preset)
+    if os.environ["RANK"] == "1" and model.step == 7:
+        with torch.no_grad():
+            model.weights[3].view(-1)[0] *= 1 + 1e-6
+train._apply = apply
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_weights_that_differ_are_not_saved(tmp_path: Path) -> None:
+    """As after a fault of the memory in step 7. The checkpoint before it is named, and is the last."""
+    (tmp_path / "different.py").write_text(DIFFERENT)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "different.py"]
+    words = [*start, *TINY, "--steps", "20", "--save-every", "5", "--out", "run"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if line.startswith("ddpm: ")]
+    assert done.returncode == 1
+    assert len(said) == 1, done.stderr
+    assert "step 10: the weights of rank 1 on " in said[0]
+    assert "00000005" in said[0]
+    assert steps(tmp_path / "run") == [5]
+
+
 # -- preemption --------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_takes_too_long_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only under torchrun, and only if it would not be whole in time."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert forecast.late_save(100) is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert forecast.late_save(20) is None
+    assert "--shutdown-timeout 60" in str(forecast.late_save(30))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGTERM to a rank", "SIGUSR1 to the agent"])

@@ -156,7 +156,10 @@ def train(
                 if not alone:
                     agree.weights(model.kinds(), model.step, out, ranks)
                 if ranks.writes or alone:
+                    before = time.monotonic()
                     _save(model, preset, out, meter.seconds(), held_out, train_set.fingerprint)
+                    if not model.saved and (late := forecast.late_save(time.monotonic() - before)):
+                        log.say(ranks, late)
                 model.saved = model.step
                 if not (last or alone):
                     ranks.exchange()
@@ -877,5 +880,6 @@ def _announce(
     )
     if ranks.first:
         shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)))
-        for line in (*advice(preset, model.schedule), *filter(None, [shortage])):
+        late = forecast.late_save(forecast.save_seconds(model.network))
+        for line in (*advice(preset, model.schedule), *filter(None, [shortage, late])):
             warnings.warn(line, stacklevel=2)
