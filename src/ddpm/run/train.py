@@ -137,6 +137,10 @@ def train(
         write = stack.enter_context(log.metrics(out, begun, preset, ranks, on_log))
         log.write_held_out(out, held_out_set, ranks)
         _announce(preset, out, ranks, model, train_set, held_out_set, warmup)
+        if len(parts) > preset.accumulate:
+            log.say(
+                ranks, f"each process accumulates {len(parts)} parts of at most {at_once} images, as many as before"
+            )
 
         def evaluate(stop: Callable[[], bool] = lambda: False) -> float | None:
             """The held-out L_simple, which goes into the log; None if the run is to stop."""
