@@ -6,6 +6,7 @@ import importlib
 import os
 import pkgutil
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,7 @@ def _run(arguments: Sequence[str]) -> int:
         return code
     except InputError as error:
         line = _as_option(str(error), command, arguments)
+        _ends_itself()
         several = os.environ.get("WORLD_SIZE", "1") != "1" and bool({*arguments[:1]} & {*SEVERAL})
         if several and not hasattr(error, "shared"):
             from ddpm.run.processes import tell
@@ -85,6 +87,7 @@ def _run(arguments: Sequence[str]) -> int:
             line = str(error)
         return _fail(2, line, getattr(error, "shared", True))
     except Stopped as error:
+        _ends_itself()
         return _fail(1, str(error), getattr(error, "shared", True))
     except OSError as error:
         if error.errno is None or (error.errno not in REFUSED and not isinstance(error, CannotWrite)):
@@ -101,6 +104,13 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(1, f"the memory is full; {less}")
     except KeyboardInterrupt as error:
         return _fail(130, "; ".join(["interrupted", *map(str, error.args)]))
+
+
+def _ends_itself() -> None:
+    """Ignore torchrun's SIGTERM from now on: the process that ends first would take the line and code of the others."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        with suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _fail(code: int, message: str, prints: bool = True) -> int:
