@@ -167,6 +167,13 @@ class Preset:
         0,
         resume=True,
     )
+    timeout: float = _run(
+        10,
+        "minutes without a sign of life after which a process of torchrun is lost, and the others save and end",
+        0.05,
+        10_000,
+        resume=True,
+    )
     keep: int = _run(2, "newest checkpoints to keep, besides the best one", 1, _COUNT, resume=True)
     keep_steps: tuple[int, ...] = _run((0,), "steps that are saved and kept, too; 0 for none", 0, _COUNT, resume=True)
     log_every: int = _run(50, "steps between lines of metrics.jsonl", 1, _COUNT, resume=True)

@@ -6,6 +6,7 @@ import importlib
 import os
 import pkgutil
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,10 @@ REFUSED = {
     errno.ELOOP,
 }  # fmt: skip
 """Errors of the operating system that are not our fault. A missing file may be our fault, so it is not among them."""
+
+
+SEVERAL = ("train", "sample", "evaluate", "calibrate", "paper")
+"""The commands that torchrun runs in several processes. They tell each other of a mistake."""
 
 
 def parser() -> Parser:
@@ -72,9 +77,18 @@ def _run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()  # here, where a full disk is reported
         return code
     except InputError as error:
-        return _fail(2, _as_option(str(error), command, arguments))
+        line = _as_option(str(error), command, arguments)
+        _ends_itself()
+        several = os.environ.get("WORLD_SIZE", "1") != "1" and bool({*arguments[:1]} & {*SEVERAL})
+        if several and not hasattr(error, "shared"):
+            from ddpm.run.processes import tell
+
+            error = tell(line)
+            line = str(error)
+        return _fail(2, line, getattr(error, "shared", True))
     except Stopped as error:
-        return _fail(1, str(error))
+        _ends_itself()
+        return _fail(1, str(error), getattr(error, "shared", True))
     except OSError as error:
         if error.errno is None or (error.errno not in REFUSED and not isinstance(error, CannotWrite)):
             raise
@@ -92,8 +106,18 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(130, "; ".join(["interrupted", *map(str, error.args)]))
 
 
-def _fail(code: int, message: str) -> int:
-    """Print the line about an error as the last one, below warnings and progress bars, and return the exit code."""
+def _ends_itself() -> None:
+    """Ignore torchrun's SIGTERM from now on: the process that ends first would take the line and code of the others."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        with suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _fail(code: int, message: str, prints: bool = True) -> int:
+    """Print the line about an error as the last one, below warnings and progress bars, and return the exit code.
+
+    prints  whether this process prints it, and no other one of torchrun
+    """
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
@@ -101,7 +125,8 @@ def _fail(code: int, message: str) -> int:
             bar.close()
     if "ddpm.run.progress" in sys.modules:
         sys.modules["ddpm.run.progress"].close_all()
-    print(f"ddpm: {one_line(message)}", file=sys.stderr)
+    if prints:
+        print(f"ddpm: {one_line(message)}", file=sys.stderr)
     return code
 
 

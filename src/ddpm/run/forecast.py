@@ -1,5 +1,7 @@
 """How long a run takes and what it needs, from its first measured steps; and the steps that fit into given minutes."""
 
+import math
+import os
 import shutil
 import sys
 import time
@@ -21,6 +23,25 @@ def checkpoint_bytes(network: nn.Module) -> int:
 def save_seconds(network: nn.Module) -> float:
     """A cautious guess of the time that a checkpoint takes to be written and hashed: 150 MB/s."""
     return checkpoint_bytes(network) / 150e6
+
+
+GRACE = 30.0
+"""Seconds that torchrun leaves its processes after SIGTERM, if nothing else is said."""
+
+
+def late_save(seconds: float) -> str | None:
+    """What is wrong with a checkpoint that takes so long, if torchrun started this process; None if it is in time.
+
+    >>> late_save(2.0) is None
+    True
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or seconds < 0.8 * GRACE:
+        return None
+    return (
+        f"a checkpoint takes about {duration(seconds)}, but torchrun kills its processes {GRACE:.0f} seconds after "
+        f"SIGTERM; want torchrun --shutdown-timeout {math.ceil(2 * seconds)}, and as much from the scheduler, or the "
+        "steps since the last checkpoint are lost"
+    )
 
 
 @dataclass(frozen=True)

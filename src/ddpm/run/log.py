@@ -3,7 +3,7 @@
 import errno
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,20 +28,22 @@ OnLog = Callable[[dict[str, Any]], None]
 def metrics(out: Path, step: int, preset: Preset, ranks: Processes, on_log: OnLog | None = None) -> Iterator[Log]:
     """Write config.json, cut RUN/metrics.jsonl back to `step`, and give the function that adds lines to it.
 
-    on_log gets each line that is added. On other processes than the first one the function does nothing. Raises Stopped
-    if a file cannot be written.
+    On other processes than a writer the function does nothing. `on_log` and the tracker get each line that the first
+    process adds. Raises Stopped if a file cannot be written.
     """
-    if not ranks.first:
+    if not ranks.writes:
         yield lambda *_: None
         return
     path = out / "metrics.jsonl"
-    before = [json.dumps(values) for values in read(path) if values["step"] <= step] if step else []
+    before = [values for values in read(path) if values["step"] <= step] if step else []
     try:
         atomic.write_json(out / "config.json", to_json(preset))
-        atomic.write(path, "".join(line + "\n" for line in before))
+        write(path, before)
     except OSError as error:
         raise Stopped(f"cannot write to {out}: {reason(error)}") from error
-    with path.open("ab", buffering=0) as file, track.tracker(preset.track, out, step, to_json(preset)) as send:
+    name = preset.track if ranks.first else "none"
+    on_log = on_log if ranks.first else None
+    with path.open("ab", buffering=0) as file, track.tracker(name, out, step, to_json(preset)) as send:
 
         def log(step: int, values: dict[str, Any]) -> None:
             try:
@@ -52,6 +54,11 @@ def metrics(out: Path, step: int, preset: Preset, ranks: Processes, on_log: OnLo
                 listener(line)
 
         yield log
+
+
+def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write all lines of metrics.jsonl anew. Raises OSError if that fails."""
+    atomic.write(path, "".join(json.dumps(values) + "\n" for values in lines))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -74,7 +81,7 @@ def write_held_out(out: Path, held_out: Images, ranks: Processes) -> None:
 
     Raises Stopped if the file cannot be written.
     """
-    if not ranks.first:
+    if not ranks.writes:
         return
     names = held_out.names() if len(held_out) <= 1000 else None  # `split_holdout` sets no more apart
     values = {"data": held_out.name, "split": held_out.split, "count": len(held_out), "images": names}

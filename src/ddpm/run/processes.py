@@ -2,34 +2,64 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ddpm.catalog import Precision
-from ddpm.errors import InputError
+from ddpm.errors import InputError, Stopped
 from ddpm.files.models import Checkpoint, Weights
 from ddpm.files.opening import open_checkpoint
+from ddpm.run.group import Group, join, shared
 from ddpm.unet import UNet, fast_bf16
+
+PATIENCE = 600.0
+"""Seconds after which a process is lost, where no setting says it."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process, number `rank` of `world`, and its device."""
+    """This process, number `rank` of `world`, and its device.
+
+    group   how it talks to the others, if there are others
+    folder  the processes that see the same run folder, in order; empty: all
+    """
 
     rank: int
     world: int
     device: torch.device
+    group: Group | None = None
+    folder: tuple[int, ...] = ()
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and prints."""
+        """Whether this is the process that prints, and writes what is written once."""
         return self.rank == 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's folder. Nodes that share no disk have a writer each."""
+        return self.rank == self.folder[0] if self.folder else self.first
+
+    @property
+    def inherits(self) -> bool:
+        """Whether the process that writes the run's folder is lost, and this one is the next that lives."""
+        gone = self.group.gone() if self.group else ()
+        return not self.writes and self.rank == next(rank for rank in self.folder if rank not in gone)
+
+    def exchange(self, value: Any = None) -> list[Any]:
+        """Every process's value, plain JSON, in their order. It waits as long as all processes live."""
+        return self.group.exchange(value) if self.group else [value]
+
+    def together(self) -> AbstractContextManager[None]:
+        """A context whose InputError on one process is raised on all."""
+        return self.group.together() if self.group else nullcontext()
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of x over all processes, which every process gets. x is on the CPU."""
@@ -146,21 +176,69 @@ def threads(work: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def processes(device: str, float64: bool = False) -> Iterator[Processes]:
+def processes(device: str, float64: bool = False, timeout: float | None = None) -> Iterator[Processes]:
     """A context in which this process has its device and, under torchrun, belongs to the group of all processes.
 
     A group that exists already is used and stays. `device` and `float64` are as in `pick_device`.
+
+    timeout  seconds after which a process that gives no sign of life is lost, and a collective call fails. None: calls
+             wait for a day, since the others wait while the first process works alone
+
+    Raises Stopped if a process is lost, and on all processes the InputError of one.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    picked = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")), float64)
-    if picked.type == "cuda":
-        torch.cuda.set_device(picked)
-    joins = world > 1 and not dist.is_initialized()
-    if joins:
-        backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while the first one works alone
-    try:
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if world == 1:
+        picked = pick_device(device, local, float64)
+        if picked.type == "cuda":
+            torch.cuda.set_device(picked)
         yield Processes(rank, world, picked)
+        return
+    group, joins = join(rank, world, timeout or PATIENCE), False
+    try:
+        with group.together():
+            picked = pick_device(device, local, float64)
+        if picked.type == "cuda":
+            torch.cuda.set_device(picked)
+        if joins := not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+            limit = timedelta(seconds=timeout) if timeout else timedelta(days=1)
+            dist.init_process_group(backend, store=group.store, rank=rank, world_size=world, timeout=limit)
+        yield Processes(rank, world, picked, group)
+    except Exception as error:
+        lost = group.explain(error)
+        if lost is None and not hasattr(error, "shared"):
+            code, line = 2 if isinstance(error, InputError) else 1, str(error)
+            group.ended(code, line)
+            if isinstance(error, (InputError, Stopped)):
+                shared(error, not group.same(line))
+        if joins and picked.type == "cuda":
+            joins = False  # to end NCCL's group would wait for the lost process
+        if lost is not None:
+            raise lost from error
+        raise
     finally:
+        group.close()
         if joins:
-            dist.destroy_process_group()
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def tell(message: str) -> InputError:
+    """The InputError of a command that failed before it joined the others, which know of it then.
+
+    All processes that run the command may call it with the same message: the first one prints it.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    try:
+        if world > 1:
+            group = join(rank, world, PATIENCE)
+            try:
+                group.exchange(mistake=message)
+            finally:
+                group.close()
+    except InputError as error:
+        return error
+    except Stopped:  # the others do not run
+        pass
+    return InputError(message)

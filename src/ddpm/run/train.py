@@ -18,6 +18,7 @@ from pathlib import Path
 
 import filelock
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,9 +28,10 @@ from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
 from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset, build
-from ddpm.run import augment, ema, forecast, init, log, track
+from ddpm.run import agree, augment, ema, forecast, init, log, nodes, partition, track
 from ddpm.run.advice import advice, few_steps
 from ddpm.run.device import compile_stages, pick_compile
+from ddpm.run.group import Lost, shared
 from ddpm.run.pace import Pace, time_steps
 from ddpm.run.previews import affordable, draw, grid_file, has_grid
 from ddpm.run.processes import Processes, pick_precision, processes, threads
@@ -77,29 +79,45 @@ def train(
     """
     started = time.monotonic()
     with ExitStack() as stack:
-        ranks = stack.enter_context(processes(preset.device))
+        ranks = stack.enter_context(processes(preset.device, timeout=60 * preset.timeout))
         devices = [ranks.device] if ranks.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))  # steps seed the global generators, which are the caller's
-        known = checkpoints.settings(out) is not None
-        preset = _check_settings(preset, out, ranks, minutes)
-        source = init.source(preset) if preset.init and not checkpoints.saved(out) else None
-        parts = _parts(preset, ranks)
-        at_once = preset.batch_size // (ranks.world * preset.accumulate)
+        with ranks.together():
+            agree.settings(preset, minutes, ranks)
+            found = nodes.find(out, ranks)
+            preset = _check_settings(preset, out, found, ranks, minutes)
+            source = init.source(preset) if preset.init and not found.saved else None
+        known, old = found.settings is not None, found.settings
+        most = (
+            found.at_once if old and old.accumulate == preset.accumulate else None
+        )  # as much memory as before, whatever the number of processes
+        parts = partition.parts(preset.batch_size, ranks.world, ranks.rank, preset.accumulate, most)
+        at_once = partition.largest(preset.batch_size, ranks.world, preset.accumulate, most)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
-        train_set, held_out_set = data.load_pair(
-            images or preset.data, preset.size, preset.channels, verify=preset.verify, progress=ranks.first,
-            **data.settings_of(preset),
-        )  # fmt: skip
-        preset = _with_class_names(preset, out, train_set)
-        if preset.pixel_type == "float32":
-            preset = replace(preset, value_range=(train_set.values.low, train_set.values.high))
-        if ranks.first:
-            _lock(out, stack)  # only now, so that a mistake in settings or data leaves no folder behind
+        with ranks.together():
+            train_set, held_out_set = data.load_pair(
+                images or preset.data, preset.size, preset.channels, verify=preset.verify, progress=ranks.first,
+                **data.settings_of(preset),
+            )  # fmt: skip
+            preset = _with_class_names(preset, out, train_set)
+            if preset.pixel_type == "float32":
+                preset = replace(preset, value_range=(train_set.values.low, train_set.values.high))
+        agree.data(preset, train_set, held_out_set, ranks)
+        with ranks.together():  # only now, so that a mistake in settings or data leaves no folder behind
+            ranks = _lock(out, ranks, stack)
 
         model = _build(preset, ranks.device)
-        _resume(model, preset, out, train_set, ranks)
+        model.at_once = most or at_once
+        with ranks.together():
+            _check_images(found.folder, model, preset, out, train_set, ranks)
+            if ranks.rank == found.holder:
+                _resume(model, found, out)
         if source is not None:
             _begin_with(source, model, preset, ranks)
+        if ranks.world > 1:
+            _spread(model, preset, out, found, train_set.fingerprint, ranks)
+        if ranks.writes:
+            (out / PREEMPTED).unlink(missing_ok=True)
         begun = model.step
         if begun and ranks.any(ranks.first and has_grid(begun, preset) and not grid_file(out, begun).exists()):
             size = preset.sample_count, preset.sample_steps  # an earlier process ended between checkpoint and grid
@@ -119,6 +137,10 @@ def train(
         write = stack.enter_context(log.metrics(out, begun, preset, ranks, on_log))
         log.write_held_out(out, held_out_set, ranks)
         _announce(preset, out, ranks, model, train_set, held_out_set, warmup)
+        if len(parts) > preset.accumulate:
+            log.say(
+                ranks, f"each process accumulates {len(parts)} parts of at most {at_once} images, as many as before"
+            )
 
         def evaluate(stop: Callable[[], bool] = lambda: False) -> float | None:
             """The held-out L_simple, which goes into the log; None if the run is to stop."""
@@ -131,11 +153,20 @@ def train(
             write(model.step, {"held_out": mean, "held_out_by_level": levels})
             return mean
 
-        def save(held_out: float | None) -> None:
+        def save(held_out: float | None, last: bool = False, alone: bool = False) -> None:
+            """Save, and wait until all writers have; not the `last` time. `alone`: this process only."""
             watch.check(out, meter.total)  # a bad image may end the run between a NaN and its report
-            if ranks.first and model.step > model.saved:  # else nothing new was learned
-                _save(model, preset, out, meter.seconds(), held_out, train_set.fingerprint)
+            if model.step > model.saved:  # else nothing new was learned
+                if not alone:
+                    agree.weights(model.kinds(), model.step, out, ranks)
+                if ranks.writes or alone:
+                    before = time.monotonic()
+                    _save(model, preset, out, meter.seconds(), held_out, train_set.fingerprint)
+                    if not model.saved and (late := forecast.late_save(time.monotonic() - before)):
+                        log.say(ranks, late)
                 model.saved = model.step
+                if not (last or alone):
+                    ranks.exchange()
             pace.saved()
 
         if model.held_out_before is None:
@@ -151,8 +182,8 @@ def train(
         )  # fmt: skip
         bar = Progress[None](total=preset.steps, initial=begun, unit="step", desc="training", show=ranks.first)
         stack.callback(bar.close)
-        stop = stack.enter_context(_signals())  # before this line there is nothing to save
-        stack.enter_context(_saving_at_the_end(model, out, save))
+        stop = stack.enter_context(_signals(ranks.world > 1))  # before this line there is nothing to save
+        stack.enter_context(_saving_at_the_end(model, out, save, ranks))
 
         for batch in meter.waiting(stream):
             loss, norm = _update(model, training, preset, parts, batch, train_set, draws, ranks, meter)
@@ -161,13 +192,15 @@ def train(
                 watch.check(out, loss)
             _apply(model, preset)
             bar.update()
+            if ranks.group:
+                ranks.group.step = model.step
 
             if pace.step(meter.left_out):
                 log.say(ranks, f"step {model.step}: loss {float(loss):.4f}")
                 log.say(ranks, forecast.describe(preset, out, pace.costs, model.network, model.step, ranks.device))
 
             done = model.step == preset.steps
-            ended, timed, picture = pace.decide(stop.signal is not None, model.step < preset.sample_every)
+            ended, timed, picture = pace.decide(stop.asked(), model.step < preset.sample_every)
             saving = model.step % preset.save_every == 0 or model.step in preset.keep_steps or done
             if model.step % preset.log_every == 0 or saving or ended:
                 watch.check(out, loss)
@@ -180,8 +213,8 @@ def train(
             with meter.paused():
                 if saving or ended:
                     held_out = None if ended else evaluate(lambda: stop.signal is not None)
-                    save(held_out)
-                    ended = ended or ranks.any(stop.signal is not None)  # a signal during the evaluation
+                    ended = ended or ranks.any(stop.asked())  # a signal during the evaluation
+                    save(held_out, last=ended)
                 elif timed:
                     save(None)
                 if has_grid(model.step, preset):
@@ -189,9 +222,12 @@ def train(
                 if picture and not ended:
                     draw(model.averaged, preset, out, model.step, ranks, picture, lambda: stop.signal is not None)
             if ended:
+                number = _signal_of_all(stop, ranks)
+                if ranks.writes and number != signal.SIGINT:
+                    atomic.write_json(out / PREEMPTED, {"signal": signal.Signals(number).name, "step": model.step})
                 log.say(ranks, f"stopped at step {model.step} and saved; the same command resumes the run")
                 _draw_last(model, preset, out, ranks, pace, stop)
-                return Result(model.step, model.held_out_before, held_out, meter.rate, stop.signal or signal.SIGTERM)
+                return Result(model.step, model.held_out_before, held_out, meter.rate, number)
 
         if train_set.skipped:
             log.say(ranks, f"bad images that were skipped: {train_set.skipped:,}")
@@ -211,6 +247,7 @@ class _Model:
     seconds    of training so far
     saved      the step of the newest checkpoint
     resumed    the checkpoint that this process began with
+    at_once    the most images that a process computes at once
     contents   a hash of the images that it is trained on, if some process of the run made it
     whole      whether weights, moments and average are those of one step, and not amid an update
     """
@@ -226,11 +263,17 @@ class _Model:
     held_out_before: float | None = None
     saved: int = 0
     resumed: Path | None = None
+    at_once: int = 0
     contents: str | None = None
     whole: bool = True
 
     def __post_init__(self) -> None:
         self.weights, self.average_weights = list(self.network.parameters()), list(self.average.parameters())
+
+    def kinds(self) -> list[list[Tensor]]:
+        """Weights, averages, and Adam's first and second moments."""
+        moments = [[self.adam.state[p][key] for p in self.weights] for key in _MOMENTS if self.step]
+        return [list(self.weights), list(self.average_weights), *moments]
 
 
 def _build(preset: Preset, device: torch.device) -> _Model:
@@ -272,13 +315,12 @@ def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Proces
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _resume(model: _Model, preset: Preset, out: Path, images: data.Images, ranks: Processes) -> None:
-    """Load the newest whole checkpoint, if the run has one. Raises InputError if the run saw other images."""
-    folder = checkpoints.newest(out)
+def _check_images(
+    folder: Path | None, model: _Model, preset: Preset, out: Path, images: data.Images, ranks: Processes
+) -> None:  # fmt: skip
+    """Raise InputError if the run saw other images until the checkpoint `folder`."""
     model.contents = images.contents if preset.verify else None
     if folder is None:
-        if damaged := checkpoints.saved(out):
-            raise InputError(f"out {out}: none of its checkpoints is whole; delete {damaged[0].parent} to start again")
         return
     state = checkpoints.read_state(folder)
     if state["data"] != images.fingerprint:
@@ -297,16 +339,59 @@ def _resume(model: _Model, preset: Preset, out: Path, images: data.Images, ranks
     if model.contents is not None and known is None:
         log.say(ranks, f"{out} has no hash of its images yet, so nothing is compared; later starts with verify compare")
     model.contents = model.contents or known
+
+
+def _resume(model: _Model, found: nodes.Found, out: Path) -> None:
+    """Load the newest whole checkpoint, if the run has one. Raises InputError if all of them are damaged."""
+    folder = found.folder
+    if folder is None:
+        if damaged := checkpoints.saved(out):
+            raise InputError(f"out {out}: none of its checkpoints is whole; delete {damaged[0].parent} to start again")
+        return
+    state = checkpoints.read_state(folder)
     model.network.load_state_dict(tensors.read_tensors(folder / "raw.safetensors"))
     model.average.load_state_dict(tensors.read_tensors(folder / "ema.safetensors"))
     moments = tensors.read_tensors(folder / "optimizer.safetensors")
+    _begin_moments(model, state["step"])
     for name, p in model.network.named_parameters():
-        # The moments have the memory layout of the weights, as fused Adam wants it.
-        model.adam.state[p] = {key: torch.empty_like(p).copy_(moments[f"{key}.{name}"]) for key in _MOMENTS}
-        model.adam.state[p]["step"] = torch.tensor(float(state["step"]), device=p.device if p.is_cuda else "cpu")
+        for key in _MOMENTS:
+            model.adam.state[p][key].copy_(moments[f"{key}.{name}"])
     model.step, model.seconds, model.held_out_before = state["step"], state["seconds"], state["held_out_before"]
     model.saved = model.step
     model.resumed = folder
+
+
+def _begin_moments(model: _Model, step: int) -> None:
+    """Give Adam moments after `step` steps, which are filled later."""
+    for p in model.weights:  # the moments have the memory layout of the weights, as fused Adam wants it
+        model.adam.state[p] = {key: torch.zeros_like(p) for key in _MOMENTS}
+        model.adam.state[p]["step"] = torch.tensor(float(step), device=p.device if p.is_cuda else "cpu")
+
+
+def _spread(
+    model: _Model, preset: Preset, out: Path, found: nodes.Found, fingerprint: str, ranks: Processes
+) -> None:  # fmt: skip
+    """Give all processes what the holder of the newest checkpoint has. Writers that lack this checkpoint save it."""
+    holds, mine = ranks.rank == found.holder, None
+    if holds:
+        held_out = checkpoints.read_state(found.folder)["held_out"] if found.folder else None
+        lines = [line for line in log.read(out / "metrics.jsonl") if line["step"] <= model.step] if model.step else []
+        mine = [model.step, model.seconds, model.held_out_before, model.contents, held_out, lines]
+    step, seconds, before, contents, held_out, lines = ranks.exchange(mine)[found.holder]
+    if step and not holds:
+        _begin_moments(model, step)
+        model.step, model.seconds, model.held_out_before, model.contents = step, seconds, before, contents
+    for value in (tensor for kind in model.kinds() for tensor in kind):
+        sent = value.detach().contiguous()
+        dist.broadcast(sent, found.holder)
+        if sent.data_ptr() != value.data_ptr():
+            value.detach().copy_(sent)
+    model.saved = step
+    has = found.folder is not None and int(found.folder.name) == step
+    if step and ranks.writes and not has:
+        _save(model, preset, out, seconds, held_out, fingerprint)
+        log.write(out / "metrics.jsonl", lines)
+    ranks.exchange()
 
 
 def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: float | None, fingerprint: str) -> None:
@@ -321,6 +406,7 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         "held_out": held_out,
         "held_out_before": model.held_out_before,
         "data": fingerprint,
+        "at_once": model.at_once,
         **({"contents": model.contents} if model.contents else {}),
     }
     files = {
@@ -375,7 +461,8 @@ def _update(
         last = part is parts[-1]
         with nullcontext() if last or ranks.world == 1 else network.no_sync():  # type: ignore[attr-defined]
             loss = objective(training, x0, t[part], eps[part], None if y is None else y[part])
-            loss = (loss * losses.weight(model.denoiser, t[part], preset.weighting)).mean() / len(parts)
+            loss = (loss * losses.weight(model.denoiser, t[part], preset.weighting)).mean()
+            loss = loss / partition.divisor(part, preset.batch_size, ranks.world)
             loss.backward()  # type: ignore[no-untyped-call]
         meter.total += loss.detach()
     meter.steps += 1
@@ -441,17 +528,6 @@ def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generato
     y = train_set.labels[train_set.order(preset.seed, step, preset.batch_size)]
     hidden = torch.rand(preset.batch_size, generator=g) < preset.label_dropout
     return data.send(y.masked_fill(hidden, -1), ranks.device)
-
-
-def _parts(preset: Preset, ranks: Processes) -> list[slice]:
-    """This process's parts of the batch. One process that accumulates 2 parts computes what two processes do."""
-    n = ranks.world * preset.accumulate
-    if preset.batch_size % n:
-        wanted = f"want a multiple of {n}, {ranks.world} processes x accumulate {preset.accumulate}"
-        raise InputError(f"batch_size {preset.batch_size}: {wanted}")
-    size = preset.batch_size // n
-    first = ranks.rank * preset.accumulate
-    return [slice(i * size, (i + 1) * size) for i in range(first, first + preset.accumulate)]
 
 
 def learning_rate(preset: Preset, step: int) -> float:
@@ -610,15 +686,17 @@ def _not_finite(what: str, out: Path) -> _NotFinite:
 # -- the run's folder, settings and signals ----------------------------------------------------------------------------
 
 
-def _check_settings(preset: Preset, out: Path, ranks: Processes, minutes: float | None) -> Preset:
+def _check_settings(
+    preset: Preset, out: Path, found: nodes.Found, ranks: Processes, minutes: float | None
+) -> Preset:  # fmt: skip
     """The preset to train with: it takes over from an existing run what was left open. Nothing is written.
 
     Raises InputError for settings that do not fit the run in `out`, or this machine.
     """
     if not preset.data:
         raise InputError("data: this preset names no data set; want a SOURCE of images")
-    _parts(preset, ranks)
-    if (old := checkpoints.settings(out)) is not None:
+    partition.parts(preset.batch_size, ranks.world, ranks.rank, preset.accumulate)
+    for old in filter(None, (found.own, found.settings)):
         if preset.precision == "auto":
             preset = replace(preset, precision=old.precision)
         if preset.pixel_type == old.pixel_type and not preset.value_range:
@@ -628,15 +706,18 @@ def _check_settings(preset: Preset, out: Path, ranks: Processes, minutes: float 
             preset = replace(preset, steps=old.steps, warmup=old.warmup)
         for f in fields(Preset):
             was, now = getattr(old, f.name), getattr(preset, f.name)
-            moved = f.name == "data" and not os.path.exists(os.path.expanduser(was))  # the fingerprint decides later
+            elsewhere = old is not found.own or not os.path.exists(os.path.expanduser(str(was)))
+            moved = f.name == "data" and elsewhere  # the fingerprint decides later
             if was != now and not f.metadata["resume"] and not moved:
                 raise InputError(f"{f.name} {now!r}: the run in {out} has {was!r}; want the same, or another out")
-    elif out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
+    used = out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir()))
+    if found.own is None and used:
         raise InputError(f"out {out}: exists and is not a run; want a new folder, or a run to resume")
     track.check(preset.track)
     with torch.device("meta"):
         build(preset)  # a network or a schedule that cannot be is a mistake in the settings
-    return replace(preset, precision=pick_precision(preset.precision, ranks.device))
+    precision = ranks.exchange(pick_precision(preset.precision, ranks.device))[0]  # the first process decides
+    return replace(preset, precision=precision)
 
 
 def _with_class_names(preset: Preset, out: Path, train_set: data.Images) -> Preset:
@@ -676,62 +757,98 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
-def _lock(out: Path, stack: ExitStack) -> None:
-    """Make the run's folder and lock it until the end. Raises InputError if another process trains the run."""
+def _lock(out: Path, ranks: Processes, stack: ExitStack) -> Processes:
+    """Make the run's folder, and settle who writes it; they lock it until the end.
+
+    Raises InputError if other processes train the run.
+    """
     try:
-        atomic.make_folder(out)
-        stack.enter_context(filelock.FileLock(out / ".lock").acquire(timeout=0))
-        _LOCKS.add(key := _file_key((out / ".lock").stat()))
-        stack.callback(_LOCKS.discard, key)
+        ranks = replace(ranks, folder=nodes.sharing(out, ranks))
+        if ranks.writes:
+            atomic.make_folder(out)
+            stack.enter_context(filelock.FileLock(out / ".lock").acquire(timeout=0))
+            _LOCKS.add(key := _file_key((out / ".lock").stat()))
+            stack.callback(_LOCKS.discard, key)
     except filelock.Timeout:
         raise InputError(f"out {out}: another process is training this run; want another out") from None
     except OSError as error:
         ill = error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # of the disk, and no mistake of the user
         raise (Stopped if ill else InputError)(f"out {out}: cannot be written ({log.reason(error)})") from error
+    return ranks
 
 
 @contextmanager
-def _saving_at_the_end(model: _Model, out: Path, save: Callable[[None], None]) -> Iterator[None]:
+def _saving_at_the_end(model: _Model, out: Path, save: Callable[..., None], ranks: Processes) -> Iterator[None]:
     """If an exception ends the loop, save what was learned; a second Ctrl-C ends it at once.
 
-    Nothing is saved amid an update, or of weights that are not finite. Then the last good checkpoint is named.
+    Nothing is saved amid an update, or of weights that are not finite or differ. Then the last good checkpoint is
+    named. Where a process is lost, the others save and say which one it is.
     """
     try:
         yield
-    except _NotFinite:
+    except (_NotFinite, agree.Differ):
         raise
     except Exception as error:
+        lost = None
         try:
-            if model.whole:
-                save(None)
+            cut = ranks.group is not None and ranks.group.cut(error)
+            can = model.whole and not (cut and ranks.device.type == "cuda")  # its queue waits for the lost process
+            if can and ranks.writes:
+                save(None, alone=True)
+            lost = error if isinstance(error, Lost) else ranks.group and ranks.group.explain(error)
+            if can and lost and ranks.inherits:
+                save(None, alone=True)
         except Stopped as stopped:
             raise (error if isinstance(error, Stopped) else stopped) from None
         except Exception as second:  # as of a device that is gone
             error.add_note(f"The state of step {model.step} could not be saved: {second}")
+        if isinstance(lost, Lost):
+            saved = f"step {model.saved} is saved" if model.saved else "nothing was saved yet"
+            raise shared(
+                Lost(f"{lost}; {saved}, and the same command goes on"), getattr(lost, "shared", True)
+            ) from error
         if model.saved < model.step or not model.whole:
             error.add_note(f"The last good checkpoint is {checkpoints.newest(out) or 'none'}.")
         raise
 
 
 class _Stop:
-    signal: int | None = None
+    """Whether this process is asked to stop, by a signal or by the death of the agent that started it."""
+
+    def __init__(self, several: bool) -> None:
+        self.signal: int | None = None
+        self.since = 0.0
+        self._parent = os.getppid() if several else None
+
+    def asked(self) -> bool:
+        if self.signal is None and self._parent not in (None, os.getppid()):
+            self.signal = signal.SIGTERM  # nobody is left to end this process, or to start it again
+        return self.signal is not None
+
+
+_ECHO = 3.0
+"""Seconds in which torchrun passes on the Ctrl-C that the terminal has sent to all processes already."""
 
 
 @contextmanager
-def _signals() -> Iterator[_Stop]:
+def _signals(several: bool = False) -> Iterator[_Stop]:
     """Signals that ask the run to stop set a flag, which the loop reads after each step. A second Ctrl-C interrupts.
 
     A signal that is ignored, as SIGHUP under nohup, stays ignored. Outside the main thread Python sets no handlers.
+    `several` processes also stop if their parent dies.
     """
-    stop = _Stop()
+    stop = _Stop(several)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handle(number: int, _: object) -> None:
-        if stop.signal is not None and number == signal.SIGINT:
+        if stop.signal is not None and number == signal.SIGINT and time.monotonic() - stop.since > several * _ECHO:
             raise KeyboardInterrupt
-        stop.signal = number
+        if stop.signal is None:
+            stop.since = time.monotonic()
+        if stop.signal != signal.SIGINT:  # torchrun follows up with SIGTERM
+            stop.signal = number
 
     numbers = [getattr(signal, name) for name in data.STOP_SIGNALS if hasattr(signal, name)]
     old = {n: signal.signal(n, handle) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
@@ -740,6 +857,16 @@ def _signals() -> Iterator[_Stop]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+PREEMPTED = "preempted"
+"""The file in a run's folder that says which signal stopped the run, and at which step; Ctrl-C writes none."""
+
+
+def _signal_of_all(stop: _Stop, ranks: Processes) -> int:
+    """The signal that stopped the run: SIGINT if any process got it, else the largest number."""
+    got = ranks.interleave(torch.tensor([stop.signal or 0]), ranks.world).tolist()
+    return signal.SIGINT if signal.SIGINT in got else max(got)
 
 
 def _announce(
@@ -758,5 +885,6 @@ def _announce(
     )
     if ranks.first:
         shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)))
-        for line in (*advice(preset, model.schedule), *filter(None, [shortage])):
+        late = forecast.late_save(forecast.save_seconds(model.network))
+        for line in (*advice(preset, model.schedule), *filter(None, [shortage, late])):
             warnings.warn(line, stacklevel=2)
