@@ -80,7 +80,10 @@ def test_the_bar_of_the_codec_ends_at_its_end(
         def __init__(self, total: int, desc: str, **_: object) -> None:
             self.desc, self.total, self.n = desc, total, 0
 
-        def update(self, count: int) -> None:
+        def __class_getitem__(cls, _: object) -> type:
+            return cls
+
+        def update(self, count: int = 1) -> None:
             self.n += count
 
         def __enter__(self) -> "Bar":
@@ -89,7 +92,7 @@ def test_the_bar_of_the_codec_ends_at_its_end(
         def __exit__(self, *_: object) -> None:
             bars.append((self.desc, self.total, self.n))
 
-    monkeypatch.setattr(compress, "tqdm", Bar)
+    monkeypatch.setattr(compress, "Progress", Bar)
     picture, file = tmp_path / "a.png", tmp_path / "a.ddpm"
     images.save(picture, np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
     assert (

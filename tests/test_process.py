@@ -79,7 +79,7 @@ def test_another_encoding_escapes_what_it_cannot_show(tmp_path: Path) -> None:
         capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert done.returncode == 0
-    assert done.stdout.endswith(rb"B\xe4r.png" + os.linesep.encode())
+    assert rb"B\xe4r.png, " in done.stdout
 
 
 def test_an_output_passes_on_all_that_it_does_not_change() -> None:
