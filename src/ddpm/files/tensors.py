@@ -87,7 +87,7 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
         if names is None:
             return load_file(path)
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in names}
+            return {name: file.get_tensor(name).clone() for name in names}  # a view would keep the whole file mapped
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
 
