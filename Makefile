@@ -28,8 +28,9 @@ demo: install
 	$(BIN)/python examples/digits_report.py $(OUT)/samples.npz --asked
 	@echo "pictures: $(OUT)/digits.png, $(OUT)/progressive.png"
 
+# One process more than cores, since some tests wait for processes that they stopped.
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -n auto --dist loadscope
+	$(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --dist loadscope
 
 # Lint, types, and the tests of the files that changed since the commit SINCE: about a minute.
 SINCE ?= HEAD
