@@ -1,11 +1,13 @@
 """Start torchrun on this machine, with one agent for each node, and look for its processes."""
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,21 @@ class Agents:
         import re
 
         return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", self.err())}
+
+
+def forked(count: int, target: Callable[..., None], *args: Any) -> int:
+    """Run `target(*args, counted)` in processes that start together, and return the shared number `counted`."""
+    context = multiprocessing.get_context("fork")
+    counted = context.Value("i", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads in a process that forks
+        processes = [context.Process(target=target, args=(*args, counted)) for _ in range(count)]
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * count
+    return counted.value
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:

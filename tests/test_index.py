@@ -1,7 +1,6 @@
 """An index says what the files say, is used again only for the same files, and never stands in the way."""
 
 import io
-import multiprocessing
 import os
 import tarfile
 import time
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from several import forked
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
@@ -118,6 +118,14 @@ def found(source):
     return images.batch(range(len(images))).tolist(), images.labels.tolist(), images.class_names, images.fingerprint
 
 
+def with_labels_beside(root):
+    """A folder of images, each with its label in NAME.cls."""
+    for i, image in enumerate(PIXELS):
+        pictures.save(root / f"{i}.png", image)
+        (root / f"{i}.cls").write_text(f"c{i % 2}")
+    return root
+
+
 def not_called(*_):
     raise AssertionError("was called")
 
@@ -152,10 +160,7 @@ def test_a_changed_source_is_read_again(tmp_path, kind):
 
 
 def test_a_label_that_is_edited_to_the_same_length_is_noticed_by_its_time(tmp_path):
-    root = tmp_path / "set"
-    for i, image in enumerate(PIXELS):
-        pictures.save(root / f"{i}.png", image)
-        (root / f"{i}.cls").write_text(f"c{i % 2}")
+    root = with_labels_beside(tmp_path / "set")
     first = found(root)
     (root / "0.cls").write_text("c1")
     assert found(root)[1] == [1, *first[1][1:]]
@@ -189,15 +194,7 @@ def _index(counted):
 
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_processes_that_start_together_build_one_index():
-    context = multiprocessing.get_context("fork")
-    counted = context.Value("i", 0)
-    processes = [context.Process(target=_index, args=(counted,)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 3
-    assert counted.value == 1
+    assert forked(3, _index) == 1
 
 
 def test_images_of_a_format_that_is_installed_later_are_found(tmp_path, monkeypatch):
@@ -228,10 +225,7 @@ def test_a_cache_of_another_user_is_used(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="Windows keeps no such time")
 def test_an_edit_that_keeps_size_and_time_is_noticed(tmp_path):
     """As by `cp -p`."""
-    root = tmp_path / "set"
-    for i, image in enumerate(PIXELS):
-        pictures.save(root / f"{i}.png", image)
-        (root / f"{i}.cls").write_text(f"c{i % 2}")
+    root = with_labels_beside(tmp_path / "set")
     first = found(root)
     before = (root / "0.cls").stat()
     time.sleep(0.02)  # the clock of a file system has steps

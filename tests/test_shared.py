@@ -1,13 +1,12 @@
 """A machine decodes once: processes map one file, which is made again when anything that it depends on differs."""
 
-import multiprocessing
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from several import forked
 
 from ddpm.errors import InputError
 from ddpm.files import codecs
@@ -103,17 +102,7 @@ def _load(folder, counted):
 
 
 def test_processes_that_start_together_decode_once(folder):
-    context = multiprocessing.get_context("fork")
-    counted = context.Value("i", 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        processes = [context.Process(target=_load, args=(folder, counted)) for _ in range(4)]
-        for process in processes:
-            process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert counted.value == 1
+    assert forked(4, _load, folder) == 1
 
 
 def test_a_full_disk_or_a_cache_that_is_no_folder_costs_only_memory(folder, cache, monkeypatch, tmp_path):

@@ -78,6 +78,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     monkeypatch.setattr(Sampling, "maker", maker)
 
 
+def stopped(checkpoint: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An .npy of which two batches were made."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            write_samples(checkpoint, N, ALONE, out, SAMPLING, "npy")
+
+
 def test_arrays_are_numpys_own_files(checkpoint: Any, expected: Any, tmp_path: Path) -> None:
     """The bytes of an .npy are those of numpy.save, and an .npz holds that file."""
     about, made = write_samples(checkpoint, N, ALONE, tmp_path / "a.npy", SAMPLING, "npy")
@@ -129,10 +137,7 @@ def test_what_a_stop_left_is_not_made_again(
 
 
 def test_another_batch_size_resumes_too(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            write_samples(checkpoint, N, ALONE, tmp_path / "a.npy", SAMPLING, "npy")
+    stopped(checkpoint, tmp_path / "a.npy", monkeypatch)
     other = Sampling(**{**vars(SAMPLING), "batch_size": 5})
     assert write_samples(checkpoint, N, ALONE, tmp_path / "a.npy", other, "npy")[1] == N - 6
 
@@ -177,10 +182,7 @@ def test_mistakes(
 
 def test_parts_of_other_samples_are_not_used(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are named, and nothing is deleted. A part that is cut short is no part of a file either."""
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            write_samples(checkpoint, N, ALONE, tmp_path / "a.npy", SAMPLING, "npy")
+    stopped(checkpoint, tmp_path / "a.npy", monkeypatch)
     other = Sampling(**{**vars(SAMPLING), "seed": 9})
     with pytest.raises(InputError, match=r"seed 4, and these have 9; delete .*a\.npy\.parts, or want another name"):
         write_samples(checkpoint, N, ALONE, tmp_path / "a.npy", other, "npy")

@@ -79,7 +79,7 @@ def _run(arguments: Sequence[str]) -> int:
     except InputError as error:
         line = _as_option(str(error), command, arguments)
         _ends_itself()
-        several = os.environ.get("WORLD_SIZE", "1") != "1" and bool({*arguments[:1]} & {*SEVERAL})
+        several = os.environ.get("WORLD_SIZE", "1") != "1" and any(word in SEVERAL for word in arguments[:1])
         if several and not hasattr(error, "shared"):
             from ddpm.run.processes import tell
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 _NPY, TIFF, _PNG = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x89PNG\r\n\x1a\n"
 _FAULTS = (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, MemoryError, tokenize.TokenError)
-_INSTALL = codecs.INSTALL
 
 
 def read(
@@ -73,18 +72,25 @@ def read(
 
 def read_npy(path: str | Path) -> Array:
     """The array of an .npy file, mapped into memory. Raises InputError if it is damaged or holds objects."""
-    try:
+    with _whole_npy(str(path)):
         pictures.check_plain(path, str(path))
         return np.lib.format.open_memmap(path, mode="r")
-    except (InputError, FileNotFoundError) as fault:
-        raise InputError(str(fault) if isinstance(fault, InputError) else f"{path}: no such file") from None
-    except _FAULTS as fault:
-        raise InputError(f"{path}: not a whole .npy file of numbers ({pictures.one_line(fault)})") from None
 
 
 def _npy(file: io.BytesIO, name: str) -> Array:
-    try:
+    with _whole_npy(name):
         return np.asarray(np.load(file, allow_pickle=False))
+
+
+@contextmanager
+def _whole_npy(name: str) -> Iterator[None]:
+    """What NumPy raises for an .npy file becomes an InputError of one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file") from None
     except _FAULTS as fault:
         raise InputError(f"{name}: not a whole .npy file of numbers ({pictures.one_line(fault)})") from None
 
@@ -99,7 +105,7 @@ def _checked(array: Array, name: str) -> Array:
 @contextmanager
 def _opened(source: str | Path | bytes, name: str) -> "Iterator[tifffile.TiffFile]":
     """A TIFF file. What tifffile raises becomes an InputError of one line."""
-    module = _package("tifffile", name)
+    module = codecs.package("tifffile", name, "TIFF")
     try:
         with (
             _damage_is_an_error(),
@@ -109,7 +115,7 @@ def _opened(source: str | Path | bytes, name: str) -> "Iterator[tifffile.TiffFil
     except InputError:
         raise
     except ImportError as fault:
-        raise InputError(f"{name}: {pictures.one_line(fault)}; want {_INSTALL}") from None
+        raise InputError(f"{name}: {pictures.one_line(fault)}; want {codecs.INSTALL}") from None
     except Exception as fault:  # tifffile raises exceptions of many kinds
         raise InputError(f"{name}: damaged TIFF ({pictures.one_line(fault)})") from None
 
@@ -217,7 +223,7 @@ def upright(array: Array, orientation: int) -> Array:
 
 
 def _png_of_16_bits(data: bytes, name: str, notes: pictures.Notes | None) -> Array:
-    imagecodecs = _package("imagecodecs", name)
+    imagecodecs = codecs.package("imagecodecs", name, "16 bits a channel")
     height, width = (int.from_bytes(data[at : at + 4], "big") for at in (20, 16))
     pictures.check_memory(8 * width * height, f"{name}: {width}x{height} pixels")
     try:
@@ -245,13 +251,6 @@ def _of_picture(picture: Image.Image, name: str, notes: pictures.Notes | None) -
     if picture.mode.startswith("I") and picture.info.get("top", 65535) <= 65535 and array.min() >= 0:
         array = array.astype(np.uint16)
     return _checked(array.astype(np.uint8) * 255 if picture.mode == "1" else array, name)
-
-
-def _package(module: str, name: str) -> Any:
-    try:
-        return __import__(module)
-    except ImportError:
-        raise InputError(f"{name}: {module} reads such a file, and is not installed; want {_INSTALL}") from None
 
 
 # -- to pixels of one size ---------------------------------------------------------------------------------------------

@@ -91,7 +91,8 @@ def decode(data: bytes, name: str) -> Decoded:
     return _decode_jxl(data, name) if is_jxl(data) else _decode_heic(data, name)
 
 
-def _package(module: str, name: str, what: str) -> Any:
+def package(module: str, name: str, what: str) -> Any:
+    """A package of the extra `formats`, which reads a file of the kind `what`. Raises InputError if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -106,7 +107,7 @@ def _damaged(name: str, fault: Exception) -> InputError:
 
 
 def _heif(data: bytes, name: str) -> Any:
-    heif = _package("pillow_heif", name, "HEIC")
+    heif = package("pillow_heif", name, "HEIC")
     try:
         return heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=False)
     except Exception as fault:  # pillow-heif raises exceptions of many kinds
@@ -132,7 +133,7 @@ def _decode_heic(data: bytes, name: str) -> Decoded:
 
 
 def _decode_jxl(data: bytes, name: str) -> Decoded:
-    header, imagecodecs = _header(data, name), _package("imagecodecs", name, "JPEG XL")
+    header, imagecodecs = _header(data, name), package("imagecodecs", name, "JPEG XL")
     try:
         pixels: NDArray[Any] = imagecodecs.jpegxl_decode(data, index=0)
     except Exception as fault:  # imagecodecs raises exceptions of many kinds

@@ -623,7 +623,7 @@ def check_out(
         raise InputError(f"{out}: cannot write in {place}")
     kind = "folder" if folder else kinds[path.suffix.lower()]
     if kind == "tif" and importlib.util.find_spec("tifffile") is None:
-        raise InputError(f"{out}: tifffile is not installed; want pip install 'ddpm-kit[formats]', or a .npy file")
+        raise InputError(f"{out}: tifffile is not installed; want {codecs.INSTALL}, or a .npy file")
     return kind
 
 

@@ -19,12 +19,13 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from ddpm.errors import InputError, Stopped
 
 Store = Any
 """A store of torch, whose type lacks some of its methods."""
+_stores: Any = dist
+"""torch.distributed has the stores, but its types do not say so."""
 START = 300.0
 """Seconds in which all processes must have started, or the timeout if that is longer."""
 _COLLECTIVE = re.compile(r"gloo|nccl|tcpstore|socket|connection|timed out|timeout", re.IGNORECASE)
@@ -265,12 +266,12 @@ def join(rank: int, world: int, timeout: float) -> Group:
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
         hosting = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            base = TCPStore(
+            base = _stores.TCPStore(
                 address, port, world, hosting, timedelta(seconds=limit), wait_for_workers=False, multi_tenant=True
             )
         except (dist.DistError, RuntimeError) as error:
             raise Stopped(f"rank {rank}: no store at {address}:{port} ({_words(error)})") from error
-    store: Store = PrefixStore("ddpm", base)
+    store: Store = _stores.PrefixStore("ddpm", base)
     token, end = secrets.token_hex(8), time.monotonic() + limit
     store.append("come", f"{rank}:{token} ")
     if rank:
@@ -278,7 +279,7 @@ def join(rank: int, world: int, timeout: float) -> Group:
     else:
         name = token
         _name(store, world, name, end)
-    return Group(PrefixStore(name, store), rank, world, timeout, hosting)
+    return Group(_stores.PrefixStore(name, store), rank, world, timeout, hosting)
 
 
 def _name(store: Store, world: int, name: str, end: float) -> None:

@@ -86,7 +86,7 @@ class _Array:
     """An array [N, H, W, C] in memory, or mapped into it."""
 
     def __init__(self, array: NDArray[Any]) -> None:
-        self.array = array
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
 
     def __len__(self) -> int:
         return len(self.array)
@@ -143,14 +143,16 @@ def read_samples(path: Path, preset: Preset) -> Samples:
     if path.suffix.lower() not in (".npz", ".npy"):
         if not path.is_dir():
             raise InputError(f"{path}: want an .npz or .npy file of `ddpm sample`, or a folder of images")
-        names = sorted(filter(_is_picture if form.is_picture else data.holds_image, data.walk(path)), key=data.natural)
+        names = sorted(
+            filter(data.is_image if form.is_picture else data.holds_image, data.walk(path)), key=data.natural
+        )
         if not names:
             raise InputError(f"{path}: no images in this folder; want samples of {_size(preset.shape)}")
         files = _Files([path / name for name in names], preset)
         files.batch([0])  # raises now for samples of another model
         return files
     found, wanted = _array(path), (*preset.shape[1:], preset.shape[0])
-    dtype, shape = found.array.dtype if isinstance(found, _Array) else found.dtype, _shape(found)
+    dtype, shape = found.dtype, found.shape
     if dtype != np.dtype(form.values.dtype) or len(shape) != 4 or shape[1:] != wanted or not shape[0]:
         shown = f"{form.values.dtype} [N, {', '.join(map(str, wanted))}]"
         raise InputError(f"{path}: holds {dtype} {list(shape)}; want {shown}")
@@ -171,14 +173,6 @@ def _array(path: Path) -> "_Array | _Packed":
         if not packed.in_columns and not packed.dtype.hasobject:
             return packed
     return _Array(features.read_arrays(path, names[:1])[names[0]])
-
-
-def _shape(found: "_Array | _Packed") -> tuple[int, ...]:
-    return found.array.shape if isinstance(found, _Array) else found.shape
-
-
-def _is_picture(name: str) -> bool:
-    return Path(name).suffix.lower() in pictures.SUFFIXES
 
 
 def _size(shape: Sequence[int]) -> str:

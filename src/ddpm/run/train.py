@@ -88,9 +88,8 @@ def train(
             preset = _check_settings(preset, out, found, ranks, minutes)
             source = init.source(preset) if preset.init and not found.saved else None
         known, old = found.settings is not None, found.settings
-        most = (
-            found.at_once if old and old.accumulate == preset.accumulate else None
-        )  # as much memory as before, whatever the number of processes
+        # as much memory as before, whatever the number of processes
+        most = found.at_once if old and old.accumulate == preset.accumulate else None
         parts = partition.parts(preset.batch_size, ranks.world, ranks.rank, preset.accumulate, most)
         at_once = partition.largest(preset.batch_size, ranks.world, preset.accumulate, most)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from ddpm.errors import InputError
+from ddpm.files import codecs
 from ddpm.files import images as pictures
 from ddpm.files.arrays import read_npy
 from ddpm.files.data import hugging_face, remote, remote_rows
@@ -506,10 +507,7 @@ def open_lmdb(path: Path) -> Any:
 
     Raises InputError if it is damaged, or lmdb is not installed.
     """
-    try:
-        import lmdb
-    except ImportError:
-        raise InputError(f"{path}: lmdb is not installed; want pip install 'ddpm-kit[formats]'") from None
+    lmdb = codecs.package("lmdb", str(path), "LMDB")
     key = os.getpid(), os.path.realpath(path), *facts_of(path / "data.mdb")
     if (opened := _OPENED.get(key)) is None:
         try:
