@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -160,36 +161,58 @@ def cpu_seconds() -> float:
     return total
 
 
-def loader(source: str, seconds: float) -> dict[str, float]:
-    """Images/s, and CPU milliseconds an image, of one process without workers, and of as many workers as cores."""
-    from ddpm.files import data
+def rate(work: Any, seconds: float) -> tuple[float, float]:
+    """Images/s, and CPU milliseconds an image, of calls of `work`, which returns its number of images."""
+    begun, cpu, count = time.monotonic(), cpu_seconds(), 0
+    while time.monotonic() - begun < seconds:
+        count += work(count)
+    return count / (time.monotonic() - begun), 1000 * (cpu_seconds() - cpu) / count
+
+
+def decoding(files: list[bytes], seconds: float) -> tuple[float, float]:
+    """The `rate` of a plain loop that decodes these files."""
     from ddpm.files import images as pictures
-
-    images = data.load(source, (256, 256), 3, cache_bytes=0)
-    files = [Path(images.decoder.encoded.name(i)).read_bytes() for i in range(min(len(images), 256))]
-
-    def rate(work: Any) -> tuple[float, float]:
-        begun, cpu, count = time.monotonic(), cpu_seconds(), 0
-        while time.monotonic() - begun < seconds:
-            count += work(count)
-        return count / (time.monotonic() - begun), 1000 * (cpu_seconds() - cpu) / count
 
     def decode(k: int) -> int:
         pictures.fit(pictures.read(files[k % len(files)]), (256, 256), 3)
         return 1
 
-    values: dict[str, float] = {}
-    values["decode"], values["decode_cpu"] = rate(decode)
-    for name, workers in (("alone", 0), ("workers", os.cpu_count() or 1)):
-        before = pss(os.getpid())
-        stream = data.batches(images, 0, 32, 0, 10**9, workers=workers)
-        for _ in range(16):
-            next(stream)
-        values[name], values[f"{name}_cpu"] = rate(lambda _, stream=stream: len(next(stream)))
-        watch = Watch()  # only now, since looking at memory takes time
-        for _ in range(16):
-            next(stream)
-        values[f"{name}_bytes"] = watch.stop() - before
+    return rate(decode, seconds)
+
+
+def loader(source: str, seconds: float) -> dict[str, float]:
+    """Images/s, and CPU milliseconds an image, of one process without workers, and of as many workers as cores.
+
+    Decoding alone and the loaders take turns of a second, since the speed of a rented core drifts.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+
+    from ddpm.files import data
+
+    cores = os.cpu_count() or 1
+    images = data.load(source, (256, 256), 3, cache_bytes=0)
+    files = [Path(images.decoder.encoded.name(i)).read_bytes() for i in range(min(len(images), 256))]
+    streams = {"alone": data.batches(images, 0, 32, 0, 10**9, workers=0)}
+    before = pss(os.getpid())
+    streams["workers"] = data.batches(images, 0, 32, 0, 10**9, workers=cores)
+    found: dict[str, list[tuple[float, float]]] = {}
+    with ProcessPoolExecutor(cores) as pool:
+        list(pool.map(decoding, [files] * cores, [0.1] * cores))  # starts the processes
+        for _ in range(max(1, round(seconds))):
+            found.setdefault("decode", []).append(decoding(files, 1))
+            together = list(pool.map(decoding, [files] * cores, [1] * cores))
+            found.setdefault("together", []).append((sum(r for r, _ in together), sum(c for _, c in together) / cores))
+            for name, stream in streams.items():
+                for _ in range(16):  # what the workers made ahead
+                    next(stream)
+                found.setdefault(name, []).append(rate(lambda _, stream=stream: len(next(stream)), 1))
+    values = {name: statistics.mean(r for r, _ in each) for name, each in found.items()}
+    values |= {f"{name}_cpu": statistics.mean(c for _, c in each) for name, each in found.items()}
+    watch = Watch()  # only now, since looking at memory takes time
+    for _ in range(16):
+        next(streams["workers"])
+    values["workers_bytes"] = watch.stop() - before
+    for stream in streams.values():
         stream.close()
     memory = data.load(source, (256, 256), 3, cache_bytes=1 << 40)
     for name, fed in (("fed_streamed", images), ("fed_memory", memory)):
@@ -263,7 +286,12 @@ def main() -> None:
         ]
         values["loader"] = repeats
         cores = os.cpu_count() or 1
-        names = {"decode": "decoding alone, one core", "alone": "the loader, no workers", "workers": f"{cores} workers"}
+        names = {
+            "decode": "decoding alone, one core",
+            "together": f"decoding alone, {cores} processes",
+            "alone": "the loader, no workers",
+            "workers": f"the loader, {cores} workers",
+        }
         table = [
             (title, *(figures.spread(each[key + part] for each in repeats) for part in ("", "_cpu")))
             for key, title in names.items()
@@ -276,6 +304,10 @@ def main() -> None:
             (
                 f"rate, share of {cores} x decoding alone",
                 [each["workers"] / each["decode"] / cores for each in repeats],
+            ),
+            (
+                f"rate, share of decoding alone in {cores} processes",
+                [each["workers"] / each["together"] for each in repeats],
             ),
             (
                 "a network as fast as the loader, fed by it / from memory",
