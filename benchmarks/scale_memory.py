@@ -40,7 +40,7 @@ class Case(NamedTuple):
     without_network: bool = False
 
 
-SMALL, BIG, MANY = (200, 400, 800), (32, 64, 128), (2000, 4000, 8000)
+SMALL, BIG, MANY = (200, 400, 800), (256, 512, 1024), (2000, 4000, 8000)
 CASES = {
     "sample 8x8, folder": Case("sample digits -n {n} --out {out}/s/", SMALL, 64),
     "sample 8x8, shards": Case("sample digits -n {n} --shard 256 --out {out}/s", SMALL, 64),
@@ -55,7 +55,7 @@ CASES = {
         "evaluate {big} --metrics fid --features {f}:few --samples {npz}-{n}.npz --out {out}", (500, 1000, 2000), 49152
     ),
     "evaluate kid, 8x8, 2,048 features": Case(
-        "evaluate {small} --metrics kid --features {f}:many -n {n} --out {out}", SMALL, 16384
+        "evaluate {small} --metrics kid --features {f}:many -n {n} --out {out}", (1200, 2400, 4800), 16384
     ),
     "compress, 32x32": Case("compress digits {pictures:n} --chunk-bits 8 --out {out}/c", (8, 16, 32), 1024),
 }

@@ -17,7 +17,7 @@ from ddpm import kernels, likelihood, noise
 from ddpm import ode as probability_flow
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.files import atomic, data, models, plots, tensors
+from ddpm.files import atomic, data, models, plots
 from ddpm.gaussian import bits_per_dim
 from ddpm.run.parts import (
     as_signal,
@@ -96,7 +96,7 @@ def nll(
     ranks.any(False)  # the other processes wait until the table is written
     others = read_parts(files, [*variants]) if variants else {}
     by_variance = {name: float((prior + others[name]).mean()) for name in variants}
-    per_image = torch.cat([_per_image(tensors.read_tensors(file, ["prior", "terms"])) for file in files])
+    per_image = read_parts(files, ["bound"])["bound"]
     distortion = float(means["terms"][0])
     return {
         "bits_per_dim": float(per_image.mean()),
@@ -127,6 +127,7 @@ def _bound_of_batch(
     """The bound of a batch of B images, on the CPU.
 
     prior         L_T, bits/dim [B]
+    bound         L_T + L_0 + ... + L_{T-1}, bits/dim [B]
     terms         L_0 .. L_{T-1}, bits/dim [B, T]: column t - 1 belongs to level t
     mse           mean squared error of x0^(x_t) at levels 1..T, signal units squared [B, T]
     each variant  L_0 + ... + L_{T-1} with the variance of that name, bits/dim [B]
@@ -134,15 +135,11 @@ def _bound_of_batch(
     bound = likelihood.vlb(denoiser, x0, draws, y)
     terms = torch.cat([bound.decoder[:, None], bound.kl], dim=1)
     table = {"prior": bits_per_dim(bound.prior, bound.dims), "terms": bits_per_dim(terms, bound.dims), "mse": bound.mse}
+    table["bound"] = table["prior"] + table["terms"].sum(1)
     for name, variant in variants.items():
         other = likelihood.vlb_with_variance(bound, variant, x0, draws, y)
         table[name] = bits_per_dim(other.kl.sum(1) + other.decoder, bound.dims)
     return {name: value.cpu() for name, value in table.items()}
-
-
-def _per_image(part: dict[str, Tensor]) -> Tensor:
-    """The bound of each image of a part, bits/dim [B]."""
-    return part["prior"] + part["terms"].sum(1)
 
 
 def _write_table(out: Path, prior: float, terms: Tensor, mse: Tensor, bin: float) -> None:
