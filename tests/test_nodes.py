@@ -256,6 +256,44 @@ def test_what_one_process_does_alone_trips_no_timeout(tmp_path: Path) -> None:
     assert steps(tmp_path / "run") == [3, 4]
 
 
+LATE = """
+import os, signal, sys, time
+from ddpm.cli import main
+from ddpm.run import processes, sample
+processes.processes.__wrapped__.__defaults__ = (False, 4.0)  # the timeout, in seconds
+real = sample.generate
+def generate(*a, **k):
+    if os.environ["RANK"] == "1":
+        time.sleep(9)
+    if os.environ["RANK"] == "1" and "stops" in sys.argv[-1]:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return real(*a, **k)
+sample.generate = generate
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("rank_1", ["late", "stops"])
+def test_sampling_waits_for_a_process_that_lives(rank_1: str, tmp_path: Path) -> None:
+    """One that makes its images in more than the timeout is waited for, and one that is stopped is named."""
+    (tmp_path / "late.py").write_text(LATE)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "late.py"]
+    words = ["sample", "digits", "-n", "4", "--sampler", "ddim", "--steps", "2", "--out", f"{rank_1}.png"]
+    with (tmp_path / "err").open("w") as err:
+        done = subprocess.Popen([*start, *words], cwd=tmp_path, stderr=err, start_new_session=True)
+        if rank_1 == "late":
+            assert done.wait(60) == 0
+            alone = subprocess.run([sys.executable, "-m", "ddpm", *words[:-1], "alone.png"], cwd=tmp_path)
+            assert alone.returncode == 0
+            assert (tmp_path / "late.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
+        else:
+            wait_until(lambda: "ddpm: " in (tmp_path / "err").read_text())
+            os.killpg(done.pid, signal.SIGKILL)
+            subprocess.run(["pkill", "-9", "-f", "stops.png"], check=False)
+            assert "no sign of life from rank 1 on " in (tmp_path / "err").read_text()
+            assert not (tmp_path / "stops.png").exists()
+
+
 DIFFERENT = """
 import os, sys, torch
 from ddpm.cli import main

@@ -180,14 +180,14 @@ def compress(
         work.append(picture.work(model, image, **settings))
     single = len(paths) == 1 and not out.is_dir()
     targets = [out if single else out / f"{name}{_SUFFIX}" for name in names]
-    mine, lengths = ranks.mine(len(paths)), torch.zeros(len(paths), dtype=torch.int64)
+    mine, written = ranks.mine(len(paths)), []
     with _counting(model, "compressing", [work[i] for i in mine], progress) as model:
         files = picture.compress_each(model, (read_image(paths[i]) for i in mine), **settings)
         for i, data in zip(mine, files, strict=True):
             atomic.write(targets[i], data)
-            lengths[i] = len(data)
-    lengths = ranks.total(lengths)  # when all are written
-    return [_summary(*about, 1) for about in zip(targets, lengths.tolist(), sizes, strict=True)]
+            written.append((i, len(data)))
+    lengths = dict(pair for some in ranks.exchange(written) for pair in some)  # when all are written
+    return [_summary(target, lengths[i], size, 1) for i, (target, size) in enumerate(zip(targets, sizes, strict=True))]
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def nll(
     means = {name: total / n for name, total in means.items()}
     if ranks.first:
         _write_table(out, float(prior.mean()), means["terms"], means["mse"], denoiser.values.bin)
-    ranks.any(False)  # the other processes wait until the table is written
+    ranks.exchange()  # the other processes wait until the table is written
     others = read_parts(files, [*variants]) if variants else {}
     by_variance = {name: float((prior + others[name]).mean()) for name in variants}
     per_image = read_parts(files, ["bound"])["bound"]

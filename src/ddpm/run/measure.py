@@ -54,6 +54,7 @@ def measure(
             values: dict[str, Tensor] = {}
             if first + ranks.rank in turn:
                 values = _block(network, images, blocks[first + ranks.rank], step, keep_probabilities, bar)
+            ranks.exchange()  # wait for the blocks of the others as long as they live
             for source, i in enumerate(turn):
                 mean = _from(ranks, source, values.get("mean"))
                 covariance = _from(ranks, source, values.get("covariance"))

@@ -86,6 +86,7 @@ def batches(
             batch = list(indices[parts[i]])
             yield parts[i], batch, as_signal(images, batch).to(ranks.device)
             bar.update(len(batch))
+    ranks.exchange()  # wait for the other processes as long as they live: a collective call waits for minutes only
 
 
 def _parts(count: int, batch_size: int) -> list[slice]:
@@ -146,7 +147,7 @@ def compute_parts(
                 bar.update(parts[i].stop - parts[i].start)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("finished batches are kept; the same command resumes") from None
-    ranks.any(False)  # wait for the parts of the other processes
+    ranks.exchange()  # wait for the parts of the other processes
     return files
 
 

@@ -176,13 +176,13 @@ def threads(work: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def processes(device: str, float64: bool = False, timeout: float | None = None) -> Iterator[Processes]:
+def processes(device: str, float64: bool = False, timeout: float = PATIENCE) -> Iterator[Processes]:
     """A context in which this process has its device and, under torchrun, belongs to the group of all processes.
 
     A group that exists already is used and stays. `device` and `float64` are as in `pick_device`.
 
-    timeout  seconds after which a process that gives no sign of life is lost, and a collective call fails. None: calls
-             wait for a day, since the others wait while the first process works alone
+    timeout  seconds after which a process that gives no sign of life is lost, and a collective call fails. `exchange`
+             waits as long as all live, so it comes before a collective call if processes may be late
 
     Raises Stopped if a process is lost, and on all processes the InputError of one.
     """
@@ -194,7 +194,7 @@ def processes(device: str, float64: bool = False, timeout: float | None = None) 
             torch.cuda.set_device(picked)
         yield Processes(rank, world, picked)
         return
-    group, joins = join(rank, world, timeout or PATIENCE), False
+    group, joins = join(rank, world, timeout), False
     try:
         with group.together():
             picked = pick_device(device, local, float64)
@@ -202,7 +202,7 @@ def processes(device: str, float64: bool = False, timeout: float | None = None) 
             torch.cuda.set_device(picked)
         if joins := not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
-            limit = timedelta(seconds=timeout) if timeout else timedelta(days=1)
+            limit = timedelta(seconds=timeout)
             dist.init_process_group(backend, store=group.store, rank=rank, world_size=world, timeout=limit)
         yield Processes(rank, world, picked, group)
     except Exception as error:

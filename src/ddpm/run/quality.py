@@ -237,7 +237,7 @@ def _real_features(
             stored = features.Measured(features.load_statistics(file, provenance.comparable()).moments, None, None)
         except InputError as error:
             warnings.warn(f"{error}; it is made again", stacklevel=2)
-    if ranks.any(stored is not None):
+    if any(ranks.exchange(stored is not None)):
         return stored
     real = measure(network, images, ranks, cache, rows, progress=progress)
     if ranks.first:

@@ -354,6 +354,7 @@ def sample(
     make, about = sampling.maker(checkpoint, ranks.device)
     watch = forecast(len(ranks.mine(n)), about, progress, ranks)
     images = make(ranks.mine(n), strips, progress, columns, noisy, watch)
+    ranks.exchange()  # wait for the other processes as long as they live
     return ranks.interleave(images, n), {"count": n, **about}
 
 

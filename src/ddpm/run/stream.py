@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -87,7 +86,7 @@ def write_samples(
         with atomic.temporary(out) as part, part.open("wb") as file:
             _join(file, kind, shown, np.dtype(values.dtype), [parts.file(k) for k in range(len(parts))], progress)
         atomic.remove_folder(folder)
-    ranks.any(False)  # wait until the file is there
+    ranks.exchange()  # wait until the file is there
     return {"count": n, **about}, made
 
 
@@ -125,7 +124,7 @@ class _Work:
                 target.write([k for k in mine if not target.file(k).is_file()], images)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(self._left(target)) from None
-        return int(self.ranks.total(torch.tensor(made)))
+        return sum(self.ranks.exchange(made))
 
     def _left(self, target: "_Target") -> str:
         """What a stopped command leaves for the next one."""
@@ -273,12 +272,12 @@ def _begin(
     now: dict[str, Any] = {"count": work.n, **work.about, **(fixed or {}), **(free or {})}
     old = _check_record(record, now, list(free or {}), remedy) if record.exists() else now
     now |= {name: old[name] for name in free or {}}
-    work.ranks.any(False)  # all have looked
+    work.ranks.exchange()  # all have looked
     if work.ranks.first:
         if old["count"] < work.n:
             grow(old["count"])
         atomic.write_json(record, now)
-    work.ranks.any(False)  # the record is there
+    work.ranks.exchange()  # the record is there
     return now
 
 
