@@ -8,7 +8,7 @@ of the least-squares line through the three. Beside it is the size of an image, 
 hold for it: a program that holds everything has at least that slope. The models are the package's digits, and two of
 random weights (one step of training on random images): 8x8 grey with 1,000 noise levels, and 128x128 RGB with 20. nll
 and calibrate run with random errors in place of the network's, since thousands of images at 1,000 levels take hours
-otherwise. --scale multiplies all numbers of images.
+otherwise. Samples take one step of ddim. --scale multiplies all numbers of images.
 """
 
 import os
@@ -24,7 +24,7 @@ import numpy as np
 import record
 from PIL import Image
 
-QUICK = ["--sampler", "ddim", "--steps", "2", "--batch-size", "16"]
+QUICK = ["--sampler", "ddim", "--steps", "1", "--batch-size", "16"]
 FEATURES = "import numpy as np\nW = np.random.default_rng(0).normal(size=(64, 2048))\n"
 FEATURES += "def few(x):\n    return x[:, ::4, ::4].reshape(len(x), -1)[:, :64] / 255.0\n"
 FEATURES += "def many(x):\n    return np.tanh(few(x) @ W[: few(x).shape[1]])\n"
@@ -46,7 +46,7 @@ CASES = {
     "sample 8x8, shards": Case("sample digits -n {n} --shard 256 --out {out}/s", SMALL, 64),
     "sample 128x128, folder": Case("sample {big} -n {n} --out {out}/s/", BIG, 49152),
     "sample 128x128, tar": Case("sample {big} -n {n} --out {out}/s.tar", BIG, 49152),
-    "sample 128x128, npy": Case("sample {big} -n {n} --out {out}/s.npy", BIG, 49152),
+    "sample 128x128, npy": Case("sample {big} -n {n} --out {out}/s.npy", (512, 1536, 3072), 49152),
     "sample 128x128, npz": Case("sample {big} -n {n} --out {out}/s.npz", BIG, 49152),
     "evaluate nll, T 1,000, no network": Case("evaluate {small} -n {n} --split train --out {out}", MANY, 16000, True),
     "calibrate, T 1,000, no network": Case("calibrate {small} -n {n} --codec 0", MANY, 8000, True),
