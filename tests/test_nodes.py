@@ -144,13 +144,16 @@ def test_a_node_that_differs_is_named_once(name: str, tmp_path: Path) -> None:
 
 
 def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
-    """By the first process, and without its name: here of the settings, and of the data."""
-    for i, (options, words) in enumerate(
-        ([["--batch-size", "2"], "--batch-size 2: 3 processes"], [["--data", "no/such"], "no/such"])
-    ):
+    """By the first process, and without its name: here of the settings, of the data, and of another command."""
+    cases = (
+        ([*TINY, "--batch-size", "2", "--out", "run"], "--batch-size 2: 3 processes"),
+        ([*TINY, "--data", "no/such", "--out", "run"], "no/such"),
+        (["compress", "digits", "no/such.png", "--out", "x.ddpm"], "no/such.png"),
+    )
+    for i, (command, words) in enumerate(cases):
         folder = tmp_path / str(i)
         folder.mkdir()
-        with Agents([[*TINY, *options, "--out", "run"]], [folder], 3) as agents:
+        with Agents([command], [folder], 3) as agents:
             assert agents.wait() == [1]
             assert len(agents.said()) == 1, agents.err()
             assert words in agents.said()[0]
