@@ -1,0 +1,210 @@
+// The page: the form's settings go to the worker, and its steps become frames, which the scrubber shows afterwards.
+
+const $ = (id) => document.getElementById(id);
+const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
+const waiting = [];
+const FRAMES = 256e6; // bytes of frames that are kept; of more, every second or third one, and so on
+const GAP = 2; // pixels between two images
+
+let model = null;
+let run = null; // { count, columns, steps, seconds, frames: [{ step, t, x, x0 }] }
+let player = 0;
+
+worker.onmessage = ({ data }) => waiting.shift()(data);
+worker.onerror = () => fail("The model cannot be loaded: this browser is too old, or a file is missing.");
+
+/** The worker's answer to a question. It answers in order. */
+function ask(question) {
+  return new Promise((resolve) => {
+    waiting.push(resolve);
+    worker.postMessage(question);
+  });
+}
+
+function fail(message) {
+  $("loading").replaceChildren(message);
+  $("loading").hidden = false;
+}
+
+async function begin() {
+  const answer = await ask({});
+  if (answer.error) return fail(`The model cannot be loaded: ${answer.error}`);
+  model = answer.model;
+  const [C, H, W] = model.shape;
+  document.title = `${model.name}: images out of noise`;
+  $("about").textContent =
+    `The model ${model.name} makes ${C === 1 ? "grey" : "colour"} images of ${W} × ${H} pixels in your browser. ` +
+    "Nothing that you do here leaves it.";
+  const classes = model.classes.map((name, i) => new Option(name, i));
+  if (!model.always_labelled) classes.unshift(new Option("none", ""));
+  if (model.classes.length > 1) classes.unshift(new Option("all, in turn", "all"));
+  $("class").replaceChildren(...classes);
+  $("class-field").hidden = !model.classes.length;
+  $("guidance").value = model.guidance;
+  if (columnsOf(model.classes.length)) $("count").value = 2 * model.classes.length;
+  choose();
+  $("loading").hidden = true;
+  for (const id of ["form", "figure", "film"]) $(id).hidden = false;
+}
+
+/** Show the settings that the chosen sampler and class have. */
+function choose(event) {
+  const ddim = $("sampler").value === "ddim";
+  const everyLevel = !ddim && (model.predict === "mu" || model.variance === "learned");
+  $("eta-field").hidden = !ddim;
+  $("guidance-field").hidden = model.guidance === 1 || $("class").value === "" || !model.classes.length;
+  $("steps").min = everyLevel ? model.T : 1;
+  $("steps").max = model.T;
+  if (event?.target !== $("class")) $("steps").value = model.samplers[$("sampler").value];
+}
+
+/** The columns of a grid that cycles over classes: one per class if there are 2 to 16. */
+function columnsOf(classes) {
+  return classes > 1 && classes <= 16 ? classes : 0;
+}
+
+async function start(event) {
+  event.preventDefault();
+  stop();
+  const count = Number($("count").value), steps = Number($("steps").value), chosen = $("class").value;
+  const names = chosen === "all" ? model.classes.map((_, i) => i) : [Number(chosen)];
+  const unlabelled = !model.classes.length || chosen === "";
+  const settings = {
+    sampler: $("sampler").value,
+    steps,
+    eta: Number($("eta").value),
+    guidance: model.guidance === 1 ? 1 : Number($("guidance").value),
+    seeds: Array.from({ length: count }, (_, i) => Number($("seed").value) + i),
+    labels: unlabelled ? null : Array.from({ length: count }, (_, i) => names[i % names.length]),
+  };
+  const columns = Math.min(count, columnsOf(chosen === "all" ? names.length : 0) || Math.ceil(Math.sqrt(count)));
+  const job = (run = { count, columns, steps, seconds: 0, frames: [], going: true });
+  const every = Math.ceil((2 * steps * count * model.shape.reduce((a, b) => a * b)) / FRAMES);
+  const begun = performance.now();
+  controls();
+  $("status").textContent = "The first step is being computed.";
+  for (let step = 1; step <= steps; step++) {
+    const answer = await ask(step === 1 ? { begin: settings } : { next: true });
+    if (run !== job || !job.going) return; // cancelled
+    if (answer.error) {
+      job.going = false;
+      $("status").textContent = answer.error;
+      return controls();
+    }
+    job.seconds = (performance.now() - begun) / 1000;
+    const frame = { step, ...answer };
+    if (step % every === 0 || step === steps) job.frames.push(frame);
+    show(frame);
+    $("progress").value = step / steps;
+    $("status").textContent = step === 1 && steps > 1 ? "Sampling." : $("status").textContent;
+  }
+  job.going = false;
+  $("status").textContent = `${count} image${count > 1 ? "s" : ""} in ${job.seconds.toFixed(1)} seconds.`;
+  controls();
+}
+
+function cancel() {
+  run.going = false;
+  $("status").textContent = `Cancelled after ${run.frames.length ? run.frames.at(-1).step : 0} of ${run.steps} steps.`;
+  controls();
+  $("start").focus();
+}
+
+/** Enable what can be used now. */
+function controls() {
+  const frames = run.frames.length;
+  $("cancel").disabled = !run.going;
+  for (const id of ["scrubber", "play", "save"]) $(id).disabled = run.going || !frames;
+  $("scrubber").max = Math.max(frames - 1, 0);
+  $("scrubber").value = frames - 1;
+  if (run.going) $("progress").value = 0;
+}
+
+/** Draw a frame on the page, and say what it is. */
+function show(frame) {
+  const shown = document.querySelector("[name=shown]:checked").value;
+  draw($("canvas"), frame[shown]);
+  const where = `step ${frame.step} of ${run.steps}, t = ${frame.t}`;
+  $("caption").textContent = where[0].toUpperCase() + where.slice(1) + `, ${run.seconds.toFixed(1)} s`;
+  $("scrubber").setAttribute("aria-valuetext", where);
+  const what = frame.t === 0 ? "the result" : shown === "x" ? `with noise, at level ${frame.t}` : "the model's estimate";
+  $("canvas").setAttribute("aria-label", `${run.count} image${run.count > 1 ? "s" : ""}, ${what}`);
+}
+
+/** Draw the images of a frame as a grid, in which small images are enlarged by a whole factor. */
+function draw(canvas, pixels, background) {
+  const [C, H, W] = model.shape, factor = Math.max(1, Math.ceil(32 / Math.min(H, W)));
+  const right = W * factor + GAP, down = H * factor + GAP, rows = Math.ceil(run.count / run.columns);
+  canvas.width = run.columns * right + GAP;
+  canvas.height = rows * down + GAP;
+  fit(canvas);
+  const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  if (background) {
+    context.fillStyle = background;
+    context.fillRect(0, 0, canvas.width, canvas.height);
+  }
+  const tile = new OffscreenCanvas(W, H), brush = tile.getContext("2d"), image = new ImageData(W, H);
+  for (let i = 0; i < run.count; i++) {
+    for (let j = 0; j < H * W; j++) {
+      for (let c = 0; c < 3; c++) image.data[4 * j + c] = pixels[(i * C + (C === 1 ? 0 : c)) * H * W + j];
+      image.data[4 * j + 3] = 255;
+    }
+    brush.putImageData(image, 0, 0);
+    const x = (i % run.columns) * right + GAP, y = Math.floor(i / run.columns) * down + GAP;
+    context.drawImage(tile, x, y, W * factor, H * factor);
+  }
+}
+
+/** Enlarge a canvas on the page by a whole factor, so that pixels stay squares. */
+function fit(canvas) {
+  const room = $("figure").clientWidth, height = 0.6 * innerHeight;
+  canvas.style.width = `${canvas.width * Math.max(1, Math.floor(Math.min(room / canvas.width, height / canvas.height)))}px`;
+}
+
+function scrub() {
+  if (run?.frames.length) show(run.frames[run.going ? run.frames.length - 1 : $("scrubber").value]);
+}
+
+function play() {
+  if (player) return stop();
+  const scrubber = $("scrubber"), frames = run.frames.length;
+  if (Number(scrubber.value) === frames - 1) scrubber.value = 0;
+  $("play").textContent = "Pause";
+  player = setInterval(() => {
+    if (Number(scrubber.value) === frames - 1) return stop();
+    scrubber.value = Number(scrubber.value) + Math.ceil(frames / 200);
+    scrub();
+  }, Math.max(30, Math.min(150, 4000 / frames)));
+  scrub();
+}
+
+function stop() {
+  clearInterval(player);
+  player = 0;
+  $("play").textContent = "Play";
+}
+
+/** Save the frame as a picture, in the layout of `ddpm sample`. */
+function save() {
+  const canvas = document.createElement("canvas"), frame = run.frames[$("scrubber").value];
+  draw(canvas, frame[document.querySelector("[name=shown]:checked").value], "white");
+  canvas.toBlob((blob) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(blob);
+    link.download = `${model.name}-${frame.t}.png`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  });
+}
+
+$("form").addEventListener("submit", start);
+$("cancel").addEventListener("click", cancel);
+$("sampler").addEventListener("change", choose);
+$("class").addEventListener("change", choose);
+$("scrubber").addEventListener("input", () => { stop(); scrub(); });
+$("play").addEventListener("click", play);
+$("save").addEventListener("click", save);
+for (const radio of document.getElementsByName("shown")) radio.addEventListener("change", scrub);
+addEventListener("resize", () => fit($("canvas")));
+begin();
