@@ -1,5 +1,7 @@
 // The page: the form's settings go to the worker, and its steps become frames, which the scrubber shows afterwards.
 
+import { noise, sizeOf, toPixels } from "./sampler.js";
+
 const $ = (id) => document.getElementById(id);
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
 const waiting = [];
@@ -34,7 +36,7 @@ async function begin() {
   document.title = `${model.name}: images out of noise`;
   $("about").textContent =
     `The model ${model.name} makes ${C === 1 ? "grey" : "colour"} images of ${W} × ${H} pixels in your browser. ` +
-    "Nothing that you do here leaves it.";
+    "Nothing leaves your browser.";
   const classes = model.classes.map((name, i) => new Option(name, i));
   if (!model.always_labelled) classes.unshift(new Option("none", ""));
   if (model.classes.length > 1) classes.unshift(new Option("all, in turn", "all"));
@@ -42,20 +44,46 @@ async function begin() {
   $("class-field").hidden = !model.classes.length;
   $("guidance").value = model.guidance;
   if (columnsOf(model.classes.length)) $("count").value = 2 * model.classes.length;
-  choose();
+  for (const id of ["form", "stage"]) $(id).hidden = false;
   $("loading").hidden = true;
-  for (const id of ["form", "figure", "film"]) $(id).hidden = false;
+  choose();
 }
 
-/** Show the settings that the chosen sampler and class have. */
-function choose(event) {
+/** Show the settings that the chosen sampler and class have, and the noise that sampling would begin with. */
+function choose({ target } = {}) {
   const ddim = $("sampler").value === "ddim";
   const everyLevel = !ddim && (model.predict === "mu" || model.variance === "learned");
   $("eta-field").hidden = !ddim;
   $("guidance-field").hidden = model.guidance === 1 || $("class").value === "" || !model.classes.length;
   $("steps").min = everyLevel ? model.T : 1;
   $("steps").max = model.T;
-  if (event?.target !== $("class")) $("steps").value = model.samplers[$("sampler").value];
+  if (!target || target === $("sampler")) $("steps").value = model.samplers[$("sampler").value];
+  if (!run?.going && $("form").checkValidity()) {
+    stop();
+    prepare();
+  }
+}
+
+/** The settings of the form, and a new run with the frame of pure noise. */
+function prepare() {
+  const count = Number($("count").value), steps = Number($("steps").value), chosen = $("class").value;
+  const names = chosen === "all" ? model.classes.map((_, i) => i) : [Number(chosen)];
+  const seeds = Array.from({ length: count }, (_, i) => Number($("seed").value) + i);
+  const settings = {
+    sampler: $("sampler").value,
+    steps,
+    eta: Number($("eta").value),
+    guidance: model.guidance === 1 ? 1 : Number($("guidance").value),
+    seeds,
+    labels: model.classes.length && chosen !== "" ? seeds.map((_, i) => names[i % names.length]) : null,
+  };
+  const columns = Math.min(count, columnsOf(chosen === "all" ? names.length : 0) || Math.ceil(Math.sqrt(count)));
+  const x = toPixels(noise(model, seeds, model.T)), x0 = x.slice().fill(128); // there is no estimate yet
+  run = { count, columns, steps, seconds: 0, frames: [{ step: 0, t: model.T, x, x0 }], going: false };
+  $("status").textContent = "";
+  controls();
+  show(run.frames[0]);
+  return settings;
 }
 
 /** The columns of a grid that cycles over classes: one per class if there are 2 to 16. */
@@ -66,23 +94,12 @@ function columnsOf(classes) {
 async function start(event) {
   event.preventDefault();
   stop();
-  const count = Number($("count").value), steps = Number($("steps").value), chosen = $("class").value;
-  const names = chosen === "all" ? model.classes.map((_, i) => i) : [Number(chosen)];
-  const unlabelled = !model.classes.length || chosen === "";
-  const settings = {
-    sampler: $("sampler").value,
-    steps,
-    eta: Number($("eta").value),
-    guidance: model.guidance === 1 ? 1 : Number($("guidance").value),
-    seeds: Array.from({ length: count }, (_, i) => Number($("seed").value) + i),
-    labels: unlabelled ? null : Array.from({ length: count }, (_, i) => names[i % names.length]),
-  };
-  const columns = Math.min(count, columnsOf(chosen === "all" ? names.length : 0) || Math.ceil(Math.sqrt(count)));
-  const job = (run = { count, columns, steps, seconds: 0, frames: [], going: true });
-  const every = Math.ceil((2 * steps * count * model.shape.reduce((a, b) => a * b)) / FRAMES);
+  const settings = prepare(), job = run, { count, steps } = run;
+  job.going = true;
+  const every = Math.ceil((2 * steps * count * sizeOf(model)) / FRAMES);
   const begun = performance.now();
   controls();
-  $("status").textContent = "The first step is being computed.";
+  $("status").textContent = "Sampling.";
   for (let step = 1; step <= steps; step++) {
     const answer = await ask(step === 1 ? { begin: settings } : { next: true });
     if (run !== job || !job.going) return; // cancelled
@@ -96,7 +113,6 @@ async function start(event) {
     if (step % every === 0 || step === steps) job.frames.push(frame);
     show(frame);
     $("progress").value = step / steps;
-    $("status").textContent = step === 1 && steps > 1 ? "Sampling." : $("status").textContent;
   }
   job.going = false;
   $("status").textContent = `${count} image${count > 1 ? "s" : ""} in ${job.seconds.toFixed(1)} seconds.`;
@@ -105,7 +121,7 @@ async function start(event) {
 
 function cancel() {
   run.going = false;
-  $("status").textContent = `Cancelled after ${run.frames.length ? run.frames.at(-1).step : 0} of ${run.steps} steps.`;
+  $("status").textContent = `Cancelled after ${run.frames.at(-1).step} of ${run.steps} steps.`;
   controls();
   $("start").focus();
 }
@@ -114,18 +130,21 @@ function cancel() {
 function controls() {
   const frames = run.frames.length;
   $("cancel").disabled = !run.going;
-  for (const id of ["scrubber", "play", "save"]) $(id).disabled = run.going || !frames;
-  $("scrubber").max = Math.max(frames - 1, 0);
+  $("save").disabled = run.going;
+  for (const id of ["scrubber", "play"]) $(id).disabled = run.going || frames === 1;
+  $("scrubber").max = frames - 1;
   $("scrubber").value = frames - 1;
-  if (run.going) $("progress").value = 0;
+  $("scrubber").hidden = run.going;
+  $("progress").hidden = !run.going;
+  $("progress").value = 0;
 }
 
 /** Draw a frame on the page, and say what it is. */
 function show(frame) {
   const shown = document.querySelector("[name=shown]:checked").value;
   draw($("canvas"), frame[shown]);
-  const where = `step ${frame.step} of ${run.steps}, t = ${frame.t}`;
-  $("caption").textContent = where[0].toUpperCase() + where.slice(1) + `, ${run.seconds.toFixed(1)} s`;
+  const where = `Step ${frame.step} of ${run.steps}, t = ${frame.t}`;
+  $("caption").textContent = `${where}, ${run.seconds.toFixed(1)} s`;
   $("scrubber").setAttribute("aria-valuetext", where);
   const what = frame.t === 0 ? "the result" : shown === "x" ? `with noise, at level ${frame.t}` : "the model's estimate";
   $("canvas").setAttribute("aria-label", `${run.count} image${run.count > 1 ? "s" : ""}, ${what}`);
@@ -163,7 +182,7 @@ function fit(canvas) {
 }
 
 function scrub() {
-  if (run?.frames.length) show(run.frames[run.going ? run.frames.length - 1 : $("scrubber").value]);
+  show(run.frames[run.going ? run.frames.length - 1 : $("scrubber").value]);
 }
 
 function play() {
@@ -200,8 +219,7 @@ function save() {
 
 $("form").addEventListener("submit", start);
 $("cancel").addEventListener("click", cancel);
-$("sampler").addEventListener("change", choose);
-$("class").addEventListener("change", choose);
+$("form").addEventListener("change", choose);
 $("scrubber").addEventListener("input", () => { stop(); scrub(); });
 $("play").addEventListener("click", play);
 $("save").addEventListener("click", save);

@@ -24,15 +24,13 @@ export function toPixels(signal) {
  */
 export async function* sample(model, network, { sampler, steps, eta, seeds, labels, guidance }) {
   const levels = uniform(model.T, steps);
-  const size = model.shape.reduce((a, b) => a * b);
-  const noise = (t) => join(seeds.map((seed) => normal(seed, size, t)), size);
-  const step = sampler === "ddim" ? ddim : ancestral;
-  let x = noise(model.T);
+  const size = sizeOf(model), step = sampler === "ddim" ? ddim : ancestral;
+  let x = noise(model, seeds, model.T);
   for (let i = steps; i-- > 0; ) {
     const t = levels[i], s = i > 0 ? levels[i - 1] : 0;
     const estimate = estimator(model, await guided(model, network, x, t, labels, guidance), x, t, size);
     const x0 = new Float32Array(x.length), next = new Float32Array(x.length);
-    const move = step(model, t, s, eta), z = s > 0 ? noise(s) : null;
+    const move = step(model, t, s, eta), z = s > 0 ? noise(model, seeds, s) : null;
     for (let j = 0; j < x.length; j++) {
       const at = estimate(j);
       x0[j] = at.x0;
@@ -41,6 +39,16 @@ export async function* sample(model, network, { sampler, steps, eta, seeds, labe
     x = next;
     yield { t: s, x, x0 };
   }
+}
+
+/** The number of values of an image. */
+export function sizeOf(model) {
+  return model.shape.reduce((a, b) => a * b);
+}
+
+/** The standard normal draw that makes x_t, for the images of these seeds; x_T is this draw itself. */
+export function noise(model, seeds, t) {
+  return join(seeds.map((seed) => normal(seed, sizeOf(model), t)), sizeOf(model));
 }
 
 function join(parts, size) {
@@ -54,7 +62,7 @@ async function guided(model, network, x, t, labels, scale) {
   if (!labels || scale === 1) return network(x, t - 1, labels);
   const both = await network(join([x, x], x.length), t - 1, [...labels, ...labels.map(() => -1)]);
   const half = both.length / 2, out = both.slice(0, half);
-  const size = model.shape.reduce((a, b) => a * b), perImage = half / labels.length;
+  const size = sizeOf(model), perImage = half / labels.length;
   for (let j = 0; j < half; j++) {
     if (j % perImage < size) out[j] = both[half + j] + scale * (both[j] - both[half + j]); // a variance is not guided
   }

@@ -1,8 +1,9 @@
-// Loads the model and samples beside the page, so that the page stays responsive. It answers one message with one:
-// { begin: settings } starts to sample, and every { } asks for the next step. Who stops asking has cancelled.
+// Loads the model and samples beside the page, so that the page stays responsive. Every message gets one answer:
+// {} the model's settings, { begin: settings } the first step of new images, and { next: true } the next step.
+// Who stops asking has cancelled.
 
 import * as ort from "./ort/ort.wasm.bundle.min.mjs";
-import { sample, toPixels } from "./sampler.js";
+import { sample, sizeOf, toPixels } from "./sampler.js";
 
 ort.env.wasm.numThreads = 1; // threads need headers that static hosts do not send
 
@@ -21,8 +22,11 @@ async function load() {
   const session = await ort.InferenceSession.create(graph, { executionProviders: ["wasm"] });
   const whole = (numbers) => new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), [numbers.length]);
   const network = async (x, timestep, labels) => {
-    const count = x.length / model.shape.reduce((a, b) => a * b);
-    const inputs = { x: new ort.Tensor("float32", x, [count, ...model.shape]), timestep: whole(Array(count).fill(timestep)) };
+    const count = x.length / sizeOf(model);
+    const inputs = {
+      x: new ort.Tensor("float32", x, [count, ...model.shape]),
+      timestep: whole(Array(count).fill(timestep)),
+    };
     if (model.classes.length) inputs.y = whole(labels ?? Array(count).fill(-1));
     return (await session.run(inputs)).out.data;
   };
@@ -31,8 +35,8 @@ async function load() {
 
 async function answer({ begin, next }) {
   const { model, network } = await loaded;
-  if (begin) steps = sample(model, network, begin);
   if (!begin && !next) return { model };
+  if (begin) steps = sample(model, network, begin);
   const { value } = await steps.next();
   return { t: value.t, x: toPixels(value.x), x0: toPixels(value.x0) };
 }
