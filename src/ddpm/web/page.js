@@ -35,8 +35,8 @@ async function begin() {
   const [C, H, W] = model.shape;
   document.title = `${model.name}: images out of noise`;
   $("about").textContent =
-    `The model ${model.name} makes ${C === 1 ? "grey" : "colour"} images of ${W} × ${H} pixels in your browser. ` +
-    "Nothing leaves your browser.";
+    `The model ${model.name} makes ${C === 1 ? "grey" : "colour"} images of ${W} × ${H} pixels. ` +
+    "The model runs in your browser, and sends nothing anywhere.";
   const classes = model.classes.map((name, i) => new Option(name, i));
   if (!model.always_labelled) classes.unshift(new Option("none", ""));
   if (model.classes.length > 1) classes.unshift(new Option("all, in turn", "all"));
@@ -142,19 +142,21 @@ function controls() {
 /** Draw a frame on the page, and say what it is. */
 function show(frame) {
   const shown = document.querySelector("[name=shown]:checked").value;
-  draw($("canvas"), frame[shown]);
+  let columns = run.columns; // a narrow page has fewer, so that images stay large enough to see
+  while (columns % 2 === 0 && $("figure").clientWidth < 40 * columns) columns /= 2;
+  draw($("canvas"), frame[shown], columns);
   const where = `Step ${frame.step} of ${run.steps}, t = ${frame.t}`;
-  $("caption").textContent = `${where}, ${run.seconds.toFixed(1)} s`;
+  $("caption").textContent = frame.step ? `${where}, ${run.seconds.toFixed(1)} s` : where;
   $("scrubber").setAttribute("aria-valuetext", where);
   const what = frame.t === 0 ? "the result" : shown === "x" ? `with noise, at level ${frame.t}` : "the model's estimate";
   $("canvas").setAttribute("aria-label", `${run.count} image${run.count > 1 ? "s" : ""}, ${what}`);
 }
 
 /** Draw the images of a frame as a grid, in which small images are enlarged by a whole factor. */
-function draw(canvas, pixels, background) {
+function draw(canvas, pixels, columns, background) {
   const [C, H, W] = model.shape, factor = Math.max(1, Math.ceil(32 / Math.min(H, W)));
-  const right = W * factor + GAP, down = H * factor + GAP, rows = Math.ceil(run.count / run.columns);
-  canvas.width = run.columns * right + GAP;
+  const right = W * factor + GAP, down = H * factor + GAP, rows = Math.ceil(run.count / columns);
+  canvas.width = columns * right + GAP;
   canvas.height = rows * down + GAP;
   fit(canvas);
   const context = canvas.getContext("2d");
@@ -170,7 +172,7 @@ function draw(canvas, pixels, background) {
       image.data[4 * j + 3] = 255;
     }
     brush.putImageData(image, 0, 0);
-    const x = (i % run.columns) * right + GAP, y = Math.floor(i / run.columns) * down + GAP;
+    const x = (i % columns) * right + GAP, y = Math.floor(i / columns) * down + GAP;
     context.drawImage(tile, x, y, W * factor, H * factor);
   }
 }
@@ -178,11 +180,12 @@ function draw(canvas, pixels, background) {
 /** Enlarge a canvas on the page by a whole factor, so that pixels stay squares. */
 function fit(canvas) {
   const room = $("figure").clientWidth, height = 0.6 * innerHeight;
-  canvas.style.width = `${canvas.width * Math.max(1, Math.floor(Math.min(room / canvas.width, height / canvas.height)))}px`;
+  const factor = Math.floor(Math.min(room / canvas.width, height / canvas.height));
+  canvas.style.width = `${canvas.width * Math.max(1, factor)}px`;
 }
 
 function scrub() {
-  show(run.frames[run.going ? run.frames.length - 1 : $("scrubber").value]);
+  if (run) show(run.frames[run.going ? run.frames.length - 1 : $("scrubber").value]);
 }
 
 function play() {
@@ -207,7 +210,7 @@ function stop() {
 /** Save the frame as a picture, in the layout of `ddpm sample`. */
 function save() {
   const canvas = document.createElement("canvas"), frame = run.frames[$("scrubber").value];
-  draw(canvas, frame[document.querySelector("[name=shown]:checked").value], "white");
+  draw(canvas, frame[document.querySelector("[name=shown]:checked").value], run.columns, "white");
   canvas.toBlob((blob) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(blob);
@@ -224,5 +227,5 @@ $("scrubber").addEventListener("input", () => { stop(); scrub(); });
 $("play").addEventListener("click", play);
 $("save").addEventListener("click", save);
 for (const radio of document.getElementsByName("shown")) radio.addEventListener("change", scrub);
-addEventListener("resize", () => fit($("canvas")));
+addEventListener("resize", scrub);
 begin();
