@@ -142,9 +142,11 @@ function controls() {
 /** Draw a frame on the page, and say what it is. */
 function show(frame) {
   const shown = document.querySelector("[name=shown]:checked").value;
+  const [, H, W] = model.shape, room = $("figure").clientWidth;
   let columns = run.columns; // a narrow page has fewer, so that images stay large enough to see
-  while (columns % 2 === 0 && $("figure").clientWidth < 40 * columns) columns /= 2;
-  draw($("canvas"), frame[shown], columns);
+  while (columns % 2 === 0 && room < 40 * columns) columns /= 2;
+  const width = (room - GAP) / columns - GAP, height = (0.6 * innerHeight - GAP) / Math.ceil(run.count / columns) - GAP;
+  draw($("canvas"), frame[shown], columns, Math.max(1, Math.floor(Math.min(width / W, height / H))));
   const where = `Step ${frame.step} of ${run.steps}, t = ${frame.t}`;
   $("caption").textContent = frame.step ? `${where}, ${run.seconds.toFixed(1)} s` : where;
   $("scrubber").setAttribute("aria-valuetext", where);
@@ -152,13 +154,11 @@ function show(frame) {
   $("canvas").setAttribute("aria-label", `${run.count} image${run.count > 1 ? "s" : ""}, ${what}`);
 }
 
-/** Draw the images of a frame as a grid, in which small images are enlarged by a whole factor. */
-function draw(canvas, pixels, columns, background) {
-  const [C, H, W] = model.shape, factor = Math.max(1, Math.ceil(32 / Math.min(H, W)));
-  const right = W * factor + GAP, down = H * factor + GAP, rows = Math.ceil(run.count / columns);
+/** Draw the images of a frame as a grid; each pixel becomes a square of `factor` pixels of the canvas. */
+function draw(canvas, pixels, columns, factor, background) {
+  const [C, H, W] = model.shape, right = W * factor + GAP, down = H * factor + GAP;
   canvas.width = columns * right + GAP;
-  canvas.height = rows * down + GAP;
-  fit(canvas);
+  canvas.height = Math.ceil(run.count / columns) * down + GAP;
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = false;
   if (background) {
@@ -175,13 +175,6 @@ function draw(canvas, pixels, columns, background) {
     const x = (i % columns) * right + GAP, y = Math.floor(i / columns) * down + GAP;
     context.drawImage(tile, x, y, W * factor, H * factor);
   }
-}
-
-/** Enlarge a canvas on the page by a whole factor, so that pixels stay squares. */
-function fit(canvas) {
-  const room = $("figure").clientWidth, height = 0.6 * innerHeight;
-  const factor = Math.floor(Math.min(room / canvas.width, height / canvas.height));
-  canvas.style.width = `${canvas.width * Math.max(1, factor)}px`;
 }
 
 function scrub() {
@@ -210,7 +203,8 @@ function stop() {
 /** Save the frame as a picture, in the layout of `ddpm sample`. */
 function save() {
   const canvas = document.createElement("canvas"), frame = run.frames[$("scrubber").value];
-  draw(canvas, frame[document.querySelector("[name=shown]:checked").value], run.columns, "white");
+  const shown = document.querySelector("[name=shown]:checked").value, [, H, W] = model.shape;
+  draw(canvas, frame[shown], run.columns, Math.max(1, Math.ceil(32 / Math.min(H, W))), "white");
   canvas.toBlob((blob) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(blob);
