@@ -55,19 +55,25 @@ def check_packages() -> None:
             raise not_installed(package, "onnx")
 
 
+def check_size(checkpoint: Checkpoint) -> None:
+    """Raise InputError for a network that takes more than the 2 GiB that an ONNX file holds."""
+    assert isinstance(checkpoint.denoiser.network, nn.Module)
+    parameters = sum(parameter.numel() for parameter in checkpoint.denoiser.network.parameters())
+    if 4 * parameters > 2**31 - 2**20:
+        raise InputError(
+            f"{checkpoint.path}: {parameters:,} parameters take {4 * parameters / 2**30:.1f} GiB in float32; want a "
+            "network of less than 2 GiB, which is the most that an ONNX file holds"
+        )
+
+
 def graph(checkpoint: Checkpoint) -> tuple[bytes, dict[str, Any]]:
     """The content of the ONNX file and the model's `settings`.
 
     Raises InputError for a network that takes more than ONNX's 2 GiB, that torch cannot export, or whose graph gives
     other numbers than torch (`verify`).
     """
-    network, preset, about = _plain(checkpoint.denoiser.network), checkpoint.preset, settings(checkpoint)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    if 4 * parameters > 2**31 - 2**20:
-        raise InputError(
-            f"{checkpoint.path}: {parameters:,} parameters take {4 * parameters / 2**30:.1f} GiB in float32; want a "
-            "network of less than 2 GiB, which is the most that an ONNX file holds"
-        )
+    check_size(checkpoint)
+    network, about = _plain(checkpoint.denoiser.network), settings(checkpoint)
     example = inputs(checkpoint, 2)
     try:
         with _quiet(), torch.no_grad():
@@ -77,7 +83,7 @@ def graph(checkpoint: Checkpoint) -> tuple[bytes, dict[str, Any]]:
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{checkpoint.path}: torch cannot export a network of {preset.kind} images: {reason}") from error
+        raise InputError(f"{checkpoint.path}: torch cannot export this network to ONNX ({reason})") from error
     assert program is not None
     model = program.model_proto
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
@@ -113,7 +119,7 @@ def settings(checkpoint: Checkpoint) -> dict[str, Any]:
     second = f", then {C} channels of the variance ({variance})" if denoiser.learned else ""
     return {
         "name": checkpoint.home.name.removeprefix("ddpm-"),
-        "model": checkpoint.about(),
+        "model": {**checkpoint.about(), "network_precision": "float32"},
         "opset": OPSET,
         "inputs": {
             "x": f"float32 [batch, {C}, {H}, {W}]: x_t, the signal in [-1, 1] with noise",
