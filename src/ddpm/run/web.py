@@ -21,6 +21,8 @@ PAGE = Path(__file__).parents[1] / "web"
 """The files of the page: one HTML file, its style, and JavaScript modules."""
 VERSION = "1.30.0"
 """The version of onnxruntime-web, which computes the network in the browser."""
+PACKAGE = f"onnxruntime-web@{VERSION}"
+WANT = f"want a folder with {PACKAGE}, which `npm pack {PACKAGE}` fetches, unpacked"
 PACKED = (
     "ab4cbe26baedba45d2cec05610c71c55fa97db92d19a8b171c5f8269126683ca"
     "590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61"
@@ -92,31 +94,28 @@ def read_runtime(folder: Path | None) -> dict[str, bytes]:
 
 def checked(files: Mapping[str, bytes], source: str) -> dict[str, bytes]:
     """The files of RUNTIME among `files`. Raises InputError if one is missing or has another SHA-512."""
-    want = f"want onnxruntime-web {VERSION}, unpacked"
     for name, digest in RUNTIME.items():
         if name not in files:
-            raise InputError(f"{source}: {name} is not there; {want}")
+            raise InputError(f"{source}: {name} is not there; {WANT}")
         if hashlib.sha512(files[name]).hexdigest() != digest:
-            raise InputError(f"{source}: {name} is not that of version {VERSION}, since its SHA-512 differs; {want}")
+            raise InputError(f"{source}: {name} is not that of version {VERSION}, since its SHA-512 differs; {WANT}")
     return {name: files[name] for name in RUNTIME}
 
 
 def _packed() -> dict[str, bytes]:
     """The files of RUNTIME from the package that npm fetches."""
     npm = shutil.which("npm")
-    package = f"onnxruntime-web@{VERSION}"
-    by_hand = f"want `npm pack {package}` on a machine that can, its archive unpacked, and --runtime FOLDER"
     if npm is None:
-        raise InputError(f"runtime: npm is not installed, which fetches {package}; {by_hand}")
+        raise InputError(f"runtime: npm is not installed, which would fetch it; {WANT}")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            subprocess.run([npm, "pack", package], cwd=folder, check=True, capture_output=True, text=True, timeout=600)
+            subprocess.run([npm, "pack", PACKAGE], cwd=folder, check=True, capture_output=True, text=True, timeout=600)
         except (OSError, subprocess.SubprocessError) as error:
             lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
-            raise InputError(f"runtime: npm cannot fetch {package} ({lines[0]}); {by_hand}") from error
+            raise InputError(f"runtime: npm cannot fetch {PACKAGE} ({lines[0]}); {WANT}") from error
         archive = next(Path(folder).glob("*.tgz"))
         if hashlib.sha512(archive.read_bytes()).hexdigest() != PACKED:
-            raise InputError(f"npm pack: {archive.name} is not the expected one, since its SHA-512 differs; {by_hand}")
+            raise InputError(f"npm pack: {archive.name} is not the expected one, since its SHA-512 differs; {WANT}")
         with tarfile.open(archive) as tar:
             members = {name: tar.extractfile(f"package/dist/{name}") for name in RUNTIME}
             return {name: member.read() for name, member in members.items() if member is not None}
