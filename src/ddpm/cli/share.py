@@ -29,8 +29,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("run", metavar="RUN", help=MODEL)
     parser.add_argument("--out", metavar="FILE", help="NAME.safetensors")
     kinds = (
-        "instead: diffusers DIR; hub OWNER/NAME; onnx FILE.onnx, the network in float32; or web DIR, a page in which the "
-        "model runs, for any static web server"
+        "instead: diffusers DIR; hub OWNER/NAME; onnx FILE.onnx, the network in float32; or web DIR, a page in which "
+        "the model runs, for any static web server"
     )
     parser.add_argument("--to", nargs=2, metavar=("KIND", "PLACE"), help=kinds)
     runtime = "with --to web: an unpacked onnxruntime-web of the version that the page needs (default: npm fetches it)"

@@ -7,7 +7,6 @@ import tarfile
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ddpm.errors import InputError
 from ddpm.files import atomic
