@@ -116,7 +116,7 @@ def test_a_graph_with_a_changed_weight_is_refused(digits):
     changed = np.frombuffer(weight.raw_data, np.float32).copy()
     changed[0] += 0.5
     weight.raw_data = changed.tobytes()
-    with pytest.raises(InputError, match="of the largest output off torch, and 0[.]0001 is accepted"):
+    with pytest.raises(InputError, match=r"of the largest output off torch, and 0\.0001 is accepted"):
         ours.verify(model.SerializeToString(), checkpoint)
 
 

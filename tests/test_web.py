@@ -5,6 +5,7 @@ import functools
 import http.server
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -124,7 +125,7 @@ PATHS = """
   const parts = [];
   for (const { model, settings } of given) {
     const size = model.shape.reduce((a, b) => a * b), learned = model.variance.startsWith("learned");
-    const network = async (x, timestep, labels) => { // what `network` in Python computes
+    const network = async (x, timestep, labels) => { // `formula` in Python
       const width = learned ? 2 * size : size, out = new Float32Array((x.length / size) * width);
       for (let i = 0; i < x.length; i++) {
         const image = Math.floor(i / size), place = image * width + (i % size);
@@ -138,6 +139,15 @@ PATHS = """
 """
 
 
+def formula(x, timestep, y):
+    """A network that is a formula."""
+    return 0.6 * x + (0.1 * y + timestep / 1000).view(-1, 1, 1, 1)
+
+
+def formula_with_variance(x, timestep, y):
+    return torch.cat([formula(x, timestep, y), 0.3 * x - 1], 1)
+
+
 @needs_node
 @pytest.mark.parametrize("predict", ["eps", "x0", "v", "mu"])
 def test_samplers_are_those_of_the_library(predict, modules):
@@ -147,11 +157,7 @@ def test_samplers_are_those_of_the_library(predict, modules):
     for variance, sampler, clip, guidance in itertools.product(
         ("fixed_large", "fixed_small", "learned", "learned_range"), ("ddim", "ancestral"), (True, False), (1.0, 2.0)
     ):
-
-        def network(x, timestep, y, learned=variance.startswith("learned")):
-            out = 0.6 * x + (0.1 * y + timestep / 1000).view(-1, 1, 1, 1)
-            return torch.cat([out, 0.3 * x - 1], 1) if learned else out
-
+        network = formula if variance.startswith("fixed") else formula_with_variance
         eta = 0.7 if clip and sampler == "ddim" else 0.0
         steps = T if sampler == "ancestral" and (predict == "mu" or variance == "learned") else 7
         denoiser = Denoiser(network, table, predict, variance, clip).guided(guidance)
@@ -286,8 +292,8 @@ def fill(page, **settings):
 
 
 def wait_for(page, words):
-    """Wait until the status has these words."""
-    page.get_by_text(words).wait_for(timeout=60_000)
+    """Wait until the page has a text, or text of a pattern."""
+    page.get_by_text(words).wait_for(timeout=120_000)
 
 
 def saved(page, path):
@@ -330,12 +336,12 @@ def test_chromiums_noise_is_numpys_bit_for_bit(page):
 )
 def test_images_are_those_of_ddpm_sample(fields, options, page, tmp_path):
     """Within one grey level in at least 99% of the pixels; the saved picture has the layout of `ddpm sample`."""
-    fill(page, **fields, seed=11, count=20)
+    fill(page, **fields, seed=11, count=10)
     page.click("#start")
-    wait_for(page, "20 images in")
+    wait_for(page, "10 images in")
     ours = saved(page, tmp_path / "page.png")
     out = tmp_path / "ours.png"
-    words = f"sample digits -n 20 --seed 11 --precision float32 --device cpu --out {out} --json {options}".split()
+    words = f"sample digits -n 10 --seed 11 --precision float32 --device cpu --out {out} --json {options}".split()
     assert main(words) == 0
     theirs = np.asarray(Image.open(out).convert("L")).astype(int)
     assert ours.shape == theirs.shape
@@ -366,7 +372,7 @@ def test_scrubber_switch_and_play(page, tmp_path):
 def test_cancel_works_at_once_and_the_next_sampling_is_not_disturbed(page, tmp_path):
     fill(page, sampler="ancestral", steps=1000, seed=0, count=60, **{"class": "all"})
     page.click("#start")
-    wait_for(page, "Step 2 of 1000")
+    wait_for(page, re.compile(r"Step [1-9]\d* of 1000"))
     page.click("#cancel")
     wait_for(page, "Cancelled after")
     page.locator("#cancel:disabled").wait_for()
@@ -380,6 +386,7 @@ def test_cancel_works_at_once_and_the_next_sampling_is_not_disturbed(page, tmp_p
 
 
 def test_the_keyboard_alone_samples(page):
+    fill(page, sampler="ddim", steps=5, count=4, **{"class": ""})
     page.locator("#class").focus()
     visited = []
     while page.evaluate("document.activeElement.id") != "start":
@@ -388,7 +395,7 @@ def test_the_keyboard_alone_samples(page):
         assert len(visited) < 20
     assert {"sampler", "steps", "seed", "count"} <= set(visited)
     page.keyboard.press("Enter")
-    wait_for(page, "images in")
+    wait_for(page, "4 images in")
 
 
 def test_a_wrong_value_is_not_sampled(page):
