@@ -69,7 +69,7 @@ LEVELS = [1, 2, 500, 1000]
 def assert_same_bits(draws, want):
     """Assert that float32 numbers are equal, bit for bit.
 
-    In the tail beyond 3.65, NumPy's numbers depend on the C library's log1pf; noise.js has that of glibc up to 2.40.
+    In the tail beyond 3.65, NumPy's numbers depend on the C library's log1pf; noise.js has that of glibc 2.36.
     With another library, the last bit of a few numbers may differ there, and nowhere else.
     """
     draws, want = np.asarray(draws).ravel(), want.numpy().ravel()

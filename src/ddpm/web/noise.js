@@ -93,7 +93,7 @@ const SERIES = [
 ].map(fround);
 
 /**
- * C's log1pf(-m / 2^24) for m = 0 .. 2^24 - 1, as glibc up to version 2.40 computes it. For 7% of the arguments it is
+ * C's log1pf(-m / 2^24) for m = 0 .. 2^24 - 1, as glibc 2.36 computes it. For 7% of the arguments it is
  * not the float32 that is nearest to the logarithm, so Math.log1p would not do. (For m = 2^23 + 1 the last bit differs
  * from glibc's, and no draw differs.) This is fdlibm's s_log1pf.c:
  * Copyright (C) 1993 by Sun Microsystems, Inc. All rights reserved. Developed at SunPro, a Sun Microsystems, Inc.
