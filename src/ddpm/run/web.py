@@ -22,6 +22,7 @@ VERSION = "1.30.0"
 """The version of onnxruntime-web, which computes the network in the browser."""
 PACKAGE = f"onnxruntime-web@{VERSION}"
 WANT = f"want a folder with {PACKAGE}, which `npm pack {PACKAGE}` fetches, unpacked"
+"""What an error says about a runtime that is not there."""
 PACKED = (
     "ab4cbe26baedba45d2cec05610c71c55fa97db92d19a8b171c5f8269126683ca"
     "590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61"
@@ -108,10 +109,12 @@ def _packed() -> dict[str, bytes]:
         raise InputError(f"runtime: npm is not installed, which would fetch it; {WANT}")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            subprocess.run([npm, "pack", PACKAGE], cwd=folder, check=True, capture_output=True, text=True, timeout=600)
+            command = [npm, "pack", PACKAGE, "--fetch-retries=0"]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=600)
         except (OSError, subprocess.SubprocessError) as error:
             lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
-            raise InputError(f"runtime: npm cannot fetch {PACKAGE} ({lines[0]}); {WANT}") from error
+            reason = lines[0] if lines else "it says no reason"
+            raise InputError(f"runtime: npm cannot fetch {PACKAGE} ({reason}); {WANT}") from error
         archive = next(Path(folder).glob("*.tgz"))
         if hashlib.sha512(archive.read_bytes()).hexdigest() != PACKED:
             raise InputError(f"npm pack: {archive.name} is not the expected one, since its SHA-512 differs; {WANT}")
