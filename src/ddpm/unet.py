@@ -158,7 +158,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         qkv = convolve(self.qkv, x, self.norm).flatten(2).transpose(1, 2)  # [B, HW, 3C]
-        B, heads = len(x), self.heads
+        B, heads = x.shape[0], self.heads  # len(x) would fix the batch of an exported graph
         if heads > 1:  # each head is one more image of the batch
             N, C = qkv.shape[1], x.shape[1] // heads
             qkv = qkv.reshape(B, N, 3, heads, C).permute(0, 3, 1, 2, 4).reshape(B * heads, N, 3 * C)

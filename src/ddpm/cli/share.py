@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,28 @@ from ddpm.errors import InputError
 from ddpm.presets import check, find_preset, to_json
 from ddpm.version import __version__
 
+KINDS = {"diffusers": "DIR", "hub": "OWNER/NAME", "onnx": "FILE.onnx", "web": "DIR"}
+"""What --to takes: a kind -> its place."""
+
 
 def add(commands: Commands) -> None:
     parser = command(
         commands, "export", export, "write a model as one file for others, with a card",
         "Write the weights, rounded to bf16, and their settings to FILE.safetensors. Beside it FILE.md is a card with "
         "what was measured, FILE.png is a grid of 64 samples, and a calibration is copied. With --to, write a folder "
-        "for diffusers' pipelines instead, or put the model on the Hugging Face hub.",
+        "for diffusers' pipelines instead, an ONNX file, or a folder with a web page in which the model runs, or put "
+        "the model on the Hugging Face hub.",
         "ddpm export runs/digits --out mine.safetensors",
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help=MODEL)
     parser.add_argument("--out", metavar="FILE", help="NAME.safetensors")
-    parser.add_argument("--to", nargs=2, metavar=("KIND", "PLACE"), help="instead: diffusers DIR, or hub OWNER/NAME")
+    kinds = (
+        "instead: diffusers DIR; hub OWNER/NAME; onnx FILE.onnx, the network in float32; or web DIR, a page in which "
+        "the model runs, for any static web server"
+    )
+    parser.add_argument("--to", nargs=2, metavar=("KIND", "PLACE"), help=kinds)
+    runtime = "with --to web: an unpacked onnxruntime-web of the version that the page needs (default: npm fetches it)"
+    parser.add_argument("--runtime", metavar="FOLDER", help=runtime)
     stored = "precision of the weights in the file: bf16, half the size, or float32 (bf16)"
     parser.add_argument("--precision", dest="stored", metavar="X", help=stored)
     parser.add_argument(
@@ -73,15 +84,20 @@ def add(commands: Commands) -> None:
 def export(args: argparse.Namespace) -> int:
     check("--precision", args.stored or "bf16", Literal["bf16", "float32"])
     if (args.out is None) == (args.to is None):
-        raise InputError("--out, --to: want one of --out FILE.safetensors, --to diffusers DIR, --to hub OWNER/NAME")
+        kinds = ", ".join(f"--to {kind} {place}" for kind, place in KINDS.items())
+        raise InputError(f"--out, --to: want one of --out FILE.safetensors, {kinds}")
     kind, place = args.to or ("file", args.out)
     if args.to:
-        check("--to", kind, Literal["diffusers", "hub"])
+        check("--to", kind, Literal[tuple(KINDS)])
     for name, value in (("precision", args.stored), ("data", args.data), ("license", args.license)):
-        if kind == "diffusers" and value is not None:
-            raise InputError(f"--{name} {value}: not with --to diffusers, which writes float32 and no card")
+        if kind in ("diffusers", "onnx", "web") and value is not None:
+            raise InputError(f"--{name} {value}: not with --to {kind}, which writes float32 and no card")
     if kind != "diffusers" and args.class_name is not None:
         raise InputError(f"--class {args.class_name}: only with --to diffusers; other formats keep all classes")
+    if kind != "web" and args.runtime is not None:
+        raise InputError(f"--runtime {args.runtime}: only with --to web")
+    if kind in ("onnx", "web"):
+        return _export_for_onnxruntime(args, kind, Path(place))
 
     with importing():
         from ddpm.files import hub, interop
@@ -112,6 +128,29 @@ def export(args: argparse.Namespace) -> int:
         about["class"] = args.class_name
         card = f", the network {f'of class {args.class_name}' if args.class_name else 'without a class'}"
     print(json.dumps(about) if args.json else f"written: {place}{card}")
+    return 0
+
+
+def _export_for_onnxruntime(args: argparse.Namespace, kind: str, place: Path) -> int:
+    """--to onnx and --to web."""
+    with importing():
+        import torch
+
+        from ddpm.files import interop
+        from ddpm.files.interop import onnx
+        from ddpm.run import web
+
+    (onnx if kind == "onnx" else interop).check_out(place)
+    onnx.check_packages()
+    model, about = open_model(args, torch.device("cpu")), {"out": str(place), "kind": kind, "opset": onnx.OPSET}
+    if kind == "onnx":
+        onnx.to_onnx(model, place)
+        size, more = place.stat().st_size, ""
+    else:
+        size = web.to_web(model, place, None if args.runtime is None else Path(args.runtime))
+        more = f"; `python3 -m http.server -d {shlex.quote(str(place))}` shows it at http://localhost:8000"
+    summary = f"written: {place}, {size / 1e6:.1f} MB, ONNX opset {onnx.OPSET}{more}"
+    print(json.dumps({**about, "bytes": size, **model.about()}) if args.json else summary)
     return 0
 
 
