@@ -54,8 +54,9 @@ class State:
         self._kept: OrderedDict[str, Kept] = OrderedDict()
 
     def names(self) -> list[str]:
-        """The models, as one types them on the command line: those given, those of the package, and the runs."""
-        return list(dict.fromkeys([*self.given, *models_by_name(), *map(str, self.run_folders())]))
+        """The models, as one types them on the command line: those given, those of the package, small ones first, and the runs."""
+        packaged = sorted((file.stat().st_size, name) for name, file in models_by_name().items())
+        return list(dict.fromkeys([*self.given, *(name for _, name in packaged), *map(str, self.run_folders())]))
 
     def run_folders(self) -> list[Path]:
         """The runs under the folder of runs, and those given, sorted."""

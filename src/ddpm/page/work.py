@@ -1,6 +1,7 @@
 """One job at a time: the others wait in a queue, and a job ends when its reader leaves."""
 
 import asyncio
+import itertools
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Generator
@@ -73,7 +74,7 @@ class Work:
 
     async def leave(self, job: Job) -> None:
         """Close a job in its thread, after the call that it is in, and let the next one start."""
-        await asyncio.get_running_loop().run_in_executor(self.thread, lambda: job.close())
+        await asyncio.get_running_loop().run_in_executor(self.thread, job.close)
         async with self._moved:
             self._queue.remove(job)
             self._moved.notify_all()
@@ -84,18 +85,18 @@ class _Stream(StreamingResponse):
 
     def __init__(self, work: Work, job: Job) -> None:
         super().__init__(work.events(job), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
-        self._leave = lambda: work.leave(job)
+        self._work, self._job = work, job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await asyncio.shield(self._leave())
+            await asyncio.shield(self._work.leave(self._job))
 
 
 def _next(job: Job) -> list[dict[str, Any] | None]:
     """The next event of a job in a list, which is empty at its end."""
-    return [event for event, _ in zip(job, range(1), strict=False)]
+    return list(itertools.islice(job, 1))
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -16,11 +16,15 @@ function setting(name) {
   };
   const box = el("fieldset", {}, el("legend", {}, name),
     field("Class", inputs.class), field("Guidance towards the class", inputs.guidance, "1 is none"),
-    field("Sampler", inputs.sampler),
+    field("Sampler", inputs.sampler, " "),
     el("div", { class: "pair" }, field("Steps", inputs.steps), field("Spacing", inputs.spacing)));
   const adapt = () => { inputs.guidance.disabled = !inputs.class.value || inputs.guided === false; };
   let samplers = {};
-  const sampler = () => { inputs.steps.placeholder = samplers[inputs.sampler.value]?.[1] ?? "all"; };
+  const sampler = () => {
+    const [meaning, steps] = samplers[inputs.sampler.value];
+    inputs.sampler.nextElementSibling.textContent = meaning;
+    inputs.steps.placeholder = steps ?? "all";
+  };
   inputs.class.addEventListener("change", adapt);
   inputs.sampler.addEventListener("change", sampler);
 
@@ -29,9 +33,9 @@ function setting(name) {
     const fill = (input, pairs, value) => {
       const before = input.value || value;
       input.replaceChildren(...select(pairs).children);
-      if (pairs.some(([v]) => v === before)) input.value = before;
+      input.value = pairs.some(([v]) => v === before) ? before : pairs[0][0];
     };
-    fill(inputs.sampler, Object.entries(samplers).map(([v, [meaning]]) => [v, `${v}: ${meaning}`]), chosen);
+    fill(inputs.sampler, Object.keys(samplers).map((v) => [v, v]), chosen);
     fill(inputs.spacing, [["", "as the sampler wants"], ...Object.keys(choices.spacings).map((v) => [v, v])]);
     const none = choices.always_labelled ? [] : [["", "none"]];
     const all = choices.classes.length ? [["all", "all in turn"]] : [];
