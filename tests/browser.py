@@ -90,10 +90,9 @@ def look(tab: str, folder: Path, to: Path, scripts: str = "") -> None:
                 if scripts:
                     page.evaluate(scripts)
                     page.wait_for_timeout(3000)
+                wide = page.evaluate("document.documentElement.scrollWidth")
                 page.screenshot(path=str(to / f"{tab}-{width}-{scheme}.png"), full_page=True)
-                print(
-                    tab, width, scheme, page.faults, "overflow", page.evaluate("document.documentElement.scrollWidth")
-                )
+                print(tab, width, scheme, page.faults, wide, "pixels wide")
 
 
 if __name__ == "__main__":

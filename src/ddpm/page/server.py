@@ -50,7 +50,7 @@ def app(state: State, token: str | None = None, any_host: bool = False) -> Starl
     modules = [importlib.import_module(f"{tabs.__name__}.{m.name}") for m in pkgutil.iter_modules(tabs.__path__)]
     names = [m.__name__.rpartition(".")[2] for m in modules]
 
-    async def models(request: Request) -> Response:
+    def models(request: Request) -> Response:
         return JSONResponse({"models": state.names(), "tabs": names, "version": __version__})
 
     async def add_picture(request: Request) -> Response:
@@ -107,8 +107,9 @@ class Guard:
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                own = message.get("headers", [])
                 added = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-                message["headers"] = [*message.get("headers", ()), *added]
+                message["headers"] = [*own, *(pair for pair in added if pair[0] not in dict(own))]
             await send(message)
 
         if (refusal := self._refusal(request, knows)) is None:

@@ -2,6 +2,7 @@
 
 import base64
 import secrets
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ddpm.errors import InputError, finite_number, suggestion, whole_number
 from ddpm.files import images
+from ddpm.files.checkpoints import saved
 from ddpm.files.images import Pixels
 from ddpm.files.models import Checkpoint
 from ddpm.files.opening import find, models_by_name
@@ -52,11 +54,16 @@ class State:
         self.given, self.runs, self.device, self.work = tuple(given), runs, device, Work()
         self._models: OrderedDict[tuple[str, Path], Checkpoint] = OrderedDict()
         self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """The models, as one types them on the command line: those given, those of the package, small ones first, and the runs."""
+        """The models, as one types them on the command line: those given, the package's by their size, and runs."""
         packaged = sorted((file.stat().st_size, name) for name, file in models_by_name().items())
-        return list(dict.fromkeys([*self.given, *(name for _, name in packaged), *map(str, self.run_folders())]))
+        return list(
+            dict.fromkeys(
+                [*self.given, *(name for _, name in packaged), *(str(run) for run in self.run_folders() if saved(run))]
+            )
+        )
 
     def run_folders(self) -> list[Path]:
         """The runs under the folder of runs, and those given, sorted."""
@@ -71,7 +78,12 @@ class State:
         if name not in (names := self.names()):
             raise InputError(f"model {name!r}: {suggestion(name, names)}want {', '.join(names)}")
         foreign = name.startswith("hf:") or Path(name, "model_index.json").exists() or Path(name, "unet").exists()
-        key = name, Path(name) if foreign else find(Path(name))
+        with self._lock:
+            return self._open(name, Path(name) if foreign else find(Path(name)))
+
+    def _open(self, name: str, file: Path) -> Checkpoint:
+        """The model of this name. `file` tells whether one that is open is still the newest."""
+        key = name, file
         if key not in self._models:
             opened = open_for_device(name, self.device)
             self._models[key] = replace(opened, denoiser=opened.denoiser.to(self.device))
@@ -165,3 +177,10 @@ def field(
         raise InputError(f"{name}: {len(value):,} characters; want at most {high or 200:g}")
     result: T = value
     return result
+
+
+def optional(
+    body: dict[str, Any], name: str, kind: type[T], low: float | None = None, high: float | None = None
+) -> T | None:
+    """A value of a request as `field` checks it, or None if it is missing, null or empty text."""
+    return None if body.get(name) in (None, "") else field(body, name, kind, None, low, high)

@@ -15,7 +15,7 @@ function setting(name) {
     guidance: number("1.5", 0, 20, 0.1),
   };
   const box = el("fieldset", {}, el("legend", {}, name),
-    field("Class", inputs.class), field("Guidance towards the class", inputs.guidance, "1 is none"),
+    el("div", { class: "pair" }, field("Class", inputs.class), field("Guidance", inputs.guidance, "1 is none")),
     field("Sampler", inputs.sampler, " "),
     el("div", { class: "pair" }, field("Steps", inputs.steps), field("Spacing", inputs.spacing)));
   const adapt = () => { inputs.guidance.disabled = !inputs.class.value || inputs.guided === false; };
@@ -36,7 +36,7 @@ function setting(name) {
       input.value = pairs.some(([v]) => v === before) ? before : pairs[0][0];
     };
     fill(inputs.sampler, Object.keys(samplers).map((v) => [v, v]), chosen);
-    fill(inputs.spacing, [["", "as the sampler wants"], ...Object.keys(choices.spacings).map((v) => [v, v])]);
+    fill(inputs.spacing, [["", "default"], ...Object.keys(choices.spacings).map((v) => [v, v])]);
     const none = choices.always_labelled ? [] : [["", "none"]];
     const all = choices.classes.length ? [["all", "all in turn"]] : [];
     fill(inputs.class, [...none, ...all, ...choices.classes.map((v) => [v, v])]);
@@ -146,7 +146,7 @@ export async function build(section) {
   const picker = await modelPicker(async (name) => {
     const choices = await getJSON(`/api/sample/choices?model=${encodeURIComponent(name)}`);
     settings[0].offer(choices, "ddim", 20);
-    settings[1].offer(choices, "ancestral", "");
+    settings[1].offer(choices, "ancestral", 100);
   });
   const form = el("form", { class: "panel" }, picker,
     el("div", { class: "pair" }, field("Seed", seed), field("Images", count)), settings[0],
@@ -159,7 +159,7 @@ export async function build(section) {
     controller = new AbortController();
     go.disabled = play.disabled = true;
     cancel.disabled = false;
-    status.textContent = "Samples.";
+    status.textContent = "The model makes the images.";
     const shared = { model: picker.input.value, seed: Number(seed.value), count: Number(count.value) };
     try {
       await Promise.all(used().map((i) => stages[i].run({ ...shared, ...settings[i].values() }, controller.signal, follow)));

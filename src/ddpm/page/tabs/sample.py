@@ -14,7 +14,7 @@ from ddpm import catalog, kernels, pixels
 from ddpm.files import animation, arrays, images
 from ddpm.files.images import Pixels
 from ddpm.noise import per_image
-from ddpm.page.state import State, field, png_url
+from ddpm.page.state import State, field, optional, png_url
 from ddpm.page.work import Job
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.export import grid_columns
@@ -28,7 +28,7 @@ MOST = 64
 
 
 def routes(state: State) -> list[Route]:
-    async def choices(request: Request) -> Response:
+    def choices(request: Request) -> Response:
         preset = state.model(request.query_params.get("model", "")).preset
         samplers = {name: [e.meaning, e.settings.get("steps", 20)] for name, e in catalog.samplers().items()}
         spacings = {name: entry.meaning for name, entry in catalog.spacings().items()}
@@ -49,9 +49,8 @@ def start(state: State, body: dict[str, Any]) -> Job:
     """
     name, sampler = field(body, "model", str), field(body, "sampler", str, "ancestral")
     seed, count = field(body, "seed", int, 0, 0, 2**62), field(body, "count", int, 4, 1, MOST)
-    steps = field(body, "steps", int, low=1) if body.get("steps") is not None else None
-    spacing = field(body, "spacing", str) if body.get("spacing") else None
-    guidance = field(body, "guidance", float) if body.get("guidance") is not None else None
+    steps, spacing = optional(body, "steps", int, 1), optional(body, "spacing", str)
+    guidance = optional(body, "guidance", float)
     classes = tuple(map(str, field(body, "classes", list, [])))
     model = state.model(name)
     conditions = Conditions(classes, guidance).resolved(model)
