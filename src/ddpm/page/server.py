@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ddpm.errors import InputError, one_line
 from ddpm.page import tabs
 from ddpm.page.state import UPLOAD, State
-from ddpm.page.work import UNFORESEEN, read
+from ddpm.page.work import LOG, UNFORESEEN, read
 
 STATIC = Path(__file__).parent / "static"
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -94,6 +94,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
     line = error.detail if isinstance(error, HTTPException) else str(error)
     status = getattr(error, "status_code", 400)
     if not isinstance(error, InputError | HTTPException):
+        LOG.error("a request failed", exc_info=error)
         line, status = UNFORESEEN, 500
     return JSONResponse({"kind": "error", "line": one_line(line)}, status)
 
@@ -189,7 +190,7 @@ def serve(
             webbrowser.open(address)
         state.work.thread.submit(state.warm_up)
         settings = uvicorn.Config(
-            app(state, token, to_network), log_level="warning", access_log=False, timeout_graceful_shutdown=1
+            app(state, token, to_network), log_level="critical", access_log=False, timeout_graceful_shutdown=1
         )
         with suppress(KeyboardInterrupt):
             uvicorn.Server(settings).run(sockets=[listener])
