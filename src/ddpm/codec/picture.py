@@ -86,6 +86,11 @@ def cut(image: Image, header: Header, model: Model) -> Tiles:
     return Tiles(tiled(np.pad(planes, fill)).astype(np.uint8), real, coded)
 
 
+def tiles_of(model: Model, image: Image) -> Tiles:
+    """The tiles in which `compress` codes a picture. Raises InputError for a picture that the codec does not take."""
+    return cut(image, _header(model, image), model)
+
+
 def join(tiles: Image, header: Header, model: Model) -> Image:
     """The picture [H, W, C] of tiles [n, C, H, W]: the inverse of `cut`."""
     c, h, w, down, across = grid(header, model)

@@ -224,18 +224,25 @@ def inpainting(
     device = checkpoint.denoiser.schedule.alpha_bar.device
     x0 = _signal(image, checkpoint).to(device)[None]
     redrawn = (mask if isinstance(mask, Tensor) else _read_mask(mask, image, checkpoint.preset)).to(device)[None]
-    T = checkpoint.denoiser.schedule.T
-    if settings.sampler == "ancestral" and settings.steps is None:
-        settings = replace(settings, steps=min(250, T))
-    levels, run = settings.levels(checkpoint, T), named(settings.sampler).run
-    jump = max(1, len(levels) // 25) if jump is None else jump
-    if len(levels) == 1:  # there is no level to go back up to
-        resample = 1
+    levels, jump, resample = repaint_settings(checkpoint, settings, jump, resample)
+    run = named(settings.sampler).run
 
     def sample(x: Tensor, noise: Noise, y: Tensor | None) -> Iterator[Step]:
         return editing.inpaint(checkpoint.denoiser, x, redrawn, noise, levels, jump, resample, y, run)
 
     return settings.versions(x0, seed, sample)
+
+
+def repaint_settings(
+    checkpoint: Checkpoint, settings: SamplingSettings, jump: int | None, resample: int
+) -> tuple[list[int], int, int]:
+    """The levels that `inpainting` visits, and its jump and resample for them."""
+    T = checkpoint.denoiser.schedule.T
+    if settings.sampler == "ancestral" and settings.steps is None:
+        settings = replace(settings, steps=min(250, T))
+    levels = settings.levels(checkpoint, T)
+    jump = max(1, len(levels) // 25) if jump is None else jump
+    return levels, jump, 1 if len(levels) == 1 else resample  # from one level there is none to go back up to
 
 
 def _last(steps: Iterator[Step], values: Values, progress: bool) -> Tensor:
