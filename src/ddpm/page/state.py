@@ -136,14 +136,19 @@ class State:
 
         Raises InputError if it is not an image, or has more than PIXELS pixels, which is seen before it is decoded.
         """
-        width, height = images.size(data, "the picture")
-        if width * height > PIXELS:
-            raise InputError(f"the picture: {width}x{height} pixels; want at most {PIXELS // 1_000_000} million")
+        check_size(data)
         image = images.read(data, "the picture")
         grey = image.mode in ("1", "L", "LA", "I", "I;16", "I;16B")
         converted = images.convert(image, 1 if grey else 3, "the picture", notes={})
         array = np.asarray(converted)
         return self.keep(array.reshape(*array.shape[:2], -1))
+
+
+def check_size(data: bytes) -> None:
+    """Raise InputError if a file is no image, or has more than PIXELS pixels. Nothing is decoded."""
+    width, height = images.size(data, "the picture")
+    if width * height > PIXELS:
+        raise InputError(f"the picture: {width}x{height} pixels; want at most {PIXELS // 1_000_000} million")
 
 
 def _size(kept: Kept) -> int:

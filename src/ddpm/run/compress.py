@@ -126,13 +126,14 @@ def _kernel_build(checkpoint: Checkpoint) -> str:
     return kernels.identity(checkpoint.denoiser.network.computes)
 
 
-def read_image(path: str | Path) -> picture.Image:
-    """Read an image file as uint8 [H, W, C], where C is 1 or 3.
+def read_image(source: str | Path | bytes) -> picture.Image:
+    """Read an image file, or the bytes of one, as uint8 [H, W, C], where C is 1 or 3.
 
     Warns of a colour profile, which is not kept. Raises InputError if the file has more: a transparent part, more than
     8 bits per channel, or several pictures.
     """
-    image = images.read(path)
+    path = "the image" if isinstance(source, bytes) else str(source)
+    image = images.read(source, path)
     extra = {
         "more than 8 bits per channel": image.info["deep"] or image.mode == "F",
         "transparency": images.alpha(image) is not None,
@@ -147,7 +148,7 @@ def read_image(path: str | Path) -> picture.Image:
     if image.info.get("icc_profile"):
         warnings.warn(f"{path}: its colour profile is not kept; its pixel values are", stacklevel=2)
     channels = 1 if image.mode in ("1", "L", "LA") else 3
-    array = np.asarray(images.convert(image, channels, str(path), notes={}))
+    array = np.asarray(images.convert(image, channels, path, notes={}))
     return array.reshape(*array.shape[:2], channels)
 
 
