@@ -1,6 +1,8 @@
 """`ddpm page`."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from ddpm.cli.options import MODEL, Commands, command, importing, number
@@ -20,6 +22,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--host", metavar="X", help=address)
     parser.add_argument("--port", **number(int, 8000), help="port; 0 is a free one (default: %(default)s)")
     parser.add_argument("--token", metavar="X", help="secret word in the page's address, which a visitor must know")
+    parser.add_argument("--no-open", action="store_true", help="do not open the page in this machine's browser")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of runs (default: %(default)s)")
     parser.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
 
@@ -43,5 +46,7 @@ def run(args: argparse.Namespace) -> int:
     for name in args.models:
         if not name.startswith("hf:") and not (Path(name) / "config.json").is_file():
             find(Path(name))
-    serve(State(args.models, Path(args.runs), pick_device(args.device)), args.host, args.port, args.token)
+    desktop = sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    show = desktop and sys.stdout.isatty() and not args.no_open  # a browser in the terminal would take it over
+    serve(State(args.models, Path(args.runs), pick_device(args.device)), args.host, args.port, args.token, show)
     return 0

@@ -1,17 +1,20 @@
 """The server: who may ask, how much one may send, and the routes of all tabs."""
 
+import asyncio
 import hmac
 import importlib
 import pkgutil
 import secrets
 import socket
 import sys
-from collections.abc import Mapping
+import webbrowser
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -23,10 +26,13 @@ from ddpm.errors import InputError, one_line
 from ddpm.page import tabs
 from ddpm.page.state import UPLOAD, State
 from ddpm.page.work import UNFORESEEN, read
-from ddpm.version import __version__
 
 STATIC = Path(__file__).parent / "static"
 LOCAL = ("localhost", "127.0.0.1", "::1")
+NETWORK = (
+    "--host {host}: everybody who reaches this machine over the network reaches this page. Who has the token in its "
+    "address can use the models and the time of this machine, and read its runs. Nothing is encrypted."
+)
 COOKIE = "ddpm_page"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
@@ -51,10 +57,13 @@ def app(state: State, token: str | None = None, any_host: bool = False) -> Starl
     names = [m.__name__.rpartition(".")[2] for m in modules]
 
     def models(request: Request) -> Response:
-        return JSONResponse({"models": state.names(), "tabs": names, "version": __version__})
+        return JSONResponse({"models": state.names(), "tabs": names, "upload": UPLOAD})
+
+    uploads = asyncio.Semaphore(4)  # so many at a time, which bounds the memory that they take
 
     async def add_picture(request: Request) -> Response:
-        return JSONResponse(state.add_picture(await read(request, UPLOAD)))
+        async with uploads:
+            return JSONResponse(await run_in_threadpool(state.add_picture, await read(request, UPLOAD)))
 
     async def kept(request: Request) -> Response:
         file = state.kept(request.path_params["name"])
@@ -108,7 +117,9 @@ class Guard:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = message.get("headers", [])
-                added = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+                # Whoever is refused may not go on to send the rest of a long body.
+                closing = {"Connection": "close"} if message["status"] >= 400 else {}
+                added = [(name.lower().encode(), value.encode()) for name, value in (headers | closing).items()]
                 message["headers"] = [*own, *(pair for pair in added if pair[0] not in dict(own))]
             await send(message)
 
@@ -152,31 +163,36 @@ def _name(host: str) -> str | None:
         return None
 
 
-def serve(state: State, host: str | None = None, port: int = 8000, token: str | None = None) -> None:
+def serve(
+    state: State, host: str | None = None, port: int = 8000, token: str | None = None, show: bool = False
+) -> None:
     """Answer requests until Ctrl-C. Prints the page's address on standard output.
 
     host   the address to listen at; None is 127.0.0.1. Any other than LOCAL is open to the network, and needs a token,
            which is made if none is given
     port   0 is a free one
+    show   open the page in the user's browser
 
     Raises InputError if the address or the port cannot be had.
     """
-    open_to_network = host is not None and host not in LOCAL
-    if open_to_network and token is None:
-        token = secrets.token_urlsafe(16)
-    listener = _listen(host or LOCAL[1], port)
-    port = listener.getsockname()[1]
-    if open_to_network:
-        print(
-            f"--host {host}: everybody who reaches this machine over the network reaches this page. Who has the token "
-            "in its address can use the models and this machine's time, and read the runs. Nothing is encrypted.",
-            file=sys.stderr,
+    to_network = host is not None and host not in LOCAL
+    token = secrets.token_urlsafe(16) if to_network and token is None else token
+    with _listen(host or LOCAL[1], port) as listener:
+        if to_network:
+            print(NETWORK.format(host=host), file=sys.stderr)
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else host or LOCAL[1]
+        name = f"[{name}]" if ":" in name else name
+        address = f"http://{name}:{listener.getsockname()[1]}/{f'?token={token}' if token else ''}"
+        print(address, flush=True)
+        print("Ctrl-C ends the page.", file=sys.stderr)
+        if show:
+            webbrowser.open(address)
+        state.work.thread.submit(state.warm_up)
+        settings = uvicorn.Config(
+            app(state, token, to_network), log_level="warning", access_log=False, timeout_graceful_shutdown=1
         )
-    shown = socket.gethostname() if host in ("0.0.0.0", "::") else host or LOCAL[1]
-    shown = f"[{shown}]" if ":" in shown else shown
-    print(f"http://{shown}:{port}/{f'?token={token}' if token else ''}", flush=True)
-    settings: Mapping[str, object] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
-    uvicorn.Server(uvicorn.Config(app(state, token, open_to_network), **settings)).run(sockets=[listener])  # type: ignore[arg-type]
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -185,10 +201,9 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(100)  # who comes before the server has started waits
     except (OSError, OverflowError) as error:
         listener.close()
         reason = (getattr(error, "strerror", None) or str(error)).lower()
-        raise InputError(
-            f"host {host}, port {port}: {reason}; want another --port, or --port 0 for a free one"
-        ) from None
+        raise InputError(f"port {port} of {host}: {reason}; want another --port, or --port 0 for a free one") from None
     return listener

@@ -5,6 +5,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -54,7 +55,7 @@ class State:
         self.given, self.runs, self.device, self.work = tuple(given), runs, device, Work()
         self._models: OrderedDict[tuple[str, Path], Checkpoint] = OrderedDict()
         self._kept: OrderedDict[str, Kept] = OrderedDict()
-        self._lock = threading.Lock()
+        self._opening, self._keeping = threading.Lock(), threading.Lock()
 
     def names(self) -> list[str]:
         """The models, as one types them on the command line: those given, the package's by their size, and runs."""
@@ -78,7 +79,7 @@ class State:
         if name not in (names := self.names()):
             raise InputError(f"model {name!r}: {suggestion(name, names)}want {', '.join(names)}")
         foreign = name.startswith("hf:") or Path(name, "model_index.json").exists() or Path(name, "unet").exists()
-        with self._lock:
+        with self._opening:
             return self._open(name, Path(name) if foreign else find(Path(name)))
 
     def _open(self, name: str, file: Path) -> Checkpoint:
@@ -92,6 +93,14 @@ class State:
         self._models.move_to_end(key)
         return self._models[key]
 
+    def warm_up(self) -> None:
+        """Open the first model and call it once, so that the first image comes soon. A fault shows when it is used."""
+        with suppress(InputError):
+            model = self.model(self.names()[0])
+            x = torch.zeros(1, *model.preset.shape, device=self.device)
+            labels = torch.zeros(1, dtype=torch.int64, device=self.device) if model.preset.always_labelled else None
+            model.denoiser(x, torch.ones(1, dtype=torch.int64, device=self.device), labels)
+
     def keep(self, pixels: Pixels) -> dict[str, Any]:
         """Keep a picture, uint8 [H, W, C] with C 1, 3 or 4: its id, width, height and url, for the page."""
         height, width = pixels.shape[:2]
@@ -103,9 +112,10 @@ class State:
 
     def _put(self, kept: Kept) -> dict[str, Any]:
         name = secrets.token_urlsafe(12)
-        self._kept[name] = kept
-        while len(self._kept) > KEPT or sum(map(_size, self._kept.values())) > KEPT_BYTES:
-            self._kept.popitem(last=False)
+        with self._keeping:
+            self._kept[name] = kept
+            while len(self._kept) > KEPT or sum(map(_size, self._kept.values())) > KEPT_BYTES:
+                self._kept.popitem(last=False)
         return {"id": name, "url": f"/api/kept/{name}"}
 
     def kept(self, name: str) -> Kept:

@@ -62,6 +62,8 @@ export async function stream(url, body, onEvent, signal) {
 /** Send a file, a Blob, as a picture: {id, width, height, url}. */
 export async function upload(file, url = "/api/pictures") {
   const headers = { "Content-Type": "application/octet-stream" };
+  const { upload: most } = await getJSON("/api/models");
+  if (file.size > most) throw new Error(`${file.name ?? "the picture"}: ${file.size.toLocaleString("en")} bytes; want at most ${most.toLocaleString("en")}`);
   return (await answer(url, { method: "POST", headers, body: file })).json();
 }
 

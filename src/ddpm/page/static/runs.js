@@ -40,7 +40,16 @@ function ticks(low, high, log) {
   return found.filter((value) => value >= low && value <= high);
 }
 
-/** A chart of lines {name: [steps, values]} as a figure. A smoothed line is drawn over a line of many points. */
+/** The mean over 4% of the values on each side, and over fewer near the ends. */
+function smooth(values) {
+  return values.map((_, i) => {
+    const reach = Math.min(i, values.length - 1 - i, Math.ceil(values.length / 25));
+    const near = values.slice(i - reach, i + reach + 1);
+    return near.reduce((sum, value) => sum + value, 0) / near.length;
+  });
+}
+
+/** A chart of lines {name: [steps, values]} as a figure. A single line of many points is faint below its mean. */
 function chart(heading, unit, wantsLog, lines) {
   const drawn = Object.entries(lines).filter(([, [steps]]) => steps.length);
   if (!drawn.length) return null;
@@ -73,11 +82,13 @@ function chart(heading, unit, wantsLog, lines) {
     picture.append(svg("text", { x: place(x, y0)[0], y: height - 8, "text-anchor": "middle" }, short(x)));
   }
   drawn.forEach(([, [steps, values]], i) => {
-    const points = steps.map((step, j) => place(step, values[j]).map((v) => v.toFixed(1)).join(",")).join(" ");
+    const points = (ys) => steps.map((step, j) => place(step, ys[j]).map((v) => v.toFixed(1)).join(",")).join(" ");
+    const noisy = drawn.length === 1 && steps.length >= 50;
     const colour = `line-${drawn.length === 1 ? 0 : Math.round((i * 9) / (drawn.length - 1))}`;
     picture.append(steps.length === 1
       ? svg("circle", { class: `dot ${colour}`, cx: place(steps[0], values[0])[0], cy: place(steps[0], values[0])[1], r: 3 })
-      : svg("polyline", { class: `line ${colour}`, points }));
+      : svg("polyline", { class: `line ${noisy ? "faint" : ""} ${colour}`, points: points(values) }));
+    if (noisy) picture.append(svg("polyline", { class: `line ${colour}`, points: points(smooth(values)) }));
   });
   const legend = drawn.length < 2 ? [] : drawn.map(([name], i) =>
     el("span", { class: "key" }, el("i", { class: `swatch line-${Math.round((i * 9) / (drawn.length - 1))}` }), name));
@@ -93,7 +104,7 @@ export async function build(section) {
   const step = el("input", { type: "range", min: 0, max: 0, value: 0 });
   const image = el("img", { class: "pixels", alt: "" });
   const caption = el("figcaption");
-  const grids = el("div", { class: "panel", hidden: true }, el("h3", {}, "Samples over the steps of training"),
+  const grids = el("div", { class: "panel grids", hidden: true }, el("h3", {}, "Samples over the steps of training"),
     el("figure", {}, image, caption), field("Step", step));
   const files = el("div", { class: "panel files" });
   const run = el("div", { hidden: true }, facts, charts, grids, files);
