@@ -43,7 +43,7 @@ def served(folder: Path, *given: str, token: str | None = None) -> Iterator[str]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         state = State(given, folder, torch.device("cpu"))
-        server = uvicorn.Server(uvicorn.Config(app(state, token), log_level="warning", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(uvicorn.Config(app(state, token), log_level="critical", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:

@@ -1,6 +1,5 @@
 """The server: who may ask, how much one may send, and the routes of all tabs."""
 
-import asyncio
 import hmac
 import importlib
 import pkgutil
@@ -25,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ddpm.errors import InputError, one_line
 from ddpm.page import tabs
 from ddpm.page.state import UPLOAD, State
-from ddpm.page.work import UNFORESEEN, read
+from ddpm.page.work import LOG, UNFORESEEN, read
 
 STATIC = Path(__file__).parent / "static"
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -33,6 +32,8 @@ NETWORK = (
     "--host {host}: everybody who reaches this machine over the network reaches this page. Who has the token in its "
     "address can use the models and the time of this machine, and read its runs. Nothing is encrypted."
 )
+UPLOADS = 8
+"""Pictures that are added at a time, which bounds the memory that they take."""
 COOKIE = "ddpm_page"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
@@ -59,11 +60,8 @@ def app(state: State, token: str | None = None, any_host: bool = False) -> Starl
     def models(request: Request) -> Response:
         return JSONResponse({"models": state.names(), "tabs": names, "upload": UPLOAD})
 
-    uploads = asyncio.Semaphore(4)  # so many at a time, which bounds the memory that they take
-
     async def add_picture(request: Request) -> Response:
-        async with uploads:
-            return JSONResponse(await run_in_threadpool(state.add_picture, await read(request, UPLOAD)))
+        return JSONResponse(await run_in_threadpool(state.add_picture, await read(request, UPLOAD)))
 
     async def kept(request: Request) -> Response:
         file = state.kept(request.path_params["name"])
@@ -94,6 +92,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
     line = error.detail if isinstance(error, HTTPException) else str(error)
     status = getattr(error, "status_code", 400)
     if not isinstance(error, InputError | HTTPException):
+        LOG.error("a request failed", exc_info=error)
         line, status = UNFORESEEN, 500
     return JSONResponse({"kind": "error", "line": one_line(line)}, status)
 
@@ -102,7 +101,7 @@ class Guard:
     """Refuses requests from elsewhere before anything reads them, and adds HEADERS to every answer."""
 
     def __init__(self, app: ASGIApp, token: str | None, any_host: bool) -> None:
-        self.app, self.token, self.any_host = app, token, any_host
+        self.app, self.token, self.any_host, self.uploads = app, token, any_host, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -124,7 +123,12 @@ class Guard:
             await send(message)
 
         if (refusal := self._refusal(request, knows)) is None:
-            await self.app(scope, receive, with_headers)
+            uploads = _is_upload(request)
+            self.uploads += uploads
+            try:
+                await self.app(scope, receive, with_headers)
+            finally:
+                self.uploads -= uploads
         else:
             status, line = refusal
             await JSONResponse({"kind": "error", "line": line}, status)(scope, receive, with_headers)
@@ -144,14 +148,19 @@ class Guard:
             if not hmac.compare_digest(cookie.encode(), self.token.encode()):
                 return 403, "open the address with ?token=... that the server printed"
         if request.method == "POST":
-            uploads = request.url.path.startswith("/api/pictures")
-            wanted = "application/octet-stream" if uploads else "application/json"
+            wanted = "application/octet-stream" if _is_upload(request) else "application/json"
             if request.headers.get("content-type", "").split(";")[0].strip() != wanted:
                 return 415, f"the request's Content-Type is not {wanted}"
             length = request.headers.get("content-length", "0")
             if not (length.isascii() and length.isdecimal()):
                 return 400, "the request's Content-Length is no number"
+            if _is_upload(request) and self.uploads >= UPLOADS:
+                return 429, f"{UPLOADS} pictures are being added already; try again when one is there"
         return None
+
+
+def _is_upload(request: Request) -> bool:
+    return request.method == "POST" and request.url.path.startswith("/api/pictures")
 
 
 def _name(host: str) -> str | None:
@@ -189,7 +198,7 @@ def serve(
             webbrowser.open(address)
         state.work.thread.submit(state.warm_up)
         settings = uvicorn.Config(
-            app(state, token, to_network), log_level="warning", access_log=False, timeout_graceful_shutdown=1
+            app(state, token, to_network), log_level="critical", access_log=False, timeout_graceful_shutdown=1
         )
         with suppress(KeyboardInterrupt):
             uvicorn.Server(settings).run(sockets=[listener])

@@ -16,6 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from ddpm.errors import InputError, one_line, parse_json
 
+LOG = logging.getLogger("ddpm.page")
+
 LONGEST = 8
 """Jobs that run or wait at most. A request for one more is refused."""
 
@@ -69,7 +71,7 @@ class Work:
         except InputError as error:
             yield _event({"kind": "error", "line": one_line(str(error))})
         except Exception:
-            logging.getLogger(__name__).exception("a job failed")
+            LOG.exception("a job failed")
             yield _event({"kind": "error", "line": UNFORESEEN})
 
     async def leave(self, job: Job) -> None:
@@ -90,6 +92,8 @@ class _Stream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:
+            return  # the server ends
         finally:
             await asyncio.shield(self._work.leave(self._job))
 

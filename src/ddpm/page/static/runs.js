@@ -92,7 +92,7 @@ function chart(heading, unit, wantsLog, lines) {
   });
   const legend = drawn.length < 2 ? [] : drawn.map(([name], i) =>
     el("span", { class: "key" }, el("i", { class: `swatch line-${Math.round((i * 9) / (drawn.length - 1))}` }), name));
-  return el("figure", { class: "panel" }, el("h3", {}, heading, el("small", {}, ` ${unit}`)), picture,
+  return el("figure", { class: "panel" }, el("h2", {}, heading, el("small", {}, ` ${unit}`)), picture,
     legend.length ? el("figcaption", { class: "legend" }, ...legend) : null);
 }
 
@@ -104,7 +104,7 @@ export async function build(section) {
   const step = el("input", { type: "range", min: 0, max: 0, value: 0 });
   const image = el("img", { class: "pixels", alt: "" });
   const caption = el("figcaption");
-  const grids = el("div", { class: "panel grids", hidden: true }, el("h3", {}, "Samples over the steps of training"),
+  const grids = el("div", { class: "panel grids", hidden: true }, el("h2", {}, "Samples over the steps of training"),
     el("figure", {}, image, caption), field("Step", step));
   const files = el("div", { class: "panel files" });
   const run = el("div", { hidden: true }, facts, charts, grids, files);
@@ -147,7 +147,7 @@ export async function build(section) {
     grids.hidden = !pictures.length;
     showGrid();
     const others = about.files.filter((file) => !pictures.includes(file));
-    files.replaceChildren(el("h3", {}, "Files"),
+    files.replaceChildren(el("h2", {}, "Files"),
       el("ul", {}, ...others.map((file) => el("li", {}, el("a", { href: address(file), target: "_blank", rel: "noopener" }, file)))),
       others.includes("report.html") ? "" : el("p", {}, el("code", {}, `ddpm report ${picker.input.value}`), " writes a report of this run."));
   };

@@ -80,8 +80,8 @@ def start(state: State, body: dict[str, Any]) -> Job:
             x, t = step.x, step.t
     frames.append(sheet(x))
     yield frame(0, len(levels), len(levels), frames[-1], frames[-1])
-    png = state.keep_file(images.to_png(images.grid(frames[-1], columns)), "image/png")
-    yield {"kind": "done", "png": png, "gif": state.keep_file(gif(frames, columns), "image/gif")}
+    png, gif = files(pixels.to_pixels(x, denoiser.values).cpu(), frames, columns)
+    yield {"kind": "done", "png": state.keep_file(png, "image/png"), "gif": state.keep_file(gif, "image/gif")}
 
 
 def frame(t: int, index: int, of: int, x: Pixels, x0: Pixels) -> dict[str, Any]:
@@ -90,11 +90,13 @@ def frame(t: int, index: int, of: int, x: Pixels, x0: Pixels) -> dict[str, Any]:
     return {"kind": "step", "t": t, "index": index, "of": of, **urls}
 
 
-def gif(frames: Sequence[Pixels], columns: int | None) -> bytes:
-    """The frames as the bytes of a GIF file."""
+def files(samples: Tensor, frames: Sequence[Pixels], columns: int | None) -> tuple[bytes, bytes]:
+    """The PNG file that `ddpm sample` writes of these samples [N, C, H, W], and a GIF file of the frames."""
     with tempfile.TemporaryDirectory() as folder:
-        animation.save(Path(folder) / "sample.gif", frames, columns)
-        return (Path(folder) / "sample.gif").read_bytes()
+        png, gif = Path(folder) / "samples.png", Path(folder) / "samples.gif"
+        images.save_many(png, images.channels_last(samples), columns=columns, shown=frames[-1])
+        animation.save(gif, frames, columns)
+        return png.read_bytes(), gif.read_bytes()
 
 
 def command_line(
