@@ -30,6 +30,7 @@ export async function build(section) {
   const note = el("p", { role: "status" });
   const files = el("div", { class: "row" });
   const [encode, decode] = [commandLine(), commandLine()];
+  const save = el("a", { class: "button", download: "picture.png" }, "Save what is shown");
   const stops = new Map();
   let controller, about, last, shownPicture;
 
@@ -55,6 +56,7 @@ export async function build(section) {
     caption.textContent = `The first ${whole(at)} of ${whole(about.bytes)} bytes (${share}%) show ${held}.`;
     handle.setAttribute("aria-valuetext", caption.textContent);
     canvas.setAttribute("aria-label", caption.textContent);
+    save.href = shown.image;
     decode.set(`ddpm decompress ${picker.input.value} picture.ddpm --at ${at} --out picture.png`);
     paint(shown);
   }
@@ -106,6 +108,7 @@ export async function build(section) {
     const answer = await agreed(body);
     if (!answer) return;
     stops.clear();
+    about = null;
     for (const part of [files, table]) part.replaceChildren();
     sizes.hidden = handle.disabled = true;
     note.textContent = "";
@@ -127,12 +130,13 @@ export async function build(section) {
         sizes.hidden = false;
         Object.assign(handle, { min: event.begin, max: event.bytes, disabled: false });
         handle.value = event.bytes;
-        look();
         shownPicture = body.picture;
         if (shownPicture) files.append(measure);
-        files.append(el("a", { class: "button", href: last.image, download: "picture.png" }, "Save as PNG"));
+        files.append(save);
+        note.textContent += ` The header and the checks take ${event.begin + event.trailer} of the ${whole(event.bytes)} bytes.`;
+        look();
       }
-      if (event.kind === "stop" && about && !handle.disabled) look();
+      if (event.kind === "stop" && about) look();
     });
     if (ended) status.textContent = `Done. ${stops.size} prefixes are stored.`;
   }
@@ -144,13 +148,13 @@ export async function build(section) {
       if (event.kind !== "bound") return;
       measure.remove();
       if (event.reason) {
-        note.textContent = `The bound is left out: ${event.reason}.`;
+        note.textContent += ` The bound is left out: ${event.reason}.`;
         return;
       }
       const size = (event.bits_per_dim * about.values) / 8;
       row("The model’s bound", `≈ ${whole(Math.round(size))}`, `${event.bits_per_dim.toFixed(3)} ± ${event.standard_error.toFixed(3)}`);
       const tiles = event.of > 1 ? `each of ${event.tiles} whole tiles of ${event.of}` : "the picture";
-      note.textContent = `The bound (Eq. 5) is estimated from ${event.levels} levels of ${tiles}, ${event.repeats} times. ` +
+      note.textContent += ` The bound (Eq. 5) is estimated from ${event.levels} levels of ${tiles}, ${event.repeats} times. ` +
         "± is the standard error of these draws; the picture itself is given.";
     });
   } }, "Measure the bound");

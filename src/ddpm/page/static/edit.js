@@ -17,6 +17,14 @@ const WAYS = {
   interpolate: { name: "Mix two pictures", sampler: "ancestral", steps: 50, n: 7, t: 0.5, mixes: true },
 };
 
+/** Put options into a select. The value stays if it is one of them, and is the first otherwise. */
+function offer(input, options) {
+  const before = input.value;
+  input.replaceChildren(...select(options).children);
+  input.value = before;
+  if (input.selectedIndex < 0) input.selectedIndex = 0;
+}
+
 export async function build(section) {
   const inputs = {
     class: select([]), guidance: number(1.5, 0, 20, 0.1), sampler: select([]), steps: number(50, 1, 1000),
@@ -86,9 +94,9 @@ export async function build(section) {
   }
   const picker = await modelPicker(async (name) => {
     choices = await getJSON(`/api/sample/choices?model=${encodeURIComponent(name)}`);
-    inputs.class.replaceChildren(...select([...(choices.always_labelled ? [] : [["", "none"]]), ...choices.classes]).children);
+    offer(inputs.class, [...(choices.always_labelled ? [] : [["", "none"]]), ...choices.classes]);
+    offer(inputs.sampler, Object.keys(choices.samplers));
     inputs.class.disabled = !choices.classes.length;
-    inputs.sampler.replaceChildren(...select(Object.keys(choices.samplers)).children);
     inputs.t.max = inputs.steps.max = choices.T;
   });
   picker.input.addEventListener("change", () => trying(async () => { // the pictures are fitted to the new model
@@ -124,7 +132,7 @@ export async function build(section) {
     el("div", { class: "pair" }, field("Sampler", inputs.sampler), field("Steps", inputs.steps)), resample,
     el("div", { class: "pair" }, field("Seed", inputs.seed), field("Images", inputs.n)),
     el("div", { class: "row" }, go, cancel), status);
-  const stage = el("div", { class: "panel" }, el("div", { class: "stages" }, one, other), mask, watched, made, files, command);
+  const stage = el("div", { class: "panel" }, el("div", { class: "stages" }, one, other, mask), watched, made, files, command);
   section.append(el("div", { class: "columns" }, form, stage));
   form.addEventListener("change", (event) => (event.target.name === "way" ? begin() : layout()));
   inputs.t.addEventListener("input", tell);

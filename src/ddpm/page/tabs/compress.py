@@ -239,9 +239,10 @@ def _shown(model: Model, file: bytes) -> Job:
     last = yield from _counted("Reads", tiles * times, read_all)
     yield {"kind": "stop", "at": len(file), **_event(last)}
     about = {"width": header.width, "height": header.height, "channels": header.channels, "groups": header.groups}
+    about |= {"begin": begin, "trailer": header.trailer, "bytes": len(file), "values": last.image.size}
     sizes = {"This file": len(file), **(_sizes(last.image) if last.exact else {})}
     table = [[name, size, 8 * size / last.image.size] for name, size in sizes.items()]
-    yield {"kind": "read", **about, "begin": begin, "bytes": len(file), "values": last.image.size, "sizes": table}
+    yield {"kind": "read", **about, "sizes": table}
     until = time.monotonic() + PATIENCE
     for at in places(begin, len(file)):
         if time.monotonic() > until:
