@@ -65,9 +65,9 @@ function stage(name) {
   const box = el("div", { class: "stage" }, el("figure", {}, canvas, caption), progress, files, command);
   box.frames = [];
 
-  box.show = (index, estimate) => {
-    const frame = box.frames[Math.min(index, box.frames.length - 1)];
-    if (!frame) return;
+  box.show = (t, estimate) => { // the frame whose level is nearest to t
+    if (!box.frames.length) return;
+    const frame = box.frames.reduce((a, b) => (Math.abs(b.t - t) <= Math.abs(a.t - t) ? b : a));
     draw(canvas, estimate ? frame.x0 : frame.x, box.count);
     const what = frame.t === 0 ? "x₀, the images" : estimate ? `x̂₀, the estimate at t = ${frame.t}` : `xₜ at t = ${frame.t}`;
     caption.textContent = what;
@@ -112,15 +112,16 @@ export async function build(section) {
   let controller, timer;
 
   const used = () => (second.checked ? [0, 1] : [0]);
-  const longest = () => Math.max(...used().map((i) => stages[i].frames.length));
-  const paint = () => {
-    for (const i of used()) stages[i].show(Number(scrubber.value), estimate.checked);
-    scrubber.setAttribute("aria-valuetext", `t = ${stages[0].frames[Number(scrubber.value)]?.t ?? 0}`);
+  const longest = () => used().map((i) => stages[i].frames).reduce((a, b) => (b.length > a.length ? b : a));
+  const show = (t) => {
+    for (const i of used()) stages[i].show(t, estimate.checked);
+    scrubber.setAttribute("aria-valuetext", `t = ${t}`);
   };
+  const paint = () => show(longest()[Number(scrubber.value)]?.t ?? 0);
   const follow = () => {
-    scrubber.max = longest() - 1;
+    scrubber.max = longest().length - 1;
     scrubber.value = scrubber.max;
-    paint();
+    show(0);
   };
   const pause = () => { clearInterval(timer); timer = undefined; play.textContent = "Play"; };
   const layout = () => {
@@ -172,7 +173,7 @@ export async function build(section) {
     }
     go.disabled = false;
     cancel.disabled = true;
-    play.disabled = longest() < 2;
+    play.disabled = longest().length < 2;
   });
   const switcher = el("label", {}, estimate, "Show x̂₀, the estimate, in place of xₜ");
   const stagePanel = el("div", { class: "panel" }, field("Noise level t, from T to 0", scrubber),
