@@ -62,10 +62,7 @@ def routes(state: State) -> list[Route]:
     return [
         Route("/api/pictures/exact", add_picture, methods=["POST"]),
         Route("/api/pictures/file", add_file, methods=["POST"]),
-        *(
-            state.work.route(f"/api/compress/{name}", lambda body, job=job: job(state, body))  # type: ignore[misc]
-            for name, job in jobs.items()
-        ),
+        *(state.work.route(f"/api/compress/{name}", functools.partial(job, state)) for name, job in jobs.items()),
     ]
 
 
@@ -106,6 +103,7 @@ def open_file(state: State, body: dict[str, Any]) -> Job:
 
 
 def _opened(model: Model, file: bytes) -> Job:
+    """What `_shown` says, after a note of a file that may not decode here."""
     if not decodes_here(model, file):
         elsewhere = "The file was written in the local profile on another machine, device or release."
         yield {"kind": "note", "line": f"{elsewhere} It may not decode here."}
