@@ -219,6 +219,24 @@ def test_a_body_that_never_ends_is_cut_off(page):
     assert ask(page)[0] == 200
 
 
+def test_many_uploads_at_a_time_are_refused(page):
+    """Each of them holds memory."""
+    from ddpm.page.server import UPLOADS
+
+    host = urlsplit(page)
+    head = f"POST /api/pictures HTTP/1.1\r\nHost: {host.netloc}\r\nContent-Type: application/octet-stream\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(UPLOADS):
+            connection = stack.enter_context(socket.create_connection((host.hostname, host.port), timeout=60))
+            connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())
+        for _ in range(100):
+            status, _, told = ask(page, "/api/pictures", png(1, 1), **BYTES)
+            if status != 200:  # all of them have come
+                break
+        assert status == 429
+        assert json.loads(told)["line"].startswith(f"{UPLOADS} pictures are being added already")
+
+
 def test_a_flood_of_starts_is_refused_beyond_the_queue(page):
     from ddpm.page.work import LONGEST
 

@@ -64,8 +64,8 @@ def shown(page):
 
 def test_images_by_clicks_are_those_of_the_command_line(visit, tmp_path):
     page = visit()
-    page.get_by_label("Images", exact=True).fill("1")
-    page.get_by_role("button", name="Sample").click()
+    page.locator("#panel-sample").get_by_label("Images", exact=True).fill("1")
+    page.get_by_role("button", name="Sample", exact=True).click()
     status(page, "Done.")
     assert main(["sample", "digits", "-n", "1", "--seed", "0", "--sampler", "ddim", "--steps", "20",
                  "--out", str(tmp_path / "image.npz")]) == 0  # fmt: skip
@@ -83,14 +83,14 @@ def test_images_by_clicks_are_those_of_the_command_line(visit, tmp_path):
 
 def test_the_scrubber_shows_noise_and_estimates(visit):
     page = visit()
-    page.get_by_role("button", name="Sample").click()
+    page.get_by_role("button", name="Sample", exact=True).click()
     status(page, "Done.")
     end = shown(page)
-    scrubber = page.get_by_label("Noise level t")
+    scrubber = page.locator("#panel-sample").get_by_label("Noise level t")
     scrubber.press("Home")
     assert "t = 1000" in page.locator("figcaption").first.inner_text()
     noise = shown(page)
-    page.get_by_label(re.compile("Show x̂₀")).check()
+    page.locator("#panel-sample").get_by_label(re.compile("Show x̂₀")).check()
     estimate = shown(page)
     assert not (noise == end).all()
     assert not (noise == estimate).all()
@@ -102,9 +102,9 @@ def test_the_scrubber_shows_noise_and_estimates(visit):
 
 def test_two_settings_stand_side_by_side(visit):
     page = visit()
-    page.get_by_label("Compare with a second setting").check()
-    page.get_by_label("Steps").nth(1).fill("3")
-    page.get_by_role("button", name="Sample").click()
+    page.locator("#panel-sample").get_by_label("Compare with a second setting").check()
+    page.locator("#panel-sample").get_by_label("Steps").nth(1).fill("3")
+    page.get_by_role("button", name="Sample", exact=True).click()
     status(page, "Done.")
     commands = page.locator("#panel-sample code").all_inner_texts()
     assert "--sampler ddim --steps 20" in commands[0]
@@ -113,12 +113,12 @@ def test_two_settings_stand_side_by_side(visit):
 
 def test_cancel_and_the_queue_between_two_tabs(visit):
     first, second = visit(), visit()
-    first.get_by_label("Images", exact=True).fill("64")
-    first.get_by_label("Sampler", exact=True).first.select_option("ancestral")
-    first.get_by_label("Steps").first.fill("1000")
-    first.get_by_role("button", name="Sample").click()
+    first.locator("#panel-sample").get_by_label("Images", exact=True).fill("64")
+    first.locator("#panel-sample").get_by_label("Sampler", exact=True).first.select_option("ancestral")
+    first.locator("#panel-sample").get_by_label("Steps").first.fill("1000")
+    first.get_by_role("button", name="Sample", exact=True).click()
     first.wait_for_selector("progress:not([value='0'])")
-    second.get_by_role("button", name="Sample").click()
+    second.get_by_role("button", name="Sample", exact=True).click()
     second.get_by_text("Waits for one other job to end.").wait_for()
     first.get_by_role("button", name="Cancel").click()
     status(first, "Cancelled.")
@@ -128,22 +128,22 @@ def test_cancel_and_the_queue_between_two_tabs(visit):
 
 def test_closing_a_tab_ends_its_job(visit, browser, address):
     first = open_page(browser, address, "sample")
-    first.get_by_label("Images", exact=True).fill("64")
-    first.get_by_label("Sampler", exact=True).first.select_option("ancestral")
-    first.get_by_label("Steps").first.fill("1000")
-    first.get_by_role("button", name="Sample").click()
+    first.locator("#panel-sample").get_by_label("Images", exact=True).fill("64")
+    first.locator("#panel-sample").get_by_label("Sampler", exact=True).first.select_option("ancestral")
+    first.locator("#panel-sample").get_by_label("Steps").first.fill("1000")
+    first.get_by_role("button", name="Sample", exact=True).click()
     first.wait_for_selector("progress:not([value='0'])")
     first.close()
     second = visit()
-    second.get_by_role("button", name="Sample").click()
+    second.get_by_role("button", name="Sample", exact=True).click()
     status(second, "Done.")
 
 
 def test_an_error_is_one_line_that_can_be_closed(visit):
     page = visit()
     page.evaluate("""document.querySelector('#panel-sample form').noValidate = true""")
-    page.get_by_label("Images", exact=True).fill("65")
-    page.get_by_role("button", name="Sample").click()
+    page.locator("#panel-sample").get_by_label("Images", exact=True).fill("65")
+    page.get_by_role("button", name="Sample", exact=True).click()
     alert = page.get_by_role("alert")
     assert "count 65: want a whole number, 1 to 64" in alert.inner_text()
     alert.get_by_role("button").click()
@@ -208,7 +208,7 @@ def test_a_run_that_grows_is_followed(visit, runs):
     page.get_by_text("40 of 300").wait_for()
     assert page.locator("#panel-runs svg").count() == 3
     assert page.get_by_alt_text("grid of samples at step 40").is_visible()
-    page.get_by_label("Step", exact=True).press("Home")
+    page.locator("#panel-runs").get_by_label("Step", exact=True).press("Home")
     assert page.get_by_alt_text("grid of samples at step 5").is_visible()
     assert "0.25 at step 40" in page.locator("#panel-runs desc").first.text_content()
 

@@ -52,7 +52,8 @@ class State:
     """
 
     def __init__(self, given: Sequence[str], runs: Path, device: torch.device) -> None:
-        self.given, self.runs, self.device, self.work = tuple(given), runs, device, Work()
+        self.given = tuple(name if name.startswith("hf:") else str(Path(name)) for name in given)
+        self.runs, self.device, self.work = runs, device, Work()
         self._models: OrderedDict[tuple[str, Path], Checkpoint] = OrderedDict()
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._opening, self._keeping = threading.Lock(), threading.Lock()

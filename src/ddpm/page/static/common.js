@@ -116,7 +116,10 @@ export function commandLine(text = "") {
     setTimeout(() => { button.textContent = "Copy"; }, 1500);
   } }, "Copy");
   const box = el("div", { class: "command", role: "group", "aria-label": "The same on the command line" }, code, button);
-  box.set = (line) => { code.textContent = line; box.hidden = !line; };
+  box.set = (line) => { // a line may break between words only
+    code.replaceChildren(...line.split(" ").flatMap((word) => [el("span", {}, word), " "]).slice(0, -1));
+    box.hidden = !line;
+  };
   box.set(text);
   return box;
 }

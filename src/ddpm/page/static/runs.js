@@ -65,7 +65,7 @@ function chart(heading, unit, wantsLog, lines) {
   const [y0, y1] = span(ys);
   const scale = log ? Math.log : (v) => v;
   const place = (x, y) => [
-    left + ((x - x0) / (x1 - x0)) * (width - left - 10),
+    left + ((x - x0) / (x1 - x0)) * (width - left - 18),
     height - bottom - ((scale(y) - scale(y0)) / (scale(y1) - scale(y0))) * (height - bottom - 10),
   ];
   const summary = drawn.map(([name, [steps, values]]) =>
@@ -75,7 +75,7 @@ function chart(heading, unit, wantsLog, lines) {
     svg("title", { id: `${id}-title` }, heading), svg("desc", { id: `${id}-text` }, `${unit} against the step. ${summary}.`));
   for (const y of ticks(y0, y1, log)) {
     const [, at] = place(x0, y);
-    picture.append(svg("line", { class: "tick", x1: left, x2: width - 10, y1: at, y2: at }),
+    picture.append(svg("line", { class: "tick", x1: left, x2: width - 18, y1: at, y2: at }),
       svg("text", { x: left - 6, y: at + 4, "text-anchor": "end" }, short(y)));
   }
   for (const x of ticks(x0, x1, false)) {

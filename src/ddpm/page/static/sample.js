@@ -160,6 +160,7 @@ export async function build(section) {
     go.disabled = play.disabled = true;
     cancel.disabled = false;
     status.textContent = "The model makes the images.";
+    stagePanel.scrollIntoView({ block: "nearest" });
     const shared = { model: picker.input.value, seed: Number(seed.value), count: Number(count.value) };
     try {
       await Promise.all(used().map((i) => stages[i].run({ ...shared, ...settings[i].values() }, controller.signal, follow)));
@@ -174,8 +175,8 @@ export async function build(section) {
     play.disabled = longest() < 2;
   });
   const switcher = el("label", {}, estimate, "Show x̂₀, the estimate, in place of xₜ");
-  const stagePanel = el("div", { class: "panel" }, el("div", { class: "stages" }, ...stages),
-    field("Noise level t, from T to 0", scrubber), el("div", { class: "row" }, play, switcher));
+  const stagePanel = el("div", { class: "panel" }, field("Noise level t, from T to 0", scrubber),
+    el("div", { class: "row" }, play, switcher), el("div", { class: "stages" }, ...stages));
   section.append(el("div", { class: "columns" }, form, stagePanel));
   layout();
 }

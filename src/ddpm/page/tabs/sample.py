@@ -1,5 +1,6 @@
 """The tab Sample: images come out of noise while one watches."""
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,8 +105,6 @@ def command_line(
     spacing: str | None,
 ) -> str:  # fmt: skip
     """The words that make the same images on the command line."""
-    import shlex
-
     words = ["ddpm", "sample", name, "-n", str(count), "--seed", str(seed)]
     words += ["--class", *classes] if classes else []
     options = {"guidance": guidance, "sampler": sampler, "steps": steps, "spacing": spacing}
