@@ -545,8 +545,8 @@ def test_what_is_known_of_a_file_shows_its_prefixes_without_the_network(either):
     """Every prefix, lossless and lossy: the same last picture, and no call."""
     image, calls = hwc(draws(1, seed=4))[0], []
     counting = replace(either, tick=calls.append)
-    for settings in ({}, {"psnr": 20.0}):
-        data, known = codec.compress(either, image, bits=6, **settings), []
+    for lossy in ({}, {"psnr": 20.0}):
+        data, known = codec.compress(either, image, bits=6, **lossy), []
         *_, whole = codec.pictures(counting, data, known=known)
         header, begin = codec.read_header(data)
         assert len(known) == len(calls) == header.groups + 1

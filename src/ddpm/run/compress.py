@@ -214,7 +214,7 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None, progr
     may not decode here, and raises InputError for one that does not.
     """
     data = read_file(path)
-    with _naming(path):
+    with naming(path):
         decodes = decodes_here(model, data)
     if not decodes:
         elsewhere = "written in the local profile on another machine, device or release"
@@ -222,7 +222,7 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None, progr
     if container.is_archive(data):
         if at is not None:
             raise InputError(f"at {at}: {path} is an archive, which cannot be read in part")
-        with _naming(path):
+        with naming(path):
             pictures = list(archive.decompress(model, data))
         taken: set[str] = set()
         for number, (name, image) in enumerate(pictures):
@@ -232,7 +232,7 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None, progr
             taken.add(safe.casefold())
             images.save(out / f"{safe}.png", image)
         return {"out": str(out), "images": len(pictures), "exact": True}
-    with _naming(path), _counting(model, "decompressing", [picture.work(model, data)], progress) as model:
+    with naming(path), _counting(model, "decompressing", [picture.work(model, data)], progress) as model:
         frames = []
         for last in picture.pictures(model, data, at):
             frames += [last.image[None]] * animation.is_animation(out)
@@ -256,8 +256,8 @@ def decodes_here(model: Model, data: bytes) -> bool:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put the path before the message of a `Damaged` error."""
+def naming(path: Path | str) -> Iterator[None]:
+    """Put the path, or what a file is called, before the message of a `Damaged` error."""
     try:
         yield
     except Damaged as error:
@@ -290,7 +290,7 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
     """
     data = read_file(path)
     if container.is_archive(data):
-        with _naming(path):
+        with naming(path):
             contents, size = container.read_contents(data)
         return {
             "file": str(path), "kind": "archive", "bytes": len(data), "pictures": contents.pictures,
@@ -299,7 +299,7 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
             "stack_bytes": contents.stack, "files": contents.files, "files_bytes": contents.file_bytes,
             "state": _state(data, size + contents.about + contents.stack + 8),
         }  # fmt: skip
-    with _naming(path):
+    with naming(path):
         header, size = container.read_header(data)
     about: dict[str, Any] = {
         "file": str(path), "kind": "lossless" if header.lossless else "lossy", "bytes": len(data),
@@ -311,6 +311,6 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
         "state": _state(data, size + header.length + header.trailer),
     }  # fmt: skip
     if model is not None:
-        with _naming(path):
+        with naming(path):
             about["by_group"] = [row._asdict() for row in picture.group_costs(model, data)]
     return about

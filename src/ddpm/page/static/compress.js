@@ -123,7 +123,10 @@ export async function build(section) {
         caption.textContent = event.exact ? "The exact picture." : `x̂₀ after ${event.groups} group${event.groups === 1 ? "" : "s"}.`;
         await paint(event);
       }
-      if (event.kind === "stop") stops.set(event.at, event);
+      if (event.kind === "stop") {
+        stops.set(event.at, event);
+        status.textContent = `${stops.size} prefixes are stored.`;
+      }
       if (event.kind === "read") {
         about = event;
         for (const [name, size, rate] of event.sizes) row(name, whole(size), rate.toFixed(3));

@@ -26,7 +26,7 @@ from ddpm.files.images import Pixels
 from ddpm.page.state import UPLOAD, State, check_size, field, optional, png_url
 from ddpm.page.watch import watched
 from ddpm.page.work import Job, read
-from ddpm.run.compress import decodes_here, load_codec, read_image
+from ddpm.run.compress import decodes_here, load_codec, naming, read_image
 from ddpm.run.evaluate import sampled_bits
 from ddpm.run.processes import Processes
 
@@ -54,17 +54,15 @@ def routes(state: State) -> list[Route]:
             raise InputError(
                 "the file: an archive of several pictures, which `ddpm decompress` reads; want one picture"
             )
-        container.read_header(data)
+        with naming("the file"):
+            container.read_header(data)
         return JSONResponse(state.keep_file(data))
 
     jobs = {"forecast": forecast, "start": start, "open": open_file, "bound": bound}
     return [
         Route("/api/pictures/exact", add_picture, methods=["POST"]),
         Route("/api/pictures/file", add_file, methods=["POST"]),
-        *(
-            state.work.route(f"/api/compress/{name}", lambda body, job=job: job(state, body))  # type: ignore[misc]
-            for name, job in jobs.items()
-        ),
+        *(state.work.route(f"/api/compress/{name}", functools.partial(job, state)) for name, job in jobs.items()),
     ]
 
 
@@ -100,6 +98,12 @@ def open_file(state: State, body: dict[str, Any]) -> Job:
     """Read a file as `ddpm decompress` does."""
     model, file = _codec(state, body), state.kept(field(body, "file", str)).data
     _confirmed(body, file)
+    with naming("the file"):
+        yield from _opened(model, file)
+
+
+def _opened(model: Model, file: bytes) -> Job:
+    """What `_shown` says, after a note of a file that may not decode here."""
     if not decodes_here(model, file):
         elsewhere = "The file was written in the local profile on another machine, device or release."
         yield {"kind": "note", "line": f"{elsewhere} It may not decode here."}

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import functools
 import shlex
 import time
 from collections.abc import Sequence
@@ -33,10 +34,7 @@ PAUSE = 0.1
 
 def routes(state: State) -> list[Route]:
     jobs = {"fit": fit, "inpaint": inpaint, "redraw": redraw, "interpolate": interpolate}
-    return [
-        state.work.route(f"/api/edit/{name}", lambda body, job=job: job(state, body))  # type: ignore[misc]
-        for name, job in jobs.items()
-    ]
+    return [state.work.route(f"/api/edit/{name}", functools.partial(job, state)) for name, job in jobs.items()]
 
 
 def fit(state: State, body: dict[str, Any]) -> Job:
