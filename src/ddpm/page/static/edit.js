@@ -122,7 +122,7 @@ export async function build(section) {
         one.set(given);
         trying(() => mask.show(given));
         one.scrollIntoView({ block: "nearest" });
-      } }, "Use as picture"))));
+      } }, "Use this"))));
     watched.hidden = true;
   }
 
