@@ -34,6 +34,13 @@ DROP = """(element, [name, bytes]) => {
 }"""
 
 
+PASTE = """([name, bytes]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([new Uint8Array(bytes)], name));
+  document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data }));
+}"""
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """Two images of the model as files, a.png and b.png."""
@@ -198,11 +205,30 @@ def test_the_ends_of_the_strip_are_the_reconstructions(visit, digits, address, t
     assert not np.array_equal(itself[1], strip[1])
 
 
-def test_a_larger_picture_is_fitted_and_that_is_said(visit, tmp_path):
-    Image.fromarray(np.arange(20 * 30, dtype=np.uint8).reshape(20, 30)).save(tmp_path / "large.png")
-    _, section = visit("edit")
-    add(section, tmp_path / "large.png")
+def test_a_larger_picture_is_fitted_and_that_is_said(visit):
+    """It is pasted."""
+    Image.fromarray(np.arange(20 * 30, dtype=np.uint8).reshape(20, 30)).save(file := io.BytesIO(), "PNG")
+    page, section = visit("edit")
+    page.evaluate(PASTE, ["large.png", list(file.getvalue())])
     section.locator(".slot small", has_text="20x30 is scaled and cropped to 8x8, the model's size").wait_for()
+
+
+def test_cancel_ends_an_edit_of_a_sample(visit, address):
+    _, section = visit("edit")
+    section.get_by_role("button", name="Take a sample").first.click()
+    section.get_by_role("button", name="Paint all").click()
+    section.get_by_label("Steps").fill("1000")
+    section.get_by_label("Passes").fill("100")
+    section.get_by_role("button", name="Redraw").click()
+    section.locator("figcaption", has_text="at t = ").wait_for()
+    section.get_by_role("button", name="Cancel").click()
+    status_line(section, "Cancelled.")
+    assert section.locator(".made li").count() == 0
+    section.get_by_label("Steps").fill("2")
+    section.get_by_label("Passes").fill("1")
+    section.get_by_role("button", name="Redraw").click()
+    status_line(section, "Done.")
+    assert section.locator(".made li").count() == 4
 
 
 def test_a_dropped_text_file_is_one_line(visit):
@@ -318,6 +344,7 @@ def test_a_large_picture_is_asked_for_and_cancel_ends_it(visit, digits, tmp_path
     section.get_by_role("button", name="Cancel").click()
     status_line(section, "Cancelled.")
     add(section, digits / "a.png")
+    section.locator(".slot small", has_text="8×8 pixels").wait_for()
     section.get_by_role("button", name="Compress").click()
     status_line(section, "Done.")
 
