@@ -55,9 +55,9 @@ export async function build(section) {
 
   /** The picture as the model takes it: this is what is painted on, and what is saved for the command line. */
   async function fit(slot) {
-    if (slot.fitted || !slot.picture) return;
+    if (slot.fitted || !slot.original) return;
     let fitted;
-    await stream("/api/edit/fit", { model: picker.input.value, picture: slot.picture.id }, (event) => {
+    await stream("/api/edit/fit", { model: picker.input.value, picture: slot.original }, (event) => {
       if (event.kind === "picture") fitted = event;
     });
     slot.fitted = fitted.id;
@@ -66,7 +66,7 @@ export async function build(section) {
   }
   const slotOf = (name, first) => {
     const slot = pictureSlot(name, { model: () => picker.input.value, classes, first, changed: (given) => {
-      if (slot.fitted !== given.id) slot.fitted = null;
+      if (slot.fitted !== given.id) Object.assign(slot, { fitted: null, original: given.id });
       layout();
       return trying(() => fit(slot));
     } });
@@ -118,11 +118,10 @@ export async function build(section) {
       el("img", { class: "pixels", src: given.url, alt: `image ${i + 1}` }),
       link(given.url, `edited-${i + 1}.png`, "Save PNG"),
       el("button", { type: "button", "aria-label": `Use image ${i + 1} as the picture`, onclick: () => {
-        one.fitted = given.id;
-        one.set(given);
+        Object.assign(one, { fitted: given.id, original: given.id }).set(given);
         trying(() => mask.show(given));
         one.scrollIntoView({ block: "nearest" });
-      } }, "Use as picture"))));
+      } }, "Use this"))));
     watched.hidden = true;
   }
 
