@@ -54,6 +54,7 @@ def served(folder: Path, *given: str, token: str | None = None) -> Iterator[str]
         finally:
             server.should_exit = True
             thread.join()
+            state.work.end()
 
 
 @contextmanager

@@ -76,6 +76,16 @@ def start(address, **settings):
     return events(body)
 
 
+def begin(address, settings, **headers):
+    """A connection over which a job was started; its answer is not read."""
+    host, body = urlsplit(address), json.dumps(settings).encode()
+    lines = {"Host": host.netloc, **JSON, **headers, "Content-Length": len(body)}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    connection = socket.create_connection((host.hostname, host.port), timeout=60)
+    connection.sendall(f"POST /api/sample/start HTTP/1.1\r\n{head}\r\n".encode() + body)
+    return connection
+
+
 def png(width, height):
     """The bytes of a black PNG of this size, which takes little memory to make."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))]
@@ -174,6 +184,8 @@ def hostile(address, port):
         "a body that is too large": {**one, "body": b" " * 2_000_000},
         "bytes that are no picture": {**upload, "body": b"\x00" * 1000},
         "a picture of 40 megapixels": {**upload, "body": png(8000, 5000)},
+        "a picture of 40 megapixels to compress": {**upload, "path": "/api/pictures/exact", "body": png(8000, 5000)},
+        "a file that is none of the codec's": {**upload, "path": "/api/pictures/file", "body": b"\x00" * 1000},
         "a method that is not served": {"method": "DELETE"},
         "a null byte in a name": {"path": "/api/runs/one?run=%00"},
     }
@@ -240,14 +252,8 @@ def test_many_uploads_at_a_time_are_refused(page):
 def test_a_flood_of_starts_is_refused_beyond_the_queue(page):
     from ddpm.page.work import LONGEST
 
-    before, host = resident(), urlsplit(page)
-    body = json.dumps(LONG).encode()
-    head = f"POST /api/sample/start HTTP/1.1\r\nHost: {host.netloc}\r\nContent-Type: application/json\r\n"
-    flood = []
-    for _ in range(200):
-        connection = socket.create_connection((host.hostname, host.port), timeout=60)
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        flood.append(connection)
+    before = resident()
+    flood = [begin(page, LONG) for _ in range(200)]
     statuses = [int(connection.recv(12).split()[1]) for connection in flood]
     assert (statuses.count(200), statuses.count(429)) == (LONGEST, 200 - LONGEST)
     assert resident() - before < 200
@@ -262,11 +268,7 @@ def test_a_flood_of_starts_is_refused_beyond_the_queue(page):
 
 
 def test_a_job_ends_when_its_reader_leaves(page):
-    host = urlsplit(page)
-    body = json.dumps({**LONG, "count": 64}).encode()
-    with socket.create_connection((host.hostname, host.port), timeout=60) as connection:
-        head = f"POST /api/sample/start HTTP/1.1\r\nHost: {host.netloc}\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    with begin(page, {**LONG, "count": 64}) as connection:
         connection.recv(1000)
     told = start(page)
     assert [event["place"] for event in told if event["kind"] == "queue"] in ([], [1])
@@ -351,9 +353,12 @@ def test_open_to_the_network_says_so_and_makes_a_token(tmp_path):
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         address = urlsplit(process.stdout.readline().strip())
         here = f"http://127.0.0.1:{address.port}"
-        refused, opened = ask(here)[0], ask(here, f"/?{address.query}")[0]
+        refused, (opened, headers, _) = ask(here)[0], ask(here, f"/?{address.query}")
+        busy = begin(here, {**LONG, "count": 64}, Cookie=headers["set-cookie"].split(";")[0])
+        assert busy.recv(15) == b"HTTP/1.1 200 OK"
         process.send_signal(2)
         _, said = process.communicate(timeout=60)
+        busy.close()
     assert (refused, opened, process.returncode) == (403, 200, 0)
     assert len(address.query) > len("token=") + 16
     assert "everybody who reaches this machine" in said

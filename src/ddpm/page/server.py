@@ -202,6 +202,7 @@ def serve(
         )
         with suppress(KeyboardInterrupt):
             uvicorn.Server(settings).run(sockets=[listener])
+        state.work.end()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -81,6 +81,12 @@ class Work:
             self._queue.remove(job)
             self._moved.notify_all()
 
+    def end(self) -> None:
+        """Close all jobs, when the server has ended. A job that another thread closed would lose its settings."""
+        for job in self._queue:
+            self.thread.submit(job.close)
+        self.thread.shutdown()
+
 
 class _Stream(StreamingResponse):
     """Starlette stops it when the reader leaves; whatever ends it, the job leaves the queue."""

@@ -4,7 +4,7 @@ import { el, field, getJSON, say, select } from "./common.js";
 export const title = "Runs";
 export const explain = [
   "Training minimises the error of the predicted noise at a random level t: L<sub>simple</sub>, Eq. 14 and Algorithm 1.",
-  "The held-out loss is the same error on images that are not trained on. Low levels t are fine details, high ones the coarse form.",
+  "The held-out loss is the same error on images that are not trained on. Low levels t are details, high ones the coarse form.",
   "The grids show samples (Algorithm 2) of the averaged weights. The page only reads what a run writes.",
 ];
 
@@ -24,12 +24,12 @@ const svg = (tag, attributes, ...children) => {
 
 const short = (value) => (Math.abs(value) >= 10000 ? `${+(value / 1000).toPrecision(3)}k` : `${+value.toPrecision(3)}`);
 
-/** Round numbers from low to high, some four of them; powers of ten and their halves where the axis is logarithmic. */
+/** Round numbers from low to high, a few of them. */
 function ticks(low, high, log) {
   const found = [];
   if (log && high / low > 3) {
     for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
-      for (const factor of high / low > 200 ? [1] : [1, 2, 5]) found.push(factor * 10 ** power);
+      for (const factor of high / low > 200 ? [1] : high / low > 20 ? [1, 2, 5] : [1, 2, 3, 5, 7]) found.push(factor * 10 ** power);
     }
   } else {
     const rough = (high - low) / 4 || 1;
