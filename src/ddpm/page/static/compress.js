@@ -21,7 +21,7 @@ export async function build(section) {
   const progress = el("progress", { max: 1, value: 0, "aria-label": "progress" });
   const ask = el("div", { class: "ask", role: "alertdialog", "aria-label": "This takes long", tabindex: -1, hidden: true });
   const canvas = el("canvas", { role: "img", "aria-label": "no file yet", width: 512, height: 512 });
-  const caption = el("figcaption", { role: "status" }, "Add a picture and press Compress, or open a file.");
+  const caption = el("figcaption", { "aria-live": "polite" }, "Add a picture and press Compress, or open a file.");
   const handle = el("input", { type: "range", min: 0, max: 0, value: 0, disabled: true });
   const bytes = field("The first bytes of the file", handle);
   const table = el("tbody");
