@@ -541,6 +541,25 @@ def test_every_prefix_of_a_file_gives_a_picture_or_an_error(either):
         assert last.exact == np.array_equal(last.image, image) == (at >= begin + header.length)
 
 
+def test_what_is_known_of_a_file_shows_its_prefixes_without_the_network(either):
+    """Every prefix, lossless and lossy: the same last picture, and no call."""
+    image, calls = hwc(draws(1, seed=4))[0], []
+    counting = replace(either, tick=calls.append)
+    for lossy in ({}, {"psnr": 20.0}):
+        data, known = codec.compress(either, image, bits=6, **lossy), []
+        *_, whole = codec.pictures(counting, data, known=known)
+        header, begin = codec.read_header(data)
+        assert len(known) == len(calls) == header.groups + 1
+        for at in range(begin, len(data) + 1):
+            *_, shown = codec.pictures(counting, data, at, known)
+            *_, fresh = codec.pictures(either, data, at)
+            assert np.array_equal(shown.image, fresh.image)
+            assert shown._replace(image=None) == fresh._replace(image=None)
+        assert np.array_equal(shown.image, whole.image)
+        assert len(calls) == header.groups + 1
+        calls.clear()
+
+
 def test_pictures_get_better_and_the_last_is_exact(either):
     image = hwc(draws(1, seed=5))[0]
     seen = list(codec.pictures(either, codec.compress(either, image, bits=10)))

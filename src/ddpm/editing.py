@@ -207,6 +207,15 @@ def repaint_path(n: int, jump: int = 10, resample: int = 10) -> list[int]:
     return path
 
 
+def repaint_calls(n: int, jump: int = 10, resample: int = 10) -> int:
+    """The number of Steps that `inpaint` yields, and of its network calls if its sampler makes one a step.
+
+    >>> repaint_calls(250)
+    2410
+    """
+    return sum(t < s for s, t in pairwise(repaint_path(n, jump, resample)))
+
+
 @torch.no_grad()
 def inpaint(
     denoiser: Denoiser,

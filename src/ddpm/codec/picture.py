@@ -86,6 +86,11 @@ def cut(image: Image, header: Header, model: Model) -> Tiles:
     return Tiles(tiled(np.pad(planes, fill)).astype(np.uint8), real, coded)
 
 
+def tiles_of(model: Model, image: Image) -> Tiles:
+    """The tiles in which `compress` codes a picture. Raises InputError for a picture that the codec does not take."""
+    return cut(image, _header(model, image), model)
+
+
 def join(tiles: Image, header: Header, model: Model) -> Image:
     """The picture [H, W, C] of tiles [n, C, H, W]: the inverse of `cut`."""
     c, h, w, down, across = grid(header, model)
@@ -303,8 +308,12 @@ def decompress(model: Model, data: bytes, at: int | None = None) -> Image:
     return last.image
 
 
-def pictures(model: Model, data: bytes, at: int | None = None) -> Iterator[Picture]:
-    """Yield better and better pictures: x0^ of noise, then one picture per group, and last the exact one."""
+def pictures(model: Model, data: bytes, at: int | None = None, known: list[Array] | None = None) -> Iterator[Picture]:
+    """Yield better and better pictures: x0^ of noise, then one picture per group, and last the exact one.
+
+    known  x0^ after each group. An empty list is filled; with the list of a whole file, any of its prefixes needs no
+           network, and only the last picture of the prefix is yielded
+    """
     header, begin = read_header(data)
     check_identity(header.identity, model.identity)
     if header.bits not in model.tables:
@@ -322,19 +331,21 @@ def pictures(model: Model, data: bytes, at: int | None = None) -> Iterator[Pictu
     end = begin + header.length
     complete = len(data) == expected and (at is None or at >= end)
     payload = data[begin : end if at is None else min(at, end)]
-    yield from _pictures(model, header, tables, payload, data[end:] if len(data) == expected else b"", complete)
+    trailer = data[end:] if len(data) == expected else b""
+    yield from _pictures(model, header, tables, payload, trailer, complete, known)
 
 
 def _pictures(
-    model: Model, header: Header, tables: Tables, payload: bytes, trailer: bytes, complete: bool
-) -> Iterator[Picture]:
+    model: Model, header: Header, tables: Tables, payload: bytes, trailer: bytes, complete: bool,
+    known: list[Array] | None,
+) -> Iterator[Picture]:  # fmt: skip
     """The pictures of a payload, or of its first bytes. `trailer` is empty if the file is cut short."""
     tiles = _empty_tiles(header, model)
     decoder = Decoder(payload) if complete else PrefixDecoder(payload)
     sent: list[Symbols] = []
     with suppress(EndOfPrefix):
         sent.extend(_groups(decoder, header, tables, tiles.real))
-    state = progressive.start(tiles.pixels.shape, header.seed)
+    scales = sent[-1].scales if sent else [0] * len(tiles.real)
     sent_groups: list[progressive.BandedGroup] = []
     keeps_groups = header.lossless and _picks_by_pixels(tiles, tables)
     checks = dict(zip(_checked(header.groups), trailer, strict=False)) if header.lossless else {}
@@ -343,21 +354,30 @@ def _pictures(
     def step(number: int, group: Group, x0: Array) -> bool:
         if number == len(sent):
             return False
-        if keeps_groups and group.banded(x0[0].size):
-            sent_groups.append(progressive.BandedGroup(group, x0, sent[number]))
         progressive.advance(state, group, x0, sent[number], tiles.real, tables, header.seed)
         if checks.get(number, state.sums[-1] & 255) != state.sums[-1] & 255:
             raise Damaged(f"group {number + 1}: this machine's network gives another x than the writer's" + profile)
         return True
 
-    predict, walk = model.predictor(header.local), progressive.walk(tables, state, step)
-    question = next(walk)
-    for number in range(len(sent) + 1):
-        x0 = predict(*question)
-        last = number == len(sent)
-        yield Picture(number, 0, _shown(x0, header, model), False, last and complete and not header.lossless)
+    def estimates() -> Iterator[Array]:
+        predict, walk = model.predictor(header.local), progressive.walk(tables, state, step)
+        question = next(walk)
         with suppress(StopIteration):
-            question = walk.send(x0)
+            while True:
+                x0 = predict(*question)
+                yield x0
+                question = walk.send(x0)
+
+    whole_walk = known if known and len(known) > len(sent) else None
+    state = progressive.start(tiles.pixels.shape, header.seed)
+    for number, x0 in enumerate(whole_walk[: len(sent) + 1] if whole_walk else estimates()):
+        last = number == len(sent)
+        if not last and keeps_groups and tables.groups[number].banded(x0[0].size):
+            sent_groups.append(progressive.BandedGroup(tables.groups[number], x0, sent[number]))
+        if known is not None and not whole_walk:
+            known.append(x0)
+        if last or not whole_walk:
+            yield Picture(number, 0, _shown(x0, header, model), False, last and complete and not header.lossless)
     if not header.lossless or len(sent) < header.groups:
         return
     if not complete and header.local and header.where != model.where and not trailer:
@@ -372,9 +392,7 @@ def _pictures(
                 raise
             raise EndOfPrefix from None  # a file that is cut short shows the picture before this band
 
-    decoded, count = progressive.get_pixels(
-        decoder, tables, x0, state.scales, tiles.coded, recover if keeps_groups else None
-    )
+    decoded, count = progressive.get_pixels(decoder, tables, x0, scales, tiles.coded, recover if keeps_groups else None)
     image = join(decoded, header, model)
     if not complete:
         if count:

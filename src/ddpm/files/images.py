@@ -123,6 +123,23 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
     return image
 
 
+def size(data: bytes, name: str = "the image") -> tuple[int, int]:
+    """Width and height of an image file, from its header: nothing is decoded. Raises InputError as `read` does.
+
+    >>> import numpy as np
+    >>> size(to_png(np.zeros((2, 3, 1), np.uint8)))
+    (3, 2)
+    """
+    if codecs.is_jxl(data) or codecs.is_heic(data):
+        return codecs.size(data, name)
+    try:
+        return _open(data, name).size
+    except InputError:
+        raise
+    except _FAULTS as fault:
+        raise InputError(f"{name}: damaged image ({one_line(fault)})") from None
+
+
 def _of_codec(data: bytes, name: str) -> Image.Image:
     """What `read` gives, for a file of `codecs`. Colour of more than 8 bits is rounded to 8."""
     pixels, depth, several, turned, profile = unpack(data, name)

@@ -126,13 +126,14 @@ def _kernel_build(checkpoint: Checkpoint) -> str:
     return kernels.identity(checkpoint.denoiser.network.computes)
 
 
-def read_image(path: str | Path) -> picture.Image:
-    """Read an image file as uint8 [H, W, C], where C is 1 or 3.
+def read_image(source: str | Path | bytes) -> picture.Image:
+    """Read an image file, or the bytes of one, as uint8 [H, W, C], where C is 1 or 3.
 
     Warns of a colour profile, which is not kept. Raises InputError if the file has more: a transparent part, more than
     8 bits per channel, or several pictures.
     """
-    image = images.read(path)
+    path = "the image" if isinstance(source, bytes) else str(source)
+    image = images.read(source, path)
     extra = {
         "more than 8 bits per channel": image.info["deep"] or image.mode == "F",
         "transparency": images.alpha(image) is not None,
@@ -147,7 +148,7 @@ def read_image(path: str | Path) -> picture.Image:
     if image.info.get("icc_profile"):
         warnings.warn(f"{path}: its colour profile is not kept; its pixel values are", stacklevel=2)
     channels = 1 if image.mode in ("1", "L", "LA") else 3
-    array = np.asarray(images.convert(image, channels, str(path), notes={}))
+    array = np.asarray(images.convert(image, channels, path, notes={}))
     return array.reshape(*array.shape[:2], channels)
 
 
@@ -213,7 +214,7 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None, progr
     may not decode here, and raises InputError for one that does not.
     """
     data = read_file(path)
-    with _naming(path):
+    with naming(path):
         decodes = decodes_here(model, data)
     if not decodes:
         elsewhere = "written in the local profile on another machine, device or release"
@@ -221,7 +222,7 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None, progr
     if container.is_archive(data):
         if at is not None:
             raise InputError(f"at {at}: {path} is an archive, which cannot be read in part")
-        with _naming(path):
+        with naming(path):
             pictures = list(archive.decompress(model, data))
         taken: set[str] = set()
         for number, (name, image) in enumerate(pictures):
@@ -231,7 +232,7 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None, progr
             taken.add(safe.casefold())
             images.save(out / f"{safe}.png", image)
         return {"out": str(out), "images": len(pictures), "exact": True}
-    with _naming(path), _counting(model, "decompressing", [picture.work(model, data)], progress) as model:
+    with naming(path), _counting(model, "decompressing", [picture.work(model, data)], progress) as model:
         frames = []
         for last in picture.pictures(model, data, at):
             frames += [last.image[None]] * animation.is_animation(out)
@@ -255,8 +256,8 @@ def decodes_here(model: Model, data: bytes) -> bool:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put the path before the message of a `Damaged` error."""
+def naming(path: Path | str) -> Iterator[None]:
+    """Put the path, or what a file is called, before the message of a `Damaged` error."""
     try:
         yield
     except Damaged as error:
@@ -289,7 +290,7 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
     """
     data = read_file(path)
     if container.is_archive(data):
-        with _naming(path):
+        with naming(path):
             contents, size = container.read_contents(data)
         return {
             "file": str(path), "kind": "archive", "bytes": len(data), "pictures": contents.pictures,
@@ -298,7 +299,7 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
             "stack_bytes": contents.stack, "files": contents.files, "files_bytes": contents.file_bytes,
             "state": _state(data, size + contents.about + contents.stack + 8),
         }  # fmt: skip
-    with _naming(path):
+    with naming(path):
         header, size = container.read_header(data)
     about: dict[str, Any] = {
         "file": str(path), "kind": "lossless" if header.lossless else "lossy", "bytes": len(data),
@@ -310,6 +311,6 @@ def inspect(path: Path, model: Model | None = None) -> dict[str, Any]:
         "state": _state(data, size + header.length + header.trailer),
     }  # fmt: skip
     if model is not None:
-        with _naming(path):
+        with naming(path):
             about["by_group"] = [row._asdict() for row in picture.group_costs(model, data)]
     return about

@@ -1,9 +1,14 @@
-"""Edit images with a model: redraw them from a noise level, interpolate between two, and inpaint under a mask."""
+"""Edit images with a model: redraw them from a noise level, interpolate between two, and inpaint under a mask.
+
+Each edit has two functions: one prepares it and returns a `Batch`, whose steps can be watched, and the other makes all
+images of it.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +24,11 @@ from ddpm.presets import Preset
 from ddpm.run.progress import Progress
 from ddpm.run.sample import cycled_labels, sampler_levels
 from ddpm.samplers import SAMPLERS, Step, named
+
+Source: TypeAlias = str | Path | bytes
+"""An image file: its path, or its bytes."""
+Batch: TypeAlias = Callable[[range], Iterator[Step]]
+"""batch(places) gives the steps of the images at these places of a series, which end with the images themselves."""
 
 
 @dataclass(frozen=True)
@@ -50,31 +60,25 @@ class SamplingSettings:
         y = cycled_labels(self.classes, places)
         return None if y is None else y.to(device)
 
-    def images(self, n: int, sample: Callable[[range], Iterator[Step]], values: Values, progress: bool) -> Tensor:
-        """`n` images, pixels [n, C, H, W], a batch at a time; sample(places) gives the steps of those at `places`."""
+    def images(self, n: int, batch: Batch, values: Values, progress: bool) -> Tensor:
+        """The first `n` images, pixels [n, C, H, W], `batch_size` at a time."""
         with kernels.frozen():
-            batches = (sample(range(n)[i : i + self.batch_size]) for i in range(0, n, self.batch_size))
+            batches = (batch(range(n)[i : i + self.batch_size]) for i in range(0, n, self.batch_size))
             return torch.cat([_last(steps, values, progress) for steps in batches])
 
-    def versions(
-        self, x: Tensor, n: int, seed: int, sample: Callable[[Tensor, Noise, Tensor | None], Iterator[Step]],
-        values: Values, progress: bool,
-    ) -> Tensor:  # fmt: skip
-        """`n` versions of x [1, C, H, W], pixels [n, C, H, W], each with its own seed and label.
-
-        sample(x, noise, y) gives the steps of a batch.
-        """
+    def versions(self, x: Tensor, seed: int, sample: Callable[[Tensor, Noise, Tensor | None], Iterator[Step]]) -> Batch:
+        """Versions of x [1, C, H, W], each with its own seed and label; sample(x, noise, y) gives the steps of some."""
 
         def batch(places: range) -> Iterator[Step]:
             noise = per_image([seed + place for place in places], x.shape[1:], x.device)
             return sample(x.expand(len(places), -1, -1, -1), noise, self.labels(places, x.device))
 
-        return self.images(n, batch, values, progress)
+        return batch
 
 
 def redraw(
     checkpoint: Checkpoint,
-    image: str | Path,
+    image: Source,
     n: int = 1,
     t: int | None = None,
     settings: SamplingSettings = SamplingSettings("ddim"),
@@ -82,7 +86,24 @@ def redraw(
     iterations: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """`n` versions of an image file, sampled from its x_t at noise level t (None: T/2): pixels [n, C, H, W].
+    """`n` versions of an image, sampled from its x_t at noise level t (None: T/2): pixels [n, C, H, W].
+
+    The other arguments, and what is raised, are those of `redrawing`.
+    """
+    batch = redrawing(checkpoint, image, n, t, settings, seed, iterations)
+    return settings.images(n, batch, checkpoint.denoiser.values, progress)
+
+
+def redrawing(
+    checkpoint: Checkpoint,
+    image: Source,
+    n: int = 1,
+    t: int | None = None,
+    settings: SamplingSettings = SamplingSettings("ddim"),
+    seed: int = 0,
+    iterations: int = 0,
+) -> Batch:
+    """`n` versions of an image, sampled from its x_t at noise level t (None: T/2).
 
     With iterations 0, x_t is drawn from q(x_t | x_0) with the seeds seed, seed + 1, and so on (SDEdit). Otherwise DDIM
     is inverted without a label, with so many iterations per level, and x_t is the same for all versions.
@@ -99,7 +120,7 @@ def redraw(
         def noised(x: Tensor, noise: Noise, y: Tensor | None) -> Iterator[Step]:
             return editing.redraw(checkpoint.denoiser, x, t, noise, levels, y, run)
 
-        return settings.versions(x0, n, seed, noised, checkpoint.denoiser.values, progress)
+        return settings.versions(x0, seed, noised)
     if SAMPLERS[settings.sampler].noisy:
         quiet = ", ".join(name for name, sampler in SAMPLERS.items() if not sampler.noisy)
         raise InputError(f"sampler {settings.sampler}: draws noise, which an inversion cannot use; want {quiet}")
@@ -107,7 +128,7 @@ def redraw(
     if n > most:
         raise InputError(f"n {n}: an inversion has one result per class; want at most {most}")
     if t == 0:
-        return pixels.to_pixels(x0, checkpoint.denoiser.values).expand(n, -1, -1, -1).cpu()
+        return settings.versions(x0, seed, lambda x, noise, y: iter([Step(0, x, x)]))
     with kernels.frozen():
         *_, inverted = editing.invert(checkpoint.denoiser, x0, levels, t, iterations)
     unclipped = checkpoint.denoiser.unclipped()
@@ -115,20 +136,37 @@ def redraw(
     def back(x: Tensor, noise: Noise, y: Tensor | None) -> Iterator[Step]:
         return run(unclipped, x, noise, levels, y, t)
 
-    return settings.versions(inverted.x, n, seed, back, checkpoint.denoiser.values, progress)
+    return settings.versions(inverted.x, seed, back)
 
 
 def interpolate(
     checkpoint: Checkpoint,
-    a: str | Path,
-    b: str | Path,
+    a: Source,
+    b: Source,
     n: int = 11,
     t: int | None = None,
     settings: SamplingSettings = SamplingSettings(),
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """Figure 8: `n` images from file a to file b, mixed at noise level t (None: T/2): pixels [n, C, H, W].
+    """Figure 8: `n` images from image a to image b, mixed at noise level t (None: T/2): pixels [n, C, H, W].
+
+    The other arguments, and what is raised, are those of `interpolating`.
+    """
+    batch = interpolating(checkpoint, a, b, n, t, settings, seed)
+    return settings.images(n, batch, checkpoint.denoiser.values, progress)
+
+
+def interpolating(
+    checkpoint: Checkpoint,
+    a: Source,
+    b: Source,
+    n: int = 11,
+    t: int | None = None,
+    settings: SamplingSettings = SamplingSettings(),
+    seed: int = 0,
+) -> Batch:
+    """Figure 8: `n` images from image a to image b, mixed at noise level t (None: T/2).
 
     Raises InputError for files that are no images, and for t or steps out of range.
     """
@@ -143,13 +181,13 @@ def interpolate(
         w, y = weights[places.start : places.stop], settings.labels(places, device)
         return editing.interpolate(checkpoint.denoiser, first, last, w, t, eps_a, eps_b, noise, levels, y, run)
 
-    return settings.images(n, between, checkpoint.denoiser.values, progress)
+    return between
 
 
 def inpaint(
     checkpoint: Checkpoint,
-    image: str | Path,
-    mask: str | Path,
+    image: Source,
+    mask: Source | Tensor,
     n: int = 1,
     settings: SamplingSettings = SamplingSettings(),
     jump: int | None = None,
@@ -157,7 +195,26 @@ def inpaint(
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """`n` versions of an image file, redrawn by RePaint where a mask file is white: pixels [n, C, H, W].
+    """`n` versions of an image, redrawn by RePaint where a mask is white: pixels [n, C, H, W].
+
+    The other arguments, and what is raised, are those of `inpainting`.
+    """
+    batch = inpainting(checkpoint, image, mask, settings, jump, resample, seed)
+    return settings.images(n, batch, checkpoint.denoiser.values, progress)
+
+
+def inpainting(
+    checkpoint: Checkpoint,
+    image: Source,
+    mask: Source | Tensor,
+    settings: SamplingSettings = SamplingSettings(),
+    jump: int | None = None,
+    resample: int = 10,
+    seed: int = 0,
+) -> Batch:
+    """Versions of an image, redrawn by RePaint where a mask is white.
+
+    mask  an image file of the image's size, or bool [1, H, W] of the model's size
 
     The ancestral sampler visits 250 levels by default. jump None is 1/25 of the visited levels.
 
@@ -166,19 +223,26 @@ def inpaint(
     """
     device = checkpoint.denoiser.schedule.alpha_bar.device
     x0 = _signal(image, checkpoint).to(device)[None]
-    redrawn = _read_mask(mask, image, checkpoint.preset).to(device)[None]
-    T = checkpoint.denoiser.schedule.T
-    if settings.sampler == "ancestral" and settings.steps is None:
-        settings = replace(settings, steps=min(250, T))
-    levels, run = settings.levels(checkpoint, T), named(settings.sampler).run
-    jump = max(1, len(levels) // 25) if jump is None else jump
-    if len(levels) == 1:  # there is no level to go back up to
-        resample = 1
+    redrawn = (mask if isinstance(mask, Tensor) else _read_mask(mask, image, checkpoint.preset)).to(device)[None]
+    levels, jump, resample = repaint_settings(checkpoint, settings, jump, resample)
+    run = named(settings.sampler).run
 
     def sample(x: Tensor, noise: Noise, y: Tensor | None) -> Iterator[Step]:
         return editing.inpaint(checkpoint.denoiser, x, redrawn, noise, levels, jump, resample, y, run)
 
-    return settings.versions(x0, n, seed, sample, checkpoint.denoiser.values, progress)
+    return settings.versions(x0, seed, sample)
+
+
+def repaint_settings(
+    checkpoint: Checkpoint, settings: SamplingSettings, jump: int | None, resample: int
+) -> tuple[list[int], int, int]:
+    """The levels that `inpainting` visits, and its jump and resample for them."""
+    T = checkpoint.denoiser.schedule.T
+    if settings.sampler == "ancestral" and settings.steps is None:
+        settings = replace(settings, steps=min(250, T))
+    levels = settings.levels(checkpoint, T)
+    jump = max(1, len(levels) // 25) if jump is None else jump
+    return levels, jump, 1 if len(levels) == 1 else resample  # from one level there is none to go back up to
 
 
 def _last(steps: Iterator[Step], values: Values, progress: bool) -> Tensor:
@@ -187,39 +251,48 @@ def _last(steps: Iterator[Step], values: Values, progress: bool) -> Tensor:
     return pixels.to_pixels(last.x, values).cpu()
 
 
-def _signal(path: str | Path, checkpoint: Checkpoint) -> Tensor:
-    """An image file as the model takes it, x_0 [C, H, W]."""
+def _signal(image: Source, checkpoint: Checkpoint) -> Tensor:
+    """An image as the model takes it, x_0 [C, H, W]."""
     form = data.form_of(checkpoint.preset)
     if form.is_picture:
-        return pixels.to_signal(_picture(path, checkpoint.preset))
+        return pixels.to_signal(fitted(image, checkpoint.preset))
     notes: images.Notes = {}
-    array = form.array(Path(path), str(path), notes)
+    array = form.array(image if isinstance(image, bytes) else Path(image), _name(image), notes)
     for what in notes:
-        warnings.warn(f"{path}: {what}", stacklevel=3)
+        warnings.warn(f"{_name(image)}: {what}", stacklevel=3)
     return pixels.to_signal(torch.from_numpy(array.transpose(2, 0, 1).copy()), form.values)
 
 
-def _picture(path: str | Path, preset: Preset) -> Tensor:
-    """A picture in the model's size and channels: pixels uint8 [C, H, W]. Warns if it is scaled and cropped."""
+def fitted(image: Source, preset: Preset, notes: images.Notes | None = None) -> Tensor:
+    """A picture in the model's size and channels: pixels uint8 [C, H, W].
+
+    What had to be done to it is added to `notes`, or warned of without `notes`. Raises InputError for what is no image.
+    """
     height, width = preset.size
-    image = images.read(path)
-    if image.height > height or image.width > width:  # `fit` warns about smaller images
-        size = f"{image.height}x{image.width}"
+    name, picture = _name(image), images.read(image, _name(image))
+    if picture.height > height or picture.width > width:  # `fit` notes smaller images
         how = "cropped at the centre" if preset.fit == "random-crop" else "scaled and cropped"
-        warnings.warn(f"{path}: {size} is {how} to {height}x{width}, the model's size", stacklevel=3)
-    fitted = images.fit(image, (height, width), preset.channels, str(path), how=preset.fit)
-    return torch.from_numpy(fitted.copy()).permute(2, 0, 1)
+        size = f"{picture.height}x{picture.width}"
+        images.note(notes, f"{size} is {how} to {height}x{width}, the model's size", name)
+    array = images.fit(picture, (height, width), preset.channels, name, notes, preset.fit)
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
-def _read_mask(path: str | Path, image: str | Path, preset: Preset) -> Tensor:
+def _name(image: Source) -> str:
+    """What errors call an image."""
+    return "the image" if isinstance(image, bytes) else str(image)
+
+
+def _read_mask(mask: Source, image: Source, preset: Preset) -> Tensor:
     """A black and white mask file of the image's size, scaled and cropped like the image: bool [1, H, W]."""
-    mask = images.convert(images.read(path), 1, str(path), {})
-    size = images.read(image).size
-    if mask.size != size:
-        have, wanted = (f"{height}x{width}" for width, height in (mask.size, size))  # height first, as in all messages
-        raise InputError(f"{path}: {have} (height x width); want a mask of the image's size, {wanted}")
-    levels = np.unique(np.asarray(mask)).tolist()
+    name = _name(mask)
+    picture = images.convert(images.read(mask, name), 1, name, {})
+    size = images.read(image, _name(image)).size
+    if picture.size != size:
+        have, wanted = (f"{height}x{width}" for width, height in (picture.size, size))  # height first, as elsewhere
+        raise InputError(f"{name}: {have} (height x width); want a mask of the image's size, {wanted}")
+    levels = np.unique(np.asarray(picture)).tolist()
     if not set(levels) <= {0, 255} or 255 not in levels:
         seen = ", ".join(map(str, levels[:4])) + ", .." * (len(levels) > 4)
-        raise InputError(f"{path}: grey levels {seen}; want 255 (white) where to redraw and 0 (black) elsewhere")
-    return _picture(path, replace(preset, channels=1, show=())) > 127
+        raise InputError(f"{name}: grey levels {seen}; want 255 (white) where to redraw and 0 (black) elsewhere")
+    return fitted(mask, replace(preset, channels=1, show=())) > 127

@@ -6,7 +6,7 @@ label is measured with the labels of the images; other models are measured witho
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,7 +165,6 @@ def _write_table(out: Path, prior: float, terms: Tensor, mse: Tensor, bin: float
         warnings.warn("nll.png is not drawn: matplotlib is not installed", stacklevel=2)
 
 
-@kernels.frozen()
 def nll_sampled(
     checkpoint: models.Checkpoint,
     images: data.Images,
@@ -185,13 +184,38 @@ def nll_sampled(
     network_calls. The standard error covers both the choice of images and that of levels. Raises InputError for fewer
     than 2 images, for levels_per_image outside 1..T, and for images of more than 8 bits per channel.
     """
+    indices, T = subset(images, count), checkpoint.denoiser.schedule.T
+    if (n := len(indices)) < 2:
+        raise InputError(f"{n} image: want at least 2, for a standard error")
+    bits = sampled_bits(checkpoint, images, indices, levels_per_image, ranks, seed, batch_size, progress)
+    return {
+        "bits_per_dim": float(bits.mean()),
+        "standard_error": float(bits.std() / n**0.5),
+        "count": n,
+        "levels_per_image": levels_per_image,
+        "network_calls": n * levels_per_image + min(PILOT, n) * T,
+    }
+
+
+@kernels.frozen()
+def sampled_bits(
+    checkpoint: models.Checkpoint,
+    images: data.Images,
+    indices: Sequence[int],
+    levels_per_image: int,
+    ranks: Processes,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Tensor:
+    """The estimates of `nll_sampled` for the images of these indices, bits/dim, float64 [n].
+
+    Raises InputError as `nll_sampled` does, but takes a single image.
+    """
     denoiser, shape, T = checkpoint.denoiser, checkpoint.preset.shape, checkpoint.denoiser.schedule.T
-    indices = subset(images, count)
     n = len(indices)
     if not 1 <= levels_per_image <= T:
         raise InputError(f"levels_per_image {levels_per_image}: want 1 to {T}")
-    if n < 2:
-        raise InputError(f"{n} image: want at least 2, for a standard error")
     x0 = as_signal(images, indices[:PILOT]).to(ranks.device)
     y = labels_of(checkpoint, images, indices[:PILOT], ranks.device)
     pilot = likelihood.vlb(denoiser, x0, image_noise(seed, indices[:PILOT], 1, _NLL, shape), y)
@@ -211,14 +235,7 @@ def nll_sampled(
         terms = likelihood.sampled_terms(denoiser, x0, t.to(ranks.device), draws, y)
         nats = (terms.cpu() / (levels_per_image * q[t - 1])).sum(1) + likelihood.prior(denoiser, x0.double()).cpu()
         bits[part] = bits_per_dim(nats, pilot.dims)
-    bits = ranks.total(bits)
-    return {
-        "bits_per_dim": float(bits.mean()),
-        "standard_error": float(bits.std() / n**0.5),
-        "count": n,
-        "levels_per_image": levels_per_image,
-        "network_calls": n * levels_per_image + min(PILOT, n) * T,
-    }
+    return ranks.total(bits)
 
 
 @kernels.frozen()

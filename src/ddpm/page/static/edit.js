@@ -1,0 +1,193 @@
+// The tab Edit: one picture redrawn under a mask, or redrawn from a noise level, or two pictures mixed.
+import { commandLine, draw, el, field, getJSON, modelPicker, number, picture, queueLine, say, select, stream } from "./common.js";
+import { painter } from "./painter.js";
+import { pictureSlot, trying } from "./pictures.js";
+
+export const title = "Edit";
+export const explain = [
+  "Redraw what you paint: at each level the painted part comes from p<sub>θ</sub>(x<sub>t−1</sub> | x<sub>t</sub>) (Eq. 1), the rest from q(x<sub>t−1</sub> | x<sub>0</sub>) (Eq. 4). This is RePaint.",
+  "Redraw all: the picture gets noise up to level t (Eq. 4), and the model takes it away again (Algorithm 2). This is SDEdit. A higher t gives more freedom.",
+  "Mix two: x̄<sub>t</sub> = (1 − λ) x<sub>t</sub> + λ x′<sub>t</sub>, decoded by p(x<sub>0</sub> | x̄<sub>t</sub>). This is the interpolation of Section 4.4 and Figure 8.",
+];
+
+/** What can be done: its name, its settings at first (t is a share of T), and whether it paints or has a second picture. */
+const WAYS = {
+  inpaint: { name: "Redraw what you paint", sampler: "ancestral", steps: 50, n: 4, paints: true },
+  redraw: { name: "Redraw all, from level t", sampler: "ddim", steps: 50, n: 4, t: 0.4 },
+  interpolate: { name: "Mix two pictures", sampler: "ancestral", steps: 50, n: 7, t: 0.5, mixes: true },
+};
+
+/** Put options into a select. The value stays if it is one of them, and is the first otherwise. */
+function offer(input, options) {
+  const before = input.value;
+  input.replaceChildren(...select(options).children);
+  input.value = before;
+  if (input.selectedIndex < 0) input.selectedIndex = 0;
+}
+
+export async function build(section) {
+  const inputs = {
+    class: select([]), guidance: number(1.5, 0, 20, 0.1), sampler: select([]), steps: number(50, 1, 1000),
+    seed: number(0, 0, 2 ** 31), n: number(4, 1, 16), resample: number(5, 1, 100),
+    t: el("input", { type: "range", min: 1, max: 1000, value: 400 }),
+  };
+  const level = field("Noise level t", inputs.t);
+  const resample = field("Passes", inputs.resample, "How often each level is passed, so that both parts match");
+  const ways = Object.entries(WAYS).map(([value, way]) =>
+    el("label", {}, el("input", { type: "radio", name: "way", value, checked: value === "inpaint" }), way.name));
+  const go = el("button", { class: "main", type: "submit" }, "Redraw");
+  const cancel = el("button", { type: "button", disabled: true }, "Cancel");
+  const status = el("p", { class: "status", role: "status" });
+  const mask = painter();
+  const canvas = el("canvas", { role: "img", "aria-label": "nothing is made yet" });
+  const caption = el("figcaption");
+  const progress = el("progress", { max: 1, value: 0, "aria-label": "progress of the edit" });
+  const estimate = el("input", { type: "checkbox" });
+  const watched = el("div", { class: "stage", hidden: true }, el("figure", {}, canvas, caption), progress,
+    el("label", {}, estimate, "Show x̂₀, the estimate, in place of xₜ"));
+  const made = el("ol", { class: "made", "aria-label": "What was made" });
+  const files = el("div", { class: "row" });
+  const command = commandLine();
+  let choices, controller, frame;
+
+  const way = () => section.querySelector("[name=way]:checked").value;
+  const classes = () => (inputs.class.value ? [inputs.class.value] : choices?.always_labelled ? ["all"] : []);
+
+  /** The picture as the model takes it: this is what is painted on, and what is saved for the command line. */
+  async function fit(slot) {
+    if (slot.fitted || !slot.original) return;
+    let fitted;
+    await stream("/api/edit/fit", { model: picker.input.value, picture: slot.original }, (event) => {
+      if (event.kind === "picture") fitted = event;
+    });
+    slot.fitted = fitted.id;
+    slot.set(fitted);
+    if (slot === one) await mask.show(fitted);
+  }
+  const slotOf = (name, first) => {
+    const slot = pictureSlot(name, { model: () => picker.input.value, classes, first, changed: (given) => {
+      if (slot.fitted !== given.id) Object.assign(slot, { fitted: null, original: given.id });
+      layout();
+      return trying(() => fit(slot));
+    } });
+    return slot;
+  };
+  const one = slotOf("Picture", true);
+  const other = slotOf("Second picture", false);
+
+  const tell = () => { inputs.t.setAttribute("aria-valuetext", `t = ${inputs.t.value}`); level.querySelector("label").textContent = `Noise level t: ${inputs.t.value} of ${inputs.t.max}`; };
+  function layout() {
+    const chosen = WAYS[way()];
+    mask.hidden = !(chosen.paints && one.picture);
+    resample.hidden = !chosen.paints;
+    level.hidden = !chosen.t;
+    other.hidden = !chosen.mixes;
+    go.textContent = chosen.mixes ? "Mix" : "Redraw";
+    inputs.guidance.disabled = !inputs.class.value || !choices?.guided;
+  }
+  function begin() {
+    const chosen = WAYS[way()];
+    for (const name of ["sampler", "steps", "n"]) inputs[name].value = chosen[name];
+    if (chosen.t) inputs.t.value = Math.round(chosen.t * inputs.t.max);
+    tell();
+    layout();
+  }
+  const picker = await modelPicker(async (name) => {
+    choices = await getJSON(`/api/sample/choices?model=${encodeURIComponent(name)}`);
+    offer(inputs.class, [...(choices.always_labelled ? [] : [["", "none"]]), ...choices.classes]);
+    offer(inputs.sampler, Object.keys(choices.samplers));
+    inputs.class.disabled = !choices.classes.length;
+    inputs.t.max = inputs.steps.max = choices.T;
+  });
+  picker.input.addEventListener("change", () => trying(async () => { // the pictures are fitted to the new model
+    for (const slot of [one, other]) {
+      slot.fitted = null;
+      await fit(slot);
+    }
+  }));
+
+  const paint = () => {
+    if (!frame) return;
+    draw(canvas, estimate.checked ? frame.x0 : frame.x, frame.n, Math.min(frame.n, 4));
+    caption.textContent = estimate.checked ? `x̂₀, the estimate at t = ${frame.t}` : `xₜ at t = ${frame.t}`;
+    canvas.setAttribute("aria-label", `${frame.n} images: ${caption.textContent}`);
+  };
+  const link = (url, name, text) => el("a", { class: "button", href: url, download: name }, text);
+  function show(pictures) {
+    made.replaceChildren(...pictures.map((given, i) => el("li", {},
+      el("img", { class: "pixels", src: given.url, alt: `image ${i + 1}` }),
+      link(given.url, `edited-${i + 1}.png`, "Save PNG"),
+      el("button", { type: "button", "aria-label": `Use image ${i + 1} as the picture`, onclick: () => {
+        Object.assign(one, { fitted: given.id, original: given.id }).set(given);
+        trying(() => mask.show(given));
+        one.scrollIntoView({ block: "nearest" });
+      } }, "Use this"))));
+    watched.hidden = true;
+  }
+
+  const form = el("form", { class: "panel" }, picker,
+    el("fieldset", { class: "choice" }, el("legend", {}, "What to do"), ...ways),
+    level, el("div", { class: "pair" }, field("Class", inputs.class), field("Guidance", inputs.guidance, "1 is none")),
+    el("div", { class: "pair" }, field("Sampler", inputs.sampler), field("Steps", inputs.steps)), resample,
+    el("div", { class: "pair" }, field("Seed", inputs.seed), field("Images", inputs.n)),
+    el("div", { class: "row" }, go, cancel), status);
+  const stage = el("div", { class: "panel" }, el("div", { class: "stages" }, one, other, mask), watched, made, files, command);
+  section.append(el("div", { class: "columns" }, form, stage));
+  form.addEventListener("change", (event) => (event.target.name === "way" ? begin() : layout()));
+  inputs.t.addEventListener("input", tell);
+  estimate.addEventListener("change", paint);
+  cancel.addEventListener("click", () => controller?.abort());
+
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    say();
+    if (!one.fitted || (WAYS[way()].mixes && !other.fitted)) {
+      say(WAYS[way()].mixes ? "Mix two pictures: add both first." : "Add a picture first.");
+      return;
+    }
+    const [value, n] = [way(), Number(inputs.n.value)];
+    const t = WAYS[value].t ? Number(inputs.t.value) : choices.T;
+    const body = {
+      model: picker.input.value, picture: one.fitted, other: other.fitted, classes: inputs.class.value ? [inputs.class.value] : [],
+      guidance: inputs.guidance.disabled || !inputs.guidance.value ? null : Number(inputs.guidance.value),
+      sampler: inputs.sampler.value, steps: inputs.steps.value ? Math.min(t, inputs.steps.value) : null,
+      seed: Number(inputs.seed.value), n, t, resample: Number(inputs.resample.value), mask: mask.bits(),
+    };
+    controller = new AbortController();
+    go.disabled = true;
+    cancel.disabled = false;
+    frame = null;
+    made.replaceChildren();
+    files.replaceChildren();
+    command.set("");
+    status.textContent = "The model draws.";
+    const finished = await trying(async () => {
+      await stream(`/api/edit/${value}`, body, async (event) => {
+        if (event.kind === "queue") status.textContent = queueLine(event.place);
+        if (event.kind === "about") {
+          command.set(event.command);
+          files.append(link(one.picture.url, WAYS[value].mixes ? "a.png" : "picture.png", "Save the picture"));
+          if (WAYS[value].mixes) files.append(link(other.picture.url, "b.png", "Save the second picture"));
+          if (event.mask) files.append(link(event.mask.url, "mask.png", "Save the mask"));
+        }
+        if (event.kind === "step") {
+          const [x, x0] = await Promise.all([picture(event.x), picture(event.x0)]);
+          frame = { t: event.t, n, x, x0 };
+          progress.value = event.index / event.of;
+          watched.hidden = false;
+          paint();
+        }
+        if (event.kind === "done") {
+          show(event.pictures);
+          files.prepend(link(event.file.url, `${value}.png`, "Save all in one PNG"));
+        }
+      }, controller.signal);
+      return true;
+    });
+    status.textContent = finished ? "Done." : controller.signal.aborted ? "Cancelled." : "";
+    if (!finished) watched.hidden = true;
+    go.disabled = false;
+    cancel.disabled = true;
+  });
+  begin();
+}
