@@ -542,7 +542,7 @@ def test_every_prefix_of_a_file_gives_a_picture_or_an_error(either):
 
 
 def test_what_is_known_of_a_file_shows_its_prefixes_without_the_network(either):
-    """Every prefix, lossless and lossy: the same last picture, and no call."""
+    """Prefixes of lossless and lossy files: the same last picture, and no call."""
     image, calls = hwc(draws(1, seed=4))[0], []
     counting = replace(either, tick=calls.append)
     for lossy in ({}, {"psnr": 20.0}):
@@ -550,7 +550,7 @@ def test_what_is_known_of_a_file_shows_its_prefixes_without_the_network(either):
         *_, whole = codec.pictures(counting, data, known=known)
         header, begin = codec.read_header(data)
         assert len(known) == len(calls) == header.groups + 1
-        for at in range(begin, len(data) + 1):
+        for at in (*range(begin, len(data), 7), len(data)):
             *_, shown = codec.pictures(counting, data, at, known)
             *_, fresh = codec.pictures(either, data, at)
             assert np.array_equal(shown.image, fresh.image)

@@ -164,7 +164,7 @@ def test_a_painted_mask_leaves_the_other_pixels(visit, digits, address, tmp_path
     painted = saved(page, section.get_by_role("link", name="Save the mask"), digits / "mask.png")
     assert np.array_equal(pixels(painted) == 255, mask)
     assert equal(versions, same(section, digits, tmp_path, monkeypatch, picture="a.png"))
-    section.get_by_role("button", name="Use image 2 as the picture").click()
+    section.get_by_role("button", name="Use this: image 2 becomes the picture").click()
     section.locator(".painter small", has_text="0 of 64 pixels").wait_for()
     source = section.locator(".slot img").first.get_attribute("src")
     assert np.array_equal(pixels(urlopen(address + source).read()), versions[1])

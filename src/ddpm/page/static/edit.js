@@ -116,8 +116,8 @@ export async function build(section) {
   function show(pictures) {
     made.replaceChildren(...pictures.map((given, i) => el("li", {},
       el("img", { class: "pixels", src: given.url, alt: `image ${i + 1}` }),
-      link(given.url, `edited-${i + 1}.png`, "Save PNG"),
-      el("button", { type: "button", "aria-label": `Use image ${i + 1} as the picture`, onclick: () => {
+      el("a", { class: "button", href: given.url, download: `edited-${i + 1}.png`, "aria-label": `Save PNG of image ${i + 1}` }, "Save PNG"),
+      el("button", { type: "button", "aria-label": `Use this: image ${i + 1} becomes the picture`, onclick: () => {
         Object.assign(one, { fitted: given.id, original: given.id }).set(given);
         trying(() => mask.show(given));
         one.scrollIntoView({ block: "nearest" });
