@@ -11,7 +11,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[codec,plots]'
+	$(PIP) --editable '.[codec,page,plots]'
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed

@@ -144,10 +144,9 @@ def test_a_node_that_differs_is_named_once(name: str, tmp_path: Path) -> None:
 
 
 def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
-    """By the first process, and without its name: here of the settings, of the data, and of another command."""
+    """By the first process, and without its name: here of the settings, and of another command."""
     cases = (
         ([*TINY, "--batch-size", "2", "--out", "run"], "--batch-size 2: 3 processes"),
-        ([*TINY, "--data", "no/such", "--out", "run"], "no/such"),
         (["compress", "digits", "no/such.png", "--out", "x.ddpm"], "no/such.png"),
     )
     for i, (command, words) in enumerate(cases):
