@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_close, assert_same, losses, metrics, steps, tensors, train
+from conftest import TINY as SETTINGS
+from conftest import assert_close, assert_same, losses, metrics, steps, tensors
+from conftest import train as train_digits
 from several import Agents, reached, wait_until
 
 from ddpm.errors import InputError
@@ -21,6 +24,20 @@ from ddpm.run import agree, forecast, partition
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 LONG = ("--steps", "100000")
+TINY = list(SETTINGS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _data(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Images of which no process has to import scikit-learn, which takes seconds."""
+    file = tmp_path_factory.mktemp("data") / "images.npy"
+    np.save(file, np.random.default_rng(0).integers(0, 256, (200, 8, 8), dtype=np.uint8))
+    TINY.extend(["--data", str(file)])
+
+
+def train(out: Path, *options: Any) -> int:
+    """Train on these images in this process."""
+    return train_digits(out, *TINY[len(SETTINGS) :], *options)
 
 
 def nodes(tmp_path: Path, count: int = 2) -> list[Path]:
