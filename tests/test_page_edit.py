@@ -136,7 +136,7 @@ def test_a_painted_mask_leaves_the_other_pixels(visit, digits, address, tmp_path
     page, section = visit("edit")
     add(section, digits / "a.png")
     canvas = section.locator(".painter canvas")
-    canvas.wait_for()
+    section.locator(".painter small", has_text="0 of 64 pixels are painted").wait_for()
     section.get_by_label("Size of the brush").fill("1")
     canvas.focus()
     for key in ("Space", "ArrowRight", "Shift+ArrowDown"):  # (4, 4), and (5, 5) in rows and columns from 0

@@ -63,6 +63,7 @@ export async function build(section) {
     slot.fitted = fitted.id;
     slot.set(fitted);
     if (slot === one) await mask.show(fitted);
+    layout(); // only now can one paint
   }
   const slotOf = (name, first) => {
     const slot = pictureSlot(name, { model: () => picker.input.value, classes, first, changed: (given) => {
@@ -78,7 +79,7 @@ export async function build(section) {
   const tell = () => { inputs.t.setAttribute("aria-valuetext", `t = ${inputs.t.value}`); level.querySelector("label").textContent = `Noise level t: ${inputs.t.value} of ${inputs.t.max}`; };
   function layout() {
     const chosen = WAYS[way()];
-    mask.hidden = !(chosen.paints && one.picture);
+    mask.hidden = !(chosen.paints && one.fitted);
     resample.hidden = !chosen.paints;
     level.hidden = !chosen.t;
     other.hidden = !chosen.mixes;
