@@ -1,0 +1,68 @@
+"""Docstrings are plain text with `code`, tables of "name  meaning" and doctests; this makes reStructuredText of them."""
+
+import re
+from typing import Any
+
+ROW = re.compile(r"(?P<name>[\w*.]+(?:(?:, | and )[\w*.]+)*) {2,}(?P<meaning>[^\s(].*)")
+CODE = re.compile(r"(``?[^`]+``?)")
+
+
+def prose(text: str) -> str:
+    """A line of prose, with what reStructuredText would read as markup escaped.
+
+    >>> prose("eps_ of `x_t`, *args")
+    'eps\\\\_ of ``x_t``, \\\\*args'
+    """
+    parts = CODE.split(text)
+    return "".join(
+        f"``{part.strip('`')}``" if i % 2 else re.sub(r"([\\*|_`])", r"\\\1", part) for i, part in enumerate(parts)
+    )
+
+
+def convert(lines: list[str]) -> list[str]:
+    """The docstring's lines as reStructuredText."""
+    out: list[str] = []
+    mode = ""
+    for number, line in enumerate(lines):
+        row = ROW.fullmatch(line) if number or not line.strip() else None
+        if not line.strip():
+            if mode != "row":
+                mode = ""
+            out.append("")
+        elif line.startswith(">>>") or mode == "doctest":
+            mode = "doctest"
+            out.append(line)
+        elif row:
+            if mode != "row" and out and out[-1]:
+                out.append("")
+            mode = "row"
+            out += [f"``{row['name']}``", f"    {prose(row['meaning'])}"]
+        elif line.startswith(" ") and mode == "row":
+            out.append(f"    {prose(line.strip())}")
+        elif line.startswith("  ") and mode in ("", "literal"):
+            if mode == "":
+                out += ["::", ""]
+            mode = "literal"
+            out.append("    " + line)
+        else:
+            if mode in ("row", "literal") and out and out[-1]:
+                out.append("")
+            mode = "prose"
+            marker = re.match(r"\* ", line)
+            out.append(f"* {prose(line[2:])}" if marker else prose(line))
+    return [*out, ""]
+
+
+def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = convert(lines)
+
+
+def _skip(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Fields of named tuples are described by their class; methods that torch calls are no interface."""
+    return True if type(obj).__name__ == "_tuplegetter" or name in ("forward", "training") else None
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.connect("autodoc-process-docstring", _process)
+    app.connect("autodoc-skip-member", _skip)
+    return {"parallel_read_safe": True}
