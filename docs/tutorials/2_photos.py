@@ -16,6 +16,7 @@ from PIL import Image
 
 import ddpm
 from ddpm import pixels, samplers
+from ddpm.files import data
 from ddpm.files import images as pictures
 from ddpm.noise import per_image
 
@@ -44,10 +45,10 @@ for number in range(240):
 # %%
 # Look at the data first
 # ----------------------
-# ``ddpm data FOLDER --out sheet.png`` shows what training would see. In Python, ``ddpm.files.data.load`` returns the
+# ``ddpm data FOLDER --out sheet.png`` shows what training would see. In Python, ``data.load`` returns the
 # images. They are scaled until they cover the size, and cropped at the centre.
 
-source = ddpm.files.data.load(str(folder), (16, 16), 3)
+source = data.load(str(folder), (16, 16), 3)
 print(len(source), "images")
 show(source.batch(range(16)), columns=8)
 
@@ -113,7 +114,7 @@ show(pixels.to_pixels(last.x), columns=8)
 # -----
 # The same call resumes a run that was stopped. A call with more steps goes on with the run: ``ddpm.train(run.folder,
 # steps=500)``. With ``cooldown`` the learning rate depends on the number of steps, so decide on this number early.
-# `The run folder` holds the settings, the log and the checkpoints:
+# The run folder holds the settings, the log and the checkpoints:
 
 for path in sorted(run.folder.rglob("*")):
     if path.is_file():
