@@ -42,7 +42,7 @@ suppress_warnings = [
 highlight_language = "none"
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|numpy|np|PIL|Image|collections|pathlib|typing|argparse|safetensors|datasets|fsspec)(\..*)?"),
+    ("py:.*", r"(torch|numpy|PIL|collections|contextlib|pathlib|typing|argparse|zipfile)\..*|Path|(tuple|dict)\[\w+"),
 ]
 
 autodoc_member_order = "bysource"

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -155,6 +156,11 @@ def _start(app: Any) -> None:
     write(Path(app.srcdir) / "docs/generated")
 
 
+def _tutorials(app: Any, docname: str, text: list[str]) -> None:
+    """A link to a tutorial's script is, on the site, a link to its page."""
+    text[0] = re.sub(r"\]\(((?:\.\./)*)tutorials/(\w+)\.py\)", r"](\1gallery/\2.rst)", text[0])
+
+
 def _finish(app: Any, error: Exception | None) -> None:
     """The site's address opens the start page."""
     if error is None and app.builder.format == "html":
@@ -165,5 +171,6 @@ def _finish(app: Any, error: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     app.connect("builder-inited", _start)
+    app.connect("source-read", _tutorials)
     app.connect("build-finished", _finish)
     return {"parallel_read_safe": True}

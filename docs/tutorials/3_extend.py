@@ -73,7 +73,7 @@ print(samplers.named("fresh").meaning)
 # Here is a sigmoid schedule beside two others.
 
 
-def sigmoid(T=1000, steepness=6.0):
+def sigmoid(T=1000, steepness=12.0):
     """Return a schedule whose abar_t falls from 1 as a sigmoid of t."""
     u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
     f = torch.sigmoid(steepness * (0.5 - u))

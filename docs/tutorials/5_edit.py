@@ -77,8 +77,8 @@ show([one, torch.where(mask == 1, torch.zeros_like(one), one), mended], ["origin
 # %%
 # Interpolate (Figures 8 and 9)
 # -----------------------------
-# Mix two images at level t and decode the mixture. At a low level the two images fade into each other. At a high level
-# the model finds images that lie between them.
+# Mix two images at level t and decode the mixture. The outer columns are the two ends, decoded as well. At a low level
+# they are still the two images. At a high level little of the two images is left, and the model draws digits of its own.
 
 weights = torch.linspace(0, 1, 9)
 ends = normal([1, 2], (1, 8, 8))
