@@ -1,4 +1,4 @@
-"""Spelling and style of the pages, the README and all help texts: codespell, and proselint's checks of plain mistakes."""
+"""Spelling and style of the pages, the README and all help texts, by codespell and proselint."""
 
 import argparse
 import subprocess

@@ -1,4 +1,4 @@
-"""Docstrings are plain text with `code`, tables of "name  meaning" and doctests; this makes reStructuredText of them."""
+"""Docstrings are plain text with `code`, tables of "name  meaning" and doctests. They become reStructuredText here."""
 
 import re
 from typing import Any

@@ -46,7 +46,15 @@ def command_page(command: argparse.ArgumentParser) -> str:
     name = command.prog.split()[-1]
     lines = [f"# ddpm {name}", "", escaped(command.description or ""), ""]
     epilog = (command.epilog or "").removeprefix("example:").strip()
-    lines += ["```sh", *(line.strip() for line in epilog.splitlines()), "```", "", f":::{{program}} ddpm {name}", ":::", ""]
+    lines += [
+        "```sh",
+        *(line.strip() for line in epilog.splitlines()),
+        "```",
+        "",
+        f":::{{program}} ddpm {name}",
+        ":::",
+        "",
+    ]
     for group in command._action_groups:
         actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS and "--help" not in a.option_strings]
         if not actions:
@@ -89,8 +97,8 @@ def settings_page() -> str:
     lines = [
         "# Settings and presets",
         "",
-        "A *setting* is a field of `ddpm.Preset`. Each one is an option of `ddpm train`, a keyword of `ddpm.train`, and a "
-        "line of a `--config` file. In an option, a hyphen takes the place of the underscore: `batch_size` is "
+        "A *setting* is a field of `ddpm.Preset`. Each one is an option of `ddpm train`, a keyword of `ddpm.train`, and "
+        "a line of a `--config` file. In an option, a hyphen takes the place of the underscore: `batch_size` is "
         "`--batch-size`. A switch has a second form that turns it off: `--no-flip`. The default is the value of the "
         "preset `cifar10`, which is the paper's. A setting with *resume* can be changed when a run goes on.",
         "",
@@ -103,7 +111,13 @@ def settings_page() -> str:
                 continue
             resume = "yes" if f.metadata["resume"] else ""
             default = _shown(getattr(PRESETS["cifar10"], f.name))
-            row = (f"`{f.name}`", escaped(f.metadata["help"]), escaped(_range(f, hints[f.name])), escaped(default), resume)
+            row = (
+                f"`{f.name}`",
+                escaped(f.metadata["help"]),
+                escaped(_range(f, hints[f.name])),
+                escaped(default),
+                resume,
+            )
             lines.append(f"| {' | '.join(row)} |")
         lines.append("")
     lines += [
@@ -111,9 +125,14 @@ def settings_page() -> str:
         "table in [Choose a preset](../howto/presets.md) say what each preset is for.", "",
     ]  # fmt: skip
     for name, preset in PRESETS.items():
-        changed = [f for f in fields(Preset) if getattr(preset, f.name) != getattr(Preset(data="uoft-cs/cifar10"), f.name)]
+        changed = [
+            f for f in fields(Preset) if getattr(preset, f.name) != getattr(Preset(data="uoft-cs/cifar10"), f.name)
+        ]
         lines += [f"### {name}", ""]
-        lines += [", ".join(f"`{f.name}` {escaped(_shown(getattr(preset, f.name)))}" for f in changed) or "Nothing.", ""]
+        lines += [
+            ", ".join(f"`{f.name}` {escaped(_shown(getattr(preset, f.name)))}" for f in changed) or "Nothing.",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -122,9 +141,11 @@ def commands_page(commands: dict[str, argparse.ArgumentParser], helps: dict[str,
         "# Commands", "", "`ddpm COMMAND --help` prints the same text as these pages, which are made from the program "
         "itself. `ddpm --version` prints the version.", "",
     ]  # fmt: skip
-    told = [name for names in FAMILIES.values() for name in names]
-    assert sorted(told) == sorted(commands), f"docs/_ext/generated.py: FAMILIES lacks {set(commands) ^ set(told)}"
-    for family, names in FAMILIES.items():
+    families = {family: [name for name in names if name in commands] for family, names in FAMILIES.items()}
+    listed = {name for names in families.values() for name in names}
+    families |= {"Others": [name for name in commands if name not in listed]} if set(commands) - listed else {}
+    told = [name for names in families.values() for name in names]
+    for family, names in families.items():
         lines += [f"## {family}", "", "| command | what it does |", "|---|---|"]
         lines += [f"| [ddpm {name}](command-{name}.md) | {escaped(helps[name])} |" for name in names]
         lines.append("")
@@ -164,7 +185,9 @@ def _tutorials(app: Any, docname: str, text: list[str]) -> None:
 def _finish(app: Any, error: Exception | None) -> None:
     """The site's address opens the start page."""
     if error is None and app.builder.format == "html":
-        page = '<!doctype html><meta charset="utf-8"><title>ddpm</title><meta http-equiv="refresh" content="0; url=docs/">'
+        page = (
+            '<!doctype html><meta charset="utf-8"><title>ddpm</title><meta http-equiv="refresh" content="0; url=docs/">'
+        )
         link = '<a href="docs/index.html">ddpm</a>'
         (Path(app.outdir) / "index.html").write_text(f"{page.replace('docs/', 'docs/index.html')}{link}\n")
 

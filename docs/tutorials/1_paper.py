@@ -50,8 +50,8 @@ show([x0], ["$x_0$"])
 #
 #    q(x_t | x_0) = \mathcal{N}(x_t; \sqrt{\bar\alpha_t}\, x_0, (1 - \bar\alpha_t) I)
 #
-# ``gaussian.q_sample`` draws from it. Level 0 is data, and level 1000 is noise. One number per level describes the whole
-# process: :math:`\bar\alpha_t`, the share of the signal that is left.
+# ``gaussian.q_sample`` draws from it. Level 0 is data, and level 1000 is noise. One number per level describes the
+# whole process: :math:`\bar\alpha_t`, the share of the signal that is left.
 
 schedule = denoiser.schedule
 noise = per_image(seeds=range(8), shape=(1, 8, 8))  # each image has a seed of its own
@@ -66,7 +66,8 @@ show(
 # ----------------------------------------
 # A network learns to go one step back. It sees :math:`x_t` and t. From its output follows an estimate of the image
 # (Equation 15), written :math:`\hat x_0`. The mean of the step back, Equation 7, follows from this estimate. A
-# ``Denoiser`` holds the network and knows what its output means: the noise, the image, the mean, or, as in this model, v.
+# ``Denoiser`` holds the network and knows what its output means: the noise, the image, the mean, or, as in this model,
+# v.
 
 t = torch.full((8,), 500)
 xt = gaussian.q_sample(schedule, x0, t, noise(500))
@@ -108,7 +109,8 @@ plt.tight_layout()
 #
 #    x_{t-1} = \mu_\theta(x_t, t) + \sigma_t z, \qquad z \sim \mathcal{N}(0, I)
 #
-# A sampler yields a ``Step`` after every step, so we can look at the estimates on the way, as Figure 6 of the paper does.
+# A sampler yields a ``Step`` after every step, so we can look at the estimates on the way, as Figure 6 of the paper
+# does.
 
 seen = {}
 for step in samplers.ancestral(denoiser, noise(1000), noise):
@@ -121,7 +123,8 @@ show(list(seen.values()), [f"t = {t}" for t in seen])
 #
 # The bound (Equation 5)
 # ----------------------
-# How many bits does the model need for an image? The negative log-likelihood is at most the sum of three kinds of terms:
+# How many bits does the model need for an image? The negative log-likelihood is at most the sum of three kinds of
+# terms:
 #
 # .. math::
 #

@@ -2,9 +2,9 @@ r"""
 Your own photographs, from folder to samples
 ============================================
 
-This tutorial trains a model on a folder of pictures. So that it runs anywhere, it draws the pictures itself: a sun above
-a hill, 240 times. Put your own folder in the place of ``folder``. The network is very small and trains for seconds, so
-the samples are rough.
+This tutorial trains a model on a folder of pictures. So that it runs anywhere, it draws the pictures itself: a sun
+above a hill, 240 times. Put your own folder in the place of ``folder``. The network is very small and trains for
+seconds, so the samples are rough.
 """
 
 import tempfile
@@ -36,9 +36,9 @@ folder.mkdir()
 rng = np.random.default_rng(0)
 y, x = np.mgrid[0:48, 0:64]
 for number in range(240):
-    sky, sun, hill = rng.uniform(120, 255, 3), np.array([255, 220, 80]), rng.uniform(20, 120, 3)
+    sky, hill = rng.uniform((90, 150, 210), (150, 190, 255)), rng.uniform((20, 80, 20), (90, 130, 60))
     picture = sky * (1 - y / 100)[..., None]
-    picture[(x - rng.uniform(12, 52)) ** 2 + (y - rng.uniform(8, 20)) ** 2 < 49] = sun
+    picture[(x - rng.uniform(12, 52)) ** 2 + (y - rng.uniform(8, 20)) ** 2 < 49] = (255, 220, 80)
     picture[y > 32 + 6 * np.sin(x / rng.uniform(8, 14) + rng.uniform(0, 6))] = hill
     Image.fromarray(picture.astype(np.uint8)).save(folder / f"{number:03}.png")
 
@@ -56,11 +56,11 @@ show(source.batch(range(16)), columns=8)
 # Train
 # -----
 # The preset ``photos`` is the recipe for pictures of any size. Each setting can be replaced; here a small network and
-# few steps make the run quick. ``on_log`` receives every line of the log. On the command line, the same run is
+# few steps make the run quick. ``on_log`` receives every line of the log. On the command line, a similar run is
 #
 # .. code-block:: sh
 #
-#    ddpm train photos --data photos --out run --size 16 --width 32 --channel-multipliers 1,1 --steps 250
+#    ddpm train photos --data photos --out run --size 16 --width 32 --channel-multipliers 1,1 --steps 500
 
 log = []
 run = ddpm.train(
@@ -73,7 +73,7 @@ run = ddpm.train(
     num_res_blocks=1,
     attention_resolutions=(8,),
     dropout=0.0,
-    steps=250,
+    steps=500,
     batch_size=16,
     lr=2e-3,
     warmup=20,
@@ -108,12 +108,13 @@ levels = sampler.levels(run.model, 20)
 show(pixels.to_pixels(last.x), columns=8)
 
 # %%
-# Each sample has a sky, and most have a hill and a sun. A real run takes longer: see the how-to page "How long to train".
+# Most samples have a sky, a hill and a sun, and some noise is left. A real run takes longer: see the how-to page "How
+# long to train".
 #
 # Go on
 # -----
 # The same call resumes a run that was stopped. A call with more steps goes on with the run: ``ddpm.train(run.folder,
-# steps=500)``. With ``cooldown`` the learning rate depends on the number of steps, so decide on this number early.
+# steps=1000)``. With ``cooldown`` the learning rate depends on the number of steps, so decide on this number early.
 # The run folder holds the settings, the log and the checkpoints:
 
 for path in sorted(run.folder.rglob("*")):

@@ -35,9 +35,9 @@ noise = per_image(seeds=range(16), shape=(1, 8, 8))
 # %%
 # A sampler
 # ---------
-# A sampler is a generator: it takes noise, and yields a ``Step`` after each step. This one forgets the old noise at every
-# step. It goes to the estimate of the image (Equation 15), and adds fresh noise of the next level (Equation 4). It is
-# DDIM with the largest possible variance.
+# A sampler is a generator: it takes noise, and yields a ``Step`` after each step. This one forgets the old noise at
+# every step. It goes to the estimate of the image (Equation 15), and adds fresh noise of the next level (Equation 4).
+# It is DDIM with the largest possible variance.
 
 
 def fresh(denoiser, x, noise, steps=50, y=None, start=None):
@@ -82,7 +82,8 @@ def sigmoid(T=1000, steepness=12.0):
 
 
 plt.figure(figsize=(7, 3))
-for name, schedule in {"linear": ddpm.schedule.linear(), "cosine": ddpm.schedule.cosine(), "sigmoid": sigmoid()}.items():
+schedules = {"linear": ddpm.schedule.linear(), "cosine": ddpm.schedule.cosine(), "sigmoid": sigmoid()}
+for name, schedule in schedules.items():
     plt.plot(schedule.alpha_bar, label=name)
 plt.xlabel("noise level t")
 plt.ylabel(r"$\bar\alpha_t$")
@@ -117,7 +118,7 @@ images = data.load("digits", (8, 8), 1)
 optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
 random = generator(0)
 history = []
-for step in range(300):
+for _ in range(300):
     rows = torch.randint(0, len(images), (32,), generator=random)
     x0 = pixels.to_signal(images.batch(rows.tolist()))
     t = timesteps.sample(mine.schedule, 32, "stratified", random)
@@ -136,5 +137,5 @@ network.eval()
 show(last.x)
 
 # %%
-# To use them from the command line, add the functions to ``samplers.py``, ``schedule.py`` or ``losses.py`` in a checkout,
-# each with its row in the table beside it. The help and the checks of the options then follow by themselves.
+# To use them from the command line, add the functions to ``samplers.py``, ``schedule.py`` or ``losses.py`` in a
+# checkout, each with its row in the table beside it. The help and the checks of the options then follow by themselves.

@@ -9,7 +9,6 @@ by the bound (Equation 5), finds out where they go, and draws Figure 5 of the pa
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
-import torch
 
 import ddpm
 from ddpm import gaussian, likelihood, pixels
@@ -54,8 +53,8 @@ print(f"rate {rate:.3f}, distortion {distortion:.3f} bits per dimension")
 # ----------------------------------------------
 # The variance of the reverse process is a choice (Section 3.2). For a fixed variance, the terms follow from the mean
 # squared errors, which ``bound.mse`` holds. The best variance of each level also follows from them (Bao et al. 2022).
-# Here it is computed from the same 16 images that it is then measured on, so it is a little too good. ``ddpm calibrate``
-# measures it on training images.
+# Here it is computed from the same 16 images that it is then measured on, so it is a little too good. ``ddpm
+# calibrate`` measures it on training images.
 
 small = replace(denoiser, variance="fixed_small")
 best = replace(denoiser, variance=gaussian.calibrated_variance(denoiser.schedule, bound.mse.mean(0)))
@@ -66,8 +65,8 @@ for name, other in {"fixed_small": small, "calibrated": best}.items():
 # %%
 # Progressive coding (Algorithms 3 and 4, Figure 5)
 # -------------------------------------------------
-# A sender can send :math:`x_T, x_{T-1}, \dots, x_0` one after the other. After each of them, the receiver has an estimate
-# of the image. ``likelihood.progressive_coding`` yields what the receiver knows and what it has cost.
+# A sender can send :math:`x_T, x_{T-1}, \dots, x_0` one after the other. After each of them, the receiver has an
+# estimate of the image. ``likelihood.progressive_coding`` yields what the receiver knows and what it has cost.
 
 spent, error, shown = [], [], {}
 for state in likelihood.progressive_coding(denoiser, x0, noise):
@@ -98,5 +97,5 @@ figure.tight_layout(pad=0.3)
 # %%
 # Fewer levels
 # ------------
-# All 1,000 levels cost 1,000 network calls per image. ``ddpm evaluate RUN --levels-per-image 20`` draws 20 levels for each
-# image, without bias, and prints the standard error.
+# All 1,000 levels cost 1,000 network calls per image. ``ddpm evaluate RUN --levels-per-image 20`` draws 20 levels for
+# each image, without bias, and prints the standard error.

@@ -2,8 +2,8 @@ r"""
 Edit, inpaint and interpolate
 =============================
 
-A model that can sample images can also change them. This tutorial redraws digits, mends a hole, and walks from one image
-to another. The functions of ``ddpm.editing`` are generators, as samplers are; the last step holds the result.
+A model that can sample images can also change them. This tutorial redraws digits, mends a hole, and walks from one
+image to another. The functions of ``ddpm.editing`` are generators, as samplers are; the last step holds the result.
 """
 
 import matplotlib.pyplot as plt
@@ -28,9 +28,8 @@ def show(rows, labels):
 
 def last(steps):
     """Return the images after the last step."""
-    for step in steps:
-        pass
-    return step.x
+    *_, final = steps
+    return final.x
 
 
 denoiser = ddpm.load("digits")
@@ -41,8 +40,8 @@ noise = per_image(seeds=range(8), shape=(1, 8, 8))
 # %%
 # Redraw (SDEdit)
 # ---------------
-# Noise the image to level t by Equation 4, and let the reverse process run from there (Meng et al. 2022). The higher the
-# level, the more the image changes. On the command line this is ``ddpm edit``.
+# Noise the image to level t by Equation 4, and let the reverse process run from there (Meng et al. 2022). The higher
+# the level, the more the image changes. On the command line this is ``ddpm edit``.
 
 levels = [0, 300, 500, 700, 900]
 show([last(editing.redraw(denoiser, x0, t, noise, min(t, 100) or None)) for t in levels], [f"t = {t}" for t in levels])
@@ -52,9 +51,9 @@ show([last(editing.redraw(denoiser, x0, t, noise, min(t, 100) or None)) for t in
 #
 # Change the class (DDIM inversion)
 # ---------------------------------
-# DDIM without noise can run backwards: it finds the :math:`x_t` from which it would sample the image (Song et al. 2021).
-# Going down again with a class label and guidance turns the image into one of that class. The slant and the weight of
-# the strokes often stay.
+# DDIM without noise can run backwards: it finds the :math:`x_t` from which it would sample the image (Song et al.
+# 2021). Going down again with a class label and guidance turns the image into one of that class. The slant and the
+# weight of the strokes often stay.
 
 *_, up = editing.invert(denoiser, x0, steps=50, t=800, iterations=3)
 same = last(samplers.ddim(denoiser, up.x, steps=50, start=800))
@@ -78,7 +77,8 @@ show([one, torch.where(mask == 1, torch.zeros_like(one), one), mended], ["origin
 # Interpolate (Figures 8 and 9)
 # -----------------------------
 # Mix two images at level t and decode the mixture. The outer columns are the two ends, decoded as well. At a low level
-# they are still the two images. At a high level little of the two images is left, and the model draws digits of its own.
+# they are still the two images. At a high level little of the two images is left, and the model draws digits of its
+# own.
 
 weights = torch.linspace(0, 1, 9)
 ends = normal([1, 2], (1, 8, 8))

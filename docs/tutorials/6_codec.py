@@ -47,8 +47,8 @@ print("exact:", np.array_equal(codec.decompress(model, file), picture))
 # %%
 # Read it half
 # ------------
-# ``codec.decompress`` with ``at`` reads only the first bytes. The header alone gives an estimate that knows nothing of the
-# picture. Each further group of levels makes the estimate better.
+# ``codec.decompress`` with ``at`` reads only the first bytes. The header alone gives an estimate that knows nothing of
+# the picture. Each further group of levels makes the estimate better.
 
 header, begin = codec.read_header(file)
 marks = [begin, *np.linspace(begin + 3, len(file), 7).astype(int)]
@@ -71,8 +71,8 @@ print("whole file:", state.whole, "- exact:", state.exact)
 # %%
 # Smaller on purpose
 # ------------------
-# A lossy file stops early: at a number of bits per pixel, or at a quality in decibels. If the whole lossless file needs no
-# more bytes, it is written instead.
+# A lossy file stops early: at a number of bits per pixel, or at a quality in decibels. If the whole lossless file needs
+# no more bytes, it is written instead.
 
 for psnr in (12, 16, 20):
     small = codec.compress(model, picture, psnr=psnr, bits=8)
