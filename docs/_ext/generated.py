@@ -97,8 +97,8 @@ def settings_page() -> str:
     lines = [
         "# Settings and presets",
         "",
-        "A *setting* is a field of `ddpm.Preset`. Each one is an option of `ddpm train`, a keyword of `ddpm.train`, and "
-        "a line of a `--config` file. In an option, a hyphen takes the place of the underscore: `batch_size` is "
+        "A *setting* is a field of `ddpm.Preset`. Each one is an option of `ddpm train`, a keyword of `ddpm.train`, "
+        "and a line of a `--config` file. In an option, a hyphen takes the place of the underscore: `batch_size` is "
         "`--batch-size`. A switch has a second form that turns it off: `--no-flip`. The default is the value of the "
         "preset `cifar10`, which is the paper's. A setting with *resume* can be changed when a run goes on.",
         "",
