@@ -40,6 +40,7 @@ suppress_warnings = [
     "config.cache",  # sphinx_gallery_conf holds a function
 ]
 highlight_language = "none"
+smartquotes = False  # two hyphens are an option, and no dash
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|PIL|collections|contextlib|pathlib|typing|argparse|zipfile)\..*|Path|(tuple|dict)\[\w+"),

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from docutils import nodes
+
 ROW = re.compile(r"(?P<name>[\w*.]+(?:(?:, | and )[\w*.]+)*) {2,}(?P<meaning>[^\s(].*)")
 CODE = re.compile(r"(``?[^`]+``?)")
 
@@ -62,7 +64,27 @@ def _skip(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) ->
     return True if type(obj).__name__ == "_tuplegetter" or name in ("forward", "training") else None
 
 
+def _link(app: Any, doctree: nodes.document, docname: str) -> None:
+    """`samplers.ddim` in a page or a docstring links to its place in the reference."""
+    objects = app.env.get_domain("py").objects
+    for literal in list(doctree.findall(nodes.literal)):
+        name = literal.astext().removesuffix("()")
+        if "." not in name or isinstance(literal.parent, nodes.reference):
+            continue
+        full = next((f for f in (name, f"ddpm.{name}") if f in objects), None) or _only(objects, f".{name}")
+        if full and objects[full].docname != docname:
+            place = app.builder.get_relative_uri(docname, objects[full].docname) + "#" + objects[full].node_id
+            literal.replace_self(nodes.reference("", "", literal.deepcopy(), refuri=place, internal=True))
+
+
+def _only(objects: Any, end: str) -> str | None:
+    """The one name that has this end."""
+    found = [name for name in objects if name.endswith(end)]
+    return found[0] if len(found) == 1 else None
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", _process)
+    app.connect("doctree-resolved", _link)
     app.connect("autodoc-skip-member", _skip)
     return {"parallel_read_safe": True}

@@ -22,10 +22,9 @@ BY_CODE = ("class_names", "details")
 
 
 def escaped(text: str) -> str:
-    """Text of a help line as Markdown: what would be markup is escaped."""
-    for mark in "\\*_|<>[$`":
-        text = text.replace(mark, "\\" + mark)
-    return text
+    """Text of a help line as Markdown: `code` stays, and what else would be markup is escaped."""
+    parts = re.split(r"(`[^`]+`)", text)
+    return "".join(part if i % 2 else re.sub(r"([\\*_|<>\[$`])", r"\\\1", part) for i, part in enumerate(parts))
 
 
 def _help(action: argparse.Action, top: argparse.ArgumentParser) -> str:
@@ -121,8 +120,8 @@ def settings_page() -> str:
             lines.append(f"| {' | '.join(row)} |")
         lines.append("")
     lines += [
-        "## What each preset changes", "", "All other settings have the defaults above. The last four columns of the "
-        "table in [Choose a preset](../howto/presets.md) say what each preset is for.", "",
+        "## What each preset changes", "", "All other settings have the defaults above. "
+        "[Choose a preset](../howto/presets.md) says what each preset is for.", "",
     ]  # fmt: skip
     for name, preset in PRESETS.items():
         changed = [
