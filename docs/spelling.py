@@ -25,8 +25,12 @@ def main() -> int:
         helps = Path(folder, "help.txt")
         helps.write_text(help_texts(), encoding="utf-8")
         files = [str(p) for p in (*pages, helps)]
-        spelling = subprocess.run(["codespell", "--ignore-words", str(ROOT / "docs/words.txt"), *files])
-        style = subprocess.run(["proselint", "check", "--config", str(ROOT / "docs/proselint.json"), *files])
+        spelling = subprocess.run(
+            [sys.executable, "-m", "codespell_lib", "--ignore-words", str(ROOT / "docs/words.txt"), *files]
+        )
+        style = subprocess.run(
+            [sys.executable, "-m", "proselint", "check", "--config", str(ROOT / "docs/proselint.json"), *files]
+        )
     return spelling.returncode or style.returncode
 
 
