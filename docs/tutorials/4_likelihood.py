@@ -97,5 +97,5 @@ figure.tight_layout(pad=0.3)
 # %%
 # Fewer levels
 # ------------
-# All 1,000 levels cost 1,000 network calls per image. ``ddpm evaluate RUN --levels-per-image 20`` draws 20 levels for
+# All 1,000 levels take 1,000 network calls per image. ``ddpm evaluate RUN --levels-per-image 20`` draws 20 levels for
 # each image, without bias, and prints the standard error.
