@@ -176,8 +176,16 @@ def _start(app: Any) -> None:
     write(Path(app.srcdir) / "docs/generated")
 
 
-def _tutorials(app: Any, docname: str, text: list[str]) -> None:
-    """A link to a tutorial's script is, on the site, a link to its page."""
+LINKS = {"a page for each command": "commands", "a page of all settings": "settings"}
+"""What docs/reference/index.md says of pages that are only on the site."""
+
+
+def _links(app: Any, docname: str, text: list[str]) -> None:
+    """On the site, a link to a tutorial's script is a link to its page, and words about written pages link to these."""
+    if docname == "docs/reference/index":
+        for words, page in LINKS.items():
+            assert words in text[0], words
+            text[0] = text[0].replace(words, f"[{words}](../generated/{page}.md)")
     text[0] = re.sub(r"\]\(((?:\.\./)*)tutorials/(\w+)\.py\)", r"](\1gallery/\2.rst)", text[0])
 
 
@@ -193,6 +201,6 @@ def _finish(app: Any, error: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     app.connect("builder-inited", _start)
-    app.connect("source-read", _tutorials)
+    app.connect("source-read", _links)
     app.connect("build-finished", _finish)
     return {"parallel_read_safe": True}
