@@ -5,7 +5,8 @@ from typing import Any
 
 from docutils import nodes
 
-ROW = re.compile(r"(?P<name>[\w*.]+(?:(?:, | and )[\w*.]+)*) {2,}(?P<meaning>[^\s(].*)")
+ROW = re.compile(r"(?P<name>[\w*.]+(?:(?:, | and )[\w*.]+)*) {2,}(?P<meaning>\S.*)")
+INNER = re.compile(r"(?P<name>[\w*.]+(?: \w+)?) {2,}(?P<meaning>\S.*)")
 CODE = re.compile(r"(``?[^`]+``?)")
 
 
@@ -25,6 +26,7 @@ def convert(lines: list[str]) -> list[str]:
     """The docstring's lines as reStructuredText."""
     out: list[str] = []
     mode = ""
+    column = inner = 0  # where the meaning of a row begins, and of a row in a row
     for number, line in enumerate(lines):
         row = ROW.fullmatch(line) if number or not line.strip() else None
         if not line.strip():
@@ -37,10 +39,22 @@ def convert(lines: list[str]) -> list[str]:
         elif row:
             if mode != "row" and out and out[-1]:
                 out.append("")
-            mode = "row"
+            mode, column, inner = "row", row.start("meaning"), 0
             out += [f"``{row['name']}``", f"    {prose(row['meaning'])}"]
         elif line.startswith(" ") and mode == "row":
-            out.append(f"    {prose(line.strip())}")
+            indent, row = len(line) - len(line.lstrip()), INNER.fullmatch(line.strip())
+            if row and indent == column:
+                if not inner:
+                    out.append("")
+                inner = indent + row.start("meaning")
+                out += [f"    ``{row['name']}``", f"        {prose(row['meaning'])}"]
+            elif inner and indent >= inner:
+                out.append(f"        {prose(line.strip())}")
+            else:
+                if inner:
+                    out.append("")
+                inner = 0
+                out.append(f"    {prose(line.strip())}")
         elif line.startswith("  ") and mode in ("", "literal"):
             if mode == "":
                 out += ["::", ""]
