@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= demo
 
-.PHONY: install demo test quick lint bench clean
+.PHONY: install demo test quick lint docs bench clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,16 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(VENV)/.documented: $(VENV)/.installed
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+# The site, in build/docs. No warning is let through. A tutorial runs again when it has changed; `make clean` forgets all.
+docs: $(VENV)/.documented
+	$(BIN)/python docs/spelling.py
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m sphinx -q -W --keep-going -n -c docs . build/docs
+	@echo "the site: build/docs/index.html"
+
 # Measure the times again: about an hour on two cores. DATA=cifar10 QUALITY=program adds quality per hour, which takes an
 # hour and a half. gpu.py exits with code 2 without a GPU; with one it resumes the record in benchmarks/cache/gpu.
 bench: $(VENV)/.tested
@@ -53,4 +63,5 @@ bench: $(VENV)/.tested
 	@echo "records: benchmarks/results; records of a GPU: benchmarks/cache/gpu"
 
 clean:
+	rm -rf docs/gallery docs/generated
 	rm -rf $(VENV) $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -72,6 +72,7 @@ class Header:
     where: bytes = b""
 
     def to_bytes(self) -> bytes:
+        """The header as it stands in a file, with its check byte."""
         flags = PICTURE_VERSION << 4 | self.whole << 2 | self.local << 1 | self.lossless
         numbers = b"".join(map(varint, (self.width, self.height, self.seed, self.groups, self.length)))
         text = PICTURE + bytes([flags, self.bits << 2 | self.channels]) + self.identity + numbers + self.where
@@ -105,6 +106,7 @@ class Contents(NamedTuple):
     where: bytes
 
     def to_bytes(self) -> bytes:
+        """The header as it stands in a file, with its check byte."""
         numbers = b"".join(map(varint, (self.pictures, self.files, self.about, self.file_bytes, self.stack)))
         flags = ARCHIVE_VERSION << 4 | self.local << 1
         text = ARCHIVE + bytes([flags, self.bits]) + self.identity + numbers + self.where
