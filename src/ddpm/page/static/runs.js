@@ -162,7 +162,7 @@ export async function build(section) {
     }
     picker.hidden = run.hidden = !runs.length;
     empty.hidden = Boolean(runs.length);
-    empty.textContent = `There is no run under ${folder}. \`ddpm train digits\` starts one, and this page shows it then.`;
+    empty.replaceChildren(`There is no run under ${folder}. `, el("code", {}, "ddpm train digits"), " starts one, and this page shows it then.");
     if (!runs.length) return;
     const name = picker.input.value;
     const about = await getJSON(`/api/runs/one?run=${encodeURIComponent(name)}&seen=${encodeURIComponent(seen)}`);
