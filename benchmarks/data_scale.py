@@ -199,6 +199,7 @@ def loader(source: str, seconds: float) -> dict[str, float]:
     with ProcessPoolExecutor(cores) as pool:
         list(pool.map(decoding, [files] * cores, [0.1] * cores))  # starts the processes
         for _ in range(max(1, round(seconds))):
+            time.sleep(0.5)  # until the workers have made their batches ahead
             found.setdefault("decode", []).append(decoding(files, 1))
             together = list(pool.map(decoding, [files] * cores, [1] * cores))
             found.setdefault("together", []).append((sum(r for r, _ in together), sum(c for _, c in together) / cores))

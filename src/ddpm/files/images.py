@@ -465,12 +465,45 @@ def fit(
            [7, 7]], dtype=uint8)
     """
     height, width = size
+    image = fitted(image, size, channels, name, notes, how, place)
+    return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
+
+
+def fitted(
+    image: Image.Image, size: tuple[int, int], channels: int, name: str = "the image", notes: Notes | None = None,
+    how: Fit = "crop", place: Place | None = None,
+) -> Image.Image:  # fmt: skip
+    """What `fit` describes, as a picture of Pillow's mode MODES[channels].
+
+    >>> fitted(Image.new("L", (8, 4), 7), (2, 2), 3).mode
+    'RGB'
+    """
+    height, width = size
     image = convert(image, channels, name, notes)
     if image.size != (width, height):
         if image.width < width or image.height < height:
             note(notes, f"smaller than {height}x{width}, enlarged", name)
         image = resized(image, (width, height), how, place=place)
-    return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
+    return image
+
+
+def write_planes(image: Image.Image, out: Pixels) -> None:
+    """Write the pixels of a picture of mode L, RGB or RGBA into `out`, uint8 [C, H, W].
+
+    Shifting whole words costs numpy half of what gathering every third byte costs.
+
+    >>> out = np.zeros((3, 1, 1), np.uint8)
+    >>> write_planes(Image.new("RGB", (1, 1), (1, 2, 3)), out)
+    >>> out.tolist()
+    [[[1]], [[2]], [[3]]]
+    """
+    if image.mode == "L":
+        out[0] = np.asarray(image)
+        return
+    words = np.frombuffer(image.tobytes("raw", "RGBX" if image.mode == "RGB" else "RGBA"), "<u4")
+    words = words.reshape(image.height, image.width)
+    for channel, plane in enumerate(out):
+        np.right_shift(words, 8 * channel, out=plane, casting="unsafe")
 
 
 def corner(have: tuple[int, int], size: tuple[int, int], place: Place | None = None) -> tuple[int, int]:

@@ -95,8 +95,8 @@ class Decoder:
                         "it would lose its colours; want it converted beforehand, or skip_bad, which leaves such "
                         "images out"
                     )
-                fitted = pictures.fit(image, form.size, form.channels, name, notes, form.fit, place)
-                pixels[k] = fitted.transpose(2, 0, 1)
+                image = pictures.fitted(image, form.size, form.channels, name, notes, form.fit, place)
+                pictures.write_planes(image, pixels[k])
             except InputError as fault:
                 pixels[k], faults[k] = 0, str(fault)
         return pixels, faults, notes
