@@ -22,8 +22,6 @@ from ddpm.codec.entropy import Damaged, Decoder, Encoder, EndOfPrefix, PrefixDec
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 
-settings.register_profile("codec", deadline=None)
-settings.load_profile("codec")
 SHAPE = (3, 8, 8)
 D = math.prod(SHAPE)
 SCHEDULE = schedule.linear(1000)

@@ -943,7 +943,7 @@ sizes = st.tuples(st.integers(1, 30), st.integers(0, 2**63), st.integers(1, 70))
 
 
 @given(sizes, st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_epoch_visits_every_image_once(size, epochs):
     n, seed, batch = size
     steps = -(-n * epochs // batch)
@@ -953,7 +953,7 @@ def test_each_epoch_visits_every_image_once(size, epochs):
 
 
 @given(sizes, st.integers(0, 1000), st.integers(1, 70))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_stream_does_not_depend_on_where_it_is_entered_nor_on_the_batch_size(size, step, other):
     n, seed, batch = size
     place = step * batch

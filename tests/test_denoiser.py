@@ -10,7 +10,7 @@ from ddpm import gaussian, schedule
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 
-quick = settings(max_examples=40, deadline=None, derandomize=True)
+quick = settings(max_examples=40, derandomize=True)
 PAPER = schedule.linear()
 SHORT = schedule.linear(50, 2e-3, 0.4)
 

@@ -92,7 +92,7 @@ def test_ends_are_decoded_as_they_are(steps):
 
 
 @given(w=st.floats(-0.5, 1.5), t=st.integers(0, 50))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_with_one_seed_the_way_between_linear_decodings_is_straight(w, t):
     """Gaussian data is decoded by an affine map of x_t and noise; with the same noise x(w) = (1-w) x(0) + w x(1)."""
     draw = normal(1, (1, 2, 2), seed=3)
@@ -293,7 +293,7 @@ def test_the_path_is_that_of_the_paper():
 
 
 @given(n=st.integers(2, 40), jump=st.integers(1, 39), resample=st.integers(1, 5), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_path_and_its_draws(n, jump, resample, data):
     """Steps are down one or up `jump` within n..0, 0 only at the end; of all the draws no two coincide."""
     jump = min(jump, n - 1)

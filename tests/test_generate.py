@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -175,12 +176,12 @@ def test_a_cuda_graph_stands_in_for_the_network(trained: Path, monkeypatch: pyte
     """It is captured once per shape, and results stay valid after the next call. (Here a replay is a plain call.)"""
     denoiser, captured = ddpm.load(trained), []
 
-    def capture(self: device.GraphedUNet, inputs: list[torch.Tensor]) -> Any:
-        captured.append(inputs[0].shape)
-        out = torch.empty_like(inputs[0])
-        return inputs, out, lambda: out.copy_(self.network(*inputs))
+    def capture(function: Callable[[], torch.Tensor], where: torch.device, warm_up: int) -> Any:
+        out = function()
+        captured.append(out.shape)
+        return lambda: out.copy_(function()), out
 
-    monkeypatch.setattr(device.GraphedUNet, "_capture", capture)
+    monkeypatch.setattr(device, "_capture", capture)
     assert isinstance(denoiser.network, ddpm.UNet)
     graphed = dataclasses.replace(denoiser, network=device.GraphedUNet(denoiser.network))
     images, wanted = (generate(d, (1, 8, 8), range(7), batch_size=3) for d in (graphed, denoiser))

@@ -33,7 +33,7 @@ def encoded(image, form="PNG", **options):
         lambda shape: st_np.arrays(np.uint8, shape)
     )
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_what_is_written_is_read_bit_for_bit(pixels):
     height, width, channels = pixels.shape
     image = images.read(images.to_png(pixels))
@@ -397,7 +397,7 @@ def test_a_large_file_and_what_is_no_plain_file_are_refused_unread(tmp_path, mon
 
 
 @given(st.integers(1, 17), st.sampled_from([1, 3, 4]), st.one_of(st.none(), st.integers(1, 5)), st.integers(0, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_tile_of_the_grid_is_its_image(n, channels, columns, padding):
     tiles = np.stack([random(10, 16, channels, seed) for seed in range(n)])
     sheet = images.grid(tiles, columns, padding, minimum_tile=20)

@@ -55,7 +55,7 @@ def tar_of(entries, form):
 
 
 @given(entries, st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_quick_reader_agrees_with_tarfile(entries, form):
     data = tar_of(entries, form)
     quick = tars._quick(io.BytesIO(data), len(data))
@@ -63,7 +63,7 @@ def test_the_quick_reader_agrees_with_tarfile(entries, form):
 
 
 @given(entries, st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_quick_reader_believes_no_damaged_header(entries, data):
     """Any change is found by the checksum, is harmless, or is left to tarfile."""
     whole = bytearray(tar_of(entries, tarfile.PAX_FORMAT))
@@ -243,7 +243,7 @@ def test_mistakes_are_not_kept(tmp_path):
 
 
 @given(st.lists(st.sampled_from(["train/a/\udcff.png", "train/b/2.png", "test/a/é.png", "notes.txt"]), unique=True))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_layout_is_the_same_from_its_table(files):
     try:
         one = layout.arrange("here", files, not_called, sources.Options())

@@ -578,7 +578,7 @@ ONE_VALUE = {
 
 
 @given(name=st.sampled_from(sorted(ONE_VALUE)), value=JSON)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_other_value_of_a_setting_comes_in(name, value, small_folder, tmp_path_factory):
     """Whatever it is; the one that our network has does."""
     folder = changed(small_folder, tmp_path_factory.getbasetemp() / "settings", "unet", {name: value})
@@ -589,7 +589,7 @@ def test_no_other_value_of_a_setting_comes_in(name, value, small_folder, tmp_pat
 
 
 @given(part=st.sampled_from(["unet", "scheduler"]), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_value_of_any_setting_comes_in_or_is_an_input_error(part, data, small_folder, tmp_path_factory):
     config = settings_of(small_folder, part)[1]
     name = data.draw(st.sampled_from(sorted(config)))

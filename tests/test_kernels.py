@@ -74,7 +74,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @both
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 9), height=st.integers(1, 20), width=st.integers(1, 36),
     c_in=st.sampled_from([3, 32, 64, 96, 160]), c_out=st.sampled_from([1, 6, 32, 64, 96]),
@@ -129,7 +129,7 @@ def test_equals_the_plain_path_in_float64(
     batch=st.integers(2, 8), size=st.sampled_from([4, 8, 16]), threads=st.integers(1, 3), rows=st.data(),
     kernel=st.sampled_from([1, 3]),
 )  # fmt: skip
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_result_for_an_image_depends_on_the_image_only(
     dtype: torch.dtype, batch: int, size: int, threads: int, rows: st.DataObject, kernel: int
 ) -> None:

@@ -43,7 +43,7 @@ def known(covariance, mean=None):
     shift=st.sampled_from([0.0, 1e4]),
     brackets=st.randoms(use_true_random=False),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_moments_of_parts_add_up_to_those_of_the_whole(cuts, d, seed, shift, brackets):
     """Neighbouring parts are added in a random order. Parts may be empty or have one row."""
     x = gaussian(20, d, seed, shift)
@@ -407,7 +407,7 @@ def brute_nearest(queries, data, k):
     seed=st.integers(0, 99),
     block=st.integers(1, 10),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_nearest_equals_brute_force_on_a_lattice_full_of_ties(n, m, d, k, seed, block):
     """Differences are small integers with exact squares, but far from 0, where the expanded square is inexact."""
     k = min(k, m)

@@ -70,7 +70,10 @@ def test_every_image_of_a_batch_is_computed_once_and_in_order(world: int) -> Non
             assert max(max(each) for each in sizes) <= min(most or batch, math.ceil(-(-batch // world) / accumulate))
             # the mean over processes of the sum of (mean of a part / divisor) is the mean over the batch
             each = torch.rand(batch, dtype=torch.float64)
-            share = [sum(float(each[p].mean()) / partition.divisor(p, batch, world) for p in parts) for parts in mine]
+            share = [
+                sum(float(each[p].mean()) / partition.divisor(p.stop - p.start, batch, world) for p in parts)
+                for parts in mine
+            ]
             assert sum(share) / world == pytest.approx(float(each.mean()), rel=1e-12)
 
 
@@ -81,7 +84,7 @@ def test_equal_parts_are_divided_as_before() -> None:
         for rank in range(world):
             parts = partition.parts(batch, world, rank, accumulate)
             assert [part.stop - part.start for part in parts] == [7] * accumulate
-            assert {partition.divisor(part, batch, world) for part in parts} == {float(accumulate)}
+            assert {partition.divisor(part.stop - part.start, batch, world) for part in parts} == {float(accumulate)}
 
 
 def test_fewer_images_than_processes_are_refused() -> None:

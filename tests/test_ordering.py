@@ -24,7 +24,7 @@ def epoch_of(found, seed, epoch):
 
 
 @given(st.integers(1, 5000), seeds, epochs)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_keyed_order_is_a_permutation(n, seed, epoch):
     found = ordering.keyed(n, np.arange(n), seed, epoch)
     assert found.dtype == np.int64
@@ -33,7 +33,7 @@ def test_the_keyed_order_is_a_permutation(n, seed, epoch):
 
 
 @given(st.integers(2**25 + 1, 2**40), seeds, epochs)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_keyed_order_of_many_has_no_image_twice(n, seed, epoch):
     places = np.unique(np.concatenate([np.arange(2000), np.random.default_rng(0).integers(0, n, 2000), [n - 1]]))
     found = ordering.keyed(n, places, seed, epoch)
@@ -78,7 +78,7 @@ def test_the_keyed_order_takes_over_from_the_array(monkeypatch):
 
 
 @given(shards, seeds, epochs)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_windowed_order_is_a_permutation_with_bounded_distances(found, seed, epoch):
     line, n = epoch_of(found, seed, epoch), int(found.ends[-1])
     assert np.array_equal(np.sort(line), np.arange(n))
@@ -94,7 +94,7 @@ def test_the_windowed_order_is_a_permutation_with_bounded_distances(found, seed,
 
 
 @given(shards, seeds, st.integers(0, 400), st.integers(1, 90))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_windowed_order_is_one_stream(found, seed, step, batch):
     """A step's images do not depend on what was asked before, and epochs follow each other."""
     n = int(found.ends[-1])

@@ -33,7 +33,7 @@ from ddpm.files import checkpoints, data, opening
 from ddpm.files import images as pictures
 from ddpm.presets import PRESETS
 from ddpm.run import ema
-from ddpm.run.device import compile_stages, pick_compile
+from ddpm.run.device import GraphedGradient, compile_stages, pick_compile
 from ddpm.run.processes import Processes
 from ddpm.run.sample import generate
 from ddpm.run.train import BUCKETS, _Meter, _Watch, held_out_by_level
@@ -534,6 +534,53 @@ def test_compiling_changes_neither_steps_nor_files(tmp_path: Path, monkeypatch: 
             train(tmp_path / "run", "--dropout", 0.3, "--compile", "on", "--gradient-checkpointing", "--steps", 4) == 0
         )
     assert_same(tensors(tmp_path / "run", 4), tensors(tmp_path / "plain", 4))
+
+
+@pytest.mark.parametrize("fault", ["", "the capture fails", "another gradient"])
+def test_a_graph_of_the_gradient_or_a_line_of_why(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graph or not, each call gives the gradient of its own tensors, weights and draws. (Here a replay is a call.)"""
+    weight = torch.nn.Parameter(torch.ones(3))
+    captured, lines = [], list[str]()
+
+    def gradient(x: Tensor, y: Tensor | None) -> Tensor:
+        loss = (weight.square() * x * torch.rand(3)).sum()
+        loss.backward()
+        return loss.detach()
+
+    def capture(function: Callable[[], Tensor], where: torch.device, warm_up: int) -> Any:
+        if fault == "the capture fails":
+            raise RuntimeError("no graph today\nand more")
+        loss = function()
+        grad = weight.grad
+        captured.append(grad)
+
+        def replay() -> None:
+            loss.copy_(function())
+            grad.copy_(weight.grad + (fault == "another gradient"))
+
+        return replay, loss
+
+    monkeypatch.setattr("ddpm.run.device._capture", capture)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state))
+    graphed = GraphedGradient(gradient, [weight], lines.append)
+    for step in range(9):
+        x = torch.full((3,), float(step))
+        results = []
+        for run in (graphed, gradient):
+            torch.manual_seed(step)
+            weight.grad = None
+            loss = run(x, None)
+            results.append((loss, weight.grad.clone()))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        if step == 8:
+            torch.manual_seed(step)
+            graphed(x, None)
+            assert (weight.grad is captured[0]) if not fault else weight.grad is not None
+        with torch.no_grad():
+            weight.mul_(0.9)
+    why = {"the capture fails": "no graph today", "another gradient": "its gradient is another one"}
+    assert lines == ([f"training goes on without a CUDA graph: {why[fault]}"] if fault else [])
 
 
 @torch._dynamo.config.patch(recompile_limit=8)

@@ -1,4 +1,4 @@
-"""Keep a CUDA device busy: compiled stages in training, and CUDA graphs in sampling.
+"""Keep a CUDA device busy: compiled stages and a graph of the gradient in training, and CUDA graphs in sampling.
 
 Other modules do the rest: the network has bf16 and channels-last weights, `files.data.batches` puts the images of a
 data set on the device, and `noise.ahead` draws noise before the sampler needs it. Float32 matrix products stay exact
@@ -8,8 +8,9 @@ data set on the device, and `noise.ahead` draws noise before the sampler needs i
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,90 @@ def compile_stages(network: nn.Module, backend: str = "inductor") -> None:
         stage.compile(backend=backend, dynamic=False)
 
 
+_EAGER_CALLS = 4
+"""The call of a GraphedGradient that captures it."""
+
+Gradient: TypeAlias = Callable[..., Tensor]
+"""(tensors, each [B, ...] or None) -> the loss, after its gradient was added to the weights' `grad`."""
+
+
+class GraphedGradient:
+    """A `Gradient` that runs as one CUDA graph: one launch in place of thousands, so that small networks do not wait.
+
+    The first calls run `gradient` itself: they compile, and libraries choose their algorithms. The next call captures
+    it, and compares a replay with `gradient` on the same tensors and draws. If the capture fails or a bit differs, so
+    that a resumed run would be another one, `say` gets one line with the reason, and `gradient` runs from then on.
+    All tensors must keep their shapes. A call sets `grad`; it does not add to it.
+    """
+
+    def __init__(self, gradient: Gradient, weights: Sequence[nn.Parameter], say: Callable[[str], None]) -> None:
+        self._gradient, self._weights, self._say = gradient, weights, say
+        self._calls, self._replay = 0, self._eager
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """The loss; the weights have its gradient."""
+        self._calls += 1
+        if self._calls != _EAGER_CALLS:
+            return self._replay(*inputs)
+        device = self._weights[0].device
+        state = torch.cuda.get_rng_state(device)
+        loss = self._eager(*inputs)
+        grads = [p.grad for p in self._weights]
+        try:
+            replay = self._capture(inputs)
+            torch.cuda.set_rng_state(state, device)
+            same = torch.equal(replay(*inputs), loss)
+            pairs = zip(self._weights, grads, strict=True)
+            if not (same and all(torch.equal(p.grad, grad) for p, grad in pairs)):  # type: ignore[arg-type]
+                raise RuntimeError("its gradient is another one")
+            self._replay = replay
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            self._say(f"training goes on without a CUDA graph: {reason}")
+        for p, grad in zip(self._weights, grads, strict=True):
+            p.grad = grad
+        return loss
+
+    def _eager(self, *inputs: Tensor | None) -> Tensor:
+        for p in self._weights:
+            p.grad = None
+        return self._gradient(*inputs)
+
+    def _capture(self, inputs: Sequence[Tensor | None]) -> Callable[..., Tensor]:
+        """Capture `gradient`, and return a function that copies its inputs and replays it."""
+        own = [None if tensor is None else tensor.clone() for tensor in inputs]
+        run, loss = _capture(lambda: self._eager(*own), self._weights[0].device, warm_up=1)
+        grads = [p.grad for p in self._weights]  # memory of the graph, into which each replay writes
+
+        def replay(*inputs: Tensor | None) -> Tensor:
+            for mine, given in zip(own, inputs, strict=True):
+                if mine is not None and given is not None:
+                    mine.copy_(given)
+            run()
+            for p, grad in zip(self._weights, grads, strict=True):
+                p.grad = grad
+            return loss.clone()
+
+        return replay
+
+
+def _capture(function: Callable[[], Tensor], device: torch.device, warm_up: int) -> tuple[Callable[[], None], Tensor]:
+    """Capture `function` after some calls: its replay, and the result that the replay overwrites (PyTorch's notes on
+    CUDA, "CUDA Graphs").
+    """
+    side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side_stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side_stream):
+        for _ in range(warm_up):  # libraries choose their algorithms and workspaces
+            function()
+    torch.cuda.current_stream(device).wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: other threads may pin memory or watch processes during the capture
+    with torch.cuda.graph(graph, stream=side_stream, capture_error_mode="thread_local"):
+        out = function()
+    return graph.replay, out
+
+
 class GraphedUNet:
     """A UNet that runs as a CUDA graph, one for each shape of x: one launch instead of hundreds.
 
@@ -60,27 +145,14 @@ class GraphedUNet:
         arguments = [x, timestep] if y is None else [x, timestep, y]
         key = x.shape, y is None
         if key not in self._graphs:
-            self._graphs[key] = self._capture([tensor.clone() for tensor in arguments])
+            own = [tensor.clone() for tensor in arguments]
+            replay, out = _capture(lambda: self.network(*own), x.device, warm_up=3)
+            self._graphs[key] = own, out, replay
         inputs, out, replay = self._graphs[key]
         for graph_input, argument in zip(inputs, arguments, strict=True):
             graph_input.copy_(argument)
         replay()
         return out.clone()  # the next replay overwrites `out`
-
-    def _capture(self, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor, Callable[[], None]]:
-        """The graph's inputs, its output, and its replay function (PyTorch's notes on CUDA, "CUDA Graphs")."""
-        device = inputs[0].device
-        side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side_stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side_stream):
-            for _ in range(3):  # warm up: libraries choose their algorithms and workspaces
-                self.network(*inputs)
-        torch.cuda.current_stream(device).wait_stream(side_stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may pin memory or watch processes during the capture
-        with torch.cuda.graph(graph, stream=side_stream, capture_error_mode="thread_local"):
-            out: Tensor = self.network(*inputs)
-        return inputs, out, graph.replay
 
 
 def use_cuda_graphs(denoiser: Denoiser, device: torch.device | str) -> Denoiser:

@@ -43,13 +43,12 @@ def largest(batch_size: int, world: int, accumulate: int = 1, most: int | None =
     return max(sizes)
 
 
-def divisor(part: slice, batch_size: int, world: int) -> float:
-    """What the mean loss of a part is divided by, so that the mean over processes is the mean over the batch.
+def divisor(size: int, batch_size: int, world: int) -> float:
+    """What the mean loss of `size` images is divided by, so that the mean over processes is the mean over the batch.
 
     DDP averages the gradients of all processes alike, whatever their shares. With equal parts this is `accumulate`.
 
-    >>> divisor(slice(32, 64), 128, 2), divisor(slice(0, 42), 128, 3)
+    >>> divisor(32, 128, 2), divisor(42, 128, 3)
     (2.0, 1.0158730158730158)
     """
-    size: int = part.stop - part.start
     return batch_size / (size * world)

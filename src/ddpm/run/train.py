@@ -14,7 +14,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import torch
@@ -30,7 +32,7 @@ from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset, build
 from ddpm.run import agree, augment, ema, forecast, init, log, nodes, partition, track
 from ddpm.run.advice import advice, few_steps
-from ddpm.run.device import compile_stages, pick_compile
+from ddpm.run.device import Gradient, GraphedGradient, compile_stages, pick_compile
 from ddpm.run.group import Lost, shared
 from ddpm.run.pace import Pace, time_steps
 from ddpm.run.previews import affordable, draw, grid_file, has_grid
@@ -126,7 +128,7 @@ def train(
         if begun >= preset.steps:
             log.say(ranks, f"{out} is trained to step {begun} already; steps above {begun} continue it")
             return Result(begun, model.held_out_before, None, None, None)
-        training, draws = _for_training(model, preset, ranks), torch.Generator(ranks.device)
+        training, draws = _for_training(model, preset, len(parts), ranks), torch.Generator(ranks.device)
         warmup = preset.warmup
         if minutes is not None and not known:
             end = started + 60 * minutes
@@ -289,15 +291,40 @@ def _build(preset: Preset, device: torch.device) -> _Model:
     return _Model(denoiser, replace(denoiser, network=average), schedule, network, average, adam)
 
 
-def _for_training(model: _Model, preset: Preset, ranks: Processes) -> Denoiser:
-    """The denoiser of the training step: compiled if that is wanted, and with gradients averaged over processes."""
+class _Training(NamedTuple):
+    """The network of the training step, which averages gradients over processes, and the gradient of its loss."""
+
+    network: nn.Module
+    gradient: Gradient
+
+
+def _for_training(model: _Model, preset: Preset, parts: int, ranks: Processes) -> _Training:
+    """What a step runs. On a CUDA device it is compiled, and a step of one part in one process is a CUDA graph."""
     if pick_compile(preset.compile, ranks.device):
         compile_stages(model.network)
-    network = model.network
+    network, on_cuda = model.network, ranks.device.type == "cuda"
     if ranks.world > 1:
-        ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+        ids = [ranks.device.index] if on_cuda else None
         network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return replace(model.denoiser, network=network)
+    denoiser, objective = replace(model.denoiser, network=network), losses.LOSSES[preset.loss]
+
+    def gradient(x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None) -> Tensor:
+        loss = objective(denoiser, x0, t, eps, y) * losses.weight(denoiser, t, preset.weighting)
+        loss = loss.mean() / partition.divisor(len(x0), preset.batch_size, ranks.world)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    if not on_cuda or preset.compile == "off":
+        return _Training(network, gradient)
+    for reason, applies in (
+        (f"{ranks.world} processes share the batch", ranks.world > 1),
+        (f"a step has {parts} parts", parts > 1),
+        ("gradient_checkpointing draws dropout twice", preset.gradient_checkpointing),
+    ):
+        if applies:
+            log.say(ranks, f"training runs without a CUDA graph: {reason}")
+            return _Training(network, gradient)
+    return _Training(network, GraphedGradient(gradient, model.weights, partial(log.say, ranks)))
 
 
 def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Processes) -> None:
@@ -430,7 +457,7 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
 
 
 def _update(
-    model: _Model, training: Denoiser, preset: Preset, parts: list[slice], batch: Tensor, train_set: data.Images,
+    model: _Model, training: _Training, preset: Preset, parts: list[slice], batch: Tensor, train_set: data.Images,
     draws: torch.Generator, ranks: Processes, meter: "_Meter",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Algorithm 1: draw t and eps of the whole batch, and leave the gradient of this process's parts.
@@ -448,24 +475,20 @@ def _update(
     draws.manual_seed(noise.mix(preset.seed, step, _EPS))
     eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
     y = _labels(train_set, preset, step, g, ranks) if preset.classes else None
-    objective, network = losses.LOSSES[preset.loss], training.network
     for part in parts:
         x0 = batch[part.start - parts[0].start : part.stop - parts[0].start]
-        x0 = pixels.to_signal(x0, training.values)
+        x0 = pixels.to_signal(x0, model.denoiser.values)
         if preset.flip:
             x0 = torch.where(flips[part][:, None, None, None], x0.flip(-1), x0)
         if turns is not None:
             x0 = augment.apply(x0, turns[:, part])
         torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
         last = part is parts[-1]
-        with nullcontext() if last or ranks.world == 1 else network.no_sync():  # type: ignore[attr-defined]
-            loss = objective(training, x0, t[part], eps[part], None if y is None else y[part])
-            loss = (loss * losses.weight(model.denoiser, t[part], preset.weighting)).mean()
-            loss = loss / partition.divisor(part, preset.batch_size, ranks.world)
-            loss.backward()  # type: ignore[no-untyped-call]
-        meter.total += loss.detach()
+        with nullcontext() if last or ranks.world == 1 else training.network.no_sync():  # type: ignore[operator]
+            loss = training.gradient(x0, t[part], eps[part], None if y is None else y[part])
+        meter.total += loss
     meter.steps += 1
-    return loss.detach(), nn.utils.clip_grad_norm_(model.weights, preset.grad_clip or math.inf)
+    return loss, nn.utils.clip_grad_norm_(model.weights, preset.grad_clip or math.inf)
 
 
 def _apply(model: _Model, preset: Preset) -> None:
@@ -481,7 +504,7 @@ def _apply(model: _Model, preset: Preset) -> None:
 
 
 def _ending_at(
-    end: float, model: _Model, training: Denoiser, preset: Preset, parts: list[slice], train_set: data.Images,
+    end: float, model: _Model, training: _Training, preset: Preset, parts: list[slice], train_set: data.Images,
     held_out_set: data.Images, draws: torch.Generator, ranks: Processes,
 ) -> Preset:  # fmt: skip
     """The preset with as many steps as end at the time `end`; a tenth of them, and of the time, are the most for warmup
