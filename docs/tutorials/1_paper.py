@@ -3,8 +3,8 @@ The paper in an hour
 ====================
 
 This tutorial walks through *Denoising Diffusion Probabilistic Models* (Ho, Jain, Abbeel 2020): the forward process, the
-loss, sampling and the bound. Each step stands beside its equation. The model is ``digits``, which is in the package. It
-knows images of 8x8 pixels.
+loss, sampling and the bound. Each part shows its equation beside the code. The model is ``digits``, which is part of
+the package. Its images have 8x8 pixels.
 """
 
 import matplotlib.pyplot as plt
@@ -35,8 +35,8 @@ print(x0.shape, "from", float(x0.min()), "to", float(x0.max()))
 # %%
 # The data: pixels become a signal
 # --------------------------------
-# Section 3.3 scales the pixels 0..255 to numbers from -1 to 1. ``pixels.to_signal`` does this. These are eight images
-# that the model has not seen in training.
+# Section 3.3 scales the pixels 0..255 to numbers from -1 to 1. ``pixels.to_signal`` does this. The model has not seen
+# these eight images in training.
 
 show([x0], ["$x_0$"])
 
@@ -44,14 +44,15 @@ show([x0], ["$x_0$"])
 # The forward process (Equations 2 and 4)
 # ---------------------------------------
 # The forward process adds noise in T = 1000 small steps (Equation 2). It has no parameters to learn. The steps are
-# Gaussian, so we can jump to any level t at once (Equation 4):
+# Gaussian, so we can draw :math:`x_t` at any noise level t directly (Equation 4):
 #
 # .. math::
 #
 #    q(x_t | x_0) = \mathcal{N}(x_t; \sqrt{\bar\alpha_t}\, x_0, (1 - \bar\alpha_t) I)
 #
-# ``gaussian.q_sample`` draws from it. Level 0 is data, and level 1000 is noise. One number per level describes the
-# whole process: :math:`\bar\alpha_t`, the share of the signal that is left.
+# ``gaussian.q_sample`` draws from this distribution. Level 0 is data, and level 1000 is noise. One number per level
+# describes the whole process: :math:`\bar\alpha_t` falls from 1 to almost 0, and :math:`\sqrt{\bar\alpha_t}` scales the
+# image.
 
 schedule = denoiser.schedule
 noise = per_image(seeds=range(8), shape=(1, 8, 8))  # each image has a seed of its own
@@ -64,10 +65,9 @@ show(
 # %%
 # The reverse process (Equations 1 and 15)
 # ----------------------------------------
-# A network learns to go one step back. It sees :math:`x_t` and t. From its output follows an estimate of the image
-# (Equation 15), written :math:`\hat x_0`. The mean of the step back, Equation 7, follows from this estimate. A
-# ``Denoiser`` holds the network and knows what its output means: the noise, the image, the mean, or, as in this model,
-# v.
+# A network learns to go one step back. Its input is :math:`x_t` and t. Its output gives an estimate of the image,
+# :math:`\hat x_0` (Equation 15). This estimate gives the mean of the step back (Equation 7). A ``Denoiser`` holds the
+# network and knows what the output means: the noise, the image, the mean or v. This model predicts v.
 
 t = torch.full((8,), 500)
 xt = gaussian.q_sample(schedule, x0, t, noise(500))
@@ -75,8 +75,8 @@ estimate = denoiser(xt, t)
 show([x0, xt, estimate.x0], ["$x_0$", "$x_{500}$", r"$\hat x_0$"])
 
 # %%
-# At level 500 the estimates show digits, with soft strokes where the network is unsure. Some of them are another digit
-# than the original.
+# At level 500 the estimates show digits. Where the network is unsure, the strokes are soft. Some estimates show another
+# digit than the original.
 #
 # The loss (Equation 14)
 # ----------------------
@@ -86,8 +86,8 @@ show([x0, xt, estimate.x0], ["$x_0$", "$x_{500}$", r"$\hat x_0$"])
 #
 #    L_\mathrm{simple} = \mathbb{E}_{t, x_0, \epsilon} \left\| \epsilon - \epsilon_\theta(x_t, t) \right\|^2
 #
-# ``losses.simple`` returns it for each image, as a mean over the pixels. Here is the loss at many levels, over 64
-# images. The model predicts v, so the loss is the error of v.
+# ``losses.simple`` returns the loss of each image, as a mean over the pixels. The plot shows the mean loss of 64 images
+# at many noise levels. The model predicts v, so the loss is the squared error of v.
 
 many = pixels.to_signal(images.batch(range(64)))
 draw = per_image(seeds=range(64), shape=(1, 8, 8))
@@ -109,8 +109,7 @@ plt.tight_layout()
 #
 #    x_{t-1} = \mu_\theta(x_t, t) + \sigma_t z, \qquad z \sim \mathcal{N}(0, I)
 #
-# A sampler yields a ``Step`` after every step, so we can look at the estimates on the way, as Figure 6 of the paper
-# does.
+# A sampler yields a ``Step`` after every step. So we can look at the estimates on the way, as in Figure 6 of the paper.
 
 seen = {}
 for step in samplers.ancestral(denoiser, noise(1000), noise):
@@ -119,12 +118,12 @@ for step in samplers.ancestral(denoiser, noise(1000), noise):
 show(list(seen.values()), [f"t = {t}" for t in seen])
 
 # %%
-# The estimates begin as an average of all digits. They become sharper as the noise falls.
+# The first estimates look like an average of all digits. They become sharper as the noise level falls.
 #
 # The bound (Equation 5)
 # ----------------------
-# How many bits does the model need for an image? The negative log-likelihood is at most the sum of three kinds of
-# terms:
+# How many bits does the model need for an image? The bound is an upper limit of the negative log-likelihood. It is the
+# sum of three kinds of terms:
 #
 # .. math::
 #
@@ -143,9 +142,9 @@ plt.ylabel("bits per dimension, one level")
 plt.tight_layout()
 
 # %%
-# Most bits are spent at the lowest levels, on details that nobody sees. The loss of Equation 14 gives these levels less
-# weight than the bound does. This is the paper's explanation for its good samples.
+# The lowest noise levels cost most of the bits. They describe details that nobody sees. The loss of Equation 14 gives
+# these levels less weight than the bound does. The paper explains its good samples by this.
 #
-# Where to go on: `Bits per dimension and the rate-distortion curve <4_likelihood.html>`_ continues with the bound, and
-# `A new sampler, schedule or loss <3_extend.html>`_ changes the parts. The page "From the paper to the code" names the
+# What to read next: `Bits per dimension and the rate-distortion curve <4_likelihood.html>`_ continues with the bound.
+# `A new sampler, schedule or loss <3_extend.html>`_ replaces the parts. The page "From the paper to the code" names the
 # function of every equation.

@@ -2,9 +2,9 @@ r"""
 Your own photographs, from folder to samples
 ============================================
 
-This tutorial trains a model on a folder of pictures. So that it runs anywhere, it draws the pictures itself: a sun
-above a hill, 240 times. Put your own folder in the place of ``folder``. The network is very small and trains for
-seconds, so the samples are rough.
+This tutorial trains a model on a folder of pictures. It draws these pictures itself, so it runs anywhere: 240 pictures
+of a sun above a hill. To use your own photographs, set ``folder`` to your folder. The network is very small and trains
+for seconds, so the samples are rough.
 """
 
 import tempfile
@@ -45,8 +45,8 @@ for number in range(240):
 # %%
 # Look at the data first
 # ----------------------
-# ``ddpm data FOLDER --out sheet.png`` shows what training would see. In Python, ``data.load`` returns the
-# images. They are scaled until they cover the size, and cropped at the centre.
+# On the command line, ``ddpm data FOLDER --out sheet.png`` shows the images as training sees them. In Python,
+# ``data.load`` returns the images. It resizes each image until the image covers the size, and crops it at the centre.
 
 source = data.load(str(folder), (16, 16), 3)
 print(len(source), "images")
@@ -55,8 +55,8 @@ show(source.batch(range(16)), columns=8)
 # %%
 # Train
 # -----
-# The preset ``photos`` is the recipe for pictures of any size. Each setting can be replaced; here a small network and
-# few steps make the run quick. ``on_log`` receives every line of the log. On the command line, a similar run is
+# The preset ``photos`` is the recipe for pictures of any size. You can replace each setting. Here, a small network and
+# few steps make the run short. ``on_log`` receives every line of the log. This command starts a similar run:
 #
 # .. code-block:: sh
 #
@@ -87,7 +87,7 @@ run = ddpm.train(
 print(run)
 
 # %%
-# The log has one dict per line. The loss falls quickly at first.
+# Each line of the log is a dict. The loss falls quickly at first.
 
 lines = [line for line in log if "loss" in line]
 plt.figure(figsize=(7, 2.5))
@@ -99,7 +99,7 @@ plt.tight_layout()
 # %%
 # Sample
 # ------
-# ``run.model`` is the model with its EMA weights, ready to sample. UniPC needs 20 network calls for each image.
+# ``run.model`` is the model with its EMA weights, ready to sample. Here, UniPC makes 20 network calls for each image.
 
 noise = per_image(seeds=range(16), shape=run.preset.shape)
 sampler = samplers.SAMPLERS["unipc"]
@@ -108,14 +108,14 @@ levels = sampler.levels(run.model, 20)
 show(pixels.to_pixels(last.x), columns=8)
 
 # %%
-# Most samples have a sky, a hill and a sun, and some noise is left. A real run takes longer: see the how-to page "How
-# long to train".
+# Most samples have a sky, a hill and a sun. Some noise is left. A real run takes longer: see the how-to page "How long
+# to train".
 #
-# Go on
-# -----
-# The same call resumes a run that was stopped. A call with more steps goes on with the run: ``ddpm.train(run.folder,
-# steps=1000)``. With ``cooldown`` the learning rate depends on the number of steps, so decide on this number early.
-# The run folder holds the settings, the log and the checkpoints:
+# Resume the run
+# --------------
+# The same call resumes a run that was stopped. To train for more steps, call ``ddpm.train(run.folder, steps=1000)``.
+# With ``cooldown``, the learning rate depends on the number of steps, so decide on this number early. The run folder
+# holds the settings, the log and the checkpoints:
 
 for path in sorted(run.folder.rglob("*")):
     if path.is_file():

@@ -2,8 +2,8 @@ r"""
 A new sampler, schedule or loss in ten lines
 ============================================
 
-Samplers, schedules and losses are functions of tensors. A new one needs no class to inherit from, and no trainer to
-change. This tutorial writes one of each.
+Samplers, schedules and losses are functions of tensors. To write a new one, you need no base class, and you do not
+change the trainer. This tutorial writes a new sampler, a new schedule and a new loss.
 """
 
 import math
@@ -35,9 +35,9 @@ noise = per_image(seeds=range(16), shape=(1, 8, 8))
 # %%
 # A sampler
 # ---------
-# A sampler is a generator: it takes noise, and yields a ``Step`` after each step. This one forgets the old noise at
-# every step. It goes to the estimate of the image (Equation 15), and adds fresh noise of the next level (Equation 4).
-# It is DDIM with the largest possible variance.
+# A sampler is a generator. It takes noise, and yields a ``Step`` after each step. Our sampler forgets the old noise at
+# every step: it goes to the estimate of the image (Equation 15), and adds fresh noise of the next level (Equation 4).
+# This is DDIM with the largest possible variance.
 
 
 def fresh(denoiser, x, noise, steps=50, y=None, start=None):
@@ -55,13 +55,13 @@ def fresh(denoiser, x, noise, steps=50, y=None, start=None):
 show(last.x)
 
 # %%
-# For comparison, this is DDIM with as many network calls and the same seeds.
+# For comparison, this is DDIM with the same number of network calls and the same seeds.
 
 *_, last = samplers.ddim(denoiser, noise(1000), steps=50)
 show(last.x)
 
 # %%
-# A row of ``samplers.SAMPLERS`` gives a sampler a name. The functions of ``ddpm.editing`` take it, too.
+# A row of ``samplers.SAMPLERS`` gives the sampler a name. The functions of ``ddpm.editing`` accept this name, too.
 
 samplers.SAMPLERS["fresh"] = samplers.Sampler(fresh, steps=50, spacing="uniform", noisy=True, meaning="fresh noise")
 print(samplers.named("fresh").meaning)
@@ -70,7 +70,7 @@ print(samplers.named("fresh").meaning)
 # A schedule
 # ----------
 # A schedule is one table: :math:`\bar\alpha_t` at levels 0 to T. The forward process (Equation 4) needs nothing else.
-# Here is a sigmoid schedule beside two others.
+# The plot compares a sigmoid schedule with the linear and the cosine schedule.
 
 
 def sigmoid(T=1000, steepness=12.0):
@@ -93,8 +93,8 @@ plt.tight_layout()
 # %%
 # A loss
 # ------
-# A loss compares the network's output with its target. Equation 14 takes the squared error. This one takes the Huber
-# loss, which grows only linearly for large errors.
+# A loss compares the network's output with its target. Equation 14 uses the squared error. Our loss is the Huber loss,
+# which grows only linearly for large errors.
 
 
 def huber(denoiser, x0, t, eps):
@@ -108,8 +108,8 @@ def huber(denoiser, x0, t, eps):
 # %%
 # Train with all three
 # --------------------
-# This is Algorithm 1 as a loop of its own, with the new schedule and the new loss. The loop draws levels evenly
-# (``stratified``). 300 steps are far too few for good digits, but the shapes begin to appear.
+# This loop is Algorithm 1 with the new schedule and the new loss. It spreads the noise levels of a batch evenly over
+# 1..T (``stratified``). 300 steps are far too few for good digits, but the shapes begin to appear.
 
 torch.manual_seed(0)
 network = UNet(channels=1, width=32, channel_multipliers=(1, 1), num_res_blocks=1, attention_levels=(1,))
@@ -137,5 +137,6 @@ network.eval()
 show(last.x)
 
 # %%
-# To use them from the command line, add the functions to ``samplers.py``, ``schedule.py`` or ``losses.py`` in a
-# checkout, each with its row in the table beside it. The help and the checks of the options then follow by themselves.
+# To use your functions from the command line, add them to ``samplers.py``, ``schedule.py`` or ``losses.py`` in a
+# checkout. Add a row to the table in the same file. The help and the checks of the options then know a new sampler or
+# schedule. For a new loss, also add its name to the setting ``loss`` in ``presets.py``.

@@ -3,7 +3,8 @@ Bits per dimension and the rate-distortion curve
 ================================================
 
 A diffusion model is also a density model: it assigns a number of bits to every image. This tutorial measures these bits
-by the bound (Equation 5), finds out where they go, and draws Figure 5 of the paper for the model ``digits``.
+with the bound (Equation 5), splits them into rate and distortion, and draws Figure 5 of the paper for the model
+``digits``.
 """
 
 from dataclasses import replace
@@ -30,7 +31,7 @@ noise = per_image(seeds=range(16), shape=(1, 8, 8))
 #    + \sum_{t>1} \underbrace{D_\mathrm{KL}(q(x_{t-1}|x_t,x_0) \| p_\theta(x_{t-1}|x_t))}_{L_{t-1}}
 #    \underbrace{- \log p_\theta(x_0|x_1)}_{L_0}
 #
-# ``likelihood.vlb`` draws :math:`x_t` once at each level and returns every term, in nats. ``bits_per_dim`` divides the
+# ``likelihood.vlb`` draws :math:`x_t` once at each level, and returns every term in nats. ``bits_per_dim`` divides the
 # sum by the number of pixels and by log 2.
 
 bound = likelihood.vlb(denoiser, x0, noise)
@@ -51,10 +52,10 @@ print(f"rate {rate:.3f}, distortion {distortion:.3f} bits per dimension")
 # %%
 # Another variance, without another network call
 # ----------------------------------------------
-# The variance of the reverse process is a choice (Section 3.2). For a fixed variance, the terms follow from the mean
-# squared errors, which ``bound.mse`` holds. The best variance of each level also follows from them (Bao et al. 2022).
-# Here it is computed from the same 16 images that it is then measured on, so it is a little too good. ``ddpm
-# calibrate`` measures it on training images.
+# We can choose the variance of the reverse process (Section 3.2). For a fixed variance, the mean squared errors
+# determine the terms of the bound. ``bound.mse`` holds these errors. They also give the best variance of each level
+# (Bao et al. 2022). Here, the same 16 images give the variance and then measure it, so the result is a little too good.
+# ``ddpm calibrate`` measures the variance on training images.
 
 small = replace(denoiser, variance="fixed_small")
 best = replace(denoiser, variance=gaussian.calibrated_variance(denoiser.schedule, bound.mse.mean(0)))
@@ -66,7 +67,7 @@ for name, other in {"fixed_small": small, "calibrated": best}.items():
 # Progressive coding (Algorithms 3 and 4, Figure 5)
 # -------------------------------------------------
 # A sender can send :math:`x_T, x_{T-1}, \dots, x_0` one after the other. After each of them, the receiver has an
-# estimate of the image. ``likelihood.progressive_coding`` yields what the receiver knows and what it has cost.
+# estimate of the image. ``likelihood.progressive_coding`` yields this estimate and the bits that the sender has spent.
 
 spent, error, shown = [], [], {}
 for state in likelihood.progressive_coding(denoiser, x0, noise):
@@ -83,8 +84,8 @@ right.set(xlabel="rate, bits per dimension", ylabel="error, grey levels of 256")
 figure.tight_layout()
 
 # %%
-# The error falls steeply over the first bits. The bits after that buy little: they describe small differences. Below is
-# what the receiver sees (Figure 10); the last row is the image itself.
+# The error falls steeply over the first bits. The later bits reduce the error only a little, because they describe
+# small differences. The next figure shows what the receiver sees (Figure 10). The last row is the image itself.
 
 figure, axes = plt.subplots(len(shown), 8, figsize=(7, 6))
 for row, (t, images) in zip(axes, shown.items(), strict=True):
@@ -97,5 +98,5 @@ figure.tight_layout(pad=0.3)
 # %%
 # Fewer levels
 # ------------
-# All 1,000 levels take 1,000 network calls per image. ``ddpm evaluate RUN --levels-per-image 20`` draws 20 levels for
-# each image, without bias, and prints the standard error.
+# The bound over all 1,000 levels takes 1,000 network calls per image. ``ddpm evaluate RUN --levels-per-image 20`` draws
+# 20 levels for each image. This estimate has no bias, and the command prints its standard error.

@@ -2,8 +2,9 @@ r"""
 Edit, inpaint and interpolate
 =============================
 
-A model that can sample images can also change them. This tutorial redraws digits, mends a hole, and walks from one
-image to another. The functions of ``ddpm.editing`` are generators, as samplers are; the last step holds the result.
+A model that can sample images can also change images. This tutorial redraws digits, fills in a missing part, and walks
+from one image to another. The functions of ``ddpm.editing`` are generators, as samplers are. The last step holds the
+result.
 """
 
 import matplotlib.pyplot as plt
@@ -40,20 +41,21 @@ noise = per_image(seeds=range(8), shape=(1, 8, 8))
 # %%
 # Redraw (SDEdit)
 # ---------------
-# Noise the image to level t by Equation 4, and let the reverse process run from there (Meng et al. 2022). The higher
-# the level, the more the image changes. On the command line this is ``ddpm edit``.
+# Add noise to the image up to level t (Equation 4), and run the reverse process from there (Meng et al. 2022). The
+# higher the level, the more the image changes. On the command line, ``ddpm edit`` does this.
 
 levels = [0, 300, 500, 700, 900]
 show([last(editing.redraw(denoiser, x0, t, noise, min(t, 100) or None)) for t in levels], [f"t = {t}" for t in levels])
 
 # %%
-# The first row is the original. The digits keep their value at low levels, and become other digits at high levels.
+# The first row shows the originals. At low levels the digits stay the same digit. At high levels they become other
+# digits.
 #
 # Change the class (DDIM inversion)
 # ---------------------------------
 # DDIM without noise can run backwards: it finds the :math:`x_t` from which it would sample the image (Song et al.
-# 2021). Going down again with a class label and guidance turns the image into one of that class. The slant and the
-# weight of the strokes often stay.
+# 2021). From this latent we sample again with a class label and guidance. The result is an image of that class. It
+# often keeps the slant and the thickness of the strokes.
 
 *_, up = editing.invert(denoiser, x0, steps=50, t=800, iterations=3)
 same = last(samplers.ddim(denoiser, up.x, steps=50, start=800))
@@ -64,8 +66,8 @@ show([x0, same, changed], ["original", "and back", "as a 7"])
 # %%
 # Inpaint (RePaint)
 # -----------------
-# Draw only a part of the image, and keep the rest (Lugmayr et al. 2022). The mask is 1 where the model draws. Here the
-# lower half is drawn anew; each column has a seed of its own.
+# Draw only a part of the image, and keep the rest (Lugmayr et al. 2022). The mask is 1 where the model draws. Here, the
+# model draws the lower half. Each column has its own seed.
 
 mask = torch.zeros(8, 8)
 mask[4:] = 1
@@ -76,9 +78,9 @@ show([one, torch.where(mask == 1, torch.zeros_like(one), one), mended], ["origin
 # %%
 # Interpolate (Figures 8 and 9)
 # -----------------------------
-# Mix two images at level t and decode the mixture. The outer columns are the two ends, decoded as well. At a low level
-# they are still the two images. At a high level little of the two images is left, and the model draws digits of its
-# own.
+# Mix two images at level t, and decode the mixture. The outer columns decode the two images without mixing. At a low
+# level they still look like the two images. At a high level, little of the two images is left, and the model draws
+# other digits.
 
 weights = torch.linspace(0, 1, 9)
 ends = normal([1, 2], (1, 8, 8))
@@ -92,7 +94,8 @@ show(rows, ["t = 250", "t = 500", "t = 750"])
 # %%
 # Images that share a latent (Figure 7)
 # -------------------------------------
-# Stop a sampler at level t, and go down from there several times. The images share what was decided before level t.
+# Stop a sampler at level t, and sample from there several times. The images share the features that the sampler decided
+# above level t.
 
 single = per_image([7], (1, 8, 8))
 chain = {step.t: step.x[0] for step in samplers.ancestral(denoiser, single(1000), single, steps=200)}
