@@ -1,5 +1,6 @@
-"""The README's commands and examples run as they stand; only training and sampling are cut short."""
+"""The commands and examples of the README and the pages run as they stand; only training and sampling are cut short."""
 
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -10,70 +11,100 @@ import torch
 
 import ddpm.files.data
 from ddpm import cli, presets
+from ddpm.cli.main import parser
 from ddpm.files import images
 
 ROOT = Path(__file__).parents[1]
 SHORT = {
-    "data": "",
     "train": "--steps 2 --num-timesteps 50 --width 32 --channel-multipliers 1,1 --num-res-blocks 1 "
     "--batch-size 4 --size 8 --sample-count 2 --sample-steps 2 --eval-images 4",
+    "train --init": "--steps 2 --batch-size 4 --sample-count 2 --sample-steps 2 --eval-images 4",
     "sample": "--steps 12",
-    "evaluate": "-n 1",
+    "evaluate": "-n 2",
     "calibrate": "-n 2 --codec 2",
     "compress": "--chunk-bits 8",
-    "decompress": "",
     "paper": "-n 1",
     "interpolate": "-n 3",
     "inpaint": "--resample 2",
     "edit": "--t 40",
-    "report": "",
-    "export": "",
-    "info": "",
-    "import": "",
 }
+ONLY_PARSED = ("torchrun", "uoft-cs", "cifar10_fast --minutes", "--to hub", "--to web", "--to onnx", "fid", "ddpm page")
+"""A line with one of these needs several processes, a download or an extra, or does not end."""
+FIRST = ("README.md", "docs/howto/resume.md", "docs/howto/publish.md", "docs/howto/reproduce.md")
+"""These pages make what the others use: the folders runs/mine and runs/digits, the model mine.safetensors, figures."""
+PAGES = sorted(str(p.relative_to(ROOT)) for kind in ("*.md", "howto/*.md") for p in (ROOT / "docs").glob(kind))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of each line that has the word ddpm. RUN is the run of the digits."""
+    text = "".join(blocks(page, "(?:ba)?sh")).replace("\\\n", "")
+    lines = [shlex.split(re.sub(r"\bRUN\b", "runs/digits", line), comments=True) for line in text.splitlines()]
+    return [line for line in lines if "ddpm" in line]
+
+
+def short(page: str) -> list[list[str]]:
+    """The commands of a page that a test can run, as arguments of `cli.main`, cut short."""
+    lines = [words for words in commands(page) if not any(part in " ".join(words) for part in ONLY_PARSED)]
+    kinds = ["train --init" if "--init" in words else words[1] for words in lines]
+    return [[*words[1:], *SHORT.get(kind, "").split()] for words, kind in zip(lines, kinds, strict=True)]
+
+
+def run(page: str) -> None:
+    """Run the commands of a page in order. Each one leaves what its --out names."""
+    for words in short(page):
+        assert cli.main(words) == 0, f"{page}: {words}"
+        assert "--out" not in words or Path(words[words.index("--out") + 1]).exists(), f"{page}: {words}"
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder with images of one's own, in which every `ddpm` line of the README was run in order."""
-    folder = tmp_path_factory.mktemp("readme")
+    """A folder with images and files of one's own, in which the first pages were run."""
+    folder = tmp_path_factory.mktemp("pages")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        pixels = ddpm.files.data.load("digits", (8, 8), 3).batch(range(20)).permute(0, 2, 3, 1).numpy()
-        images.save_many("my-photos/", pixels, [str(i) for i in range(20)])
+        pixels = ddpm.files.data.load("digits", (8, 8), 3).batch(range(40)).permute(0, 2, 3, 1).numpy()
+        images.save_many("my-photos/", pixels, ["cat", *map(str, range(1, 40))])
+        images.save_many("photos/cat/", pixels[:20], list(map(str, range(20))))
+        images.save_many("photos/dog/", pixels[20:], list(map(str, range(20))))
+        images.save_many("xrays/", pixels[..., :1].astype(np.uint16) * 257, list(map(str, range(40))))
         images.save("mask.png", (pixels[0] > 100) * np.uint8(255))
-        for line in "".join(blocks("sh")).splitlines():
-            if line.startswith("ddpm ") and "uoft-cs" not in line:  # that one needs a network
-                words = shlex.split(line, comments=True)[1:]
-                assert cli.main([*words, *SHORT[words[0]].split()]) == 0, line
+        Path("mine.yaml").write_text("lr: 0.001")
+        for page in FIRST:
+            run(page)
     return folder
 
 
-def test_commands_leave_what_they_say(project):
-    assert (project / "digits.png").is_file()
-    assert (project / "progressive.png").is_file()
-    assert (project / "runs/mine/config.json").is_file()
-    assert (project / "between.png").is_file()
-    assert (project / "mended.png").is_file()
-    assert (project / "same.png").is_file()
-    assert (project / "versions.png").is_file()
-    assert (project / "ours.safetensors").is_file()
-    assert {p.name for p in (project / "runs/digits/paper").iterdir()} > {
-        "table4.csv",
-        "fig5.png",
-        "fig8.png",
-        "fig10.png",
-    }
-    assert "fig10.png" in (project / "runs/digits/report.html").read_text()
+@pytest.mark.parametrize("page", [page for page in PAGES if short(page) and page not in (*FIRST, "docs/data.md")])
+def test_commands_run(project, monkeypatch, page):
+    """But those of docs/data.md, which need data of other kinds."""
+    monkeypatch.chdir(project)
+    run(page)
+
+
+def test_commands_are_accepted():
+    """By the parser: every `ddpm` line of every page, also under torchrun."""
+    top = parser()
+    lines = [words for page in ("README.md", *PAGES) for words in commands(page)]
+    assert len(lines) > 40
+    for words in lines:
+        top.parse_args(words[words.index("ddpm") + 1 :])
+
+
+def test_commands_make_figures_and_a_report(project, monkeypatch):
+    monkeypatch.chdir(project)
+    figures = {"table4.csv", "fig5.png", "fig8.png", "fig10.png"}
+    assert figures < {p.name for p in Path("runs/digits/paper").iterdir()}
+    assert cli.main(["report", "runs/digits"]) == 0
+    assert "fig10.png" in Path("runs/digits/report.html").read_text()
 
 
 def test_presets_are_all_there():
     """With their parameters in millions, and their steps."""
-    table = re.search(r"\| preset .*?\n\n", (ROOT / "README.md").read_text(), re.S)
+    table = re.search(r"\| preset .*?\n\n", (ROOT / "docs/howto/presets.md").read_text(), re.S)
     assert table
     rows = [row.split("|")[1:] for row in table[0].strip().splitlines()[2:]]
     told = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
@@ -90,11 +121,12 @@ def test_presets_are_all_there():
         assert int(steps.split("of")[1]) == preset.batch_size
 
 
-def test_python_examples(project, monkeypatch, capsys):
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md", "docs/howto/python.md", "docs/howto/without.md"])
+def test_python_examples_run(project, monkeypatch, page):
     monkeypatch.chdir(project)
-    assert len(blocks("python")) == 3
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})
+    assert blocks(page, "python")
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), {})
 
 
 def test_equations_name_what_exists():
@@ -104,10 +136,6 @@ def test_equations_name_what_exists():
     assert len(rows) > 15
     for _, functions, tests in rows:
         for path in re.findall(r"`((?:\w+\.)+\w+)`", functions):
-            names = path.split(".")
-            depth = 2 if names[0] == "run" else 1
-            found = __import__("ddpm." + ".".join(names[:depth]), fromlist=["_"])
-            for name in names[depth:]:
-                found = getattr(found, name)
+            pkgutil.resolve_name(f"ddpm.{path}")
         for file in re.findall(r"`(test_\w+\.py)`", tests):
             assert (ROOT / "tests" / file).is_file(), file
