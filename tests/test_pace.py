@@ -22,6 +22,7 @@ from PIL import Image
 import ddpm
 from ddpm.cli import main
 from ddpm.files import checkpoints, images
+from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS
 from ddpm.run import forecast, pace, previews
 from ddpm.run.forecast import Costs
@@ -92,7 +93,7 @@ def test_a_run_of_some_minutes_is_an_ordinary_run(tmp_path: Path, monkeypatch: p
             step()
         return 0.1
 
-    given = ("--dropout", 0.3, "--flip", "--cooldown", 1, "--warmup", 0)
+    given = ("--dropout", 0.3, "--flip", "--cooldown", 1, "--warmup", 0, "--optimizer", "muon")
     monkeypatch.setattr("ddpm.run.train.time_steps", three_steps)
     monkeypatch.setattr(Costs, "steps_in", lambda *_: 9)
     with monkeypatch.context() as patch:
@@ -246,20 +247,23 @@ def test_the_speed_is_that_of_steps_without_evaluations(monkeypatch: pytest.Monk
     assert clock.costs.image_call == pytest.approx(0.5 / 128 / 3)
 
 
-def test_the_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_the_forecast(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It comes once, after a few steps, with the first loss; its bytes are those of the checkpoint's files."""
     clock(monkeypatch, 1)
-    assert train(tmp_path / "run", "--steps", 30, "--log-every", 30) == 0
+    assert train(tmp_path / "run", "--steps", 30, "--log-every", 30, "--optimizer", optimizer) == 0
     lines = capsys.readouterr().err.splitlines()
     (line,) = (line for line in lines if line.startswith("forecast: "))
     (first,) = (line for line in lines if ": loss " in line)
     assert int(first.split()[1].strip(":")) < 10
     assert "to step 30" in line
-    network = ddpm.load(tmp_path / "run").network
+    preset, network = open_checkpoint(tmp_path / "run").preset, ddpm.load(tmp_path / "run").network
     assert isinstance(network, torch.nn.Module)
     size = sum(file.stat().st_size for file in (tmp_path / "run/checkpoints/00000030").glob("*.safetensors"))
-    assert forecast.checkpoint_bytes(network) == pytest.approx(size, rel=0.05)
-    assert forecast.gib(forecast.checkpoint_bytes(network)) in line
+    assert forecast.checkpoint_bytes(preset, network) == pytest.approx(size, rel=0.05)
+    assert forecast.gib(forecast.checkpoint_bytes(preset, network)) in line
 
 
 @pytest.mark.parametrize("room", [True, False])

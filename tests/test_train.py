@@ -56,11 +56,13 @@ EVERYTHING = (
 EVERYTHING += ("--timestep-sampling", "stratified", "--weighting", "min_snr")
 
 
-def test_n_steps_and_n_steps_are_2n_steps_to_the_bit(tmp_path: Path) -> None:
-    """Weights, average and Adam's moments are equal, with all random parts switched on."""
-    assert train(tmp_path / "whole", *EVERYTHING, "--steps", 8) == 0
-    assert train(tmp_path / "halves", *EVERYTHING, "--steps", 4) == 0
-    assert train(tmp_path / "halves", *EVERYTHING, "--steps", 8) == 0
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_n_steps_and_n_steps_are_2n_steps_to_the_bit(optimizer: str, tmp_path: Path) -> None:
+    """Weights, average and moments are equal, with all random parts switched on."""
+    options = (*EVERYTHING, "--optimizer", optimizer, "--lr-ref-steps", 2)
+    assert train(tmp_path / "whole", *options, "--steps", 8) == 0
+    assert train(tmp_path / "halves", *options, "--steps", 4) == 0
+    assert train(tmp_path / "halves", *options, "--steps", 8) == 0
     assert_same(tensors(tmp_path / "whole", 8), tensors(tmp_path / "halves", 8))
     assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
 

@@ -135,10 +135,16 @@ class Preset:
     accumulate: int = _optimisation(
         1, "compute each step in this many parts: less memory, the same result", 1, _MANY, resume=True
     )
-    lr: float = _optimisation(2e-4, "learning rate of Adam", 0)
+    optimizer: Literal["adam", "muon"] = _optimisation(
+        "adam", "adam for all weights, or muon for those between hidden layers and adam for the others"
+    )
+    lr: float = _optimisation(2e-4, "learning rate", 0)
     warmup: int = _optimisation(5000, "steps over which the learning rate rises linearly from 0", 0, _COUNT)
     cooldown: float = _optimisation(
         0.0, "last share of the steps, over which the learning rate falls linearly to 0", 0, 1
+    )
+    lr_ref_steps: int = _optimisation(
+        0, "steps after which the learning rate falls as 1/sqrt(step), without an end; 0 for none", 0, _COUNT
     )
     grad_clip: float = _optimisation(1.0, "largest global norm of the gradient; 0 for no clipping", 0)
     ema_decay: float = _optimisation(0.9999, "decay of the moving average of the weights", 0, 0.999999)

@@ -12,17 +12,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ddpm import optimizers
 from ddpm.presets import Preset
 
 
-def checkpoint_bytes(network: nn.Module) -> int:
-    """The size of a checkpoint: weights, their average, and Adam's two moments, all in float32."""
-    return 16 * sum(p.numel() for p in network.parameters())
+def checkpoint_bytes(preset: Preset, network: nn.Module) -> int:
+    """The size of a checkpoint: weights, their average, and the optimizer's moments, all in float32."""
+    kept = optimizers.moments(network, preset.optimizer)
+    return 4 * sum(p.numel() * (2 + len(kept[name])) for name, p in network.named_parameters())
 
 
-def save_seconds(network: nn.Module) -> float:
+def save_seconds(preset: Preset, network: nn.Module) -> float:
     """A cautious guess of the time that a checkpoint takes to be written and hashed: 150 MB/s."""
-    return checkpoint_bytes(network) / 150e6
+    return checkpoint_bytes(preset, network) / 150e6
 
 
 GRACE = 30.0
@@ -132,14 +134,14 @@ def describe(preset: Preset, out: Path, costs: Costs, network: nn.Module, step: 
     left, memory = duration(costs.seconds(preset, step, preset.steps)), peak_memory(device)
     return (
         f"forecast: {speed}, {left} to step {preset.steps:,}; {f'{gib(memory)} of memory; ' if memory else ''}"
-        f"checkpoints of {gib(checkpoint_bytes(network))}, {gib(disk_bytes(preset, network))} in all, "
+        f"checkpoints of {gib(checkpoint_bytes(preset, network))}, {gib(disk_bytes(preset, network))} in all, "
         f"{gib(free_bytes(out))} free"
     )
 
 
 def disk_shortage(preset: Preset, out: Path, network: nn.Module, saved: int) -> str | None:
     """What is wrong with the disk of a run that has `saved` checkpoints; None if it is large enough."""
-    needed = disk_bytes(preset, network) - min(saved, preset.keep) * checkpoint_bytes(network)
+    needed = disk_bytes(preset, network) - min(saved, preset.keep) * checkpoint_bytes(preset, network)
     if needed <= (free := free_bytes(out)):
         return None
     return f"the checkpoints of this run take {gib(needed)} more, but {gib(free)} are free in {out}; use a smaller keep"
@@ -147,7 +149,7 @@ def disk_shortage(preset: Preset, out: Path, network: nn.Module, saved: int) -> 
 
 def disk_bytes(preset: Preset, network: nn.Module) -> int:
     """What the checkpoints of a run take: those that are kept, the best one, and the one that is being written."""
-    return checkpoint_bytes(network) * (preset.keep + 2 + len([step for step in preset.keep_steps if step]))
+    return checkpoint_bytes(preset, network) * (preset.keep + 2 + len([step for step in preset.keep_steps if step]))
 
 
 def free_bytes(out: Path) -> int:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import kernels, losses, noise, pixels, timesteps
+from ddpm import kernels, losses, noise, optimizers, pixels, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
@@ -175,7 +175,7 @@ def train(
             log.say(ranks, f"step 0: held-out L_simple {model.held_out_before:.4f}")
         model.network.train()
         meter, watch, held_out = _Meter(model.seconds, ranks, preset.batch_size), _Watch(ranks.device), None
-        pace = Pace(preset, ranks, forecast.save_seconds(model.network))
+        pace = Pace(preset, ranks, forecast.save_seconds(preset, model.network))
         stream = data.batches(
             train_set, preset.seed, preset.batch_size, begun, preset.steps,
             part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
@@ -205,7 +205,7 @@ def train(
             saving = model.step % preset.save_every == 0 or model.step in preset.keep_steps or done
             if model.step % preset.log_every == 0 or saving or ended:
                 watch.check(out, loss)
-                line = meter.line(model.adam.param_groups[0]["lr"], norm)
+                line = meter.line(model.optimizers[0].param_groups[0]["lr"], norm)
                 write(model.step, line)
                 if warning := meter.waits():
                     log.say(ranks, warning)
@@ -240,7 +240,7 @@ def train(
 
 @dataclass
 class _Model:
-    """The network, its moving average, and Adam; `step` counts updates.
+    """The network, its moving average, and the optimizers of its weights; `step` counts updates.
 
     denoiser   with the network that is trained
     averaged   with the average of the weights
@@ -258,7 +258,7 @@ class _Model:
     schedule: Schedule
     network: nn.Module
     average: nn.Module
-    adam: torch.optim.Adam
+    optimizers: list[torch.optim.Optimizer]
     step: int = 0
     seconds: float = 0.0
     held_out_before: float | None = None
@@ -272,9 +272,18 @@ class _Model:
         self.weights, self.average_weights = list(self.network.parameters()), list(self.average.parameters())
 
     def kinds(self) -> list[list[Tensor]]:
-        """Weights, averages, and Adam's first and second moments."""
-        moments = [[self.adam.state[p][key] for p in self.weights] for key in _MOMENTS if self.step]
-        return [list(self.weights), list(self.average_weights), *moments]
+        """Weights, averages, and moments."""
+        return [list(self.weights), list(self.average_weights), list(self.moments().values())]
+
+    def moments(self) -> dict[str, Tensor]:
+        """The moments of the optimizers by their names in optimizer.safetensors; none before the first step."""
+        states = {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+        return {
+            f"{key}.{name}": value
+            for name, p in self.network.named_parameters()
+            for key, value in states.get(p, {}).items()
+            if key != "step"
+        }
 
 
 def _build(preset: Preset, device: torch.device) -> _Model:
@@ -285,10 +294,8 @@ def _build(preset: Preset, device: torch.device) -> _Model:
     network = denoiser.network
     assert isinstance(network, nn.Module)
     average = copy.deepcopy(network).eval().requires_grad_(False)
-    adam = torch.optim.Adam(
-        network.parameters(), lr=preset.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps"
-    )
-    return _Model(denoiser, replace(denoiser, network=average), schedule, network, average, adam)
+    found = optimizers.make(network, preset.optimizer, preset.lr)
+    return _Model(denoiser, replace(denoiser, network=average), schedule, network, average, found)
 
 
 class _Training(NamedTuple):
@@ -338,9 +345,6 @@ def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Proces
         log.say(ranks, f"  {line}")
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
 def _check_images(
     folder: Path | None, model: _Model, preset: Preset, out: Path, images: data.Images, ranks: Processes
 ) -> None:  # fmt: skip
@@ -378,20 +382,12 @@ def _resume(model: _Model, found: nodes.Found, out: Path) -> None:
     model.network.load_state_dict(tensors.read_tensors(folder / "raw.safetensors"))
     model.average.load_state_dict(tensors.read_tensors(folder / "ema.safetensors"))
     moments = tensors.read_tensors(folder / "optimizer.safetensors")
-    _begin_moments(model, state["step"])
-    for name, p in model.network.named_parameters():
-        for key in _MOMENTS:
-            model.adam.state[p][key].copy_(moments[f"{key}.{name}"])
+    optimizers.begin(model.optimizers, state["step"])
+    for name, value in model.moments().items():
+        value.copy_(moments[name])
     model.step, model.seconds, model.held_out_before = state["step"], state["seconds"], state["held_out_before"]
     model.saved = model.step
     model.resumed = folder
-
-
-def _begin_moments(model: _Model, step: int) -> None:
-    """Give Adam moments after `step` steps, which are filled later."""
-    for p in model.weights:  # the moments have the memory layout of the weights, as fused Adam wants it
-        model.adam.state[p] = {key: torch.zeros_like(p) for key in _MOMENTS}
-        model.adam.state[p]["step"] = torch.tensor(float(step), device=p.device if p.is_cuda else "cpu")
 
 
 def _spread(
@@ -405,7 +401,7 @@ def _spread(
         mine = [model.step, model.seconds, model.held_out_before, model.contents, held_out, lines]
     step, seconds, before, contents, held_out, lines = ranks.exchange(mine)[found.holder]
     if step and not holds:
-        _begin_moments(model, step)
+        optimizers.begin(model.optimizers, step)
         model.step, model.seconds, model.held_out_before, model.contents = step, seconds, before, contents
     for value in (tensor for kind in model.kinds() for tensor in kind):
         sent = value.detach().contiguous()
@@ -425,7 +421,6 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
 
     Raises Stopped if the disk is full, or if the numbers are not finite.
     """
-    adam, named = model.adam, list(model.network.named_parameters())
     state = {
         "step": model.step,
         "seconds": seconds,
@@ -438,7 +433,7 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
     files = {
         "ema": model.average.state_dict(),
         "raw": model.network.state_dict(),
-        "optimizer": {f"{key}.{name}": adam.state[p][key] for name, p in named for key in _MOMENTS},
+        "optimizer": model.moments(),
     }
     try:
         folder = checkpoints.save(out, preset, state, files)
@@ -493,10 +488,11 @@ def _update(
 
 def _apply(model: _Model, preset: Preset) -> None:
     """Update the weights and their average by the gradient, and count the step."""
-    model.adam.param_groups[0]["lr"] = learning_rate(preset, model.step)
     model.whole = False
-    model.adam.step()
-    model.adam.zero_grad(set_to_none=True)
+    for optimizer in model.optimizers:
+        optimizer.param_groups[0]["lr"] = learning_rate(preset, model.step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     decay = ema.decay_at(model.step, preset.ema_decay, preset.ema_warmup)
     ema.update(model.average_weights, model.weights, decay)
     model.step += 1
@@ -532,14 +528,15 @@ def _ending_at(
     stream.close()
     model.network.load_state_dict(weights)
     model.average.load_state_dict(weights)
-    model.adam.state.clear()
+    for optimizer in model.optimizers:
+        optimizer.state.clear()
     model.step = 0
     measured = torch.tensor([step_seconds, image_call, end - time.monotonic()], dtype=torch.float64)
     step_seconds, image_call, left = ranks.total(measured * ranks.first).tolist()  # the first process decides
     if preset.sample_every:
         count, calls = affordable(preset, left / 10, image_call)
         preset = replace(preset, sample_count=max(1, count), sample_steps=calls)
-    costs = forecast.Costs(step_seconds, image_call, forecast.save_seconds(model.network))
+    costs = forecast.Costs(step_seconds, image_call, forecast.save_seconds(preset, model.network))
     steps = costs.steps_in(preset, left)
     return replace(preset, steps=steps, warmup=min(preset.warmup, steps // 10))
 
@@ -553,20 +550,26 @@ def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generato
 
 
 def learning_rate(preset: Preset, step: int) -> float:
-    """The learning rate of update `step`, counted from 0. It rises over `warmup` steps, and falls in the cooldown.
+    """The learning rate of update `step`, counted from 0. It rises over `warmup` steps, and falls after `lr_ref_steps`
+    and in the cooldown.
 
     cooldown 1 is a linear decay over the whole run (Defazio et al. 2023). A smaller one is warmup-stable-decay (Hu et
-    al. 2024): a run of a constant rate can be resumed for more steps, and only its end is trained again.
+    al. 2024): a run of a constant rate can be resumed for more steps, and only its end is trained again. lr_ref_steps
+    has no end: from that step on the rate is lr sqrt(lr_ref_steps / step) (Karras et al. 2024), whatever `steps` is.
 
     >>> from dataclasses import replace
     >>> from ddpm.presets import PRESETS
     >>> preset = replace(PRESETS["cifar10"], lr=1.0, steps=100, warmup=10, cooldown=0.5)
     >>> [learning_rate(preset, step) for step in (0, 5, 10, 50, 75, 99)]
     [0.0, 0.5, 1.0, 1.0, 0.5, 0.02]
+    >>> endless = replace(preset, cooldown=0.0, lr_ref_steps=100)
+    >>> [learning_rate(endless, step) for step in (5, 10, 100, 400, 10_000)]
+    [0.5, 1.0, 1.0, 0.5, 0.1]
     """
     up = step / preset.warmup if preset.warmup else 1.0
     down = (preset.steps - step) / (preset.cooldown * preset.steps) if preset.cooldown else 1.0
-    return preset.lr * min(1.0, up, down)
+    late = max(1.0, step / preset.lr_ref_steps) if preset.lr_ref_steps else 1.0
+    return preset.lr * min(1.0, up, down) / math.sqrt(late)
 
 
 # -- what is measured on the way ---------------------------------------------------------------------------------------
@@ -907,6 +910,6 @@ def _announce(
     )
     if ranks.first:
         shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)))
-        late = forecast.late_save(forecast.save_seconds(model.network))
+        late = forecast.late_save(forecast.save_seconds(preset, model.network))
         for line in (*advice(preset, model.schedule), *filter(None, [shortage, late])):
             warnings.warn(line, stacklevel=2)
