@@ -114,6 +114,12 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
         ["--timestep-sampling bound", "uniform or stratified for mu"],
     ),
     ("train digits --weighting p2 --loss vlb", nothing, ["weighting p2", "loss simple"]),
+    ("train digits --noise-assignment nearest --loss vlb", nothing, ["--noise-assignment nearest", "want loss simple"]),
+    (
+        "train digits --noise-assignment nearest --loss hybrid --variance learned",
+        nothing,
+        ["--noise-assignment nearest", "want loss simple"],
+    ),
     ("train digits --cooldown 2", nothing, ["cooldown 2.0", "0 to 1"]),
     ("train digits --num-timesteps 10", nothing, ["--sample-steps 50", "at most num_timesteps, 10"]),
     ("train digits --device gpu", nothing, ["device 'gpu'", "auto, cpu, cuda"]),

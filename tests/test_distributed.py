@@ -39,6 +39,7 @@ class Both:
     mixed: Path  # a run of 10 steps by one process, then 10 by two
     samples: Path  # samples of `trained` by two
     measured: Path  # the results of evaluate and paper for `trained` by two
+    short: Path  # a run of 3 steps by two, with the nearest noise
     deep: Path  # a run by two on images of 16 bits, with samples beside it
     stopped: Path  # a run by two, with dropout, ended by SIGTERM
     out: str
@@ -49,7 +50,7 @@ class Both:
 def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
     """Run all commands in two processes. SIGTERM ends the last one, which trains."""
     root = tmp_path_factory.mktemp("both")
-    one, two, mixed, stopped = (root / name for name in ("one", "two", "mixed", "stopped"))
+    one, two, mixed, short, stopped = (root / name for name in ("one", "two", "mixed", "short", "stopped"))
     assert train(one, *TWENTY) == 0
     shutil.copytree(one, mixed)
     shutil.rmtree(mixed / "checkpoints" / "00000020")
@@ -60,6 +61,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
         [*TINY, *TWENTY, "--out", str(mixed)],
         ["sample", str(trained), "-n", "5", "--json", "--out", str(root / "samples.npz")],
         *measuring(trained, root / "measured"),
+        [*TINY, *SHORT, "--out", str(short)],
         [*TINY, *deep],
         ["sample", str(root / "deep"), "-n", "5", "--out", str(root / "deep.samples.npy")],
         [*TINY, *DROPOUT, "--steps", "100000", "--out", str(stopped)],
@@ -80,7 +82,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
         out, err = process.communicate(timeout=100)
     finally:
         process.kill()
-    return Both(one, two, mixed, root / "samples.npz", root / "measured", root / "deep", stopped, out, err)
+    return Both(one, two, mixed, root / "samples.npz", root / "measured", short, root / "deep", stopped, out, err)
 
 
 def measuring(run: Path, out: Path) -> list[list[str]]:
@@ -96,6 +98,7 @@ def measuring(run: Path, out: Path) -> list[list[str]]:
 
 
 TWENTY = ("--steps", "20", "--save-every", "10", "--timestep-sampling", "stratified")
+SHORT = ("--steps", "3", "--noise-assignment", "nearest", "--classes", "--label-dropout", "0.5")
 DROPOUT = ("--dropout", "0.3", "--flip", "--save-every", "5", "--keep", "100000")
 
 
@@ -112,8 +115,8 @@ def test_two_processes_train_like_one(both: Both) -> None:
 def test_only_one_process_prints(both: Both) -> None:
     """No line is printed twice."""
     assert both.err.count(f"{both.two}: ") == 1
-    assert both.err.count("2 processes") == 4
-    assert both.out.count("held-out L_simple") == 3
+    assert both.err.count("2 processes") == 5
+    assert both.out.count("held-out L_simple") == 4
     assert len([line for line in both.out.splitlines() if line.startswith("{")]) == 3
 
 
@@ -140,6 +143,13 @@ def test_dropout_is_that_of_one_process_in_two_parts(both: Both, tmp_path: Path)
     one = losses(tmp_path / "one")
     assert {n: losses(both.stopped)[n] for n in one} == pytest.approx(one, rel=1e-4)
     assert_close(tensors(both.stopped, 5), tensors(tmp_path / "one", 5))
+
+
+def test_draws_for_the_whole_batch_are_those_of_one_process(both: Both, tmp_path: Path) -> None:
+    """An image may get the noise of another process's image."""
+    assert train(tmp_path / "one", *SHORT) == 0
+    assert losses(both.short) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert_close(tensors(both.short, 3), tensors(tmp_path / "one", 3))
 
 
 def test_two_processes_exchange_16_bits(both: Both, tmp_path: Path) -> None:

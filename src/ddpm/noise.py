@@ -115,3 +115,30 @@ def per_image(seeds: Sequence[int], shape: Sequence[int], device: torch.device |
     (torch.Size([2, 3, 8, 8]), True, False)
     """
     return lambda t: normal(seeds, shape, t).to(device, non_blocking=True)
+
+
+def assign(product: Tensor, told: Tensor | None = None) -> Tensor:
+    """Which noise of a batch each image gets, so that the sum of squared distances is least (Li et al. 2024).
+
+    The sum of |x_i - eps_j|^2 over all pairs is a constant minus twice the sum of <x_i, eps_j>, so the products decide.
+
+    product  <x_i, eps_j>, [B, B], on the CPU
+    told     int64 [B], what the network is told of each image. Only images with equal numbers exchange noise, so that
+             given what the network is told, the noise is still standard normal. None: all images may exchange
+
+    Returns int64 [B]: image i gets the noise of place i of the result.
+
+    >>> product = torch.tensor([[2.0, 3.0, 0.0], [0.0, 2.5, 0.0], [5.0, 0.0, 1.0]])
+    >>> assign(product).tolist()  # 3 + 0 + 5 is the largest sum
+    [1, 2, 0]
+    >>> assign(product, torch.tensor([4, 4, -1])).tolist()  # the last image keeps its noise
+    [0, 1, 2]
+    """
+    from scipy.optimize import linear_sum_assignment  # not at the top, because few runs use it
+
+    told = torch.zeros(len(product)) if told is None else told
+    order = torch.arange(len(product))
+    for group in (torch.nonzero(told == one)[:, 0] for one in set(told.tolist())):
+        _, places = linear_sum_assignment(product[group][:, group].numpy(), maximize=True)
+        order[group] = group[places]
+    return order

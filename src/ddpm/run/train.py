@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import kernels, losses, noise, optimizers, pixels, timesteps
+from ddpm import float64, kernels, losses, noise, optimizers, pixels, timesteps
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
@@ -470,13 +470,16 @@ def _update(
     draws.manual_seed(noise.mix(preset.seed, step, _EPS))
     eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
     y = _labels(train_set, preset, step, g, ranks) if preset.classes else None
+    mine = slice(parts[0].start, parts[-1].stop)
+    images = pixels.to_signal(batch, model.denoiser.values)
+    if preset.flip:
+        images = torch.where(flips[mine][:, None, None, None], images.flip(-1), images)
+    if turns is not None:
+        images = augment.apply(images, turns[:, mine])
+    if preset.noise_assignment == "nearest":
+        eps = eps[_nearest(images, eps, mine, y, ranks)]
     for part in parts:
-        x0 = batch[part.start - parts[0].start : part.stop - parts[0].start]
-        x0 = pixels.to_signal(x0, model.denoiser.values)
-        if preset.flip:
-            x0 = torch.where(flips[part][:, None, None, None], x0.flip(-1), x0)
-        if turns is not None:
-            x0 = augment.apply(x0, turns[:, part])
+        x0 = images[part.start - mine.start : part.stop - mine.start]
         torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
         last = part is parts[-1]
         with nullcontext() if last or ranks.world == 1 else training.network.no_sync():  # type: ignore[operator]
@@ -484,6 +487,17 @@ def _update(
         meter.total += loss
     meter.steps += 1
     return loss, nn.utils.clip_grad_norm_(model.weights, preset.grad_clip or math.inf)
+
+
+def _nearest(x0: Tensor, eps: Tensor, mine: slice, y: Tensor | None, ranks: Processes) -> Tensor:
+    """Which noise each image of the whole batch gets, by `noise.assign`. x0 holds this process's images, `mine`.
+
+    Each process computes the products of its images with all noises, and gets the others' rows of the table. The
+    products are float64: their rounding depends on the number of processes, and must not decide.
+    """
+    product = torch.zeros(len(eps), len(eps), dtype=torch.float64)
+    product[mine] = (float64.convert(x0.flatten(1)) @ float64.convert(eps.flatten(1)).T).cpu()
+    return noise.assign(ranks.total(product), None if y is None else y.cpu()).to(eps.device)
 
 
 def _apply(model: _Model, preset: Preset) -> None:
