@@ -414,8 +414,8 @@ def test_the_learning_rate_falls_during_the_cooldown(tmp_path: Path) -> None:
 def test_the_learning_rate_falls_without_an_end(tmp_path: Path) -> None:
     """As 1/sqrt(step) after lr_ref_steps, on top of warmup and cooldown. More steps change no rate before."""
     plan = ("--warmup", 2, "--lr", 0.008, "--lr-ref-steps", 4)
-    for steps in (6, 10):
-        assert train(tmp_path / "run", *plan, "--steps", steps) == 0
+    for end in (6, 10):
+        assert train(tmp_path / "run", *plan, "--steps", end) == 0
     rates = [line["lr"] for line in metrics(tmp_path / "run") if "lr" in line]
     assert rates == pytest.approx([0, 0.004, 0.008, 0.008, *(0.008 / math.sqrt(n / 4) for n in range(4, 10))])
     assert train(tmp_path / "ends", *plan, "--steps", 10, "--cooldown", 0.2) == 0
