@@ -111,7 +111,7 @@ def test_three_processes_train_like_one(tmp_path: Path) -> None:
     What they share is in the losses: each is the mean over one batch, whose images, levels and noise are the same.
     """
     here = tmp_path
-    options = ("--save-every", "5", "--keep", "100")
+    options = ("--save-every", "5", "--keep", "100", "--optimizer", "muon")
     assert train(here / "one", "--steps", 15, *options) == 0
     with Agents([[*TINY, *options, "--steps", 5, "--out", "run"]], [here], 3) as agents:
         assert agents.wait() == [0], agents.err()
@@ -187,7 +187,7 @@ def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
 def test_a_node_without_the_run_gets_it(tmp_path: Path) -> None:
     """The newest checkpoint is on the second node: the first one gets all of it, to the bit, and its log."""
     folders = nodes(tmp_path)
-    words = [*TINY, "--save-every", "5", "--keep", "100", "--out", "run", "--steps"]
+    words = [*TINY, "--optimizer", "muon", "--save-every", "5", "--keep", "100", "--out", "run", "--steps"]
     with Agents([[*words, 10]] * 2, folders) as agents:
         assert agents.wait() == [0, 0], agents.err()
     for folder in folders:  # each node has the run

@@ -111,12 +111,13 @@ def test_a_convolution_is_a_matrix_in_any_memory_layout() -> None:
     assert torch.equal(plain.flatten(1), matrix)
 
 
-def test_a_matrix_without_a_gradient_stays() -> None:
-    """A gradient of 0 has no direction."""
-    weight = nn.Parameter(torch.ones(3, 3))
-    weight.grad = torch.zeros(3, 3)
-    Muon([weight], lr=0.1).step()
-    assert torch.equal(weight, torch.ones(3, 3))
+def test_matrices_without_a_gradient_stay() -> None:
+    """One has none, and one has a gradient of 0, which has no direction."""
+    without, zero = (nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+    zero.grad = torch.zeros(3, 3)
+    Muon([without, zero], lr=0.1).step()
+    assert torch.equal(without, torch.ones(3, 3))
+    assert torch.equal(zero, torch.ones(3, 3))
 
 
 HIDDEN = """

@@ -411,6 +411,18 @@ def test_the_learning_rate_falls_during_the_cooldown(tmp_path: Path) -> None:
     assert rates[8:] == pytest.approx([0.001 * i for i in range(8, 0, -1)])
 
 
+def test_the_learning_rate_falls_without_an_end(tmp_path: Path) -> None:
+    """As 1/sqrt(step) after lr_ref_steps, on top of warmup and cooldown. More steps change no rate before."""
+    plan = ("--warmup", 2, "--lr", 0.008, "--lr-ref-steps", 4)
+    for end in (6, 10):
+        assert train(tmp_path / "run", *plan, "--steps", end) == 0
+    rates = [line["lr"] for line in metrics(tmp_path / "run") if "lr" in line]
+    assert rates == pytest.approx([0, 0.004, 0.008, 0.008, *(0.008 / math.sqrt(n / 4) for n in range(4, 10))])
+    assert train(tmp_path / "ends", *plan, "--steps", 10, "--cooldown", 0.2) == 0
+    ending = [line["lr"] for line in metrics(tmp_path / "ends") if "lr" in line]
+    assert ending == pytest.approx([*rates[:9], rates[9] / 2])
+
+
 @pytest.mark.parametrize("weighting", ["min_snr", "p2"])
 def test_the_weighting_scales_the_training_loss(weighting: str, tmp_path: Path) -> None:
     """With one level, the loss is the unweighted loss times the weight of this level."""

@@ -83,16 +83,17 @@ class Muon(Optimizer):
         if not self.state:
             begin([self], 0)
         (group,) = self.param_groups
-        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        by_shape = defaultdict(list)
         for p in group["params"]:
-            by_shape[len(p), p[0].numel()].append(p)
-        for shape, weights in by_shape.items():
-            gradients, momenta = [p.grad for p in weights], [self.state[p]["momentum"] for p in weights]
+            if p.grad is not None:
+                by_shape[p.flatten(1).shape].append((p, p.grad, self.state[p]["momentum"]))
+        for shape, found in by_shape.items():
+            weights, gradients, momenta = map(list, zip(*found, strict=True))
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
             updates = orthogonal(torch.stack([each.flatten(1) for each in ahead]))
-            updates = [each.view_as(p) for each, p in zip(updates, weights, strict=True)]
-            torch._foreach_add_(weights, updates, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+            shaped = [update.view_as(p) for update, p in zip(updates, weights, strict=True)]
+            torch._foreach_add_(weights, shaped, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
         for _ in range(ROUNDS):
             xx = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
-    else:  # the same rounds on X X^T alone, a third of the work; bfloat16 is too coarse for that
+    else:  # the same rounds on X X^T alone, less than half of the work; bfloat16 is too coarse for that
         xx, one = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         product = one
         for _ in range(ROUNDS):
