@@ -228,3 +228,9 @@ def test_the_noise_is_exchanged_only_with_images_of_the_same_warp(
     assert train(tmp_path / "run", *given, "--batch-size", 32, "--steps", 3) == 0
     assert all(told.shape == (32, 10) and torch.equal(told[order], told) for told, order in seen)
     assert any(not torch.equal(order, torch.arange(32)) for _, order in seen)
+
+
+def test_warps_do_not_wait_for_the_device() -> None:
+    """They run on the device meta, whose values cannot be read."""
+    x, warps = torch.empty(4, 3, 8, 8, device="meta"), torch.empty(4, warp.NUMBERS, device="meta")
+    assert warp.apply(x, warps).shape == x.shape
