@@ -39,7 +39,7 @@ class Both:
     mixed: Path  # a run of 10 steps by one process, then 10 by two
     samples: Path  # samples of `trained` by two
     measured: Path  # the results of evaluate and paper for `trained` by two
-    short: Path  # a run of 3 steps by two, with the nearest noise
+    short: Path  # a run of 3 steps by two, with warps and the nearest noise
     deep: Path  # a run by two on images of 16 bits, with samples beside it
     stopped: Path  # a run by two, with dropout, ended by SIGTERM
     out: str
@@ -98,7 +98,7 @@ def measuring(run: Path, out: Path) -> list[list[str]]:
 
 
 TWENTY = ("--steps", "20", "--save-every", "10", "--timestep-sampling", "stratified")
-SHORT = ("--steps", "3", "--noise-assignment", "nearest", "--classes", "--label-dropout", "0.5")
+SHORT = ("--steps", "3", "--noise-assignment", "nearest", "--classes", "--label-dropout", "0.5", "--augment", "0.1")
 DROPOUT = ("--dropout", "0.3", "--flip", "--save-every", "5", "--keep", "100000")
 
 
@@ -146,7 +146,7 @@ def test_dropout_is_that_of_one_process_in_two_parts(both: Both, tmp_path: Path)
 
 
 def test_draws_for_the_whole_batch_are_those_of_one_process(both: Both, tmp_path: Path) -> None:
-    """An image may get the noise of another process's image."""
+    """Warps are drawn for all images, and an image may get the noise of another process's image."""
     assert train(tmp_path / "one", *SHORT) == 0
     assert losses(both.short) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert_close(tensors(both.short, 3), tensors(tmp_path / "one", 3))

@@ -84,6 +84,13 @@ class Preset:
     flip: bool = _data(True, "mirror each training image left to right with probability 1/2")
     mirror: bool = _data(False, "mirror each training image top to bottom with probability 1/2")
     turn: bool = _data(False, "turn each training image by 0, 90, 180 or 270 degrees, at random")
+    augment: float = _data(
+        0.0,
+        "probability that a training image is scaled, and likewise turned, stretched, moved and mirrored; the network "
+        "is told how, and so of flip, and samples show none of it; EDM has 0.12 for CIFAR-10",
+        0,
+        1,
+    )
     image_column: str = _data("", "column that holds the images of a data set (default: the only one)")
     label_column: str = _data("", "column that holds the labels of a data set (default: label, class, ...)")
     classes: bool = _data(False, "learn the labels of the data set, so that a class can be sampled by its name")
@@ -131,8 +138,8 @@ class Preset:
     )
     noise_assignment: Literal["independent", "nearest"] = _diffusion(
         "independent",
-        "which noise an image of the batch gets: any, as in Eq. 4; or nearest, those of the least sum of squared "
-        "distances, which may give better samples from short runs, and gives worse bits/dim",
+        "how the images of a batch get their noise: independently of the image, as in Eq. 4; or so that the sum of "
+        "squared distances is least, which trains another target, so bits/dim get worse",
     )
 
     steps: int = _optimisation(800_000, "total training steps", 1, _COUNT, resume=True)
@@ -433,6 +440,7 @@ def build(preset: Preset) -> Denoiser:
         bf16=preset.precision == "bf16",
         always_labelled=preset.always_labelled,
         details=preset.details,
+        warped=preset.augment > 0,
     )
     with torch.device("cpu"):
         schedule = SCHEDULES[preset.schedule](preset.num_timesteps, preset.beta_1, preset.beta_T)

@@ -18,6 +18,7 @@ from ddpm.files.models import Checkpoint
 from ddpm.files.opening import open_checkpoint
 from ddpm.pixels import values
 from ddpm.presets import Preset
+from ddpm.warp import NUMBERS
 
 LR_SHARE = 0.5
 """The default learning rate is this share of what training from nothing has."""
@@ -106,6 +107,12 @@ def adapt(model: Checkpoint, preset: Preset) -> tuple[dict[str, Tensor], list[st
         lines.append(f"channels: {preset.channels} instead of {old.channels}; in the outer convolutions they are {how}")
     if preset.class_names != old.class_names:
         lines.append(_classes(state, old, preset))
+    if old.augment and not preset.augment:
+        del state["warp"]
+        lines.append("augment: none; the model goes on without warps")
+    if preset.augment and not old.augment:
+        state["warp"] = torch.zeros(len(state["time2.bias"]), NUMBERS)
+        lines.append("augment: the model was not told of warps; each begins as an image without one")
     return state, lines
 
 

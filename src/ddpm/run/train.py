@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import float64, kernels, losses, noise, optimizers, pixels, timesteps
+from ddpm import float64, kernels, losses, noise, optimizers, pixels, timesteps, warp
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
@@ -48,7 +48,7 @@ _WAITS = 0.1
 """The share of waiting for data that is worth a line."""
 
 # The purpose of a draw. It keeps the draws of one step apart.
-_BATCH, _EPS, _DROPOUT = 1, 2, 3
+_BATCH, _EPS, _DROPOUT, _WARP = 1, 2, 3, 5  # 4 is that of run/augment.py
 
 
 @dataclass(frozen=True)
@@ -315,8 +315,9 @@ def _for_training(model: _Model, preset: Preset, parts: int, ranks: Processes) -
         network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     denoiser, objective = replace(model.denoiser, network=network), losses.LOSSES[preset.loss]
 
-    def gradient(x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None) -> Tensor:
-        loss = objective(denoiser, x0, t, eps, y) * losses.weight(denoiser, t, preset.weighting)
+    def gradient(x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, warps: Tensor | None) -> Tensor:
+        told = denoiser if warps is None else replace(denoiser, network=partial(network, warp=warps))
+        loss = objective(told, x0, t, eps, y) * losses.weight(denoiser, t, preset.weighting)
         loss = loss.mean() / partition.divisor(len(x0), preset.batch_size, ranks.world)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -472,32 +473,44 @@ def _update(
     y = _labels(train_set, preset, step, g, ranks) if preset.classes else None
     mine = slice(parts[0].start, parts[-1].stop)
     images = pixels.to_signal(batch, model.denoiser.values)
-    if preset.flip:
+    warps = _warps(preset, step, ranks) if preset.augment else None
+    if preset.flip and warps is None:
         images = torch.where(flips[mine][:, None, None, None], images.flip(-1), images)
     if turns is not None:
         images = augment.apply(images, turns[:, mine])
+    if warps is not None:
+        images = warp.apply(images, warps[mine])
     if preset.noise_assignment == "nearest":
-        eps = eps[_nearest(images, eps, mine, y, ranks)]
+        eps = eps[_nearest(images, eps, mine, [y, warps], ranks)]
     for part in parts:
         x0 = images[part.start - mine.start : part.stop - mine.start]
         torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
         last = part is parts[-1]
         with nullcontext() if last or ranks.world == 1 else training.network.no_sync():  # type: ignore[operator]
-            loss = training.gradient(x0, t[part], eps[part], None if y is None else y[part])
+            told = [None if each is None else each[part] for each in (y, warps)]
+            loss = training.gradient(x0, t[part], eps[part], *told)
         meter.total += loss
     meter.steps += 1
     return loss, nn.utils.clip_grad_norm_(model.weights, preset.grad_clip or math.inf)
 
 
-def _nearest(x0: Tensor, eps: Tensor, mine: slice, y: Tensor | None, ranks: Processes) -> Tensor:
+def _warps(preset: Preset, step: int, ranks: Processes) -> Tensor:
+    """The warps of a batch, float32 [batch_size, 9]."""
+    g = noise.generator(preset.seed, step, _WARP)
+    return data.send(warp.sample(preset.batch_size, preset.augment, preset.flip, g), ranks.device)
+
+
+def _nearest(x0: Tensor, eps: Tensor, mine: slice, told: Sequence[Tensor | None], ranks: Processes) -> Tensor:
     """Which noise each image of the whole batch gets, by `noise.assign`. x0 holds this process's images, `mine`.
 
+    told is what the network is told of the whole batch: labels and warps, or None for what it is not told.
     Each process computes the products of its images with all noises, and gets the others' rows of the table. The
     products are float64: their rounding depends on the number of processes, and must not decide.
     """
     product = torch.zeros(len(eps), len(eps), dtype=torch.float64)
     product[mine] = (float64.convert(x0.flatten(1)) @ float64.convert(eps.flatten(1)).T).cpu()
-    return noise.assign(ranks.total(product), None if y is None else y.cpu()).to(eps.device)
+    known = [each.cpu().float().view(len(eps), -1) for each in told if each is not None]
+    return noise.assign(ranks.total(product), torch.cat([torch.zeros(len(eps), 0), *known], dim=1)).to(eps.device)
 
 
 def _apply(model: _Model, preset: Preset) -> None:

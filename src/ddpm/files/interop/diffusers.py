@@ -134,6 +134,7 @@ def to_diffusers(checkpoint: Checkpoint, folder: Path, label: int | Literal["all
     with errors_named(checkpoint.path):
         _check_exportable(checkpoint)
         state = _without_classes(denoiser.network.state_dict(), preset, label)
+        state.pop("warp", None)  # samples have no warp
         head_channels = _head_channels(preset)
     check_out(folder)
     tensors = export_state({name: value.float() for name, value in state.items()}, preset, "diffusers")
