@@ -35,5 +35,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"out": str(out), **asdict(about)}))
     else:
-        print(f"written: {out}, from {about.snapshots} snapshots up to step {about.step:,}, error {about.residual:.2%}")
+        print(f"written: {out}, the average of {about}")
     return 0

@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,28 +12,13 @@ from torch import Tensor
 
 from ddpm.errors import InputError, finite_number
 from ddpm.files import checkpoints, tensors
+from ddpm.files.models import Average
 from ddpm.run import ema
 from ddpm.run.export import check_out
 from ddpm.version import __version__
 
 MOST = 0.05
 """The largest relative residual of a fit that is accepted."""
-
-
-@dataclass(frozen=True)
-class Average:
-    """An average of weights that was made of snapshots.
-
-    sigma_rel  the standard deviation of its profile, as a part of the length of the training
-    step       the step at which it ends
-    snapshots  how many it was made of
-    residual   the distance between its profile and that of sigma_rel, relative to the latter (`ema.fit`)
-    """
-
-    sigma_rel: float
-    step: int
-    snapshots: int
-    residual: float
 
 
 def average(run: Path, sigma_rel: float, step: int | None = None, out: Path | None = None) -> tuple[Path, Average]:
