@@ -1,6 +1,7 @@
 """Power function averages, and `ddpm average`: Karras et al. 2024, Section 3 and Appendix C."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,14 @@ def test_weights_that_do_not_change_keep_their_values() -> None:
     coefficients, residuals = ema.fit([10, 20], [0.01, 0.25])
     assert (residuals > 0.3).all()
     np.testing.assert_allclose(coefficients.sum((1, 2)), 1, atol=1e-12)
+
+
+def test_the_documented_ranges_are_those_of_the_fit() -> None:
+    page = (Path(__file__).parents[1] / "docs/howto/checkpoint.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+ to [\d.]+) \|$", page, re.M)
+    assert len(rows) == 5
+    for count, widths in rows:
+        assert average._widths(range(10, 10 * int(count) + 1, 10)) == widths
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ddpm.errors import InputError, finite_number
@@ -29,7 +28,7 @@ def average(run: Path, sigma_rel: float, step: int | None = None, out: Path | No
     step       of the snapshot at which the average ends; None is the newest one. Later snapshots would add nothing
     out        a name that ends in .safetensors; None is RUN/averages/STEP-SIGMA_REL.safetensors
 
-    One tensor of one snapshot is in memory at a time, beside the sum in float64. Damaged snapshots are left out, with a
+    Only the sum, in float64, and one file of a snapshot are in memory at a time. Damaged snapshots are left out, with a
     warning. Raises InputError if the snapshots give the average only with a residual above MOST, and for a run without
     snapshots.
     """
@@ -50,8 +49,7 @@ def average(run: Path, sigma_rel: float, step: int | None = None, out: Path | No
     for each, row in zip(steps, coefficients, strict=True):
         for stem, factor in zip(ema.TRACKED, row, strict=True):
             for name, value in tensors.each_tensor(file := found[each] / f"{stem}.safetensors"):
-                sum_ = total.setdefault(name, torch.zeros_like(value, dtype=torch.float64))
-                sum_.add_(value, alpha=float(factor))
+                total[name] = total.get(name, 0) + float(factor) * value.double()
     about = Average(sigma_rel, last, len(steps), float(residual))
     of_run = {"config": tensors.read_metadata(file)["config"], "step": str(last), "weights": "ema"}
     of_average = {"average": json.dumps(asdict(about)), "version": __version__}

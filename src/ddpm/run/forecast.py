@@ -76,7 +76,7 @@ class Costs:
     save: float
 
     def seconds(self, preset: Preset, begun: int, steps: int) -> float:
-        """The time from step `begun` to step `steps`, with evaluations, checkpoints and grids.
+        """The time from step `begun` to step `steps`, with evaluations, checkpoints, snapshots and grids.
 
         >>> from dataclasses import replace
         >>> from ddpm.presets import PRESETS
