@@ -76,7 +76,7 @@ def tensors(run: Path, step: int) -> dict[str, Tensor]:
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     """Assert that two checkpoints are equal bit for bit."""
     assert a.keys() == b.keys()
-    assert len({name.split("/")[0] for name in a}) == 3  # ema, raw, optimizer
+    assert {name.split("/")[0] for name in a} >= {"ema", "raw", "optimizer"}
     differ = [name for name in a if not torch.equal(a[name], b[name])]
     assert not differ
 
@@ -106,6 +106,12 @@ def losses(run: Path) -> dict[int, float]:
     by_step = {line["step"]: line["loss"] for line in lines}
     assert len(by_step) == len(lines)
     return by_step
+
+
+def snapshots(run: Path) -> dict[str, Tensor]:
+    """All tensors of the snapshots of a run: STEP/FILE/NAME."""
+    files = sorted((run / "snapshots").glob("*/*.safetensors"))
+    return {f"{file.parent.name}/{file.stem}/{name}": x for file in files for name, x in load_file(file).items()}
 
 
 def steps(run: Path) -> list[int]:

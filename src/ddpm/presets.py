@@ -194,6 +194,12 @@ class Preset:
     )
     keep: int = _run(2, "newest checkpoints to keep, besides the best one", 1, _COUNT, resume=True)
     keep_steps: tuple[int, ...] = _run((0,), "steps that are saved and kept, too; 0 for none", 0, _COUNT, resume=True)
+    snapshot_every: int = _run(
+        0,
+        "steps between snapshots of two averages of the weights, from which `ddpm average` makes others; 0 for none",
+        0,
+        _COUNT,
+    )
     log_every: int = _run(50, "steps between lines of metrics.jsonl", 1, _COUNT, resume=True)
     sample_every: int = _run(5000, "steps between grids of samples; 0 for none", 0, _COUNT, resume=True)
     sample_count: int = _run(64, "images in a grid of samples", 1, _MANY, resume=True)

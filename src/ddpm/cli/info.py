@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     path = opening.named(Path(args.run))
     is_run = (path / "config.json").is_file() and not is_diffusers(path)
     saved = _checkpoints(path) if is_run else []
+    snapshots = [int(p.name) for p in reversed(checkpoints.saved(path, checkpoints.SNAPSHOTS))] if is_run else []
     whole = any(one["damage"] is None for one in saved)
     model = opening.open_checkpoint(args.run) if whole or not is_run else None
     preset = model.preset if model else checkpoints.settings(path)
@@ -56,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
         "held_out": _held_out(path) if is_run else None,
         "classes": list(preset.class_names),
         "checkpoints": saved,
-        "ask": _ask(args.run, preset, model, is_run),
+        "snapshots": snapshots,
+        "average": asdict(model.average) if model and model.average else None,
+        "ask": _ask(args.run, preset, model, is_run, bool(snapshots)),
         "settings": settings,
     }
     if args.json:
@@ -75,6 +78,12 @@ def _lines(about: dict[str, Any], preset: Preset) -> Iterator[str]:
         notes += [mark for mark in ("best", "calibrated") if one[mark]]
         notes += [f"damaged: {one['damage']}"] if one["damage"] else []
         yield f"{'checkpoint':<12}{', '.join([_words(one['step']), *notes])}"
+    if steps := about["snapshots"]:
+        yield f"{'snapshots':<12}{len(steps):,}, of steps {steps[0]:,} to {steps[-1]:,}"
+    if about["average"]:
+        from ddpm.files.models import Average
+
+        yield f"{'average':<12}{Average(**about['average'])}"
     for group, meaning in GROUPS.items():
         names = [f.name for f in fields(Preset) if f.metadata["group"] == group and f.name != "class_names"]
         if known := [name for name in names if name in about["settings"]]:
@@ -82,7 +91,7 @@ def _lines(about: dict[str, Any], preset: Preset) -> Iterator[str]:
             yield from (f"  {name:<24}{_words(getattr(preset, name))}" for name in known)
     yield "\nwhat it can be asked for"
     for line, note in about["ask"].items():
-        yield f"  {line:<60}{note}".rstrip()
+        yield f"  {line:<59} {note}".rstrip()
 
 
 def _checkpoints(path: Path) -> list[dict[str, Any]]:
@@ -130,12 +139,16 @@ def _parameters(preset: Preset) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool) -> dict[str, str]:
+def _ask(
+    name: str, preset: Preset, model: "Checkpoint | None", is_run: bool, has_snapshots: bool
+) -> dict[str, str]:  # fmt: skip
     """Command -> what it needs first or has to know; empty if nothing."""
     from ddpm.files.models import codec_tables, read_calibration
 
     folder = f"./{name}" if name in PRESETS else name
     lines = {f"ddpm train {folder}": "goes on; more --steps train it further"} if is_run else {}
+    if has_snapshots:
+        lines[f"ddpm average {name} --ema X"] = "another length of the average, such as 0.07"
     if model is None:
         return lines
     data = "" if preset.data else " --data SOURCE"

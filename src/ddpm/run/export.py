@@ -10,7 +10,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -82,6 +82,7 @@ def export(
         "step": str(original.step),
         "weights": original.weights,
         "version": __version__,
+        **({"average": json.dumps(asdict(original.average))} if original.average else {}),
     }
     save_tensors(out, tensors, metadata)
     exported = open_checkpoint(out, precision=checkpoint.preset.precision)
@@ -237,6 +238,8 @@ def _facts(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, 
         yield "classes", f"{', '.join(preset.class_names)}; {hidden}"
     yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {preset.num_timesteps:,}, {preset.variance}"
     yield "weights", f"{exported.weights}, {stored}; {exported.path.stat().st_size:,} bytes"
+    if exported.average:
+        yield "average of the weights", str(exported.average)
     if read_calibration(exported):
         values = parse_json(calibration_file(exported.path).read_bytes())
         weights = "the weights before rounding" if "measured_on" in values else "these weights"
@@ -325,7 +328,14 @@ def _commands(checkpoint: Checkpoint, exported: Checkpoint) -> str:
             words += [f"--{option}", ("x" if key == "size" else ",").join(map(str, value))]
         else:
             words += [f"--{option}", str(value) or "SOURCE"]  # only a data set may have no name
-    which = [] if checkpoint.step == preset.steps else ["--checkpoint", str(checkpoint.step)]
-    which += [] if exported.weights == "ema" else ["--weights", exported.weights]
-    export = ["ddpm", "export", "RUN", *which, "--out", f"{name}.safetensors"]
-    return f"{_one_line(shlex.join(words))}\n{_one_line(shlex.join(export))}\n"
+    commands = [words]
+    if average := exported.average:
+        length = ["--ema", f"{average.sigma_rel:g}", "--step", str(average.step)]
+        commands.append(["ddpm", "average", "RUN", *length, "--out", "average.safetensors"])
+        export = ["ddpm", "export", "average.safetensors"]
+    else:
+        export = ["ddpm", "export", "RUN"]
+        export += [] if checkpoint.step == preset.steps else ["--checkpoint", str(checkpoint.step)]
+        export += [] if exported.weights == "ema" else ["--weights", exported.weights]
+    commands.append([*export, "--out", f"{name}.safetensors"])
+    return "".join(f"{_one_line(shlex.join(each))}\n" for each in commands)

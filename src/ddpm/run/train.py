@@ -13,10 +13,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import filelock
 import torch
@@ -28,6 +28,7 @@ from ddpm import float64, kernels, losses, noise, optimizers, pixels, timesteps,
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
+from ddpm.files.checkpoints import CHECKPOINTS, SNAPSHOTS
 from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset, build
 from ddpm.run import agree, augment, ema, forecast, init, log, nodes, partition, track
@@ -117,9 +118,12 @@ def train(
             _begin_with(source, model, preset, ranks)
         if ranks.world > 1:
             _spread(model, preset, out, found, train_set.fingerprint, ranks)
-        if ranks.writes:
-            (out / PREEMPTED).unlink(missing_ok=True)
         begun = model.step
+        with ranks.together():
+            if ranks.writes:
+                (out / PREEMPTED).unlink(missing_ok=True)
+                if _has_snapshot(begun, preset) and checkpoints.damage(out / SNAPSHOTS / f"{begun:08d}"):
+                    _snapshot(model, preset, out)  # an earlier process ended between checkpoint and snapshot
         if begun and ranks.any(ranks.first and has_grid(begun, preset) and not grid_file(out, begun).exists()):
             size = preset.sample_count, preset.sample_steps  # an earlier process ended between checkpoint and grid
             draw(model.averaged, preset, out, begun, ranks, size, lambda: False)
@@ -211,6 +215,13 @@ def train(
                     log.say(ranks, warning)
                 waits = f", {line['data_wait']:.0%} waiting for data"
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s{waits}")
+            if _has_snapshot(model.step, preset):
+                watch.check(out, loss)
+                with meter.paused():
+                    agree.weights(model.kinds(), model.step, out, ranks)
+                    if ranks.writes:
+                        _snapshot(model, preset, out)
+                    ranks.exchange()
             with meter.paused():
                 if saving or ended:
                     held_out = None if ended else evaluate(lambda: stop.signal is not None)
@@ -251,6 +262,7 @@ class _Model:
     at_once    the most images that a process computes at once
     contents   a hash of the images that it is trained on, if some process of the run made it
     whole      whether weights, moments and average are those of one step, and not amid an update
+    powers     the averages of `ema.TRACKED` by their names, if the run has snapshots
     """
 
     denoiser: Denoiser
@@ -267,13 +279,14 @@ class _Model:
     at_once: int = 0
     contents: str | None = None
     whole: bool = True
+    powers: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights, self.average_weights = list(self.network.parameters()), list(self.average.parameters())
 
     def kinds(self) -> list[list[Tensor]]:
         """Weights, averages, and moments."""
-        return [list(self.weights), list(self.average_weights), list(self.moments().values())]
+        return [list(self.weights), list(self.average_weights), *self.powers.values(), list(self.moments().values())]
 
     def moments(self) -> dict[str, Tensor]:
         """The moments of the optimizers by their names in optimizer.safetensors; none before the first step."""
@@ -285,6 +298,11 @@ class _Model:
             if key != "step"
         }
 
+    def power_files(self) -> dict[str, dict[str, Tensor]]:
+        """What a snapshot holds: the stem of a file -> the averages by the names of the weights."""
+        names = [name for name, _ in self.network.named_parameters()]
+        return {stem: dict(zip(names, power, strict=True)) for stem, power in self.powers.items()}
+
 
 def _build(preset: Preset, device: torch.device) -> _Model:
     torch.manual_seed(preset.seed)
@@ -295,7 +313,9 @@ def _build(preset: Preset, device: torch.device) -> _Model:
     assert isinstance(network, nn.Module)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     found = optimizers.make(network, preset.optimizer, preset.lr)
-    return _Model(denoiser, replace(denoiser, network=average), schedule, network, average, found)
+    tracked = ema.TRACKED if preset.snapshot_every else ()
+    powers = {stem: [p.detach().clone() for p in network.parameters()] for stem in tracked}
+    return _Model(denoiser, replace(denoiser, network=average), schedule, network, average, found, powers=powers)
 
 
 class _Training(NamedTuple):
@@ -386,6 +406,9 @@ def _resume(model: _Model, found: nodes.Found, out: Path) -> None:
     optimizers.begin(model.optimizers, state["step"])
     for name, value in model.moments().items():
         value.copy_(moments[name])
+    for stem, power in model.power_files().items():
+        for name, value in tensors.read_tensors(folder / f"{stem}.safetensors").items():
+            power[name].copy_(value)
     model.step, model.seconds, model.held_out_before = state["step"], state["seconds"], state["held_out_before"]
     model.saved = model.step
     model.resumed = folder
@@ -435,9 +458,29 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         "ema": model.average.state_dict(),
         "raw": model.network.state_dict(),
         "optimizer": model.moments(),
+        **model.power_files(),
     }
+    folder = _write(model, preset, out, state, files, CHECKPOINTS)
+    protected = {folder, *([model.resumed] if model.resumed else [])}
+    checkpoints.prune(out, preset.keep, preset.keep_steps, protected)
+
+
+def _has_snapshot(step: int, preset: Preset) -> bool:
+    """Whether a snapshot belongs to this step."""
+    return bool(step and preset.snapshot_every) and (step % preset.snapshot_every == 0 or step == preset.steps)
+
+
+def _snapshot(model: _Model, preset: Preset, out: Path) -> None:
+    """Write RUN/snapshots/STEP, the power function averages of now. Raises Stopped as `_save` does."""
+    _write(model, preset, out, {"step": model.step}, model.power_files(), SNAPSHOTS)
+
+
+def _write(
+    model: _Model, preset: Preset, out: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor]], place: str
+) -> Path:  # fmt: skip
+    """`checkpoints.save`, whose errors end the run."""
     try:
-        folder = checkpoints.save(out, preset, state, files)
+        return checkpoints.save(out, preset, state, files, place)
     except FloatingPointError as error:
         raise _not_finite(f"step {model.step}: {error}", out) from error
     except OSError as error:
@@ -445,8 +488,6 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         raise Stopped(
             f"step {model.step}: cannot save to {out}: {log.reason(error)}; the last whole checkpoint is {last}"
         ) from error
-    protected = {folder, *([model.resumed] if model.resumed else [])}
-    checkpoints.prune(out, preset.keep, preset.keep_steps, protected)
 
 
 # -- a step ------------------------------------------------------------------------------------------------------------
@@ -522,6 +563,8 @@ def _apply(model: _Model, preset: Preset) -> None:
         optimizer.zero_grad(set_to_none=True)
     decay = ema.decay_at(model.step, preset.ema_decay, preset.ema_warmup)
     ema.update(model.average_weights, model.weights, decay)
+    for stem, power in model.powers.items():
+        ema.update(power, model.weights, ema.power_decay(model.step, ema.TRACKED[stem]))
     model.step += 1
     model.whole = True
 
@@ -935,8 +978,10 @@ def _announce(
         f"{out}: {size:,} parameters, {len(train_set):,} images and {len(held_out):,} held out of {preset.data}, "
         f"{ranks.device}{several}, {preset.precision}, steps {model.step:,} to {preset.steps:,}{shortened}",
     )
+    if preset.snapshot_every:
+        log.say(ranks, forecast.describe_snapshots(preset, model.network))
     if ranks.first:
-        shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)))
+        shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)), model.step)
         late = forecast.late_save(forecast.save_seconds(preset, model.network))
         for line in (*advice(preset, model.schedule), *filter(None, [shortage, late])):
             warnings.warn(line, stacklevel=2)
