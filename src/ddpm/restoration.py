@@ -52,8 +52,9 @@ class _OneValue(Linear):
 
     def filtered(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
         seen, unseen = f(torch.tensor([self.s, 0], dtype=torch.float64)).tolist()
-        projected: Tensor = self.inverse(self(x))
-        return seen * projected + unseen * (x - projected)
+        projected = self.inverse(self(x))
+        result: Tensor = projected * seen + (x - projected) * unseen
+        return result
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,7 @@ def dps(
             distance = (measured - _checked(operator(x0), measured)).flatten(1).norm(dim=1)
             (gradient,) = torch.autograd.grad(distance.sum(), xt, allow_unused=True)
         if gradient is None or not gradient.isfinite().all():
-            raise InputError("operator: its gradient is not finite; want a function that PyTorch can differentiate")
+            raise InputError("operator: its gradient is not finite; want one that PyTorch can differentiate")
         c_0, c_x, sd = _posterior(abar[t], abar[s])
         x = c_0 * x0.detach() + c_x * x - 2 * zeta * gradient  # grad |r|^2 = 2 |r| grad |r|
         if s > 0:
