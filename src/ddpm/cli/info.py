@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm.cli.options import MODEL, Commands, add_json, command, importing
+from ddpm.cli.options import MODEL, Commands, add_general, command, importing
 from ddpm.errors import InputError, parse_json
 from ddpm.presets import GROUPS, PRESETS, Preset, to_json
 
@@ -23,13 +23,13 @@ KNOWN = (
 
 def add(commands: Commands) -> None:
     parser = command(
-        commands, "info", run, "show what a run or a model is, and what it can be asked for",
+        commands, "info", run, "describe a run or a model, and list the commands that it takes",
         "Print the settings of a run or a model, its checkpoints, its classes, and the commands that it takes. Each "
         "checkpoint is checked for damage.",
-        "ddpm info runs/digits",
+        "ddpm info digits",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
-    add_json(parser)
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
+    add_general(parser)
 
 
 def run(args: argparse.Namespace) -> int:
