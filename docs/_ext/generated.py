@@ -191,6 +191,13 @@ def _links(app: Any, docname: str, text: list[str]) -> None:
     text[0] = re.sub(r"\]\(((?:\.\./)*)tutorials/(\w+)\.py\)", r"](\1gallery/\2.rst)", text[0])
 
 
+def _notebooks(app: Any) -> None:
+    """In a notebook, a link to another tutorial opens its notebook."""
+    for path in Path(app.srcdir, "docs/gallery").glob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(r"\((\d_\w+)\.html\)", r"(\1.ipynb)", text), encoding="utf-8")
+
+
 def _finish(app: Any, error: Exception | None) -> None:
     """The site's address opens the start page."""
     if error is None and app.builder.format == "html":
@@ -203,6 +210,7 @@ def _finish(app: Any, error: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     app.connect("builder-inited", _start)
+    app.connect("builder-inited", _notebooks, priority=900)  # after sphinx-gallery wrote them
     app.connect("source-read", _links)
     app.connect("build-finished", _finish)
     return {"parallel_read_safe": True}
