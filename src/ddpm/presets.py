@@ -176,7 +176,8 @@ class Preset:
     compile: Compile = _run("auto", "compile the network with Inductor; auto is on for CUDA devices", resume=True)
     workers: Workers = _run(
         "auto",
-        "number of processes that decode images, if these do not fit in cache_bytes; auto goes by the first steps",
+        "number of processes that decode images, if these do not fit in cache_bytes; auto chooses it by the speed of "
+        "the first steps",
         0,
         1024,
         resume=True,
@@ -191,7 +192,7 @@ class Preset:
     )
     timeout: float = _run(
         10,
-        "under torchrun, number of silent minutes after which a process is lost; the others save and end",
+        "under torchrun, minutes without a sign of life after which a process counts as lost; the others save and end",
         0.05,
         10_000,
         resume=True,

@@ -80,7 +80,7 @@ def _lines(about: dict[str, Any], preset: Preset) -> Iterator[str]:
         if known := [name for name in names if name in about["settings"]]:
             yield f"\n{meaning}"
             yield from (f"  {name:<24}{_words(getattr(preset, name))}" for name in known)
-    yield "\nwhat it can be asked for"
+    yield "\nthe commands that it takes"
     for line, note in about["ask"].items():
         yield f"  {line:<60}{note}".rstrip()
 
