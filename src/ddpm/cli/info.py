@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm.cli.options import MODEL, Commands, add_json, command, importing
+from ddpm.cli.options import MODEL, Commands, add_general, command, importing
 from ddpm.errors import InputError, parse_json
 from ddpm.presets import GROUPS, PRESETS, Preset, to_json
 
@@ -23,13 +23,13 @@ KNOWN = (
 
 def add(commands: Commands) -> None:
     parser = command(
-        commands, "info", run, "show what a run or a model is, and what it can be asked for",
+        commands, "info", run, "describe a run or a model, and list the commands that it takes",
         "Print the settings of a run or a model, its checkpoints, its classes, and the commands that it takes. Each "
         "checkpoint is checked for damage.",
-        "ddpm info runs/digits",
+        "ddpm info digits",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
-    add_json(parser)
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
+    add_general(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +89,7 @@ def _lines(about: dict[str, Any], preset: Preset) -> Iterator[str]:
         if known := [name for name in names if name in about["settings"]]:
             yield f"\n{meaning}"
             yield from (f"  {name:<24}{_words(getattr(preset, name))}" for name in known)
-    yield "\nwhat it can be asked for"
+    yield "\nthe commands that it takes"
     for line, note in about["ask"].items():
         yield f"  {line:<59} {note}".rstrip()
 

@@ -10,8 +10,8 @@ from ddpm.cli.options import (
     MODEL,
     PICTURES,
     Commands,
-    add_batch_size,
-    add_conditions,
+    add_classes,
+    add_clip,
     add_model,
     add_sampler,
     add_show,
@@ -30,33 +30,30 @@ from ddpm.presets import check
 
 def add(commands: Commands) -> None:
     parser = command(
-        commands, "sample", run, "make images with a model",
-        "Make images with a model. Image i of --seed S is the image of seed S + i, whatever the batch size, the device "
-        "or the number of processes.",
+        commands, "sample", run, "sample images from a model",
+        "Sample images from a model. Image i of --seed S is the image of seed S + i, whatever the batch size, the "
+        "device or the number of processes.",
         "ddpm sample digits -n 16 --class 7 --sampler unipc --steps 10 --out sevens.png",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
-    parser.add_argument("-n", **number(int, 64), help="number of images (default: %(default)s)")
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
+    group = parser.add_argument_group("samples", "how many images, and where they go")
+    group.add_argument("-n", **number(int, 64), help="number of images to sample (default: %(default)s)")
     moves = "FILE.tar for WebDataset; FILE.gif, .webp or .mp4 for an animation of x_t, or with --progressive of x0^"
-    parser.add_argument(
-        "--out",
-        default="samples.png",
-        metavar="PATH",
-        help=f"{PICTURES}; {moves} (default: %(default)s)",
-    )
-    shard = "with a folder: tar files for WebDataset of N images each, with the classes, in place of images"
-    parser.add_argument("--shard", **number(int, None), help=shard)
+    out = f"{PICTURES}; {moves} (default: %(default)s)"
+    group.add_argument("--out", default="samples.png", metavar="PATH", help=out)
     seed = "seed of the first image; each next image has the next seed (default: %(default)s)"
-    parser.add_argument("--seed", **number(int, 0), help=seed)
-    add_batch_size(parser)
-    progressive = "show each image as a row: x0^, the estimate of the image, during sampling (Figure 6)"
-    parser.add_argument("--progressive", action="store_true", help=progressive)
+    group.add_argument("--seed", **number(int, 0), help=seed)
+    progressive = "show how x0^, the estimate of the image, develops: a row for each image (Figure 6)"
+    group.add_argument("--progressive", action="store_true", help=progressive)
+    shard = "write tar files for WebDataset into the folder --out, with N images and their classes in each"
+    group.add_argument("--shard", **number(int, None), help=shard)
+    add_show(group)
+    add_classes(parser)
     sampler = add_sampler(parser)
     sampler.add_argument("--eta", **number(float, 0.0), help="noise of ddim, 0 to 1 (default: %(default)s)")
-    sigma_hat = "ddim with eta 1 and the larger noise sigma^ of the DDIM paper's Table 1"
+    sigma_hat = "use ddim with eta 1 and the larger noise sigma^ of the DDIM paper's Table 1"
     sampler.add_argument("--sigma-hat", action="store_true", help=sigma_hat)
-    add_show(parser)
-    add_conditions(parser)
+    add_clip(sampler)
     add_model(parser)
 
 
