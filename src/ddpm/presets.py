@@ -221,7 +221,7 @@ class Preset:
     )
     snapshot_every: int = _run(
         0,
-        "number of steps between snapshots of two averages of the weights, from which `ddpm average` makes others; 0 for none",
+        "number of steps between snapshots, from which `ddpm average` makes other averages of the weights; 0 for none",
         0,
         _COUNT,
     )

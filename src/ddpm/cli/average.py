@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from ddpm.cli.options import Commands, add_json, check_numbers, command, importing, number
+from ddpm.cli.options import Commands, add_general, check_numbers, command, importing, number
 
 
 def add(commands: Commands) -> None:
@@ -17,13 +17,14 @@ def add(commands: Commands) -> None:
         "ddpm average runs/digits --ema 0.07",
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="a run folder with snapshots")
+    group = parser.add_argument_group("average", "what is made, and where it goes")
     length = "length of the average: the standard deviation of its weighting, as a part of the steps so far"
-    parser.add_argument("--ema", **{**number(float, None), "metavar": "SIGMA_REL"}, required=True, help=length)
+    group.add_argument("--ema", **number(float, None, "SIGMA_REL"), required=True, help=length)
     last = "step at which the average ends, that of a snapshot (default: the newest)"
-    parser.add_argument("--step", **number(int, None), help=last)
-    out = "NAME.safetensors (default: RUN/averages/STEP-SIGMA_REL.safetensors)"
-    parser.add_argument("--out", metavar="FILE", help=out)
-    add_json(parser)
+    group.add_argument("--step", **number(int, None), help=last)
+    out = "NAME.safetensors to write (default: RUN/averages/STEP-SIGMA_REL.safetensors)"
+    group.add_argument("--out", metavar="FILE", help=out)
+    add_general(parser)
 
 
 def run(args: argparse.Namespace) -> int:

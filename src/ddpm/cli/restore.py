@@ -8,9 +8,10 @@ from ddpm import catalog
 from ddpm.cli.options import (
     MODEL,
     PICTURES,
+    THREES,
     Commands,
-    add_batch_size,
-    add_conditions,
+    add_classes,
+    add_clip,
     add_model,
     add_show,
     check_numbers,
@@ -30,38 +31,45 @@ def add(commands: Commands) -> None:
         "Sample what an image was before an operator degraded it. The model was not trained for that: its samples are "
         "made to agree with the image, by DDNM+ (Wang et al. 2023) for linear operators, or by DPS (Chung et al. 2023) "
         "for all functions that PyTorch can differentiate.",
-        "ddpm restore digits three.png --degrade --operator superresolution:2 -n 4 --out restored.png",
+        THREES,
+        "ddpm restore digits threes/000000.png --degrade --operator superresolution:2 -n 4 --out restored.png",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
-    given = "images as the operator left them, or with --degrade clean"
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
+    given = "image files, as the operator left them, or clean ones with --degrade"
     parser.add_argument("image", metavar="IMAGE", nargs="+", help=given)
+    group = parser.add_argument_group("images", "what is undone, what is made, and where it goes")
     operators = (
-        "superresolution:N (an image N times smaller, by means of blocks), blur:SIGMA (Gaussian, in pixels), mask:FILE "
-        "(white is hidden), grey (luma), or FILE.py:NAME, a function of images (tensor [B, C, H, W] in -1..1) that "
-        "returns a tensor [B, ...]"
+        "what the images went through: superresolution:N (an image N times smaller, by means of blocks), blur:SIGMA "
+        "(Gaussian, in pixels), mask:FILE (white is hidden), grey (luma), or FILE.py:NAME, a function of images "
+        "(tensor [B, C, H, W] in -1..1) that returns a tensor [B, ...]"
     )
-    parser.add_argument("--operator", required=True, metavar="X", help=operators)
-    noise = "standard deviation of the image's noise in grey levels, at least 0.29, that of rounding (%(default)s)"
-    parser.add_argument("--noise", **number(float, 0.29), help=noise)
+    group.add_argument("--operator", required=True, metavar="OPERATOR", help=operators)
+    noise = "standard deviation of the images' noise in grey levels; rounding alone has 0.29 (default: %(default)s)"
+    group.add_argument("--noise", **number(float, 0.29), help=noise)
     degrade = "degrade clean images first, and show each of them clean, degraded and restored"
-    parser.add_argument("--degrade", action="store_true", help=degrade)
-    parser.add_argument("-n", **number(int, 1), help="number of results for an image (%(default)s)")
-    seed = "seed of the first result; the next have +1, +2, ... (%(default)s)"
-    parser.add_argument("--seed", **number(int, 0), help=seed)
-    parser.add_argument("--out", default="restored.png", help=f"{PICTURES} (%(default)s)")
-    add_batch_size(parser)
+    group.add_argument("--degrade", action="store_true", help=degrade)
+    group.add_argument("-n", **number(int, 1), help="number of results to make of an image (default: %(default)s)")
+    group.add_argument("--out", default="restored.png", metavar="PATH", help=f"{PICTURES} (default: %(default)s)")
+    seed = "seed of the first result; each next result has the next seed (default: %(default)s)"
+    group.add_argument("--seed", **number(int, 0), help=seed)
+    add_show(group)
     group = parser.add_argument_group("method", "how the images are restored")
-    group.add_argument("--method", metavar="X", help="ddnm or dps (ddnm, but dps for FILE.py:NAME)")
-    group.add_argument("--steps", **number(int, None), help="number of noise levels to visit (100)")
-    spacings = f"spacing of the levels: {', '.join(catalog.spacings())} (log_snr for ddnm, uniform for dps)"
-    group.add_argument("--spacing", metavar="X", help=spacings)
-    jump = "ddnm: levels to go back up in time travel (1/25 of --steps)"
-    group.add_argument("--jump", **number(int, None), help=jump)
-    resample = "ddnm: how often each level is passed, for results that fit together better (1)"
+    method = "method to use (default: ddnm; dps for FILE.py:NAME)"
+    group.add_argument("--method", metavar="ddnm|dps", help=method)
+    group.add_argument("--steps", **number(int, None), help="number of noise levels to visit (default: 100)")
+    spacings = (
+        f"how to space these levels: {', '.join(catalog.spacings())} (default: log_snr for ddnm, uniform for dps)"
+    )
+    group.add_argument("--spacing", metavar="NAME", help=spacings)
+    resample = (
+        "ddnm: number of times that each level is passed; more make results that fit together better (default: 1)"
+    )
     group.add_argument("--resample", **number(int, None), help=resample)
-    group.add_argument("--zeta", **number(float, None), help="dps: size of the steps towards the image (1)")
-    add_show(parser)
-    add_conditions(parser)
+    jump = "ddnm: number of levels to go back up before each new pass (default: 1/25 of --steps)"
+    group.add_argument("--jump", **number(int, None), help=jump)
+    group.add_argument("--zeta", **number(float, None), help="dps: size of the steps towards the image (default: 1)")
+    add_clip(group)
+    add_classes(parser)
     add_model(parser)
 
 
