@@ -77,9 +77,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema-longer": {"ema_decay": lambda p: 1 - 5 / p.steps, "ema_warmup": False},
     "dropout": {"dropout": 0.1},
     "flip-none": {"flip": False},
-    "muon": {"optimizer": "muon"},
-    "muon-lr-double": {"optimizer": "muon", "lr": lambda p: 2 * p.lr},
-    "muon-lr-half": {"optimizer": "muon", "lr": lambda p: p.lr / 2},
     "nearest": {"noise_assignment": "nearest"},
     "muon-nearest": {"optimizer": "muon", "noise_assignment": "nearest"},
     # networks that cost about as much as that of cifar10_fast
