@@ -131,8 +131,8 @@ HIDDEN = """
 
 
 def test_muon_gets_the_weights_between_hidden_layers() -> None:
-    """Of a network with classes, attention and patches: these, and Adam gets each of the others once."""
-    network = UNet(3, None, 32, (1,), 1, (0,), num_classes=5, patch=2)
+    """Of a network with classes, warps, attention and patches: these, and Adam gets each of the others once."""
+    network = UNet(3, None, 32, (1,), 1, (0,), num_classes=5, patch=2, warped=True)
     name_of = {p: name for name, p in network.named_parameters()}
     adam, muon = optimizers.make(network, "muon", lr=1e-3)
     assert isinstance(muon, Muon)
@@ -140,7 +140,7 @@ def test_muon_gets_the_weights_between_hidden_layers() -> None:
     assert hidden == [f"{name}.weight" for name in HIDDEN.split()]
     assert sorted(hidden + others) == sorted(name_of.values())
     outer = {name for name in others if network.get_parameter(name).ndim > 1}
-    assert outer == {f"{name}.weight" for name in ("time1", "time2", "label", "conv_in", "conv_out")}
+    assert outer == {"warp", *(f"{name}.weight" for name in ("time1", "time2", "label", "conv_in", "conv_out"))}
     (alone,) = optimizers.make(network, "adam", lr=1e-3)
     assert [name_of[p] for p in alone.param_groups[0]["params"]] == [*name_of.values()]
 
