@@ -1,7 +1,7 @@
 """Optimizers: Adam for all weights, or Muon for those between hidden layers and Adam for the others.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum U S V^T of a weight matrix by
-about U V^T. So the step is equally large in all directions, and not only in the few of a large gradient.
+about U V^T. So the weights move equally far in all directions, and not only in the few whose gradients are large.
 """
 
 import math
@@ -17,8 +17,13 @@ ROUNDS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024: steep at 0, so that small singular values grow fast
 
 _ADAM, _MUON = ("exp_avg", "exp_avg_sq"), ("momentum",)  # the moments of a weight
+<<<<<<< HEAD
 _OUTER = ("conv_in", "conv_out", "time1", "time2", "label", "warp")
 """The layers of `UNet` that read or write what is not hidden: images, timesteps, classes and warps."""
+=======
+_OUTER = ("conv_in", "conv_out", "time1", "time2", "label")
+"""The layers of `UNet` that are not hidden: the outer convolutions, and the embeddings of timesteps and classes."""
+>>>>>>> c1
 
 
 def moments(network: nn.Module, optimizer: str) -> dict[str, tuple[str, ...]]:
@@ -52,7 +57,13 @@ def make(network: nn.Module, optimizer: str, lr: float) -> list[Optimizer]:
 
 
 def begin(optimizers: Iterable[Optimizer], step: int) -> None:
-    """Give all weights moments of 0 after `step` steps. The moments of a checkpoint can then be copied into them."""
+    """Give all weights moments of 0 after `step` steps. The moments of a checkpoint can then be copied into them.
+
+    >>> (muon,) = found = [Muon([nn.Parameter(torch.ones(2, 2))], lr=1e-3)]
+    >>> begin(found, step=100)
+    >>> [state["momentum"].tolist() for state in muon.state.values()]
+    [[[0.0, 0.0], [0.0, 0.0]]]
+    """
     for optimizer in optimizers:
         muon = isinstance(optimizer, Muon)
         for p in optimizer.param_groups[0]["params"]:  # moments have the memory layout of the weights, for fused Adam
