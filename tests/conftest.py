@@ -68,7 +68,7 @@ def train(out: Path, *options: Any) -> int:
 
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: ema/NAME, raw/NAME and optimizer/MOMENT.NAME."""
+    """All tensors of a checkpoint: ema/NAME, raw/NAME, optimizer/MOMENT.NAME, and with snapshots power-0.05/NAME."""
     files = sorted((run / "checkpoints" / f"{step:08d}").glob("*.safetensors"))
     return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
 
@@ -84,12 +84,13 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     """Assert that two checkpoints are equal within float error, relative to the norm of all tensors of a kind.
 
-    The kinds are weights, averages, and moments of one name. Single tensors may differ more: the gradient of a bias
+    The kinds are weights, each average, and moments of one name. Single tensors may differ more: the gradient of a bias
     before a norm cancels to rounding errors, and Adam turns these into steps.
     """
     assert a.keys() == b.keys()
     moments = {name.partition(".")[0] + "." for name in a if name.startswith("optimizer/")}
-    for part in ("ema/", "raw/", *sorted(moments)):
+    of_snapshots = {name.partition("/")[0] + "/" for name in a if name.startswith("power-")}
+    for part in ("ema/", "raw/", *sorted(moments | of_snapshots)):
         names = [name for name in a if name.startswith(part)]
         x, y = (torch.cat([run[name].flatten().double() for name in names]) for run in (a, b))
         assert float((x - y).norm() / x.norm()) < 1e-3, part

@@ -656,7 +656,7 @@ def test_no_step_waits_for_the_device(loss: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_channels_last_weights_train_and_are_saved_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, weights, average, gradients and moments are channels-last in memory, but not in files."""
+    """As on CUDA, weights, averages, gradients and moments are channels-last in memory, but not in files."""
     move = ddpm.Denoiser.to
 
     def to(self: ddpm.Denoiser, device: Any) -> ddpm.Denoiser:
@@ -664,18 +664,18 @@ def test_channels_last_weights_train_and_are_saved_like_others(tmp_path: Path, m
         moved.network.to(memory_format=torch.channels_last)
         return moved
 
-    def saved(run: Path, preset: Any, state: Any, given: dict[str, dict[str, Tensor]]) -> Path:
+    def saved(run: Path, preset: Any, state: Any, given: dict[str, dict[str, Tensor]], place: str) -> Path:
         weights = [v for kind in given.values() for v in kind.values() if v.ndim == 4 and v.shape[1] > 1 < v.shape[2]]
         assert all(v.is_contiguous(memory_format=torch.channels_last) for v in weights)
-        assert len(weights) >= 4 * 5
-        return save(run, preset, state, given)
+        assert len(weights) >= 5 * (6 if place == "checkpoints" else 2)
+        return save(run, preset, state, given, place)
 
-    save = checkpoints.save
-    assert train(tmp_path / "plain", "--steps", 6) == 0
+    save, snapshots = checkpoints.save, ("--snapshot-every", 2)
+    assert train(tmp_path / "plain", *snapshots, "--steps", 6) == 0
     monkeypatch.setattr(ddpm.Denoiser, "to", to)
     monkeypatch.setattr(checkpoints, "save", saved)
-    assert train(tmp_path / "last", "--steps", 3) == 0
-    assert train(tmp_path / "last", "--steps", 6) == 0
+    assert train(tmp_path / "last", *snapshots, "--steps", 3) == 0
+    assert train(tmp_path / "last", *snapshots, "--steps", 6) == 0
     assert_close(tensors(tmp_path / "last", 6), tensors(tmp_path / "plain", 6))
 
 

@@ -17,13 +17,8 @@ ROUNDS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024: steep at 0, so that small singular values grow fast
 
 _ADAM, _MUON = ("exp_avg", "exp_avg_sq"), ("momentum",)  # the moments of a weight
-<<<<<<< HEAD
 _OUTER = ("conv_in", "conv_out", "time1", "time2", "label", "warp")
-"""The layers of `UNet` that read or write what is not hidden: images, timesteps, classes and warps."""
-=======
-_OUTER = ("conv_in", "conv_out", "time1", "time2", "label")
-"""The layers of `UNet` that are not hidden: the outer convolutions, and the embeddings of timesteps and classes."""
->>>>>>> c1
+"""The layers of `UNet` that are not hidden: the outer convolutions, and what reads timesteps, classes and warps."""
 
 
 def moments(network: nn.Module, optimizer: str) -> dict[str, tuple[str, ...]]:
