@@ -23,8 +23,8 @@ from ddpm.run.progress import Progress
 from ddpm.samplers import Step
 
 METHODS = {"ddnm": "log_snr", "dps": "uniform"}
-"""The methods, and how each spaces its noise levels by default. The last step of DDNM+ does not correct x0^. So its last
-level must be near data, as it is with log_snr, or the result does not agree with the measurement."""
+"""The methods, and how each spaces its noise levels by default. The last step of DDNM+ does not correct x0^. So its
+last level must be near data, as it is with log_snr, or the result does not agree with the measurement."""
 STEPS = 100
 """The number of noise levels by default."""
 ROUNDING = 0.29
