@@ -25,6 +25,7 @@ SHORT = {
     "paper": "-n 1",
     "interpolate": "-n 3",
     "inpaint": "--resample 2",
+    "restore": "--steps 5",
     "edit": "--t 40",
     "report": "",
     "export": "",
@@ -61,6 +62,7 @@ def test_commands_leave_what_they_say(project):
     assert (project / "mended.png").is_file()
     assert (project / "same.png").is_file()
     assert (project / "versions.png").is_file()
+    assert (project / "restored.png").is_file()
     assert (project / "ours.safetensors").is_file()
     assert {p.name for p in (project / "runs/digits/paper").iterdir()} > {
         "table4.csv",
