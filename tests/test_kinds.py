@@ -14,7 +14,7 @@ TEXT = (Path(__file__).parents[1] / "docs" / "kinds.md").read_text()
 FEATURES = "def features(x):\n    return x.reshape(len(x), -1)[:, :8].astype('float64')\n"
 TRAINING = [*TINY, *"--steps 2 --eval-images 4 --channel-multipliers 1,1 --beta-T 0.7 --warmup 0".split()]
 
-RESTORED = "--operator blur:1 --noise 1".split()
+RESTORED = "--operator blur:1".split()
 
 ARRAYS = {"16 bits": (1, "uint16"), "float": (1, "float32"), "13 channels": (13, "uint8")}
 """Models of .npy files: their channels and their numbers."""
