@@ -26,6 +26,7 @@ SHORT = {
     "paper": "-n 1",
     "interpolate": "-n 3",
     "inpaint": "--resample 2",
+    "restore": "--steps 5",
     "edit": "--t 40",
 }
 ONLY_PARSED = ("torchrun", "uoft-cs", "cifar10_fast --minutes", "--to hub", "--to web", "--to onnx", "fid", "ddpm page")

@@ -14,6 +14,8 @@ TEXT = (Path(__file__).parents[1] / "docs" / "kinds.md").read_text()
 FEATURES = "def features(x):\n    return x.reshape(len(x), -1)[:, :8].astype('float64')\n"
 TRAINING = [*TINY, *"--steps 2 --eval-images 4 --channel-multipliers 1,1 --beta-T 0.7 --warmup 0".split()]
 
+RESTORED = "--operator blur:1".split()
+
 ARRAYS = {"16 bits": (1, "uint16"), "float": (1, "float32"), "13 channels": (13, "uint8")}
 """Models of .npy files: their channels and their numbers."""
 
@@ -90,6 +92,7 @@ def test_pictures(
         "train": [*TRAINING, "--data", kind, "--channels", "3", "--out", out],
         "evaluate": ["evaluate", "model RGB", "--data", kind, "-n", "1", "--out", out],
         "edit": ["edit", "model RGB", one, "--out", f"{out}.png"],
+        "restore": ["restore", "model RGB", one, *RESTORED, "--out", f"{out}.png"],
         "compress": ["compress", "model RGB", one, "--out", out, "--chunk-bits", "8"],
     }[command]
     follow(words, cell, capsys)
@@ -116,6 +119,7 @@ def test_models(
             *"-n 2 --metrics ode --ode-steps 4".split(),
         ],
         "edit": ["edit", model, image, "--out", f"{out}.png"],
+        "restore": ["restore", model, image, *RESTORED, "--out", f"{out}.png"],
         "compress": [
             *["compress", model, "grey/0.png" if data == "grey" else "RGB/0.png"],
             *["--out", out, "--chunk-bits", "8"],

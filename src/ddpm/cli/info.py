@@ -166,7 +166,7 @@ def _ask(
     if not model.denoiser.learned and preset.predict != "mu":
         lines[f"ddpm sample {name} --variance calibrated"] = "" if calibrated else first
     lines[f"ddpm evaluate {name}{data}"] = ""
-    lines[f"ddpm edit {name} IMAGE"] = "also interpolate and inpaint"
+    lines[f"ddpm edit {name} IMAGE"] = "also interpolate, inpaint and restore"
     if preset.channels in (1, 3):
         lines[f"ddpm compress {name} IMAGE --out FILE"] = "" if calibrated and codec_tables(model) else first
     lines[f"ddpm {'import' if model.foreign else 'export'} {name} --out FILE.safetensors"] = ""

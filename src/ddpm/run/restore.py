@@ -31,7 +31,7 @@ does not agree with the measurement.
 STEPS = 100
 """The number of noise levels by default."""
 ROUNDING = 0.29
-"""The standard deviation of rounding to whole numbers, 1/sqrt(12): the least noise of a picture in a file."""
+"""The standard deviation of rounding to whole numbers, 1/sqrt(12): the least noise of an image in a file."""
 
 
 def superresolution(argument: str, preset: Preset, noise: float) -> Linear:
@@ -107,8 +107,8 @@ class Restoration:
     """How images are restored.
 
     method    ddnm, which needs a linear operator, or dps; None: ddnm for a linear operator
-    noise     the standard deviation of the noise of the measured images, in pixel values; for images of whole numbers
-              at least that of rounding
+    noise     the standard deviation of the noise of the measured images in grey levels, which are 1/255 of the range of
+              the model's numbers; at least that of rounding, if these are whole
     zeta      the size of the steps of dps; None: 1
     jump      levels to go back up in the time travel of ddnm; None: 1/25 of the visited ones
     resample  how often ddnm passes each level; None: once
@@ -131,7 +131,7 @@ class Restored(NamedTuple):
     restored  pixels [I n, C, H, W], n of the first image, and so on
     method    ddnm or dps
     levels    the visited noise levels
-    residual  the root mean square of A(restored) - measurement, in pixel values
+    residual  the root mean square of A(restored) - measurement, in grey levels
     psnr      the peak signal-to-noise ratio of all restored pixels in dB; None without `clean`, and if they are equal
     """
 
@@ -173,8 +173,10 @@ def restore(
     does not fit, and for settings out of range.
     """
     preset, values = checkpoint.preset, checkpoint.denoiser.values
-    device, unit = checkpoint.denoiser.schedule.alpha_bar.device, 2 / (values.high - values.low)
-    noise = finite_number("noise", settings.noise, ROUNDING if values.bins else 0, values.high - values.low) * unit
+    device, least = checkpoint.denoiser.schedule.alpha_bar.device, 0.0
+    if values.bins:
+        least = round(ROUNDING * values.bin / pixels.BIN, 4)
+    noise = finite_number("noise", settings.noise, least, 255) * pixels.BIN
     apply = operator_of(operator, preset, noise, device)
     method = _method(settings, apply, operator)
     levels = _levels(checkpoint, method, settings.sampling)
@@ -208,7 +210,7 @@ def restore(
             *_, last = Progress(path, unit="step", desc="restoring", show=progress, leave=False)
             made.append(pixels.to_pixels(last.x, values).cpu())
             squares += float((apply(last.x) - told).detach().double().square().sum())
-    restored, residual = torch.cat(made), (squares / (n * measured.numel())) ** 0.5 / unit
+    restored, residual = torch.cat(made), (squares / (n * measured.numel())) ** 0.5 / pixels.BIN
     shown = _shown(measured, preset)
     degraded = None if shown is None else pixels.to_pixels(shown, values).cpu()
     if clean is None:
