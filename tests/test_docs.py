@@ -27,12 +27,11 @@ SHORT = {
     "interpolate": "-n 3",
     "inpaint": "--resample 2",
     "restore": "--steps 5",
-    "restore": "--steps 5",
     "edit": "--t 40",
 }
 ONLY_PARSED = ("torchrun", "uoft-cs", "cifar10_fast --minutes", "--to hub", "--to web", "--to onnx", "fid", "ddpm page")
 ONLY_PARSED += ("ddpm average", "small.png", "hazy.png")
-"""A line with one of these needs several processes, a download, an extra, a longer run or a picture, or does not end."""
+"""A line with one of these does not end, or needs several processes, a download, an extra, a picture or a long run."""
 FIRST = ("README.md", "docs/howto/resume.md", "docs/howto/publish.md", "docs/howto/reproduce.md")
 """These pages make what the others use: the folders runs/mine and runs/digits, the model mine.safetensors, figures."""
 PAGES = sorted(str(p.relative_to(ROOT)) for kind in ("*.md", "howto/*.md") for p in (ROOT / "docs").glob(kind))
