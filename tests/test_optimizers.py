@@ -85,7 +85,7 @@ def test_a_step_on_a_quadratic() -> None:
     torch.manual_seed(0)
     q = torch.linalg.qr(torch.randn(16, 16))[0]
     weight = nn.Parameter(torch.zeros(16, 16))
-    (weight - q).square().sum().backward()  # type: ignore[no-untyped-call]
+    (weight - q).square().sum().backward()
     Muon([weight], lr=0.5).step()
     s = float(round_by_round(torch.tensor(1 / 4, dtype=torch.float64)))
     assert torch.allclose(weight, 0.5 * 0.2 * math.sqrt(16) * s * q, atol=1e-5)
