@@ -119,15 +119,20 @@ class Preset:
     num_timesteps: int = _diffusion(1000, "number of noise levels T", 1, _MANY)
     beta_1: float = _diffusion(1e-4, "first beta of the schedule", 1e-12, 1)
     beta_T: float = _diffusion(0.02, "last beta of the schedule", 1e-12, 1)
+    last_sigma: float = _diffusion(
+        0.0, "largest sqrt((1 - abar)/abar); levels with more noise are left out; 0 keeps all", 0
+    )
     predict: Prediction = _diffusion("eps", "what the network predicts")
     variance: Variance = _diffusion("fixed_large", "variance sigma_t^2 of the reverse process")
     clip: bool = _diffusion(True, "clip the estimate of x_0 to [-1, 1] in sampling and evaluation")
-    loss: Literal["simple", "vlb", "hybrid"] = _diffusion("simple", "L_simple (Eq. 14), the bound (Eq. 5), or both")
+    loss: Literal["simple", "vlb", "hybrid", "consistency"] = _diffusion(
+        "simple", "L_simple (Eq. 14), the bound (Eq. 5), both, or the loss of a consistency model (see ddpm distill)"
+    )
     weighting: Weighting = _diffusion("none", "weight of L_simple at each noise level")
     timestep_sampling: TimestepSampling = _diffusion(
         "uniform",
-        "how a batch's noise levels are drawn: independently; evenly; evenly by quantiles of a log-normal sigma, or of "
-        "the bound's weight",
+        "how a batch's noise levels are drawn: independently; evenly; evenly by quantiles of a log-normal sigma, "
+        "narrow or wide, or of the bound's weight",
     )
     noise_assignment: Literal["independent", "nearest"] = _diffusion(
         "independent",
@@ -160,6 +165,12 @@ class Preset:
     )
 
     init: str = _optimisation("", "MODEL to begin with: its network and weights, and half of the learning rate")
+    gap_steps: int = _optimisation(
+        2500, "steps after which the gap between the levels of loss consistency halves", 1, _COUNT
+    )
+    guidance: float = _optimisation(
+        1.0, "guidance scale of the model of init that loss consistency builds in; 1 for none", 1, 100
+    )
 
     seed: int = _run(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
     device: str = _run("auto", "auto, cpu, cuda, cuda:1 or mps", resume=True)
@@ -229,8 +240,18 @@ class Preset:
             raise InputError(f"turn: images of size {self.size[0]}x{self.size[1]} cannot be turned; want a square size")
         if self.width % 32:
             raise InputError(f"width {self.width}: want a multiple of 32")
-        if self.loss == "simple" and self.variance.startswith("learned"):
-            raise InputError(f"variance {self.variance}: loss simple does not train it; want loss hybrid or vlb")
+        if self.loss in ("simple", "consistency") and self.variance.startswith("learned"):
+            raise InputError(f"variance {self.variance}: loss {self.loss} does not train it; want loss hybrid or vlb")
+        if self.loss == "consistency" and self.predict not in ("x0", "v"):
+            raise InputError(
+                f"predict {self.predict}: loss consistency divides it by nearly 0 at high noise; want x0 or v"
+            )
+        if self.guidance != 1 and not (
+            self.loss == "consistency" and self.init and self.classes and self.label_dropout
+        ):
+            raise InputError(
+                f"guidance {self.guidance}: needs loss consistency, init, classes, and label_dropout above 0; want 1"
+            )
         if self.weighting != "none" and (self.loss != "simple" or self.predict == "mu"):
             raise InputError(f"weighting {self.weighting}: needs loss simple, and predict eps, x0 or v")
         if self.timestep_sampling == "bound" and self.predict == "mu":
@@ -436,6 +457,7 @@ def build(preset: Preset) -> Denoiser:
     )
     with torch.device("cpu"):
         schedule = SCHEDULES[preset.schedule](preset.num_timesteps, preset.beta_1, preset.beta_T)
+        schedule = schedule.up_to(preset.last_sigma) if preset.last_sigma else schedule
     pixel_values = values(preset.pixel_type, preset.value_range)
     return Denoiser(network, schedule, preset.predict, preset.variance, preset.clip, pixel_values)
 

@@ -21,7 +21,7 @@ from ddpm.presets import Preset
 
 LR_SHARE = 0.5
 """The default learning rate is this share of what training from nothing has."""
-_FREE = {"dropout", "variance", "clip", "loss", "weighting", "timestep_sampling", "noise_assignment"}
+_FREE = {"dropout", "variance", "clip", "loss", "weighting", "timestep_sampling", "noise_assignment", "last_sigma"}
 _FREE |= {"attention_resolutions"}
 """Settings of the network and the diffusion that the weights do not depend on, or not by that name."""
 _BOUND = [f.name for f in fields(Preset) if f.metadata["group"] in ("network", "diffusion") and f.name not in _FREE]
