@@ -1,7 +1,6 @@
-"""Consistency models: the loss's fixed point and the sampler's law on Gaussian data, diffusers' LCM, and the programs."""
+"""Consistency models: the loss's fixed point and the sampler's law on Gaussian data, diffusers' LCM, the programs."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,12 +23,12 @@ from ddpm.unet import UNet
 COSINE = schedule.cosine()
 WIDTH = 0.5  # the standard deviation of the data in the tests of the fixed point
 
-# The fixed point of the loss. In z = x / sqrt(abar) = x_0 + sigma eps, a linear f is f(x_t, t) = g_t z_t with one number
-# g_t per level and g_0 = 1. The pair (t, r) has the least E |g_t z_t - g_r z_r|^2 for
+# The fixed point of the loss. In z = x / sqrt(abar) = x_0 + sigma eps, a linear f is f(x_t, t) = g_t z_t, with one
+# number g_t per level and g_0 = 1. The pair (t, r) has the least E |g_t z_t - g_r z_r|^2 for
 #     g_t = g_r E z_t z_r / E z_t^2 = g_r (s^2 + sigma_t sigma_r) / (s^2 + sigma_t^2).
 # The norm of a Gaussian is least where its variance is, so every norm and every weight of levels has this fixed point.
-# A sample f(x_t, t) has the standard deviation g_t sqrt(s^2 + sigma_t^2), which is s times the product of the cosines of
-# the gaps in the angle atan(sigma / s).
+# A sample f(x_t, t) has the standard deviation g_t sqrt(s^2 + sigma_t^2), which is s times the product of the cosines
+# of the gaps in the angle atan(sigma / s).
 
 
 def sigmas(s, levels):
@@ -279,5 +278,5 @@ def test_the_schedule_ends_at_sigma():
         assert torch.equal(cut.alpha_bar, s.alpha_bar[: cut.T + 1])
         assert torch.equal(cut.timestep, s.timestep[: cut.T + 1])
     assert schedule.linear(20).up_to(80).T == 20
-    with pytest.raises(InputError, match="last_sigma 0.001: every level has more noise; want at least 0.0064"):
+    with pytest.raises(InputError, match=r"last_sigma 0\.001: every level has more noise; want at least 0\.006"):
         COSINE.up_to(0.001)

@@ -8,9 +8,9 @@ noise  noise(t) is the draw that makes x_t, of x's shape
 y      int64 [B] class labels, or None
 start  the level of x (None: T)
 
-All samplers but `ancestral` and `consistency` solve one ODE, or the SDE that belongs to it: dx/dphi = cos phi eps^ - sin phi x0^, where
-cos^2 phi = abar. They differ in the quantity that they hold constant during a step. They raise InputError if steps or
-start is out of range.
+All samplers but `ancestral` and `consistency` solve one ODE, or the SDE that belongs to it: dx/dphi = cos phi eps^ -
+sin phi x0^, where cos^2 phi = abar. They differ in the quantity that they hold constant during a step. All raise
+InputError if steps or start is out of range.
 """
 
 import math
@@ -408,7 +408,7 @@ SAMPLERS = {
         steps=10, twice=True, meaning="Heun's method on the probability-flow ODE, two network calls a step",
     ),
     "consistency": Sampler(
-        consistency, steps=2, spacing="uniform", noisy=True, meaning="for models of `ddpm distill` only, in 1 or 2 steps"
+        consistency, steps=2, spacing="uniform", noisy=True, meaning="only for models of ddpm distill, in 1 or 2 steps"
     ),
 }  # fmt: skip
 

@@ -111,9 +111,8 @@ class Schedule:
         """
         last = int((self.half_log_snr >= -math.log(sigma)).sum()) - 1
         if last < 1:
-            raise InputError(
-                f"last_sigma {sigma}: every level has more noise; want at least {math.exp(-self.half_log_snr[1]):.3g}"
-            )
+            least = math.exp(-self.half_log_snr[1])
+            raise InputError(f"last_sigma {sigma}: every level has more noise; want at least {least:.3g}")
         return self.respace(range(1, last + 1))
 
     def to(self, device: torch.device | str) -> "Schedule":

@@ -191,7 +191,9 @@ def add_sampler(parser: Parser, default: str = "ancestral") -> Any:
     samplers, spacings = catalog.samplers(), catalog.spacings()
     about = f"how the reverse process is sampled\n\n{catalog.describe(samplers)}"
     group = parser.add_argument_group("sampler", about)
-    group.add_argument("--sampler", default=default, metavar="X", help="a sampler of this table (default: %(default)s)")
+    parser.set_defaults(default_sampler=default)
+    which = f"a sampler of this table (default: {default}, or consistency for a model of ddpm distill)"
+    group.add_argument("--sampler", metavar="X", help=which)
     steps = {name: entry.settings["steps"] or "all" for name, entry in samplers.items() if "steps" in entry.settings}
     defaults = ", ".join(f"{count} for {name}" for name, count in steps.items())
     levels = f"number of noise levels to visit (default: {defaults}, else 20)"
@@ -201,8 +203,8 @@ def add_sampler(parser: Parser, default: str = "ancestral") -> Any:
     return group
 
 
-def add_conditions(parser: Parser) -> None:
-    """What is sampled: classes, guidance and clipping."""
+def add_conditions(parser: Parser) -> Any:
+    """What is sampled: classes, guidance and clipping. Returns the group, for further options."""
     group = parser.add_argument_group("conditions", "what is sampled")
     classes = "class names to sample, cycled over the images; 'all' for every class"
     group.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME", help=classes)
@@ -222,6 +224,7 @@ def add_conditions(parser: Parser) -> None:
     )
     wanted = "static, none or a number between 0 and 1"
     group.add_argument("--clip", type=converter(_clip, wanted), metavar="X", help=clip)
+    return group
 
 
 def add_batch_size(parser: Parser) -> None:
@@ -340,13 +343,20 @@ def conditions(args: argparse.Namespace) -> "Conditions":
     from ddpm.run.sample import Conditions
 
     for name, value in (("guidance", args.guidance), ("guidance-interval", args.guidance_interval)):
-        if value is not None and not args.classes:
+        guided = name == "guidance-interval" and getattr(args, "guide", None)
+        if value is not None and not args.classes and not guided:
             raise InputError(f"--{name} needs --class NAME")
     return Conditions(tuple(args.classes), args.guidance, args.guidance_interval, args.clip)
 
 
-def check_sampler(args: argparse.Namespace, T: int) -> None:
-    """Raise InputError for a --sampler, --spacing or --steps that a model of T noise levels does not have."""
+def check_sampler(args: argparse.Namespace, preset: Preset, T: int) -> None:
+    """Raise InputError for a --sampler, --spacing or --steps that a model of T noise levels does not have.
+
+    If there is no --sampler, it becomes the model's own.
+    """
+    from ddpm.run.sample import sampler_of
+
+    args.sampler = args.sampler or sampler_of(preset, args.default_sampler)
     check("--sampler", args.sampler, Literal[tuple(catalog.samplers())])
     if args.spacing is not None:
         check("--spacing", args.spacing, Literal[tuple(catalog.spacings())])
