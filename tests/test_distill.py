@@ -106,10 +106,10 @@ def test_it_is_sampled_in_two_calls(model: Path, tmp_path: Path, capsys: pytest.
     [
         ("sample MODEL --sampler unipc --out OUT.png", "is a consistency model; want consistency"),
         ("sample digits --sampler consistency --out OUT.png", "is no consistency model; want another sampler"),
-        ("sample MODEL --class 7 --guidance 2 --out OUT.png", "has what ddpm distill --guidance built in; want 1"),
-        ("sample MODEL --guide digits --out OUT.png", "guide: it has another noise schedule"),
+        ("sample MODEL --class 7 --guidance 2 --out OUT.png", "has the guidance of its distillation; want 1"),
+        ("sample MODEL --guide digits --out OUT.png", "one of the two is a consistency model; want ordinary models"),
         ("distill EPS --out OUT", "predict eps: loss consistency has to have x0^ at all levels; want x0 or v"),
-        ("distill digits --guidance 0.5 --out OUT", "--guidance 0.5: want a number, 1 to 100"),
+        ("distill digits --guidance 0.5 --out OUT", "--guidance 0.5: want a finite number, 1 to 100"),
         ("distill MODEL --guidance 2 --out OUT", "is a consistency model; want 1"),
         ("distill nothing --out OUT", "nothing: no such file or folder"),
         ("export MODEL --to diffusers OUT", "loss consistency: no pipeline of DDPM or DDIM samples it"),

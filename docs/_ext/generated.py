@@ -12,7 +12,7 @@ from ddpm.cli.main import parser
 from ddpm.presets import GROUPS, PRESETS, Preset
 
 FAMILIES = {
-    "Make a model": ("train", "calibrate", "export", "import"),
+    "Make a model": ("train", "distill", "calibrate", "export", "import"),
     "Make and change pictures": ("sample", "edit", "interpolate", "inpaint", "page"),
     "Measure": ("evaluate", "compare", "paper", "report", "info", "data"),
     "Compress": ("compress", "decompress", "inspect"),

@@ -109,8 +109,7 @@ def illustrate(
     preset, classes = checkpoint.preset, len(checkpoint.preset.class_names)
     n, denoiser = _grid_size(preset), exported.denoiser.to(device)
     y = cycled_labels(range(classes), range(n))
-    sampler = sampler_of(preset)
-    samples = generate(denoiser, preset.shape, range(n), sampler, device=device, progress=progress, y=y)
+    samples = generate(denoiser, preset.shape, range(n), sampler_of(preset), device=device, progress=progress, y=y)
     grid = exported.path.with_suffix(".png")
     sheet = arrays.sheet(samples, arrays.view_of(preset, denoiser.values))
     images.save_many(grid, sheet, [], columns=grid_columns(classes))
@@ -194,8 +193,7 @@ def card(checkpoint: Checkpoint, exported: Checkpoint, license: str | None = Non
         f"A denoising diffusion model (Ho, Jain, Abbeel 2020) of {size} {preset.kind} images, "
         f"exported by ddpm {__version__}. The Python package is called ddpm-kit.\n\n"
         f"![{n} samples]({quote(f'{name}.png')})\n\n"
-        f"These samples have the seeds 0 to {n - 1}; none was chosen. They were made by "
-        f"{how}"
+        f"These samples have the seeds 0 to {n - 1}; none was chosen. They were made by {how}"
         f"{', with the classes in turn and without guidance' if preset.classes else ''}.\n\n"
         f"## Use\n\n```sh\npip install ddpm-kit\n{sampling}\n```\n\n"
         f"## Facts\n\n| | |\n|---|---|\n{rows}\n{measured}"
@@ -238,10 +236,8 @@ def _facts(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, 
     if preset.classes:
         hidden = f"{preset.label_dropout:.0%} of the labels were hidden in training"
         yield "classes", f"{', '.join(preset.class_names)}; {hidden}"
-    yield (
-        "prediction",
-        f"{preset.predict}, {preset.schedule} schedule, T = {exported.denoiser.schedule.T:,}, {preset.variance}",
-    )
+    T = exported.denoiser.schedule.T
+    yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {T:,}, {preset.variance}"
     yield "weights", f"{exported.weights}, {stored}; {exported.path.stat().st_size:,} bytes"
     if read_calibration(exported):
         values = parse_json(calibration_file(exported.path).read_bytes())

@@ -290,9 +290,7 @@ class Conditions:
         if guidance != 1 and checkpoint.preset.label_dropout == 0:
             raise InputError(f"guidance {guidance}: {checkpoint.path} never saw an image without its label; want 1")
         if guidance != 1 and checkpoint.preset.loss == "consistency":
-            raise InputError(
-                f"guidance {guidance}: {checkpoint.path} has what ddpm distill --guidance built in; want 1"
-            )
+            raise InputError(f"guidance {guidance}: {checkpoint.path} has the guidance of its distillation; want 1")
         if self.guide is None:
             denoiser = denoiser.guided(guidance, self.guidance_interval)
         return denoiser, [names.index(name) for name in wanted]
@@ -306,7 +304,7 @@ class Conditions:
                 what = {"shape": "size or channels", "class_names": "classes"}.get(name, "label_dropout")
                 raise InputError(f"guide {guide.path}: it has other {what} than {checkpoint.path}; want the same")
         if "consistency" in (guide.preset.loss, checkpoint.preset.loss):
-            raise InputError(f"guide {guide.path}: not for or by a consistency model; want ordinary models")
+            raise InputError(f"guide {guide.path}: one of the two is a consistency model; want ordinary models")
 
 
 @dataclass(frozen=True)

@@ -38,17 +38,9 @@ def routes(state: State) -> list[Route]:
             if (name == "consistency") == only
         }
         spacings = {name: entry.meaning for name, entry in catalog.spacings().items()}
-        about = {
-            "classes": preset.class_names,
-            "always_labelled": preset.always_labelled,
-            "T": model.denoiser.schedule.T,
-        }
-        about |= {
-            "samplers": samplers,
-            "spacings": spacings,
-            "guided": preset.label_dropout > 0 and not only,
-            "shape": preset.shape,
-        }
+        about = {"classes": preset.class_names, "always_labelled": preset.always_labelled, "shape": preset.shape}
+        about |= {"samplers": samplers, "spacings": spacings, "T": model.denoiser.schedule.T}
+        about["guided"] = preset.label_dropout > 0 and not only
         return JSONResponse(about)
 
     return [
