@@ -55,6 +55,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, data, channels in (("grey", "grey", 1), ("RGB", "RGB", 3), ("RGBA", "transparent", 4)):
             assert main([*TRAINING, "--data", data, "--channels", str(channels), "--out", f"model {name}"]) == 0
         assert main([*TRAINING, "--classes", "--out", "model classes"]) == 0
+        two_calls = "--channels 3 --predict v --loss consistency --out".split()
+        assert main([*TRAINING, "--data", "RGB", *two_calls, "model consistency"]) == 0
         for name, (channels, dtype) in ARRAYS.items():
             (folder / name).mkdir()
             for i in range(6):
@@ -64,7 +66,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
             schedule = "--schedule log_snr --beta-1 1e-9" if dtype == "uint16" else ""
             options = f"--channels {channels} --pixel-type {dtype} {schedule}".split()
             assert main([*TRAINING, "--data", name, *options, "--out", f"model {name}"]) == 0
-        for name in ("grey", "RGB", "RGBA", "classes", "16 bits", "13 channels"):
+        for name in ("grey", "RGB", "RGBA", "classes", "consistency", "16 bits", "13 channels"):
             assert main(["calibrate", f"model {name}", "-n", "2", "--codec", "2"]) == 0
         assert main(["export", "model RGB", "--to", "diffusers", "model diffusers folder"]) == 0
     return folder

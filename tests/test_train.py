@@ -625,13 +625,13 @@ def test_nothing_is_compiled_by_default_on_a_cpu() -> None:
     assert not pick_compile("off", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("loss", ["simple", "vlb", "hybrid"])
+@pytest.mark.parametrize("loss", ["simple", "vlb", "hybrid", "consistency"])
 def test_no_step_waits_for_the_device(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training step and steps of a sampler run on the device meta, whose values cannot be read."""
     preset = dataclasses.replace(
         PRESETS["digits"],
         loss=loss,
-        variance="fixed_large" if loss == "simple" else "learned_range",
+        variance="learned_range" if loss in ("vlb", "hybrid") else "fixed_large",
         precision="float32",
     )
     denoiser = ddpm.build(preset)

@@ -12,7 +12,7 @@ from ddpm.cli.main import parser
 from ddpm.presets import GROUPS, PRESETS, Preset
 
 FAMILIES = {
-    "Make a model": ("train", "average", "calibrate", "export", "import"),
+    "Make a model": ("train", "distill", "average", "calibrate", "export", "import"),
     "Make and change pictures": ("sample", "edit", "interpolate", "inpaint", "restore", "page"),
     "Measure": ("evaluate", "compare", "paper", "report", "info", "data"),
     "Compress": ("compress", "decompress", "inspect"),

@@ -221,17 +221,21 @@ class Denoiser:
             variance[1] = variance[1] if mse[0] > 0 else beta_tilde(schedule)[1]  # a density needs a variance above 0
         return replace(self, schedule=schedule, variance=variance)
 
-    def guided(self, scale: float, interval: tuple[int, int] | None = None) -> "Denoiser":
-        """The same denoiser with classifier-free guidance; with labels, it makes two network calls in one batch.
+    def guided(
+        self, scale: float, interval: tuple[int, int] | None = None, guide: "Denoiser | None" = None
+    ) -> "Denoiser":
+        """The same denoiser with guidance: a second network call makes a weaker prediction, and takes it away.
 
-        scale     prediction = prediction without label + scale (with label - without label), which is Eq. 6 of Ho &
-                  Salimans 2022 with scale = 1 + w; 1 is no guidance. All four predictions are linear in x0^, so this
-                  guides x0^
+        scale     prediction = weaker prediction + scale (prediction - weaker prediction); 1 is no guidance. All four
+                  predictions are linear in x0^, so this guides x0^. Without `guide`, the weaker one is that without
+                  label: Eq. 6 of Ho & Salimans 2022 with scale = 1 + w. Without labels there is then no guidance
         interval  the first and the last level t with guidance (None: all levels); at other levels there is one network
                   call (Kynkäänniemi et al. 2024)
+        guide     the weaker denoiser, such as the same model earlier in its training or a smaller one (autoguidance;
+                  Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself")
 
-        A learned variance is taken from the call with label. Raises InputError if scale is not finite or interval is
-        not within 1..T.
+        A learned variance is that of this denoiser with the label. Raises InputError if scale is not finite, if
+        interval is not within 1..T, and for a guide with another schedule or prediction.
 
         >>> from ddpm import schedule
         >>> labelled = Denoiser(lambda x, timestep, y: torch.full_like(x, 0.1) * y.view(-1, 1, 1, 1), schedule.linear())
@@ -243,8 +247,14 @@ class Denoiser:
         scale = finite_number("guidance", scale)
         if not 1 <= first <= last <= self.schedule.T:
             raise InputError(f"guidance interval {first}, {last}: want two levels in order, 1..{self.schedule.T}")
+        if guide is not None and guide.predict != self.predict:
+            raise InputError(f"guide: it predicts {guide.predict}; want one that predicts {self.predict}")
+        tables = [(d.schedule.alpha_bar.tolist(), d.schedule.timestep.tolist()) for d in (self, guide or self)]
+        if tables[0] != tables[1]:
+            raise InputError("guide: it has another noise schedule; want one of the same schedule and T")
         ends = self.schedule.timestep[[first, last]].tolist()
-        return replace(self, network=Guided(self.network, scale, ends[0], ends[1], self.learned))
+        weaker = None if guide is None else guide.network
+        return replace(self, network=Guided(self.network, scale, ends[0], ends[1], self.learned, weaker))
 
     def to(self, device: torch.device | str) -> "Denoiser":
         """The same denoiser with network and tables on `device`; the tables stay if `device` has no float64 (mps).
@@ -254,7 +264,8 @@ class Denoiser:
         """
         if isinstance(self.network, Guided):
             inner = replace(self, network=self.network.network).to(device)
-            return replace(inner, network=replace(self.network, network=inner.network))
+            guide = self.network.guide and replace(self, network=self.network.guide).to(device).network
+            return replace(inner, network=replace(self.network, network=inner.network, guide=guide))
         if isinstance(self.network, nn.Module):
             dtype = getattr(self.network, "computes", None)  # None for a network that is not a UNet
             has_kernels = torch.device(device).type == "cpu" and kernels.ready(dtype)

@@ -143,17 +143,23 @@ class Preset:
     num_timesteps: int = _diffusion(1000, "number of noise levels, T", 1, _MANY)
     beta_1: float = _diffusion(1e-4, "first beta of the schedule", 1e-12, 1)
     beta_T: float = _diffusion(0.02, "last beta of the schedule", 1e-12, 1)
+    last_sigma: float = _diffusion(
+        0.0, "largest sqrt((1 - abar)/abar); levels with more noise are left out; 0 keeps all", 0
+    )
     predict: Prediction = _diffusion("eps", "what the network predicts: the noise eps, the image x0, the mean mu, or v")
     variance: Variance = _diffusion("fixed_large", "variance of the reverse process, sigma_t^2")
     clip: bool = _diffusion(True, "clip x0^, the estimate of the image, to [-1, 1] in sampling and evaluation")
-    loss: Literal["simple", "vlb", "hybrid"] = _diffusion(
-        "simple", "loss to minimise: simple is L_simple (Eq. 14), vlb is the bound (Eq. 5), hybrid is both"
+    loss: Literal["simple", "vlb", "hybrid", "consistency"] = _diffusion(
+        "simple",
+        "loss to minimise: simple is L_simple (Eq. 14), vlb is the bound (Eq. 5), hybrid is both, and consistency is "
+        "that of `ddpm distill`",
     )
     weighting: Weighting = _diffusion("none", "weighting of the noise levels in L_simple")
     timestep_sampling: TimestepSampling = _diffusion(
         "uniform",
         "how to draw the noise levels of a batch: uniform (independently), stratified (evenly), lognormal (evenly, by "
-        "quantiles of a log-normal sigma), or bound (evenly, by quantiles of the bound's weight)",
+        "quantiles of a log-normal sigma), lognormal_wide (the same, with a wider sigma), or bound (evenly, by "
+        "quantiles of the bound's weight)",
     )
     noise_assignment: Literal["independent", "nearest"] = _diffusion(
         "independent",
@@ -187,6 +193,12 @@ class Preset:
 
     init: str = _optimisation(
         "", "model to fine-tune: begin with its network and weights, and half the learning rate", value="MODEL"
+    )
+    gap_steps: int = _optimisation(
+        2500, "number of steps after which the gap between the levels of loss consistency halves", 1, _COUNT
+    )
+    guidance: float = _optimisation(
+        1.0, "guidance scale of the model of init that loss consistency builds in; 1 is without guidance", 1, 100
     )
 
     seed: int = _run(0, "seed of the weights, the order of the images, the noise and the dropout", 0, 2**63 - 1)
@@ -267,8 +279,15 @@ class Preset:
             raise InputError(f"turn: images of size {self.size[0]}x{self.size[1]} cannot be turned; want a square size")
         if self.width % 32:
             raise InputError(f"width {self.width}: want a multiple of 32")
-        if self.loss == "simple" and self.variance.startswith("learned"):
-            raise InputError(f"variance {self.variance}: loss simple does not train it; want loss hybrid or vlb")
+        if self.loss in ("simple", "consistency") and self.variance.startswith("learned"):
+            raise InputError(f"variance {self.variance}: loss {self.loss} does not train it; want loss hybrid or vlb")
+        if self.loss == "consistency" and self.predict not in ("x0", "v"):
+            raise InputError(f"predict {self.predict}: loss consistency has to have x0^ at all levels; want x0 or v")
+        bakes = self.loss == "consistency" and self.init and self.classes and self.label_dropout
+        if self.guidance != 1 and not bakes:
+            raise InputError(
+                f"guidance {self.guidance}: needs loss consistency, init, classes, and label_dropout above 0; want 1"
+            )
         if self.weighting != "none" and (self.loss != "simple" or self.predict == "mu"):
             raise InputError(f"weighting {self.weighting}: needs loss simple, and predict eps, x0 or v")
         if self.timestep_sampling == "bound" and self.predict == "mu":
@@ -475,6 +494,7 @@ def build(preset: Preset) -> Denoiser:
     )
     with torch.device("cpu"):
         schedule = SCHEDULES[preset.schedule](preset.num_timesteps, preset.beta_1, preset.beta_T)
+        schedule = schedule.up_to(preset.last_sigma) if preset.last_sigma else schedule
     pixel_values = values(preset.pixel_type, preset.value_range)
     return Denoiser(network, schedule, preset.predict, preset.variance, preset.clip, pixel_values)
 

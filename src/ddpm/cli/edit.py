@@ -162,7 +162,7 @@ def _make(args: argparse.Namespace, make: "Callable[[Checkpoint, SamplingSetting
     images.check_out(args.out)
     exact: Precision | None = "float32" if getattr(args, "invert", 0) else None  # rounding limits the fixed point
     model = open_model(args, pick_device(args.device), precision=exact)
-    check_sampler(args, model.denoiser.schedule.T)
+    check_sampler(args, model.preset, model.denoiser.schedule.T)
     shown = with_view(args, model.preset)
     resolved = conditions(args).resolved(model)
     denoiser, labels = resolved.apply(model)

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     with processes(args.device, float64=True) as ranks:
         model, asked = open_model(args, ranks.device), conditions(args)
-        check_sampler(args, model.denoiser.schedule.T)
+        check_sampler(args, model.preset, model.denoiser.schedule.T)
         asked = asked.resolved(model)
         denoiser, labels = asked.apply(model, sampling=bool(quality) and args.samples is None)
         model = replace(model, denoiser=denoiser)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 KNOWN = (
     "size", "channels", "classes", "class_names", "width", "channel_multipliers", "num_res_blocks",
-    "attention_resolutions", "details", "schedule", "num_timesteps", "beta_1", "beta_T", "predict", "variance", "clip",
+    "attention_resolutions", "details", "schedule", "num_timesteps", "beta_1", "beta_T", "last_sigma", "predict",
+    "variance", "clip",
 )  # fmt: skip
 """The settings that the files of another package tell. The others, of its training, are unknown."""
 
@@ -155,10 +156,14 @@ def _ask(
     first = f"first: ddpm calibrate {name}{data}"
     if model.foreign:
         first = f"first: ddpm import {name} --out FILE.safetensors, and ddpm calibrate FILE.safetensors{data}"
-    lines[f"ddpm sample {name}"] = ""
+    consistency = preset.loss == "consistency"
+    lines[f"ddpm sample {name}"] = "a consistency model: 2 network calls, or --steps 1" if consistency else ""
     if preset.class_names:
-        scale = " --guidance X" if preset.label_dropout else ""
+        scale = " --guidance X" if preset.label_dropout and not consistency else ""
         lines[f"ddpm sample {name} --class NAME{scale}"] = "a class of those above, or all"
+    lines[f"ddpm {'import' if model.foreign else 'export'} {name} --out FILE.safetensors"] = ""
+    if consistency:
+        return lines
     try:
         calibrated = read_calibration(model) is not None
     except InputError as error:
@@ -169,7 +174,6 @@ def _ask(
     lines[f"ddpm edit {name} IMAGE"] = "also interpolate, inpaint and restore"
     if preset.channels in (1, 3):
         lines[f"ddpm compress {name} IMAGE --out FILE"] = "" if calibrated and codec_tables(model) else first
-    lines[f"ddpm {'import' if model.foreign else 'export'} {name} --out FILE.safetensors"] = ""
     return lines
 
 

@@ -29,7 +29,7 @@ REFUSED = {
 """Errors of the operating system that are not our fault. A missing file may be our fault, so it is not among them."""
 
 
-SEVERAL = ("train", "sample", "evaluate", "calibrate", "paper", "compress")
+SEVERAL = ("train", "distill", "sample", "evaluate", "calibrate", "paper", "compress")
 """The commands that torchrun runs in several processes. They tell each other of a mistake."""
 
 

@@ -231,8 +231,9 @@ def add_sampler(parser: Parser, default: str = "ancestral") -> Any:
     samplers, spacings = catalog.samplers(), catalog.spacings()
     about = f"how the reverse process is sampled\n\n{catalog.describe(samplers)}"
     group = parser.add_argument_group("sampler", about)
-    sampler = "sampler to use, one of this table (default: %(default)s)"
-    group.add_argument("--sampler", default=default, metavar="NAME", help=sampler)
+    parser.set_defaults(default_sampler=default)
+    sampler = f"sampler to use, one of this table (default: {default}; consistency for a model of ddpm distill)"
+    group.add_argument("--sampler", metavar="NAME", help=sampler)
     steps: dict[int | str, list[str]] = {}
     for name, entry in samplers.items():
         steps.setdefault(entry.settings.get("steps", 20) or "all", []).append(name)
@@ -370,13 +371,20 @@ def conditions(args: argparse.Namespace) -> "Conditions":
     from ddpm.run.sample import Conditions
 
     for name, value in (("guidance", args.guidance), ("guidance-interval", args.guidance_interval)):
-        if value is not None and not args.classes:
+        guided = name == "guidance-interval" and getattr(args, "guide", None)
+        if value is not None and not args.classes and not guided:
             raise InputError(f"--{name} needs --class NAME")
     return Conditions(tuple(args.classes), args.guidance, args.guidance_interval, args.clip)
 
 
-def check_sampler(args: argparse.Namespace, T: int) -> None:
-    """Raise InputError for a --sampler, --spacing or --steps that a model of T noise levels does not have."""
+def check_sampler(args: argparse.Namespace, preset: Preset, T: int) -> None:
+    """Raise InputError for a --sampler, --spacing or --steps that a model of T noise levels does not have.
+
+    If there is no --sampler, it becomes the model's own.
+    """
+    from ddpm.run.sample import sampler_of
+
+    args.sampler = args.sampler or sampler_of(preset, args.default_sampler)
     check("--sampler", args.sampler, Literal[tuple(catalog.samplers())])
     if args.spacing is not None:
         check("--spacing", args.spacing, Literal[tuple(catalog.spacings())])

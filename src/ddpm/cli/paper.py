@@ -116,7 +116,7 @@ class _Setups:
         from ddpm.run.sample import sampler_levels
 
         args = self.args
-        check_sampler(args, model.denoiser.schedule.T)
+        check_sampler(args, model.preset, model.denoiser.schedule.T)
         return Setup(
             model, self.load, out, cache, self.ranks, self.network,
             named_features=args.features is not None or args.inception is not None,
@@ -132,7 +132,7 @@ class _Setups:
 
         args = self.args
         base = replace(preset, data=args.data or preset.data, device=args.device)
-        check_sampler(args, base.num_timesteps)  # mistakes show before the training, not after it
+        check_sampler(args, base, base.num_timesteps)  # mistakes show before the training, not after it
         check_network(self.network(), self.load("train").batch([0]))
         self.load(args.split)
 

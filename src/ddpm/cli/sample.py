@@ -3,8 +3,10 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ddpm.cli.options import (
     MODEL,
@@ -26,6 +28,11 @@ from ddpm.cli.options import (
 )
 from ddpm.errors import InputError
 from ddpm.presets import check
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddpm.run.sample import Conditions
 
 
 def add(commands: Commands) -> None:
@@ -54,7 +61,25 @@ def add(commands: Commands) -> None:
     sigma_hat = "use ddim with eta 1 and the larger noise sigma^ of the DDIM paper's Table 1"
     sampler.add_argument("--sigma-hat", action="store_true", help=sigma_hat)
     add_clip(sampler)
+    guide = "steer away from this weaker MODEL, such as an earlier checkpoint of the run (autoguidance)"
+    sampler.add_argument("--guide", metavar="MODEL", help=guide)
+    scale = "guidance scale of --guide; 1 is without guidance (default: 1.5)"
+    sampler.add_argument("--guide-scale", **number(float, None), help=scale)
     add_model(parser)
+
+
+def _guided(args: argparse.Namespace, asked: "Conditions", device: "torch.device") -> "Conditions":
+    """The conditions with --guide and --guide-scale."""
+    if args.guide is None:
+        if args.guide_scale is not None:
+            raise InputError(f"--guide-scale {args.guide_scale}: needs --guide MODEL")
+        return asked
+    from ddpm.run.processes import open_for_device
+
+    scale = check("--guide-scale", asked.guide_scale if args.guide_scale is None else args.guide_scale, float)
+    guide = open_for_device(args.guide, device, args.weights, "last", None)
+    guide = replace(guide, denoiser=guide.denoiser.to(device))
+    return replace(asked, guide=guide, guide_scale=scale)
 
 
 def _is_folder(out: str) -> bool:
@@ -86,9 +111,9 @@ def run(args: argparse.Namespace) -> int:
     if kind not in ("png", "animation") and args.progressive:
         raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png, .gif, .webp or .mp4")
     with processes(args.device) as ranks:
-        model, asked = open_model(args, ranks.device), conditions(args)
+        model, asked = open_model(args, ranks.device), _guided(args, conditions(args), ranks.device)
         shown = with_view(args, model.preset)
-        check_sampler(args, model.denoiser.schedule.T)
+        check_sampler(args, model.preset, model.denoiser.schedule.T)
         progress = ranks.first and not args.json
         sampling = Sampling(
             args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size

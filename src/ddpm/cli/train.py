@@ -5,7 +5,8 @@ import json
 import os
 import time
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from ddpm.cli.options import (
     SOURCE,
@@ -24,6 +25,9 @@ from ddpm.cli.options import (
 from ddpm.errors import InputError
 from ddpm.presets import GROUPS, PRESETS, Preset, check
 from ddpm.run.start import settle
+
+if TYPE_CHECKING:
+    from ddpm.run.train import Result
 
 
 def add(commands: Commands) -> None:
@@ -101,14 +105,19 @@ def run(args: argparse.Namespace) -> int:
         from ddpm.run.train import train
 
     minutes = None if args.minutes is None else args.minutes - (time.monotonic() - started) / 60
-    result = train(preset, out, minutes)
+    return finish(args, out, train(preset, out, minutes), preset)
+
+
+def finish(args: argparse.Namespace, out: Path, result: "Result", preset: Preset) -> int:
+    """Print the end of a run, and return the exit code."""
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process prints for all
         pass
     elif args.json:
         print(json.dumps({"out": str(out), **{f.name: getattr(result, f.name) for f in fields(result)}}))
     elif result.held_out is not None and not result.interrupted:
-        before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before, "
-        print(f"held-out L_simple: {before}{result.held_out:.4f} after {result.step:,} steps")
+        if preset.loss != "consistency":  # whose x0^ leaves what L_simple measures
+            before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before, "
+            print(f"held-out L_simple: {before}{result.held_out:.4f} after {result.step:,} steps")
         if result.images_per_second:
             print(f"speed: {result.images_per_second:.0f} images/s")
         if preset.sample_every:

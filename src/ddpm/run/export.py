@@ -25,7 +25,7 @@ from ddpm.files.opening import open_checkpoint
 from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
 from ddpm.presets import PRESETS, Preset, to_json
 from ddpm.run import log
-from ddpm.run.sample import cycled_labels, generate
+from ddpm.run.sample import cycled_labels, generate, sampler_of
 from ddpm.version import __version__
 
 SAMPLES = 64
@@ -110,7 +110,7 @@ def illustrate(
     preset, classes = checkpoint.preset, len(checkpoint.preset.class_names)
     n, denoiser = _grid_size(preset), exported.denoiser.to(device)
     y = cycled_labels(range(classes), range(n))
-    samples = generate(denoiser, preset.shape, range(n), device=device, progress=progress, y=y)
+    samples = generate(denoiser, preset.shape, range(n), sampler_of(preset), device=device, progress=progress, y=y)
     grid = exported.path.with_suffix(".png")
     sheet = arrays.sheet(samples, arrays.view_of(preset, denoiser.values))
     images.save_many(grid, sheet, [], columns=grid_columns(classes))
@@ -187,13 +187,14 @@ def card(checkpoint: Checkpoint, exported: Checkpoint, license: str | None = Non
         f"The model makes only images like those it was trained on, of {size} pixels. It may make an image that is "
         "close to a training image. The terms of the training data, and its gaps, carry over to the samples."
     )
+    levels = f"ancestral sampling with all {checkpoint.denoiser.schedule.T:,} levels"
+    how = "consistency sampling in 2 network calls" if preset.loss == "consistency" else levels
     return (
         f"---\n{front}---\n\n# {_markdown(name)}\n\n"
         f"A denoising diffusion model (Ho, Jain, Abbeel 2020) of {size} {preset.kind} images, "
         f"exported by ddpm {__version__}. The Python package is called ddpm-kit.\n\n"
         f"![{n} samples]({quote(f'{name}.png')})\n\n"
-        f"These samples have the seeds 0 to {n - 1}; none was chosen. They were made by ancestral sampling with all "
-        f"{preset.num_timesteps:,} levels"
+        f"These samples have the seeds 0 to {n - 1}; none was chosen. They were made by {how}"
         f"{', with the classes in turn and without guidance' if preset.classes else ''}.\n\n"
         f"## Use\n\n```sh\npip install ddpm-kit\n{sampling}\n```\n\n"
         f"## Facts\n\n| | |\n|---|---|\n{rows}\n{measured}"
@@ -236,7 +237,8 @@ def _facts(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, 
     if preset.classes:
         hidden = f"{preset.label_dropout:.0%} of the labels were hidden in training"
         yield "classes", f"{', '.join(preset.class_names)}; {hidden}"
-    yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {preset.num_timesteps:,}, {preset.variance}"
+    T = exported.denoiser.schedule.T
+    yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {T:,}, {preset.variance}"
     yield "weights", f"{exported.weights}, {stored}; {exported.path.stat().st_size:,} bytes"
     if exported.average:
         yield "average of the weights", str(exported.average)

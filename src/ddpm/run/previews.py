@@ -8,7 +8,7 @@ from ddpm.denoiser import Denoiser
 from ddpm.files import arrays, images
 from ddpm.presets import Preset
 from ddpm.run.processes import Processes
-from ddpm.run.sample import cycled_labels, generate
+from ddpm.run.sample import cycled_labels, generate, sampler_of
 
 LEAST_CALLS = 10
 """DDIM steps below which a picture shows little."""
@@ -28,11 +28,15 @@ def draw(
     denoiser: Denoiser, preset: Preset, out: Path, step: int, ranks: Processes, size: tuple[int, int],
     stop: Callable[[], bool],
 ) -> None:  # fmt: skip
-    """Write RUN/samples/STEP.png, a grid, unless `stop` returns true. `size` is images, and calls for each."""
-    count, calls = size
+    """Write RUN/samples/STEP.png, a grid, unless `stop` returns true. `size` is images, and calls for each.
+
+    A consistency model makes them in its own number of calls.
+    """
+    sampler, count = sampler_of(preset, "ddim"), size[0]
+    calls = None if sampler == "consistency" else min(size[1], denoiser.schedule.T)
     mine = list(ranks.mine(count))
     classes = cycled_labels(range(len(preset.class_names)), mine)
-    samples = generate(denoiser, preset.shape, mine, "ddim", calls, device=ranks.device, stop=stop, y=classes)
+    samples = generate(denoiser, preset.shape, mine, sampler, calls, device=ranks.device, stop=stop, y=classes)
     samples = ranks.interleave(samples, count)
     if not ranks.any(stop()) and ranks.first:
         images.save(grid_file(out, step), images.grid(arrays.sheet(samples, arrays.view_of(preset, denoiser.values))))

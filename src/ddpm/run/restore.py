@@ -173,6 +173,8 @@ def restore(
     does not fit, and for settings out of range.
     """
     preset, values = checkpoint.preset, checkpoint.denoiser.values
+    if preset.loss == "consistency":
+        raise InputError(f"{checkpoint.path}: a consistency model; want a model whose x0^ is a mean of images")
     device, least = checkpoint.denoiser.schedule.alpha_bar.device, 0.0
     if values.bins:
         least = round(ROUNDING * values.bin / pixels.BIN, 4)

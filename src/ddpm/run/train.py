@@ -102,6 +102,8 @@ def train(
                 **data.settings_of(preset),
             )  # fmt: skip
             preset = _with_class_names(preset, out, train_set)
+            if source is not None:
+                init.check_teacher(source, preset)
             if preset.pixel_type == "float32":
                 preset = replace(preset, value_range=(train_set.values.low, train_set.values.high))
         agree.data(preset, train_set, held_out_set, ranks)
@@ -226,7 +228,8 @@ def train(
                 if saving or ended:
                     held_out = None if ended else evaluate(lambda: stop.signal is not None)
                     ended = ended or ranks.any(stop.asked())  # a signal during the evaluation
-                    save(held_out, last=ended)
+                    # L_simple measures means of images, which a consistency model leaves: no checkpoint is the best
+                    save(None if preset.loss == "consistency" else held_out, last=ended)
                 elif timed:
                     save(None)
                 if has_grid(model.step, preset):
@@ -256,6 +259,7 @@ class _Model:
     denoiser   with the network that is trained
     averaged   with the average of the weights
     schedule   on the CPU, where the noise levels of a batch are drawn
+    teacher    the network of `init` as it was, if its guidance is built in; checkpoints hold it, too
     seconds    of training so far
     saved      the step of the newest checkpoint
     resumed    the checkpoint that this process began with
@@ -270,6 +274,7 @@ class _Model:
     schedule: Schedule
     network: nn.Module
     average: nn.Module
+    teacher: nn.Module | None
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     seconds: float = 0.0
@@ -285,8 +290,10 @@ class _Model:
         self.weights, self.average_weights = list(self.network.parameters()), list(self.average.parameters())
 
     def kinds(self) -> list[list[Tensor]]:
-        """Weights, averages, and moments."""
-        return [list(self.weights), list(self.average_weights), *self.powers.values(), list(self.moments().values())]
+        """Weights, averages, moments, and weights of the teacher."""
+        taught: list[Tensor] = list(self.teacher.parameters()) if self.teacher else []
+        own: list[list[Tensor]] = [list(self.weights), list(self.average_weights), *self.powers.values()]
+        return [*own, list(self.moments().values()), taught]
 
     def moments(self) -> dict[str, Tensor]:
         """The moments of the optimizers by their names in optimizer.safetensors; none before the first step."""
@@ -312,10 +319,13 @@ def _build(preset: Preset, device: torch.device) -> _Model:
     network = denoiser.network
     assert isinstance(network, nn.Module)
     average = copy.deepcopy(network).eval().requires_grad_(False)
+    teacher = copy.deepcopy(average) if preset.guidance != 1 else None
     found = optimizers.make(network, preset.optimizer, preset.lr)
     tracked = ema.TRACKED if preset.snapshot_every else ()
     powers = {stem: [p.detach().clone() for p in network.parameters()] for stem in tracked}
-    return _Model(denoiser, replace(denoiser, network=average), schedule, network, average, found, powers=powers)
+    return _Model(
+        denoiser, replace(denoiser, network=average), schedule, network, average, teacher, found, powers=powers
+    )
 
 
 class _Training(NamedTuple):
@@ -334,10 +344,15 @@ def _for_training(model: _Model, preset: Preset, parts: int, ranks: Processes) -
         ids = [ranks.device.index] if on_cuda else None
         network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     denoiser, objective = replace(model.denoiser, network=network), losses.LOSSES[preset.loss]
+    if model.teacher is not None:
+        teacher = replace(model.denoiser, network=model.teacher).guided(preset.guidance)
+        objective = partial(losses.consistency, teacher=teacher)
 
-    def gradient(x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, warps: Tensor | None) -> Tensor:
+    def gradient(
+        x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, warps: Tensor | None, *r: Tensor
+    ) -> Tensor:  # fmt: skip
         told = denoiser if warps is None else replace(denoiser, network=partial(network, warp=warps))
-        loss = objective(told, x0, t, eps, y) * losses.weight(denoiser, t, preset.weighting)
+        loss = objective(told, x0, t, eps, y, *r) * losses.weight(denoiser, t, preset.weighting)
         loss = loss.mean() / partition.divisor(len(x0), preset.batch_size, ranks.world)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -348,6 +363,7 @@ def _for_training(model: _Model, preset: Preset, parts: int, ranks: Processes) -
         (f"{ranks.world} processes share the batch", ranks.world > 1),
         (f"a step has {parts} parts", parts > 1),
         ("gradient_checkpointing draws dropout twice", preset.gradient_checkpointing),
+        ("loss consistency draws dropout twice", preset.loss == "consistency"),
     ):
         if applies:
             log.say(ranks, f"training runs without a CUDA graph: {reason}")
@@ -358,8 +374,8 @@ def _for_training(model: _Model, preset: Preset, parts: int, ranks: Processes) -
 def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Processes) -> None:
     """Make the weights of another model, where it is averaged their average, the first weights and their average."""
     state, lines = init.adapt(source, preset)
-    model.network.load_state_dict(state)
-    model.average.load_state_dict(state)
+    for network in (model.network, model.average, *([model.teacher] if model.teacher else [])):
+        network.load_state_dict(state)
     step = f"step {source.step:,}, " if source.step else ""
     log.say(ranks, f"begins with {preset.init} ({step}{source.weights}), at lr {preset.lr:g}")
     for line in lines:
@@ -402,6 +418,8 @@ def _resume(model: _Model, found: nodes.Found, out: Path) -> None:
     state = checkpoints.read_state(folder)
     model.network.load_state_dict(tensors.read_tensors(folder / "raw.safetensors"))
     model.average.load_state_dict(tensors.read_tensors(folder / "ema.safetensors"))
+    if model.teacher:
+        model.teacher.load_state_dict(tensors.read_tensors(folder / "teacher.safetensors"))
     moments = tensors.read_tensors(folder / "optimizer.safetensors")
     optimizers.begin(model.optimizers, state["step"])
     for name, value in model.moments().items():
@@ -459,6 +477,7 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         "raw": model.network.state_dict(),
         "optimizer": model.moments(),
         **model.power_files(),
+        **({"teacher": model.teacher.state_dict()} if model.teacher else {}),
     }
     folder = _write(model, preset, out, state, files, CHECKPOINTS)
     protected = {folder, *([model.resumed] if model.resumed else [])}
@@ -506,7 +525,8 @@ def _update(
     step = model.step
     g = noise.generator(preset.seed, step, _BATCH)
     t = timesteps.sample(model.schedule, preset.batch_size, preset.timestep_sampling, g, preset.predict)
-    t = data.send(t, ranks.device)
+    lower = [timesteps.lower(model.schedule, t, 1 + step // preset.gap_steps)] if preset.loss == "consistency" else []
+    t, lower = data.send(t, ranks.device), [data.send(r, ranks.device) for r in lower]
     flips = data.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
     turns = data.send(augment.draw(preset, step), ranks.device) if preset.turn or preset.mirror else None
     draws.manual_seed(noise.mix(preset.seed, step, _EPS))
@@ -529,7 +549,7 @@ def _update(
         last = part is parts[-1]
         with nullcontext() if last or ranks.world == 1 else training.network.no_sync():  # type: ignore[operator]
             told = [None if each is None else each[part] for each in (y, warps)]
-            loss = training.gradient(x0, t[part], eps[part], *told)
+            loss = training.gradient(x0, t[part], eps[part], *told, *(r[part] for r in lower))
         meter.total += loss
     meter.steps += 1
     return loss, nn.utils.clip_grad_norm_(model.weights, preset.grad_clip or math.inf)

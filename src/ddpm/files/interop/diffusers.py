@@ -200,6 +200,8 @@ def _check_exportable(checkpoint: Checkpoint) -> None:
     """Raise InputError for a setting that diffusers does not have."""
     preset, denoiser = checkpoint.preset, checkpoint.denoiser
     variance = denoiser.variance
+    if preset.loss == "consistency":
+        raise InputError("loss consistency: no pipeline of DDPM or DDIM samples it; want --out FILE.safetensors")
     if preset.patch != 1:
         raise InputError(
             f"patch {preset.patch}: diffusers' UNet2DModel has no outer level at half the size; want a model that was "
