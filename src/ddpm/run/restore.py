@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm import kernels, pixels, restoration
+from ddpm.editing import repaint_calls
 from ddpm.errors import InputError, finite_number, suggestion
 from ddpm.files import arrays, data, functions, images
 from ddpm.files.models import Checkpoint
@@ -187,8 +188,10 @@ def restore(
         jump = max(1, len(levels) // 25) if settings.jump is None else settings.jump
         resample = 1 if settings.resample is None else settings.resample
         sample = partial(restoration.ddnm, sigma=noise, steps=levels, jump=jump, resample=resample)
+        calls = repaint_calls(len(levels), jump, resample)
     else:
         sample = partial(restoration.dps, zeta=1.0 if settings.zeta is None else settings.zeta, steps=levels)
+        calls = len(levels)
 
     clean = torch.stack([signal(source, checkpoint) for source in sources]) if degrade else None
     if clean is None:
@@ -209,9 +212,10 @@ def restore(
             told = measured[[place // n for place in places]]
             draws = per_image([seed + place for place in places], preset.shape, device)
             path = sample(checkpoint.denoiser, apply, told, draws, y=settings.sampling.labels(places, device))
-            *_, last = Progress(path, unit="step", desc="restoring", show=progress, leave=False)
-            made.append(pixels.to_pixels(last.x, values).cpu())
-            squares += float((apply(last.x) - told).detach().double().square().sum())
+            for step in Progress(path, total=calls, unit="step", desc="restoring", show=progress, leave=False):
+                last = step.x  # the steps before it are not kept
+            made.append(pixels.to_pixels(last, values).cpu())
+            squares += float((apply(last) - told).detach().double().square().sum())
     restored, residual = torch.cat(made), (squares / (n * measured.numel())) ** 0.5 / pixels.BIN
     shown = _shown(measured, preset)
     degraded = None if shown is None else pixels.to_pixels(shown, values).cpu()
