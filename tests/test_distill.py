@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from ddpm import losses
 from ddpm.cli import main
 from ddpm.files.models import MODELS
 from ddpm.files.opening import open_checkpoint
+from ddpm.run.export import public
+from ddpm.run.init import distilled
 
 SHORT = "--batch-size 8 --eval-images 8 --sample-every 0 --gap-steps 2 --warmup 0 --cooldown 0".split()
 
@@ -108,12 +111,13 @@ def test_it_is_sampled_in_two_calls(model: Path, tmp_path: Path, capsys: pytest.
         ("sample digits --sampler consistency --out OUT.png", "is no consistency model; want another sampler"),
         ("sample MODEL --class 7 --guidance 2 --out OUT.png", "has the guidance of its distillation; want 1"),
         ("sample MODEL --guide digits --out OUT.png", "one of the two is a consistency model; want ordinary models"),
-        ("distill EPS --out OUT", "predict eps: loss consistency has to have x0^ at all levels; want x0 or v"),
+        ("distill EPS --out OUT", "predict eps: loss consistency needs x0^ even at high noise; want x0 or v"),
         ("distill digits --guidance 0.5 --out OUT", "--guidance 0.5: want a finite number, 1 to 100"),
         ("distill MODEL --guidance 2 --out OUT", "is a consistency model; want 1"),
         ("distill nothing --out OUT", "nothing: no such file or folder"),
         ("export MODEL --to diffusers OUT", "loss consistency: no pipeline of DDPM or DDIM samples it"),
-        ("train EPS --guidance 2 --out OUT", "needs loss consistency, init, classes, and label_dropout above 0"),
+        ("train EPS --guidance 2 --out OUT", "needs loss consistency, classes, and label_dropout above 0"),
+        ("train digits --loss consistency --guidance 2 --out OUT", "there is no model to guide; want init MODEL, or 1"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -124,3 +128,12 @@ def test_mistakes_are_one_line(
     assert main(given) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_an_exported_model_keeps_its_guidance_and_its_last_level(model: Path, tmp_path: Path) -> None:
+    """Without the path of the model that it was made of; the file is sampled as the run is."""
+    guided = public(replace(distilled("digits", {"guidance": 2.0}), init="/home/me/model"))
+    assert (guided.guidance, guided.init) == (2.0, "")
+    assert main(["export", str(model), "--out", str(tmp_path / "m.safetensors")]) == 0
+    assert open_checkpoint(tmp_path / "m.safetensors").denoiser.schedule.T == 991
+    assert "consistency sampling in 2 network calls" in (tmp_path / "m.md").read_text()

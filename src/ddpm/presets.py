@@ -282,11 +282,10 @@ class Preset:
         if self.loss in ("simple", "consistency") and self.variance.startswith("learned"):
             raise InputError(f"variance {self.variance}: loss {self.loss} does not train it; want loss hybrid or vlb")
         if self.loss == "consistency" and self.predict not in ("x0", "v"):
-            raise InputError(f"predict {self.predict}: loss consistency has to have x0^ at all levels; want x0 or v")
-        bakes = self.loss == "consistency" and self.init and self.classes and self.label_dropout
-        if self.guidance != 1 and not bakes:
+            raise InputError(f"predict {self.predict}: loss consistency needs x0^ even at high noise; want x0 or v")
+        if self.guidance != 1 and not (self.loss == "consistency" and self.classes and self.label_dropout):
             raise InputError(
-                f"guidance {self.guidance}: needs loss consistency, init, classes, and label_dropout above 0; want 1"
+                f"guidance {self.guidance}: needs loss consistency, classes, and label_dropout above 0; want 1"
             )
         if self.weighting != "none" and (self.loss != "simple" or self.predict == "mu"):
             raise InputError(f"weighting {self.weighting}: needs loss simple, and predict eps, x0 or v")

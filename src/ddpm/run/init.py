@@ -89,10 +89,12 @@ def source(preset: Preset) -> Checkpoint:
     return model
 
 
-def check_teacher(model: Checkpoint, preset: Preset) -> None:
+def check_teacher(model: Checkpoint | None, preset: Preset) -> None:
     """Raise InputError if `preset` wants guidance of a model that cannot be guided, or not on these images."""
     if preset.guidance == 1:
         return
+    if model is None:
+        raise InputError(f"guidance {preset.guidance}: there is no model to guide; want init MODEL, or 1")
     old, names = model.preset, ("size", "channels", "class_names", "pixel_type", "value_range")
     if other := [name for name in names if getattr(old, name) != getattr(preset, name)]:
         raise InputError(f"guidance {preset.guidance}: the model {preset.init} has another {other[0]}; want 1")
@@ -113,7 +115,7 @@ def distilled(name: str, settings: Mapping[str, Any]) -> Preset:
     model = inherit(name, None, {})
     ours = {
         "loss": "consistency", "last_sigma": 80.0, "timestep_sampling": "lognormal_wide", "weighting": "none",
-        "noise_assignment": "independent", "lr": DISTILL_LR * model.lr,
+        "noise_assignment": "independent", "lr": DISTILL_LR * model.lr, "guidance": 1.0,
         "gap_steps": max(1, settings.get("steps", model.steps) // STAGES),
     }  # fmt: skip
     return replace(model, **{**ours, **settings})

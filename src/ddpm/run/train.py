@@ -102,7 +102,7 @@ def train(
                 **data.settings_of(preset),
             )  # fmt: skip
             preset = _with_class_names(preset, out, train_set)
-            if source is not None:
+            if not found.saved:
                 init.check_teacher(source, preset)
             if preset.pixel_type == "float32":
                 preset = replace(preset, value_range=(train_set.values.low, train_set.values.high))
