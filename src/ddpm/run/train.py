@@ -278,7 +278,7 @@ class _Model:
 
     def kinds(self) -> list[list[Tensor]]:
         """Weights, averages, moments, and weights of the teacher."""
-        taught = list(self.teacher.parameters()) if self.teacher else []
+        taught: list[Tensor] = list(self.teacher.parameters()) if self.teacher else []
         return [list(self.weights), list(self.average_weights), list(self.moments().values()), taught]
 
     def moments(self) -> dict[str, Tensor]:
