@@ -233,7 +233,7 @@ def ddnm(
     noise of the standard deviation c_0 sigma/s_i into x_s. Phi is the variance of Eq. 7 without this noise. If the
     noise is larger than Eq. 7 allows, Sigma makes the correction smaller, and Phi is 0.
 
-    measured  A x_0 + noise in signal units, of the shape of `operator`(x)
+    measured  A x_0 + noise in signal units, of the shape of `operator(x)`
     noise     noise(k), [B, C, H, W], gives the draws of `ancestral`, and with resampling those of `editing.inpaint`
     sigma     the standard deviation of the noise of `measured`, in signal units
     steps     how many levels to visit, spread evenly, or the levels themselves
@@ -286,7 +286,7 @@ def dps(
     Each image has its own |r|. The noise of `measured` does not enter.
 
     operator  A, a function of images [B, C, H, W] in signal units that PyTorch can differentiate
-    measured  A(x_0) and noise, of the shape of `operator`(x), [B, ...]
+    measured  A(x_0) and noise, of the shape of `operator(x)`, [B, ...]
     noise     noise(t), [B, C, H, W], is the draw that makes x_t
     zeta      the size of the steps, at least 0; 0 is ancestral sampling
     steps     how many levels to visit, spread evenly, or the levels themselves; None visits all, as in the paper
