@@ -79,6 +79,38 @@ def quality_metrics() -> dict[str, Entry]:
     return _table("run/quality.py", "METRICS")
 
 
+def conditions() -> dict[str, Entry]:
+    """The kinds of condition on an image; settings are the fields of `conditions.Kind`.
+
+    >>> list(conditions())
+    ['lowres', 'grey', 'mask', 'pairs']
+    """
+    return _table("conditions.py", "CONDITIONS")
+
+
+def masks() -> dict[str, Entry]:
+    """The laws of masks.
+
+    >>> list(masks())
+    ['half', 'box', 'dots']
+    """
+    return _table("conditions.py", "LAWS")
+
+
+def accepted_conditions() -> str:
+    """The kinds of condition and their arguments as one phrase, for help and errors.
+
+    >>> accepted_conditions()
+    'none, lowres:N, grey, mask:LAW (half, box, dots) or pairs'
+    """
+    named = {"LAW": f"LAW ({', '.join(masks())})"}
+    words = [
+        f"{kind}:{named.get(a, a)}" if (a := row.settings.get("argument")) else kind
+        for kind, row in conditions().items()
+    ]
+    return f"{', '.join(['none', *words[:-1]])} or {words[-1]}"
+
+
 def experiments() -> dict[str, Entry]:
     """The paper's tables and figures that `ddpm paper` makes."""
     return _table("run/paper.py", "EXPERIMENTS")

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         from ddpm.run.processes import processes
 
     with processes(args.device, float64=True) as ranks:
-        model, asked = open_model(args, ranks.device), conditions(args)
+        model, asked = open_model(args, ranks.device, conditional=True), conditions(args)
         check_sampler(args, model.denoiser.schedule.T)
         asked = asked.resolved(model)
         denoiser, labels = asked.apply(model, sampling=bool(quality) and args.samples is None)

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         "data": preset.data or "unknown",
         "held_out": _held_out(path) if is_run else None,
         "classes": list(preset.class_names),
+        "condition": preset.condition,
         "checkpoints": saved,
         "ask": _ask(args.run, preset, model, is_run),
         "settings": settings,
@@ -67,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lines(about: dict[str, Any], preset: Preset) -> Iterator[str]:
-    for name in ("model", "step", "steps", "parameters", "image", "data", "held_out", "classes"):
-        if value := about[name]:
+    for name in ("model", "step", "steps", "parameters", "image", "data", "held_out", "classes", "condition"):
+        if (value := about[name]) and value != "none":
             yield f"{name.replace('_', ' '):<12}{', '.join(value) if isinstance(value, list) else _words(value)}"
     for one in about["checkpoints"]:
         notes = [] if one["held_out"] is None else [f"held-out L_simple {one['held_out']:.4f}"]
@@ -142,19 +143,21 @@ def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool) ->
     first = f"first: ddpm calibrate {name}{data}"
     if model.foreign:
         first = f"first: ddpm import {name} --out FILE.safetensors, and ddpm calibrate FILE.safetensors{data}"
-    lines[f"ddpm sample {name}"] = ""
+    given = "" if preset.condition == "none" else " --input FILE"
+    lines[f"ddpm sample {name}{given}"] = ""
     if preset.class_names:
         scale = " --guidance X" if preset.label_dropout else ""
-        lines[f"ddpm sample {name} --class NAME{scale}"] = "a class of those above, or all"
+        lines[f"ddpm sample {name}{given} --class NAME{scale}"] = "a class of those above, or all"
     try:
         calibrated = read_calibration(model) is not None
     except InputError as error:
         calibrated, first = False, str(error)
     if not model.denoiser.learned and preset.predict != "mu":
-        lines[f"ddpm sample {name} --variance calibrated"] = "" if calibrated else first
+        lines[f"ddpm sample {name}{given} --variance calibrated"] = "" if calibrated else first
     lines[f"ddpm evaluate {name}{data}"] = ""
-    lines[f"ddpm edit {name} IMAGE"] = "also interpolate and inpaint"
-    if preset.channels in (1, 3):
+    if not given:
+        lines[f"ddpm edit {name} IMAGE"] = "also interpolate and inpaint"
+    if preset.channels in (1, 3) and not given:
         lines[f"ddpm compress {name} IMAGE --out FILE"] = "" if calibrated and codec_tables(model) else first
     lines[f"ddpm {'import' if model.foreign else 'export'} {name} --out FILE.safetensors"] = ""
     return lines

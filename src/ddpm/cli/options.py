@@ -207,7 +207,9 @@ def add_conditions(parser: Parser) -> None:
     classes = "class names to sample, cycled over the images; 'all' for every class"
     group.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME", help=classes)
     group.add_argument(
-        "--guidance", **number(float, None), help="scale of guidance towards the class; 1 for none (default: 1.5)"
+        "--guidance",
+        **number(float, None),
+        help="scale of guidance towards the class, or else towards --input; 1 for none (default: 1.5 with a class)",
     )
     interval = converter(_interval, "two levels as 100,900")
     group.add_argument(
@@ -299,17 +301,20 @@ def open_model(
     device: "torch.device",
     run: "str | Path | None" = None,
     precision: Precision | None = None,
+    conditional: bool = False,
 ) -> "Checkpoint":
     """The model of the command, or of `run`, with --checkpoint, --weights, --precision and --variance, on `device`.
 
-    precision replaces --precision.
+    precision replaces --precision. Raises InputError for a model with a condition on an image, unless `conditional`.
     """
-    from ddpm.files.models import with_variance
+    from ddpm.files.models import with_variance, without_condition
     from ddpm.run.processes import open_for_device
 
     check_model(args)
     asked = precision or (None if args.precision == "auto" else args.precision)
     model = open_for_device(run or args.run, device, args.weights, args.checkpoint, asked)
+    if not conditional:
+        without_condition(model, f"`ddpm {args.command}`")
     if args.variance is not None:
         model = with_variance(model, args.variance)
     return replace(model, denoiser=model.denoiser.to(device))
@@ -339,9 +344,6 @@ def conditions(args: argparse.Namespace) -> "Conditions":
     """--class, --guidance, --guidance-interval and --clip."""
     from ddpm.run.sample import Conditions
 
-    for name, value in (("guidance", args.guidance), ("guidance-interval", args.guidance_interval)):
-        if value is not None and not args.classes:
-            raise InputError(f"--{name} needs --class NAME")
     return Conditions(tuple(args.classes), args.guidance, args.guidance_interval, args.clip)
 
 

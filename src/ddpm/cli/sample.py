@@ -36,7 +36,17 @@ def add(commands: Commands) -> None:
         "ddpm sample digits -n 16 --class 7 --sampler unipc --steps 10 --out sevens.png",
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help=MODEL)
-    parser.add_argument("-n", **number(int, 64), help="number of images (default: %(default)s)")
+    count = "number of images; with --input, number of images for each input (default: 64, or 1 with --input)"
+    parser.add_argument("-n", **number(int, None), help=count)
+    given = parser.add_argument_group("input", "for a model that was trained with --condition")
+    what = (
+        "the picture that the model is given: an image file, or a folder of them; a grid shows it left of its samples"
+    )
+    given.add_argument("--input", metavar="PATH", help=what)
+    mask = "black and white image of the input's size: white is drawn, black is kept (default: what is transparent)"
+    given.add_argument("--mask", metavar="FILE", help=mask)
+    then = "make images with RUN, and enlarge them with this model, whose condition is lowres:N (a cascade)"
+    given.add_argument("--then", metavar="RUN2", help=then)
     moves = "FILE.tar for WebDataset; FILE.gif, .webp or .mp4 for an animation of x_t, or with --progressive of x0^"
     parser.add_argument(
         "--out",
@@ -73,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     with importing():
         from ddpm.files import animation, arrays, images
         from ddpm.run.export import grid_columns
+        from ddpm.run.inputs import cascade, check_cascade, read_inputs
         from ddpm.run.processes import processes
         from ddpm.run.sample import Sampling, sample
         from ddpm.run.stream import RECORD, STREAMED, write_samples
@@ -88,38 +99,56 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--shard {args.shard}: --out {args.out} is one file; want a folder as --out")
     if kind not in ("png", "animation") and args.progressive:
         raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png, .gif, .webp or .mp4")
+    if args.then is not None and args.input is not None:
+        raise InputError(
+            f"--then {args.then}: not with --input {args.input}, whose place the images of {args.run} take"
+        )
+    if args.mask is not None and args.input is None:
+        raise InputError(f"--mask {args.mask}: needs --input FILE")
+    each = args.n if args.n is not None else 1 if args.input is not None else 64
     with processes(args.device) as ranks:
-        model, asked = open_model(args, ranks.device), conditions(args)
+        model, asked = open_model(args, ranks.device, conditional=True), conditions(args)
+        inputs = None if args.input is None else read_inputs(model, args.input, each, args.mask)
+        n = each * (1 if inputs is None else len(inputs.conditions))
+        if args.then is not None:
+            second = open_model(args, ranks.device, args.then, conditional=True)
+            check_cascade(model, second)
         shown = with_view(args, model.preset)
         check_sampler(args, model.denoiser.schedule.T)
         progress = ranks.first and not args.json
         sampling = Sampling(
-            args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size
+            args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size, inputs
         )
-        begun, made, out = time.monotonic(), args.n, Path(args.out)
+        begun, made, out = time.monotonic(), n, Path(args.out)
+        if args.then is not None:
+            small, _ = sample(model, n, ranks, sampling, progress=progress)
+            model, sampling = second, cascade(second, small, sampling, args.run)
+            shown = with_view(args, model.preset)
         if kind in STREAMED:
-            about, made = write_samples(model, args.n, ranks, out, sampling, kind, args.shard, progress)
+            about, made = write_samples(model, n, ranks, out, sampling, kind, args.shard, progress)
         else:
             if kind != "tif":
                 tiles = 11 if args.progressive and not moves else 1
-                images.check_grid(args.n, *model.preset.size, min(model.preset.channels, 3), tiles)
+                images.check_grid(n, *model.preset.size, min(model.preset.channels, 3), tiles)
             pictures, about = sample(
-                model, args.n, ranks, sampling, args.progressive or moves, progress,
+                model, n, ranks, sampling, args.progressive or moves, progress,
                 columns=animation.MOST_FRAMES if moves else 11, noisy=moves and not args.progressive,
             )  # fmt: skip
         if not ranks.first:
             return 0
-        columns = grid_columns(len(asked.apply(model)[1]))
+        columns = grid_columns(len(sampling.conditions.apply(model)[1]))
         sheet = partial(arrays.sheet, view=arrays.view_of(shown, model.denoiser.values))
         if moves:
             animation.save(args.out, [sheet(frame) for frame in pictures.unbind(1)], columns)
         elif args.progressive:
             images.save(args.out, images.grid(sheet(pictures.flatten(0, 1)), columns=pictures.shape[1]))
         elif kind not in STREAMED:
+            if sampling.inputs is not None and kind == "png":
+                pictures, columns = sampling.inputs.beside(pictures, model.denoiser.values)
             images.save_many(args.out, images.channels_last(pictures), columns=columns, shown=sheet(pictures))
-        what = f"{args.n} image{'s' * (args.n != 1)}"
+        what = f"{n} image{'s' * (n != 1)}"
         summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"
         rate = made / (time.monotonic() - begun)
-        summary += f", {rate:.3g} images/s" if made == args.n else f", {made:,} made now, {rate:.3g} images/s"
+        summary += f", {rate:.3g} images/s" if made == n else f", {made:,} made now, {rate:.3g} images/s"
         print(json.dumps({"out": args.out, **about}) if args.json else summary)
     return 0

@@ -109,7 +109,7 @@ def export(args: argparse.Namespace) -> int:
         export.check_out(place)
     elif kind == "diffusers":
         interop.check_out(Path(place))
-    model = open_model(args, device)
+    model = open_model(args, device, conditional=True)
     if kind == "hub":
         hub.create(place)
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +142,10 @@ def _export_for_onnxruntime(args: argparse.Namespace, kind: str, place: Path) ->
 
     (onnx if kind == "onnx" else interop).check_out(place)
     onnx.check_packages()
-    model, about = open_model(args, torch.device("cpu")), {"out": str(place), "kind": kind, "opset": onnx.OPSET}
+    model, about = (
+        open_model(args, torch.device("cpu"), conditional=True),
+        {"out": str(place), "kind": kind, "opset": onnx.OPSET},
+    )
     if kind == "onnx":
         onnx.to_onnx(model, place)
         size, more = place.stat().st_size, ""

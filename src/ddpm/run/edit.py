@@ -223,7 +223,7 @@ def inpainting(
     """
     device = checkpoint.denoiser.schedule.alpha_bar.device
     x0 = _signal(image, checkpoint).to(device)[None]
-    redrawn = (mask if isinstance(mask, Tensor) else _read_mask(mask, image, checkpoint.preset)).to(device)[None]
+    redrawn = (mask if isinstance(mask, Tensor) else mask_of(mask, image, checkpoint.preset)).to(device)[None]
     levels, jump, resample = repaint_settings(checkpoint, settings, jump, resample)
     run = named(settings.sampler).run
 
@@ -283,7 +283,7 @@ def _name(image: Source) -> str:
     return "the image" if isinstance(image, bytes) else str(image)
 
 
-def _read_mask(mask: Source, image: Source, preset: Preset) -> Tensor:
+def mask_of(mask: Source, image: Source, preset: Preset) -> Tensor:
     """A black and white mask file of the image's size, scaled and cropped like the image: bool [1, H, W]."""
     name = _name(mask)
     picture = images.convert(images.read(mask, name), 1, name, {})

@@ -37,16 +37,19 @@ def samples(
     batch_size: int = 64,
     progress: bool = True,
     classes: Sequence[int] = (),
+    condition: Callable[[range], Tensor] | None = None,
+    condition_key: str = "",
 ) -> Samples:
     """The model's images of seeds `seed` to `seed` + count - 1, which are read when they are wanted.
 
-    `classes` holds labels, and the images cycle over them; if it is empty, the model is sampled without a class. The
+    `classes` holds labels, and the images cycle over them; if it is empty, the model is sampled without a class.
+    `condition` gives the conditions of the images at some places of the series, and `condition_key` names them. The
     work is split over processes, which must see the same disk. Finished batches are stored under `cache`, so the same
     call resumes where it stopped. Raises InputError for a sampler or steps that do not exist.
     """
     network = checkpoint.denoiser.network
     guidance = [network.scale, network.first, network.last] if isinstance(network, Guided) else []
-    key = [*model_key(checkpoint), seed, sampler, steps, [*classes], guidance]
+    key = [*model_key(checkpoint), seed, sampler, steps, [*classes], guidance, condition_key]
     folder = parts_folder(cache, "samples", key)
     shape = checkpoint.preset.shape
     denoiser = use_cuda_graphs(checkpoint.denoiser, ranks.device)  # recorded once for all batches
@@ -54,7 +57,19 @@ def samples(
     def make(part: slice) -> dict[str, Tensor]:
         seeds = range(seed + part.start, seed + part.stop)
         labels = cycled_labels(classes, range(part.start, part.stop))
-        images = generate(denoiser, shape, seeds, sampler, steps, batch_size, ranks.device, progress=progress, y=labels)
+        told = None if condition is None else condition(range(part.start, part.stop))
+        images = generate(
+            denoiser,
+            shape,
+            seeds,
+            sampler,
+            steps,
+            batch_size,
+            ranks.device,
+            progress=progress,
+            y=labels,
+            condition=told,
+        )
         return {"images": images}
 
     files = compute_parts(folder, count, ranks, batch_size, "samples", progress, make)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from ddpm.run.forecast import SamplingForecast
 from ddpm.run.processes import Processes
 from ddpm.run.progress import Progress
 from ddpm.samplers import SAMPLERS, Levels, Sampler, Step, named
+
+if TYPE_CHECKING:
+    from ddpm.run.inputs import Inputs
 
 SPACING_NAMES = (*spacing.SPACINGS, "bound")
 """How levels can be spaced, by name: `bound` is `spacing.optimised` for this model."""
@@ -121,11 +124,13 @@ def generate(
     stop: Callable[[], bool] = lambda: False,
     y: Tensor | None = None,
     watch: Callable[[int], None] = lambda images: None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """The images of these seeds, pixels [len(seeds), C, H, W] on the CPU; each depends only on its own seed.
 
     shape, sampler, steps and y are as in `trajectory`. If `stop` becomes true, the function returns early, and the
     images that are not finished are all zeros. `watch` is called after each step of a batch with its number of images.
+    `condition` is what `Denoiser.given` takes, one for each seed, or None.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(10, 1e-3, 0.8), predict="x0")
@@ -140,7 +145,8 @@ def generate(
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
             labels = None if y is None else y[part]
-            for step in trajectory(denoiser, shape, seeds[part], sampler, steps, device, labels):
+            told = denoiser.given(None if condition is None else condition[part].to(device))
+            for step in trajectory(told, shape, seeds[part], sampler, steps, device, labels):
                 bar.update(len(step.x))
                 watch(len(step.x))
                 if stop():
@@ -163,6 +169,7 @@ def progressive(
     y: Tensor | None = None,
     noisy: bool = False,
     watch: Callable[[int], None] = lambda images: None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Figure 6: x0^ (Eq. 15) at `columns` evenly spaced steps of the sampling, of which the last is the image.
 
@@ -179,7 +186,7 @@ def progressive(
     sampler = named(sampler) if isinstance(sampler, str) else sampler
     n = len(sampler.levels(denoiser, steps))
     columns = min(columns, n)
-    denoiser = use_cuda_graphs(denoiser, device)
+    denoiser = use_cuda_graphs(denoiser, device).given(None if condition is None else condition.to(device))
     shown = [round((n - 1) * i / max(columns - 1, 1)) for i in range(columns)]
     strip = []
     path = trajectory(denoiser, shape, seeds, sampler, steps, device, y)
@@ -232,21 +239,27 @@ class Conditions:
     def apply(self, checkpoint: Checkpoint, sampling: bool = True) -> tuple[Denoiser, list[int]]:
         """The model's denoiser under these conditions, and the labels of the classes.
 
-        Raises InputError for guidance without a class, for a model without classes, and for a class that the model does
-        not have. For a model that never saw an image without its label, it raises InputError for guidance, and for no
-        class unless `sampling` is false.
+        Without a class, guidance goes towards the condition on an image. Raises InputError for guidance without a class
+        and without such a condition, for a model without classes, and for a class that the model does not have. For a
+        model that never saw an image without its label, it raises InputError for guidance, and for no class unless
+        `sampling` is false.
         """
         denoiser, names = checkpoint.denoiser, checkpoint.preset.class_names
         if self.clip is not None:
             denoiser = replace(denoiser, clip=self.clip)
+        preset = checkpoint.preset
         if not self.classes:
             for name in ("guidance", "guidance_interval"):
-                if getattr(self, name) is not None:
+                if getattr(self, name) is not None and preset.condition == "none":
                     raise InputError(f"{name}: needs a class; want class NAME")
+                if getattr(self, name) is not None and preset.condition_dropout == 0:
+                    raise InputError(
+                        f"{name}: {checkpoint.path} never saw an image without its condition; want no {name}"
+                    )
             if checkpoint.preset.always_labelled and sampling:
                 known = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
                 raise InputError(f"class: {checkpoint.path} never saw an image without its label; want {known}, or all")
-            return denoiser, []
+            return denoiser if self.guidance is None else denoiser.guided(self.guidance, self.guidance_interval), []
         if not names:
             raise InputError(f"class {self.classes[0]}: {checkpoint.path} was not trained with classes; want no class")
         wanted = names if self.classes == ("all",) and "all" not in names else self.classes
@@ -272,6 +285,7 @@ class Sampling:
     sigma_hat   ddim with the larger noise sigma^
     seed        seed of image 0; image i has seed + i
     batch_size  images at a time; no result depends on it
+    inputs      conditions on images, for a model that takes them
     """
 
     sampler: str = "ancestral"
@@ -282,6 +296,7 @@ class Sampling:
     sigma_hat: bool = False
     seed: int = 0
     batch_size: int = 64
+    inputs: "Inputs | None" = None
 
     def maker(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """A function from places 0, 1, ... of the series to its images on the CPU, and how they are made.
@@ -290,6 +305,10 @@ class Sampling:
         does. How the images are made is plain JSON values. Raises InputError for a sampler, steps, a spacing or
         conditions that this model does not have.
         """
+        if (wanted := checkpoint.preset.condition) != "none" and self.inputs is None:
+            raise InputError(
+                f"input: {checkpoint.path} was trained with condition {wanted}; want input FILE or a folder"
+            )
         conditions = self.conditions.resolved(checkpoint)
         denoiser, labels = conditions.apply(checkpoint)
         levels = sampler_levels(checkpoint, self.sampler, self.steps, self.spacing)
@@ -315,12 +334,14 @@ class Sampling:
                 progress=progress,
                 y=y,
                 watch=watch,
+                condition=None if self.inputs is None else self.inputs.of(places),
             )
 
         about = {
             **checkpoint.about(),
             **describe_sampling(denoiser, self.sampler, levels, self.spacing),
             **conditions.about(),
+            **({} if self.inputs is None else self.inputs.about()),
             "sigma_hat": self.sigma_hat,
             "eta": 1.0 if self.sigma_hat else self.eta,
             "seed": self.seed,
