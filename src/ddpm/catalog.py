@@ -67,7 +67,16 @@ def schedules() -> dict[str, Entry]:
 
 def metrics() -> dict[str, Entry]:
     """What `ddpm evaluate --metrics` measures."""
-    return _table("run/evaluate.py", "LIKELIHOODS") | quality_metrics()
+    return _table("run/evaluate.py", "LIKELIHOODS") | fidelity_metrics() | quality_metrics()
+
+
+def fidelity_metrics() -> dict[str, Entry]:
+    """How close samples of a model with a condition are to the images that the conditions were made of.
+
+    >>> list(fidelity_metrics())
+    ['psnr', 'ssim']
+    """
+    return _table("run/fidelity.py", "FIDELITY")
 
 
 def quality_metrics() -> dict[str, Entry]:

@@ -1,8 +1,8 @@
 """Conditions on an image: what the network is told of x_0 besides x_t (Saharia et al. 2022, SR3, Section 2.2).
 
 A condition is a picture, brought to the size of x_0, and one more channel that says where the picture is known: 1
-there, and 0 elsewhere. It is concatenated to x_t at the network's input. Where nothing is known, all channels are 0, so a
-hidden condition is all zeros.
+there, and 0 elsewhere. It is concatenated to x_t at the network's input. Where nothing is known, all channels are 0,
+so a hidden condition is all zeros.
 """
 
 from collections.abc import Callable

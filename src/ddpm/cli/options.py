@@ -239,6 +239,8 @@ def add_measuring(parser: Parser) -> None:
     group = parser.add_argument_group("data", "what is measured")
     data = f"images to measure on: {SOURCE} (default: the data of the run)"
     group.add_argument("--data", metavar="SOURCE", help=data)
+    pairs = "the other images of the pairs, with --data and a model of --condition pairs"
+    group.add_argument("--pairs", metavar="SOURCE", help=pairs)
     split = "split of the data; test is the images that were held out (default: %(default)s)"
     group.add_argument("--split", default="test", metavar="NAME", help=split)
     samples = "score these samples, an .npz file or a folder of images, instead of making some"
@@ -365,10 +367,14 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
 
     @functools.cache
     def load(split: str) -> data.Images:
-        return data.load(
-            args.data or preset.data, preset.size, preset.channels, split=split, progress=progress, as_trained=True,
-            **data.settings_of(preset),
-        )  # fmt: skip
+        settings = {"split": split, "progress": progress, "as_trained": True, **data.settings_of(preset)}
+        images = data.load(args.data or preset.data, preset.size, preset.channels, **settings)
+        if not preset.pairs:
+            return images
+        if (pairs := getattr(args, "pairs", None)) is None and args.data:
+            raise InputError(f"--data {args.data}: this model takes pairs; want --pairs SOURCE, too")
+        settings |= {"image_column": None, "label_column": None, "values": images.values}
+        return data.paired(images, data.load(pairs or preset.pairs, preset.size, preset.channels, **settings))
 
     return load
 

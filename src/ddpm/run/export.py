@@ -25,6 +25,7 @@ from ddpm.files.opening import open_checkpoint
 from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
 from ddpm.presets import PRESETS, Preset, to_json
 from ddpm.run import log
+from ddpm.run.fidelity import FIDELITY
 from ddpm.run.sample import cycled_labels, generate
 from ddpm.version import __version__
 
@@ -306,6 +307,16 @@ def figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         error = values["standard_error"]
         figure = f"{values['nats_per_dim']:.4f}" + (f" ± {error:.4f}" if error else "")
         yield "nats/dim, ODE", figure, f"{values['count']:,} images, {values['data']}, {values['split']}{conditions}"
+    if "draws" in values and "samples" not in values and "bits_per_dim" not in values:
+        how = f"{values['count']:,} images, {values['data']}, {values['split']}, {values['sampler']}"
+        how += f", {values['steps']} steps{conditions}"
+        said = {"": "one sample", "_of_mean": f"mean of {values['draws']} samples", "_bicubic": "bicubic"}
+        keys = [(name, end) for name in FIDELITY for end in said]
+        yield from (
+            (f"{name.upper()}, {said[end]}", f"{values[name + end]:.4g} {FIDELITY[name].unit}".strip(), how)
+            for name, end in keys
+            if name + end in values
+        )
     if "samples" in values:
         how = f"{values['sampler']}, {values['steps']} steps, " if "sampler" in values else ""
         scored = f"{values['samples']:,} samples, {how}features {values['features']}{conditions}"
