@@ -1,4 +1,4 @@
-"""Conditions on an image: closed forms for Gaussian data, the laws of masks, training, `ddpm sample --input`, evaluate."""
+"""Conditions on an image: closed forms for Gaussian data, laws of masks, training, `ddpm sample --input`, measures."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_close, assert_same, tensors, train
+from conftest import assert_close, assert_same, tensors, train
 from exact import PREDICTIONS, GaussianData, correlated, last, network, normal, z_score
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +32,7 @@ from ddpm.unet import UNet
 SHORT = schedule.linear(50, 2e-3, 0.4)
 LARGE = torch.cat([beta_tilde(SHORT)[:2], SHORT.beta[2:]])  # fixed_large's sigma_t^2
 NOISE = 0.1
-"""Standard deviation of the noise on the condition of the Gaussian data; without it, the covariance would be singular."""
+"""Standard deviation of the noise on the Gaussian data's condition. Without it, the covariance would be singular."""
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
@@ -299,47 +299,27 @@ def test_the_condition_of_an_image_depends_on_its_place_only() -> None:
     assert torch.equal(whole, torch.cat(alone))  # type: ignore[arg-type]
 
 
+OPTIONS = ["--classes", "--condition", "lowres:2", "--condition-dropout", "0.2"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run with condition lowres:2, its dropout, and classes."""
     out = tmp_path_factory.mktemp("run") / "run"
-    options = [
-        "--classes",
-        "--condition",
-        "lowres:2",
-        "--condition-dropout",
-        "0.2",
-        "--steps",
-        "8",
-        "--save-every",
-        "4",
-    ]
-    assert train(out, *options, "--sample-every", "8") == 0
+    assert train(out, *OPTIONS, "--steps", "8", "--save-every", "4", "--sample-every", "8") == 0
     return out
 
 
 def test_a_run_with_a_condition_resumes_to_the_bit(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = ["--classes", "--condition", "lowres:2", "--condition-dropout", "0.2", "--save-every", "4"]
-    assert train(out, *options, "--sample-every", "8", "--steps", "4") == 0
-    assert train(out, *options, "--sample-every", "8", "--steps", "8") == 0
+    for steps in (4, 8):
+        assert train(out, *OPTIONS, "--steps", steps, "--save-every", "4", "--sample-every", "8") == 0
     assert_same(tensors(out, 8), tensors(run, 8))
     assert (out / "samples" / "00000008.png").read_bytes() == (run / "samples" / "00000008.png").read_bytes()
 
 
 def test_accumulation_changes_nothing(run: Path, tmp_path: Path) -> None:
-    options = [
-        "--classes",
-        "--condition",
-        "lowres:2",
-        "--condition-dropout",
-        "0.2",
-        "--steps",
-        "8",
-        "--accumulate",
-        "2",
-    ]
-    assert train(tmp_path / "run", *options) == 0
+    assert train(tmp_path / "run", *OPTIONS, "--steps", "8", "--accumulate", "2") == 0
     assert_close(tensors(tmp_path / "run", 8), tensors(run, 8))
 
 
@@ -347,19 +327,8 @@ def test_init_from_a_model_without_a_condition_begins_as_this_model(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The new input channels begin at 0, and a line says so: with lr 0, the network gives what the model gave."""
-    options = [
-        "--init",
-        str(trained),
-        "--condition",
-        "lowres:2",
-        "--steps",
-        "1",
-        "--lr",
-        "0",
-        "--out",
-        str(tmp_path / "a"),
-    ]
-    assert main([*TINY, *options]) == 0
+    options = ["--init", trained, "--condition", "lowres:2", "--steps", "1", "--lr", "0"]
+    assert train(tmp_path / "a", *options) == 0
     assert "condition: lowres:2 instead of none; its input channels begin at 0" in capsys.readouterr().err
     old, new = (open_checkpoint(path).denoiser for path in (trained, tmp_path / "a"))
     x, t, condition = torch.randn(2, 1, 8, 8), torch.tensor([3, 9]), torch.randn(2, 2, 8, 8)
@@ -519,39 +488,17 @@ def test_fidelity_of_a_network_that_copies_the_condition(tmp_path: Path, run: Pa
 
 
 def test_the_mean_of_samples_has_the_psnr_of_the_conditional_mean(tmp_path: Path, run: Path) -> None:
-    """For x_0 = condition + N(0, s^2), the mean of 8 samples has 10 log10(16 / 9) dB more than one of them."""
-    checkpoint, s = open_checkpoint(run), 0.1
-    T = schedule.linear(50, 2e-3, 0.4)
-
-    def call(x: Tensor, timestep: Tensor, y: Tensor | None, condition: Tensor) -> Tensor:
-        law = GaussianData(torch.zeros(1, 8, 8).double(), s**2 * torch.eye(64).double())
-        t = torch.searchsorted(T.timestep, timestep)
-        shift = condition[:, :1].double()
-        abar = T.alpha_bar[t].view(-1, 1, 1, 1)
-        return shift + law.denoise(x.double() - abar.sqrt() * shift, abar)
-
-    class Made:
-        """Images that are drawn from this law."""
-
-        def __init__(self) -> None:
-            self.digits = data.load("digits", (8, 8), 1, split="test")
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.digits, name)
-
-    model = replace(checkpoint, denoiser=Denoiser(call, T, "x0", clip=False))
-    images, n = Made(), 12
-    grey = torch.full((297, 1, 8, 8), 128, dtype=torch.uint8)
-    draws = pixels.to_pixels(s * noise.normal(range(297), (1, 8, 8)))
-    blocks = conditions.join(conditions.picture("lowres:2", pixels.to_signal(draws)), torch.ones(297, 1, 8, 8))
-    assert grey.shape == blocks[:, :1].shape
-    preset = replace(checkpoint.preset, condition="pairs", pairs="elsewhere")
-    images.digits = replace(images.digits, pixels=draws, pair=replace(images.digits, pixels=grey))
-    model = replace(model, preset=preset)
-    found = fidelity.fidelity(model, images.digits, ["psnr"], tmp_path, ALONE, n, sampler="ancestral", progress=False)
-    gain = found["psnr_of_mean"] - found["psnr"]
-    assert gain == pytest.approx(10 * np.log10(16 / 9), abs=0.35)
-    assert found["psnr"] == pytest.approx(20 * np.log10(2 / (s * 2**0.5)), abs=0.5)
+    """For x_0 = 0 + N(0, s^2), whatever the condition, one sample has MSE 2 s^2, and the mean of 8 has 9/8 s^2."""
+    checkpoint, s, fine = open_checkpoint(run), 0.1, schedule.linear()
+    law = GaussianData(torch.zeros(1, 8, 8).double(), s**2 * torch.eye(64).double())
+    exact = network(law, fine, "x0")
+    denoiser = Denoiser(lambda x, timestep, y, condition: exact(x, timestep), fine, "x0", "fixed_small", clip=False)
+    images = data.load("digits", (8, 8), 1, split="test")
+    images = replace(images, pixels=pixels.to_pixels(s * noise.normal(range(297), (1, 8, 8))))
+    model = replace(checkpoint, denoiser=denoiser)
+    found = fidelity.fidelity(model, images, ["psnr"], tmp_path, ALONE, 6, progress=False)
+    assert found["psnr"] == pytest.approx(10 * np.log10(4 / (2 * s**2)), abs=0.4)
+    assert found["psnr_of_mean"] == pytest.approx(10 * np.log10(4 / (9 / 8 * s**2)), abs=0.4)
 
 
 def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, capsys: Any) -> None:
@@ -577,7 +524,7 @@ def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, caps
         ({"condition": "grey:2", "channels": 3}, "condition grey:2: want none, lowres:N"),
         (
             {"condition": "lowres:3"},
-            "condition lowres:3: want a whole number of at least 2 that divides both sides of 8x8",
+            "lowres:3: want a whole number of at least 2 that divides both sides of 8x8",
         ),
         ({"condition": "lowres:x"}, "want a whole number of at least 2"),
         ({"condition": "grey"}, "condition grey: the images are grey already; want channels 3"),
@@ -598,7 +545,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("sample RUN --out OUT", "was trained with condition lowres:2; want --input FILE or a folder"),
+        ("sample RUN --out OUT", "was trained with condition lowres:2; want an image file"),
         ("sample OTHER --input SMALL --out OUT", "was not trained with a condition; want no input"),
         ("sample RUN --input SMALL --mask SMALL --out OUT", "has the condition lowres:2; want no mask"),
         ("sample RUN --mask SMALL --out OUT", "needs --input FILE"),
@@ -606,7 +553,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
         ("sample OTHER --then OTHER --out OUT", "has condition none; want a model with condition lowres:N"),
         ("sample OTHER --then RUN --out OUT", "enlarges grey images of 4x4; "),
         ("sample RUN --then RUN --input SMALL --out OUT", "not with --input"),
-        ("sample OTHER --guidance 2 --out OUT", "--guidance: needs a class; want --class NAME"),
+        ("sample OTHER --guidance 2 --out OUT", "--guidance: needs a class; want class NAME"),
         ("edit RUN SMALL --out OUT", "was trained with condition lowres:2, which `ddpm edit` does not know"),
         ("inpaint RUN SMALL SMALL --out OUT", "which `ddpm inpaint` does not know"),
         ("paper fig6 --run RUN --out OUT", "which `ddpm paper` does not know"),

@@ -161,9 +161,12 @@ def _picture(file: Path, preset: Preset, notes: pictures.Notes) -> tuple[Tensor,
         size = small if have == small else preset.size
         if small == preset.size and have != small:
             pictures.note(notes, f"{height}x{width} is brought to {small[0]}x{small[1]}, the model's size", name)
-        array = pictures.fit(read, size, channels, name, notes, preset.fit)
-        if (alpha := pictures.alpha(read)) is not None:
+        if preset.condition.startswith("mask") and (alpha := pictures.alpha(read)) is not None:
+            read = read.convert(
+                "L" if read.mode in ("LA", "La") else "RGB"
+            )  # what is transparent is hidden, so nothing is laid on white
             clear = torch.from_numpy(pictures.fit(alpha, preset.size, 1, name, {}, preset.fit)[None, ..., 0] < 128)
+        array = pictures.fit(read, size, channels, name, notes, preset.fit)
     else:
         have = arrays.read(file, name, form.pages).shape[:2]
         wanted = replace(form, size=small if have == small else form.size, channels=channels)

@@ -307,7 +307,7 @@ class Sampling:
         """
         if (wanted := checkpoint.preset.condition) != "none" and self.inputs is None:
             raise InputError(
-                f"input: {checkpoint.path} was trained with condition {wanted}; want input FILE or a folder"
+                f"input: {checkpoint.path} was trained with condition {wanted}; want an image file, or a folder of them"
             )
         conditions = self.conditions.resolved(checkpoint)
         denoiser, labels = conditions.apply(checkpoint)
