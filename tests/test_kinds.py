@@ -53,6 +53,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, data, channels in (("grey", "grey", 1), ("RGB", "RGB", 3), ("RGBA", "transparent", 4)):
             assert main([*TRAINING, "--data", data, "--channels", str(channels), "--out", f"model {name}"]) == 0
         assert main([*TRAINING, "--classes", "--out", "model classes"]) == 0
+        assert main([*TRAINING, "--condition", "lowres:2", "--out", "model condition"]) == 0
         for name, (channels, dtype) in ARRAYS.items():
             (folder / name).mkdir()
             for i in range(6):

@@ -1,9 +1,7 @@
 """What a person gives to a model with a condition: small, grey or masked pictures, in the place of a data set's."""
 
-import hashlib
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,51 +14,10 @@ from ddpm.files import images as pictures
 from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset
 from ddpm.run.edit import mask_of
-from ddpm.run.sample import Sampling
+from ddpm.run.sample import Inputs, Sampling
 
 _SECOND = 1 << 40
 """What is added to the seeds of the second model of a cascade."""
-_COLUMNS = 16
-"""Most tiles in a row of a grid, unless one input has more samples."""
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """Conditions for a series of images: `each` images in a row have the same one.
-
-    conditions  [M, c + 1, H, W]
-    each        images per condition
-    name        where they come from, for records
-    """
-
-    conditions: Tensor
-    each: int
-    name: str
-
-    def of(self, places: Sequence[int]) -> Tensor:
-        """The conditions of the images at these places of the series, [len(places), c + 1, H, W].
-
-        >>> Inputs(torch.arange(2.0).view(2, 1, 1, 1), 3, "").of(range(2, 5)).flatten().tolist()
-        [0.0, 1.0, 1.0]
-        """
-        return self.conditions[[place // self.each for place in places]]
-
-    def beside(self, samples: Tensor, values: pixels.Values) -> tuple[Tensor, int]:
-        """The pixels of a grid in which each condition stands to the left of its samples, and the grid's columns.
-
-        >>> inputs = Inputs(torch.zeros(2, 2, 4, 4), 3, "")
-        >>> tiles, columns = inputs.beside(torch.zeros(6, 1, 4, 4, dtype=torch.uint8), pixels.EIGHT_BIT)
-        >>> len(tiles), columns
-        (8, 16)
-        """
-        told = pixels.to_pixels(conditions.shown(self.conditions, samples.shape[1]), values)
-        tiles = torch.cat([told[:, None], samples.unflatten(0, (-1, self.each))], dim=1)
-        return tiles.flatten(0, 1), (self.each + 1) * max(1, _COLUMNS // (self.each + 1))
-
-    def about(self) -> dict[str, object]:
-        """The inputs as plain JSON values."""
-        digest = hashlib.sha256(self.conditions.numpy().tobytes()).hexdigest()
-        return {"input": self.name, "inputs": len(self.conditions), "per_input": self.each, "input_sha256": digest[:16]}
 
 
 def read_inputs(checkpoint: Checkpoint, path: str | Path, each: int = 1, mask: str | Path | None = None) -> Inputs:

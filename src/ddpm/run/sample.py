@@ -1,16 +1,17 @@
 """Sample images: from a denoiser in batches of seeds, the strips of Figure 6, and the program behind `ddpm sample`."""
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddpm import kernels, pixels, spacing
+from ddpm import conditions, kernels, pixels, spacing
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, suggestion
 from ddpm.files.models import Checkpoint, calibration_remedy, read_calibration
@@ -20,9 +21,6 @@ from ddpm.run.forecast import SamplingForecast
 from ddpm.run.processes import Processes
 from ddpm.run.progress import Progress
 from ddpm.samplers import SAMPLERS, Levels, Sampler, Step, named
-
-if TYPE_CHECKING:
-    from ddpm.run.inputs import Inputs
 
 SPACING_NAMES = (*spacing.SPACINGS, "bound")
 """How levels can be spaced, by name: `bound` is `spacing.optimised` for this model."""
@@ -201,6 +199,8 @@ def progressive(
 
 # -- the program -------------------------------------------------------------------------------------------------------
 
+_COLUMNS = 16
+"""Most tiles in a row of a grid, unless one input has more samples."""
 GUIDANCE = 1.5
 """The guidance scale if a class is asked for and no scale is given."""
 
@@ -273,6 +273,45 @@ class Conditions:
         return denoiser.guided(guidance, self.guidance_interval), [names.index(name) for name in wanted]
 
 
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Conditions for a series of images: `each` images in a row have the same one.
+
+    conditions  [M, c + 1, H, W]
+    each        images per condition
+    name        where they come from, for records
+    """
+
+    conditions: Tensor
+    each: int
+    name: str
+
+    def of(self, places: Sequence[int]) -> Tensor:
+        """The conditions of the images at these places of the series, [len(places), c + 1, H, W].
+
+        >>> Inputs(torch.arange(2.0).view(2, 1, 1, 1), 3, "").of(range(2, 5)).flatten().tolist()
+        [0.0, 1.0, 1.0]
+        """
+        return self.conditions[[place // self.each for place in places]]
+
+    def beside(self, samples: Tensor, values: pixels.Values) -> tuple[Tensor, int]:
+        """The pixels of a grid in which each condition stands to the left of its samples, and the grid's columns.
+
+        >>> inputs = Inputs(torch.zeros(2, 2, 4, 4), 3, "")
+        >>> tiles, columns = inputs.beside(torch.zeros(6, 1, 4, 4, dtype=torch.uint8), pixels.EIGHT_BIT)
+        >>> len(tiles), columns
+        (8, 16)
+        """
+        told = pixels.to_pixels(conditions.shown(self.conditions, samples.shape[1]), values)
+        tiles = torch.cat([told[:, None], samples.unflatten(0, (-1, self.each))], dim=1)
+        return tiles.flatten(0, 1), (self.each + 1) * max(1, _COLUMNS // (self.each + 1))
+
+    def about(self) -> dict[str, object]:
+        """The inputs as plain JSON values."""
+        digest = hashlib.sha256(self.conditions.numpy().tobytes()).hexdigest()
+        return {"input": self.name, "inputs": len(self.conditions), "per_input": self.each, "input_sha256": digest[:16]}
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How samples of a checkpoint are made; each None is the model's or the sampler's own default.
@@ -296,7 +335,7 @@ class Sampling:
     sigma_hat: bool = False
     seed: int = 0
     batch_size: int = 64
-    inputs: "Inputs | None" = None
+    inputs: Inputs | None = None
 
     def maker(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """A function from places 0, 1, ... of the series to its images on the CPU, and how they are made.
