@@ -28,17 +28,8 @@ SHORT = {
     "inpaint": "--resample 2",
     "edit": "--t 40",
 }
-ONLY_PARSED = (
-    "torchrun",
-    "uoft-cs",
-    "cifar10_fast --minutes",
-    "--to hub",
-    "--to web",
-    "--to onnx",
-    "fid",
-    "ddpm page",
-    "--then",
-)
+ONLY_PARSED = ("torchrun", "uoft-cs", "cifar10_fast --minutes", "--to hub", "--to web", "--to onnx", "fid", "ddpm page")
+ONLY_PARSED += ("--then",)
 """A line with one of these needs several processes, a download, an extra or runs of two sizes, or does not end."""
 FIRST = ("README.md", "docs/howto/resume.md", "docs/howto/publish.md", "docs/howto/reproduce.md")
 """These pages make what the others use: the folders runs/mine and runs/digits, the model mine.safetensors, figures."""
