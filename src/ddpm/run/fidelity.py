@@ -112,7 +112,7 @@ def fidelity(
             denoiser, preset.shape, seeds, sampler, levels, batch_size, ranks.device, progress=progress,
             y=None if y is None else y.repeat_interleave(DRAWS), condition=condition.repeat_interleave(DRAWS, dim=0),
         )  # fmt: skip
-        drawn, truth = samples.double().unflatten(0, (-1, DRAWS)), pixels.to_pixels(x0, values).double()
+        drawn, truth = samples.double().view(-1, DRAWS, *preset.shape), pixels.to_pixels(x0, values).double()
         shown = {"": drawn[:, 0], "_of_mean": drawn.mean(1)}
         if preset.condition.startswith("lowres"):
             shown["_bicubic"] = pixels.to_pixels(conditions.shown(condition, preset.channels), values).double()

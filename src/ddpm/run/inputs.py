@@ -102,9 +102,10 @@ def _condition(file: Path, mask: str | Path | None, preset: Preset, notes: pictu
     picture, clear = _picture(file, preset, notes)
     known = torch.ones(1, *preset.size)
     if preset.condition.startswith("mask"):
-        if mask is None and clear is None:
+        drawn = clear if mask is None else mask_of(mask, file, preset)
+        if drawn is None:
             raise InputError(f"{file}: no part is transparent; want --mask FILE, white where the model is to draw")
-        known = (~(clear if mask is None else mask_of(mask, file, preset))).float()
+        known = 1 - drawn.float()
     return conditions.join(picture[None], known[None])[0]
 
 

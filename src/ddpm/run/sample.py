@@ -303,7 +303,7 @@ class Inputs:
         (8, 16)
         """
         told = pixels.to_pixels(conditions.shown(self.conditions, samples.shape[1]), values)
-        tiles = torch.cat([told[:, None], samples.unflatten(0, (-1, self.each))], dim=1)
+        tiles = torch.cat([told[:, None], samples.view(-1, self.each, *samples.shape[1:])], dim=1)
         return tiles.flatten(0, 1), (self.each + 1) * max(1, _COLUMNS // (self.each + 1))
 
     def about(self) -> dict[str, object]:
