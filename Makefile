@@ -47,9 +47,13 @@ $(VENV)/.documented: $(VENV)/.installed
 	touch $@
 
 # The site, in build/docs. No warning is let through. A tutorial runs again when it has changed; `make clean` forgets all.
+# DEMO=npm also puts the digits model in docs/demo.md, for which npm fetches onnxruntime-web and pip the extra onnx.
+# DEMO=FOLDER takes an unpacked onnxruntime-web from there.
+DEMO ?=
 docs: $(VENV)/.documented
 	$(BIN)/python docs/spelling.py
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m sphinx -q -W --keep-going -n -c docs . build/docs
+	$(if $(DEMO),$(PIP) --editable '.[onnx]')
+	DEMO="$(DEMO)" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m sphinx -q -W --keep-going -n -c docs . build/docs
 	@echo "the site: build/docs/index.html"
 
 # Measure the times again: about an hour on two cores. DATA=cifar10 QUALITY=program adds quality per hour, which takes an

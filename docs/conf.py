@@ -21,6 +21,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
     "formulas",
+    "demo",
     "generated",
     "docstrings",
 ]
@@ -68,6 +69,7 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "show_signature": False,
     "copyfile_regex": r"$^",
+    "first_notebook_cell": "# This notebook needs ddpm with two extras: pip install '.[codec,plots]' in a checkout",
     "image_srcset": ["2x"],
     "thumbnail_size": (320, 200),
 }

@@ -62,6 +62,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "paper-L": {**PAPER, "loss": "vlb"},
     # optimisation
+    "muon": {"optimizer": "muon"},
+    "muon-lr-double": {"optimizer": "muon", "lr": lambda p: 2 * p.lr},
+    "muon-lr-half": {"optimizer": "muon", "lr": lambda p: p.lr / 2},
+    "muon-cooldown-whole": {"optimizer": "muon", "cooldown": 1.0},
+    "endless": {"cooldown": 0.0, "lr_ref_steps": lambda p: p.steps // 4},
     "lr-double": {"lr": lambda p: 2 * p.lr},
     "lr-half": {"lr": lambda p: p.lr / 2},
     "batch-double": {"batch_size": lambda p: 2 * p.batch_size},
@@ -72,9 +77,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema-longer": {"ema_decay": lambda p: 1 - 5 / p.steps, "ema_warmup": False},
     "dropout": {"dropout": 0.1},
     "flip-none": {"flip": False},
-    "muon": {"optimizer": "muon"},
-    "muon-lr-double": {"optimizer": "muon", "lr": lambda p: 2 * p.lr},
-    "muon-lr-half": {"optimizer": "muon", "lr": lambda p: p.lr / 2},
     "nearest": {"noise_assignment": "nearest"},
     "muon-nearest": {"optimizer": "muon", "noise_assignment": "nearest"},
     # networks that cost about as much as that of cifar10_fast

@@ -68,7 +68,7 @@ def train(out: Path, *options: Any) -> int:
 
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: ema/NAME, raw/NAME and optimizer/MOMENT.NAME."""
+    """All tensors of a checkpoint: ema/NAME, raw/NAME, optimizer/MOMENT.NAME, and with snapshots power-0.05/NAME."""
     files = sorted((run / "checkpoints" / f"{step:08d}").glob("*.safetensors"))
     return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
 
@@ -76,7 +76,7 @@ def tensors(run: Path, step: int) -> dict[str, Tensor]:
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     """Assert that two checkpoints are equal bit for bit."""
     assert a.keys() == b.keys()
-    assert len({name.split("/")[0] for name in a}) == 3  # ema, raw, optimizer
+    assert {name.split("/")[0] for name in a} >= {"ema", "raw", "optimizer"}
     differ = [name for name in a if not torch.equal(a[name], b[name])]
     assert not differ
 
@@ -84,12 +84,13 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     """Assert that two checkpoints are equal within float error, relative to the norm of all tensors of a kind.
 
-    The kinds are weights, averages, and moments of one name. Single tensors may differ more: the gradient of a bias
+    The kinds are weights, each average, and moments of one name. Single tensors may differ more: the gradient of a bias
     before a norm cancels to rounding errors, and Adam turns these into steps.
     """
     assert a.keys() == b.keys()
     moments = {name.partition(".")[0] + "." for name in a if name.startswith("optimizer/")}
-    for part in ("ema/", "raw/", *sorted(moments)):
+    of_snapshots = {name.partition("/")[0] + "/" for name in a if name.startswith("power-")}
+    for part in ("ema/", "raw/", *sorted(moments | of_snapshots)):
         names = [name for name in a if name.startswith(part)]
         x, y = (torch.cat([run[name].flatten().double() for name in names]) for run in (a, b))
         assert float((x - y).norm() / x.norm()) < 1e-3, part
@@ -106,6 +107,12 @@ def losses(run: Path) -> dict[int, float]:
     by_step = {line["step"]: line["loss"] for line in lines}
     assert len(by_step) == len(lines)
     return by_step
+
+
+def snapshots(run: Path) -> dict[str, Tensor]:
+    """All tensors of the snapshots of a run: STEP/FILE/NAME."""
+    files = sorted((run / "snapshots").glob("*/*.safetensors"))
+    return {f"{file.parent.name}/{file.stem}/{name}": x for file in files for name, x in load_file(file).items()}
 
 
 def steps(run: Path) -> list[int]:

@@ -1,9 +1,11 @@
 """The command line: help without torch, and a user's mistakes, each of which is one helpful line and exit code 2."""
 
+import argparse
 import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,9 +22,14 @@ from PIL import Image
 
 import ddpm
 from ddpm.cli import main
+from ddpm.cli.main import parser
 from ddpm.errors import InputError
 from ddpm.files import data, images, opening
 from ddpm.presets import PRESETS
+
+COMMANDS: dict[str, argparse.ArgumentParser] = next(
+    a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction)
+)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["paper", "--help"], ["--version"]])
@@ -46,6 +53,23 @@ def test_help_names_every_setting_and_preset(capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')} " in text or f"--{name.replace('_', '-')}," in text for name in FIELDS)
     assert all(name in text.replace("\n", " ") for name in PRESETS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_named_groups_and_an_example_that_parses(name: str) -> None:
+    """Every option is in a group with a name, each line has words, and the parser knows all words of the example."""
+    command = COMMANDS[name]
+    for group in command._action_groups:
+        assert not (group.title == "options" and group._group_actions)
+        assert all(action.help for action in group._group_actions)
+    assert {"--help", "-h"} <= command._option_string_actions.keys()
+    title, *lines = (command.epilog or "").splitlines()
+    assert title == "example:"
+    for line in lines:
+        program, *words = shlex.split(line)
+        args, unknown = parser().parse_known_args(words)
+        assert (program, unknown) == ("ddpm", [])
+    assert args.command == name
 
 
 # The data set says the names of classes, and an imported model the details of its network.
@@ -147,7 +171,7 @@ MISTAKES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("train digits --out pictures", lambda here: grey(here / "pictures"), ["out pictures", "not a run"]),
     ("train digits --out notes.txt/run", lambda here: write(here / "notes.txt"), ["out notes.txt/run", "directory"]),
     # sampling
-    ("sample", nothing, ["RUN", "a run folder"]),
+    ("sample", nothing, ["MODEL", "a run folder"]),
     ("sample runs/none", nothing, ["runs/none", "no such file or folder", "a run folder"]),
     ("sample pictures", lambda here: grey(here / "pictures"), ["pictures", "not a run", "a run folder"]),
     ("sample notes.txt", lambda here: write(here / "notes.txt"), ["notes.txt", "safetensors"]),

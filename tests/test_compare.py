@@ -151,7 +151,7 @@ def test_statistics_and_features_of_other_programs(here, capsys):
         (["a", "a", "--out", "r.txt"], "--out r.txt: want a name that ends in .json"),
         (["a", "one", "--features", "f.py:stats"], "1 images: want at least 3 for fid"),
         (["a", "a", "--features", "f.py:pixels"], "gives features of different lengths for"),
-        (["a"], "B: missing; want the same"),
+        (["a"], "B: missing; want real images: a folder"),
     ],
 )
 def test_mistakes(here, capsys, words, message):

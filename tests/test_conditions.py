@@ -229,13 +229,13 @@ def test_the_network_sees_the_condition_beside_the_image() -> None:
     state = {**net.state_dict(), "conv_in.weight": net.conv_in.weight[:, :1]}
     plain.load_state_dict(state)
     x, t, condition = torch.randn(2, 1, 8, 8), torch.tensor([3, 9]), torch.randn(2, 2, 8, 8)
-    torch.testing.assert_close(net(x, t, None, torch.zeros_like(condition)), plain(x, t))
-    assert float((net(x, t, None, condition) - plain(x, t)).detach().abs().min()) > 0
+    torch.testing.assert_close(net(x, t, condition=torch.zeros_like(condition)), plain(x, t))
+    assert float((net(x, t, condition=condition) - plain(x, t)).detach().abs().min()) > 0
     for wrong, words in ((None, "condition: 0 channels; want 2"), (condition[:, :1], "condition: 1 channels; want 2")):
         with pytest.raises(InputError, match=words):
-            net(x, t, None, wrong)
+            net(x, t, condition=wrong)
     with pytest.raises(InputError, match="condition: 2 channels; want no condition"):
-        plain(x, t, None, condition)
+        plain(x, t, condition=condition)
 
 
 def test_cuda_graphs_take_the_condition(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,7 @@ def test_a_resumed_run_is_the_same_run(how: str, tmp_path: Path, capsys: pytest.
     From the fifth step of a process on, a compiled step is a CUDA graph, and no line says that it is none.
     """
     options = ["--dropout", 0.3, "--compile", "on" if how == "compiled" else "off", "--precision", "bf16"]
+    options += ["--optimizer", "adam" if how == "compiled" else "muon"]
     assert train(tmp_path / "whole", *options, "--steps", 12) == 0
     assert train(tmp_path / "parts", *options, "--steps", 6) == 0
     assert train(tmp_path / "parts", *options, "--steps", 12) == 0

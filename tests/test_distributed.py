@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_close, losses, metrics, steps, tensors, train
+from conftest import TINY, assert_close, losses, metrics, snapshots, steps, tensors, train
 
 from ddpm.cli import main
 from ddpm.errors import InputError
@@ -39,7 +39,7 @@ class Both:
     mixed: Path  # a run of 10 steps by one process, then 10 by two
     samples: Path  # samples of `trained` by two
     measured: Path  # the results of evaluate and paper for `trained` by two
-    short: Path  # a run of 3 steps by two, with the nearest noise
+    short: Path  # a run of 3 steps by two, with warps and the nearest noise
     deep: Path  # a run by two on images of 16 bits, with samples beside it
     stopped: Path  # a run by two, with dropout, ended by SIGTERM
     out: str
@@ -54,6 +54,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
     assert train(one, *TWENTY) == 0
     shutil.copytree(one, mixed)
     shutil.rmtree(mixed / "checkpoints" / "00000020")
+    shutil.rmtree(mixed / "snapshots" / "00000020")
     np.save(root / "deep.npy", np.random.default_rng(0).integers(0, 65536, (20, 8, 8), dtype=np.uint16))
     deep = ["--data", str(root / "deep.npy"), "--pixel-type", "uint16", "--steps", "2", "--out", str(root / "deep")]
     commands = [
@@ -97,8 +98,8 @@ def measuring(run: Path, out: Path) -> list[list[str]]:
     ]
 
 
-TWENTY = ("--steps", "20", "--save-every", "10", "--timestep-sampling", "stratified")
-SHORT = ("--steps", "3", "--noise-assignment", "nearest", "--classes", "--label-dropout", "0.5")
+TWENTY = ("--steps", "20", "--save-every", "10", "--snapshot-every", "5", "--timestep-sampling", "stratified")
+SHORT = ("--steps", "3", "--noise-assignment", "nearest", "--classes", "--label-dropout", "0.5", "--augment", "0.1")
 DROPOUT = ("--dropout", "0.3", "--flip", "--save-every", "5", "--keep", "100000")
 
 
@@ -110,6 +111,18 @@ def test_two_processes_train_like_one(both: Both) -> None:
         assert a == pytest.approx(b, rel=1e-4)
     assert_close(tensors(both.two, 20), tensors(both.one, 20))
     assert (both.two / "samples" / "00000020.png").is_file()
+
+
+def test_two_processes_write_the_snapshots_of_one(both: Both) -> None:
+    """Also where they resume its run."""
+    one = snapshots(both.one)
+    assert {name.split("/")[0] for name in one} == {"00000005", "00000010", "00000015", "00000020"}
+    for run in (both.two, both.mixed):
+        found = snapshots(run)
+        assert found.keys() == one.keys()
+        for file in {name.rpartition("/")[0] for name in one}:
+            x, y = (torch.cat([all_[name].flatten() for name in one if name.startswith(file)]) for all_ in (found, one))
+            assert float((x - y).norm() / y.norm()) < 1e-3, file
 
 
 def test_only_one_process_prints(both: Both) -> None:
@@ -146,7 +159,7 @@ def test_dropout_is_that_of_one_process_in_two_parts(both: Both, tmp_path: Path)
 
 
 def test_draws_for_the_whole_batch_are_those_of_one_process(both: Both, tmp_path: Path) -> None:
-    """An image may get the noise of another process's image."""
+    """Warps are drawn for all images, and an image may get the noise of another process's image."""
     assert train(tmp_path / "one", *SHORT) == 0
     assert losses(both.short) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert_close(tensors(both.short, 3), tensors(tmp_path / "one", 3))

@@ -19,6 +19,7 @@ SHORT = {
     "train": "--steps 2 --num-timesteps 50 --width 32 --channel-multipliers 1,1 --num-res-blocks 1 "
     "--batch-size 4 --size 8 --sample-count 2 --sample-steps 2 --eval-images 4",
     "train --init": "--steps 2 --batch-size 4 --sample-count 2 --sample-steps 2 --eval-images 4",
+    "distill": "--steps 2 --batch-size 4 --eval-images 4 --sample-every 0",
     "sample": "--steps 12",
     "evaluate": "-n 2",
     "calibrate": "-n 2 --codec 2",
@@ -26,11 +27,12 @@ SHORT = {
     "paper": "-n 1",
     "interpolate": "-n 3",
     "inpaint": "--resample 2",
+    "restore": "--steps 5",
     "edit": "--t 40",
 }
 ONLY_PARSED = ("torchrun", "uoft-cs", "cifar10_fast --minutes", "--to hub", "--to web", "--to onnx", "fid", "ddpm page")
-ONLY_PARSED += ("--then",)
-"""A line with one of these needs several processes, a download, an extra or runs of two sizes, or does not end."""
+ONLY_PARSED += ("ddpm average", "small.png", "hazy.png", "runs/smaller", "--then")
+"""A line with one of these does not end, or needs several processes, a download, an extra, a picture or long runs."""
 FIRST = ("README.md", "docs/howto/resume.md", "docs/howto/publish.md", "docs/howto/reproduce.md")
 """These pages make what the others use: the folders runs/mine and runs/digits, the model mine.safetensors, figures."""
 PAGES = sorted(str(p.relative_to(ROOT)) for kind in ("*.md", "howto/*.md") for p in (ROOT / "docs").glob(kind))

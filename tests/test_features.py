@@ -524,7 +524,7 @@ def test_cifar_quality_as_a_feature_network():
     x = torch.randint(0, 256, (80, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = features.measure(network, x, keep_features=True, keep_probabilities=True, progress=False)
     reference = features.load_statistics(SHARED / "tools/cifar10_resnet56_train_stats.npz").moments
-    import ddpm_features_cifar_quality as tool
+    import ddpm_user_cifar_quality as tool
 
     frd = tool.frechet(
         found.features.mean(0), np.cov(found.features, rowvar=False), reference.mean, reference.covariance

@@ -143,7 +143,8 @@ def test_training_losses_and_gradients_equal_those_of_the_cpu(name, weighting):
 
     def step(device):
         factor = torch.full((), 0.3, requires_grad=True)  # a scalar may be on any device
-        denoiser = replace(ON_CPU, network=lambda x, timestep, y=None: factor * x)
+        predict = "v" if name == "consistency" else ON_CPU.predict
+        denoiser = replace(ON_CPU, network=lambda x, timestep, y=None: factor * x, predict=predict)
         moved = t.to(device)
         each = losses.LOSSES[name](denoiser, x0.to(device), moved, eps.to(device))
         loss = (each * losses.weight(denoiser, moved, weighting)).mean()

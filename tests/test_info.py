@@ -37,7 +37,7 @@ def test_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "image       8x8 grey",
         "num_timesteps           20",
         "checkpoint  20, held-out",
-        "what it can be asked",
+        "the commands that it takes",
     ):
         assert line in out
 

@@ -100,7 +100,7 @@ def test_a_run_resumes_without_the_model(trained: Path, tmp_path: Path) -> None:
     """To the bit, though the model is gone; and a run that was killed before its first checkpoint begins again."""
     shutil.copytree(trained, tmp_path / "model")
     where = str(tmp_path / "model")
-    short = {**SHORT, "steps": 4}
+    short = {**SHORT, "steps": 4, "snapshot_every": 3}
     whole = ddpm.train(None, letters(), tmp_path / "whole", init=where, **short)
     halves = ddpm.train(None, letters(), tmp_path / "halves", init=where, **{**short, "steps": 2})
     ddpm.train(None, letters(), tmp_path / "again", init=where, **{**short, "steps": 2})

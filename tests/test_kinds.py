@@ -14,6 +14,8 @@ TEXT = (Path(__file__).parents[1] / "docs" / "kinds.md").read_text()
 FEATURES = "def features(x):\n    return x.reshape(len(x), -1)[:, :8].astype('float64')\n"
 TRAINING = [*TINY, *"--steps 2 --eval-images 4 --channel-multipliers 1,1 --beta-T 0.7 --warmup 0".split()]
 
+RESTORED = "--operator blur:1".split()
+
 ARRAYS = {"16 bits": (1, "uint16"), "float": (1, "float32"), "13 channels": (13, "uint8")}
 """Models of .npy files: their channels and their numbers."""
 
@@ -54,6 +56,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert main([*TRAINING, "--data", data, "--channels", str(channels), "--out", f"model {name}"]) == 0
         assert main([*TRAINING, "--classes", "--out", "model classes"]) == 0
         assert main([*TRAINING, "--condition", "lowres:2", "--out", "model condition"]) == 0
+        two_calls = "--channels 3 --predict v --loss consistency --out".split()
+        assert main([*TRAINING, "--data", "RGB", *two_calls, "model consistency"]) == 0
         for name, (channels, dtype) in ARRAYS.items():
             (folder / name).mkdir()
             for i in range(6):
@@ -63,7 +67,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
             schedule = "--schedule log_snr --beta-1 1e-9" if dtype == "uint16" else ""
             options = f"--channels {channels} --pixel-type {dtype} {schedule}".split()
             assert main([*TRAINING, "--data", name, *options, "--out", f"model {name}"]) == 0
-        for name in ("grey", "RGB", "RGBA", "classes", "16 bits", "13 channels"):
+        for name in ("grey", "RGB", "RGBA", "classes", "consistency", "16 bits", "13 channels"):
             assert main(["calibrate", f"model {name}", "-n", "2", "--codec", "2"]) == 0
         assert main(["export", "model RGB", "--to", "diffusers", "model diffusers folder"]) == 0
     return folder
@@ -91,6 +95,7 @@ def test_pictures(
         "train": [*TRAINING, "--data", kind, "--channels", "3", "--out", out],
         "evaluate": ["evaluate", "model RGB", "--data", kind, "-n", "1", "--out", out],
         "edit": ["edit", "model RGB", one, "--out", f"{out}.png"],
+        "restore": ["restore", "model RGB", one, *RESTORED, "--out", f"{out}.png"],
         "compress": ["compress", "model RGB", one, "--out", out, "--chunk-bits", "8"],
     }[command]
     follow(words, cell, capsys)
@@ -117,6 +122,7 @@ def test_models(
             *"-n 2 --metrics ode --ode-steps 4".split(),
         ],
         "edit": ["edit", model, image, "--out", f"{out}.png"],
+        "restore": ["restore", model, image, *RESTORED, "--out", f"{out}.png"],
         "compress": [
             *["compress", model, "grey/0.png" if data == "grey" else "RGB/0.png"],
             *["--out", out, "--chunk-bits", "8"],

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY as SETTINGS
-from conftest import assert_close, assert_same, losses, metrics, steps, tensors
+from conftest import assert_close, assert_same, losses, metrics, snapshots, steps, tensors
 from conftest import train as train_digits
 from several import Agents, reached, wait_until
 
@@ -111,7 +111,7 @@ def test_three_processes_train_like_one(tmp_path: Path) -> None:
     What they share is in the losses: each is the mean over one batch, whose images, levels and noise are the same.
     """
     here = tmp_path
-    options = ("--save-every", "5", "--keep", "100")
+    options = ("--save-every", "5", "--keep", "100", "--optimizer", "muon")
     assert train(here / "one", "--steps", 15, *options) == 0
     with Agents([[*TINY, *options, "--steps", 5, "--out", "run"]], [here], 3) as agents:
         assert agents.wait() == [0], agents.err()
@@ -187,7 +187,20 @@ def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
 def test_a_node_without_the_run_gets_it(tmp_path: Path) -> None:
     """The newest checkpoint is on the second node: the first one gets all of it, to the bit, and its log."""
     folders = nodes(tmp_path)
-    words = [*TINY, "--save-every", "5", "--keep", "100", "--out", "run", "--steps"]
+    words = [
+        *TINY,
+        "--optimizer",
+        "muon",
+        "--save-every",
+        "5",
+        "--snapshot-every",
+        "5",
+        "--keep",
+        "100",
+        "--out",
+        "run",
+    ]
+    words += ["--steps"]
     with Agents([[*words, 10]] * 2, folders) as agents:
         assert agents.wait() == [0, 0], agents.err()
     for folder in folders:  # each node has the run
@@ -201,6 +214,10 @@ def test_a_node_without_the_run_gets_it(tmp_path: Path) -> None:
     assert_same(tensors(folders[0] / "run", 10), tensors(folders[1] / "run", 10))
     assert_same(tensors(folders[0] / "run", 15), tensors(folders[1] / "run", 15))
     assert list(losses(folders[0] / "run")) == list(range(1, 16))
+    first, second = (snapshots(folder / "run") for folder in folders)
+    assert {name.split("/")[0] for name in first} == {"00000010", "00000015"}  # those since the newest checkpoint
+    assert {name.split("/")[0] for name in second} == {"00000005", "00000010", "00000015"}
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_nodes_that_share_a_disk_have_one_writer(tmp_path: Path) -> None:

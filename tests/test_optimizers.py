@@ -85,7 +85,7 @@ def test_a_step_on_a_quadratic() -> None:
     torch.manual_seed(0)
     q = torch.linalg.qr(torch.randn(16, 16))[0]
     weight = nn.Parameter(torch.zeros(16, 16))
-    (weight - q).square().sum().backward()  # type: ignore[no-untyped-call]
+    (weight - q).square().sum().backward()
     Muon([weight], lr=0.5).step()
     s = float(round_by_round(torch.tensor(1 / 4, dtype=torch.float64)))
     assert torch.allclose(weight, 0.5 * 0.2 * math.sqrt(16) * s * q, atol=1e-5)
@@ -111,12 +111,13 @@ def test_a_convolution_is_a_matrix_in_any_memory_layout() -> None:
     assert torch.equal(plain.flatten(1), matrix)
 
 
-def test_a_matrix_without_a_gradient_stays() -> None:
-    """A gradient of 0 has no direction."""
-    weight = nn.Parameter(torch.ones(3, 3))
-    weight.grad = torch.zeros(3, 3)
-    Muon([weight], lr=0.1).step()
-    assert torch.equal(weight, torch.ones(3, 3))
+def test_matrices_without_a_gradient_stay() -> None:
+    """One has none, and one has a gradient of 0, which has no direction."""
+    without, zero = (nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+    zero.grad = torch.zeros(3, 3)
+    Muon([without, zero], lr=0.1).step()
+    assert torch.equal(without, torch.ones(3, 3))
+    assert torch.equal(zero, torch.ones(3, 3))
 
 
 HIDDEN = """
@@ -130,8 +131,8 @@ HIDDEN = """
 
 
 def test_muon_gets_the_weights_between_hidden_layers() -> None:
-    """Of a network with classes, attention and patches: these, and Adam gets each of the others once."""
-    network = UNet(3, None, 32, (1,), 1, (0,), num_classes=5, patch=2)
+    """Of a network with classes, warps, attention and patches: these, and Adam gets each of the others once."""
+    network = UNet(3, None, 32, (1,), 1, (0,), num_classes=5, patch=2, warped=True)
     name_of = {p: name for name, p in network.named_parameters()}
     adam, muon = optimizers.make(network, "muon", lr=1e-3)
     assert isinstance(muon, Muon)
@@ -139,7 +140,7 @@ def test_muon_gets_the_weights_between_hidden_layers() -> None:
     assert hidden == [f"{name}.weight" for name in HIDDEN.split()]
     assert sorted(hidden + others) == sorted(name_of.values())
     outer = {name for name in others if network.get_parameter(name).ndim > 1}
-    assert outer == {f"{name}.weight" for name in ("time1", "time2", "label", "conv_in", "conv_out")}
+    assert outer == {"warp", *(f"{name}.weight" for name in ("time1", "time2", "label", "conv_in", "conv_out"))}
     (alone,) = optimizers.make(network, "adam", lr=1e-3)
     assert [name_of[p] for p in alone.param_groups[0]["params"]] == [*name_of.values()]
 

@@ -292,6 +292,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "edit RUN IMAGE --invert 2 --class 3",
         "interpolate RUN IMAGE IMAGE -n 2",
         "inpaint RUN IMAGE MASK",
+        "restore RUN IMAGE --operator blur:1",
         "compress RUN IMAGE --out OUT.ddpm",
         "paper fig6 --run RUN",
     ],

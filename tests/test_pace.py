@@ -93,7 +93,7 @@ def test_a_run_of_some_minutes_is_an_ordinary_run(tmp_path: Path, monkeypatch: p
             step()
         return 0.1
 
-    given = ("--dropout", 0.3, "--flip", "--cooldown", 1, "--warmup", 0, "--optimizer", "muon")
+    given = ("--dropout", 0.3, "--flip", "--cooldown", 1, "--warmup", 0, "--optimizer", "muon", "--snapshot-every", 4)
     monkeypatch.setattr("ddpm.run.train.time_steps", three_steps)
     monkeypatch.setattr(Costs, "steps_in", lambda *_: 9)
     with monkeypatch.context() as patch:

@@ -117,6 +117,8 @@ FAILING = {  # ODD is a name with a line break, RUN a run of that name, and PICT
     "edit": "edit RUN PICTURE --t 5 --out a.png",
     "interpolate": "interpolate RUN PICTURE PICTURE --t 5 --out a.png",
     "inpaint": "inpaint RUN PICTURE PICTURE --out a.png",
+    "restore": "restore RUN PICTURE --operator blur:1 --out a.png",
+    "an operator": "restore RUN PICTURE --operator ODD --out a.png",
     "compress": "compress digits PICTURE --out a.ddpm",
     "decompress": "decompress digits PICTURE --out a.png",
     "inspect": "inspect PICTURE",

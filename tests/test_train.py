@@ -411,6 +411,18 @@ def test_the_learning_rate_falls_during_the_cooldown(tmp_path: Path) -> None:
     assert rates[8:] == pytest.approx([0.001 * i for i in range(8, 0, -1)])
 
 
+def test_the_learning_rate_falls_without_an_end(tmp_path: Path) -> None:
+    """As 1/sqrt(step) after lr_ref_steps, on top of warmup and cooldown. More steps change no rate before."""
+    plan = ("--warmup", 2, "--lr", 0.008, "--lr-ref-steps", 4)
+    for end in (6, 10):
+        assert train(tmp_path / "run", *plan, "--steps", end) == 0
+    rates = [line["lr"] for line in metrics(tmp_path / "run") if "lr" in line]
+    assert rates == pytest.approx([0, 0.004, 0.008, 0.008, *(0.008 / math.sqrt(n / 4) for n in range(4, 10))])
+    assert train(tmp_path / "ends", *plan, "--steps", 10, "--cooldown", 0.2) == 0
+    ending = [line["lr"] for line in metrics(tmp_path / "ends") if "lr" in line]
+    assert ending == pytest.approx([*rates[:9], rates[9] / 2])
+
+
 @pytest.mark.parametrize("weighting", ["min_snr", "p2"])
 def test_the_weighting_scales_the_training_loss(weighting: str, tmp_path: Path) -> None:
     """With one level, the loss is the unweighted loss times the weight of this level."""
@@ -613,13 +625,13 @@ def test_nothing_is_compiled_by_default_on_a_cpu() -> None:
     assert not pick_compile("off", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("loss", ["simple", "vlb", "hybrid"])
+@pytest.mark.parametrize("loss", ["simple", "vlb", "hybrid", "consistency"])
 def test_no_step_waits_for_the_device(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training step and steps of a sampler run on the device meta, whose values cannot be read."""
     preset = dataclasses.replace(
         PRESETS["digits"],
         loss=loss,
-        variance="fixed_large" if loss == "simple" else "learned_range",
+        variance="learned_range" if loss in ("vlb", "hybrid") else "fixed_large",
         precision="float32",
     )
     denoiser = ddpm.build(preset)
@@ -644,7 +656,7 @@ def test_no_step_waits_for_the_device(loss: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_channels_last_weights_train_and_are_saved_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, weights, average, gradients and moments are channels-last in memory, but not in files."""
+    """As on CUDA, weights, averages, gradients and moments are channels-last in memory, but not in files."""
     move = ddpm.Denoiser.to
 
     def to(self: ddpm.Denoiser, device: Any) -> ddpm.Denoiser:
@@ -652,18 +664,18 @@ def test_channels_last_weights_train_and_are_saved_like_others(tmp_path: Path, m
         moved.network.to(memory_format=torch.channels_last)
         return moved
 
-    def saved(run: Path, preset: Any, state: Any, given: dict[str, dict[str, Tensor]]) -> Path:
+    def saved(run: Path, preset: Any, state: Any, given: dict[str, dict[str, Tensor]], place: str) -> Path:
         weights = [v for kind in given.values() for v in kind.values() if v.ndim == 4 and v.shape[1] > 1 < v.shape[2]]
         assert all(v.is_contiguous(memory_format=torch.channels_last) for v in weights)
-        assert len(weights) >= 4 * 5
-        return save(run, preset, state, given)
+        assert len(weights) >= 5 * (6 if place == "checkpoints" else 2)
+        return save(run, preset, state, given, place)
 
-    save = checkpoints.save
-    assert train(tmp_path / "plain", "--steps", 6) == 0
+    save, snapshots = checkpoints.save, ("--snapshot-every", 2)
+    assert train(tmp_path / "plain", *snapshots, "--steps", 6) == 0
     monkeypatch.setattr(ddpm.Denoiser, "to", to)
     monkeypatch.setattr(checkpoints, "save", saved)
-    assert train(tmp_path / "last", "--steps", 3) == 0
-    assert train(tmp_path / "last", "--steps", 6) == 0
+    assert train(tmp_path / "last", *snapshots, "--steps", 3) == 0
+    assert train(tmp_path / "last", *snapshots, "--steps", 6) == 0
     assert_close(tensors(tmp_path / "last", 6), tensors(tmp_path / "plain", 6))
 
 

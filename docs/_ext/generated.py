@@ -12,8 +12,8 @@ from ddpm.cli.main import parser
 from ddpm.presets import GROUPS, PRESETS, Preset
 
 FAMILIES = {
-    "Make a model": ("train", "calibrate", "export", "import"),
-    "Make and change pictures": ("sample", "edit", "interpolate", "inpaint", "page"),
+    "Make a model": ("train", "distill", "average", "calibrate", "export", "import"),
+    "Make and change pictures": ("sample", "edit", "interpolate", "inpaint", "restore", "page"),
     "Measure": ("evaluate", "compare", "paper", "report", "info", "data"),
     "Compress": ("compress", "decompress", "inspect"),
 }
@@ -34,8 +34,9 @@ def _help(action: argparse.Action, top: argparse.ArgumentParser) -> str:
 def _option(action: argparse.Action, top: argparse.ArgumentParser) -> list[str]:
     value = ""
     if action.nargs != 0:
-        value = " ".join(str(m) for m in [action.metavar or action.dest.upper()])
-        value = f" {value} ..." if action.nargs in ("+", "*") else f" {value}"
+        metavar = action.metavar or action.dest.upper()
+        value = f" {metavar if isinstance(metavar, str) else ' '.join(metavar)}"
+        value += " ..." if action.nargs in ("+", "*") else ""
     names = ", ".join(f"{name}{value}" for name in action.option_strings) or value.strip()
     return [f":::{{option}} {names}", escaped(_help(action, top)), ":::", ""]
 
@@ -58,8 +59,7 @@ def command_page(command: argparse.ArgumentParser) -> str:
         actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS and "--help" not in a.option_strings]
         if not actions:
             continue
-        title = {"positional arguments": "Arguments", "options": "Options"}.get(group.title or "", group.title or "")
-        lines += [f"## {title.capitalize()}", ""]
+        lines += [f"## {(group.title or '').capitalize()}", ""]
         about, _, table = (group.description or "").partition("\n\n")
         if about:
             lines += [escaped(about[0].upper() + about[1:]) + ".", ""]
@@ -73,7 +73,9 @@ def command_page(command: argparse.ArgumentParser) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return "x".join(map(str, value)) if len(value) == 2 and min(value) >= 8 else ",".join(map(str, value)) or "none"
-    return {True: "yes", False: "no", "": "none"}.get(value, f"{value:g}" if isinstance(value, float) else str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def _range(field: Any, hint: Any) -> str:
@@ -86,7 +88,7 @@ def _range(field: Any, hint: Any) -> str:
     if hint is bool:
         return "yes, no"
     if least is None and most is None:
-        return "LOW,HIGH" if "range" in field.name else "text"
+        return field.metadata["value"] or "text"
     return f"{least:,} to {most:,}" if most is not None else f"at least {least:,}"
 
 
@@ -189,6 +191,13 @@ def _links(app: Any, docname: str, text: list[str]) -> None:
     text[0] = re.sub(r"\]\(((?:\.\./)*)tutorials/(\w+)\.py\)", r"](\1gallery/\2.rst)", text[0])
 
 
+def _notebooks(app: Any) -> None:
+    """In a notebook, a link to another tutorial opens its notebook."""
+    for path in Path(app.srcdir, "docs/gallery").glob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(r"\((\d_\w+)\.html\)", r"(\1.ipynb)", text), encoding="utf-8")
+
+
 def _finish(app: Any, error: Exception | None) -> None:
     """The site's address opens the start page."""
     if error is None and app.builder.format == "html":
@@ -201,6 +210,7 @@ def _finish(app: Any, error: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     app.connect("builder-inited", _start)
+    app.connect("builder-inited", _notebooks, priority=900)  # after sphinx-gallery wrote them
     app.connect("source-read", _links)
     app.connect("build-finished", _finish)
     return {"parallel_read_safe": True}

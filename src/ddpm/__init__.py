@@ -1,13 +1,13 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the whole paper, on PyTorch.
 
 mathematics   pixels, noise, schedule, gaussian, denoiser, guidance, conditions, timesteps, losses, likelihood, ode,
-              samplers, spacing, editing, metrics, unet
+              samplers, spacing, editing, restoration, metrics, unet
 settings      presets: Preset, PRESETS, build; catalog: what can be chosen by name
 training      train: a preset and images -> Run, with its model
 files         load: a run folder or a checkpoint file -> Denoiser
 codec         codec.compress, codec.decompress, codec.pictures; load_codec: a calibrated model -> codec.Model
-programs      run.train, run.sample, run.evaluate, run.quality, run.calibrate, run.paper, run.edit, run.report,
-              run.compress, run.export; cli: the command line
+programs      run.train, run.sample, run.evaluate, run.quality, run.calibrate, run.paper, run.edit, run.restore,
+              run.report, run.compress, run.export; cli: the command line
 
 A module loads when it is first used, so that `ddpm --help` does not wait for torch.
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ddpm import ode as ode
     from ddpm import pixels as pixels
     from ddpm import presets as presets
+    from ddpm import restoration as restoration
     from ddpm import samplers as samplers
     from ddpm import schedule as schedule
     from ddpm import spacing as spacing
@@ -56,7 +57,7 @@ from ddpm.version import __version__ as __version__
 
 _MODULES = {
     "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "ode", "samplers", "spacing",
-    "editing", "metrics", "unet", "presets", "codec", "guidance", "conditions", "timesteps", "catalog",
+    "editing", "restoration", "metrics", "unet", "presets", "codec", "guidance", "conditions", "timesteps", "catalog",
 }  # fmt: skip
 _NAMES = {
     "Schedule": "schedule",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 # The choices of settings, as types that `Preset` and the functions share.
 Prediction = Literal["eps", "x0", "mu", "v"]
 Variance = Literal["fixed_large", "fixed_small", "learned", "learned_range"]
-TimestepSampling = Literal["uniform", "stratified", "lognormal", "bound"]
+TimestepSampling = Literal["uniform", "stratified", "lognormal", "lognormal_wide", "bound"]
 Weighting = Literal["none", "min_snr", "p2"]
 PixelType = Literal["uint8", "uint16", "float32"]
 Fit = Literal["crop", "pad", "stretch", "random-crop"]

@@ -159,7 +159,7 @@ def shown(condition: Tensor, channels: int) -> Tensor:
 class Given:
     """A network whose condition is given; see `Denoiser.given`.
 
-    network    the network, whose fourth argument is the condition
+    network    the network, which takes the argument `condition`
     condition  [B, c + 1, H, W]; a call with K B images takes each condition K times in a row
     """
 
@@ -169,4 +169,4 @@ class Given:
     def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
         each = len(x) // len(self.condition)
         condition = self.condition if each == 1 else self.condition.repeat_interleave(each, dim=0)
-        return self.network(x, timestep, y, condition)
+        return self.network(x, timestep, y, condition=condition)

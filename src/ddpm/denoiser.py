@@ -61,7 +61,7 @@ class Denoiser:
     """A network and the meaning of its output. Samplers, losses, likelihood and codec take a denoiser.
 
     network   (x [B, C, H, W], timestep int64 [B], y int64 [B] or None) -> [B, C, H, W], or [B, 2C, H, W] if the
-              variance is learned. A network with a condition on an image takes it as a fourth argument (`given`)
+              variance is learned. A network with a condition on an image takes it as the argument `condition` (`given`)
     schedule  the noise levels
     predict   what the first C channels of the output are:
               eps  the noise (Eq. 11)
@@ -236,18 +236,22 @@ class Denoiser:
         """
         return self if condition is None else replace(self, network=Given(self.network, condition))
 
-    def guided(self, scale: float, interval: tuple[int, int] | None = None) -> "Denoiser":
-        """The same denoiser with classifier-free guidance; with labels, it makes two network calls in one batch.
+    def guided(
+        self, scale: float, interval: tuple[int, int] | None = None, guide: "Denoiser | None" = None
+    ) -> "Denoiser":
+        """The same denoiser with guidance: a second network call makes a weaker prediction, and takes it away.
 
-        scale     prediction = prediction without label + scale (with label - without label), which is Eq. 6 of Ho &
-                  Salimans 2022 with scale = 1 + w; 1 is no guidance. All four predictions are linear in x0^, so this
-                  guides x0^
+        scale     prediction = weaker prediction + scale (prediction - weaker prediction); 1 is no guidance. All four
+                  predictions are linear in x0^, so this guides x0^. Without `guide`, the weaker one is that without
+                  label: Eq. 6 of Ho & Salimans 2022 with scale = 1 + w. Without labels there is then no guidance
         interval  the first and the last level t with guidance (None: all levels); at other levels there is one network
                   call (Kynkäänniemi et al. 2024)
+        guide     the weaker denoiser, such as the same model earlier in its training or a smaller one (autoguidance;
+                  Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself")
 
-        Without labels, the condition of `given` takes the place of the label; `given` may come before or after. A
-        learned variance is taken from the call with label. Raises InputError if scale is not finite or interval is
-        not within 1..T.
+        Without labels, the condition of `given` takes the place of the label; `given` may come before or after, and the
+        guide gets the same condition. A learned variance is that of this denoiser with the label. Raises InputError if
+        scale is not finite, if interval is not within 1..T, and for a guide with another schedule or prediction.
 
         >>> from ddpm import schedule
         >>> labelled = Denoiser(lambda x, timestep, y: torch.full_like(x, 0.1) * y.view(-1, 1, 1, 1), schedule.linear())
@@ -262,8 +266,14 @@ class Denoiser:
         scale = finite_number("guidance", scale)
         if not 1 <= first <= last <= self.schedule.T:
             raise InputError(f"guidance interval {first}, {last}: want two levels in order, 1..{self.schedule.T}")
+        if guide is not None and guide.predict != self.predict:
+            raise InputError(f"guide: it predicts {guide.predict}; want one that predicts {self.predict}")
+        tables = [(d.schedule.alpha_bar.tolist(), d.schedule.timestep.tolist()) for d in (self, guide or self)]
+        if tables[0] != tables[1]:
+            raise InputError("guide: it has another noise schedule; want one of the same schedule and T")
         ends = self.schedule.timestep[[first, last]].tolist()
-        return replace(self, network=Guided(self.network, scale, ends[0], ends[1], self.learned))
+        weaker = None if guide is None else guide.network
+        return replace(self, network=Guided(self.network, scale, ends[0], ends[1], self.learned, weaker))
 
     def to(self, device: torch.device | str) -> "Denoiser":
         """The same denoiser with network and tables on `device`; the tables stay if `device` has no float64 (mps).
@@ -273,7 +283,8 @@ class Denoiser:
         """
         if isinstance(self.network, Guided):
             inner = replace(self, network=self.network.network).to(device)
-            return replace(inner, network=replace(self.network, network=inner.network))
+            guide = self.network.guide and replace(self, network=self.network.guide).to(device).network
+            return replace(inner, network=replace(self.network, network=inner.network, guide=guide))
         if isinstance(self.network, Given):
             return replace(self, network=self.network.network).to(device).given(self.network.condition.to(device))
         if isinstance(self.network, nn.Module):

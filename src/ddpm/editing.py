@@ -18,6 +18,7 @@ from ddpm.errors import InputError, whole_number
 from ddpm.gaussian import broadcast, q_sample, q_step
 from ddpm.noise import Noise
 from ddpm.samplers import Levels, Run, Step, ancestral
+from ddpm.schedule import Schedule
 
 
 @torch.no_grad()
@@ -253,24 +254,41 @@ def inpaint(
     [0.0, 0.0, 1.0, 1.0]
     """
     schedule, T = denoiser.schedule, denoiser.schedule.T
-    levels = [0, *schedule.levels(T if steps is None else steps)]
-    mask = _as_mask(mask, x0)
+    levels = schedule.levels(T if steps is None else steps)
+    mask, x = _as_mask(mask, x0), noise(T).to(x0)
+    for t, s, key in moves(schedule, levels, jump, resample):
+        if s > t:
+            x = back_up(schedule, x, t, s, noise(key))
+            continue
+        visited = [level for level in levels if level <= t]
+        step = next(run(denoiser, x, lambda _, key=key: noise(key), visited, y, t))  # type: ignore[misc]
+        s_batch = torch.full((len(x),), s, device=x.device)
+        known = q_sample(schedule, x0, s_batch, noise(key + T + 1))  # at s = 0 this is x0
+        x = torch.where(mask, step.x, known)
+        yield Step(s, x, step.x0)
+
+
+def moves(schedule: Schedule, steps: Levels, jump: int = 10, resample: int = 1) -> Iterator[tuple[int, int, int]]:
+    """The moves of `repaint_path` on these levels: (level before, level after, key of the draw that makes the latter).
+
+    No two keys coincide, nor do they if T + 1 is added to some. Raises InputError if steps, jump or resample does not
+    fit.
+
+    >>> from ddpm import schedule
+    >>> list(moves(schedule.linear(4), 2)), list(moves(schedule.linear(4), 2, jump=1, resample=2))
+    ([(4, 2, 2), (2, 0, 0)], [(4, 2, 2), (2, 4, 14), (4, 2, 12), (2, 0, 0)])
+    """
+    levels = [0, *schedule.levels(steps)]
     path = repaint_path(len(levels) - 1, jump, resample)
     visits = Counter(path[:1])
-    x = noise(T).to(x0)
-    for i, j in pairwise(path):  # a move from levels[i] to levels[j]
-        t = levels[j]
-        key = t + 2 * visits[j] * (T + 1)
+    for i, j in pairwise(path):
+        yield levels[i], levels[j], levels[j] + 2 * visits[j] * (schedule.T + 1)
         visits[j] += 1
-        if j > i:  # x_t ~ q(x_t | x_s) for s = levels[i]: Eq. 2 for a schedule of these two levels only
-            second = torch.full((len(x),), 2, device=x.device)
-            x = q_step(schedule.respace([levels[i], t]), x, second).sample(noise(key))
-            continue
-        step = next(run(denoiser, x, lambda _, key=key: noise(key), levels[1 : i + 1], y, levels[i]))  # type: ignore[misc]
-        t_batch = torch.full((len(x),), t, device=x.device)
-        known = q_sample(schedule, x0, t_batch, noise(key + T + 1))  # at t = 0 this is x0
-        x = torch.where(mask, step.x, known)
-        yield Step(t, x, step.x0)
+
+
+def back_up(schedule: Schedule, x: Tensor, s: int, t: int, eps: Tensor) -> Tensor:
+    """x_t ~ q(x_t | x_s = x) for t > s: Eq. 2 for a schedule of these two levels only. eps has the shape of x."""
+    return q_step(schedule.respace([s, t]), x, torch.full((len(x),), 2, device=x.device)).sample(eps)
 
 
 def _as_mask(mask: Tensor, x0: Tensor) -> Tensor:

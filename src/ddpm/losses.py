@@ -9,7 +9,7 @@ from ddpm import likelihood
 from ddpm.catalog import Weighting
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
-from ddpm.gaussian import bits_per_dim, extract, q_sample
+from ddpm.gaussian import bits_per_dim, broadcast, extract, q_sample
 
 
 def simple(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
@@ -69,6 +69,51 @@ def hybrid(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | N
     return mse + 0.001 * schedule.T * vlb(same_output, x0, t, eps, y)
 
 
+HUBER = 0.00054
+"""Errors of x_0 below which the consistency loss is quadratic (Song & Dhariwal 2024, Section 3.3), in signal units."""
+
+
+def consistency(
+    denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None, r: Tensor | None = None,
+    teacher: Denoiser | None = None,
+) -> Tensor:  # fmt: skip
+    """The loss of consistency tuning (Geng et al. 2024): |f(x_t, t) - f(x_r, r)| / (phi_t - phi_r), [B].
+
+    f is x0^ without clipping, and tan phi = sqrt((1 - abar)/abar). For v prediction f is cos phi x_t - sin phi v, the
+    consistency function of Song et al. 2023 (Eq. 5) with sigma_data 1; for x0 prediction f is the network itself. Both
+    have f(x_0, 0) = x_0: at r = 0 the second term is x_r. No gradient flows through it. Both terms have the same draws
+    of dropout. |.| is the pseudo-Huber norm sqrt(m + c^2) - c of the mean square m over dimensions, c = HUBER. Where
+    neighbours agree as far as they can, the norm is about proportional to the angle phi_t - phi_r, so that all levels
+    weigh the same.
+
+    r        int64 [B] in 0..T-1, below t (None: the next level down)
+    teacher  x_r is one DDIM step of this denoiser from x_t, which may be guided (Song et al. 2023, Algorithm 2; Luo et
+             al. 2023). None: x_r is made of the same x_0 and eps as x_t
+
+    The other arguments are those of `simple`. Raises InputError for eps prediction, whose x0^ is divided by
+    sqrt(abar_t), and for mu prediction.
+
+    >>> from ddpm import schedule
+    >>> truth = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.cosine(), "x0")
+    >>> consistency(truth, torch.zeros(2, 1, 4, 4), torch.tensor([2, 1000]), torch.ones(2, 1, 4, 4)).tolist()
+    [0.0, 0.0]
+    """
+    if denoiser.predict not in ("x0", "v"):
+        raise InputError(f"predict {denoiser.predict}: loss consistency needs x0 or v prediction")
+    r = t - 1 if r is None else r
+    student, abar = denoiser.unclipped(), denoiser.schedule.alpha_bar
+    xt = q_sample(denoiser.schedule, x0, t, eps)
+    with torch.no_grad(), torch.random.fork_rng([x0.device] if x0.device.type == "cuda" else []):
+        if teacher is not None:
+            estimate = teacher.unclipped()(xt, t, y)
+            x0, eps = estimate.x0, estimate.eps
+        xr = q_sample(denoiser.schedule, x0, r, eps)
+        target = torch.where(broadcast(r, xt) == 0, xr, student(xr, r.clamp(min=1), y).x0)
+    square = (student(xt, t, y).x0 - target).square().flatten(1).mean(1)
+    angle = extract(abar, t).sqrt().acos() - extract(abar, r).sqrt().acos()
+    return ((square + HUBER**2).sqrt() - HUBER) / angle.to(square.dtype).to(square.device)
+
+
 def weight(denoiser: Denoiser, t: Tensor, weighting: Weighting) -> Tensor:
     """The factor of L_simple at levels t int64 [B] in 1..T: float32 [B] on t's device.
 
@@ -100,4 +145,4 @@ def weight(denoiser: Denoiser, t: Tensor, weighting: Weighting) -> Tensor:
             raise InputError(f"weighting {weighting}: needs eps, x0 or v prediction; want none for mu")
 
 
-LOSSES = {"simple": simple, "vlb": vlb, "hybrid": hybrid}
+LOSSES = {"simple": simple, "vlb": vlb, "hybrid": hybrid, "consistency": consistency}

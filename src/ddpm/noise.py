@@ -7,7 +7,7 @@ number of devices and the order of the images cannot change an image.
 import itertools
 import operator
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import SupportsIndex, TypeAlias
@@ -117,28 +117,30 @@ def per_image(seeds: Sequence[int], shape: Sequence[int], device: torch.device |
     return lambda t: normal(seeds, shape, t).to(device, non_blocking=True)
 
 
-def assign(product: Tensor, told: Tensor | None = None) -> Tensor:
+def assign(product: Tensor, told: Tensor) -> Tensor:
     """Which noise of a batch each image gets, so that the sum of squared distances is least (Li et al. 2024).
 
     The sum of |x_i - eps_j|^2 over all pairs is a constant minus twice the sum of <x_i, eps_j>, so the products decide.
 
     product  <x_i, eps_j>, [B, B], on the CPU
-    told     int64 [B], what the network is told of each image. Only images with equal numbers exchange noise, so that
-             given what the network is told, the noise is still standard normal. None: all images may exchange
+    told     [B, K], numbers that the network is told of each image. Only images with equal numbers exchange noise, so
+             that given what the network is told, the noise is still standard normal. K = 0: all images may exchange
 
     Returns int64 [B]: image i gets the noise of place i of the result.
 
     >>> product = torch.tensor([[2.0, 3.0, 0.0], [0.0, 2.5, 0.0], [5.0, 0.0, 1.0]])
-    >>> assign(product).tolist()  # 3 + 0 + 5 is the largest sum
+    >>> assign(product, torch.zeros(3, 0)).tolist()  # 3 + 0 + 5 is the largest sum
     [1, 2, 0]
-    >>> assign(product, torch.tensor([4, 4, -1])).tolist()  # the last image keeps its noise
+    >>> assign(product, torch.tensor([[4], [4], [-1]])).tolist()  # the last image keeps its noise
     [0, 1, 2]
     """
     from scipy.optimize import linear_sum_assignment  # not at the top, because few runs use it
 
-    told = torch.zeros(len(product)) if told is None else told
-    order = torch.arange(len(product))
-    for group in (torch.nonzero(told == one)[:, 0] for one in set(told.tolist())):
+    groups = defaultdict[tuple[float, ...], list[int]](list)
+    for place, numbers in enumerate(told.tolist()):
+        groups[tuple(numbers)].append(place)
+    order = torch.empty(len(product), dtype=torch.int64)
+    for group in map(torch.tensor, groups.values()):
         _, places = linear_sum_assignment(product[group][:, group].numpy(), maximize=True)
         order[group] = group[places]
     return order

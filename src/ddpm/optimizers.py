@@ -1,7 +1,7 @@
 """Optimizers: Adam for all weights, or Muon for those between hidden layers and Adam for the others.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum U S V^T of a weight matrix by
-about U V^T. So the step is equally large in all directions, and not only in the few of a large gradient.
+about U V^T. So the weights move equally far in all directions, and not only in the few whose gradients are large.
 """
 
 import math
@@ -17,8 +17,8 @@ ROUNDS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024: steep at 0, so that small singular values grow fast
 
 _ADAM, _MUON = ("exp_avg", "exp_avg_sq"), ("momentum",)  # the moments of a weight
-_OUTER = ("conv_in", "conv_out", "time1", "time2", "label")
-"""The layers of `UNet` that read or write what is not hidden: images, timesteps and classes."""
+_OUTER = ("conv_in", "conv_out", "time1", "time2", "label", "warp")
+"""The layers of `UNet` that are not hidden: the outer convolutions, and what reads timesteps, classes and warps."""
 
 
 def moments(network: nn.Module, optimizer: str) -> dict[str, tuple[str, ...]]:
@@ -52,7 +52,13 @@ def make(network: nn.Module, optimizer: str, lr: float) -> list[Optimizer]:
 
 
 def begin(optimizers: Iterable[Optimizer], step: int) -> None:
-    """Give all weights moments of 0 after `step` steps. The moments of a checkpoint can then be copied into them."""
+    """Give all weights moments of 0 after `step` steps. The moments of a checkpoint can then be copied into them.
+
+    >>> (muon,) = found = [Muon([nn.Parameter(torch.ones(2, 2))], lr=1e-3)]
+    >>> begin(found, step=100)
+    >>> [state["momentum"].tolist() for state in muon.state.values()]
+    [[[0.0, 0.0], [0.0, 0.0]]]
+    """
     for optimizer in optimizers:
         muon = isinstance(optimizer, Muon)
         for p in optimizer.param_groups[0]["params"]:  # moments have the memory layout of the weights, for fused Adam
@@ -83,16 +89,17 @@ class Muon(Optimizer):
         if not self.state:
             begin([self], 0)
         (group,) = self.param_groups
-        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        by_shape = defaultdict(list)
         for p in group["params"]:
-            by_shape[len(p), p[0].numel()].append(p)
-        for shape, weights in by_shape.items():
-            gradients, momenta = [p.grad for p in weights], [self.state[p]["momentum"] for p in weights]
+            if p.grad is not None:
+                by_shape[p.flatten(1).shape].append((p, p.grad, self.state[p]["momentum"]))
+        for shape, found in by_shape.items():
+            weights, gradients, momenta = map(list, zip(*found, strict=True))
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
             updates = orthogonal(torch.stack([each.flatten(1) for each in ahead]))
-            updates = [each.view_as(p) for each, p in zip(updates, weights, strict=True)]
-            torch._foreach_add_(weights, updates, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+            shaped = [update.view_as(p) for update, p in zip(updates, weights, strict=True)]
+            torch._foreach_add_(weights, shaped, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -114,7 +121,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
         for _ in range(ROUNDS):
             xx = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
-    else:  # the same rounds on X X^T alone, a third of the work; bfloat16 is too coarse for that
+    else:  # the same rounds on X X^T alone, less than half of the work; bfloat16 is too coarse for that
         xx, one = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         product = one
         for _ in range(ROUNDS):

@@ -37,10 +37,14 @@ def _setting(
     most: float | None = None,
     resume: bool = False,
     choices: Iterable[str] = (),
+    value: str = "",
 ) -> Any:
-    """A field of Preset: its group, its line of help, its range, and whether a resumed run may change it."""
-    metadata = {"group": group, "help": help, "least": least, "most": most, "resume": resume, "choices": tuple(choices)}
-    return field(default=default, metadata=metadata)
+    """A field of Preset: its group, its line of help, its range, and whether a resumed run may change it.
+
+    value  what help calls the value, if its type does not tell
+    """
+    about = {"group": group, "help": help, "least": least, "most": most, "resume": resume, "value": value}
+    return field(default=default, metadata=about | {"choices": tuple(choices)})
 
 
 # Upper bounds, so that no number of a damaged or foreign file makes a loop that never ends.
@@ -57,89 +61,123 @@ class Preset:
     (0.0002, 0.0001)
     """
 
-    data: str = _data("", f"SOURCE of images: {catalog.accepted_sources()}")
+    data: str = _data("", f"source of the images: {catalog.accepted_sources()}", value="SOURCE")
     size: tuple[int, int] = _data(
-        (32, 32), "height x width to which images are resized and cropped: 32 or 32x48", 1, _SIDE
+        (32, 32), "size of the images in training, height x width: 32 or 32x48", 1, _SIDE, value="HxW"
     )
-    channels: int = _data(3, "channels of an image: 1 for grey, 3 for RGB, 4 for RGBA, or any number", 1, 1024)
-    pixel_type: PixelType = _data("uint8", "kind of numbers in an image: uint8, uint16 or float32")
+    channels: int = _data(3, "number of channels of an image: 1 for grey, 3 for RGB, 4 for RGBA, or any other", 1, 1024)
+    pixel_type: PixelType = _data("uint8", "type of the numbers in an image")
     value_range: tuple[float, ...] = _data(
-        (), "LOW,HIGH, the numbers of black and white (default: all of the type; for float32 those of the data)"
+        (),
+        "numbers that are black and white (default: the range of the type; for float32, the range of the data)",
+        value="LOW,HIGH",
     )
     clip_values: bool = _data(False, "clip numbers outside value_range, instead of refusing them")
     fit: Fit = _data(
         "crop",
-        "how images get their size: scale and crop, scale and pad, stretch; or random-crop, which trains on a part of "
-        "each image at its own resolution",
+        "how an image gets this size: crop scales it and cuts off two edges, pad scales it and adds black edges, "
+        "stretch scales both sides apart, random-crop takes a part of each image at its own resolution",
     )
     pages: Literal["first", "channels", "images"] = _data(
-        "first", "what to take of a TIFF file of several pages: the first, all as channels, or each as an image"
+        "first", "what to take from a TIFF file of several pages: the first one, all as channels, or each as an image"
     )
     show: tuple[int, ...] = _data(
-        (), "channels that pictures show, counted from 1: one, or three as 4,3,2 (default: the first)", 1, 1024, True
+        (),
+        "show these channels in pictures, counted from 1: one, or three as 4,3,2 (default: the first)",
+        1,
+        1024,
+        True,
     )
     show_range: tuple[float, ...] = _data(
-        (), "LOW,HIGH, the numbers that are black and white in pictures (default: value_range)", resume=True
+        (), "show these numbers as black and as white in pictures (default: value_range)", resume=True, value="LOW,HIGH"
     )
     flip: bool = _data(True, "mirror each training image left to right with probability 1/2")
     mirror: bool = _data(False, "mirror each training image top to bottom with probability 1/2")
     turn: bool = _data(False, "turn each training image by 0, 90, 180 or 270 degrees, at random")
-    image_column: str = _data("", "column that holds the images of a data set (default: the only one)")
-    label_column: str = _data("", "column that holds the labels of a data set (default: label, class, ...)")
-    classes: bool = _data(False, "learn the labels of the data set, so that a class can be sampled by its name")
-    class_names: tuple[str, ...] = _data((), "the names of the classes, from the data set", resume=True)
-    label_dropout: float = _data(0.1, "probability of hiding a label, which guidance needs", 0, 1)
-    condition: str = _data("none", f"what the network is told of an image: {catalog.accepted_conditions()}")
-    condition_dropout: float = _data(0.0, "probability of hiding the condition, which guidance towards it needs", 0, 1)
-    pairs: str = _data("", "SOURCE of the other images of condition pairs, of the same names and order as the data")
+    augment: float = _data(
+        0.0,
+        "probability that a training image is scaled, and likewise turned, stretched, moved and mirrored; the network "
+        "is told how, and so of flip, and samples show none of it; EDM has 0.12 for CIFAR-10",
+        0,
+        1,
+    )
+    image_column: str = _data("", "column of a dataset that holds the images (default: the only one)", value="NAME")
+    label_column: str = _data(
+        "", "column of a dataset that holds its labels (default: label, class, ...)", value="NAME"
+    )
+    classes: bool = _data(False, "learn the labels of the dataset, so that a class can be sampled by its name")
+    class_names: tuple[str, ...] = _data((), "the names of the classes, from the dataset", resume=True)
+    label_dropout: float = _data(0.1, "probability of hiding a label in training, which guidance needs", 0, 1)
+    condition: str = _data(
+        "none", f"picture that the network is told of an image: {catalog.accepted_conditions()}", value="KIND"
+    )
+    condition_dropout: float = _data(
+        0.0, "probability of hiding the condition in training, which guidance towards it needs", 0, 1
+    )
+    pairs: str = _data(
+        "", "source of the other images of condition pairs, with the names and the order of the data", value="SOURCE"
+    )
     skip_bad: bool = _data(False, "skip images that cannot be read, and count them", resume=True)
-    allow_paths: bool = _data(False, "let a data set name image files outside its own folder", resume=True)
+    allow_paths: bool = _data(False, "let a dataset name image files outside its own folder", resume=True)
     verify: bool = _data(
-        False, "hash the contents of all images, and refuse to resume a run on others of the same size", resume=True
+        False, "hash the contents of all images; the run then resumes only on exactly these images", resume=True
     )
     shuffle_window: int = _data(
-        10_000, "images that are shuffled together, if the shards of a data set must be read in order", 1, _COUNT
+        10_000, "number of images to shuffle together, if the shards of a dataset must be read in order", 1, _COUNT
     )
     cache_bytes: int = _data(
-        4 * 2**30, "memory for decoded images, as 4G or 500M; more are decoded again and again", 0, 2**62, resume=True
+        4 * 2**30,
+        "memory for decoded images, as 4G or 500M; images that do not fit are decoded for each use",
+        0,
+        2**62,
+        resume=True,
+        value="BYTES",
     )
 
-    width: int = _network(128, "channels of the first level, a multiple of 32", 32, 8192)
+    width: int = _network(128, "number of channels at the first level, a multiple of 32", 32, 8192)
     channel_multipliers: tuple[int, ...] = _network(
         (1, 2, 2, 2), "channels of each level as multiples of width; each next level halves the size", 1, 64
     )
-    num_res_blocks: int = _network(2, "residual blocks per level", 1, 64)
+    num_res_blocks: int = _network(2, "number of residual blocks per level", 1, 64)
     attention_resolutions: tuple[int, ...] = _network(
-        (16,), "attention at the first level whose shorter side is at most this; 0 for none", 0, _SIDE
+        (16,), "add attention at the first level whose shorter side is at most this; 0 for none", 0, _SIDE
     )
-    dropout: float = _network(0.1, "dropout probability in residual blocks", 0, 0.99)
+    dropout: float = _network(0.1, "dropout probability in the residual blocks", 0, 0.99)
     patch: Literal[1, 2] = _network(
-        1, "2 runs all levels but a thin outer one at half the size, for a quarter of the cost"
+        1, "2 runs all levels but a thin outer one at half the size, for a quarter of the cost; 1 does not"
     )
     details: Details = _network(Details(), "where an imported network differs from the paper's")
 
     schedule: str = _diffusion("linear", "noise schedule", choices=catalog.schedules())
-    num_timesteps: int = _diffusion(1000, "number of noise levels T", 1, _MANY)
+    num_timesteps: int = _diffusion(1000, "number of noise levels, T", 1, _MANY)
     beta_1: float = _diffusion(1e-4, "first beta of the schedule", 1e-12, 1)
     beta_T: float = _diffusion(0.02, "last beta of the schedule", 1e-12, 1)
-    predict: Prediction = _diffusion("eps", "what the network predicts")
-    variance: Variance = _diffusion("fixed_large", "variance sigma_t^2 of the reverse process")
-    clip: bool = _diffusion(True, "clip the estimate of x_0 to [-1, 1] in sampling and evaluation")
-    loss: Literal["simple", "vlb", "hybrid"] = _diffusion("simple", "L_simple (Eq. 14), the bound (Eq. 5), or both")
-    weighting: Weighting = _diffusion("none", "weight of L_simple at each noise level")
+    last_sigma: float = _diffusion(
+        0.0, "largest sqrt((1 - abar)/abar); levels with more noise are left out; 0 keeps all", 0
+    )
+    predict: Prediction = _diffusion("eps", "what the network predicts: the noise eps, the image x0, the mean mu, or v")
+    variance: Variance = _diffusion("fixed_large", "variance of the reverse process, sigma_t^2")
+    clip: bool = _diffusion(True, "clip x0^, the estimate of the image, to [-1, 1] in sampling and evaluation")
+    loss: Literal["simple", "vlb", "hybrid", "consistency"] = _diffusion(
+        "simple",
+        "loss to minimise: simple is L_simple (Eq. 14), vlb is the bound (Eq. 5), hybrid is both, and consistency is "
+        "that of `ddpm distill`",
+    )
+    weighting: Weighting = _diffusion("none", "weighting of the noise levels in L_simple")
     timestep_sampling: TimestepSampling = _diffusion(
         "uniform",
-        "how a batch's noise levels are drawn: independently; evenly; evenly by quantiles of a log-normal sigma, or of "
-        "the bound's weight",
+        "how to draw the noise levels of a batch: uniform (independently), stratified (evenly), lognormal (evenly, by "
+        "quantiles of a log-normal sigma), lognormal_wide (the same, with a wider sigma), or bound (evenly, by "
+        "quantiles of the bound's weight)",
     )
     noise_assignment: Literal["independent", "nearest"] = _diffusion(
         "independent",
-        "which noise an image of the batch gets: any, as in Eq. 4; or nearest, those of the least sum of squared "
-        "distances, which may give better samples from short runs, and gives worse bits/dim",
+        "how the images of a batch get their noise: independently of the image, as in Eq. 4; or so that the sum of "
+        "squared distances is least, which trains another target, so bits/dim get worse",
     )
 
-    steps: int = _optimisation(800_000, "total training steps", 1, _COUNT, resume=True)
-    batch_size: int = _optimisation(128, "images per step, over all processes", 1, _MANY)
+    steps: int = _optimisation(800_000, "total number of training steps", 1, _COUNT, resume=True)
+    batch_size: int = _optimisation(128, "number of images per step, over all processes", 1, _MANY)
     accumulate: int = _optimisation(
         1, "compute each step in this many parts: less memory, the same result", 1, _MANY, resume=True
     )
@@ -147,63 +185,81 @@ class Preset:
         "adam", "adam for all weights, or muon for those between hidden layers and adam for the others"
     )
     lr: float = _optimisation(2e-4, "learning rate", 0)
-    warmup: int = _optimisation(5000, "steps over which the learning rate rises linearly from 0", 0, _COUNT)
+    warmup: int = _optimisation(5000, "number of steps over which the learning rate rises linearly from 0", 0, _COUNT)
     cooldown: float = _optimisation(
-        0.0, "last share of the steps, over which the learning rate falls linearly to 0", 0, 1
+        0.0, "share of the steps, at the end, over which the learning rate falls linearly to 0", 0, 1
     )
     lr_ref_steps: int = _optimisation(
-        0, "steps after which the learning rate falls as 1/sqrt(step), without an end; 0 for none", 0, _COUNT
+        0, "number of steps after which the learning rate falls as 1/sqrt(step), without an end; 0 for none", 0, _COUNT
     )
-    grad_clip: float = _optimisation(1.0, "largest global norm of the gradient; 0 for no clipping", 0)
-    ema_decay: float = _optimisation(0.9999, "decay of the moving average of the weights", 0, 0.999999)
-    ema_warmup: bool = _optimisation(False, "let the decay rise as (1 + n)/(10 + n), for short runs")
-    precision: Precision = _optimisation("auto", "precision of the network; auto: bf16 if the hardware has it")
+    grad_clip: float = _optimisation(1.0, "clip the global norm of the gradient to this; 0 for no clipping", 0)
+    ema_decay: float = _optimisation(0.9999, "decay of the moving average of the weights (EMA)", 0, 0.999999)
+    ema_warmup: bool = _optimisation(False, "let the EMA decay rise as (1 + n)/(10 + n) with step n, for short runs")
+    precision: Precision = _optimisation("auto", "precision of the network; auto is bf16 if the hardware has it")
     gradient_checkpointing: bool = _optimisation(
         False, "recompute activations in the backward pass: less memory, more time", resume=True
     )
 
-    init: str = _optimisation("", "MODEL to begin with: its network and weights, and half of the learning rate")
+    init: str = _optimisation(
+        "", "model to fine-tune: begin with its network and weights, and half the learning rate", value="MODEL"
+    )
+    gap_steps: int = _optimisation(
+        2500, "number of steps after which the gap between the levels of loss consistency halves", 1, _COUNT
+    )
+    guidance: float = _optimisation(
+        1.0, "guidance scale of the model of init that loss consistency builds in; 1 is without guidance", 1, 100
+    )
 
-    seed: int = _run(0, "seed of weights, order, noise and dropout", 0, 2**63 - 1)
-    device: str = _run("auto", "auto, cpu, cuda, cuda:1 or mps", resume=True)
-    compile: Compile = _run("auto", "compile the network with Inductor; auto: on CUDA devices", resume=True)
+    seed: int = _run(0, "seed of the weights, the order of the images, the noise and the dropout", 0, 2**63 - 1)
+    device: str = _run("auto", "device to train on: auto, cpu, cuda, cuda:1 or mps", resume=True, value="DEVICE")
+    compile: Compile = _run("auto", "compile the network with Inductor; auto is on for CUDA devices", resume=True)
     workers: Workers = _run(
         "auto",
-        "processes that decode images, if these take more than cache_bytes; auto: by the speed of the first steps",
+        "number of processes that decode images, if these do not fit in cache_bytes; auto chooses it by the speed of "
+        "the first steps",
         0,
         1024,
         resume=True,
+        value="auto|N",
     )
-    save_every: int = _run(5000, "steps between checkpoints", 1, _COUNT, resume=True)
+    save_every: int = _run(5000, "number of steps between checkpoints", 1, _COUNT, resume=True)
     save_minutes: float = _run(
         10,
-        "minutes after a checkpoint at which another one is saved, without a held-out loss; 0 for none",
+        "save a checkpoint, without a held-out loss, when the last one is this many minutes old; 0 for never",
         0,
         resume=True,
     )
     timeout: float = _run(
         10,
-        "minutes without a sign of life after which a process of torchrun is lost, and the others save and end",
+        "under torchrun, minutes without a sign of life after which a process counts as lost; the others save and end",
         0.05,
         10_000,
         resume=True,
     )
-    keep: int = _run(2, "newest checkpoints to keep, besides the best one", 1, _COUNT, resume=True)
-    keep_steps: tuple[int, ...] = _run((0,), "steps that are saved and kept, too; 0 for none", 0, _COUNT, resume=True)
-    log_every: int = _run(50, "steps between lines of metrics.jsonl", 1, _COUNT, resume=True)
-    sample_every: int = _run(5000, "steps between grids of samples; 0 for none", 0, _COUNT, resume=True)
-    sample_count: int = _run(64, "images in a grid of samples", 1, _MANY, resume=True)
-    sample_steps: int = _run(50, "DDIM steps for a grid of samples", 1, _MANY, resume=True)
+    keep: int = _run(2, "number of newest checkpoints to keep, besides the best one", 1, _COUNT, resume=True)
+    keep_steps: tuple[int, ...] = _run(
+        (0,), "save and keep the checkpoints of these steps, too; 0 for none", 0, _COUNT, resume=True
+    )
+    snapshot_every: int = _run(
+        0,
+        "number of steps between snapshots, from which `ddpm average` makes other averages of the weights; 0 for none",
+        0,
+        _COUNT,
+    )
+    log_every: int = _run(50, "number of steps between lines of metrics.jsonl", 1, _COUNT, resume=True)
+    sample_every: int = _run(5000, "number of steps between grids of samples; 0 for no grids", 0, _COUNT, resume=True)
+    sample_count: int = _run(64, "number of images in a grid of samples", 1, _MANY, resume=True)
+    sample_steps: int = _run(50, "number of DDIM steps for a grid of samples", 1, _MANY, resume=True)
     eval_images: int = _run(
         512,
-        "noisy held-out images for the held-out loss; a few images are taken again, at other levels",
+        "number of noisy held-out images for the held-out loss; a small held-out set is used at several levels",
         1,
         _COUNT,
         resume=True,
     )
     track: str = _run(
         "none",
-        f"send the curves to a tracker, too; its extra has its name: {catalog.accepted_trackers()}",
+        f"also send the curves to a tracker, which the extra of its name installs: none, {catalog.accepted_trackers()}",
         choices=("none", *catalog.trackers()),
         resume=True,
     )
@@ -232,8 +288,14 @@ class Preset:
             raise InputError(f"turn: images of size {self.size[0]}x{self.size[1]} cannot be turned; want a square size")
         if self.width % 32:
             raise InputError(f"width {self.width}: want a multiple of 32")
-        if self.loss == "simple" and self.variance.startswith("learned"):
-            raise InputError(f"variance {self.variance}: loss simple does not train it; want loss hybrid or vlb")
+        if self.loss in ("simple", "consistency") and self.variance.startswith("learned"):
+            raise InputError(f"variance {self.variance}: loss {self.loss} does not train it; want loss hybrid or vlb")
+        if self.loss == "consistency" and self.predict not in ("x0", "v"):
+            raise InputError(f"predict {self.predict}: loss consistency needs x0^ even at high noise; want x0 or v")
+        if self.guidance != 1 and not (self.loss == "consistency" and self.classes and self.label_dropout):
+            raise InputError(
+                f"guidance {self.guidance}: needs loss consistency, classes, and label_dropout above 0; want 1"
+            )
         if self.weighting != "none" and (self.loss != "simple" or self.predict == "mu"):
             raise InputError(f"weighting {self.weighting}: needs loss simple, and predict eps, x0 or v")
         if self.timestep_sampling == "bound" and self.predict == "mu":
@@ -475,9 +537,11 @@ def build(preset: Preset) -> Denoiser:
         always_labelled=preset.always_labelled,
         details=preset.details,
         condition_channels=preset.condition_channels,
+        warped=preset.augment > 0,
     )
     with torch.device("cpu"):
         schedule = SCHEDULES[preset.schedule](preset.num_timesteps, preset.beta_1, preset.beta_T)
+        schedule = schedule.up_to(preset.last_sigma) if preset.last_sigma else schedule
     pixel_values = values(preset.pixel_type, preset.value_range)
     return Denoiser(network, schedule, preset.predict, preset.variance, preset.clip, pixel_values)
 

@@ -8,9 +8,9 @@ noise  noise(t) is the draw that makes x_t, of x's shape
 y      int64 [B] class labels, or None
 start  the level of x (None: T)
 
-All samplers but `ancestral` solve one ODE, or the SDE that belongs to it: dx/dphi = cos phi eps^ - sin phi x0^, where
-cos^2 phi = abar. They differ in the quantity that they hold constant during a step. They raise InputError if steps or
-start is out of range.
+All samplers but `ancestral` and `consistency` solve one ODE, or the SDE that belongs to it: dx/dphi = cos phi eps^ -
+sin phi x0^, where cos^2 phi = abar. They differ in the quantity that they hold constant during a step. All raise
+InputError if steps or start is out of range.
 """
 
 import math
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ddpm.denoiser import Denoiser, Estimate
 from ddpm.errors import InputError, finite_number, is_scalar, whole_number
+from ddpm.gaussian import q_sample
 from ddpm.noise import Noise
 from ddpm.schedule import Schedule
 from ddpm.spacing import SPACINGS
@@ -304,6 +305,28 @@ def _heun(
         yield Step(s, x, estimate.x0)
 
 
+@torch.no_grad()
+def consistency(
+    denoiser: Denoiser, x: Tensor, noise: Noise, steps: Levels = 2, y: Tensor | None = None, start: int | None = None
+) -> Iterator[Step]:
+    """Multistep consistency sampling (Song et al. 2023, Algorithm 1): x_s = sqrt(abar_s) x0^ + sqrt(1 - abar_s) z.
+
+    It is for a denoiser that was trained with `losses.consistency`, whose x0^ is the end of the ODE's path through x_t,
+    and not the mean of x_0. Then one step gives an image, and each further step adds fresh noise z and removes it.
+
+    >>> from ddpm import schedule
+    >>> from ddpm.noise import per_image
+    >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.cosine(), predict="x0")
+    >>> noise = per_image([0], (1, 4, 4))
+    >>> [(step.t, float(step.x0.abs().max())) for step in consistency(grey, noise(1000), noise)]
+    [(500, 0.0), (0, 0.0)]
+    """
+    for t, s in _down(denoiser, steps, start):
+        x0 = _estimate(denoiser, x, t, y).x0
+        x = q_sample(denoiser.schedule, x0, torch.tensor([s]), noise(s)) if s > 0 else x0
+        yield Step(s, x, x0)
+
+
 def _rates(denoiser: Denoiser, start: int | None) -> tuple[list[float], list[float], list[float]]:
     """alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t) and lambda_t = log(alpha_t / sigma_t) at levels 0..start."""
     levels = slice(None if start is None else whole_number("start", start, 1, denoiser.schedule.T) + 1)
@@ -383,6 +406,9 @@ SAMPLERS = {
     "pf_ode": Sampler(
         lambda d, x, noise, steps, y, start: probability_flow(d, x, steps, y, start),
         steps=10, twice=True, meaning="Heun's method on the probability-flow ODE, two network calls a step",
+    ),
+    "consistency": Sampler(
+        consistency, steps=2, spacing="uniform", noisy=True, meaning="only for models of ddpm distill, in 1 or 2 steps"
     ),
 }  # fmt: skip
 

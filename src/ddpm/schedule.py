@@ -101,6 +101,20 @@ class Schedule:
         keep = keep.to(self.alpha_bar.device)
         return Schedule(self.alpha_bar[keep], self.timestep[keep])
 
+    def up_to(self, sigma: float) -> "Schedule":
+        """The schedule without the levels whose sqrt((1 - abar)/abar) is above `sigma`.
+
+        Raises InputError if no level is left.
+
+        >>> cosine().up_to(80).T
+        991
+        """
+        last = int((self.half_log_snr >= -math.log(sigma)).sum()) - 1
+        if last < 1:
+            least = math.exp(-self.half_log_snr[1])
+            raise InputError(f"last_sigma {sigma}: every level has more noise; want at least {least:.3g}")
+        return self.respace(range(1, last + 1))
+
     def to(self, device: torch.device | str) -> "Schedule":
         """The same tables on `device`, where indexing them then needs no transfer."""
         return Schedule(self.alpha_bar.to(device), self.timestep.to(device))

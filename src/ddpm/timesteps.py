@@ -20,6 +20,7 @@ def sample(
     lognormal   evenly spread quantiles of ln sigma ~ N(-1.2, 1.2^2), where sigma^2 = 1/SNR (Karras et al. 2022, Table
                 1). This favours the levels where images take shape. The loss is not divided by this density, so the
                 density also weights the loss
+    lognormal_wide  the same with ln sigma ~ N(-1.1, 2^2), for the consistency loss (Song & Dhariwal 2024, Table 1)
     bound       evenly spread quantiles of the weight that the bound gives to the error of the prediction. The plain
                 mean of squared errors is then proportional to L (Kingma et al. 2021). For eps the levels are even in
                 log-SNR
@@ -41,7 +42,30 @@ def sample(
         return 1 + torch.searchsorted(cumulative / cumulative[-1], quantile, right=True).clamp(max=schedule.T - 1)
     abar = schedule.alpha_bar[1:]
     log_sigma = 0.5 * (1 / abar - 1).log()  # [T], rising
-    return 1 + torch.searchsorted(log_sigma, -1.2 + 1.2 * torch.special.ndtri(quantile)).clamp(max=schedule.T - 1)
+    mean, spread = (-1.2, 1.2) if how == "lognormal" else (-1.1, 2.0)
+    return 1 + torch.searchsorted(log_sigma, mean + spread * torch.special.ndtri(quantile)).clamp(max=schedule.T - 1)
+
+
+def lower(schedule: Schedule, t: Tensor, stage: int) -> Tensor:
+    """The level r < t with which the consistency loss compares each level t (Geng et al. 2024; q = 2, k = 8, b = 1).
+
+    sigma_r = sigma_t (1 - n(sigma_t) / 2^stage) with n(sigma) = 1 + 8/(1 + e^sigma), where sigma^2 = (1 - abar)/abar.
+    So the gap halves from one stage to the next, and is relatively wider near data. r is the highest level of no more
+    noise than that: 0 if sigma_r is negative, and t - 1 if the gap is smaller than a level.
+
+    t      int64 [n] in 1..T
+    stage  1 for the first stage
+
+    Returns int64 [n] in 0..T-1.
+
+    >>> from ddpm import schedule
+    >>> t = torch.tensor([1, 300, 700, 980])
+    >>> [lower(schedule.cosine(), t, stage).tolist() for stage in (1, 4, 30)]
+    [[0, 0, 12, 960], [0, 231, 664, 978], [0, 299, 699, 979]]
+    """
+    sigma = (-schedule.half_log_snr).exp()
+    wanted = sigma[t] * (1 - (1 + 8 * torch.sigmoid(-sigma[t])) / 2**stage)
+    return torch.minimum(torch.searchsorted(sigma, wanted, right=True) - 1, t - 1).clamp(min=0)
 
 
 def bound_weight(schedule: Schedule, predict: Prediction) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ddpm import kernels
 from ddpm.details import Details
 from ddpm.errors import InputError, check_size
+from ddpm.warp import NUMBERS
 
 CHANNEL_STEP = 32  # the channels of every level are a multiple of this
 PAPER = Details()
@@ -243,10 +244,11 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 class UNet(nn.Module):
-    """(x [B, C, H, W], timestep int64 [B], or [1] for all, y int64 [B] or None, condition) -> [B, out_channels, H, W].
+    """(x [B, C, H, W], timestep int64 [B], or [1] for all, y int64 [B] or None) -> [B, out_channels, H, W].
 
     y is the class of each image, 0 .. num_classes - 1, or -1 for an image without class; None is no class for any
-    image. condition is [B, condition_channels, H, W], or None for a network without condition.
+    image. In training, warp tells how each image was warped (`ddpm.warp`): float32 [B, 9], where zeros and None are no
+    warp. condition is [B, condition_channels, H, W], or None for a network without condition.
 
     channels                C of the images
     out_channels            C, or 2C if the variance is learned; None means C
@@ -257,6 +259,8 @@ class UNet(nn.Module):
                             the two middle blocks
     dropout                 its probability in every residual block
     num_classes             number of class labels, 0 for none
+    warped                  True if it can be told of warps. This adds a linear map of them to the time embedding, which
+                            is 0 at first
     patch                   2 starts the levels at half of H and W, and puts a level of 32 channels at full size around
                             them. This level has no blocks on the way down and one block on the way up, which sees x
                             beside the inner levels' output for each 2x2 patch. The network costs about a quarter, and
@@ -294,6 +298,7 @@ class UNet(nn.Module):
         bf16: bool | None = False,
         always_labelled: bool = False,
         details: Details = PAPER,
+        warped: bool = False,
         condition_channels: int = 0,
     ) -> None:
         super().__init__()
@@ -308,6 +313,7 @@ class UNet(nn.Module):
         if num_classes:  # N(0, 1), as in nn.Embedding, which imports torch._dynamo on the meta device and takes seconds
             weight = torch.randn(num_classes, c_time)
             self.label = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
+        self.warp = nn.Parameter(torch.zeros(c_time, NUMBERS)) if warped else None
 
         def stage(c_in: int, c_out: int, level: int, attend: bool = False) -> Stage:
             groups = inner_groups if level >= 0 else groups_of(CHANNEL_STEP)
@@ -351,7 +357,14 @@ class UNet(nn.Module):
         in_bf16 = fast_bf16(weight.device) if self.bf16 is None else self.bf16
         return torch.bfloat16 if in_bf16 else weight.dtype
 
-    def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor | None = None,
+        warp: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
         check_size(x.shape[-2:], self.levels)
         if (told := 0 if condition is None else condition.shape[1]) != self.condition_channels:
             raise InputError(f"condition: {told} channels; want {self.condition_channels or 'no condition'}")
@@ -364,9 +377,9 @@ class UNet(nn.Module):
             torch.autocast(x.device.type, torch.bfloat16, enabled=bf16),
             exact_convolutions() if exact else nullcontext(),
         ):
-            return self._forward(x, timestep, y).to(x.dtype)
+            return self._forward(x, timestep, y, warp).to(x.dtype)
 
-    def _forward(self, x: Tensor, timestep: Tensor, y: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, timestep: Tensor, y: Tensor | None, warp: Tensor | None) -> Tensor:
         if y is None and self.always_labelled:
             raise InputError("class: this network never saw an image without its label; want a class")
         at_least_float32 = torch.promote_types(x.dtype, torch.float32)
@@ -377,6 +390,10 @@ class UNet(nn.Module):
             if self.label is None:
                 raise InputError("y: this network has no classes; want None")
             time = time + torch.where(y[:, None] >= 0, self.label(y.clamp(min=0)), 0)
+        if warp is not None:
+            if self.warp is None:
+                raise InputError("warp: this network was not trained with augment; want None")
+            time = time + F.linear(warp.to(x.dtype), self.warp)
         time = F.silu(time)
 
         h = convolve(self.conv_in, x)

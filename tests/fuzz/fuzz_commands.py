@@ -56,6 +56,9 @@ CALLS = {  # calls that work; DIR is a folder of images, RUN a run, OUT a place 
     "invert": "edit RUN IMAGE --t 5 --invert 2 --steps 3 --out OUT.png",
     "interpolate": "interpolate RUN IMAGE IMAGE -n 3 --t 5 --steps 3 --out OUT.png",
     "inpaint": "inpaint RUN IMAGE MASK -n 1 --steps 4 --jump 1 --resample 2 --out OUT.png",
+    "restore": "restore RUN IMAGE --degrade --operator superresolution:2 --noise 1 -n 1 --steps 4 --jump 1 "
+    "--resample 2 --seed 0 --spacing uniform --batch-size 2 --out OUT.png",
+    "dps": "restore RUN IMAGE --operator blur:1 --method dps --zeta 0.5 --steps 4 --out OUT.png",
     "compress": "compress digits IMAGE --chunk-bits 8 --profile portable --seed 0 --out OUT.ddpm",
     "psnr": "compress digits IMAGE --psnr 20 --chunk-bits 8 --out OUT.ddpm",
     "archive": "compress digits IMAGE IMAGE2 --archive --chunk-bits 8 --out OUT.ddpm",

@@ -3,10 +3,9 @@
 import argparse
 
 from ddpm.cli.options import (
+    AS_TRAIN,
     MODEL,
-    SOURCE,
     Commands,
-    add_batch_size,
     add_model,
     check_numbers,
     command,
@@ -21,22 +20,22 @@ from ddpm.errors import InputError
 
 def add(commands: Commands) -> None:
     parser = command(
-        commands, "calibrate", run, "measure the best variances, and the codec's tables",
+        commands, "calibrate", run, "measure a model's best variances, and make the codec's tables",
         "Measure the error of x0^, the estimate of the image, at every noise level on training images, and keep the "
         "result beside the weights. Then `ddpm evaluate` also reports the bound with the best variances, `--variance "
         "calibrated` samples with them, and `ddpm compress` has the tables that it needs.",
+        "ddpm train digits",
         "ddpm calibrate runs/digits",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
-    parser.add_argument(
-        "--data", metavar="SOURCE", help=f"images to measure on: {SOURCE} (default: the data of the run)"
-    )
-    parser.add_argument("-n", **number(int, 500), help="number of training images (default: %(default)s)")
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
+    group = parser.add_argument_group("calibration", "what is measured")
+    group.add_argument("-n", **number(int, 500), help="number of training images (default: %(default)s)")
+    data = f"images to measure on: {AS_TRAIN} (default: the run's own data)"
+    group.add_argument("--data", metavar="SOURCE", help=data)
     tables = "number of training images for the codec's tables; 0 makes no tables (default: %(default)s)"
-    parser.add_argument("--codec", **number(int, 32), help=tables)
+    group.add_argument("--codec", **number(int, 32), help=tables)
     replace = "replace the codec's tables; files that were compressed with the old tables can no longer be read"
-    parser.add_argument("--replace", action="store_true", help=replace)
-    add_batch_size(parser)
+    group.add_argument("--replace", action="store_true", help=replace)
     add_model(parser, variance=False)
     parser.set_defaults(variance=None)
 

@@ -8,8 +8,9 @@ from typing import Literal
 from ddpm import catalog
 from ddpm.cli.options import (
     Commands,
+    add_device,
     add_features,
-    add_json,
+    add_general,
     check_numbers,
     command,
     feature_network,
@@ -24,24 +25,22 @@ from ddpm.presets import check
 def add(commands: Commands) -> None:
     metrics = catalog.quality_metrics()
     parser = command(
-        commands, "compare", run, "compare two folders of images",
+        commands, "compare", run, "compare two folders of images by FID and other metrics",
         f"Compare all images of A with all of B, of any sizes, without a model, by these metrics:\n\n"
         f"{catalog.describe(metrics)}\n\nA takes the place of the samples, and B that of the real images.",
         "ddpm compare samples/ photos.zip --metrics fid kid pr",
     )  # fmt: skip
-    source = "a folder, a .zip or an .npz of images; or an .npz of features, or of mu and sigma, of other programs"
-    parser.add_argument("a", metavar="A", help=source)
-    parser.add_argument("b", metavar="B", help="the same")
-    names = ", ".join(metrics)
-    parser.add_argument(
-        "--metrics", nargs="+", default=["fid"], metavar="X", help=f"one or more of {names} (default: fid)"
-    )
-    parser.add_argument("--seed", **number(int, 0), help="seed of the random subsets of kid (default: %(default)s)")
-    parser.add_argument("--out", metavar="FILE", help="also write the result to this file, NAME.json")
+    source = "a folder, a .zip or an .npz file of images; or an .npz file of features, or of mu and sigma"
+    parser.add_argument("a", metavar="A", help=f"samples: {source}")
+    parser.add_argument("b", metavar="B", help=f"real images: {source}")
+    group = parser.add_argument_group("comparison", "what is measured")
+    metric = "metrics of the table above, one or more (default: fid)"
+    group.add_argument("--metrics", nargs="+", default=["fid"], metavar="NAME", help=metric)
+    group.add_argument("--out", metavar="FILE", help="also write the result to this file, NAME.json")
+    group.add_argument("--seed", **number(int, 0), help="seed of the random subsets of kid (default: %(default)s)")
     add_features(parser, files=False)
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    add_json(group)
+    add_device(parser.add_argument_group("machine", "where the network runs"))
+    add_general(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 from ddpm.cli.options import (
     MODEL,
+    THREES,
     Commands,
     Parser,
-    add_machine,
+    add_device,
+    add_general,
+    add_precision,
+    add_weights,
     check_model,
     check_numbers,
     command,
@@ -28,58 +32,73 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     parser = command(
-        commands, "compress", compress, "compress pictures with a model, without loss and progressively",
+        commands, "compress", compress, "compress pictures with a model, lossless or lossy",
         "Write pictures as files that `ddpm decompress` reads with the same model (Algorithms 3 and 4). A whole file "
         "gives the exact picture, and its first bytes give an estimate of it. The model must be calibrated.",
-        "ddpm compress digits three.png --out three.ddpm",
+        THREES,
+        "ddpm compress digits threes/000000.png --out three.ddpm",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image file, 8-bit grey or RGB, of any size")
-    parser.add_argument("--out", required=True, metavar="FILE", help="a file; a folder for several without --archive")
-    parser.add_argument("--lossless", action="store_true", help="every pixel exactly (the default)")
+    group = parser.add_argument_group("file", "what is written, and how")
+    out = "a file to write; for several images a folder, or a file with --archive"
+    group.add_argument("--out", required=True, metavar="PATH", help=out)
+    group.add_argument("--lossless", action="store_true", help="keep every pixel exactly (the default)")
+    psnr = "lossy: stop when the picture has this quality, a PSNR in decibels"
+    group.add_argument("--psnr", **number(float, None, "DB"), help=psnr)
     bits = "lossy: stop before the file exceeds this many bits per value of the picture"
-    parser.add_argument("--bits-per-dim", **number(float, None), help=bits)
-    parser.add_argument("--psnr", **number(float, None), help="lossy: stop at this quality in decibels")
-    parser.add_argument("--archive", action="store_true", help="all pictures in one file, at about the model's bound")
-    profiles = "portable: decodes on every machine; local: faster, decodes only on this kind of machine (%(default)s)"
-    parser.add_argument("--profile", default="portable", metavar="X", help=profiles)
-    chunk = "bits per chunk, K: a larger K gives smaller files and takes longer (the largest that is calibrated)"
-    parser.add_argument("--chunk-bits", **number(int, None), help=chunk)
-    parser.add_argument("--whole", action="store_true", help="code a picture as one tile of its own size")
-    parser.add_argument("--seed", **number(int, 0), help="seed of the shared noise (%(default)s)")
+    group.add_argument("--bits-per-dim", **number(float, None, "BITS"), help=bits)
+    archive = "put all pictures into one file, whose size is close to the model's bound"
+    group.add_argument("--archive", action="store_true", help=archive)
+    profiles = (
+        "portable: every machine can decode the file; local: faster, but only this kind of machine can decode it "
+        "(default: portable)"
+    )
+    group.add_argument("--profile", default="portable", metavar="portable|local", help=profiles)
+    chunk = "bits per chunk, K: a larger K gives smaller files and takes longer (default: the largest calibrated K)"
+    group.add_argument("--chunk-bits", **number(int, None), help=chunk)
+    group.add_argument("--whole", action="store_true", help="code a picture as one tile of its own size")
+    group.add_argument("--seed", **number(int, 0), help="seed of the shared noise (default: %(default)s)")
     _add_model(parser)
 
     parser = command(
-        commands, "decompress", decompress, "read a file of `ddpm compress`",
-        "Read a file of `ddpm compress` with the same model. A file that was cut short gives what its bytes determine.",
+        commands, "decompress", decompress, "restore pictures from a compressed file",
+        "Read a file of `ddpm compress` with the same model, and write its pictures. A file that was cut short gives "
+        "an estimate of the picture.",
+        THREES,
+        "ddpm compress digits threes/000000.png --out three.ddpm",
         "ddpm decompress digits three.ddpm --out three.png",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
     parser.add_argument("file", metavar="FILE", help="a file of `ddpm compress`")
-    out = "NAME.png; NAME.gif, .webp or .mp4 shows how it develops; a folder for an archive"
-    parser.add_argument("--out", required=True, metavar="FILE", help=out)
-    parser.add_argument("--at", **number(int, None), help="read only the first N bytes")
+    group = parser.add_argument_group("picture", "what is read, and where it goes")
+    out = "NAME.png; NAME.gif, .webp or .mp4 to show how the picture develops; a folder for an archive"
+    group.add_argument("--out", required=True, metavar="PATH", help=out)
+    group.add_argument("--at", **number(int, None), help="read only the first N bytes")
     _add_model(parser)
 
     parser = command(
-        commands, "inspect", inspect, "show what a file of `ddpm compress` holds",
-        "Print the header of a file. With --run also print what each group of levels costs, and what it improves.",
+        commands, "inspect", inspect, "show what a compressed file holds",
+        "Print the header of a file of `ddpm compress`. With --run also print what each group of noise levels costs, "
+        "and by how much it lowers the error.",
+        THREES,
+        "ddpm compress digits threes/000000.png --out three.ddpm",
         "ddpm inspect three.ddpm --run digits",
     )  # fmt: skip
     parser.add_argument("file", metavar="FILE", help="a file of `ddpm compress`")
-    parser.add_argument("--run", metavar="RUN", help="the model that compressed it")
-    _add_model(parser)
+    _add_model(parser, named=True)
 
 
-def _add_model(parser: Parser) -> None:
-    """The options that choose the weights and the device."""
-    group = parser.add_argument_group("model")
-    weights = "ema (the averaged weights) or raw, whichever is calibrated (ema)"
-    group.add_argument("--weights", metavar="X", help=weights)
-    group.add_argument(
-        "--checkpoint", default="last", metavar="X", help="checkpoint of a run: last, best or a step (last)"
-    )
-    add_machine(group, "precision in the local profile: auto, float32 or bf16 (auto)")
+def _add_model(parser: Parser, named: bool = False) -> None:
+    """The options that choose the weights and the device; `named`: and the model."""
+    group = parser.add_argument_group("model", "which weights are used; a file is read with those that wrote it")
+    if named:
+        group.add_argument("--run", metavar="MODEL", help="the model that compressed the file")
+    add_weights(group)
+    machine = parser.add_argument_group("machine", "where the network runs, and how")
+    add_device(machine)
+    add_precision(machine, "precision of the network in the local profile")
+    add_general(parser)
 
 
 def _model(args: argparse.Namespace, device: "torch.device | None" = None) -> "Model":

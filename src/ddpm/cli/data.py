@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from ddpm.cli.options import SOURCE, Commands, add_json, command, importing, number
+from ddpm.cli.options import SOURCE, Commands, add_general, command, importing, number
 from ddpm.cli.train import add_setting
 from ddpm.presets import PRESETS, Preset, check
 from ddpm.run.start import settle
@@ -25,15 +25,20 @@ def add(commands: Commands) -> None:
         "ddpm data ./photos --size 64 --out seen.png",
     )  # fmt: skip
     parser.add_argument("source", metavar="SOURCE", help=SOURCE)
-    start = f"whose size and channels: a preset, {', '.join(PRESETS)}, or a run's folder (default: photos)"
-    parser.add_argument("--preset", metavar="PRESET", help=start)
+    group = parser.add_argument_group("report", "how much is looked at, and what is written")
+    out = (
+        "write a contact sheet, FILE.png: a row of images as they are, below it the same images as training sees them, "
+        "and so on"
+    )
+    group.add_argument("--out", metavar="FILE", help=out)
+    group.add_argument("-n", **number(int, 400), help="number of images to look at (default: %(default)s)")
+    group = parser.add_argument_group("settings", "the settings of training that matter for images")
+    start = f"take the other settings from a preset, {', '.join(PRESETS)}, or from a run's folder (default: photos)"
+    group.add_argument("--preset", metavar="PRESET", help=start)
     for f in fields(Preset):
         if f.name in SETTINGS:
-            add_setting(parser, f)
-    parser.add_argument("-n", **number(int, 400), help="images to look at (default: %(default)s)")
-    out = "FILE.png for a contact sheet: a row of images as they are, below it as training sees them, and so on"
-    parser.add_argument("--out", metavar="FILE", help=out)
-    add_json(parser)
+            add_setting(group, f)
+    add_general(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,16 +4,17 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddpm.catalog import Precision
 from ddpm.cli.options import (
     MODEL,
     PICTURES,
+    THREES,
     Commands,
     Parser,
-    add_batch_size,
-    add_conditions,
+    add_classes,
+    add_clip,
     add_model,
     add_sampler,
     add_show,
@@ -38,53 +39,71 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     parser = command(
-        commands, "edit", edit, "make versions of an image, redrawn from a noise level",
-        "Noise the image to level t, and let the reverse process make an image of it (SDEdit): the higher t, the more "
-        "it may change. With --invert the image is not noised but inverted by DDIM: without --class it stays as it "
-        "is, with --class it becomes an image of that class.",
-        "ddpm edit digits three.png --t 400 -n 8 --out versions.png",
+        commands, "edit", edit, "make new versions of an image",
+        "Add noise to the image up to level t, and let the reverse process make an image of it (SDEdit): the higher t, "
+        "the more it may change. With --invert, DDIM inverts the image and no noise is added: without --class the "
+        "image stays as it is, and with --class NAME it becomes an image of that class.",
+        THREES,
+        "ddpm edit digits threes/000000.png --t 400 -n 8 --out versions.png",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
     parser.add_argument("image", metavar="IMAGE", help="an image file")
-    parser.add_argument("-n", **number(int, 1), help="number of versions (%(default)s)")
-    parser.add_argument("--t", **number(int, None), help="noise level, 0 to T (half of T)")
-    inversions = "iterations per level of DDIM's inversion, 1 or more; 0 adds noise instead (%(default)s)"
-    parser.add_argument("--invert", **number(int, 0), help=inversions)
-    _add_common(parser, "edited.png", "seed of the first version; the next have +1, +2, ...", "ddim")
+    group = parser.add_argument_group("versions", "what is made, and where it goes")
+    group.add_argument("-n", **number(int, 1), help="number of versions to make (default: %(default)s)")
+    _add_out(group, "edited.png")
+    group.add_argument("--t", **number(int, None), help="noise level to go back to, 0 to T (default: half of T)")
+    inversions = "number of iterations of DDIM's inversion at each level; 0 adds noise instead (default: %(default)s)"
+    group.add_argument("--invert", **number(int, 0), help=inversions)
+    _add_common(parser, group, SEED_OF_VERSIONS, "ddim")
 
     parser = command(
         commands, "interpolate", interpolate, "make images between two images (Figure 8)",
-        "Noise both images to level t, mix them there, and let the reverse process make images of the mixtures.",
-        "ddpm interpolate digits a.png b.png --out between.png",
+        "Add noise to both images up to level t, mix them there, and let the reverse process make images of the "
+        "mixtures.",
+        THREES,
+        "ddpm interpolate digits threes/000000.png threes/000001.png --out between.png",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
     parser.add_argument("a", metavar="A", help="an image file")
     parser.add_argument("b", metavar="B", help="another image file")
-    parser.add_argument("-n", **number(int, 11), help="number of images, from A to B (%(default)s)")
-    parser.add_argument("--t", **number(int, None), help="noise level, 0 to T: the higher, the freer (half of T)")
-    _add_common(parser, "interpolation.png", "seed of the noise")
+    group = parser.add_argument_group("images", "what is made, and where it goes")
+    group.add_argument("-n", **number(int, 11), help="number of images to make, from A to B (default: %(default)s)")
+    _add_out(group, "interpolation.png")
+    levels = "noise level at which the images are mixed, 0 to T: the higher, the freer (default: half of T)"
+    group.add_argument("--t", **number(int, None), help=levels)
+    _add_common(parser, group, "seed of the noise")
 
     parser = command(
         commands, "inpaint", inpaint, "redraw the masked part of an image",
         "Redraw what is white in MASK and keep what is black, by RePaint (Lugmayr et al. 2022).",
-        "ddpm inpaint digits three.png mask.png -n 4 --out mended.png",
+        THREES,
+        "ddpm inpaint digits threes/000000.png mask.png -n 4 --out mended.png",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
     parser.add_argument("image", metavar="IMAGE", help="an image file")
     parser.add_argument("mask", metavar="MASK", help="an image file of the same size: white is redrawn, black is kept")
-    parser.add_argument("-n", **number(int, 1), help="number of versions (%(default)s)")
-    parser.add_argument("--jump", **number(int, None), help="levels to go back up when resampling (1/25 of --steps)")
-    parser.add_argument("--resample", **number(int, 10), help="how often each level is passed (%(default)s)")
-    _add_common(parser, "inpainted.png", "seed of the first version; the next have +1, +2, ...")
+    group = parser.add_argument_group("versions", "what is made, and where it goes")
+    group.add_argument("-n", **number(int, 1), help="number of versions to make (default: %(default)s)")
+    _add_out(group, "inpainted.png")
+    passes = "number of times that each level is passed (default: %(default)s)"
+    group.add_argument("--resample", **number(int, 10), help=passes)
+    jump = "number of levels to go back up before each new pass (default: 1/25 of --steps)"
+    group.add_argument("--jump", **number(int, None), help=jump)
+    _add_common(parser, group, SEED_OF_VERSIONS)
 
 
-def _add_common(parser: Parser, out: str, seed: str, sampler: str = "ancestral") -> None:
-    parser.add_argument("--seed", **number(int, 0), help=f"{seed} (%(default)s)")
-    parser.add_argument("--out", default=out, help=f"{PICTURES} (%(default)s)")
-    add_batch_size(parser)
-    add_sampler(parser, sampler)
-    add_show(parser)
-    add_conditions(parser)
+SEED_OF_VERSIONS = "seed of the first version; each next version has the next seed"
+
+
+def _add_out(group: Any, out: str) -> None:
+    group.add_argument("--out", default=out, metavar="PATH", help=f"{PICTURES} (default: %(default)s)")
+
+
+def _add_common(parser: Parser, group: Any, seed: str, sampler: str = "ancestral") -> None:
+    group.add_argument("--seed", **number(int, 0), help=f"{seed} (default: %(default)s)")
+    add_show(group)
+    add_classes(parser)
+    add_clip(add_sampler(parser, sampler))
     add_model(parser)
 
 
@@ -143,7 +162,7 @@ def _make(args: argparse.Namespace, make: "Callable[[Checkpoint, SamplingSetting
     images.check_out(args.out)
     exact: Precision | None = "float32" if getattr(args, "invert", 0) else None  # rounding limits the fixed point
     model = open_model(args, pick_device(args.device), precision=exact)
-    check_sampler(args, model.denoiser.schedule.T)
+    check_sampler(args, model.preset, model.denoiser.schedule.T)
     shown = with_view(args, model.preset)
     resolved = conditions(args).resolved(model)
     denoiser, labels = resolved.apply(model)

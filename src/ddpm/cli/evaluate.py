@@ -11,9 +11,12 @@ from ddpm import catalog
 from ddpm.cli.options import (
     MODEL,
     Commands,
-    add_conditions,
-    add_measuring,
+    add_classes,
+    add_clip,
+    add_data,
+    add_features,
     add_model,
+    add_sampler,
     check_numbers,
     check_sampler,
     command,
@@ -41,29 +44,31 @@ def add(commands: Commands) -> None:
         f"Measure a model by these metrics:\n\n{metrics}\n\nnll and ode measure held-out images. psnr and ssim compare "
         "samples of a model with a condition with the held-out images that the conditions are made of. The others "
         "compare samples, in 8 bits as they are saved, with the training images. A stopped measurement resumes.",
-        "ddpm evaluate runs/digits --metrics nll --levels-per-image 20",
+        "ddpm evaluate digits --metrics nll --levels-per-image 20",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
-    names = ", ".join(catalog.metrics())
-    parser.add_argument(
-        "--metrics", nargs="+", default=["nll"], metavar="X", help=f"one or more of {names} (default: nll)"
-    )
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
+    group = parser.add_argument_group("measurement", "what is measured, and how exactly")
+    metric = "metrics of the table above, one or more (default: nll)"
+    group.add_argument("--metrics", nargs="+", default=["nll"], metavar="NAME", help=metric)
     count = "number of images for nll, ode, psnr and ssim (default: all), or of samples for the others (default: 50000)"
-    parser.add_argument("-n", **number(int, None), help=count)
-    parser.add_argument("--draws", **number(int, 1), help="noise draws per level for nll (default: %(default)s)")
-    levels = "estimate nll from N random noise levels per image, after 4 images at all levels (default: all levels)"
-    parser.add_argument("--levels-per-image", **number(int, None), help=levels)
-    steps = "number of noise levels that the ODE solver visits (default: %(default)s)"
-    parser.add_argument("--ode-steps", **number(int, 100), help=steps)
+    group.add_argument("-n", **number(int, None), help=count)
     folder = "folder for results and finished parts (default: RUN/evaluate/STEP-WEIGHTS, and RUN/cache for the parts)"
-    parser.add_argument("--out", metavar="DIR", help=folder)
-    add_measuring(parser)
+    group.add_argument("--out", metavar="FOLDER", help=folder)
+    levels = "estimate nll from N random noise levels per image, after 4 images at all levels (default: all levels)"
+    group.add_argument("--levels-per-image", **number(int, None), help=levels)
+    draws = "number of noise draws per level for nll (default: %(default)s)"
+    group.add_argument("--draws", **number(int, 1), help=draws)
+    steps = "number of noise levels that the solver of ode visits (default: %(default)s)"
+    group.add_argument("--ode-steps", **number(int, 100), help=steps)
+    add_data(parser)
+    features = add_features(parser)
     reference = (
-        "compare the samples with this .npz in place of the training images: mu and sigma, as pytorch-fid, clean-fid, "
-        "torch-fidelity and guided-diffusion write them, or features"
+        "compare the samples with this .npz file in place of the training images; it holds features, or mu and sigma "
+        "as pytorch-fid, clean-fid, torch-fidelity and guided-diffusion write them"
     )
-    parser.add_argument("--reference", metavar="FILE", help=reference)
-    add_conditions(parser)
+    features.add_argument("--reference", metavar="FILE", help=reference)
+    add_classes(parser)
+    add_clip(add_sampler(parser))
     add_model(parser)
 
 
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     with processes(args.device, float64=True) as ranks:
         model, asked = open_model(args, ranks.device, conditional=True), conditions(args)
-        check_sampler(args, model.denoiser.schedule.T)
+        check_sampler(args, model.preset, model.denoiser.schedule.T)
         asked = asked.resolved(model)
         if args.guidance is not None and not args.classes and (known := [m for m in args.metrics if m in LIKELIHOODS]):
             raise InputError(f"--guidance {args.guidance}: not with --metrics {known[0]}, which is without guidance")

@@ -3,11 +3,11 @@
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm.cli.options import MODEL, Commands, add_json, command, importing
+from ddpm.cli.options import MODEL, Commands, add_general, command, importing
 from ddpm.errors import InputError, parse_json
 from ddpm.presets import GROUPS, PRESETS, Preset, to_json
 
@@ -16,20 +16,21 @@ if TYPE_CHECKING:
 
 KNOWN = (
     "size", "channels", "classes", "class_names", "width", "channel_multipliers", "num_res_blocks",
-    "attention_resolutions", "details", "schedule", "num_timesteps", "beta_1", "beta_T", "predict", "variance", "clip",
+    "attention_resolutions", "details", "schedule", "num_timesteps", "beta_1", "beta_T", "last_sigma", "predict",
+    "variance", "clip",
 )  # fmt: skip
 """The settings that the files of another package tell. The others, of its training, are unknown."""
 
 
 def add(commands: Commands) -> None:
     parser = command(
-        commands, "info", run, "show what a run or a model is, and what it can be asked for",
+        commands, "info", run, "describe a run or a model, and list the commands that it takes",
         "Print the settings of a run or a model, its checkpoints, its classes, and the commands that it takes. Each "
         "checkpoint is checked for damage.",
-        "ddpm info runs/digits",
+        "ddpm info digits",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
-    add_json(parser)
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
+    add_general(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     path = opening.named(Path(args.run))
     is_run = (path / "config.json").is_file() and not is_diffusers(path)
     saved = _checkpoints(path) if is_run else []
+    snapshots = [int(p.name) for p in reversed(checkpoints.saved(path, checkpoints.SNAPSHOTS))] if is_run else []
     whole = any(one["damage"] is None for one in saved)
     model = opening.open_checkpoint(args.run) if whole or not is_run else None
     preset = model.preset if model else checkpoints.settings(path)
@@ -57,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         "classes": list(preset.class_names),
         "condition": preset.condition,
         "checkpoints": saved,
-        "ask": _ask(args.run, preset, model, is_run),
+        "snapshots": snapshots,
+        "average": asdict(model.average) if model and model.average else None,
+        "ask": _ask(args.run, preset, model, is_run, bool(snapshots)),
         "settings": settings,
     }
     if args.json:
@@ -76,14 +80,20 @@ def _lines(about: dict[str, Any], preset: Preset) -> Iterator[str]:
         notes += [mark for mark in ("best", "calibrated") if one[mark]]
         notes += [f"damaged: {one['damage']}"] if one["damage"] else []
         yield f"{'checkpoint':<12}{', '.join([_words(one['step']), *notes])}"
+    if steps := about["snapshots"]:
+        yield f"{'snapshots':<12}{len(steps):,}, of steps {steps[0]:,} to {steps[-1]:,}"
+    if about["average"]:
+        from ddpm.files.models import Average
+
+        yield f"{'average':<12}{Average(**about['average'])}"
     for group, meaning in GROUPS.items():
         names = [f.name for f in fields(Preset) if f.metadata["group"] == group and f.name != "class_names"]
         if known := [name for name in names if name in about["settings"]]:
             yield f"\n{meaning}"
             yield from (f"  {name:<24}{_words(getattr(preset, name))}" for name in known)
-    yield "\nwhat it can be asked for"
+    yield "\nthe commands that it takes"
     for line, note in about["ask"].items():
-        yield f"  {line:<60}{note}".rstrip()
+        yield f"  {line:<59} {note}".rstrip()
 
 
 def _checkpoints(path: Path) -> list[dict[str, Any]]:
@@ -131,12 +141,16 @@ def _parameters(preset: Preset) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool) -> dict[str, str]:
+def _ask(
+    name: str, preset: Preset, model: "Checkpoint | None", is_run: bool, has_snapshots: bool
+) -> dict[str, str]:  # fmt: skip
     """Command -> what it needs first or has to know; empty if nothing."""
     from ddpm.files.models import codec_tables, read_calibration
 
     folder = f"./{name}" if name in PRESETS else name
     lines = {f"ddpm train {folder}": "goes on; more --steps train it further"} if is_run else {}
+    if has_snapshots:
+        lines[f"ddpm average {name} --ema X"] = "another length of the average, such as 0.07"
     if model is None:
         return lines
     data = "" if preset.data else " --data SOURCE"
@@ -144,10 +158,14 @@ def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool) ->
     if model.foreign:
         first = f"first: ddpm import {name} --out FILE.safetensors, and ddpm calibrate FILE.safetensors{data}"
     given = "" if preset.condition == "none" else " --input FILE"
-    lines[f"ddpm sample {name}{given}"] = ""
+    consistency = preset.loss == "consistency"
+    lines[f"ddpm sample {name}{given}"] = "a consistency model: 2 network calls, or --steps 1" if consistency else ""
     if preset.class_names:
-        scale = " --guidance X" if preset.label_dropout else ""
+        scale = " --guidance X" if preset.label_dropout and not consistency else ""
         lines[f"ddpm sample {name}{given} --class NAME{scale}"] = "a class of those above, or all"
+    lines[f"ddpm {'import' if model.foreign else 'export'} {name} --out FILE.safetensors"] = ""
+    if consistency:
+        return lines
     try:
         calibrated = read_calibration(model) is not None
     except InputError as error:
@@ -155,11 +173,11 @@ def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool) ->
     if not model.denoiser.learned and preset.predict != "mu":
         lines[f"ddpm sample {name}{given} --variance calibrated"] = "" if calibrated else first
     lines[f"ddpm evaluate {name}{data}"] = ""
-    if not given:
-        lines[f"ddpm edit {name} IMAGE"] = "also interpolate and inpaint"
-    if preset.channels in (1, 3) and not given:
+    if given:
+        return lines
+    lines[f"ddpm edit {name} IMAGE"] = "also interpolate, inpaint and restore"
+    if preset.channels in (1, 3):
         lines[f"ddpm compress {name} IMAGE --out FILE"] = "" if calibrated and codec_tables(model) else first
-    lines[f"ddpm {'import' if model.foreign else 'export'} {name} --out FILE.safetensors"] = ""
     return lines
 
 

@@ -29,7 +29,7 @@ REFUSED = {
 """Errors of the operating system that are not our fault. A missing file may be our fault, so it is not among them."""
 
 
-SEVERAL = ("train", "sample", "evaluate", "calibrate", "paper", "compress")
+SEVERAL = ("train", "distill", "sample", "evaluate", "calibrate", "paper", "compress")
 """The commands that torchrun runs in several processes. They tell each other of a mistake."""
 
 
@@ -37,13 +37,14 @@ def parser() -> Parser:
     """The parser of all commands, from the files of this package."""
     top = Parser(
         prog="ddpm",
+        usage="ddpm COMMAND ...",
         description="Denoising Diffusion Probabilistic Models: train, sample, measure, edit and compress.",
         epilog="`ddpm COMMAND --help` describes a command.\n\nexample:\n  ddpm sample digits -n 16 --out digits.png",
         formatter_class=Help,
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"ddpm {__version__}")
-    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", prog="ddpm")
     names = {module.name for module in pkgutil.iter_modules(cli.__path__)} - {"main", "options"}
     for name in [*FIRST, *sorted(names - set(FIRST))]:
         importlib.import_module(f"ddpm.cli.{name}").add(commands)

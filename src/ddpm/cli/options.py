@@ -11,11 +11,11 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, get_args
 
 from ddpm import catalog
 from ddpm.catalog import Precision
@@ -37,6 +37,9 @@ MODEL = (
 )
 PICTURES = "FILE.png for a grid, FILE.npz, FILE.npy, FILE.tif, or a folder"
 SOURCE = catalog.accepted_sources()
+THREES = "ddpm sample digits -n 2 --class 3 --out threes/"
+"""The first line of examples that need a picture."""
+AS_TRAIN = "a SOURCE as `ddpm train --data` takes it"
 
 
 # -- the parser --------------------------------------------------------------------------------------------------------
@@ -47,6 +50,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        self._positionals.title = "arguments"
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -50,50 is a value, too
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -75,23 +79,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], help: str, description: str, example: str
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], help: str, description: str, *example: str
 ) -> Parser:
-    """Add a command: its line in `ddpm --help`, its description, and an example at the end of its own help."""
+    """Add a command: its line in `ddpm --help`, its description, and lines of an example at the end of its own help."""
     parser: Parser = commands.add_parser(
         name,
         help=help,
         description=description,
-        epilog=f"example:\n  {example}",
+        epilog="\n  ".join(["example:", *example]),
         formatter_class=Help,
         allow_abbrev=False,
+        add_help=False,  # `add_general` adds it, as the last option
     )
     parser.set_defaults(run_command=run)
     return parser
 
 
 class Help(argparse.HelpFormatter):
-    """argparse's layout, but indented lines, which are tables and examples, are not wrapped."""
+    """argparse's layout, but indented lines, which are tables and examples, are not wrapped.
+
+    The line of usage names only what must be given, since the options are listed below it.
+    """
+
+    def add_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        given = [action for action in actions if action.required or not action.option_strings]
+        options = argparse.Action([], "options", metavar="[OPTIONS]")
+        super().add_usage(usage, [*given, options] if len(given) < len(actions) else given, [], prefix)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         wrap = super()._fill_text
@@ -120,10 +133,20 @@ def converter(kind: Any, wanted: str) -> Any:
     return convert
 
 
-def number(kind: type[int] | type[float], default: float | None) -> dict[str, Any]:
-    """The arguments of add_argument for a number."""
+def number(kind: type[int] | type[float], default: float | None, metavar: str = "") -> dict[str, Any]:
+    """The arguments of add_argument for a number: N is a whole one, and X any."""
     wanted = "a whole number" if kind is int else "a number"
-    return {"type": converter(kind, wanted), "default": default, "metavar": "N" if kind is int else "X"}
+    return {"type": converter(kind, wanted), "default": default, "metavar": metavar or ("N" if kind is int else "X")}
+
+
+def one_of(names: Iterable[object]) -> str:
+    """The metavar of an option that takes one of these names.
+
+    >>> one_of(["ema", "raw"]), one_of(["fixed_large", "fixed_small", "learned"])
+    ('ema|raw', 'NAME')
+    """
+    words = "|".join(map(str, names))
+    return words if len(words) <= 21 else "NAME"
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -159,31 +182,48 @@ def _clip(text: str) -> bool | float:
 # -- groups of options -------------------------------------------------------------------------------------------------
 
 
-def add_model(parser: Parser, variance: bool = True) -> None:
-    """Which weights a command uses, and where it runs."""
-    group = parser.add_argument_group("model", "which weights are used, and where they run")
-    group.add_argument("--weights", metavar="X", help="ema (the averaged weights) or raw (default: ema)")
-    group.add_argument(
-        "--checkpoint", default="last", metavar="X", help="checkpoint of a run: last, best or a step (default: last)"
-    )
+def add_model(parser: Parser, variance: bool = True, batch_size: bool = True) -> None:
+    """Which weights a command uses, where it runs, and the last group of its help."""
+    group = parser.add_argument_group("model", "which weights are used")
+    add_weights(group)
     if variance:
         variances = "variance of the reverse process: fixed_large, fixed_small or calibrated (default: the model's)"
-        group.add_argument("--variance", metavar="X", help=variances)
-    add_machine(group)
+        group.add_argument("--variance", metavar="NAME", help=variances)
+    machine = parser.add_argument_group("machine", "where the network runs, and how")
+    add_device(machine)
+    if batch_size:
+        machine.add_argument(
+            "--batch-size",
+            **number(int, 64),
+            help="number of images per network call; no result depends on it (default: %(default)s)",
+        )
+    add_precision(machine, "precision of the network; auto is that of training, if the device is fast at it")
+    add_general(parser)
 
 
-def add_machine(
-    group: Any,
-    precision: str = "auto, float32 or bf16; auto is the precision of training, if the device is fast at it (default: "
-    "auto)",
-) -> None:
-    group.add_argument("--precision", default="auto", metavar="X", help=precision)
-    group.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    add_json(group)
+def add_weights(group: Any) -> None:
+    weights = "use the averaged weights, ema, or the latest ones, raw (default: ema)"
+    group.add_argument("--weights", metavar="ema|raw", help=weights)
+    checkpoint = "use this checkpoint of a run: last, best or the number of its step (default: last)"
+    group.add_argument("--checkpoint", default="last", metavar="STEP", help=checkpoint)
 
 
-def add_json(group: Any) -> None:
-    group.add_argument("--json", action="store_true", help="print the result as one JSON object")
+def add_device(group: Any) -> None:
+    device = "device to run on: auto, cpu, cuda, cuda:1 or mps (default: auto)"
+    group.add_argument("--device", default="auto", metavar="DEVICE", help=device)
+
+
+def add_precision(group: Any, help: str) -> None:
+    words = one_of(get_args(Precision))
+    group.add_argument("--precision", default="auto", metavar=words, help=f"{help} (default: auto)")
+
+
+def add_general(parser: Parser, json: bool = True) -> None:
+    """The last group of every command's help."""
+    group = parser.add_argument_group("general")
+    if json:
+        group.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    group.add_argument("-h", "--help", action="help", help="show this text and exit")
 
 
 def add_sampler(parser: Parser, default: str = "ancestral") -> Any:
@@ -191,81 +231,83 @@ def add_sampler(parser: Parser, default: str = "ancestral") -> Any:
     samplers, spacings = catalog.samplers(), catalog.spacings()
     about = f"how the reverse process is sampled\n\n{catalog.describe(samplers)}"
     group = parser.add_argument_group("sampler", about)
-    group.add_argument("--sampler", default=default, metavar="X", help="a sampler of this table (default: %(default)s)")
-    steps = {name: entry.settings["steps"] or "all" for name, entry in samplers.items() if "steps" in entry.settings}
-    defaults = ", ".join(f"{count} for {name}" for name, count in steps.items())
-    levels = f"number of noise levels to visit (default: {defaults}, else 20)"
+    parser.set_defaults(default_sampler=default)
+    sampler = f"sampler to use, one of this table (default: {default}; consistency for a model of ddpm distill)"
+    group.add_argument("--sampler", metavar="NAME", help=sampler)
+    steps: dict[int | str, list[str]] = {}
+    for name, entry in samplers.items():
+        steps.setdefault(entry.settings.get("steps", 20) or "all", []).append(name)
+    defaults = ", ".join(f"{count} for {' and '.join(names)}" for count, names in steps.items() if count != 20)
+    levels = f"number of noise levels to visit (default: {defaults}, 20 for the others)"
     group.add_argument("--steps", **number(int, None), help=levels)
-    spacing = f"spacing of the levels: {', '.join(spacings)}; bound is {spacings['bound'].meaning}"
-    group.add_argument("--spacing", metavar="X", help=f"{spacing} (default: the sampler's)")
+    spacing = f"how to space these levels: {', '.join(spacings)}; bound takes {spacings['bound'].meaning}"
+    group.add_argument("--spacing", metavar="NAME", help=f"{spacing} (default: the sampler's)")
     return group
 
 
-def add_conditions(parser: Parser) -> None:
-    """What is sampled: classes, guidance and clipping."""
-    group = parser.add_argument_group("conditions", "what is sampled")
-    classes = "class names to sample, cycled over the images; 'all' for every class"
-    group.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME", help=classes)
-    group.add_argument(
-        "--guidance",
-        **number(float, None),
-        help="scale of guidance towards the class, or else towards --input; 1 for none (default: 1.5 with a class)",
-    )
-    interval = converter(_interval, "two levels as 100,900")
-    group.add_argument(
-        "--guidance-interval",
-        type=interval,
-        metavar="N,N",
-        help="first and last noise level with guidance (default: all)",
-    )
+def add_clip(sampler: Any) -> None:
     clip = (
-        "clipping of x0^, the estimate of the image: static (to [-1, 1]), none, or a number between 0 and 1, the "
-        "quantile of dynamic thresholding (default: the model's)"
+        "clip x0^, the estimate of the image: static clips to [-1, 1], none does not clip, and a number between 0 and "
+        "1 is the quantile of dynamic thresholding (default: the model's)"
     )
     wanted = "static, none or a number between 0 and 1"
-    group.add_argument("--clip", type=converter(_clip, wanted), metavar="X", help=clip)
+    sampler.add_argument("--clip", type=converter(_clip, wanted), metavar="static|none|X", help=clip)
 
 
-def add_batch_size(parser: Parser) -> None:
-    parser.add_argument(
-        "--batch-size",
-        **number(int, 64),
-        help="images per network call; no result depends on it (default: %(default)s)",
+def add_classes(parser: Parser) -> None:
+    """Which classes are sampled, and guidance."""
+    group = parser.add_argument_group("classes", "for a model that knows classes")
+    classes = "classes to sample, in turn over the images; all for every class"
+    group.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME", help=classes)
+    guidance = (
+        "guidance scale: how strongly to steer towards the class, or without --class towards --input; 1 is without "
+        "guidance (default: 1.5 with --class)"
     )
+    group.add_argument("--guidance", **number(float, None), help=guidance)
+    interval = converter(_interval, "two levels as 100,900")
+    levels = "guide only from this first to this last noise level, as 100,900 (default: all levels)"
+    group.add_argument("--guidance-interval", type=interval, metavar="FIRST,LAST", help=levels)
 
 
-def add_measuring(parser: Parser) -> None:
-    """What `evaluate` and `paper` measure, and by what."""
-    group = parser.add_argument_group("data", "what is measured")
-    data = f"images to measure on: {SOURCE} (default: the data of the run)"
+def add_data(parser: Parser) -> None:
+    """What `evaluate` and `paper` measure."""
+    group = parser.add_argument_group("data", "the images and samples that are measured")
+    data = f"images to measure on: {AS_TRAIN} (default: the run's own data)"
     group.add_argument("--data", metavar="SOURCE", help=data)
-    pairs = "the other images of the pairs, with --data and a model of --condition pairs"
+    pairs = "other images of the pairs, for --data and a model of --condition pairs"
     group.add_argument("--pairs", metavar="SOURCE", help=pairs)
-    split = "split of the data; test is the images that were held out (default: %(default)s)"
+    split = "split of the data to measure on; test is the images that were held out (default: %(default)s)"
     group.add_argument("--split", default="test", metavar="NAME", help=split)
-    samples = "score these samples, an .npz file or a folder of images, instead of making some"
+    samples = "score these samples, an .npz file or a folder of images, instead of making new ones"
     group.add_argument("--samples", metavar="PATH", help=samples)
-    group.add_argument("--seed", **number(int, 0), help="seed of noise and samples (default: %(default)s)")
-    add_batch_size(parser)
-    add_features(parser)
-    add_sampler(parser)
+    group.add_argument("--seed", **number(int, 0), help="seed of the noise and the samples (default: %(default)s)")
 
 
-def add_features(parser: Parser, files: bool = True) -> None:
-    """Which network scores samples; `files`: or which file holds features of real images."""
+def add_features(parser: Parser, files: bool = True) -> Any:
+    """Which network scores samples; `files`: or which file holds features of real images. Returns the group."""
     group = parser.add_argument_group("features", "the network that scores samples")
     features = (
-        "FILE.py:NAME, a function of images (NumPy uint8 [N, H, W, C]) that returns features [N, D], or features and "
-        "class probabilities [N, K]"
+        "score by FILE.py:NAME, a function from images (NumPy uint8 [N, H, W, C]) to features [N, D], or to features "
+        "and class probabilities [N, K]"
     )
-    file = "; or an .npz file of features, or of mu and sigma, of real images" if files else ""
-    group.add_argument("--features", metavar="X", help=f"{features}{file} (default: Inception)")
-    group.add_argument(
-        "--inception", metavar="FILE", help="weights of the Inception network of 2015 (default: download)"
-    )
-    group.add_argument(
-        "--any-weights", action="store_true", help="accept other weights of Inception; the score is then not FID"
-    )
+    file = "; or by an .npz file with features, or with mu and sigma, of real images" if files else ""
+    metavar = "FILE" if files else "FILE.py:NAME"
+    group.add_argument("--features", metavar=metavar, help=f"{features}{file} (default: Inception)")
+    inception = "file with the weights of the Inception network of 2015 (default: download it)"
+    group.add_argument("--inception", metavar="FILE", help=inception)
+    others = "accept other weights of Inception; the score is then not FID"
+    group.add_argument("--any-weights", action="store_true", help=others)
+    return group
+
+
+def add_show(group: Any) -> None:
+    """Which channels and numbers a picture shows."""
+    several = converter(whole_numbers, "channels counted from 1, as 4,3,2")
+    help = "show these channels in the grid, counted from 1: one, or three as 4,3,2 (default: the run's)"
+    group.add_argument("--show", type=several, default=(), metavar="N,N,...", help=help)
+    two = converter(numbers, "two numbers, as 0,3000")
+    help = "show these numbers as black and as white in the grid (default: the run's)"
+    group.add_argument("--show-range", type=two, default=(), metavar="LOW,HIGH", help=help)
 
 
 # -- what the options mean ---------------------------------------------------------------------------------------------
@@ -327,16 +369,6 @@ def check_model(args: argparse.Namespace) -> None:
     check("--precision", args.precision, Precision)
 
 
-def add_show(parser: Parser) -> None:
-    """Which channels and numbers a picture shows."""
-    several = converter(whole_numbers, "channels counted from 1, as 4,3,2")
-    help = "channels that the grid shows, counted from 1: one, or three as 4,3,2 (default: the run's)"
-    parser.add_argument("--show", type=several, default=(), metavar="N,N", help=help)
-    two = converter(numbers, "two numbers, as 0,3000")
-    help = "numbers that are black and white in the grid (default: the run's)"
-    parser.add_argument("--show-range", type=two, default=(), metavar="LOW,HIGH", help=help)
-
-
 def with_view(args: argparse.Namespace, preset: Preset) -> Preset:
     """The preset with --show and --show-range, if they are given. Raises InputError for what its images do not have."""
     return replace(preset, show=args.show or preset.show, show_range=args.show_range or preset.show_range)
@@ -349,8 +381,14 @@ def conditions(args: argparse.Namespace) -> "Conditions":
     return Conditions(tuple(args.classes), args.guidance, args.guidance_interval, args.clip)
 
 
-def check_sampler(args: argparse.Namespace, T: int) -> None:
-    """Raise InputError for a --sampler, --spacing or --steps that a model of T noise levels does not have."""
+def check_sampler(args: argparse.Namespace, preset: Preset, T: int) -> None:
+    """Raise InputError for a --sampler, --spacing or --steps that a model of T noise levels does not have.
+
+    If there is no --sampler, it becomes the model's own.
+    """
+    from ddpm.run.sample import sampler_of
+
+    args.sampler = args.sampler or sampler_of(preset, args.default_sampler)
     check("--sampler", args.sampler, Literal[tuple(catalog.samplers())])
     if args.spacing is not None:
         check("--spacing", args.spacing, Literal[tuple(catalog.spacings())])

@@ -5,26 +5,29 @@ import os
 import sys
 from pathlib import Path
 
-from ddpm.cli.options import MODEL, Commands, command, importing, number
+from ddpm.cli.options import MODEL, Commands, add_device, add_general, command, importing, number
 from ddpm.errors import InputError, not_installed
 from ddpm.presets import check
 
 
 def add(commands: Commands) -> None:
     parser = command(
-        commands, "page", run, "open a page to watch, edit and compress in the browser",
+        commands, "page", run, "open a page in the browser to watch runs, sample, edit and compress",
         "Start a server on this machine and print the address of its page. Only this machine reaches it, unless --host "
         "says otherwise. Ctrl-C ends it.",
-        "ddpm page runs/digits",
+        "ddpm page digits",
     )  # fmt: skip
-    parser.add_argument("models", nargs="*", metavar="RUN", help=f"{MODEL}; the page lists it first")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{MODEL}; the page lists it first")
+    group = parser.add_argument_group("page", "what it shows, and who reaches it")
+    group.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of runs to show (default: %(default)s)")
+    group.add_argument("--no-open", action="store_true", help="do not open the page in this machine's browser")
+    group.add_argument("--port", **number(int, 8000), help="port to listen at; 0 is a free one (default: %(default)s)")
     address = "address to listen at; 0.0.0.0 opens the page to the network, with a token (default: this machine only)"
-    parser.add_argument("--host", metavar="X", help=address)
-    parser.add_argument("--port", **number(int, 8000), help="port; 0 is a free one (default: %(default)s)")
-    parser.add_argument("--token", metavar="X", help="secret word in the page's address, which a visitor must know")
-    parser.add_argument("--no-open", action="store_true", help="do not open the page in this machine's browser")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of runs (default: %(default)s)")
-    parser.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    group.add_argument("--host", metavar="ADDRESS", help=address)
+    token = "secret word in the page's address, which a visitor must know (default: a random one, if --host is given)"
+    group.add_argument("--token", metavar="WORD", help=token)
+    add_device(parser.add_argument_group("machine", "where the network runs"))
+    add_general(parser, json=False)
 
 
 def run(args: argparse.Namespace) -> int:

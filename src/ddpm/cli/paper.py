@@ -12,8 +12,10 @@ from ddpm import catalog
 from ddpm.cli.options import (
     MODEL,
     Commands,
-    add_measuring,
+    add_data,
+    add_features,
     add_model,
+    add_sampler,
     check_model,
     check_numbers,
     check_sampler,
@@ -38,15 +40,18 @@ def add(commands: Commands) -> None:
     parser = command(
         commands, "paper", run, "make the paper's tables and figures for a model",
         f"Make one or more of these:\n\n{catalog.describe(names)}\n\nEach writes NAME.csv or NAME.png, with the "
-        "paper's numbers beside the model's, and NAME.json, which says what was measured. For table2, --run "
-        "can be a preset.",
-        "ddpm paper table4 fig5 fig8 --run runs/digits",
+        "paper's numbers beside the model's, and NAME.json, which says what was measured.",
+        "ddpm paper table4 fig5 fig8 --run digits",
     )  # fmt: skip
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(names)}")
-    parser.add_argument("--run", "--model", required=True, metavar="RUN", help=f"{MODEL}; under torchrun write --model")
-    parser.add_argument("-n", **number(int, None), help="number of images or samples (default: as in the paper)")
-    parser.add_argument("--out", metavar="DIR", help="folder for the results (default: RUN/paper)")
-    add_measuring(parser)
+    group = parser.add_argument_group("experiment", "which model is measured, and where the results go")
+    run_help = f"{MODEL}; for table2 also a preset. Under torchrun write --model"
+    group.add_argument("--run", "--model", required=True, metavar="MODEL", help=run_help)
+    group.add_argument("-n", **number(int, None), help="number of images or samples (default: as in the paper)")
+    group.add_argument("--out", metavar="FOLDER", help="folder for the results (default: RUN/paper)")
+    add_data(parser)
+    add_features(parser)
+    add_sampler(parser)
     add_model(parser)
 
 
@@ -111,7 +116,7 @@ class _Setups:
         from ddpm.run.sample import sampler_levels
 
         args = self.args
-        check_sampler(args, model.denoiser.schedule.T)
+        check_sampler(args, model.preset, model.denoiser.schedule.T)
         return Setup(
             model, self.load, out, cache, self.ranks, self.network,
             named_features=args.features is not None or args.inception is not None,
@@ -127,7 +132,7 @@ class _Setups:
 
         args = self.args
         base = replace(preset, data=args.data or preset.data, device=args.device)
-        check_sampler(args, base.num_timesteps)  # mistakes show before the training, not after it
+        check_sampler(args, base, base.num_timesteps)  # mistakes show before the training, not after it
         check_network(self.network(), self.load("train").batch([0]))
         self.load(args.split)
 

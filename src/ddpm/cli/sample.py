@@ -3,15 +3,17 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ddpm.cli.options import (
     MODEL,
     PICTURES,
     Commands,
-    add_batch_size,
-    add_conditions,
+    add_classes,
+    add_clip,
     add_model,
     add_sampler,
     add_show,
@@ -27,47 +29,65 @@ from ddpm.cli.options import (
 from ddpm.errors import InputError
 from ddpm.presets import check
 
+if TYPE_CHECKING:
+    import torch
+
+    from ddpm.run.sample import Conditions
+
 
 def add(commands: Commands) -> None:
     parser = command(
-        commands, "sample", run, "make images with a model",
-        "Make images with a model. Image i of --seed S is the image of seed S + i, whatever the batch size, the device "
-        "or the number of processes.",
+        commands, "sample", run, "sample images from a model",
+        "Sample images from a model. Image i of --seed S is the image of seed S + i, whatever the batch size, the "
+        "device or the number of processes.",
         "ddpm sample digits -n 16 --class 7 --sampler unipc --steps 10 --out sevens.png",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
-    count = "number of images; with --input, number of images for each input (default: 64, or 1 with --input)"
-    parser.add_argument("-n", **number(int, None), help=count)
-    given = parser.add_argument_group("input", "for a model that was trained with --condition")
-    what = (
-        "the picture that the model is given: an image file, or a folder of them; a grid shows it left of its samples"
-    )
-    given.add_argument("--input", metavar="PATH", help=what)
-    mask = "black and white image of the input's size: white is drawn, black is kept (default: what is transparent)"
-    given.add_argument("--mask", metavar="FILE", help=mask)
-    then = "make images with RUN, and enlarge them with this model, whose condition is lowres:N (a cascade)"
-    given.add_argument("--then", metavar="RUN2", help=then)
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
+    group = parser.add_argument_group("samples", "how many images, and where they go")
+    count = "number of images to sample, or with --input for each input (default: 64, or 1 with --input)"
+    group.add_argument("-n", **number(int, None), help=count)
     moves = "FILE.tar for WebDataset; FILE.gif, .webp or .mp4 for an animation of x_t, or with --progressive of x0^"
-    parser.add_argument(
-        "--out",
-        default="samples.png",
-        metavar="PATH",
-        help=f"{PICTURES}; {moves} (default: %(default)s)",
-    )
-    shard = "with a folder: tar files for WebDataset of N images each, with the classes, in place of images"
-    parser.add_argument("--shard", **number(int, None), help=shard)
+    out = f"{PICTURES}; {moves} (default: %(default)s)"
+    group.add_argument("--out", default="samples.png", metavar="PATH", help=out)
     seed = "seed of the first image; each next image has the next seed (default: %(default)s)"
-    parser.add_argument("--seed", **number(int, 0), help=seed)
-    add_batch_size(parser)
-    progressive = "show each image as a row: x0^, the estimate of the image, during sampling (Figure 6)"
-    parser.add_argument("--progressive", action="store_true", help=progressive)
+    group.add_argument("--seed", **number(int, 0), help=seed)
+    progressive = "show how x0^, the estimate of the image, develops: a row for each image (Figure 6)"
+    group.add_argument("--progressive", action="store_true", help=progressive)
+    shard = "write tar files for WebDataset into the folder --out, with N images and their classes in each"
+    group.add_argument("--shard", **number(int, None), help=shard)
+    add_show(group)
+    group = parser.add_argument_group("input", "for a model that was trained with --condition")
+    given = "give the model this picture, or each picture in a folder; a grid shows it left of its samples"
+    group.add_argument("--input", metavar="PATH", help=given)
+    mask = "draw where this image is white, and keep the input where it is black (default: draw what is transparent)"
+    group.add_argument("--mask", metavar="FILE", help=mask)
+    then = "enlarge the samples with this MODEL, which was trained with --condition lowres:N (a cascade)"
+    group.add_argument("--then", metavar="MODEL", help=then)
+    add_classes(parser)
     sampler = add_sampler(parser)
     sampler.add_argument("--eta", **number(float, 0.0), help="noise of ddim, 0 to 1 (default: %(default)s)")
-    sigma_hat = "ddim with eta 1 and the larger noise sigma^ of the DDIM paper's Table 1"
+    sigma_hat = "use ddim with eta 1 and the larger noise sigma^ of the DDIM paper's Table 1"
     sampler.add_argument("--sigma-hat", action="store_true", help=sigma_hat)
-    add_show(parser)
-    add_conditions(parser)
+    add_clip(sampler)
+    guide = "steer away from this weaker MODEL, such as an earlier checkpoint of the run (autoguidance)"
+    sampler.add_argument("--guide", metavar="MODEL", help=guide)
+    scale = "guidance scale of --guide; 1 is without guidance (default: 1.5)"
+    sampler.add_argument("--guide-scale", **number(float, None), help=scale)
     add_model(parser)
+
+
+def _guided(args: argparse.Namespace, asked: "Conditions", device: "torch.device") -> "Conditions":
+    """The conditions with --guide and --guide-scale."""
+    if args.guide is None:
+        if args.guide_scale is not None:
+            raise InputError(f"--guide-scale {args.guide_scale}: needs --guide MODEL")
+        return asked
+    from ddpm.run.processes import open_for_device
+
+    scale = check("--guide-scale", asked.guide_scale if args.guide_scale is None else args.guide_scale, float)
+    guide = open_for_device(args.guide, device, args.weights, "last", None)
+    guide = replace(guide, denoiser=guide.denoiser.to(device))
+    return replace(asked, guide=guide, guide_scale=scale)
 
 
 def _is_folder(out: str) -> bool:
@@ -85,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         from ddpm.run.export import grid_columns
         from ddpm.run.inputs import cascade, check_cascade, read_inputs
         from ddpm.run.processes import processes
-        from ddpm.run.sample import Sampling, sample
+        from ddpm.run.sample import Sampling, sample, sampler_levels
         from ddpm.run.stream import RECORD, STREAMED, write_samples
 
     moves = animation.is_animation(args.out)
@@ -100,21 +120,22 @@ def run(args: argparse.Namespace) -> int:
     if kind not in ("png", "animation") and args.progressive:
         raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png, .gif, .webp or .mp4")
     if args.then is not None and args.input is not None:
-        raise InputError(
-            f"--then {args.then}: not with --input {args.input}, whose place the images of {args.run} take"
-        )
+        raise InputError(f"--then {args.then}: not with --input {args.input}; the images of {args.run} are the input")
+    if args.then is not None and args.guide is not None:
+        raise InputError(f"--then {args.then}: not with --guide {args.guide}, which fits one of the two models")
     if args.mask is not None and args.input is None:
         raise InputError(f"--mask {args.mask}: needs --input FILE")
     each = args.n if args.n is not None else 1 if args.input is not None else 64
     with processes(args.device) as ranks:
-        model, asked = open_model(args, ranks.device, conditional=True), conditions(args)
+        model, asked = open_model(args, ranks.device, conditional=True), _guided(args, conditions(args), ranks.device)
         inputs = None if args.input is None else read_inputs(model, args.input, each, args.mask)
         n = each * (1 if inputs is None else len(inputs.conditions))
+        shown = with_view(args, model.preset)
+        check_sampler(args, model.preset, model.denoiser.schedule.T)
         if args.then is not None:
             second = open_model(args, ranks.device, args.then, conditional=True)
             check_cascade(model, second)
-        shown = with_view(args, model.preset)
-        check_sampler(args, model.denoiser.schedule.T)
+            sampler_levels(second, args.sampler, args.steps, args.spacing)  # a mistake shows before hours of sampling
         progress = ranks.first and not args.json
         sampling = Sampling(
             args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size, inputs

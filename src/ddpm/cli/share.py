@@ -8,7 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ddpm.cli.options import MODEL, SOURCE, Commands, add_json, command, importing, open_model
+from ddpm.cli.options import (
+    AS_TRAIN,
+    MODEL,
+    Commands,
+    add_device,
+    add_general,
+    add_weights,
+    command,
+    importing,
+    open_model,
+)
 from ddpm.errors import InputError
 from ddpm.presets import check, find_preset, to_json
 from ddpm.version import __version__
@@ -19,44 +29,40 @@ KINDS = {"diffusers": "DIR", "hub": "OWNER/NAME", "onnx": "FILE.onnx", "web": "D
 
 def add(commands: Commands) -> None:
     parser = command(
-        commands, "export", export, "write a model as one file for others, with a card",
+        commands, "export", export, "write a model as a file, for diffusers, for the hub, or as a web page",
         "Write the weights, rounded to bf16, and their settings to FILE.safetensors. Beside it FILE.md is a card with "
-        "what was measured, FILE.png is a grid of 64 samples, and a calibration is copied. With --to, write a folder "
-        "for diffusers' pipelines instead, an ONNX file, or a folder with a web page in which the model runs, or put "
-        "the model on the Hugging Face hub.",
-        "ddpm export runs/digits --out mine.safetensors",
+        "what was measured, FILE.png is a grid of 64 samples, and a calibration is copied. With --to, write another "
+        "format in place of these files, or put them on the Hugging Face hub.",
+        "ddpm export digits --out mine.safetensors",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help=MODEL)
-    parser.add_argument("--out", metavar="FILE", help="NAME.safetensors")
+    parser.add_argument("run", metavar="MODEL", help=MODEL)
+    group = parser.add_argument_group("format", "what is written, and where")
+    group.add_argument("--out", metavar="FILE", help="file to write, NAME.safetensors")
     kinds = (
-        "instead: diffusers DIR; hub OWNER/NAME; onnx FILE.onnx, the network in float32; or web DIR, a page in which "
-        "the model runs, for any static web server"
+        "write another format: diffusers FOLDER, for its pipelines; onnx FILE.onnx, the network in float32; web "
+        "FOLDER, a page in which the model runs, for any static web server; or hub OWNER/NAME, a model on the Hugging "
+        "Face hub"
     )
-    parser.add_argument("--to", nargs=2, metavar=("KIND", "PLACE"), help=kinds)
-    runtime = "with --to web: an unpacked onnxruntime-web of the version that the page needs (default: npm fetches it)"
-    parser.add_argument("--runtime", metavar="FOLDER", help=runtime)
-    stored = "precision of the weights in the file: bf16, half the size, or float32 (bf16)"
-    parser.add_argument("--precision", dest="stored", metavar="X", help=stored)
-    parser.add_argument(
-        "--data", metavar="NAME", help="public name of the data set (the run's, if it is that of a preset)"
-    )
-    parser.add_argument("--license", metavar="ID", help="license for the card, such as apache-2.0 (none)")
+    group.add_argument("--to", nargs=2, metavar=("KIND", "PLACE"), help=kinds)
+    stored = "precision of the weights in FILE.safetensors: bf16, half the size, or float32 (default: bf16)"
+    group.add_argument("--precision", dest="stored", metavar="bf16|float32", help=stored)
+    data = "public name of the dataset, for the card (default: the run's, if it is that of a preset)"
+    group.add_argument("--data", metavar="NAME", help=data)
+    group.add_argument("--license", metavar="ID", help="license for the card, such as apache-2.0 (default: none)")
     of_class = (
-        "write the network of one class for diffusers, whose pipelines pass no class; all: the network of all classes, "
-        "which no pipeline can call (default: the network without a class)"
+        "with --to diffusers, write the network of one class, because pipelines pass no class; all: the network of all "
+        "classes, which no pipeline can call (default: the network without a class)"
     )
-    parser.add_argument("--class", dest="class_name", metavar="NAME", help=of_class)
-    group = parser.add_argument_group("model")
-    group.add_argument("--weights", metavar="X", help="ema (the averaged weights) or raw (ema)")
-    group.add_argument(
-        "--checkpoint", default="last", metavar="X", help="checkpoint of a run: last, best or a step (last)"
-    )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (auto)")
-    add_json(group)
+    group.add_argument("--class", dest="class_name", metavar="NAME", help=of_class)
+    runtime = "with --to web, take this unpacked onnxruntime-web (default: npm fetches the version that the page needs)"
+    group.add_argument("--runtime", metavar="FOLDER", help=runtime)
+    add_weights(parser.add_argument_group("model", "which weights are used"))
+    add_device(parser.add_argument_group("machine", "where the network runs"))
+    add_general(parser)
     parser.set_defaults(variance=None, precision="auto")
 
     parser = command(
-        commands, "import", import_, "read a model of another package",
+        commands, "import", import_, "convert a model of another package",
         "Write FILE.safetensors, which every command takes as a model, from a diffusers folder (UNet2DModel) or from a "
         "weights file of ermongroup/ddim, pesser/pytorch_diffusion, openai/improved-diffusion or "
         "w86763777/pytorch-ddpm. Every key, shape and setting is accounted for. A setting that our network does not "
@@ -65,20 +71,21 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     path = "a diffusers folder, or hf:OWNER/NAME; a .ckpt, .pt, .pth or .safetensors file of another package's weights"
     parser.add_argument("path", metavar="PATH", help=path)
-    parser.add_argument("--out", required=True, metavar="FILE", help="NAME.safetensors")
-    parser.add_argument(
-        "--preset", metavar="X", help="preset with the settings of a weights file (found by its shapes)"
-    )
-    parser.add_argument("--data", metavar="SOURCE", help=f"the images that the model was trained on: {SOURCE}")
-    add_json(parser)
+    group = parser.add_argument_group("model", "what is written")
+    group.add_argument("--out", required=True, metavar="FILE", help="file to write, NAME.safetensors")
+    preset = "preset with the settings of a weights file (default: found by the shapes of the weights)"
+    group.add_argument("--preset", metavar="PRESET", help=preset)
+    group.add_argument("--data", metavar="SOURCE", help=f"images that the model was trained on: {AS_TRAIN}")
+    add_general(parser)
 
     parser = command(
         commands, "report", report, "write one HTML file about a run",
-        "Write RUN/report.html: curves, grids of samples, and the results of `evaluate` and `paper`.",
+        "Write RUN/report.html: curves, grids of samples, and the results of `ddpm evaluate` and `ddpm paper`.",
+        "ddpm train digits",
         "ddpm report runs/digits",
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="a run folder")
-    add_json(parser)
+    add_general(parser)
 
 
 def export(args: argparse.Namespace) -> int:

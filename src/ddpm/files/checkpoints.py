@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: how they are written, checked, found and deleted."""
+"""The checkpoints and snapshots of a run on disk: how they are written, checked, found and deleted."""
 
 import functools
 import json
@@ -20,17 +20,27 @@ from ddpm.files.tensors import file_sha256, not_finite, read_metadata, read_tens
 from ddpm.presets import Preset, from_json, to_json
 from ddpm.version import __version__
 
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+"""The folders of a run that hold a folder for each saved step. `prune` deletes checkpoints only."""
+
 
 def _seal(state: Mapping[str, Any]) -> str:
     """The hash of a state, which shows later whether it was altered."""
     return sha256_of(json.dumps(state, sort_keys=True).encode())
 
 
-def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """Write the folder run/checkpoints/STEP completely or not at all, and return it.
+def save(
+    run: Path,
+    preset: Preset,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    place: str = CHECKPOINTS,
+) -> Path:
+    """Write the folder run/PLACE/STEP completely or not at all, and return it.
 
     state    plain JSON values, among them "step"
     tensors  the stem of a file (ema, raw, optimizer) -> the tensors that it holds
+    place    CHECKPOINTS or SNAPSHOTS
 
     Raises OSError if that fails, as on a full disk, and FloatingPointError for tensors that are not finite. Other
     checkpoints stay as they are.
@@ -38,7 +48,7 @@ def save(run: Path, preset: Preset, state: Mapping[str, Any], tensors: Mapping[s
     for stem, values in tensors.items():
         if name := not_finite(values):
             raise FloatingPointError(f"{stem}.safetensors: {name} is not finite")
-    folder = run / "checkpoints" / f"{state['step']:08d}"
+    folder = run / place / f"{state['step']:08d}"
     with atomic.temporary_folder(folder) as part:  # a folder that is there is damaged, and `newest` passed over it
         hashes = {}
         for stem, values in tensors.items():
@@ -126,14 +136,14 @@ def damage(folder: Path, *stems: str) -> str | None:
 # -- which there are ---------------------------------------------------------------------------------------------------
 
 
-def saved(run: Path) -> list[Path]:
-    """The run's checkpoint folders, the newest first, damaged ones too."""
+def saved(run: Path, place: str = CHECKPOINTS) -> list[Path]:
+    """The run's checkpoint folders, or those of its snapshots, the newest first, damaged ones too."""
     try:
-        with os.scandir(run / "checkpoints") as entries:
+        with os.scandir(run / place) as entries:
             names = [entry.name for entry in entries if entry.name.isdecimal() and entry.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [run / "checkpoints" / name for name in sorted(names, key=int, reverse=True)]
+    return [run / place / name for name in sorted(names, key=int, reverse=True)]
 
 
 def newest(run: Path, *stems: str) -> Path | None:

@@ -5,11 +5,9 @@ user. `measure` runs it over images. `save_statistics` writes the statistics of 
 """
 
 import http.client
-import importlib.util
 import json
 import os
 import shutil
-import sys
 import urllib.request
 import warnings
 import zipfile
@@ -26,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.errors import InputError, parse_json
-from ddpm.files import atomic
+from ddpm.files import atomic, functions
 from ddpm.files.images import channels_last, check_unpacked, one_line
 from ddpm.files.tensors import as_state_dict, file_sha256, read_tensors, read_torch
 from ddpm.inception import SIDE, Inception
@@ -256,34 +254,12 @@ def custom(spec: str) -> Network:
     ...
     ddpm.errors.InputError: features.py: want FILE.py:function
     """
+    function = functions.load(spec)
     file, _, name = spec.rpartition(":")
     path = Path(file)
-    if path.suffix != ".py" or not name.isidentifier():
-        raise InputError(f"{spec}: want FILE.py:function")
-    if not path.is_file():
-        raise InputError(f"{spec}: no such file {path}, want FILE.py:function")
-    title = f"ddpm_features_{path.stem}"
-    module_spec = importlib.util.spec_from_file_location(title, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[title] = module  # dataclasses look their module up
-    if (folder := str(path.absolute().parent)) not in sys.path:
-        sys.path.append(folder)  # the file may import its neighbours; at the end they hide no other module
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as fault:
-        raise InputError(f"{path}: cannot be imported ({type(fault).__name__}: {one_line(fault)})") from fault
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == title]
-        raise InputError(f"{spec}: no function {name}, {path} has {', '.join(sorted(functions)) or 'none'}")
 
     def run(pixels: Tensor) -> tuple[Any, Any]:
-        try:
-            result = function(channels_last(pixels.cpu()))
-        except Exception as fault:
-            raise InputError(f"{spec}: {type(fault).__name__}: {one_line(fault)}") from fault
+        result = function(channels_last(pixels.cpu()))
         if isinstance(result, tuple):
             if len(result) != 2:
                 raise InputError(f"{spec}: returned {len(result)} values, want features or (features, probabilities)")

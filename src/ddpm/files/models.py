@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm.catalog import Variance
 from ddpm.denoiser import Denoiser
-from ddpm.errors import InputError, parse_json, suggestion
+from ddpm.errors import InputError, finite_number, parse_json, suggestion, whole_number
 from ddpm.files import atomic
 from ddpm.gaussian import calibrated_variance
 from ddpm.presets import Preset
@@ -22,6 +22,39 @@ MODELS = Path(__file__).parents[1] / "models"
 """The folder of the models that come with the package."""
 CHECKOUT = Path(__file__).parents[3] / "models"
 """The folder of larger models, which a checkout of the source has."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """How `ddpm average` made the weights of a model. Raises InputError for values that cannot be.
+
+    sigma_rel  the standard deviation of the average's profile, as a part of the steps until `step`
+    step       the step at which it ends
+    snapshots  of the run, from which it was made
+    residual   the distance of its profile from the one of sigma_rel, relative to the latter (`run.ema.fit`)
+    """
+
+    sigma_rel: float
+    step: int
+    snapshots: int
+    residual: float
+
+    def __post_init__(self) -> None:
+        for name in ("sigma_rel", "residual"):
+            finite_number(name, getattr(self, name), 0, 1)
+        for name in ("step", "snapshots"):
+            whole_number(name, getattr(self, name), 1)
+
+    def __str__(self) -> str:
+        """In words.
+
+        >>> print(Average(0.07, 2800, 28, 0.0004))
+        sigma_rel 0.07 at step 2,800, from 28 snapshots, error 0.04%
+        """
+        return (
+            f"sigma_rel {self.sigma_rel:g} at step {self.step:,}, from {self.snapshots:,} snapshots, error "
+            f"{self.residual:.2%}"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,6 +69,7 @@ class Checkpoint:
     name      of a third-party model or one that was opened by its name, which writes its results to ./ddpm-NAME
     foreign   whether its files are those of diffusers, which keep the settings apart from the weights
     identity  the hash that names these weights in results, calibrations and compressed files (`tensors.identity`)
+    average   how `ddpm average` made the weights, if it did
     """
 
     denoiser: Denoiser
@@ -46,6 +80,7 @@ class Checkpoint:
     name: str = ""
     foreign: bool = False
     identity: str = ""
+    average: Average | None = None
 
     @property
     def packaged(self) -> bool:
@@ -74,6 +109,7 @@ class Checkpoint:
             "variance": variance if isinstance(variance, str) else "calibrated",
             "network_precision": self.preset.precision,
             "version": __version__,
+            **({"average": asdict(self.average)} if self.average else {}),
         }  # fmt: skip
 
 

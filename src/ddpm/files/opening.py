@@ -12,7 +12,7 @@ from ddpm.errors import InputError, parse_json, suggestion, whole_number
 from ddpm.files import hub
 from ddpm.files.checkpoints import best, damage, newest, saved
 from ddpm.files.interop import diffusers as interop
-from ddpm.files.models import CHECKOUT, MODELS, Checkpoint, Weights, with_variance
+from ddpm.files.models import CHECKOUT, MODELS, Average, Checkpoint, Weights, with_variance
 from ddpm.files.tensors import identity, not_finite
 from ddpm.presets import Preset, build, from_json, to_json
 
@@ -120,12 +120,13 @@ def open_checkpoint(
     try:
         preset = from_json(parse_json(metadata["config"]))
         step = whole_number("step", int(metadata["step"]), 0, 2**63 - 1)
+        average = Average(**parse_json(metadata["average"])) if "average" in metadata else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: its configuration is damaged ({error})") from error
     if precision is not None:
         preset = from_json({**to_json(preset), "precision": precision})
     denoiser = _denoiser(preset, state, file)
-    return Checkpoint(denoiser, preset, step, metadata["weights"], file, name, identity=identity(state))
+    return Checkpoint(denoiser, preset, step, metadata["weights"], file, name, False, identity(state), average)
 
 
 def _read(path: Path, which: str, weights: Weights) -> tuple[Path, dict[str, str], dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,16 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
             return load_file(path)
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name).clone() for name in names}  # a view would keep the whole file mapped
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The names and tensors of a safetensors file, one at a time. Raises InputError if it is not a complete one."""
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
 

@@ -12,7 +12,7 @@ from ddpm.files import data
 from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset
 
-_TRAINING, _IMAGE = 5, 0xC0DD
+_TRAINING, _IMAGE = 6, 0xC0DD
 """Keys of the draws of masks and dropout: those of a step (run/train.py), and those of an image."""
 
 

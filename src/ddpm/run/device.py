@@ -168,7 +168,8 @@ def use_cuda_graphs(denoiser: Denoiser, device: torch.device | str) -> Denoiser:
         return use_cuda_graphs(replace(denoiser, network=network.network), device).given(network.condition)
     if isinstance(network, Guided):
         inner = use_cuda_graphs(replace(denoiser, network=network.network), device)
-        return replace(denoiser, network=replace(network, network=inner.network))
+        guide = network.guide and use_cuda_graphs(replace(denoiser, network=network.guide), device).network
+        return replace(denoiser, network=replace(network, network=inner.network, guide=guide))
     if torch.device(device).type != "cuda" or not isinstance(network, UNet):
         return denoiser
     if network.training or any(p.requires_grad for p in network.parameters()):

@@ -113,7 +113,7 @@ def redrawing(
     """
     T, device = checkpoint.denoiser.schedule.T, checkpoint.denoiser.schedule.alpha_bar.device
     t = T // 2 if t is None else t
-    x0 = _signal(image, checkpoint).to(device)[None]
+    x0 = signal(image, checkpoint).to(device)[None]
     levels, run = settings.levels(checkpoint, t), named(settings.sampler).run
     if iterations == 0:
 
@@ -172,7 +172,7 @@ def interpolating(
     """
     T, device = checkpoint.denoiser.schedule.T, checkpoint.denoiser.schedule.alpha_bar.device
     t = T // 2 if t is None else t
-    first, last = (_signal(path, checkpoint).to(device) for path in (a, b))
+    first, last = (signal(path, checkpoint).to(device) for path in (a, b))
     eps_a, eps_b = per_image([mix(seed, 0), mix(seed, 1)], checkpoint.preset.shape, device)(T)
     weights, levels, run = torch.linspace(0, 1, n), settings.levels(checkpoint, t), named(settings.sampler).run
 
@@ -222,8 +222,10 @@ def inpainting(
     and for settings out of range.
     """
     device = checkpoint.denoiser.schedule.alpha_bar.device
-    x0 = _signal(image, checkpoint).to(device)[None]
-    redrawn = (mask if isinstance(mask, Tensor) else mask_of(mask, image, checkpoint.preset)).to(device)[None]
+    x0 = signal(image, checkpoint).to(device)[None]
+    if not isinstance(mask, Tensor):
+        mask = mask_of(mask, image, checkpoint.preset)
+    redrawn = mask.to(device)[None]
     levels, jump, resample = repaint_settings(checkpoint, settings, jump, resample)
     run = named(settings.sampler).run
 
@@ -251,15 +253,15 @@ def _last(steps: Iterator[Step], values: Values, progress: bool) -> Tensor:
     return pixels.to_pixels(last.x, values).cpu()
 
 
-def _signal(image: Source, checkpoint: Checkpoint) -> Tensor:
-    """An image as the model takes it, x_0 [C, H, W]."""
+def signal(image: Source, checkpoint: Checkpoint) -> Tensor:
+    """An image as the model takes it, x_0 [C, H, W]. Raises InputError for what is no such image."""
     form = data.form_of(checkpoint.preset)
     if form.is_picture:
         return pixels.to_signal(fitted(image, checkpoint.preset))
     notes: images.Notes = {}
-    array = form.array(image if isinstance(image, bytes) else Path(image), _name(image), notes)
+    array = form.array(image if isinstance(image, bytes) else Path(image), name_of(image), notes)
     for what in notes:
-        warnings.warn(f"{_name(image)}: {what}", stacklevel=3)
+        warnings.warn(f"{name_of(image)}: {what}", stacklevel=3)
     return pixels.to_signal(torch.from_numpy(array.transpose(2, 0, 1).copy()), form.values)
 
 
@@ -269,7 +271,7 @@ def fitted(image: Source, preset: Preset, notes: images.Notes | None = None) -> 
     What had to be done to it is added to `notes`, or warned of without `notes`. Raises InputError for what is no image.
     """
     height, width = preset.size
-    name, picture = _name(image), images.read(image, _name(image))
+    name, picture = name_of(image), images.read(image, name_of(image))
     if picture.height > height or picture.width > width:  # `fit` notes smaller images
         how = "cropped at the centre" if preset.fit == "random-crop" else "scaled and cropped"
         size = f"{picture.height}x{picture.width}"
@@ -278,19 +280,31 @@ def fitted(image: Source, preset: Preset, notes: images.Notes | None = None) -> 
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
-def _name(image: Source) -> str:
+def name_of(image: Source) -> str:
     """What errors call an image."""
     return "the image" if isinstance(image, bytes) else str(image)
 
 
 def mask_of(mask: Source, image: Source, preset: Preset) -> Tensor:
-    """A black and white mask file of the image's size, scaled and cropped like the image: bool [1, H, W]."""
-    name = _name(mask)
+    """`read_mask` of a mask for this image."""
+    return read_mask(mask, images.read(image, name_of(image)).size[::-1], "the image's", preset)
+
+
+def read_mask(mask: Source, size: tuple[int, int], whose: str, preset: Preset) -> Tensor:
+    """A black and white mask file, scaled and cropped like an image of the same size: bool [1, H, W], true for white.
+
+    size   (H, W) that the file must have
+    whose  the owner of this size, for errors
+
+    Raises InputError for what is no such mask.
+    """
+    name = name_of(mask)
     picture = images.convert(images.read(mask, name), 1, name, {})
-    size = images.read(image, _name(image)).size
-    if picture.size != size:
-        have, wanted = (f"{height}x{width}" for width, height in (picture.size, size))  # height first, as elsewhere
-        raise InputError(f"{name}: {have} (height x width); want a mask of the image's size, {wanted}")
+    have = picture.height, picture.width
+    if have != size:
+        raise InputError(
+            f"{name}: {have[0]}x{have[1]} (height x width); want a mask of {whose} size, {size[0]}x{size[1]}"
+        )
     levels = np.unique(np.asarray(picture)).tolist()
     if not set(levels) <= {0, 255} or 255 not in levels:
         seen = ", ".join(map(str, levels[:4])) + ", .." * (len(levels) > 4)

@@ -10,7 +10,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -26,7 +26,7 @@ from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
 from ddpm.presets import PRESETS, Preset, to_json
 from ddpm.run import log
 from ddpm.run.fidelity import FIDELITY
-from ddpm.run.sample import cycled_labels, generate
+from ddpm.run.sample import cycled_labels, generate, sampler_of
 from ddpm.version import __version__
 
 SAMPLES = 64
@@ -83,6 +83,7 @@ def export(
         "step": str(original.step),
         "weights": original.weights,
         "version": __version__,
+        **({"average": json.dumps(asdict(original.average))} if original.average else {}),
     }
     save_tensors(out, tensors, metadata)
     exported = open_checkpoint(out, precision=checkpoint.preset.precision)
@@ -114,7 +115,7 @@ def illustrate(
     if preset.condition == "none":
         n, denoiser = _grid_size(preset), exported.denoiser.to(device)
         y = cycled_labels(range(classes), range(n))
-        samples = generate(denoiser, preset.shape, range(n), device=device, progress=progress, y=y)
+        samples = generate(denoiser, preset.shape, range(n), sampler_of(preset), device=device, progress=progress, y=y)
         grid = exported.path.with_suffix(".png")
         sheet = arrays.sheet(samples, arrays.view_of(preset, denoiser.values))
         images.save_many(grid, sheet, [], columns=grid_columns(classes))
@@ -187,10 +188,11 @@ def card(checkpoint: Checkpoint, exported: Checkpoint, license: str | None = Non
     of_classes = " --class all --guidance 1" if preset.classes else ""
     file, grid = (shlex.quote(_one_line(f"{name}.{suffix}")) for suffix in ("safetensors", "png"))
     sampling = f"ddpm sample {file} -n {n}{of_classes} --out {grid}"
+    levels = f"ancestral sampling with all {checkpoint.denoiser.schedule.T:,} levels"
+    how = "consistency sampling in 2 network calls" if preset.loss == "consistency" else levels
     samples = (
         f"![{n} samples]({quote(f'{name}.png')})\n\n"
-        f"These samples have the seeds 0 to {n - 1}; none was chosen. They were made by ancestral sampling with all "
-        f"{preset.num_timesteps:,} levels"
+        f"These samples have the seeds 0 to {n - 1}; none was chosen. They were made by {how}"
         f"{', with the classes in turn and without guidance' if preset.classes else ''}.\n\n"
     )
     if preset.condition != "none":
@@ -246,12 +248,13 @@ def _facts(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, 
         hidden = f"{preset.label_dropout:.0%} of the labels were hidden in training"
         yield "classes", f"{', '.join(preset.class_names)}; {hidden}"
     if preset.condition != "none":
-        yield (
-            "condition",
-            f"{preset.condition}; {preset.condition_dropout:.0%} of the conditions were hidden in training",
-        )
-    yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {preset.num_timesteps:,}, {preset.variance}"
+        hidden = f"{preset.condition_dropout:.0%} of the conditions were hidden in training"
+        yield "condition", f"{preset.condition}; {hidden}"
+    T = exported.denoiser.schedule.T
+    yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {T:,}, {preset.variance}"
     yield "weights", f"{exported.weights}, {stored}; {exported.path.stat().st_size:,} bytes"
+    if exported.average:
+        yield "average of the weights", str(exported.average)
     if read_calibration(exported):
         values = parse_json(calibration_file(exported.path).read_bytes())
         weights = "the weights before rounding" if "measured_on" in values else "these weights"
@@ -350,7 +353,14 @@ def _commands(checkpoint: Checkpoint, exported: Checkpoint) -> str:
             words += [f"--{option}", ("x" if key == "size" else ",").join(map(str, value))]
         else:
             words += [f"--{option}", str(value) or "SOURCE"]  # only a data set may have no name
-    which = [] if checkpoint.step == preset.steps else ["--checkpoint", str(checkpoint.step)]
-    which += [] if exported.weights == "ema" else ["--weights", exported.weights]
-    export = ["ddpm", "export", "RUN", *which, "--out", f"{name}.safetensors"]
-    return f"{_one_line(shlex.join(words))}\n{_one_line(shlex.join(export))}\n"
+    commands = [words]
+    if average := exported.average:
+        length = ["--ema", f"{average.sigma_rel:g}", "--step", str(average.step)]
+        commands.append(["ddpm", "average", "RUN", *length, "--out", "average.safetensors"])
+        export = ["ddpm", "export", "average.safetensors"]
+    else:
+        export = ["ddpm", "export", "RUN"]
+        export += [] if checkpoint.step == preset.steps else ["--checkpoint", str(checkpoint.step)]
+        export += [] if exported.weights == "ema" else ["--weights", exported.weights]
+    commands.append([*export, "--out", f"{name}.safetensors"])
+    return "".join(f"{_one_line(shlex.join(each))}\n" for each in commands)

@@ -16,15 +16,34 @@ from ddpm import optimizers
 from ddpm.presets import Preset
 
 
+def snapshot_bytes(network: nn.Module) -> int:
+    """The size of a snapshot: two averages of the weights, in float32."""
+    return 8 * sum(p.numel() for p in network.parameters())
+
+
 def checkpoint_bytes(preset: Preset, network: nn.Module) -> int:
-    """The size of a checkpoint: weights, their average, and the optimizer's moments, all in float32."""
+    """The size of a checkpoint: weights, their average, and the optimizer's moments, all in float32; with snapshots
+    also the averages that these hold."""
     kept = optimizers.moments(network, preset.optimizer)
-    return 4 * sum(p.numel() * (2 + len(kept[name])) for name, p in network.named_parameters())
+    own = 4 * sum(p.numel() * (2 + len(kept[name])) for name, p in network.named_parameters())
+    return own + (snapshot_bytes(network) if preset.snapshot_every else 0)
 
 
 def save_seconds(preset: Preset, network: nn.Module) -> float:
     """A cautious guess of the time that a checkpoint takes to be written and hashed: 150 MB/s."""
     return checkpoint_bytes(preset, network) / 150e6
+
+
+def snapshots(preset: Preset, steps: int) -> int:
+    """The number of snapshots of a run of so many steps: the last step has one, too.
+
+    >>> from dataclasses import replace
+    >>> from ddpm.presets import PRESETS
+    >>> preset = replace(PRESETS["digits"], snapshot_every=10)
+    >>> snapshots(PRESETS["digits"], 25), snapshots(preset, 25)
+    (0, 3)
+    """
+    return -(-steps // preset.snapshot_every) if preset.snapshot_every else 0
 
 
 GRACE = 30.0
@@ -60,7 +79,7 @@ class Costs:
     save: float
 
     def seconds(self, preset: Preset, begun: int, steps: int) -> float:
-        """The time from step `begun` to step `steps`, with evaluations, checkpoints and grids.
+        """The time from step `begun` to step `steps`, with evaluations, checkpoints, snapshots and grids.
 
         >>> from dataclasses import replace
         >>> from ddpm.presets import PRESETS
@@ -73,7 +92,8 @@ class Costs:
         grids = -(-steps // preset.sample_every) - begun // preset.sample_every if preset.sample_every else 0
         at_start = 0.0 if begun else evaluation
         work = (steps - begun) * self.step + saves * (evaluation + self.save) + grids * grid * self.image_call
-        return float(at_start + work)
+        averages = (snapshots(preset, steps) - snapshots(preset, begun)) * self.save / 3
+        return float(at_start + work + averages)
 
     def steps_in(self, preset: Preset, seconds: float) -> int:
         """The most steps of a new run that take at most `seconds`, and at least 1.
@@ -139,17 +159,28 @@ def describe(preset: Preset, out: Path, costs: Costs, network: nn.Module, step: 
     )
 
 
-def disk_shortage(preset: Preset, out: Path, network: nn.Module, saved: int) -> str | None:
-    """What is wrong with the disk of a run that has `saved` checkpoints; None if it is large enough."""
+def describe_snapshots(preset: Preset, network: nn.Module) -> str:
+    """One line for the screen about the snapshots of a run: their number and size."""
+    count, size = snapshots(preset, preset.steps), snapshot_bytes(network)
+    return f"snapshots: {count:,} x {gib(size)} = {gib(count * size)} of disk, which --keep does not delete"
+
+
+def disk_shortage(preset: Preset, out: Path, network: nn.Module, saved: int, step: int) -> str | None:
+    """What is wrong with the disk of a run at `step` that has `saved` checkpoints; None if it is large enough."""
     needed = disk_bytes(preset, network) - min(saved, preset.keep) * checkpoint_bytes(preset, network)
+    needed -= snapshots(preset, step) * snapshot_bytes(network)
     if needed <= (free := free_bytes(out)):
         return None
-    return f"the checkpoints of this run take {gib(needed)} more, but {gib(free)} are free in {out}; use a smaller keep"
+    what, less = "checkpoints", "use a smaller keep"
+    if preset.snapshot_every:
+        what, less = "checkpoints and snapshots", "use a smaller keep or fewer snapshots"
+    return f"the {what} of this run take {gib(needed)} more, but {gib(free)} are free in {out}; {less}"
 
 
 def disk_bytes(preset: Preset, network: nn.Module) -> int:
-    """What the checkpoints of a run take: those that are kept, the best one, and the one that is being written."""
-    return checkpoint_bytes(preset, network) * (preset.keep + 2 + len([step for step in preset.keep_steps if step]))
+    """What a run takes: the checkpoints that are kept, the best one, the one that is being written, and snapshots."""
+    kept = preset.keep + 2 + len([step for step in preset.keep_steps if step])
+    return kept * checkpoint_bytes(preset, network) + snapshots(preset, preset.steps) * snapshot_bytes(network)
 
 
 def free_bytes(out: Path) -> int:

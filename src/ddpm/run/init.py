@@ -18,10 +18,15 @@ from ddpm.files.models import Checkpoint
 from ddpm.files.opening import open_checkpoint
 from ddpm.pixels import values
 from ddpm.presets import Preset
+from ddpm.warp import NUMBERS
 
 LR_SHARE = 0.5
 """The default learning rate is this share of what training from nothing has."""
-_FREE = {"dropout", "variance", "clip", "loss", "weighting", "timestep_sampling", "noise_assignment"}
+DISTILL_LR = 0.4
+"""The default learning rate of `ddpm distill` is this share of what another run of `--init` has."""
+STAGES = 8
+"""Stages of the gap in a run of `ddpm distill`; in the last one, sigma_r is sigma_t (1 - n/256)."""
+_FREE = {"dropout", "variance", "clip", "loss", "weighting", "timestep_sampling", "noise_assignment", "last_sigma"}
 _FREE |= {"attention_resolutions"}
 """Settings of the network and the diffusion that the weights do not depend on, or not by that name."""
 _BOUND = [f.name for f in fields(Preset) if f.metadata["group"] in ("network", "diffusion") and f.name not in _FREE]
@@ -84,6 +89,38 @@ def source(preset: Preset) -> Checkpoint:
     return model
 
 
+def check_teacher(model: Checkpoint | None, preset: Preset) -> None:
+    """Raise InputError if `preset` wants guidance of a model that cannot be guided, or not on these images."""
+    if preset.guidance == 1:
+        return
+    if model is None:
+        raise InputError(f"guidance {preset.guidance}: there is no model to guide; want init MODEL, or 1")
+    old, names = model.preset, ("size", "channels", "class_names", "pixel_type", "value_range", "condition")
+    if other := [name for name in names if getattr(old, name) != getattr(preset, name)]:
+        raise InputError(f"guidance {preset.guidance}: the model {preset.init} has another {other[0]}; want 1")
+    if old.loss == "consistency" or not old.label_dropout:
+        why = "is a consistency model" if old.loss == "consistency" else "never saw an image without its label"
+        raise InputError(f"guidance {preset.guidance}: the model {preset.init} {why}; want 1")
+
+
+def distilled(name: str, settings: Mapping[str, Any]) -> Preset:
+    """The settings of a run that makes a consistency model of the model `name` (Geng et al. 2024).
+
+    `settings` win. Raises InputError if there is no such model, or it predicts eps or mu.
+
+    >>> run = distilled("digits", {"steps": 800})
+    >>> run.loss, run.init, run.last_sigma, run.gap_steps, run.lr
+    ('consistency', 'digits', 80.0, 100, 0.0004)
+    """
+    model = inherit(name, None, {})
+    ours = {
+        "loss": "consistency", "last_sigma": 80.0, "timestep_sampling": "lognormal_wide", "weighting": "none",
+        "noise_assignment": "independent", "lr": DISTILL_LR * model.lr, "guidance": 1.0,
+        "gap_steps": max(1, settings.get("steps", model.steps) // STAGES),
+    }  # fmt: skip
+    return replace(model, **{**ours, **settings})
+
+
 def adapt(model: Checkpoint, preset: Preset) -> tuple[dict[str, Tensor], list[str]]:
     """The model's weights for the network of `preset`, float32 on the CPU, and one line for each difference.
 
@@ -116,6 +153,12 @@ def adapt(model: Checkpoint, preset: Preset) -> tuple[dict[str, Tensor], list[st
         state["conv_in.weight"] = torch.cat([state["conv_in.weight"], told], dim=1)
     if preset.class_names != old.class_names:
         lines.append(_classes(state, old, preset))
+    if old.augment and not preset.augment:
+        del state["warp"]
+        lines.append("augment: none; the model goes on without warps")
+    if preset.augment and not old.augment:
+        state["warp"] = torch.zeros(len(state["time2.bias"]), NUMBERS)
+        lines.append("augment: the model was not told of warps; each begins as an image without one")
     return state, lines
 
 

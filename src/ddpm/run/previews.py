@@ -12,7 +12,7 @@ from ddpm.files import arrays, data, images
 from ddpm.presets import Preset
 from ddpm.run import conditioning
 from ddpm.run.processes import Processes
-from ddpm.run.sample import cycled_labels, generate
+from ddpm.run.sample import cycled_labels, generate, sampler_of
 
 LEAST_CALLS = 10
 """DDIM steps below which a picture shows little."""
@@ -34,9 +34,11 @@ def draw(
 ) -> None:  # fmt: skip
     """Write RUN/samples/STEP.png, a grid, unless `stop` returns true. `size` is images, and calls for each.
 
-    If the run has a condition, each sample stands to the right of the condition of a held-out image.
+    A consistency model makes them in its own number of calls. If the run has a condition, each sample stands to the
+    right of the condition of a held-out image.
     """
-    count, calls = size
+    sampler, count = sampler_of(preset, "ddim"), size[0]
+    calls = None if sampler == "consistency" else min(size[1], denoiser.schedule.T)
     mine = list(ranks.mine(count))
     classes = cycled_labels(range(len(preset.class_names)), mine)
     condition = None
@@ -45,7 +47,7 @@ def draw(
         x0 = pixels.to_signal(held_out.batch(places), denoiser.values)
         condition = conditioning.of_images(preset, held_out, places, x0)
     samples = generate(
-        denoiser, preset.shape, mine, "ddim", calls, device=ranks.device, stop=stop, y=classes, condition=condition
+        denoiser, preset.shape, mine, sampler, calls, device=ranks.device, stop=stop, y=classes, condition=condition
     )
     columns = None
     if condition is not None:

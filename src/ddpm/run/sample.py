@@ -16,6 +16,7 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, suggestion
 from ddpm.files.models import Checkpoint, calibration_remedy, read_calibration
 from ddpm.noise import ahead, per_image
+from ddpm.presets import Preset
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.forecast import SamplingForecast
 from ddpm.run.processes import Processes
@@ -24,6 +25,26 @@ from ddpm.samplers import SAMPLERS, Levels, Sampler, Step, named
 
 SPACING_NAMES = (*spacing.SPACINGS, "bound")
 """How levels can be spaced, by name: `bound` is `spacing.optimised` for this model."""
+
+
+def sampler_of(preset: Preset, default: str = "ancestral") -> str:
+    """The sampler of a model of these settings by default: `default`, or `consistency` for a consistency model.
+
+    >>> sampler_of(Preset()), sampler_of(Preset(loss="consistency", predict="v"))
+    ('ancestral', 'consistency')
+    """
+    return "consistency" if preset.loss == "consistency" else default
+
+
+def check_kind(checkpoint: Checkpoint, sampler: str) -> None:
+    """Raise InputError for the sampler `consistency` on an ordinary model, and for others on a consistency model.
+
+    The x0^ of a consistency model is an image. That of an ordinary model is the mean of all images that x_t may come
+    from: `consistency` would make blurred pictures of it, and other samplers expect it.
+    """
+    if (sampler == "consistency") != (wants := checkpoint.preset.loss == "consistency"):
+        kind = "a consistency model; want consistency" if wants else "no consistency model; want another sampler"
+        raise InputError(f"sampler {sampler}: {checkpoint.path} is {kind}")
 
 
 def sampler_levels(
@@ -35,8 +56,8 @@ def sampler_levels(
     steps   the number of levels; None is the sampler's own
     spaced  a name in SPACING_NAMES; None is the sampler's own
 
-    Raises InputError for a name that does not exist, for steps or `start` out of range, and for `bound` if the model is
-    not calibrated.
+    Raises InputError for a name that does not exist, as `check_kind` does, for steps or `start` out of range, and for
+    `bound` if the model is not calibrated.
 
     >>> from ddpm.files.opening import open_checkpoint
     >>> digits = open_checkpoint("digits")
@@ -44,6 +65,7 @@ def sampler_levels(
     ([1, 477, 995, 1000], 4)
     """
     chosen = named(sampler)
+    check_kind(checkpoint, sampler)
     if spaced is not None and spaced not in SPACING_NAMES:
         raise InputError(f"spacing {spaced!r}: {suggestion(spaced, SPACING_NAMES)}want {', '.join(SPACING_NAMES)}")
     if spaced is not None and spaced != "bound":
@@ -213,12 +235,16 @@ class Conditions:
     guidance           scale of classifier-free guidance: 1 for none
     guidance_interval  the first and the last noise level t with guidance
     clip               True clips x0^ to [-1, 1], False does not, and a number in (0, 1) is a quantile
+    guide              a weaker model, for autoguidance in the place of classifier-free guidance
+    guide_scale        scale of autoguidance: 1 for none
     """
 
     classes: tuple[str, ...] = ()
     guidance: float | None = None
     guidance_interval: tuple[int, int] | None = None
     clip: bool | float | None = None
+    guide: Checkpoint | None = None
+    guide_scale: float = GUIDANCE
 
     def about(self) -> dict[str, Any]:
         """The conditions that were given, as plain JSON values."""
@@ -227,6 +253,7 @@ class Conditions:
             "guidance": self.guidance,
             "guidance_interval": self.guidance_interval,
             "clip": self.clip,
+            "guide": self.guide and {**self.guide.about(), "scale": self.guide_scale},
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -234,32 +261,32 @@ class Conditions:
         """The same with the guidance that this model gets by default."""
         if not self.classes or self.guidance is not None:
             return self
-        return replace(self, guidance=GUIDANCE if checkpoint.preset.label_dropout > 0 else 1.0)
+        preset = checkpoint.preset
+        guided = preset.label_dropout > 0 and preset.loss != "consistency" and self.guide is None
+        return replace(self, guidance=GUIDANCE if guided else 1.0)
 
     def apply(self, checkpoint: Checkpoint, sampling: bool = True) -> tuple[Denoiser, list[int]]:
         """The model's denoiser under these conditions, and the labels of the classes.
 
         Without a class, guidance goes towards the condition on an image. Raises InputError for guidance without a class
-        and without such a condition, for a model without classes, and for a class that the model does not have. For a
-        model that never saw an image without its label, it raises InputError for guidance, and for no class unless
-        `sampling` is false.
+        and without such a condition, for a model without classes, for a class that the model does not have, for
+        guidance of a consistency model, and for a guide that does not fit. For a model that never saw an image without
+        its label, it raises InputError for guidance, and for no class unless `sampling` is false.
         """
-        denoiser, names = checkpoint.denoiser, checkpoint.preset.class_names
+        denoiser, preset, names = checkpoint.denoiser, checkpoint.preset, checkpoint.preset.class_names
         if self.clip is not None:
             denoiser = replace(denoiser, clip=self.clip)
-        preset = checkpoint.preset
+        if self.guide is not None:
+            self._check_guide(self.guide, checkpoint)
+            denoiser = denoiser.guided(self.guide_scale, self.guidance_interval, self.guide.denoiser)
         if not self.classes:
-            for name in ("guidance", "guidance_interval"):
-                if getattr(self, name) is not None and preset.condition == "none":
-                    raise InputError(f"{name}: needs a class; want class NAME")
-                if getattr(self, name) is not None and preset.condition_dropout == 0:
-                    raise InputError(
-                        f"{name}: {checkpoint.path} never saw an image without its condition; want no {name}"
-                    )
-            if checkpoint.preset.always_labelled and sampling:
+            asked = [name for name in ("guidance", "guidance_interval") if getattr(self, name) is not None]
+            if asked and self.guide is None:
+                denoiser = self._guided_to_condition(asked[0], denoiser, checkpoint)
+            if preset.always_labelled and sampling:
                 known = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
                 raise InputError(f"class: {checkpoint.path} never saw an image without its label; want {known}, or all")
-            return denoiser if self.guidance is None else denoiser.guided(self.guidance, self.guidance_interval), []
+            return denoiser, []
         if not names:
             raise InputError(f"class {self.classes[0]}: {checkpoint.path} was not trained with classes; want no class")
         wanted = names if self.classes == ("all",) and "all" not in names else self.classes
@@ -268,9 +295,41 @@ class Conditions:
                 raise InputError(f"class {name!r}: {suggestion(name, names)}want {', '.join(names)}, or all")
         guidance = self.resolved(checkpoint).guidance
         assert guidance is not None
-        if guidance != 1 and checkpoint.preset.label_dropout == 0:
+        if guidance != 1 and preset.label_dropout == 0:
             raise InputError(f"guidance {guidance}: {checkpoint.path} never saw an image without its label; want 1")
-        return denoiser.guided(guidance, self.guidance_interval), [names.index(name) for name in wanted]
+        self._check_distilled(checkpoint)
+        if self.guide is None:
+            denoiser = denoiser.guided(guidance, self.guidance_interval)
+        return denoiser, [names.index(name) for name in wanted]
+
+    def _check_distilled(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError for guidance of a consistency model."""
+        if self.guidance not in (None, 1) and checkpoint.preset.loss == "consistency":
+            raise InputError(
+                f"guidance {self.guidance}: {checkpoint.path} has the guidance of its distillation; want 1"
+            )
+
+    def _guided_to_condition(self, asked: str, denoiser: Denoiser, checkpoint: Checkpoint) -> Denoiser:
+        """The denoiser with guidance towards the condition on an image. `asked` is the setting that wants guidance."""
+        if checkpoint.preset.condition == "none":
+            raise InputError(f"{asked}: needs a class; want class NAME")
+        if checkpoint.preset.condition_dropout == 0:
+            raise InputError(f"{asked}: {checkpoint.path} never saw an image without its condition; want no {asked}")
+        self._check_distilled(checkpoint)
+        if self.guidance is None:
+            raise InputError(f"{asked}: needs guidance; want guidance X, too")
+        return denoiser.guided(self.guidance, self.guidance_interval)
+
+    def _check_guide(self, guide: Checkpoint, checkpoint: Checkpoint) -> None:
+        """Raise InputError for a guide that is no weaker version of the model."""
+        if self.guidance not in (None, 1):
+            raise InputError(f"guidance {self.guidance}: not with a guide, which takes its place; want one of the two")
+        kinds = {"shape": "size or channels", "class_names": "classes", "always_labelled": "label_dropout"}
+        for name, what in {**kinds, "condition": "conditions"}.items():
+            if getattr(guide.preset, name) != getattr(checkpoint.preset, name):
+                raise InputError(f"guide {guide.path}: it has other {what} than {checkpoint.path}; want the same")
+        if "consistency" in (guide.preset.loss, checkpoint.preset.loss):
+            raise InputError(f"guide {guide.path}: one of the two is a consistency model; want ordinary models")
 
 
 @dataclass(frozen=True, eq=False)

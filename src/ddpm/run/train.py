@@ -11,12 +11,12 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import filelock
 import torch
@@ -24,10 +24,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import float64, kernels, losses, noise, optimizers, pixels, timesteps
+from ddpm import float64, kernels, losses, noise, optimizers, pixels, timesteps, warp
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
+from ddpm.files.checkpoints import CHECKPOINTS, SNAPSHOTS
 from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset, build
 from ddpm.run import agree, augment, conditioning, ema, forecast, init, log, nodes, partition, track
@@ -48,7 +49,7 @@ _WAITS = 0.1
 """The share of waiting for data that is worth a line."""
 
 # The purpose of a draw. It keeps the draws of one step apart.
-_BATCH, _EPS, _DROPOUT = 1, 2, 3
+_BATCH, _EPS, _DROPOUT, _WARP = 1, 2, 3, 5  # 4 is that of run/augment.py, and 6 of run/conditioning.py
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def train(
         with ranks.together():
             train_set, held_out_set = _load(preset, images, ranks)
             preset = _with_class_names(preset, out, train_set)
+            if not found.saved:
+                init.check_teacher(source, preset)
             if preset.pixel_type == "float32":
                 preset = replace(preset, value_range=(train_set.values.low, train_set.values.high))
         agree.data(preset, train_set, held_out_set, ranks)
@@ -114,9 +117,12 @@ def train(
             _begin_with(source, model, preset, ranks)
         if ranks.world > 1:
             _spread(model, preset, out, found, train_set.fingerprint, ranks)
-        if ranks.writes:
-            (out / PREEMPTED).unlink(missing_ok=True)
         begun = model.step
+        with ranks.together():
+            if ranks.writes:
+                (out / PREEMPTED).unlink(missing_ok=True)
+                if _has_snapshot(begun, preset) and checkpoints.damage(out / SNAPSHOTS / f"{begun:08d}"):
+                    _snapshot(model, preset, out)  # an earlier process ended between checkpoint and snapshot
         if begun and ranks.any(ranks.first and has_grid(begun, preset) and not grid_file(out, begun).exists()):
             size = preset.sample_count, preset.sample_steps  # an earlier process ended between checkpoint and grid
             draw(model.averaged, preset, out, begun, ranks, size, lambda: False, held_out_set)
@@ -210,11 +216,19 @@ def train(
                     log.say(ranks, warning)
                 waits = f", {line['data_wait']:.0%} waiting for data"
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s{waits}")
+            if _has_snapshot(model.step, preset):
+                watch.check(out, loss)
+                with meter.paused():
+                    agree.weights(model.kinds(), model.step, out, ranks)
+                    if ranks.writes:
+                        _snapshot(model, preset, out)
+                    ranks.exchange()
             with meter.paused():
                 if saving or ended:
                     held_out = None if ended else evaluate(lambda: stop.signal is not None)
                     ended = ended or ranks.any(stop.asked())  # a signal during the evaluation
-                    save(held_out, last=ended)
+                    # L_simple measures means of images, which a consistency model leaves: no checkpoint is the best
+                    save(None if preset.loss == "consistency" else held_out, last=ended)
                 elif timed:
                     save(None)
                 if has_grid(model.step, preset):
@@ -258,12 +272,14 @@ class _Model:
     denoiser   with the network that is trained
     averaged   with the average of the weights
     schedule   on the CPU, where the noise levels of a batch are drawn
+    teacher    the network of `init` as it was, if its guidance is built in; checkpoints hold it, too
     seconds    of training so far
     saved      the step of the newest checkpoint
     resumed    the checkpoint that this process began with
     at_once    the most images that a process computes at once
     contents   a hash of the images that it is trained on, if some process of the run made it
     whole      whether weights, moments and average are those of one step, and not amid an update
+    powers     the averages of `ema.TRACKED` by their names, if the run has snapshots
     """
 
     denoiser: Denoiser
@@ -271,6 +287,7 @@ class _Model:
     schedule: Schedule
     network: nn.Module
     average: nn.Module
+    teacher: nn.Module | None
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     seconds: float = 0.0
@@ -280,13 +297,16 @@ class _Model:
     at_once: int = 0
     contents: str | None = None
     whole: bool = True
+    powers: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights, self.average_weights = list(self.network.parameters()), list(self.average.parameters())
 
     def kinds(self) -> list[list[Tensor]]:
-        """Weights, averages, and moments."""
-        return [list(self.weights), list(self.average_weights), list(self.moments().values())]
+        """Weights, averages, moments, and weights of the teacher."""
+        taught: list[Tensor] = list(self.teacher.parameters()) if self.teacher else []
+        own: list[list[Tensor]] = [list(self.weights), list(self.average_weights), *self.powers.values()]
+        return [*own, list(self.moments().values()), taught]
 
     def moments(self) -> dict[str, Tensor]:
         """The moments of the optimizers by their names in optimizer.safetensors; none before the first step."""
@@ -298,6 +318,11 @@ class _Model:
             if key != "step"
         }
 
+    def power_files(self) -> dict[str, dict[str, Tensor]]:
+        """What a snapshot holds: the stem of a file -> the averages by the names of the weights."""
+        names = [name for name, _ in self.network.named_parameters()]
+        return {stem: dict(zip(names, power, strict=True)) for stem, power in self.powers.items()}
+
 
 def _build(preset: Preset, device: torch.device) -> _Model:
     torch.manual_seed(preset.seed)
@@ -307,8 +332,13 @@ def _build(preset: Preset, device: torch.device) -> _Model:
     network = denoiser.network
     assert isinstance(network, nn.Module)
     average = copy.deepcopy(network).eval().requires_grad_(False)
+    teacher = copy.deepcopy(average) if preset.guidance != 1 else None
     found = optimizers.make(network, preset.optimizer, preset.lr)
-    return _Model(denoiser, replace(denoiser, network=average), schedule, network, average, found)
+    tracked = ema.TRACKED if preset.snapshot_every else ()
+    powers = {stem: [p.detach().clone() for p in network.parameters()] for stem in tracked}
+    return _Model(
+        denoiser, replace(denoiser, network=average), schedule, network, average, teacher, found, powers=powers
+    )
 
 
 class _Training(NamedTuple):
@@ -327,9 +357,14 @@ def _for_training(model: _Model, preset: Preset, parts: int, ranks: Processes) -
         ids = [ranks.device.index] if on_cuda else None
         network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     denoiser, objective = replace(model.denoiser, network=network), losses.LOSSES[preset.loss]
+    teacher = None if model.teacher is None else replace(model.denoiser, network=model.teacher).guided(preset.guidance)
 
-    def gradient(x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, condition: Tensor | None) -> Tensor:
-        loss = objective(denoiser.given(condition), x0, t, eps, y) * losses.weight(denoiser, t, preset.weighting)
+    def gradient(
+        x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, warps: Tensor | None, condition: Tensor | None, *r: Tensor
+    ) -> Tensor:  # fmt: skip
+        told = denoiser if warps is None else replace(denoiser, network=partial(network, warp=warps))
+        by = {} if teacher is None else {"teacher": teacher.given(condition)}
+        loss = objective(told.given(condition), x0, t, eps, y, *r, **by) * losses.weight(denoiser, t, preset.weighting)
         loss = loss.mean() / partition.divisor(len(x0), preset.batch_size, ranks.world)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -340,6 +375,7 @@ def _for_training(model: _Model, preset: Preset, parts: int, ranks: Processes) -
         (f"{ranks.world} processes share the batch", ranks.world > 1),
         (f"a step has {parts} parts", parts > 1),
         ("gradient_checkpointing draws dropout twice", preset.gradient_checkpointing),
+        ("loss consistency draws dropout twice", preset.loss == "consistency"),
     ):
         if applies:
             log.say(ranks, f"training runs without a CUDA graph: {reason}")
@@ -350,8 +386,8 @@ def _for_training(model: _Model, preset: Preset, parts: int, ranks: Processes) -
 def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Processes) -> None:
     """Make the weights of another model, where it is averaged their average, the first weights and their average."""
     state, lines = init.adapt(source, preset)
-    model.network.load_state_dict(state)
-    model.average.load_state_dict(state)
+    for network in (model.network, model.average, *([model.teacher] if model.teacher else [])):
+        network.load_state_dict(state)
     step = f"step {source.step:,}, " if source.step else ""
     log.say(ranks, f"begins with {preset.init} ({step}{source.weights}), at lr {preset.lr:g}")
     for line in lines:
@@ -394,10 +430,15 @@ def _resume(model: _Model, found: nodes.Found, out: Path) -> None:
     state = checkpoints.read_state(folder)
     model.network.load_state_dict(tensors.read_tensors(folder / "raw.safetensors"))
     model.average.load_state_dict(tensors.read_tensors(folder / "ema.safetensors"))
+    if model.teacher:
+        model.teacher.load_state_dict(tensors.read_tensors(folder / "teacher.safetensors"))
     moments = tensors.read_tensors(folder / "optimizer.safetensors")
     optimizers.begin(model.optimizers, state["step"])
     for name, value in model.moments().items():
         value.copy_(moments[name])
+    for stem, power in model.power_files().items():
+        for name, value in tensors.read_tensors(folder / f"{stem}.safetensors").items():
+            power[name].copy_(value)
     model.step, model.seconds, model.held_out_before = state["step"], state["seconds"], state["held_out_before"]
     model.saved = model.step
     model.resumed = folder
@@ -447,9 +488,30 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         "ema": model.average.state_dict(),
         "raw": model.network.state_dict(),
         "optimizer": model.moments(),
+        **model.power_files(),
+        **({"teacher": model.teacher.state_dict()} if model.teacher else {}),
     }
+    folder = _write(model, preset, out, state, files, CHECKPOINTS)
+    protected = {folder, *([model.resumed] if model.resumed else [])}
+    checkpoints.prune(out, preset.keep, preset.keep_steps, protected)
+
+
+def _has_snapshot(step: int, preset: Preset) -> bool:
+    """Whether a snapshot belongs to this step."""
+    return bool(step and preset.snapshot_every) and (step % preset.snapshot_every == 0 or step == preset.steps)
+
+
+def _snapshot(model: _Model, preset: Preset, out: Path) -> None:
+    """Write RUN/snapshots/STEP, the power function averages of now. Raises Stopped as `_save` does."""
+    _write(model, preset, out, {"step": model.step}, model.power_files(), SNAPSHOTS)
+
+
+def _write(
+    model: _Model, preset: Preset, out: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor]], place: str
+) -> Path:  # fmt: skip
+    """`checkpoints.save`, whose errors end the run."""
     try:
-        folder = checkpoints.save(out, preset, state, files)
+        return checkpoints.save(out, preset, state, files, place)
     except FloatingPointError as error:
         raise _not_finite(f"step {model.step}: {error}", out) from error
     except OSError as error:
@@ -457,8 +519,6 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         raise Stopped(
             f"step {model.step}: cannot save to {out}: {log.reason(error)}; the last whole checkpoint is {last}"
         ) from error
-    protected = {folder, *([model.resumed] if model.resumed else [])}
-    checkpoints.prune(out, preset.keep, preset.keep_steps, protected)
 
 
 # -- a step ------------------------------------------------------------------------------------------------------------
@@ -477,7 +537,8 @@ def _update(
     step = model.step
     g = noise.generator(preset.seed, step, _BATCH)
     t = timesteps.sample(model.schedule, preset.batch_size, preset.timestep_sampling, g, preset.predict)
-    t = data.send(t, ranks.device)
+    lower = [timesteps.lower(model.schedule, t, 1 + step // preset.gap_steps)] if preset.loss == "consistency" else []
+    t, lower = data.send(t, ranks.device), [data.send(r, ranks.device) for r in lower]
     flips = data.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
     turns = data.send(augment.draw(preset, step), ranks.device) if preset.turn or preset.mirror else None
     draws.manual_seed(noise.mix(preset.seed, step, _EPS))
@@ -485,34 +546,46 @@ def _update(
     y = _labels(train_set, preset, step, g, ranks) if preset.classes else None
     mine = slice(parts[0].start, parts[-1].stop)
     images = pixels.to_signal(batch, model.denoiser.values)
-    if preset.flip:
+    warps = _warps(preset, step, ranks) if preset.augment else None
+    if preset.flip and warps is None:
         images = torch.where(flips[mine][:, None, None, None], images.flip(-1), images)
     if turns is not None:
         images = augment.apply(images, turns[:, mine])
+    if warps is not None:
+        images = warp.apply(images, warps[mine])
     images, condition = conditioning.of_batch(preset, images, step, mine)
     if preset.noise_assignment == "nearest":
-        eps = eps[_nearest(images, eps, mine, y, ranks)]
+        eps = eps[_nearest(images, eps, mine, [y, warps], ranks)]
     for part in parts:
         own = slice(part.start - mine.start, part.stop - mine.start)
         torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
         last = part is parts[-1]
         with nullcontext() if last or ranks.world == 1 else training.network.no_sync():  # type: ignore[operator]
-            told = None if y is None else y[part], None if condition is None else condition[own]
-            loss = training.gradient(images[own], t[part], eps[part], *told)
+            told = [None if each is None else each[part] for each in (y, warps)]
+            told.append(None if condition is None else condition[own])
+            loss = training.gradient(images[own], t[part], eps[part], *told, *(r[part] for r in lower))
         meter.total += loss
     meter.steps += 1
     return loss, nn.utils.clip_grad_norm_(model.weights, preset.grad_clip or math.inf)
 
 
-def _nearest(x0: Tensor, eps: Tensor, mine: slice, y: Tensor | None, ranks: Processes) -> Tensor:
+def _warps(preset: Preset, step: int, ranks: Processes) -> Tensor:
+    """The warps of a batch, float32 [batch_size, 9]."""
+    g = noise.generator(preset.seed, step, _WARP)
+    return data.send(warp.sample(preset.batch_size, preset.augment, preset.flip, g), ranks.device)
+
+
+def _nearest(x0: Tensor, eps: Tensor, mine: slice, told: Sequence[Tensor | None], ranks: Processes) -> Tensor:
     """Which noise each image of the whole batch gets, by `noise.assign`. x0 holds this process's images, `mine`.
 
+    told is what the network is told of the whole batch: labels and warps, or None for what it is not told.
     Each process computes the products of its images with all noises, and gets the others' rows of the table. The
     products are float64: their rounding depends on the number of processes, and must not decide.
     """
     product = torch.zeros(len(eps), len(eps), dtype=torch.float64)
     product[mine] = (float64.convert(x0.flatten(1)) @ float64.convert(eps.flatten(1)).T).cpu()
-    return noise.assign(ranks.total(product), None if y is None else y.cpu()).to(eps.device)
+    known = [each.cpu().float().view(len(eps), -1) for each in told if each is not None]
+    return noise.assign(ranks.total(product), torch.cat([torch.zeros(len(eps), 0), *known], dim=1)).to(eps.device)
 
 
 def _apply(model: _Model, preset: Preset) -> None:
@@ -524,6 +597,8 @@ def _apply(model: _Model, preset: Preset) -> None:
         optimizer.zero_grad(set_to_none=True)
     decay = ema.decay_at(model.step, preset.ema_decay, preset.ema_warmup)
     ema.update(model.average_weights, model.weights, decay)
+    for stem, power in model.powers.items():
+        ema.update(power, model.weights, ema.power_decay(model.step, ema.TRACKED[stem]))
     model.step += 1
     model.whole = True
 
@@ -941,8 +1016,10 @@ def _announce(
         f"{out}: {size:,} parameters, {len(train_set):,} images and {len(held_out):,} held out of {preset.data}, "
         f"{ranks.device}{several}, {preset.precision}, steps {model.step:,} to {preset.steps:,}{shortened}",
     )
+    if preset.snapshot_every:
+        log.say(ranks, forecast.describe_snapshots(preset, model.network))
     if ranks.first:
-        shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)))
+        shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)), model.step)
         late = forecast.late_save(forecast.save_seconds(preset, model.network))
         for line in (*advice(preset, model.schedule), *filter(None, [shortage, late])):
             warnings.warn(line, stacklevel=2)

@@ -75,6 +75,8 @@ def check(checkpoint: Checkpoint, folder: Path) -> None:
     denoiser, preset = checkpoint.denoiser, checkpoint.preset
     if preset.channels not in (1, 3) or denoiser.values != EIGHT_BIT:
         raise InputError(f"{preset.kind} images: a web page shows grey and RGB images of 8 bits; want --to onnx")
+    if preset.loss == "consistency":
+        raise InputError("loss consistency: the web page has no sampler for it; want --to onnx")
     if not isinstance(denoiser.clip, bool):
         raise InputError(f"clip {denoiser.clip}: the web page does not have it; want static or none")
     if not isinstance(denoiser.variance, str):

@@ -590,7 +590,7 @@ SOURCES = {
     "digits": Source(_is_digits, _digits, meaning="digits"),
     "lmdb": Source(_is_lmdb, _lmdb, meaning="an LMDB of images (LSUN)"),
     "folder": Source(_is_image_folder, _image_folder, meaning="a folder of images"),
-    "data set": Source(_is_dataset_folder, _local_dataset, meaning="a folder of a Hugging Face data set"),
+    "data set": Source(_is_dataset_folder, _local_dataset, meaning="a folder of a Hugging Face dataset"),
     "parquet": Source(_is_parquet, _local_dataset, meaning="a .parquet file"),
     "npz": Source(_is_npz, _npz, meaning="an .npz file of images"),
     "npy": Source(_is_npy, _npy, meaning="an .npy file of images"),
@@ -598,6 +598,6 @@ SOURCES = {
     "tar": Source(_is_tar, _tar, meaning="a .tar file of images or a folder of them (WebDataset)"),
     "zip": Source(_is_zip, _zip, meaning="a .zip file of images"),
     "url": Source(_is_url, _url, meaning="a URL of .tar or .parquet files (s3://, gs://, https://, hf://)"),
-    "hub": Source(_is_hub_name, _hub_dataset, meaning="a hub data set OWNER/NAME"),
+    "hub": Source(_is_hub_name, _hub_dataset, meaning="a hub dataset OWNER/NAME"),
 }
 """The kinds of source. The first that recognises a SOURCE opens it."""

@@ -135,6 +135,7 @@ def to_diffusers(checkpoint: Checkpoint, folder: Path, label: int | Literal["all
     with errors_named(checkpoint.path):
         _check_exportable(checkpoint)
         state = _without_classes(denoiser.network.state_dict(), preset, label)
+        state.pop("warp", None)  # samples have no warp
         head_channels = _head_channels(preset)
     check_out(folder)
     tensors = export_state({name: value.float() for name, value in state.items()}, preset, "diffusers")
@@ -200,6 +201,8 @@ def _check_exportable(checkpoint: Checkpoint) -> None:
     """Raise InputError for a setting that diffusers does not have."""
     preset, denoiser = checkpoint.preset, checkpoint.denoiser
     variance = denoiser.variance
+    if preset.loss == "consistency":
+        raise InputError("loss consistency: no pipeline of DDPM or DDIM samples it; want --out FILE.safetensors")
     if preset.patch != 1:
         raise InputError(
             f"patch {preset.patch}: diffusers' UNet2DModel has no outer level at half the size; want a model that was "

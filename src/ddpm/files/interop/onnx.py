@@ -113,6 +113,7 @@ def settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     denoiser, preset = checkpoint.denoiser, checkpoint.preset
     (C, H, W), K, T = preset.shape, len(preset.class_names), denoiser.schedule.T
+    ours = ("consistency",) if preset.loss == "consistency" else ("ddim", "ancestral")
     assert denoiser.schedule.timestep.tolist() == list(range(-1, T))
     variance = denoiser.variance
     labels = {"y": f"int64 [batch]: the class, 0 to {K - 1}, or -1 for an image without class"} if K else {}
@@ -136,7 +137,7 @@ def settings(checkpoint: Checkpoint) -> dict[str, Any]:
         "variance": variance.tolist() if isinstance(variance, Tensor) else variance,
         "clip": denoiser.clip,
         "values": {"dtype": denoiser.values.dtype, "low": denoiser.values.low, "high": denoiser.values.high},
-        "samplers": {name: len(SAMPLERS[name].levels(denoiser, None)) for name in ("ddim", "ancestral")},
+        "samplers": {name: len(SAMPLERS[name].levels(denoiser, None)) for name in ours},
     }
 
 

@@ -19,7 +19,7 @@ from ddpm.page.state import State, field, optional, png_url
 from ddpm.page.work import Job
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.export import grid_columns
-from ddpm.run.sample import Conditions, cycled_labels, sampler_levels, trajectory
+from ddpm.run.sample import Conditions, cycled_labels, sampler_levels, sampler_of, trajectory
 from ddpm.samplers import named
 
 FRAMES = 30
@@ -30,11 +30,17 @@ MOST = 64
 
 def routes(state: State) -> list[Route]:
     def choices(request: Request) -> Response:
-        preset = state.model(request.query_params.get("model", "")).preset
-        samplers = {name: [e.meaning, e.settings.get("steps", 20)] for name, e in catalog.samplers().items()}
+        model = state.model(request.query_params.get("model", ""))
+        preset, only = model.preset, sampler_of(model.preset) == "consistency"
+        samplers = {
+            name: [entry.meaning, entry.settings.get("steps", 20)]
+            for name, entry in catalog.samplers().items()
+            if (name == "consistency") == only
+        }
         spacings = {name: entry.meaning for name, entry in catalog.spacings().items()}
-        about = {"classes": preset.class_names, "always_labelled": preset.always_labelled, "T": preset.num_timesteps}
-        about |= {"samplers": samplers, "spacings": spacings, "guided": preset.label_dropout > 0, "shape": preset.shape}
+        about = {"classes": preset.class_names, "always_labelled": preset.always_labelled, "shape": preset.shape}
+        about |= {"samplers": samplers, "spacings": spacings, "T": model.denoiser.schedule.T}
+        about["guided"] = preset.label_dropout > 0 and not only
         return JSONResponse(about)
 
     return [
@@ -48,12 +54,13 @@ def start(state: State, body: dict[str, Any]) -> Job:
 
     A frame is all images side by side. The frame of level t shows x_t and the estimate that the network makes of it.
     """
-    name, sampler = field(body, "model", str), field(body, "sampler", str, "ancestral")
+    name = field(body, "model", str)
     seed, count = field(body, "seed", int, 0, 0, 2**62), field(body, "count", int, 4, 1, MOST)
     steps, spacing = optional(body, "steps", int, 1), optional(body, "spacing", str)
     guidance = optional(body, "guidance", float)
     classes = tuple(map(str, field(body, "classes", list, [])))
     model = state.model(name)
+    sampler = field(body, "sampler", str, sampler_of(model.preset))
     conditions = Conditions(classes, guidance).resolved(model)
     denoiser, labels = conditions.apply(model)
     levels, row = sampler_levels(model, sampler, steps, spacing), named(sampler)

@@ -1,0 +1,116 @@
+"""Autoguidance: a weaker model in the place of the label that is left out."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exact import (
+    PREDICTIONS,
+    GaussianData,
+    correlated,
+    last,
+    network,
+    normal,
+    one_thread,  # noqa: F401
+)
+
+from ddpm import samplers, schedule
+from ddpm.cli import main
+from ddpm.denoiser import Denoiser
+from ddpm.errors import InputError
+
+S = schedule.linear(50, 2e-3, 0.4)
+DATA = correlated()
+WIDER = GaussianData(DATA.mean + 0.2, 2 * DATA.covariance)
+
+
+def of(data: GaussianData, predict: Any = "v") -> Denoiser:
+    return Denoiser(network(data, S, predict), S, predict, clip=False)
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_x0_is_that_of_the_guide_and_the_scaled_difference(predict: Any) -> None:
+    """x0^ = x0_guide + X (x0_main - x0_guide), at levels within the interval; elsewhere it is that of the model."""
+    x, t = normal(6, (1, 2, 2))(0), torch.tensor([1, 4, 5, 30, 40, 41])
+    main_, guide = of(DATA, predict), of(WIDER, predict)
+    strong, weak = main_(x, t).x0, guide(x, t).x0
+    result = main_.guided(2.5, (5, 40), guide)(x, t).x0
+    torch.testing.assert_close(result[2:5], (weak + 2.5 * (strong - weak))[2:5], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(result[[0, 1, 5]], strong[[0, 1, 5]])
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "unipc"])
+def test_scale_1_changes_no_bit(sampler: str) -> None:
+    noise, run = normal(4, (1, 2, 2)), samplers.SAMPLERS[sampler].run
+    plain, same, guided = (
+        last(run(d, noise(50), noise, 10, None, None)).x
+        for d in (of(DATA), of(DATA).guided(1, guide=of(WIDER)), of(DATA).guided(2, guide=of(WIDER)))
+    )
+    assert torch.equal(plain, same)
+    assert not torch.allclose(plain, guided, atol=1e-2)
+
+
+def test_a_wider_guide_narrows_the_samples() -> None:
+    """The sampled law of DDIM is Gaussian. With a guide of twice the covariance, every direction is narrower."""
+    guide = of(GaussianData(DATA.mean, 2 * DATA.covariance))
+    basis = torch.cat([torch.zeros(1, 4), torch.eye(4)]).double().view(5, 1, 2, 2)  # x -> A x + b
+    laws = []
+    for scale in (1.0, 2.0):
+        out = last(samplers.ddim(of(DATA).guided(scale, guide=guide), basis, 50)).x.flatten(1)
+        A = (out[1:] - out[0]).T
+        laws.append(A @ A.T)
+        torch.testing.assert_close(out[0], last(samplers.ddim(of(DATA), basis[:1], 50)).x.flatten(), atol=0.05, rtol=0)
+    assert torch.linalg.eigvalsh(laws[0] - laws[1]).min() > 0
+
+
+def test_a_variance_is_that_of_the_model() -> None:
+    """A learned variance of model or guide is not guided."""
+
+    def both(net: Any, raw: float) -> Any:
+        return lambda x, timestep, y=None: torch.cat([net(x, timestep), torch.full_like(x, raw)], 1)
+
+    x, t = normal(2, (1, 2, 2))(0), torch.tensor([10, 20])
+    learned = replace(of(DATA), network=both(of(DATA).network, 0.5), variance="learned_range")
+    other = replace(of(WIDER), network=both(of(WIDER).network, -0.5), variance="learned_range")
+    for guide in (other, of(WIDER)):
+        result = learned.guided(3, guide=guide)(x, t)
+        assert torch.equal(result.log_variance, learned(x, t).log_variance)
+        torch.testing.assert_close(result.x0, of(DATA).guided(3, guide=of(WIDER))(x, t).x0)
+    torch.testing.assert_close(of(DATA).guided(3, guide=other)(x, t).x0, result.x0)
+
+
+def test_guides_that_do_not_fit() -> None:
+    with pytest.raises(InputError, match="guide: it predicts x0; want one that predicts v"):
+        of(DATA).guided(2, guide=of(DATA, "x0"))
+    with pytest.raises(InputError, match="guide: it has another noise schedule"):
+        of(DATA).guided(2, guide=replace(of(DATA), schedule=schedule.linear(50)))
+
+
+def test_the_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An earlier checkpoint guides. Scale 1 is the run without a guide, and other scales are not."""
+    early = str(trained / "checkpoints/00000020")
+
+    def sample(*options: str) -> np.ndarray:
+        words = ["sample", str(trained), "-n", "2", "--out", str(tmp_path / "a.npz"), *options]
+        assert main(words) == 0
+        return np.load(tmp_path / "a.npz")["arr_0"]
+
+    plain = sample()
+    assert np.array_equal(sample("--guide", early, "--guide-scale", "1"), plain)
+    assert not np.array_equal(sample("--guide", early, "--guide-scale", "3"), plain)
+    (tmp_path / "a.npz").unlink()
+    capsys.readouterr()
+    for options, words in (
+        (["--guide", "digits"], "it has other classes than"),
+        (["--guide-scale", "2"], "--guide-scale 2.0: needs --guide MODEL"),
+        (["--guide", "nothing"], "nothing: no such file or folder"),
+        (["--guide", early, "--guide-scale", "nan"], "--guide-scale nan: want a finite number"),
+    ):
+        assert main(["sample", str(trained), *options, "--out", str(tmp_path / "a.npz")]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["sample", "digits", "--class", "7", "--guidance", "2", "--guide", "digits"]) == 2
+    assert "guidance 2.0: not with a guide" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,139 @@
+"""`ddpm distill`: a run like every other, and a model that only the sampler `consistency` samples."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_close, tensors
+
+from ddpm import losses
+from ddpm.cli import main
+from ddpm.files.models import MODELS
+from ddpm.files.opening import open_checkpoint
+from ddpm.run.export import public
+from ddpm.run.init import distilled
+
+SHORT = "--batch-size 8 --eval-images 8 --sample-every 0 --gap-steps 2 --warmup 0 --cooldown 0".split()
+
+
+def distill(out: Path, *options: Any, model: str = "digits") -> int:
+    return main(["distill", model, "--out", str(out), *SHORT, *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A consistency model after 4 steps, with a grid."""
+    out = tmp_path_factory.mktemp("distilled") / "run"
+    assert distill(out, "--steps", 4, "--sample-every", 4) == 0
+    return out
+
+
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_a_run_resumes_to_the_bit_without_the_model(guidance: int, tmp_path: Path) -> None:
+    """With dropout, across two halvings of the gap. The teacher of guidance is in the run's own checkpoints."""
+    shutil.copy(MODELS / "digits.safetensors", tmp_path / "model.safetensors")
+    options = ["--guidance", guidance, "--dropout", 0.2]
+    for name, steps in (("whole", 5), ("halves", 3)):
+        out = tmp_path / name
+        assert distill(out, *options, "--steps", steps, model=str(tmp_path / "model.safetensors")) == 0
+    (tmp_path / "model.safetensors").unlink()
+    assert main(["train", str(tmp_path / "halves"), "--steps", "5"]) == 0
+    whole, halves = (tensors(tmp_path / name, 5) for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys()
+    assert any(name.startswith("teacher/") for name in whole) == (guidance != 1)
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_the_loss_gets_the_gap_of_the_step_and_the_guided_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gap halves every 2 steps. The teacher is the model at a guidance scale of 2.5, also after an update."""
+    seen: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
+    real = losses.consistency
+
+    def spy(denoiser: Any, x0: Any, t: Any, eps: Any, y: Any = None, r: Any = None, teacher: Any = None) -> Any:
+        seen.append((t, r, teacher))
+        return real(denoiser, x0, t, eps, y, r, teacher)
+
+    monkeypatch.setitem(losses.LOSSES, "consistency", spy)
+    assert distill(tmp_path / "run", "--steps", 6, "--guidance", 2.5, "--batch-size", 64) == 0
+    schedule = open_checkpoint(tmp_path / "run").denoiser.schedule
+    sigma = (-schedule.half_log_snr).exp()
+    assert schedule.T == 991
+    assert len(seen) == 6
+    for step, (t, r, teacher) in enumerate(seen):
+        noisy = (sigma[t] > 3) & (sigma[t] < 30)  # where a level is small beside the gap, and n is 1
+        share = 1 - sigma[r[noisy]] / sigma[t[noisy]]
+        assert share.mean().item() == pytest.approx(0.5 ** (1 + step // 2), abs=0.08)
+        assert teacher.network.scale == 2.5
+    theirs = open_checkpoint("digits").denoiser.network.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(value, theirs[name]) for name, value in seen[-1][2].network.network.state_dict().items())
+
+
+def test_parts_of_a_batch_give_the_same_run(tmp_path: Path) -> None:
+    for parts in (1, 4):
+        assert distill(tmp_path / str(parts), "--steps", 2, "--accumulate", parts) == 0
+    assert_close(tensors(tmp_path / "1", 2), tensors(tmp_path / "4", 2))
+
+
+def test_it_is_sampled_in_two_calls(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default, and in the grid of training; each image has its seed, and a class needs no guidance."""
+    assert (model / "samples/00000004.png").is_file()
+    state = json.loads((model / "checkpoints/00000004/state.json").read_text())
+    assert state["held_out"] is None  # no checkpoint is the best by L_simple
+    capsys.readouterr()
+
+    def sample(*options: str) -> tuple[dict[str, Any], np.ndarray]:
+        assert main(["sample", str(model), "--out", str(tmp_path / "a.npz"), "--json", *options]) == 0
+        about: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return about, np.load(tmp_path / "a.npz")["arr_0"].astype(int)
+
+    about, four = sample("-n", "4", "--class", "7")
+    assert (about["sampler"], about["steps"], about["network_calls"], about["guidance"]) == ("consistency", 2, 2, 1.0)
+    _, one = sample("-n", "1", "--seed", "3", "--class", "7")
+    assert np.abs(four[3] - one[0]).max() <= 1
+    assert sample("-n", "1", "--steps", "1")[0]["network_calls"] == 1
+    assert main(["info", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "a consistency model: 2 network calls, or --steps 1" in out
+    assert "compress" not in out
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("sample MODEL --sampler unipc --out OUT.png", "is a consistency model; want consistency"),
+        ("sample digits --sampler consistency --out OUT.png", "is no consistency model; want another sampler"),
+        ("sample MODEL --class 7 --guidance 2 --out OUT.png", "has the guidance of its distillation; want 1"),
+        ("sample MODEL --guide digits --out OUT.png", "one of the two is a consistency model; want ordinary models"),
+        ("distill EPS --out OUT", "predict eps: loss consistency needs x0^ even at high noise; want x0 or v"),
+        ("distill digits --guidance 0.5 --out OUT", "--guidance 0.5: want a finite number, 1 to 100"),
+        ("distill MODEL --guidance 2 --out OUT", "is a consistency model; want 1"),
+        ("distill nothing --out OUT", "nothing: no such file or folder"),
+        ("export MODEL --to diffusers OUT", "loss consistency: no pipeline of DDPM or DDIM samples it"),
+        ("train EPS --guidance 2 --out OUT", "needs loss consistency, classes, and label_dropout above 0"),
+        ("train digits --loss consistency --guidance 2 --out OUT", "there is no model to guide; want init MODEL, or 1"),
+    ],
+)
+def test_mistakes_are_one_line(
+    command: str, words: str, model: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"MODEL": str(model), "EPS": str(trained), "OUT": str(tmp_path / "out")}
+    given = [places.get(word, word.replace("OUT", str(tmp_path / "out"))) for word in command.split()]
+    assert main(given) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exported_model_keeps_its_guidance_and_its_last_level(model: Path, tmp_path: Path) -> None:
+    """Without the path of the model that it was made of; the file is sampled as the run is."""
+    guided = public(replace(distilled("digits", {"guidance": 2.0}), init="/home/me/model"))
+    assert (guided.guidance, guided.init) == (2.0, "")
+    assert main(["export", str(model), "--out", str(tmp_path / "m.safetensors")]) == 0
+    assert open_checkpoint(tmp_path / "m.safetensors").denoiser.schedule.T == 991
+    assert "consistency sampling in 2 network calls" in (tmp_path / "m.md").read_text()
