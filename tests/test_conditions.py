@@ -14,7 +14,7 @@ from exact import PREDICTIONS, GaussianData, correlated, last, network, normal, 
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from scipy.stats import binomtest, chisquare
+from scipy.stats import binomtest, chisquare, kstest
 from torch import Tensor
 
 from ddpm import PRESETS, Preset, conditions, likelihood, noise, pixels, samplers, schedule
@@ -290,6 +290,27 @@ def test_the_condition_of_a_batch_is_a_function_of_seed_step_and_place() -> None
     assert torch.equal(told, wanted)  # type: ignore[arg-type]
 
 
+def test_noise_on_the_condition_has_the_deviation_that_the_network_is_told() -> None:
+    """The last channel is 1 - s; s is uniform in 0 .. 0.5, and (noisy - clean) / s is standard normal."""
+    x0, preset = torch.zeros(32, 1, 8, 8), preset_of("lowres:2", condition_noise=0.5)
+    clean = conditions.picture("lowres:2", x0).mean()
+    told, draws = [], []
+    for step in range(40):
+        _, condition = conditioning.of_batch(preset, x0, step, slice(0, 32))
+        assert condition is not None
+        s = 1 - condition[:, -1, 0, 0]
+        told.append(s)
+        draws.append(((condition[:, 0] - clean) / s[:, None, None]).flatten())
+        _, part = conditioning.of_batch(preset, x0[5:9], step, slice(5, 9))
+        assert torch.equal(part, condition[5:9])  # type: ignore[arg-type]
+    assert kstest(torch.cat(told).numpy() / 0.5, "uniform").pvalue > 1e-4
+    assert kstest(torch.cat(draws).numpy(), "norm").pvalue > 1e-4
+    _, masked = conditioning.of_batch(preset_of("mask:half", condition_noise=0.5), x0, 0, slice(0, 32))
+    assert masked is not None
+    hidden = masked[:, -1:] == 0
+    assert (masked[:, :1][hidden] == 0).all()
+
+
 def test_the_condition_of_an_image_depends_on_its_place_only() -> None:
     images = data.load("digits", (8, 8), 1, split="test")
     preset, places = preset_of("mask:half"), [5, 2, 9]
@@ -533,6 +554,7 @@ def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, caps
         ({"pairs": "x"}, "condition none, pairs 'x': want condition pairs and a SOURCE as pairs, or neither"),
         ({"condition": "pairs", "pairs": "x", "skip_bad": True}, "condition pairs: not with skip_bad"),
         ({"condition": "lowres:2", "condition_dropout": 1.0}, "condition_dropout 1: want less than 1"),
+        ({"condition_noise": 0.5}, "condition_noise 0.5: want 0 without a condition"),
         ({"condition_dropout": 0.5}, "condition_dropout 0.5: want less than 1, and 0 without a condition"),
         ({"condition": "lowres:2", "noise_assignment": "nearest"}, "noise_assignment nearest: only images"),
     ],
@@ -549,6 +571,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
         ("sample OTHER --input SMALL --out OUT", "was not trained with a condition; want no input"),
         ("sample RUN --input SMALL --mask SMALL --out OUT", "has the condition lowres:2; want no mask"),
         ("sample RUN --mask SMALL --out OUT", "needs --input FILE"),
+        ("sample RUN --input SMALL --condition-noise 0.2 --out OUT", "--condition-noise 0.2: "),
         ("sample RUN --input NONE --out OUT", "no images in this folder"),
         ("sample OTHER --then OTHER --out OUT", "has condition none; want a model with condition lowres:N"),
         ("sample OTHER --then RUN --out OUT", "enlarges grey images of 4x4; "),

@@ -91,6 +91,13 @@ class Preset:
     label_dropout: float = _data(0.1, "probability of hiding a label, which guidance needs", 0, 1)
     condition: str = _data("none", f"what the network is told of an image: {catalog.accepted_conditions()}")
     condition_dropout: float = _data(0.0, "probability of hiding the condition, which guidance towards it needs", 0, 1)
+    condition_noise: float = _data(
+        0.0,
+        "largest standard deviation of the noise on the condition, in half ranges of the values; each image's is drawn "
+        "between 0 and this, and the network is told it",
+        0,
+        0.99,
+    )
     pairs: str = _data("", "SOURCE of the other images of condition pairs, of the same names and order as the data")
     skip_bad: bool = _data(False, "skip images that cannot be read, and count them", resume=True)
     allow_paths: bool = _data(False, "let a data set name image files outside its own folder", resume=True)
@@ -271,6 +278,8 @@ class Preset:
             raise InputError(
                 f"condition_dropout {self.condition_dropout:g}: want less than 1, and 0 without a condition"
             )
+        if kind == "none" and self.condition_noise:
+            raise InputError(f"condition_noise {self.condition_noise:g}: want 0 without a condition")
         if kind != "none" and self.noise_assignment == "nearest":
             raise InputError(
                 "noise_assignment nearest: only images that the network is told the same of exchange noise, "

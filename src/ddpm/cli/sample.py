@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def add(commands: Commands) -> None:
     mask = "black and white image of the input's size: white is drawn, black is kept (default: what is transparent)"
     given.add_argument("--mask", metavar="FILE", help=mask)
     then = "make images with RUN, and enlarge them with this model, whose condition is lowres:N (a cascade)"
+    noise = "standard deviation of noise on the picture, in half ranges of the values, for a model of --condition-noise"
+    given.add_argument("--condition-noise", **number(float, 0.0), help=f"{noise} (default: %(default)s)")
     given.add_argument("--then", metavar="RUN2", help=then)
     moves = "FILE.tar for WebDataset; FILE.gif, .webp or .mp4 for an animation of x_t, or with --progressive of x0^"
     parser.add_argument(
@@ -117,11 +120,20 @@ def run(args: argparse.Namespace) -> int:
         check_sampler(args, model.denoiser.schedule.T)
         progress = ranks.first and not args.json
         sampling = Sampling(
-            args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size, inputs
+            args.sampler,
+            args.steps,
+            args.spacing,
+            asked,
+            args.eta,
+            args.sigma_hat,
+            args.seed,
+            args.batch_size,
+            inputs,
+            args.condition_noise,
         )
         begun, made, out = time.monotonic(), n, Path(args.out)
         if args.then is not None:
-            small, _ = sample(model, n, ranks, sampling, progress=progress)
+            small, _ = sample(model, n, ranks, replace(sampling, condition_noise=0.0), progress=progress)
             model, sampling = second, cascade(second, small, sampling, args.run)
             shown = with_view(args, model.preset)
         if kind in STREAMED:
