@@ -415,12 +415,19 @@ def test_a_mask_is_a_file_or_transparency(tmp_path: Path) -> None:
         inputs.read_inputs(model, tmp_path / "plain.png")
 
 
-def test_a_cascade_enlarges_the_images_of_another_model(run: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of images 4x4."""
+    out = tmp_path_factory.mktemp("smaller") / "run"
+    assert train(out, "--size", "4", "--steps", "2") == 0
+    return out
+
+
+def test_a_cascade_enlarges_the_images_of_another_model(run: Path, smaller: Path, tmp_path: Path) -> None:
     """It is `sample` of the first model, and `--input` of its images for the second one, but for the second's seeds."""
-    small, out = tmp_path / "small", tmp_path / "c.npz"
-    assert train(small, "--size", "4", "--steps", "2") == 0
-    assert main(["sample", str(small), "--then", str(run), "-n", "3", "--out", str(out)]) == 0
-    assert main(["sample", str(small), "-n", "3", "--out", str(tmp_path / "s/")]) == 0
+    out = tmp_path / "c.npz"
+    assert main(["sample", str(smaller), "--then", str(run), "-n", "3", "--out", str(out)]) == 0
+    assert main(["sample", str(smaller), "-n", "3", "--out", str(tmp_path / "s/")]) == 0
     words = [
         "sample",
         str(run),
@@ -576,6 +583,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
         ("sample OTHER --then OTHER --out OUT", "has condition none; want a model with condition lowres:N"),
         ("sample OTHER --then RUN --out OUT", "enlarges grey images of 4x4; "),
         ("sample RUN --then RUN --input SMALL --out OUT", "not with --input"),
+        ("sample SMALLER --then RUN --condition-noise 0.1 --out OUT", "--condition-noise 0.1: "),
         ("sample OTHER --guidance 2 --out OUT", "--guidance: needs a class; want class NAME"),
         ("edit RUN SMALL --out OUT", "was trained with condition lowres:2, which `ddpm edit` does not know"),
         ("inpaint RUN SMALL SMALL --out OUT", "which `ddpm inpaint` does not know"),
@@ -590,12 +598,12 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
     ],
 )
 def test_mistakes(
-    command: str, words: str, run: Path, trained: Path, pictures: Path, tmp_path: Path, capsys: Any
+    command: str, words: str, run: Path, trained: Path, smaller: Path, pictures: Path, tmp_path: Path, capsys: Any
 ) -> None:
     (tmp_path / "none").mkdir()
     places = {
         "RUN": run, "OTHER": trained, "SMALL": pictures / "small" / "0.png", "NONE": tmp_path / "none",
-        "OUT": tmp_path / "out", "OUT.onnx": tmp_path / "out.onnx",
+        "SMALLER": smaller, "OUT": tmp_path / "out", "OUT.onnx": tmp_path / "out.onnx",
     }  # fmt: skip
     before = sorted(tmp_path.iterdir())
     assert main([str(places.get(word, word)) for word in command.split()]) == 2

@@ -40,9 +40,7 @@ def add(commands: Commands) -> None:
     count = "number of images; with --input, number of images for each input (default: 64, or 1 with --input)"
     parser.add_argument("-n", **number(int, None), help=count)
     given = parser.add_argument_group("input", "for a model that was trained with --condition")
-    what = (
-        "the picture that the model is given: an image file, or a folder of them; a grid shows it left of its samples"
-    )
+    what = "what the model is given: an image file, or a folder of them; a grid shows it to the left of its samples"
     given.add_argument("--input", metavar="PATH", help=what)
     mask = "black and white image of the input's size: white is drawn, black is kept (default: what is transparent)"
     given.add_argument("--mask", metavar="FILE", help=mask)
@@ -113,26 +111,17 @@ def run(args: argparse.Namespace) -> int:
         model, asked = open_model(args, ranks.device, conditional=True), conditions(args)
         inputs = None if args.input is None else read_inputs(model, args.input, each, args.mask)
         n = each * (1 if inputs is None else len(inputs.conditions))
-        if args.then is not None:
-            second = open_model(args, ranks.device, args.then, conditional=True)
-            check_cascade(model, second)
         shown = with_view(args, model.preset)
         check_sampler(args, model.denoiser.schedule.T)
         progress = ranks.first and not args.json
         sampling = Sampling(
-            args.sampler,
-            args.steps,
-            args.spacing,
-            asked,
-            args.eta,
-            args.sigma_hat,
-            args.seed,
-            args.batch_size,
-            inputs,
+            args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size, inputs,
             args.condition_noise,
-        )
+        )  # fmt: skip
         begun, made, out = time.monotonic(), n, Path(args.out)
         if args.then is not None:
+            second = open_model(args, ranks.device, args.then, conditional=True)
+            check_cascade(model, second, sampling)
             small, _ = sample(model, n, ranks, replace(sampling, condition_noise=0.0), progress=progress)
             model, sampling = second, cascade(second, small, sampling, args.run)
             shown = with_view(args, model.preset)
