@@ -2,11 +2,12 @@
 
     python experiments/conditional.py OUT --data SOURCE [--condition lowres:4] [--minutes 55] [--quality PROGRAM]
 
-The script trains the preset with the condition into OUT/run, draws one sample for each of --images held-out images, and
-writes three files of as many images: samples.npz, bicubic.npz (or what else the condition shows) and real.npz. The
-program of --quality takes such a file and prints `FRD x  RS y`. PSNR is measured on --fidelity images, for one sample
-and for the mean of 8 samples. The figures go to OUT/conditional.json and OUT/conditional.md, and some images to
-OUT/conditional.png: in each row the condition, three samples and the real image. The same command resumes.
+The script trains the preset with the condition into OUT/run, and draws one sample for each of --images held-out images
+(all, if there are fewer). It writes three files of as many images: samples.npz, condition.npz (for lowres:N, the
+bicubic enlargement) and real.npz. The program of --quality takes such a file and prints `FRD x  RS y`. PSNR is measured
+on --fidelity images, for one sample and for the mean of 8 samples. The figures go to OUT/conditional.json and
+OUT/conditional.md, and some images to OUT/conditional.png: the condition, three samples and the real image of each. The
+same command resumes.
 """
 
 import argparse
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of training, in place of --minutes")
     parser.add_argument("--images", type=int, default=2000, help="samples for FRD")
     parser.add_argument("--fidelity", type=int, default=500, help="images for PSNR")
+    parser.add_argument("--split", default="test", help="split of the images that are enlarged; test is held out")
     parser.add_argument("--sampler", default="unipc")
     parser.add_argument("--calls", type=int, default=20, help="levels that the sampler visits")
     parser.add_argument("--quality", type=Path, help="program that takes an .npz of images and prints FRD and RS")
@@ -64,10 +66,13 @@ def main() -> None:
     model = open_for_device(run, device)
     model = replace(model, denoiser=model.denoiser.to(device))
     settings = data.settings_of(model.preset)
-    held_out = data.load(args.data, model.preset.size, model.preset.channels, split="test", as_trained=True, **settings)
+    held_out = data.load(
+        args.data, model.preset.size, model.preset.channels, split=args.split, as_trained=True, **settings
+    )
     found: dict[str, Any] = {
         "condition": args.condition, "steps": trained.step, "held_out_L_simple": trained.held_out,
-        "sampler": args.sampler, "calls": args.calls, "images": args.images, "fidelity_images": args.fidelity,
+        "sampler": args.sampler, "calls": args.calls, "split": held_out.split,
+        "images": min(args.images, len(held_out)),
         "psnr": measure(model, held_out, args), "quality": write_sets(model, held_out, args),
     }  # fmt: skip
     draw(model, held_out, args)
@@ -124,7 +129,7 @@ def table(found: dict[str, Any]) -> str:
     psnr, scores = found["psnr"], found["quality"]
     lines = [
         f"# {found['condition']}, {found['steps']:,} steps", "",
-        f"{found['images']:,} held-out images; {found['sampler']} with {found['calls']} levels. PSNR on "
+        f"{found['images']:,} images of {found['split']}; {found['sampler']} with {found['calls']} levels. PSNR on "
         f"{psnr['count']:,} images.", "", "| | PSNR, dB | FRD | RS |", "|---|---|---|---|",
     ]  # fmt: skip
     rows = (("one sample", "psnr", "samples"), ("mean of 8 samples", "psnr_of_mean", ""))

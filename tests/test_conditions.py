@@ -14,7 +14,7 @@ from exact import PREDICTIONS, GaussianData, correlated, last, network, normal, 
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from scipy.stats import binomtest, chisquare
+from scipy.stats import binomtest, chisquare, kstest
 from torch import Tensor
 
 from ddpm import PRESETS, Preset, conditions, likelihood, noise, pixels, samplers, schedule
@@ -290,6 +290,27 @@ def test_the_condition_of_a_batch_is_a_function_of_seed_step_and_place() -> None
     assert torch.equal(told, wanted)  # type: ignore[arg-type]
 
 
+def test_noise_on_the_condition_has_the_deviation_that_the_network_is_told() -> None:
+    """The last channel is 1 - s; s is uniform in 0 .. 0.5, and (noisy - clean) / s is standard normal."""
+    x0, preset = torch.zeros(32, 1, 8, 8), preset_of("lowres:2", condition_noise=0.5)
+    clean = conditions.picture("lowres:2", x0).mean()
+    told, draws = [], []
+    for step in range(40):
+        _, condition = conditioning.of_batch(preset, x0, step, slice(0, 32))
+        assert condition is not None
+        s = 1 - condition[:, -1, 0, 0]
+        told.append(s)
+        draws.append(((condition[:, 0] - clean) / s[:, None, None]).flatten())
+        _, part = conditioning.of_batch(preset, x0[5:9], step, slice(5, 9))
+        assert torch.equal(part, condition[5:9])  # type: ignore[arg-type]
+    assert kstest(torch.cat(told).numpy() / 0.5, "uniform").pvalue > 1e-4
+    assert kstest(torch.cat(draws).numpy(), "norm").pvalue > 1e-4
+    _, masked = conditioning.of_batch(preset_of("mask:half", condition_noise=0.5), x0, 0, slice(0, 32))
+    assert masked is not None
+    hidden = masked[:, -1:] == 0
+    assert (masked[:, :1][hidden] == 0).all()
+
+
 def test_the_condition_of_an_image_depends_on_its_place_only() -> None:
     images = data.load("digits", (8, 8), 1, split="test")
     preset, places = preset_of("mask:half"), [5, 2, 9]
@@ -394,12 +415,19 @@ def test_a_mask_is_a_file_or_transparency(tmp_path: Path) -> None:
         inputs.read_inputs(model, tmp_path / "plain.png")
 
 
-def test_a_cascade_enlarges_the_images_of_another_model(run: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of images 4x4."""
+    out = tmp_path_factory.mktemp("smaller") / "run"
+    assert train(out, "--size", "4", "--steps", "2") == 0
+    return out
+
+
+def test_a_cascade_enlarges_the_images_of_another_model(run: Path, smaller: Path, tmp_path: Path) -> None:
     """It is `sample` of the first model, and `--input` of its images for the second one, but for the second's seeds."""
-    small, out = tmp_path / "small", tmp_path / "c.npz"
-    assert train(small, "--size", "4", "--steps", "2") == 0
-    assert main(["sample", str(small), "--then", str(run), "-n", "3", "--out", str(out)]) == 0
-    assert main(["sample", str(small), "-n", "3", "--out", str(tmp_path / "s/")]) == 0
+    out = tmp_path / "c.npz"
+    assert main(["sample", str(smaller), "--then", str(run), "-n", "3", "--out", str(out)]) == 0
+    assert main(["sample", str(smaller), "-n", "3", "--out", str(tmp_path / "s/")]) == 0
     words = [
         "sample",
         str(run),
@@ -533,6 +561,7 @@ def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, caps
         ({"pairs": "x"}, "condition none, pairs 'x': want condition pairs and a SOURCE as pairs, or neither"),
         ({"condition": "pairs", "pairs": "x", "skip_bad": True}, "condition pairs: not with skip_bad"),
         ({"condition": "lowres:2", "condition_dropout": 1.0}, "condition_dropout 1: want less than 1"),
+        ({"condition_noise": 0.5}, "condition_noise 0.5: want 0 without a condition"),
         ({"condition_dropout": 0.5}, "condition_dropout 0.5: want less than 1, and 0 without a condition"),
         ({"condition": "lowres:2", "noise_assignment": "nearest"}, "noise_assignment nearest: only images"),
     ],
@@ -549,10 +578,12 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
         ("sample OTHER --input SMALL --out OUT", "was not trained with a condition; want no input"),
         ("sample RUN --input SMALL --mask SMALL --out OUT", "has the condition lowres:2; want no mask"),
         ("sample RUN --mask SMALL --out OUT", "needs --input FILE"),
+        ("sample RUN --input SMALL --condition-noise 0.2 --out OUT", "--condition-noise 0.2: "),
         ("sample RUN --input NONE --out OUT", "no images in this folder"),
         ("sample OTHER --then OTHER --out OUT", "has condition none; want a model with condition lowres:N"),
         ("sample OTHER --then RUN --out OUT", "enlarges grey images of 4x4; "),
         ("sample RUN --then RUN --input SMALL --out OUT", "not with --input"),
+        ("sample SMALLER --then RUN --condition-noise 0.1 --out OUT", "--condition-noise 0.1: "),
         ("sample OTHER --guidance 2 --out OUT", "--guidance: needs a class; want class NAME"),
         ("edit RUN SMALL --out OUT", "was trained with condition lowres:2, which `ddpm edit` does not know"),
         ("inpaint RUN SMALL SMALL --out OUT", "which `ddpm inpaint` does not know"),
@@ -567,12 +598,12 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
     ],
 )
 def test_mistakes(
-    command: str, words: str, run: Path, trained: Path, pictures: Path, tmp_path: Path, capsys: Any
+    command: str, words: str, run: Path, trained: Path, smaller: Path, pictures: Path, tmp_path: Path, capsys: Any
 ) -> None:
     (tmp_path / "none").mkdir()
     places = {
         "RUN": run, "OTHER": trained, "SMALL": pictures / "small" / "0.png", "NONE": tmp_path / "none",
-        "OUT": tmp_path / "out", "OUT.onnx": tmp_path / "out.onnx",
+        "SMALLER": smaller, "OUT": tmp_path / "out", "OUT.onnx": tmp_path / "out.onnx",
     }  # fmt: skip
     before = sorted(tmp_path.iterdir())
     assert main([str(places.get(word, word)) for word in command.split()]) == 2

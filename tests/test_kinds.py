@@ -108,7 +108,8 @@ def test_models(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(here)
     model, out = f"model {kind}", str(tmp_path / "out")
-    data = {"grey": "grey", "RGBA": "transparent", "classes": "grey", **dict.fromkeys(ARRAYS, kind)}.get(kind, "RGB")
+    arrays = dict.fromkeys(ARRAYS, kind)
+    data = {"RGBA": "transparent", **dict.fromkeys(("grey", "classes", "condition"), "grey"), **arrays}.get(kind, "RGB")
     image = f"{data}/0.npy" if kind in ARRAYS else f"{data}/0.png"
     words = {
         "sample": ["sample", model, "-n", "2", "--out", f"{out}.png", *["--class", "3"] * (kind == "classes")],

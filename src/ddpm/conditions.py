@@ -146,6 +146,19 @@ def join(picture: Tensor, known: Tensor) -> Tensor:
     return torch.cat([picture * known, known], dim=1)
 
 
+def noisy(condition: Tensor, s: Tensor, eps: Tensor) -> Tensor:
+    """The condition [B, c + 1, H, W] with noise s eps on its picture (conditioning augmentation, Ho et al. 2022).
+
+    s    standard deviations [B], 0 .. 1. The last channel becomes 1 - s where the picture is known, which tells it s
+    eps  standard normal noise [B, c, H, W]
+
+    >>> noisy(torch.ones(1, 2, 1, 1), torch.tensor([0.25]), torch.full((1, 1, 1, 1), -2.0)).flatten().tolist()
+    [0.5, 0.75]
+    """
+    s, picture, known = s.view(-1, 1, 1, 1), condition[:, :-1], condition[:, -1:]
+    return torch.cat([picture + s * eps * (known > 0), (1 - s) * known], dim=1)
+
+
 def shown(condition: Tensor, channels: int) -> Tensor:
     """The picture of conditions [B, c + 1, H, W] for people to see, as a signal [B, channels, H, W].
 

@@ -114,6 +114,13 @@ class Preset:
     condition_dropout: float = _data(
         0.0, "probability of hiding the condition in training, which guidance towards it needs", 0, 1
     )
+    condition_noise: float = _data(
+        0.0,
+        "largest standard deviation of the noise on the condition, in half ranges of the values; that of an image is "
+        "uniform from 0 to this, and the network is told it",
+        0,
+        0.99,
+    )
     pairs: str = _data(
         "", "source of the other images of condition pairs, with the names and the order of the data", value="SOURCE"
     )
@@ -333,6 +340,8 @@ class Preset:
             raise InputError(
                 f"condition_dropout {self.condition_dropout:g}: want less than 1, and 0 without a condition"
             )
+        if kind == "none" and self.condition_noise:
+            raise InputError(f"condition_noise {self.condition_noise:g}: want 0 without a condition")
         if kind != "none" and self.noise_assignment == "nearest":
             raise InputError(
                 "noise_assignment nearest: only images that the network is told the same of exchange noise, "

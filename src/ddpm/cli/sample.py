@@ -61,6 +61,8 @@ def add(commands: Commands) -> None:
     group.add_argument("--input", metavar="PATH", help=given)
     mask = "draw where this image is white, and keep the input where it is black (default: draw what is transparent)"
     group.add_argument("--mask", metavar="FILE", help=mask)
+    noise = "standard deviation of noise on the input, in half ranges of the values, up to that of training"
+    group.add_argument("--condition-noise", **number(float, 0.0), help=f"{noise} (default: %(default)s)")
     then = "enlarge the samples with this MODEL, which was trained with --condition lowres:N (a cascade)"
     group.add_argument("--then", metavar="MODEL", help=then)
     add_classes(parser)
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         from ddpm.run.export import grid_columns
         from ddpm.run.inputs import cascade, check_cascade, read_inputs
         from ddpm.run.processes import processes
-        from ddpm.run.sample import Sampling, sample, sampler_levels
+        from ddpm.run.sample import Sampling, sample
         from ddpm.run.stream import RECORD, STREAMED, write_samples
 
     moves = animation.is_animation(args.out)
@@ -132,17 +134,16 @@ def run(args: argparse.Namespace) -> int:
         n = each * (1 if inputs is None else len(inputs.conditions))
         shown = with_view(args, model.preset)
         check_sampler(args, model.preset, model.denoiser.schedule.T)
-        if args.then is not None:
-            second = open_model(args, ranks.device, args.then, conditional=True)
-            check_cascade(model, second)
-            sampler_levels(second, args.sampler, args.steps, args.spacing)  # a mistake shows before hours of sampling
         progress = ranks.first and not args.json
         sampling = Sampling(
-            args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size, inputs
-        )
+            args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size, inputs,
+            args.condition_noise,
+        )  # fmt: skip
         begun, made, out = time.monotonic(), n, Path(args.out)
         if args.then is not None:
-            small, _ = sample(model, n, ranks, sampling, progress=progress)
+            second = open_model(args, ranks.device, args.then, conditional=True)
+            check_cascade(model, second, sampling)
+            small, _ = sample(model, n, ranks, replace(sampling, condition_noise=0.0), progress=progress)
             model, sampling = second, cascade(second, small, sampling, args.run)
             shown = with_view(args, model.preset)
         if kind in STREAMED:

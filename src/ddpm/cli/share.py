@@ -130,7 +130,8 @@ def export(args: argparse.Namespace) -> int:
                 out.with_suffix(".md").rename(out.with_name("README.md"))
                 place = hub.push(out.parent, place, f"ddpm {__version__}, step {model.step:,}")
     about = {"out": str(place), "kind": kind, **model.about()}
-    card = f", with its card {Path(place).with_suffix('.md')} and its grid" if kind == "file" else ""
+    grid = " and its grid" * (model.preset.condition == "none")
+    card = f", with its card {Path(place).with_suffix('.md')}{grid}" if kind == "file" else ""
     if kind == "diffusers" and model.preset.class_names:
         about["class"] = args.class_name
         card = f", the network {f'of class {args.class_name}' if args.class_name else 'without a class'}"

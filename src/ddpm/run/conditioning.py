@@ -22,7 +22,7 @@ def of_batch(preset: Preset, x0: Tensor, step: int, mine: slice) -> tuple[Tensor
     x0    what `data.batches` gave for the places `mine` of the whole batch, as a signal: the images, and with the
           condition `pairs` the other images in channels C + 1 .. 2C
 
-    Masks and dropout are functions of (seed, step, place in the whole batch). A hidden condition is all zeros.
+    Masks, dropout and noise are functions of (seed, step, place in the whole batch). A hidden condition is all zeros.
     """
     if preset.condition == "none":
         return x0, None
@@ -32,6 +32,10 @@ def of_batch(preset: Preset, x0: Tensor, step: int, mine: slice) -> tuple[Tensor
     x0, told = x0[:, : preset.channels], x0[:, -preset.channels :]  # of one image for both, but for `pairs`
     picture = conditions.picture(preset.condition, told, pixels.values(preset.pixel_type, preset.value_range))
     condition = conditions.join(picture, known[mine].to(x0.device))
+    if preset.condition_noise:
+        s = preset.condition_noise * torch.rand(preset.batch_size, generator=g)[mine].to(x0.device)
+        eps = torch.randn(preset.batch_size, *condition[0, :-1].shape, generator=g)[mine].to(x0.device)
+        condition = conditions.noisy(condition, s, eps)
     return x0, condition * shown[mine].to(x0.device)[:, None, None, None]
 
 

@@ -51,8 +51,8 @@ def from_pictures(preset: Preset, found: Tensor, each: int = 1, name: str = "") 
     return Inputs(conditions.join(signal, torch.ones(len(signal), 1, *preset.size)), each, name)
 
 
-def check_cascade(small: Checkpoint, large: Checkpoint) -> None:
-    """Raise InputError unless the images of `small` are the pictures that the condition of `large` enlarges."""
+def check_cascade(small: Checkpoint, large: Checkpoint, sampling: Sampling) -> None:
+    """Raise InputError unless `large` enlarges the images of `small`, and can be sampled as `sampling` says."""
     preset, name = large.preset, f"then {large.path}"
     if not preset.condition.startswith("lowres"):
         raise InputError(f"{name}: has condition {preset.condition}; want a model with condition lowres:N")
@@ -61,6 +61,8 @@ def check_cascade(small: Checkpoint, large: Checkpoint) -> None:
         shown = f"{small.preset.kind} images of {'x'.join(map(str, small.preset.size))}"
         size = "x".join(map(str, small_size(preset)))
         raise InputError(f"{name}: enlarges {preset.kind} images of {size}; {small.path} makes {shown}")
+    nothing = torch.zeros(1, *small.preset.shape, dtype=small.denoiser.values.torch)
+    cascade(large, nothing, sampling, "").maker(large, torch.device("cpu"))
 
 
 def cascade(large: Checkpoint, small: Tensor, sampling: Sampling, name: str) -> Sampling:

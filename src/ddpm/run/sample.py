@@ -15,7 +15,7 @@ from ddpm import conditions, kernels, pixels, spacing
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, suggestion
 from ddpm.files.models import Checkpoint, calibration_remedy, read_calibration
-from ddpm.noise import ahead, per_image
+from ddpm.noise import ahead, mix, normal, per_image
 from ddpm.presets import Preset
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.forecast import SamplingForecast
@@ -223,6 +223,8 @@ def progressive(
 
 _COLUMNS = 16
 """Most tiles in a row of a grid, unless one input has more samples."""
+_CONDITION = 0xC0DE
+"""Key of the noise on a condition."""
 GUIDANCE = 1.5
 """The guidance scale if a class is asked for and no scale is given."""
 
@@ -384,6 +386,7 @@ class Sampling:
     seed        seed of image 0; image i has seed + i
     batch_size  images at a time; no result depends on it
     inputs      conditions on images, for a model that takes them
+    condition_noise  standard deviation of the noise that is added to them; each image's is drawn from its seed
     """
 
     sampler: str = "ancestral"
@@ -395,6 +398,7 @@ class Sampling:
     seed: int = 0
     batch_size: int = 64
     inputs: Inputs | None = None
+    condition_noise: float = 0.0
 
     def maker(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """A function from places 0, 1, ... of the series to its images on the CPU, and how they are made.
@@ -406,6 +410,11 @@ class Sampling:
         if (wanted := checkpoint.preset.condition) != "none" and self.inputs is None:
             raise InputError(
                 f"input: {checkpoint.path} was trained with condition {wanted}; want an image file, or a folder of them"
+            )
+        most = checkpoint.preset.condition_noise
+        if not 0 <= self.condition_noise <= most:
+            raise InputError(
+                f"condition_noise {self.condition_noise:g}: {checkpoint.path} was trained with 0 to {most:g}"
             )
         conditions = self.conditions.resolved(checkpoint)
         denoiser, labels = conditions.apply(checkpoint)
@@ -432,19 +441,29 @@ class Sampling:
                 progress=progress,
                 y=y,
                 watch=watch,
-                condition=None if self.inputs is None else self.inputs.of(places),
+                condition=self._told(places),
             )
 
         about = {
             **checkpoint.about(),
             **describe_sampling(denoiser, self.sampler, levels, self.spacing),
             **conditions.about(),
-            **({} if self.inputs is None else self.inputs.about()),
+            **({} if self.inputs is None else {**self.inputs.about(), "condition_noise": self.condition_noise}),
             "sigma_hat": self.sigma_hat,
             "eta": 1.0 if self.sigma_hat else self.eta,
             "seed": self.seed,
         }
         return make, about
+
+    def _told(self, places: Sequence[int]) -> Tensor | None:
+        """The conditions of the images at these places, with their noise."""
+        if self.inputs is None:
+            return None
+        told = self.inputs.of(places)
+        if not self.condition_noise:
+            return told
+        eps = normal([mix(self.seed + place, _CONDITION) for place in places], told[0, :-1].shape)
+        return conditions.noisy(told, torch.full((len(told),), self.condition_noise), eps)
 
 
 def sample(

@@ -753,9 +753,8 @@ def held_out_by_level(
 
     Noisy image i is image i modulo the number of images, so that a few images are seen at many levels. It has a level
     and a noise of its own, which are the same in every run and for any number of processes. A range of t without an
-    image is nan. A range with a loss that is not a number is inf. labelled tells the network the labels,
-    and a preset with a condition tells it the condition. If `stop`
-    returns true, the function returns early with the means so far.
+    image is nan. A range with a loss that is not a number is inf. labelled tells the network the labels, and
+    a preset with a condition the condition. If `stop` returns true, the function returns early with the means so far.
     """
     T = denoiser.schedule.T
     t = 1 + (torch.randperm(n, generator=noise.generator(HELD_OUT_SEED)) * T + T // 2) // n
