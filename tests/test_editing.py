@@ -1,5 +1,7 @@
 """Editing: closed forms for Gaussian data with exact denoisers; what is known stays; one seed one image."""
 
+import weakref
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -26,6 +28,8 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.gaussian import beta_tilde
 from ddpm.noise import per_image
+from ddpm.pixels import EIGHT_BIT
+from ddpm.run import edit
 
 SHORT = schedule.linear(50, 2e-3, 0.4)
 TINY = schedule.linear(12, 1e-2, 0.6)
@@ -493,3 +497,17 @@ def test_inpainting_by_ddim_steps_is_ddim_where_all_is_made():
 def test_mistakes_in_redrawing(call, words):
     with pytest.raises(InputError, match=words):
         last(call(exact(DATA, SHORT)))
+
+
+def test_an_edit_keeps_only_its_last_step_in_memory() -> None:
+    """Without this the memory of `ddpm inpaint` would grow with each network call."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def steps() -> Iterator[samplers.Step]:
+        for level in range(9, -1, -1):
+            assert sum(ref() is not None for ref in seen) <= 2
+            x = torch.full((1, 1, 2, 2), level / 10)
+            seen.append(weakref.ref(x))
+            yield samplers.Step(level, x, x)
+
+    assert edit._last(steps(), EIGHT_BIT, progress=False).unique().tolist() == [128]

@@ -151,7 +151,7 @@ def test_time_travel_and_levels(here: Path) -> None:
     assert (once != spaced).any()
 
 
-def test_python_takes_bytes_and_float_images_need_no_noise(here: Path) -> None:
+def test_python_takes_bytes(here: Path) -> None:
     checkpoint = open_checkpoint("digits")
     source = Path("a.png").read_bytes()
     given = restore(checkpoint, [source], "mask:mask.png", settings=Restoration(noise=1.0), progress=False)

@@ -77,14 +77,13 @@ def consistency(
     denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None, r: Tensor | None = None,
     teacher: Denoiser | None = None,
 ) -> Tensor:  # fmt: skip
-    """The loss of consistency tuning (Geng et al. 2024): |f(x_t, t) - f(x_r, r)| / (phi_t - phi_r), [B].
+    """The loss of consistency tuning (Geng et al. 2024): |f(x_t, t) - f(x_r, r)| / (sigma_t - sigma_r), [B].
 
-    f is x0^ without clipping, and tan phi = sqrt((1 - abar)/abar). For v prediction f is cos phi x_t - sin phi v, the
-    consistency function of Song et al. 2023 (Eq. 5) with sigma_data 1; for x0 prediction f is the network itself. Both
-    have f(x_0, 0) = x_0: at r = 0 the second term is x_r. No gradient flows through it. Both terms have the same draws
-    of dropout. |.| is the pseudo-Huber norm sqrt(m + c^2) - c of the mean square m over dimensions, c = HUBER. Where
-    neighbours agree as far as they can, the norm is about proportional to the angle phi_t - phi_r, so that all levels
-    weigh the same.
+    f is x0^ without clipping, and sigma = sqrt((1 - abar)/abar) = tan phi. For v prediction f is cos phi x_t - sin phi
+    v, the consistency function of Song et al. 2023 (Eq. 5) with sigma_data 1; for x0 prediction f is the network
+    itself. Both have f(x_0, 0) = x_0: at r = 0 the second term is x_r. No gradient flows through it. Both terms have
+    the same draws of dropout. |.| is the pseudo-Huber norm sqrt(m + c^2) - c of the mean square m over dimensions, with
+    c = HUBER.
 
     r        int64 [B] in 0..T-1, below t (None: the next level down)
     teacher  x_r is one DDIM step of this denoiser from x_t, which may be guided (Song et al. 2023, Algorithm 2; Luo et
@@ -101,7 +100,7 @@ def consistency(
     if denoiser.predict not in ("x0", "v"):
         raise InputError(f"predict {denoiser.predict}: loss consistency needs x0 or v prediction")
     r = t - 1 if r is None else r
-    student, abar = denoiser.unclipped(), denoiser.schedule.alpha_bar
+    student, sigma = denoiser.unclipped(), (-denoiser.schedule.half_log_snr).exp()
     xt = q_sample(denoiser.schedule, x0, t, eps)
     with torch.no_grad(), torch.random.fork_rng([x0.device] if x0.device.type == "cuda" else []):
         if teacher is not None:
@@ -110,8 +109,8 @@ def consistency(
         xr = q_sample(denoiser.schedule, x0, r, eps)
         target = torch.where(broadcast(r, xt) == 0, xr, student(xr, r.clamp(min=1), y).x0)
     square = (student(xt, t, y).x0 - target).square().flatten(1).mean(1)
-    angle = extract(abar, t).sqrt().acos() - extract(abar, r).sqrt().acos()
-    return ((square + HUBER**2).sqrt() - HUBER) / angle.to(square.dtype).to(square.device)
+    gap = extract(sigma, t) - extract(sigma, r)
+    return ((square + HUBER**2).sqrt() - HUBER) / gap.to(square.dtype).to(square.device)
 
 
 def weight(denoiser: Denoiser, t: Tensor, weighting: Weighting) -> Tensor:

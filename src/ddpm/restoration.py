@@ -209,7 +209,7 @@ def _trust(s: Tensor, noise: float, sd: float) -> Tensor:
 
 def _fresh(s: Tensor, noise: float, sd: float) -> Tensor:
     """The square root of the diagonal of Phi in V."""
-    return (sd**2 - _brought(s, noise).clamp(max=sd) ** 2).sqrt()
+    return (sd**2 - _brought(s, noise) ** 2).clamp(min=0).sqrt()
 
 
 @torch.no_grad()
@@ -293,7 +293,7 @@ def dps(
     y         class labels, int64 [B], or None
 
     Raises InputError if zeta is negative, if steps is out of range, if the operator's result is not a tensor of the
-    shape of `measured`, and if it has no gradient.
+    shape of `measured`, and if it has no gradient that is finite.
 
     >>> from ddpm import schedule
     >>> from ddpm.noise import per_image

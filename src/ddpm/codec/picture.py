@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -304,7 +305,7 @@ def decompress(model: Model, data: bytes, at: int | None = None) -> Image:
     gives the picture of its whole groups, with the pixels that its bytes determine. Its checksums are missing then,
     so nothing shows whether this machine's network agrees.
     """
-    *_, last = pictures(model, data, at)
+    (last,) = deque(pictures(model, data, at), maxlen=1)
     return last.image
 
 

@@ -5,6 +5,7 @@ images of it.
 """
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -249,7 +250,7 @@ def repaint_settings(
 
 def _last(steps: Iterator[Step], values: Values, progress: bool) -> Tensor:
     """The pixels of the last step, on the CPU."""
-    *_, last = Progress(steps, unit="call", desc="editing", show=progress, leave=False)
+    (last,) = deque(Progress(steps, unit="call", desc="editing", show=progress, leave=False), maxlen=1)
     return pixels.to_pixels(last.x, values).cpu()
 
 

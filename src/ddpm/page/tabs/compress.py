@@ -5,6 +5,7 @@ import io
 import math
 import shlex
 import time
+from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -251,7 +252,7 @@ def _shown(model: Model, file: bytes) -> Job:
     for at in places(begin, len(file)):
         if time.monotonic() > until:
             break
-        *_, shown = picture.pictures(model, file, at, known)
+        (shown,) = deque(picture.pictures(model, file, at, known), maxlen=1)
         yield {"kind": "stop", "at": at, **_event(shown)}
     yield {"kind": "done"}
 
