@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.stats import binomtest, chisquare, kstest
 from torch import Tensor
 
-from ddpm import PRESETS, Preset, conditions, likelihood, noise, pixels, samplers, schedule
+from ddpm import PRESETS, Preset, conditions, likelihood, losses, noise, pixels, samplers, schedule
 from ddpm.cli import main
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
@@ -134,6 +134,22 @@ def test_guidance_towards_a_condition_or_a_class(scale: float, seed: int, labell
         without = seen(x, t, torch.full((3,), -1), c)
     wanted = without + scale * (seen(x, t, y, c) - without)
     for guided in (plain.given(c).guided(scale), plain.guided(scale).given(c)):
+        torch.testing.assert_close(guided.output(x, t, y)[0], wanted, rtol=1e-9, atol=1e-9)
+
+
+@given(scale=st.floats(-2, 8), seed=st.integers(0, 10**6), labelled=st.booleans())
+def test_a_guide_gets_the_condition_too(scale: float, seed: int, labelled: bool) -> None:
+    """prediction = guide + scale (model - guide), where both are told the condition and the label."""
+    g = torch.Generator().manual_seed(seed)
+    x, c = torch.randn(3, 1, 2, 2, generator=g).double(), torch.randn(3, 2, 2, 2, generator=g).double()
+    t, y = torch.tensor([500]), torch.tensor([0, 2, 1]) if labelled else None
+
+    def weaker(x: Tensor, timestep: Tensor, y: Tensor | None, condition: Tensor) -> Tensor:
+        return seen(x.square(), timestep, y, condition)
+
+    plain, guide = (Denoiser(each, schedule.linear(), clip=False) for each in (seen, weaker))
+    wanted = weaker(x, t, y, c) + scale * (seen(x, t, y, c) - weaker(x, t, y, c))
+    for guided in (plain.given(c).guided(scale, guide=guide), plain.guided(scale, guide=guide).given(c)):
         torch.testing.assert_close(guided.output(x, t, y)[0], wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -337,6 +353,48 @@ def test_a_run_with_a_condition_resumes_to_the_bit(run: Path, tmp_path: Path) ->
         assert train(out, *OPTIONS, "--steps", steps, "--save-every", "4", "--sample-every", "8") == 0
     assert_same(tensors(out, 8), tensors(run, 8))
     assert (out / "samples" / "00000008.png").read_bytes() == (run / "samples" / "00000008.png").read_bytes()
+
+
+def test_the_condition_is_that_of_the_warped_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With augment, the network is told the warp, and the picture of the image after the warp."""
+    found: list[tuple[Tensor, Any]] = []
+    real = losses.simple
+
+    def spy(denoiser: Denoiser, x0: Tensor, *more: Any) -> Tensor:
+        found.append((x0, denoiser.network))
+        return real(denoiser, x0, *more)
+
+    monkeypatch.setitem(losses.LOSSES, "simple", spy)
+    assert train(tmp_path / "run", "--condition", "lowres:2", "--augment", "0.5", "--steps", "2") == 0
+    for x0, told in found:
+        picture = conditions.picture("lowres:2", x0)
+        torch.testing.assert_close(told.condition, conditions.join(picture, torch.ones(len(x0), 1, 8, 8)))
+        assert told.network.keywords["warp"].any()
+    assert found
+
+
+def test_distill_tells_model_and_teacher_the_condition(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The result takes --input, and has its guidance built in."""
+    found: list[tuple[Denoiser, Denoiser]] = []
+    real = losses.consistency
+
+    def spy(denoiser: Denoiser, *data: Any, teacher: Denoiser) -> Tensor:
+        found.append((denoiser, teacher))
+        return real(denoiser, *data, teacher=teacher)
+
+    monkeypatch.setitem(losses.LOSSES, "consistency", spy)
+    out, options = tmp_path / "run", "--steps 2 --batch-size 8 --eval-images 8 --sample-every 2 --guidance 2".split()
+    assert main(["distill", str(run), "--out", str(out), *options]) == 0
+    for student, teacher in found:
+        assert torch.equal(student.network.condition, teacher.network.condition)  # type: ignore[attr-defined]
+        assert teacher.network.network.scale == 2  # type: ignore[attr-defined]
+    assert found
+    words = ["sample", str(out), "--input", str(pictures / "small" / "0.png"), "--out", str(tmp_path / "a.npz")]
+    assert main(words) == 0
+    assert main([*words, "--guidance", "2"]) == 2
+    assert "has the guidance of its distillation; want 1" in capsys.readouterr().err
 
 
 def test_accumulation_changes_nothing(run: Path, tmp_path: Path) -> None:
@@ -584,6 +642,10 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
         ("sample OTHER --then RUN --out OUT", "enlarges grey images of 4x4; "),
         ("sample RUN --then RUN --input SMALL --out OUT", "not with --input"),
         ("sample SMALLER --then RUN --condition-noise 0.1 --out OUT", "--condition-noise 0.1: "),
+        ("sample SMALLER --then RUN --guide SMALLER --out OUT", "not with --guide"),
+        ("sample RUN --input SMALL --guide OTHER --out OUT", "it has other"),
+        ("sample RUN --input SMALL --guidance-interval 5,9 --out OUT", "--guidance-interval: needs guidance"),
+        ("restore RUN SMALL --operator grey --out OUT", "which `ddpm restore` does not know"),
         ("sample OTHER --guidance 2 --out OUT", "--guidance: needs a class; want class NAME"),
         ("edit RUN SMALL --out OUT", "was trained with condition lowres:2, which `ddpm edit` does not know"),
         ("inpaint RUN SMALL SMALL --out OUT", "which `ddpm inpaint` does not know"),

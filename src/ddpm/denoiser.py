@@ -261,7 +261,7 @@ class Denoiser:
         """
         if isinstance(self.network, Given):
             inner = replace(self, network=self.network.network)
-            return inner.guided(scale, interval).given(self.network.condition)
+            return inner.guided(scale, interval, guide).given(self.network.condition)
         first, last = (whole_number("guidance interval", t) for t in interval or (1, self.schedule.T))
         scale = finite_number("guidance", scale)
         if not 1 <= first <= last <= self.schedule.T:
