@@ -374,9 +374,11 @@ def test_the_condition_is_that_of_the_warped_image(tmp_path: Path, monkeypatch: 
 
 
 def test_distill_tells_model_and_teacher_the_condition(
-    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The result takes --input, and has its guidance built in."""
+    model, out = tmp_path / "model", tmp_path / "run"
+    assert train(model, *OPTIONS, "--predict", "v", "--schedule", "cosine", "--steps", "2") == 0
     found: list[tuple[Denoiser, Denoiser]] = []
     real = losses.consistency
 
@@ -385,8 +387,8 @@ def test_distill_tells_model_and_teacher_the_condition(
         return real(denoiser, *data, teacher=teacher)
 
     monkeypatch.setitem(losses.LOSSES, "consistency", spy)
-    out, options = tmp_path / "run", "--steps 2 --batch-size 8 --eval-images 8 --sample-every 2 --guidance 2".split()
-    assert main(["distill", str(run), "--out", str(out), *options]) == 0
+    options = "--steps 2 --batch-size 8 --eval-images 8 --sample-every 2 --guidance 2".split()
+    assert main(["distill", str(model), "--out", str(out), *options]) == 0
     for student, teacher in found:
         assert torch.equal(student.network.condition, teacher.network.condition)  # type: ignore[attr-defined]
         assert teacher.network.network.scale == 2  # type: ignore[attr-defined]

@@ -116,8 +116,8 @@ class Preset:
     )
     condition_noise: float = _data(
         0.0,
-        "largest standard deviation of the noise on the condition, in half ranges of the values; that of an image is "
-        "uniform from 0 to this, and the network is told it",
+        "largest standard deviation of noise on the condition, where 1 is half the range of the values; the one of an "
+        "image is uniform from 0 to this, and the network is told it",
         0,
         0.99,
     )

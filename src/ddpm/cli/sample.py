@@ -61,7 +61,7 @@ def add(commands: Commands) -> None:
     group.add_argument("--input", metavar="PATH", help=given)
     mask = "draw where this image is white, and keep the input where it is black (default: draw what is transparent)"
     group.add_argument("--mask", metavar="FILE", help=mask)
-    noise = "standard deviation of noise on the input, in half ranges of the values, up to that of training"
+    noise = "add noise of this standard deviation to the input, at most that of training; 1 is half the range"
     group.add_argument("--condition-noise", **number(float, 0.0), help=f"{noise} (default: %(default)s)")
     then = "enlarge the samples with this MODEL, which was trained with --condition lowres:N (a cascade)"
     group.add_argument("--then", metavar="MODEL", help=then)
