@@ -280,7 +280,7 @@ def test_edits_do_not_depend_on_the_batch_size(
     ("command", "words"),
     [
         ("sample RUN --class yellow", "--class 'yellow': want black, grey, white, or all"),
-        ("sample RUN --guidance 2", "--guidance needs --class NAME"),
+        ("sample RUN --guidance 2", "--guidance: needs a class; want class NAME"),
         ("sample RUN --class grey --guidance-interval 5", "--guidance-interval: '5': want two levels as 100,900"),
         (
             "sample RUN --class grey --guidance-interval 5,25",

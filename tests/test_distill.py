@@ -60,7 +60,7 @@ def test_the_loss_gets_the_gap_of_the_step_and_the_guided_teacher(
         seen.append((t, r, teacher))
         return real(denoiser, x0, t, eps, y, r, teacher)
 
-    monkeypatch.setattr(losses, "consistency", spy)
+    monkeypatch.setitem(losses.LOSSES, "consistency", spy)
     assert distill(tmp_path / "run", "--steps", 6, "--guidance", 2.5, "--batch-size", 64) == 0
     schedule = open_checkpoint(tmp_path / "run").denoiser.schedule
     sigma = (-schedule.half_log_snr).exp()

@@ -31,8 +31,8 @@ SHORT = {
     "edit": "--t 40",
 }
 ONLY_PARSED = ("torchrun", "uoft-cs", "cifar10_fast --minutes", "--to hub", "--to web", "--to onnx", "fid", "ddpm page")
-ONLY_PARSED += ("ddpm average", "small.png", "hazy.png", "runs/smaller")
-"""A line with one of these does not end, or needs several processes, a download, an extra, a picture or a long run."""
+ONLY_PARSED += ("ddpm average", "small.png", "hazy.png", "runs/smaller", "--then")
+"""A line with one of these does not end, or needs several processes, a download, an extra, a picture or long runs."""
 FIRST = ("README.md", "docs/howto/resume.md", "docs/howto/publish.md", "docs/howto/reproduce.md")
 """These pages make what the others use: the folders runs/mine and runs/digits, the model mine.safetensors, figures."""
 PAGES = sorted(str(p.relative_to(ROOT)) for kind in ("*.md", "howto/*.md") for p in (ROOT / "docs").glob(kind))

@@ -55,6 +55,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, data, channels in (("grey", "grey", 1), ("RGB", "RGB", 3), ("RGBA", "transparent", 4)):
             assert main([*TRAINING, "--data", data, "--channels", str(channels), "--out", f"model {name}"]) == 0
         assert main([*TRAINING, "--classes", "--out", "model classes"]) == 0
+        assert main([*TRAINING, "--condition", "lowres:2", "--out", "model condition"]) == 0
         two_calls = "--channels 3 --predict v --loss consistency --out".split()
         assert main([*TRAINING, "--data", "RGB", *two_calls, "model consistency"]) == 0
         for name, (channels, dtype) in ARRAYS.items():
@@ -107,7 +108,8 @@ def test_models(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(here)
     model, out = f"model {kind}", str(tmp_path / "out")
-    data = {"grey": "grey", "RGBA": "transparent", "classes": "grey", **dict.fromkeys(ARRAYS, kind)}.get(kind, "RGB")
+    arrays = dict.fromkeys(ARRAYS, kind)
+    data = {"RGBA": "transparent", **dict.fromkeys(("grey", "classes", "condition"), "grey"), **arrays}.get(kind, "RGB")
     image = f"{data}/0.npy" if kind in ARRAYS else f"{data}/0.png"
     words = {
         "sample": ["sample", model, "-n", "2", "--out", f"{out}.png", *["--class", "3"] * (kind == "classes")],

@@ -1,7 +1,7 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020): the whole paper, on PyTorch.
 
-mathematics   pixels, noise, schedule, gaussian, denoiser, guidance, timesteps, losses, likelihood, ode, samplers,
-              spacing, editing, restoration, metrics, unet
+mathematics   pixels, noise, schedule, gaussian, denoiser, guidance, conditions, timesteps, losses, likelihood, ode,
+              samplers, spacing, editing, restoration, metrics, unet
 settings      presets: Preset, PRESETS, build; catalog: what can be chosen by name
 training      train: a preset and images -> Run, with its model
 files         load: a run folder or a checkpoint file -> Denoiser
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddpm import codec as codec
+    from ddpm import conditions as conditions
     from ddpm import denoiser as denoiser
     from ddpm import editing as editing
     from ddpm import gaussian as gaussian
@@ -56,7 +57,7 @@ from ddpm.version import __version__ as __version__
 
 _MODULES = {
     "pixels", "noise", "schedule", "gaussian", "denoiser", "losses", "likelihood", "ode", "samplers", "spacing",
-    "editing", "restoration", "metrics", "unet", "presets", "codec", "guidance", "timesteps", "catalog",
+    "editing", "restoration", "metrics", "unet", "presets", "codec", "guidance", "conditions", "timesteps", "catalog",
 }  # fmt: skip
 _NAMES = {
     "Schedule": "schedule",

@@ -67,7 +67,16 @@ def schedules() -> dict[str, Entry]:
 
 def metrics() -> dict[str, Entry]:
     """What `ddpm evaluate --metrics` measures."""
-    return _table("run/evaluate.py", "LIKELIHOODS") | quality_metrics()
+    return _table("run/evaluate.py", "LIKELIHOODS") | fidelity_metrics() | quality_metrics()
+
+
+def fidelity_metrics() -> dict[str, Entry]:
+    """How close samples of a model with a condition are to the images that the conditions were made of.
+
+    >>> list(fidelity_metrics())
+    ['psnr', 'ssim']
+    """
+    return _table("run/fidelity.py", "FIDELITY")
 
 
 def quality_metrics() -> dict[str, Entry]:
@@ -77,6 +86,38 @@ def quality_metrics() -> dict[str, Entry]:
     ['fid', 'is', 'kid', 'pr']
     """
     return _table("run/quality.py", "METRICS")
+
+
+def conditions() -> dict[str, Entry]:
+    """The kinds of condition on an image; settings are the fields of `conditions.Kind`.
+
+    >>> list(conditions())
+    ['lowres', 'grey', 'mask', 'pairs']
+    """
+    return _table("conditions.py", "CONDITIONS")
+
+
+def masks() -> dict[str, Entry]:
+    """The laws of masks.
+
+    >>> list(masks())
+    ['half', 'box', 'dots']
+    """
+    return _table("conditions.py", "LAWS")
+
+
+def accepted_conditions() -> str:
+    """The kinds of condition and their arguments as one phrase, for help and errors.
+
+    >>> accepted_conditions()
+    'none, lowres:N, grey, mask:LAW (half, box, dots) or pairs'
+    """
+    named = {"LAW": f"LAW ({', '.join(masks())})"}
+    words = [
+        f"{kind}:{named.get(a, a)}" if (a := row.settings.get("argument")) else kind
+        for kind, row in conditions().items()
+    ]
+    return f"{', '.join(['none', *words[:-1]])} or {words[-1]}"
 
 
 def experiments() -> dict[str, Entry]:

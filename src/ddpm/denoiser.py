@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ddpm import float64, kernels
 from ddpm.catalog import Prediction, Variance
+from ddpm.conditions import Given
 from ddpm.errors import InputError, finite_number, whole_number
 from ddpm.gaussian import (
     Gaussian,
@@ -60,7 +61,7 @@ class Denoiser:
     """A network and the meaning of its output. Samplers, losses, likelihood and codec take a denoiser.
 
     network   (x [B, C, H, W], timestep int64 [B], y int64 [B] or None) -> [B, C, H, W], or [B, 2C, H, W] if the
-              variance is learned
+              variance is learned. A network with a condition on an image takes it as the argument `condition` (`given`)
     schedule  the noise levels
     predict   what the first C channels of the output are:
               eps  the noise (Eq. 11)
@@ -221,6 +222,20 @@ class Denoiser:
             variance[1] = variance[1] if mse[0] > 0 else beta_tilde(schedule)[1]  # a density needs a variance above 0
         return replace(self, schedule=schedule, variance=variance)
 
+    def given(self, condition: Tensor | None) -> "Denoiser":
+        """The same denoiser for images with this condition [B, c + 1, H, W], as `conditions.join` makes it.
+
+        Samplers, losses and likelihoods take the result as they take any denoiser: their images are B, or K B with each
+        condition for K images in a row. None gives the denoiser itself.
+
+        >>> from ddpm import schedule
+        >>> told = Denoiser(lambda x, timestep, y, condition: condition[:, :1], schedule.linear(), predict="x0")
+        >>> x, t = torch.zeros(4, 1, 2, 2), torch.tensor([500])
+        >>> told.given(torch.tensor([0.25, 0.5]).view(2, 1, 1, 1).expand(2, 2, 2, 2))(x, t).x0[:, 0, 0, 0].tolist()
+        [0.25, 0.25, 0.5, 0.5]
+        """
+        return self if condition is None else replace(self, network=Given(self.network, condition))
+
     def guided(
         self, scale: float, interval: tuple[int, int] | None = None, guide: "Denoiser | None" = None
     ) -> "Denoiser":
@@ -234,8 +249,9 @@ class Denoiser:
         guide     the weaker denoiser, such as the same model earlier in its training or a smaller one (autoguidance;
                   Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself")
 
-        A learned variance is that of this denoiser with the label. Raises InputError if scale is not finite, if
-        interval is not within 1..T, and for a guide with another schedule or prediction.
+        Without labels, the condition of `given` takes the place of the label; `given` may come before or after, and the
+        guide gets the same condition. A learned variance is that of this denoiser with the label. Raises InputError if
+        scale is not finite, if interval is not within 1..T, and for a guide with another schedule or prediction.
 
         >>> from ddpm import schedule
         >>> labelled = Denoiser(lambda x, timestep, y: torch.full_like(x, 0.1) * y.view(-1, 1, 1, 1), schedule.linear())
@@ -243,6 +259,9 @@ class Denoiser:
         >>> round(float(labelled.guided(1.5).output(x, t, y)[0].mean()), 3)  # -0.1 + 1.5 (0.3 + 0.1)
         0.5
         """
+        if isinstance(self.network, Given):
+            inner = replace(self, network=self.network.network)
+            return inner.guided(scale, interval, guide).given(self.network.condition)
         first, last = (whole_number("guidance interval", t) for t in interval or (1, self.schedule.T))
         scale = finite_number("guidance", scale)
         if not 1 <= first <= last <= self.schedule.T:
@@ -266,6 +285,8 @@ class Denoiser:
             inner = replace(self, network=self.network.network).to(device)
             guide = self.network.guide and replace(self, network=self.network.guide).to(device).network
             return replace(inner, network=replace(self.network, network=inner.network, guide=guide))
+        if isinstance(self.network, Given):
+            return replace(self, network=self.network.network).to(device).given(self.network.condition.to(device))
         if isinstance(self.network, nn.Module):
             dtype = getattr(self.network, "computes", None)  # None for a network that is not a UNet
             has_kernels = torch.device(device).type == "cpu" and kernels.ready(dtype)

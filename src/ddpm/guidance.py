@@ -17,7 +17,7 @@ class Guided:
     last     the last timestep with guidance
     learned  whether the network outputs the variance too, which is not guided
     guide    the network of the weaker prediction (autoguidance), whose output may hold a variance of its own; None:
-             `network` without the label (classifier-free guidance)
+             `network` without the label, or in a call without label, without the condition (classifier-free guidance)
     """
 
     network: Callable[..., Tensor]
@@ -27,18 +27,22 @@ class Guided:
     learned: bool
     guide: Callable[..., Tensor] | None = None
 
-    def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         inside = (timestep >= self.first) & (timestep <= self.last)
-        if (y is None and self.guide is None) or self.scale == 1 or not inside.any():
-            return self.network(x, timestep, y)
+        told = {} if condition is None else {"condition": condition}
+        alone = self.guide is None and y is None and condition is None
+        if alone or self.scale == 1 or not inside.any():
+            return self.network(x, timestep, y, **told)
         timestep, inside = timestep.expand(len(x)), inside.expand(len(x))  # [1] stands for all images
-        if self.guide is None:
-            assert y is not None
-            y = y.expand(len(x))
-            labels = torch.cat([y, torch.full_like(y, -1)])
-            strong, weak = self.network(torch.cat([x, x]), torch.cat([timestep, timestep]), labels).chunk(2)
+        if self.guide is not None:
+            strong, weak = self.network(x, timestep, y, **told), self.guide(x, timestep, y, **told)
         else:
-            strong, weak = self.network(x, timestep, y), self.guide(x, timestep, y)
+            if condition is not None:
+                told["condition"] = torch.cat([condition, torch.zeros_like(condition) if y is None else condition])
+            if y is not None:
+                y = y.expand(len(x))
+                y = torch.cat([y, torch.full_like(y, -1)])
+            strong, weak = self.network(torch.cat([x, x]), torch.cat([timestep, timestep]), y, **told).chunk(2)
         C = x.shape[1]
         guided = weak[:, :C] + self.scale * (strong[:, :C] - weak[:, :C])
         guided = torch.where(inside.view(-1, 1, 1, 1), guided, strong[:, :C])

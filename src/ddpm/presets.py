@@ -108,6 +108,22 @@ class Preset:
     classes: bool = _data(False, "learn the labels of the dataset, so that a class can be sampled by its name")
     class_names: tuple[str, ...] = _data((), "the names of the classes, from the dataset", resume=True)
     label_dropout: float = _data(0.1, "probability of hiding a label in training, which guidance needs", 0, 1)
+    condition: str = _data(
+        "none", f"picture that the network is told of an image: {catalog.accepted_conditions()}", value="KIND"
+    )
+    condition_dropout: float = _data(
+        0.0, "probability of hiding the condition in training, which guidance towards it needs", 0, 1
+    )
+    condition_noise: float = _data(
+        0.0,
+        "largest standard deviation of noise on the condition, where 1 is half the range of the values; the one of an "
+        "image is uniform from 0 to this, and the network is told it",
+        0,
+        0.99,
+    )
+    pairs: str = _data(
+        "", "source of the other images of condition pairs, with the names and the order of the data", value="SOURCE"
+    )
     skip_bad: bool = _data(False, "skip images that cannot be read, and count them", resume=True)
     allow_paths: bool = _data(False, "let a dataset name image files outside its own folder", resume=True)
     verify: bool = _data(
@@ -295,12 +311,52 @@ class Preset:
             raise InputError(f"noise_assignment nearest: loss {self.loss} needs the noise of Eq. 4; want loss simple")
         if self.classes and self.label_dropout == 1:
             raise InputError("label_dropout 1.0: would hide every label; want less, or classes false")
+        self._check_condition()
         if self.predict == "eps" and self.schedule == "jsd":
             raise InputError("predict eps: cannot give x_0 at the last level of schedule jsd; want x0, mu or v")
         if self.batch_size % self.accumulate:
             raise InputError(f"accumulate {self.accumulate}: want a divisor of batch_size {self.batch_size}")
         if self.sample_steps > self.num_timesteps:
             raise InputError(f"sample_steps {self.sample_steps}: want at most num_timesteps, {self.num_timesteps}")
+
+    def _check_condition(self) -> None:
+        kind, _, argument = self.condition.partition(":")
+        kinds, name, (height, width) = catalog.conditions(), f"condition {self.condition}", self.size
+        if kind not in ("none", *kinds) or bool(argument) != (kind in kinds and "argument" in kinds[kind].settings):
+            raise InputError(f"{name}: want {catalog.accepted_conditions()}")
+        if kind == "mask" and argument not in catalog.masks():
+            raise InputError(f"{name}: {suggestion(argument, catalog.masks())}want {', '.join(catalog.masks())}")
+        if kind == "lowres" and (
+            not argument.isdecimal() or int(argument) < 2 or height % int(argument) or width % int(argument)
+        ):
+            raise InputError(f"{name}: want a whole number of at least 2 that divides both sides of {height}x{width}")
+        if kind == "grey" and self.channels == 1:
+            raise InputError(f"{name}: the images are grey already; want channels 3, or another condition")
+        if (kind == "pairs") != bool(self.pairs):
+            raise InputError(f"{name}, pairs {self.pairs!r}: want condition pairs and a SOURCE as pairs, or neither")
+        if kind == "pairs" and self.skip_bad:
+            raise InputError(f"{name}: not with skip_bad, since another image would take the place of a bad one")
+        if self.condition_dropout == 1 or (kind == "none" and self.condition_dropout):
+            raise InputError(
+                f"condition_dropout {self.condition_dropout:g}: want less than 1, and 0 without a condition"
+            )
+        if kind == "none" and self.condition_noise:
+            raise InputError(f"condition_noise {self.condition_noise:g}: want 0 without a condition")
+        if kind != "none" and self.noise_assignment == "nearest":
+            raise InputError(
+                "noise_assignment nearest: only images that the network is told the same of exchange noise, "
+                "and conditions differ; want independent"
+            )
+
+    @property
+    def condition_channels(self) -> int:
+        """The channels of the condition: those of its picture, and one that says where it is known; 0 without one.
+
+        >>> replace(PRESETS["cifar10"], condition="lowres:4").condition_channels
+        4
+        """
+        kind = self.condition.partition(":")[0]
+        return 0 if kind == "none" else catalog.conditions()[kind].settings.get("channels", self.channels) + 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -489,6 +545,7 @@ def build(preset: Preset) -> Denoiser:
         bf16=preset.precision == "bf16",
         always_labelled=preset.always_labelled,
         details=preset.details,
+        condition_channels=preset.condition_channels,
         warped=preset.augment > 0,
     )
     with torch.device("cpu"):

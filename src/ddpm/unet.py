@@ -247,8 +247,8 @@ class UNet(nn.Module):
     """(x [B, C, H, W], timestep int64 [B], or [1] for all, y int64 [B] or None) -> [B, out_channels, H, W].
 
     y is the class of each image, 0 .. num_classes - 1, or -1 for an image without class; None is no class for any
-    image. In training, a fourth argument tells how each image was warped (`ddpm.warp`): float32 [B, 9], where zeros and
-    None are no warp.
+    image. In training, warp tells how each image was warped (`ddpm.warp`): float32 [B, 9], where zeros and None are no
+    warp. condition is [B, condition_channels, H, W], or None for a network without condition.
 
     channels                C of the images
     out_channels            C, or 2C if the variance is learned; None means C
@@ -271,6 +271,8 @@ class UNet(nn.Module):
     bf16                    compute in bfloat16 (autocast); the weights and the result stay float32. None: do so on
                             devices with `fast_bf16`, wherever the network is
     details                 where the network of another package differs from the paper's
+    condition_channels      channels of a condition on an image, which is concatenated to x (Saharia et al. 2022); 0 for
+                            a network without condition
 
     H and W may differ. Each must be divisible by patch 2^(levels - 1); otherwise InputError names the nearest sizes
     that are.
@@ -297,13 +299,14 @@ class UNet(nn.Module):
         always_labelled: bool = False,
         details: Details = PAPER,
         warped: bool = False,
+        condition_channels: int = 0,
     ) -> None:
         super().__init__()
         if width % CHANNEL_STEP:
             raise InputError(f"width {width}: want a multiple of {CHANNEL_STEP}")
         self.width, self.levels = width, len(channel_multipliers) + patch - 1
         self.gradient_checkpointing, self.bf16, self.details = gradient_checkpointing, bf16, details
-        self.always_labelled = always_labelled
+        self.always_labelled, self.condition_channels = always_labelled, condition_channels
         c_time = 4 * width
         self.time1, self.time2 = linear(width, c_time), linear(c_time, c_time)
         self.label: nn.Embedding | None = None
@@ -319,7 +322,7 @@ class UNet(nn.Module):
         inner_groups = details.norm_groups or groups_of(width)
 
         outer = width if patch == 1 else CHANNEL_STEP
-        self.conv_in = conv(channels, outer)
+        self.conv_in = conv(channels + condition_channels, outer)
         skips = [outer]
         self.down = nn.ModuleList()
         if patch > 1:
@@ -354,9 +357,20 @@ class UNet(nn.Module):
         in_bf16 = fast_bf16(weight.device) if self.bf16 is None else self.bf16
         return torch.bfloat16 if in_bf16 else weight.dtype
 
-    def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None, warp: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor | None = None,
+        warp: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
         check_size(x.shape[-2:], self.levels)
+        if (told := 0 if condition is None else condition.shape[1]) != self.condition_channels:
+            raise InputError(f"condition: {told} channels; want {self.condition_channels or 'no condition'}")
         x = x.to(self.conv_in.weight.dtype)
+        if condition is not None:
+            x = torch.cat([x, condition.to(x)], dim=1)
         bf16 = self.computes == torch.bfloat16
         exact = x.device.type == "cuda" and not bf16
         with (

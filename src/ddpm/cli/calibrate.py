@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         from ddpm.run.processes import processes
 
     with processes(args.device, float64=True) as ranks:
-        model = open_model(args, ranks.device)
+        model = open_model(args, ranks.device, conditional=True)
         if model.packaged or model.name:
             copy = f"ddpm {'import' if model.foreign else 'export'} {args.run} --out FILE.safetensors"
             raise InputError(f"{args.run}: this model cannot be changed; calibrate a copy: `{copy}`")

@@ -41,15 +41,16 @@ def add(commands: Commands) -> None:
     metrics = catalog.describe(catalog.metrics())
     parser = command(
         commands, "evaluate", run, "measure bits per dimension and sample quality",
-        f"Measure a model by these metrics:\n\n{metrics}\n\nnll and ode measure held-out images. The others compare "
-        "samples, in 8 bits as they are saved, with the training images. A stopped measurement resumes.",
+        f"Measure a model by these metrics:\n\n{metrics}\n\nnll and ode measure held-out images. psnr and ssim compare "
+        "samples of a model with a condition with the held-out images that the conditions are made of. The others "
+        "compare samples, in 8 bits as they are saved, with the training images. A stopped measurement resumes.",
         "ddpm evaluate digits --metrics nll --levels-per-image 20",
     )  # fmt: skip
     parser.add_argument("run", metavar="MODEL", help=MODEL)
     group = parser.add_argument_group("measurement", "what is measured, and how exactly")
     metric = "metrics of the table above, one or more (default: nll)"
     group.add_argument("--metrics", nargs="+", default=["nll"], metavar="NAME", help=metric)
-    count = "number of images for nll and ode (default: all), or of samples for the others (default: 50000)"
+    count = "number of images for nll, ode, psnr and ssim (default: all), or of samples for the others (default: 50000)"
     group.add_argument("-n", **number(int, None), help=count)
     folder = "folder for results and finished parts (default: RUN/evaluate/STEP-WEIGHTS, and RUN/cache for the parts)"
     group.add_argument("--out", metavar="FOLDER", help=folder)
@@ -75,16 +76,19 @@ def run(args: argparse.Namespace) -> int:
     for metric in args.metrics:
         check("--metrics", metric, Literal[tuple(catalog.metrics())])
     check_numbers(args, seed=0, batch_size=1, n=1, draws=1, ode_steps=2)
-    quality = [metric for metric in args.metrics if metric not in LIKELIHOODS]
+    fidelity = [metric for metric in args.metrics if metric in catalog.fidelity_metrics()]
+    quality = [metric for metric in args.metrics if metric not in (*LIKELIHOODS, *fidelity)]
     _check_quality(args, quality)
 
     with importing():
         from ddpm.run.processes import processes
 
     with processes(args.device, float64=True) as ranks:
-        model, asked = open_model(args, ranks.device), conditions(args)
+        model, asked = open_model(args, ranks.device, conditional=True), conditions(args)
         check_sampler(args, model.preset, model.denoiser.schedule.T)
         asked = asked.resolved(model)
+        if args.guidance is not None and not args.classes and (known := [m for m in args.metrics if m in LIKELIHOODS]):
+            raise InputError(f"--guidance {args.guidance}: not with --metrics {known[0]}, which is without guidance")
         denoiser, labels = asked.apply(model, sampling=bool(quality) and args.samples is None)
         model = replace(model, denoiser=denoiser)
         progress = ranks.first and not args.json
@@ -98,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         )
         cache = out_folder(args, model.home / "cache")
         _likelihoods(args, model, results, cache, ranks, progress)
+        if fidelity:
+            _fidelity(args, fidelity, model, asked.about(), results, cache, ranks, progress)
         if quality:
             _quality(args, quality, model, labels, asked.about(), results, cache, ranks, progress)
         if ranks.first:
@@ -107,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_quality(args: argparse.Namespace, quality: list[str]) -> None:
     """Raise InputError for options of sample quality that have no effect or do not fit together."""
-    names = ", ".join(name for name in catalog.metrics() if name not in LIKELIHOODS)
+    names = ", ".join(catalog.quality_metrics())
     if args.classes and (args.samples is not None or not quality):
         raise InputError(f"--class {args.classes[0]}: needs one of --metrics {names}, without --samples")
     for name in ("samples", "features", "inception", "reference"):
@@ -184,6 +190,22 @@ def _likelihoods(
         results.keep("ode", values, args.split)
 
 
+def _fidelity(
+    args: argparse.Namespace, names: list[str], model: Any, asked: dict[str, Any],
+    results: _Results, cache: Path, ranks: Any, progress: bool,
+) -> None:  # fmt: skip
+    from ddpm.run.fidelity import fidelity
+    from ddpm.run.sample import describe_sampling, sampler_levels
+
+    levels = sampler_levels(model, args.sampler, args.steps, args.spacing)
+    values = fidelity(
+        model, results.load(args.split), names, cache, ranks, args.n, args.seed, args.sampler, levels, args.batch_size,
+        progress,
+    )  # fmt: skip
+    how = {**describe_sampling(model.denoiser, args.sampler, levels, args.spacing), **asked}
+    results.keep("fidelity", {**how, **values}, args.split)
+
+
 def _quality(
     args: argparse.Namespace, names: list[str], model: Any, labels: list[int], asked: dict[str, Any],
     results: _Results, cache: Path, ranks: Any, progress: bool,
@@ -212,10 +234,13 @@ def _quality(
         source: dict[str, Any] = {"samples_from": args.samples}
     else:
         levels = sampler_levels(model, args.sampler, args.steps, args.spacing)
+        held_out = None if model.preset.condition == "none" else results.load(args.split)
         images = quality.samples(
-            model, cache, ranks, args.n or 50_000, args.seed, args.sampler, levels, args.batch_size, progress, labels
-        )
+            model, cache, ranks, args.n or 50_000, args.seed, args.sampler, levels, args.batch_size, progress, labels,
+            held_out,
+        )  # fmt: skip
         source = {**describe_sampling(model.denoiser, args.sampler, levels, args.spacing), **asked}
+        source |= {} if held_out is None else {"conditions_of": held_out.split}
     values = quality.quality(names, images, real, network, cache, ranks, args.seed, progress)
     if ranks.first:
         if args.reference is not None:

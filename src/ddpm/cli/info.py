@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         "data": preset.data or "unknown",
         "held_out": _held_out(path) if is_run else None,
         "classes": list(preset.class_names),
+        "condition": preset.condition,
         "checkpoints": saved,
         "snapshots": snapshots,
         "average": asdict(model.average) if model and model.average else None,
@@ -71,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lines(about: dict[str, Any], preset: Preset) -> Iterator[str]:
-    for name in ("model", "step", "steps", "parameters", "image", "data", "held_out", "classes"):
-        if value := about[name]:
+    for name in ("model", "step", "steps", "parameters", "image", "data", "held_out", "classes", "condition"):
+        if (value := about[name]) and value != "none":
             yield f"{name.replace('_', ' '):<12}{', '.join(value) if isinstance(value, list) else _words(value)}"
     for one in about["checkpoints"]:
         notes = [] if one["held_out"] is None else [f"held-out L_simple {one['held_out']:.4f}"]
@@ -156,11 +157,12 @@ def _ask(
     first = f"first: ddpm calibrate {name}{data}"
     if model.foreign:
         first = f"first: ddpm import {name} --out FILE.safetensors, and ddpm calibrate FILE.safetensors{data}"
+    given = "" if preset.condition == "none" else " --input FILE"
     consistency = preset.loss == "consistency"
-    lines[f"ddpm sample {name}"] = "a consistency model: 2 network calls, or --steps 1" if consistency else ""
+    lines[f"ddpm sample {name}{given}"] = "a consistency model: 2 network calls, or --steps 1" if consistency else ""
     if preset.class_names:
         scale = " --guidance X" if preset.label_dropout and not consistency else ""
-        lines[f"ddpm sample {name} --class NAME{scale}"] = "a class of those above, or all"
+        lines[f"ddpm sample {name}{given} --class NAME{scale}"] = "a class of those above, or all"
     lines[f"ddpm {'import' if model.foreign else 'export'} {name} --out FILE.safetensors"] = ""
     if consistency:
         return lines
@@ -169,8 +171,10 @@ def _ask(
     except InputError as error:
         calibrated, first = False, str(error)
     if not model.denoiser.learned and preset.predict != "mu":
-        lines[f"ddpm sample {name} --variance calibrated"] = "" if calibrated else first
+        lines[f"ddpm sample {name}{given} --variance calibrated"] = "" if calibrated else first
     lines[f"ddpm evaluate {name}{data}"] = ""
+    if given:
+        return lines
     lines[f"ddpm edit {name} IMAGE"] = "also interpolate, inpaint and restore"
     if preset.channels in (1, 3):
         lines[f"ddpm compress {name} IMAGE --out FILE"] = "" if calibrated and codec_tables(model) else first

@@ -259,7 +259,10 @@ def add_classes(parser: Parser) -> None:
     group = parser.add_argument_group("classes", "for a model that knows classes")
     classes = "classes to sample, in turn over the images; all for every class"
     group.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME", help=classes)
-    guidance = "guidance scale: how strongly to steer towards the class; 1 is without guidance (default: 1.5)"
+    guidance = (
+        "guidance scale: how strongly to steer towards the class, or without --class towards --input; 1 is without "
+        "guidance (default: 1.5 with --class)"
+    )
     group.add_argument("--guidance", **number(float, None), help=guidance)
     interval = converter(_interval, "two levels as 100,900")
     levels = "guide only from this first to this last noise level, as 100,900 (default: all levels)"
@@ -271,6 +274,8 @@ def add_data(parser: Parser) -> None:
     group = parser.add_argument_group("data", "the images and samples that are measured")
     data = f"images to measure on: {AS_TRAIN} (default: the run's own data)"
     group.add_argument("--data", metavar="SOURCE", help=data)
+    pairs = "other images of the pairs, for --data and a model of --condition pairs"
+    group.add_argument("--pairs", metavar="SOURCE", help=pairs)
     split = "split of the data to measure on; test is the images that were held out (default: %(default)s)"
     group.add_argument("--split", default="test", metavar="NAME", help=split)
     samples = "score these samples, an .npz file or a folder of images, instead of making new ones"
@@ -340,17 +345,20 @@ def open_model(
     device: "torch.device",
     run: "str | Path | None" = None,
     precision: Precision | None = None,
+    conditional: bool = False,
 ) -> "Checkpoint":
     """The model of the command, or of `run`, with --checkpoint, --weights, --precision and --variance, on `device`.
 
-    precision replaces --precision.
+    precision replaces --precision. Raises InputError for a model with a condition on an image, unless `conditional`.
     """
-    from ddpm.files.models import with_variance
+    from ddpm.files.models import with_variance, without_condition
     from ddpm.run.processes import open_for_device
 
     check_model(args)
     asked = precision or (None if args.precision == "auto" else args.precision)
     model = open_for_device(run or args.run, device, args.weights, args.checkpoint, asked)
+    if not conditional:
+        without_condition(model, f"`ddpm {args.command}`")
     if args.variance is not None:
         model = with_variance(model, args.variance)
     return replace(model, denoiser=model.denoiser.to(device))
@@ -370,10 +378,6 @@ def conditions(args: argparse.Namespace) -> "Conditions":
     """--class, --guidance, --guidance-interval and --clip."""
     from ddpm.run.sample import Conditions
 
-    for name, value in (("guidance", args.guidance), ("guidance-interval", args.guidance_interval)):
-        guided = name == "guidance-interval" and getattr(args, "guide", None)
-        if value is not None and not args.classes and not guided:
-            raise InputError(f"--{name} needs --class NAME")
     return Conditions(tuple(args.classes), args.guidance, args.guidance_interval, args.clip)
 
 
@@ -401,10 +405,14 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
 
     @functools.cache
     def load(split: str) -> data.Images:
-        return data.load(
-            args.data or preset.data, preset.size, preset.channels, split=split, progress=progress, as_trained=True,
-            **data.settings_of(preset),
-        )  # fmt: skip
+        settings = {"split": split, "progress": progress, "as_trained": True, **data.settings_of(preset)}
+        images = data.load(args.data or preset.data, preset.size, preset.channels, **settings)
+        if not preset.pairs:
+            return images
+        if (pairs := getattr(args, "pairs", None)) is None and args.data:
+            raise InputError(f"--data {args.data}: this model takes pairs; want --pairs SOURCE, too")
+        settings |= {"image_column": None, "label_column": None, "values": images.values}
+        return data.paired(images, data.load(pairs or preset.pairs, preset.size, preset.channels, **settings))
 
     return load
 

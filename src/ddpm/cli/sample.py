@@ -44,7 +44,8 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("run", metavar="MODEL", help=MODEL)
     group = parser.add_argument_group("samples", "how many images, and where they go")
-    group.add_argument("-n", **number(int, 64), help="number of images to sample (default: %(default)s)")
+    count = "number of images to sample, or with --input for each input (default: 64, or 1 with --input)"
+    group.add_argument("-n", **number(int, None), help=count)
     moves = "FILE.tar for WebDataset; FILE.gif, .webp or .mp4 for an animation of x_t, or with --progressive of x0^"
     out = f"{PICTURES}; {moves} (default: %(default)s)"
     group.add_argument("--out", default="samples.png", metavar="PATH", help=out)
@@ -55,6 +56,15 @@ def add(commands: Commands) -> None:
     shard = "write tar files for WebDataset into the folder --out, with N images and their classes in each"
     group.add_argument("--shard", **number(int, None), help=shard)
     add_show(group)
+    group = parser.add_argument_group("input", "for a model that was trained with --condition")
+    given = "give the model this picture, or each picture in a folder; a grid shows it left of its samples"
+    group.add_argument("--input", metavar="PATH", help=given)
+    mask = "draw where this image is white, and keep the input where it is black (default: draw what is transparent)"
+    group.add_argument("--mask", metavar="FILE", help=mask)
+    noise = "add noise of this standard deviation to the input, at most that of training; 1 is half the range"
+    group.add_argument("--condition-noise", **number(float, 0.0), help=f"{noise} (default: %(default)s)")
+    then = "enlarge the samples with this MODEL, which was trained with --condition lowres:N (a cascade)"
+    group.add_argument("--then", metavar="MODEL", help=then)
     add_classes(parser)
     sampler = add_sampler(parser)
     sampler.add_argument("--eta", **number(float, 0.0), help="noise of ddim, 0 to 1 (default: %(default)s)")
@@ -95,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     with importing():
         from ddpm.files import animation, arrays, images
         from ddpm.run.export import grid_columns
+        from ddpm.run.inputs import cascade, check_cascade, read_inputs
         from ddpm.run.processes import processes
         from ddpm.run.sample import Sampling, sample
         from ddpm.run.stream import RECORD, STREAMED, write_samples
@@ -110,38 +121,56 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--shard {args.shard}: --out {args.out} is one file; want a folder as --out")
     if kind not in ("png", "animation") and args.progressive:
         raise InputError(f"--out {args.out}: --progressive makes one picture; want NAME.png, .gif, .webp or .mp4")
+    if args.then is not None and args.input is not None:
+        raise InputError(f"--then {args.then}: not with --input {args.input}; the images of {args.run} are the input")
+    if args.then is not None and args.guide is not None:
+        raise InputError(f"--then {args.then}: not with --guide {args.guide}, which fits one of the two models")
+    if args.mask is not None and args.input is None:
+        raise InputError(f"--mask {args.mask}: needs --input FILE")
+    each = args.n if args.n is not None else 1 if args.input is not None else 64
     with processes(args.device) as ranks:
-        model, asked = open_model(args, ranks.device), _guided(args, conditions(args), ranks.device)
+        model, asked = open_model(args, ranks.device, conditional=True), _guided(args, conditions(args), ranks.device)
+        inputs = None if args.input is None else read_inputs(model, args.input, each, args.mask)
+        n = each * (1 if inputs is None else len(inputs.conditions))
         shown = with_view(args, model.preset)
         check_sampler(args, model.preset, model.denoiser.schedule.T)
         progress = ranks.first and not args.json
         sampling = Sampling(
-            args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size
-        )
-        begun, made, out = time.monotonic(), args.n, Path(args.out)
+            args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size, inputs,
+            args.condition_noise,
+        )  # fmt: skip
+        begun, made, out = time.monotonic(), n, Path(args.out)
+        if args.then is not None:
+            second = open_model(args, ranks.device, args.then, conditional=True)
+            check_cascade(model, second, sampling)
+            small, _ = sample(model, n, ranks, replace(sampling, condition_noise=0.0), progress=progress)
+            model, sampling = second, cascade(second, small, sampling, args.run)
+            shown = with_view(args, model.preset)
         if kind in STREAMED:
-            about, made = write_samples(model, args.n, ranks, out, sampling, kind, args.shard, progress)
+            about, made = write_samples(model, n, ranks, out, sampling, kind, args.shard, progress)
         else:
             if kind != "tif":
                 tiles = 11 if args.progressive and not moves else 1
-                images.check_grid(args.n, *model.preset.size, min(model.preset.channels, 3), tiles)
+                images.check_grid(n, *model.preset.size, min(model.preset.channels, 3), tiles)
             pictures, about = sample(
-                model, args.n, ranks, sampling, args.progressive or moves, progress,
+                model, n, ranks, sampling, args.progressive or moves, progress,
                 columns=animation.MOST_FRAMES if moves else 11, noisy=moves and not args.progressive,
             )  # fmt: skip
         if not ranks.first:
             return 0
-        columns = grid_columns(len(asked.apply(model)[1]))
+        columns = grid_columns(len(sampling.conditions.apply(model)[1]))
         sheet = partial(arrays.sheet, view=arrays.view_of(shown, model.denoiser.values))
         if moves:
             animation.save(args.out, [sheet(frame) for frame in pictures.unbind(1)], columns)
         elif args.progressive:
             images.save(args.out, images.grid(sheet(pictures.flatten(0, 1)), columns=pictures.shape[1]))
         elif kind not in STREAMED:
+            if sampling.inputs is not None and kind == "png":
+                pictures, columns = sampling.inputs.beside(pictures, model.denoiser.values)
             images.save_many(args.out, images.channels_last(pictures), columns=columns, shown=sheet(pictures))
-        what = f"{args.n} image{'s' * (args.n != 1)}"
+        what = f"{n} image{'s' * (n != 1)}"
         summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"
         rate = made / (time.monotonic() - begun)
-        summary += f", {rate:.3g} images/s" if made == args.n else f", {made:,} made now, {rate:.3g} images/s"
+        summary += f", {rate:.3g} images/s" if made == n else f", {made:,} made now, {rate:.3g} images/s"
         print(json.dumps({"out": args.out, **about}) if args.json else summary)
     return 0

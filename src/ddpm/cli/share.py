@@ -116,7 +116,7 @@ def export(args: argparse.Namespace) -> int:
         export.check_out(place)
     elif kind == "diffusers":
         interop.check_out(Path(place))
-    model = open_model(args, device)
+    model = open_model(args, device, conditional=True)
     if kind == "hub":
         hub.create(place)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +130,8 @@ def export(args: argparse.Namespace) -> int:
                 out.with_suffix(".md").rename(out.with_name("README.md"))
                 place = hub.push(out.parent, place, f"ddpm {__version__}, step {model.step:,}")
     about = {"out": str(place), "kind": kind, **model.about()}
-    card = f", with its card {Path(place).with_suffix('.md')} and its grid" if kind == "file" else ""
+    grid = " and its grid" * (model.preset.condition == "none")
+    card = f", with its card {Path(place).with_suffix('.md')}{grid}" if kind == "file" else ""
     if kind == "diffusers" and model.preset.class_names:
         about["class"] = args.class_name
         card = f", the network {f'of class {args.class_name}' if args.class_name else 'without a class'}"
@@ -149,7 +150,10 @@ def _export_for_onnxruntime(args: argparse.Namespace, kind: str, place: Path) ->
 
     (onnx if kind == "onnx" else interop).check_out(place)
     onnx.check_packages()
-    model, about = open_model(args, torch.device("cpu")), {"out": str(place), "kind": kind, "opset": onnx.OPSET}
+    model, about = (
+        open_model(args, torch.device("cpu"), conditional=True),
+        {"out": str(place), "kind": kind, "opset": onnx.OPSET},
+    )
     if kind == "onnx":
         onnx.to_onnx(model, place)
         size, more = place.stat().st_size, ""

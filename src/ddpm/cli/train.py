@@ -122,5 +122,6 @@ def finish(args: argparse.Namespace, out: Path, result: "Result", preset: Preset
             print(f"speed: {result.images_per_second:.0f} images/s")
         if preset.sample_every:
             print(f"pictures: {out / 'samples'}")
-        print(f"next: ddpm sample {out} -n 64 --out samples.png")
+        what = "-n 64" if preset.condition == "none" else "--input FILE"
+        print(f"next: ddpm sample {out} {what} --out samples.png")
     return 128 + result.interrupted if result.interrupted else 0

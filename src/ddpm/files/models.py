@@ -113,6 +113,13 @@ class Checkpoint:
         }  # fmt: skip
 
 
+def without_condition(checkpoint: Checkpoint, what: str) -> Checkpoint:
+    """The model itself. Raises InputError if it has a condition on an image, which `what` does not know."""
+    if (condition := checkpoint.preset.condition) != "none":
+        raise InputError(f"{checkpoint.path}: was trained with condition {condition}, which {what} does not know")
+    return checkpoint
+
+
 def calibration_file(weights: Path) -> Path:
     """The file of the calibration of a weights file."""
     return weights.with_name(f"{weights.stem}.calibration.json")

@@ -18,7 +18,7 @@ from ddpm.errors import InputError, finite_number, suggestion, whole_number
 from ddpm.files import images
 from ddpm.files.checkpoints import saved
 from ddpm.files.images import Pixels
-from ddpm.files.models import Checkpoint
+from ddpm.files.models import Checkpoint, without_condition
 from ddpm.files.opening import find, models_by_name
 from ddpm.page.work import Work
 from ddpm.run.processes import open_for_device
@@ -87,7 +87,7 @@ class State:
         """The model of this name. `file` tells whether one that is open is still the newest."""
         key = name, file
         if key not in self._models:
-            opened = open_for_device(name, self.device)
+            opened = without_condition(open_for_device(name, self.device), "the page")
             self._models[key] = replace(opened, denoiser=opened.denoiser.to(self.device))
             while len(self._models) > KEPT_MODELS:
                 self._models.popitem(last=False)

@@ -12,6 +12,7 @@ from ddpm.errors import InputError
 from ddpm.files import data, models
 from ddpm.gaussian import q_sample
 from ddpm.pixels import EIGHT_BIT
+from ddpm.run import conditioning
 from ddpm.run.parts import (
     CALIBRATION,
     as_signal,
@@ -48,7 +49,8 @@ def calibrate(
     mse             mse_t, from which the best variances follow (Bao et al. 2022)
     first_variance  the sigma_1^2 of the least L_0 on the same images, to within 6%
     codec           the codec's tables, fitted on the first `codec` images; 0 keeps the tables that the file has. There
-                    are none for a model that never saw an image without its label, because a file holds no label
+                    are none for a model that never saw an image without its label, or with a condition on an image,
+                    because a file holds no label and no condition
 
     Finished batches are stored under `cache`, so the same call, or one for more images, resumes where it stopped.
     Raises InputError for mu prediction and for a learned variance, since the best variance does not follow from mse_t
@@ -56,7 +58,7 @@ def calibrate(
     """
     denoiser = checkpoint.denoiser
     fits_codec = codec > 0 and images.channels in (1, 3) and not checkpoint.preset.always_labelled
-    fits_codec = fits_codec and denoiser.values == EIGHT_BIT
+    fits_codec = fits_codec and denoiser.values == EIGHT_BIT and checkpoint.preset.condition == "none"
     if fits_codec:
         from ddpm.run import compress  # now, since it raises InputError if the extra `codec` is not installed
     if denoiser.learned or denoiser.predict == "mu":
@@ -71,9 +73,10 @@ def calibrate(
         x0 = as_signal(images, batch).to(ranks.device)
         draws = image_noise(0, batch, 0, CALIBRATION, x0.shape[1:])
         y = labels_of(checkpoint, images, batch, ranks.device)
-        mse = likelihood.vlb(denoiser, x0, draws, y).mse
+        told = conditioning.given(checkpoint, images, batch, x0)
+        mse = likelihood.vlb(told, x0, draws, y).mse
         first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
-        mean = denoiser(q_sample(denoiser.schedule, x0.double(), first, draws(1).to(x0.device).double()), first, y).mean
+        mean = told(q_sample(denoiser.schedule, x0.double(), first, draws(1).to(x0.device).double()), first, y).mean
         cost = likelihood.decoder_cost(x0, mean, variances.to(x0.device), denoiser.values)
         return {"mse": mse.cpu(), "cost": cost.cpu()[None]}
 

@@ -23,7 +23,15 @@ from ddpm.codec.plan import Tables
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import animation, atomic, images
-from ddpm.files.models import Checkpoint, Weights, calibration_file, calibration_remedy, codec_tables, read_calibration
+from ddpm.files.models import (
+    Checkpoint,
+    Weights,
+    calibration_file,
+    calibration_remedy,
+    codec_tables,
+    read_calibration,
+    without_condition,
+)
 from ddpm.run.processes import Processes, open_for_device
 from ddpm.run.progress import Progress
 from ddpm.unet import UNet
@@ -74,7 +82,7 @@ def load_codec(
     True
     """
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)
-    checkpoint = open_for_device(path, device, weights, which, precision)
+    checkpoint = without_condition(open_for_device(path, device, weights, which, precision), "the codec")
     if checkpoint.preset.channels not in (1, 3) or checkpoint.denoiser.values != pixels.EIGHT_BIT:
         kind = f"{checkpoint.denoiser.values}, {checkpoint.preset.channels} channels"
         raise InputError(f"{path}: its images are {kind}; the codec takes 8-bit grey and RGB")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.catalog import Compile
+from ddpm.conditions import Given
 from ddpm.denoiser import Denoiser
 from ddpm.guidance import Guided
 from ddpm.unet import Stage, UNet
@@ -138,19 +139,20 @@ class GraphedUNet:
 
     def __init__(self, network: UNet) -> None:
         self.network = network
-        self._graphs: dict[tuple[torch.Size, bool], tuple[list[Tensor], Tensor, Callable[[], None]]] = {}
+        self._graphs: dict[tuple[object, ...], tuple[dict[str, Tensor], Tensor, Callable[[], None]]] = {}
 
-    def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Like the network: x float32 [B, C, H, W], timestep int64 [B], y int64 [B] or None -> [B, C or 2C, H, W]."""
-        arguments = [x, timestep] if y is None else [x, timestep, y]
-        key = x.shape, y is None
+        given = {"x": x, "timestep": timestep, "y": y, "condition": condition}
+        arguments = {name: value for name, value in given.items() if value is not None}
+        key = x.shape, *arguments
         if key not in self._graphs:
-            own = [tensor.clone() for tensor in arguments]
-            replay, out = _capture(lambda: self.network(*own), x.device, warm_up=3)
+            own = {name: tensor.clone() for name, tensor in arguments.items()}
+            replay, out = _capture(lambda: self.network(**own), x.device, warm_up=3)
             self._graphs[key] = own, out, replay
         inputs, out, replay = self._graphs[key]
-        for graph_input, argument in zip(inputs, arguments, strict=True):
-            graph_input.copy_(argument)
+        for name, argument in arguments.items():
+            inputs[name].copy_(argument)
         replay()
         return out.clone()  # the next replay overwrites `out`
 
@@ -162,6 +164,8 @@ def use_cuda_graphs(denoiser: Denoiser, device: torch.device | str) -> Denoiser:
     do, autocast would keep bf16 copies in memory outside the graph.
     """
     network = denoiser.network
+    if isinstance(network, Given):
+        return use_cuda_graphs(replace(denoiser, network=network.network), device).given(network.condition)
     if isinstance(network, Guided):
         inner = use_cuda_graphs(replace(denoiser, network=network.network), device)
         guide = network.guide and use_cuda_graphs(replace(denoiser, network=network.guide), device).network

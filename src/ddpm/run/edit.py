@@ -225,8 +225,7 @@ def inpainting(
     device = checkpoint.denoiser.schedule.alpha_bar.device
     x0 = signal(image, checkpoint).to(device)[None]
     if not isinstance(mask, Tensor):
-        size = images.read(image, name_of(image)).size[::-1]
-        mask = read_mask(mask, size, "the image's", checkpoint.preset)
+        mask = mask_of(mask, image, checkpoint.preset)
     redrawn = mask.to(device)[None]
     levels, jump, resample = repaint_settings(checkpoint, settings, jump, resample)
     run = named(settings.sampler).run
@@ -285,6 +284,11 @@ def fitted(image: Source, preset: Preset, notes: images.Notes | None = None) -> 
 def name_of(image: Source) -> str:
     """What errors call an image."""
     return "the image" if isinstance(image, bytes) else str(image)
+
+
+def mask_of(mask: Source, image: Source, preset: Preset) -> Tensor:
+    """`read_mask` of a mask for this image."""
+    return read_mask(mask, images.read(image, name_of(image)).size[::-1], "the image's", preset)
 
 
 def read_mask(mask: Source, size: tuple[int, int], whose: str, preset: Preset) -> Tensor:

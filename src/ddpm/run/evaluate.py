@@ -2,7 +2,8 @@
 
 `nll` computes the bound at every noise level, `nll_sampled` estimates it from a few levels per image, and `ode`
 computes the likelihood under the probability-flow ODE of the same network. A model that never saw an image without its
-label is measured with the labels of the images; other models are measured without.
+label is measured with the labels of the images; other models are measured without. A model with a condition on an image
+is measured given the conditions of the images.
 """
 
 import warnings
@@ -19,6 +20,7 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import atomic, data, models, plots
 from ddpm.gaussian import bits_per_dim
+from ddpm.run import conditioning
 from ddpm.run.parts import (
     as_signal,
     batches,
@@ -81,9 +83,12 @@ def nll(
     def measure(part: slice) -> dict[str, Tensor]:
         batch = indices[part]
         x0, y = as_signal(images, batch).to(ranks.device), labels_of(checkpoint, images, batch, ranks.device)
+        condition = conditioning.of_images(checkpoint.preset, images, batch, x0)
+        told = {name: variant.given(condition) for name, variant in variants.items()}
         means: dict[str, Tensor] = {}
         for draw in range(draws):
-            values = _bound_of_batch(denoiser, variants, x0, image_noise(seed, batch, draw, _NLL, shape), y)
+            draws_of = image_noise(seed, batch, draw, _NLL, shape)
+            values = _bound_of_batch(denoiser.given(condition), told, x0, draws_of, y)
             for name, value in values.items():
                 means[name] = means.get(name, 0) + value / draws
         return means
@@ -218,7 +223,8 @@ def sampled_bits(
         raise InputError(f"levels_per_image {levels_per_image}: want 1 to {T}")
     x0 = as_signal(images, indices[:PILOT]).to(ranks.device)
     y = labels_of(checkpoint, images, indices[:PILOT], ranks.device)
-    pilot = likelihood.vlb(denoiser, x0, image_noise(seed, indices[:PILOT], 1, _NLL, shape), y)
+    told = conditioning.given(checkpoint, images, indices[:PILOT], x0)
+    pilot = likelihood.vlb(told, x0, image_noise(seed, indices[:PILOT], 1, _NLL, shape), y)
     size = torch.cat([pilot.decoder[:, None], pilot.kl], dim=1).square().mean(0).sqrt().cpu()
     q = 0.9 * size / size.sum() + 0.1 / T  # a floor, so that no weight is huge
     cdf = q.cumsum(0)
@@ -232,7 +238,8 @@ def sampled_bits(
         eps = [image_noise(seed, batch, 2 + k, _NLL, shape)(0) for k in range(levels_per_image)]
         y = labels_of(checkpoint, images, batch, ranks.device)
         draws = torch.stack(eps, dim=1).to(ranks.device)
-        terms = likelihood.sampled_terms(denoiser, x0, t.to(ranks.device), draws, y)
+        told = conditioning.given(checkpoint, images, batch, x0)
+        terms = likelihood.sampled_terms(told, x0, t.to(ranks.device), draws, y)
         nats = (terms.cpu() / (levels_per_image * q[t - 1])).sum(1) + likelihood.prior(denoiser, x0.double()).cpu()
         bits[part] = bits_per_dim(nats, pilot.dims)
     return ranks.total(bits)
@@ -279,7 +286,8 @@ def ode(
         for part, batch, x0 in batches(images, indices, ranks, batch_size, "ode", progress):
             probe = image_noise(seed, batch, 0, _ODE, shape)(1).sign().to(x0.device)
             y = labels_of(checkpoint, images, batch, ranks.device)
-            nats[part] = probability_flow.density(denoiser, x0, probe, steps, y).cpu() / x0[0].numel()
+            told = conditioning.given(checkpoint, images, batch, x0)
+            nats[part] = probability_flow.density(told, x0, probe, steps, y).cpu() / x0[0].numel()
         nats = ranks.total(nats)
         spread = float(nats.std() / n**0.5) if n > 1 else None
         return {"nats_per_dim": float(nats.mean()), "standard_error": spread, "count": n, "steps": steps}
@@ -288,8 +296,9 @@ def ode(
         draws = image_noise(seed, batch, 0, _ODE, shape)
         u, probe, eps = torch.special.ndtr(draws(0).double()), draws(1).sign().to(x0.device), draws(2)
         y = labels_of(checkpoint, images, batch, ranks.device)
-        uniform = probability_flow.bound(denoiser, x0, u.to(x0.device), probe, steps, y)
-        decoder = probability_flow.decoder_bound(denoiser, x0, eps.to(x0.device), probe, steps, y)
+        told = conditioning.given(checkpoint, images, batch, x0)
+        uniform = probability_flow.bound(told, x0, u.to(x0.device), probe, steps, y)
+        decoder = probability_flow.decoder_bound(told, x0, eps.to(x0.device), probe, steps, y)
         bits[:, part] = bits_per_dim(torch.stack([uniform, decoder]), x0[0].numel()).cpu()
     bits = ranks.total(bits)
     mean, error = bits.mean(1).tolist(), (bits.std(1) / n**0.5).tolist() if n > 1 else [None, None]

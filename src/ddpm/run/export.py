@@ -25,6 +25,7 @@ from ddpm.files.opening import open_checkpoint
 from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
 from ddpm.presets import PRESETS, Preset, to_json
 from ddpm.run import log
+from ddpm.run.fidelity import FIDELITY
 from ddpm.run.sample import cycled_labels, generate, sampler_of
 from ddpm.version import __version__
 
@@ -106,14 +107,18 @@ def illustrate(
     license: str | None = None,
     progress: bool = True,
 ) -> None:
-    """Write the card and a grid of samples beside the exported file; `checkpoint` is the model before the export."""
+    """Write the card and a grid of samples beside the exported file; `checkpoint` is the model before the export.
+
+    A model with a condition on an image gets no grid, because it makes no image without an input.
+    """
     preset, classes = checkpoint.preset, len(checkpoint.preset.class_names)
-    n, denoiser = _grid_size(preset), exported.denoiser.to(device)
-    y = cycled_labels(range(classes), range(n))
-    samples = generate(denoiser, preset.shape, range(n), sampler_of(preset), device=device, progress=progress, y=y)
-    grid = exported.path.with_suffix(".png")
-    sheet = arrays.sheet(samples, arrays.view_of(preset, denoiser.values))
-    images.save_many(grid, sheet, [], columns=grid_columns(classes))
+    if preset.condition == "none":
+        n, denoiser = _grid_size(preset), exported.denoiser.to(device)
+        y = cycled_labels(range(classes), range(n))
+        samples = generate(denoiser, preset.shape, range(n), sampler_of(preset), device=device, progress=progress, y=y)
+        grid = exported.path.with_suffix(".png")
+        sheet = arrays.sheet(samples, arrays.view_of(preset, denoiser.values))
+        images.save_many(grid, sheet, [], columns=grid_columns(classes))
     atomic.write(exported.path.with_suffix(".md"), card(checkpoint, exported, license))
 
 
@@ -149,7 +154,8 @@ def public(preset: Preset, data: str | None = None) -> Preset:
     """
     name = data or (preset.data if preset.data in _PUBLIC_DATA and not Path(preset.data).exists() else "")
     init = preset.init if hub.is_name(preset.init) or preset.init in PRESETS else ""
-    return replace(preset, data=name, init=init, device="auto")
+    pairs = "SOURCE" if preset.pairs else ""
+    return replace(preset, data=name, init=init, pairs=pairs, device="auto")
 
 
 _PUBLIC_DATA = {preset.data for preset in PRESETS.values()} - {""}
@@ -182,21 +188,25 @@ def card(checkpoint: Checkpoint, exported: Checkpoint, license: str | None = Non
     of_classes = " --class all --guidance 1" if preset.classes else ""
     file, grid = (shlex.quote(_one_line(f"{name}.{suffix}")) for suffix in ("safetensors", "png"))
     sampling = f"ddpm sample {file} -n {n}{of_classes} --out {grid}"
+    levels = f"ancestral sampling with all {checkpoint.denoiser.schedule.T:,} levels"
+    how = "consistency sampling in 2 network calls" if preset.loss == "consistency" else levels
+    samples = (
+        f"![{n} samples]({quote(f'{name}.png')})\n\n"
+        f"These samples have the seeds 0 to {n - 1}; none was chosen. They were made by {how}"
+        f"{', with the classes in turn and without guidance' if preset.classes else ''}.\n\n"
+    )
+    if preset.condition != "none":
+        sampling, samples = f"ddpm sample {file} --input FILE -n 4 --out {grid}", ""
     made = f"\n## How it was made\n\n```sh\n{_commands(checkpoint, exported)}```\n" if checkpoint.step else ""
     limits = (
         f"The model makes only images like those it was trained on, of {size} pixels. It may make an image that is "
         "close to a training image. The terms of the training data, and its gaps, carry over to the samples."
     )
-    levels = f"ancestral sampling with all {checkpoint.denoiser.schedule.T:,} levels"
-    how = "consistency sampling in 2 network calls" if preset.loss == "consistency" else levels
     return (
         f"---\n{front}---\n\n# {_markdown(name)}\n\n"
         f"A denoising diffusion model (Ho, Jain, Abbeel 2020) of {size} {preset.kind} images, "
         f"exported by ddpm {__version__}. The Python package is called ddpm-kit.\n\n"
-        f"![{n} samples]({quote(f'{name}.png')})\n\n"
-        f"These samples have the seeds 0 to {n - 1}; none was chosen. They were made by {how}"
-        f"{', with the classes in turn and without guidance' if preset.classes else ''}.\n\n"
-        f"## Use\n\n```sh\npip install ddpm-kit\n{sampling}\n```\n\n"
+        f"{samples}## Use\n\n```sh\npip install ddpm-kit\n{sampling}\n```\n\n"
         f"## Facts\n\n| | |\n|---|---|\n{rows}\n{measured}"
         f"## Limits\n\n{limits}\n{made}"
     )
@@ -237,6 +247,9 @@ def _facts(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, 
     if preset.classes:
         hidden = f"{preset.label_dropout:.0%} of the labels were hidden in training"
         yield "classes", f"{', '.join(preset.class_names)}; {hidden}"
+    if preset.condition != "none":
+        hidden = f"{preset.condition_dropout:.0%} of the conditions were hidden in training"
+        yield "condition", f"{preset.condition}; {hidden}"
     T = exported.denoiser.schedule.T
     yield "prediction", f"{preset.predict}, {preset.schedule} schedule, T = {T:,}, {preset.variance}"
     yield "weights", f"{exported.weights}, {stored}; {exported.path.stat().st_size:,} bytes"
@@ -297,6 +310,16 @@ def figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         error = values["standard_error"]
         figure = f"{values['nats_per_dim']:.4f}" + (f" ± {error:.4f}" if error else "")
         yield "nats/dim, ODE", figure, f"{values['count']:,} images, {values['data']}, {values['split']}{conditions}"
+    if "draws" in values and "samples" not in values and "bits_per_dim" not in values:
+        how = f"{values['count']:,} images, {values['data']}, {values['split']}, {values['sampler']}"
+        how += f", {values['steps']} steps{conditions}"
+        said = {"": "one sample", "_of_mean": f"mean of {values['draws']} samples", "_bicubic": "bicubic"}
+        keys = [(name, end) for name in FIDELITY for end in said]
+        yield from (
+            (f"{name.upper()}, {said[end]}", f"{values[name + end]:.4g} {FIDELITY[name].unit}".strip(), how)
+            for name, end in keys
+            if name + end in values
+        )
     if "samples" in values:
         how = f"{values['sampler']}, {values['steps']} steps, " if "sampler" in values else ""
         scored = f"{values['samples']:,} samples, {how}features {values['features']}{conditions}"

@@ -95,7 +95,7 @@ def check_teacher(model: Checkpoint | None, preset: Preset) -> None:
         return
     if model is None:
         raise InputError(f"guidance {preset.guidance}: there is no model to guide; want init MODEL, or 1")
-    old, names = model.preset, ("size", "channels", "class_names", "pixel_type", "value_range")
+    old, names = model.preset, ("size", "channels", "class_names", "pixel_type", "value_range", "condition")
     if other := [name for name in names if getattr(old, name) != getattr(preset, name)]:
         raise InputError(f"guidance {preset.guidance}: the model {preset.init} has another {other[0]}; want 1")
     if old.loss == "consistency" or not old.label_dropout:
@@ -130,6 +130,8 @@ def adapt(model: Checkpoint, preset: Preset) -> tuple[dict[str, Tensor], list[st
     assert isinstance(network, nn.Module)
     state = {name: value.detach().clone() for name, value in network.state_dict().items()}
     lines = []
+    weight, told = state["conv_in.weight"].split([old.channels, old.condition_channels], dim=1)
+    state["conv_in.weight"] = weight
     if preset.size != old.size:
         lines.append(f"size: {_size(preset)} instead of {_size(old)}; the weights are the same")
     if (now := values(preset.pixel_type, preset.value_range)) != (was := values(old.pixel_type, old.value_range)):
@@ -141,6 +143,14 @@ def adapt(model: Checkpoint, preset: Preset) -> tuple[dict[str, Tensor], list[st
             state[name] = torch.cat([_more_channels(part, preset.channels, 0) for part in parts])
         how = "spread over all" if old.channels == 1 else "summed" if preset.channels == 1 else "the first are kept"
         lines.append(f"channels: {preset.channels} instead of {old.channels}; in the outer convolutions they are {how}")
+    same = (preset.condition, preset.channels) == (old.condition, old.channels)
+    if not same and preset.condition_channels:
+        told = weight.new_zeros(len(weight), preset.condition_channels, *weight.shape[2:])
+    if preset.condition != old.condition:
+        begin = "its input channels begin at 0" if preset.condition_channels else "its input channels are left out"
+        lines.append(f"condition: {preset.condition} instead of {old.condition}; {begin}")
+    if preset.condition_channels:
+        state["conv_in.weight"] = torch.cat([state["conv_in.weight"], told], dim=1)
     if preset.class_names != old.class_names:
         lines.append(_classes(state, old, preset))
     if old.augment and not preset.augment:

@@ -192,7 +192,8 @@ def model_key(checkpoint: Checkpoint) -> list[Any]:
     denoiser = checkpoint.denoiser
     levels = [denoiser.schedule.alpha_bar.tolist(), denoiser.schedule.timestep.tolist()]
     precision, details = checkpoint.preset.precision, to_json(checkpoint.preset).get("details")
-    key = [checkpoint.identity, precision, denoiser.predict, denoiser.clip, variance_key(denoiser), levels]
+    condition = [] if checkpoint.preset.condition == "none" else [checkpoint.preset.condition]
+    key = [checkpoint.identity, *condition, precision, denoiser.predict, denoiser.clip, variance_key(denoiser), levels]
     return [*key, details] if details else key
 
 

@@ -4,9 +4,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from ddpm import conditions, pixels
 from ddpm.denoiser import Denoiser
-from ddpm.files import arrays, images
+from ddpm.files import arrays, data, images
 from ddpm.presets import Preset
+from ddpm.run import conditioning
 from ddpm.run.processes import Processes
 from ddpm.run.sample import cycled_labels, generate, sampler_of
 
@@ -26,20 +30,36 @@ def grid_file(out: Path, step: int) -> Path:
 
 def draw(
     denoiser: Denoiser, preset: Preset, out: Path, step: int, ranks: Processes, size: tuple[int, int],
-    stop: Callable[[], bool],
+    stop: Callable[[], bool], held_out: data.Images,
 ) -> None:  # fmt: skip
     """Write RUN/samples/STEP.png, a grid, unless `stop` returns true. `size` is images, and calls for each.
 
-    A consistency model makes them in its own number of calls.
+    A consistency model makes them in its own number of calls. If the run has a condition, each sample stands to the
+    right of the condition of a held-out image.
     """
     sampler, count = sampler_of(preset, "ddim"), size[0]
     calls = None if sampler == "consistency" else min(size[1], denoiser.schedule.T)
     mine = list(ranks.mine(count))
     classes = cycled_labels(range(len(preset.class_names)), mine)
-    samples = generate(denoiser, preset.shape, mine, sampler, calls, device=ranks.device, stop=stop, y=classes)
+    condition = None
+    if preset.condition != "none":
+        places = [i % len(held_out) for i in mine]
+        x0 = pixels.to_signal(held_out.batch(places), denoiser.values)
+        condition = conditioning.of_images(preset, held_out, places, x0)
+    samples = generate(
+        denoiser, preset.shape, mine, sampler, calls, device=ranks.device, stop=stop, y=classes, condition=condition
+    )
+    columns = None
+    if condition is not None:
+        shown = conditions.shown(condition, preset.channels)
+        samples = torch.stack([pixels.to_pixels(shown, denoiser.values), samples], dim=1)
+        columns = 2 * math.ceil(math.sqrt(count / 2))
     samples = ranks.interleave(samples, count)
+    samples = samples.flatten(0, 1) if condition is not None else samples
     if not ranks.any(stop()) and ranks.first:
-        images.save(grid_file(out, step), images.grid(arrays.sheet(samples, arrays.view_of(preset, denoiser.values))))
+        images.save(
+            grid_file(out, step), images.grid(arrays.sheet(samples, arrays.view_of(preset, denoiser.values)), columns)
+        )
 
 
 def affordable(preset: Preset, seconds: float, image_call: float) -> tuple[int, int]:

@@ -16,9 +16,10 @@ from ddpm.errors import InputError
 from ddpm.files import data, features, models
 from ddpm.files import images as pictures
 from ddpm.guidance import Guided
+from ddpm.run import conditioning
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.measure import measure
-from ddpm.run.parts import compute_parts, model_key, parts_folder
+from ddpm.run.parts import as_signal, compute_parts, model_key, parts_folder
 from ddpm.run.processes import Processes
 from ddpm.run.progress import Progress
 from ddpm.run.sample import cycled_labels, generate
@@ -37,16 +38,19 @@ def samples(
     batch_size: int = 64,
     progress: bool = True,
     classes: Sequence[int] = (),
+    given: data.Images | None = None,
 ) -> Samples:
     """The model's images of seeds `seed` to `seed` + count - 1, which are read when they are wanted.
 
-    `classes` holds labels, and the images cycle over them; if it is empty, the model is sampled without a class. The
+    `classes` holds labels, and the images cycle over them; if it is empty, the model is sampled without a class.
+    A model with a condition is given those of the images `given`, over which the samples cycle. The
     work is split over processes, which must see the same disk. Finished batches are stored under `cache`, so the same
     call resumes where it stopped. Raises InputError for a sampler or steps that do not exist.
     """
     network = checkpoint.denoiser.network
     guidance = [network.scale, network.first, network.last] if isinstance(network, Guided) else []
     key = [*model_key(checkpoint), seed, sampler, steps, [*classes], guidance]
+    key += [] if given is None else [given.fingerprint]
     folder = parts_folder(cache, "samples", key)
     shape = checkpoint.preset.shape
     denoiser = use_cuda_graphs(checkpoint.denoiser, ranks.device)  # recorded once for all batches
@@ -54,7 +58,22 @@ def samples(
     def make(part: slice) -> dict[str, Tensor]:
         seeds = range(seed + part.start, seed + part.stop)
         labels = cycled_labels(classes, range(part.start, part.stop))
-        images = generate(denoiser, shape, seeds, sampler, steps, batch_size, ranks.device, progress=progress, y=labels)
+        told = None
+        if given is not None:
+            places = [i % len(given) for i in range(part.start, part.stop)]
+            told = conditioning.of_images(checkpoint.preset, given, places, as_signal(given, places))
+        images = generate(
+            denoiser,
+            shape,
+            seeds,
+            sampler,
+            steps,
+            batch_size,
+            ranks.device,
+            progress=progress,
+            y=labels,
+            condition=told,
+        )
         return {"images": images}
 
     files = compute_parts(folder, count, ranks, batch_size, "samples", progress, make)

@@ -1,5 +1,6 @@
 """Sample images: from a denoiser in batches of seeds, the strips of Figure 6, and the program behind `ddpm sample`."""
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm import kernels, pixels, spacing
+from ddpm import conditions, kernels, pixels, spacing
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, suggestion
 from ddpm.files.models import Checkpoint, calibration_remedy, read_calibration
-from ddpm.noise import ahead, per_image
+from ddpm.noise import ahead, mix, normal, per_image
 from ddpm.presets import Preset
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.forecast import SamplingForecast
@@ -143,11 +144,13 @@ def generate(
     stop: Callable[[], bool] = lambda: False,
     y: Tensor | None = None,
     watch: Callable[[int], None] = lambda images: None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """The images of these seeds, pixels [len(seeds), C, H, W] on the CPU; each depends only on its own seed.
 
     shape, sampler, steps and y are as in `trajectory`. If `stop` becomes true, the function returns early, and the
     images that are not finished are all zeros. `watch` is called after each step of a batch with its number of images.
+    `condition` is what `Denoiser.given` takes, one for each seed, or None.
 
     >>> from ddpm import schedule
     >>> grey = Denoiser(lambda x, timestep, y: torch.zeros_like(x), schedule.linear(10, 1e-3, 0.8), predict="x0")
@@ -162,7 +165,8 @@ def generate(
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
             labels = None if y is None else y[part]
-            for step in trajectory(denoiser, shape, seeds[part], sampler, steps, device, labels):
+            told = denoiser.given(None if condition is None else condition[part].to(device))
+            for step in trajectory(told, shape, seeds[part], sampler, steps, device, labels):
                 bar.update(len(step.x))
                 watch(len(step.x))
                 if stop():
@@ -185,6 +189,7 @@ def progressive(
     y: Tensor | None = None,
     noisy: bool = False,
     watch: Callable[[int], None] = lambda images: None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Figure 6: x0^ (Eq. 15) at `columns` evenly spaced steps of the sampling, of which the last is the image.
 
@@ -201,7 +206,7 @@ def progressive(
     sampler = named(sampler) if isinstance(sampler, str) else sampler
     n = len(sampler.levels(denoiser, steps))
     columns = min(columns, n)
-    denoiser = use_cuda_graphs(denoiser, device)
+    denoiser = use_cuda_graphs(denoiser, device).given(None if condition is None else condition.to(device))
     shown = [round((n - 1) * i / max(columns - 1, 1)) for i in range(columns)]
     strip = []
     path = trajectory(denoiser, shape, seeds, sampler, steps, device, y)
@@ -216,6 +221,10 @@ def progressive(
 
 # -- the program -------------------------------------------------------------------------------------------------------
 
+_COLUMNS = 16
+"""Most tiles in a row of a grid, unless one input has more samples."""
+_CONDITION = 0xC0DE
+"""Key of the noise on a condition."""
 GUIDANCE = 1.5
 """The guidance scale if a class is asked for and no scale is given."""
 
@@ -261,21 +270,22 @@ class Conditions:
     def apply(self, checkpoint: Checkpoint, sampling: bool = True) -> tuple[Denoiser, list[int]]:
         """The model's denoiser under these conditions, and the labels of the classes.
 
-        Raises InputError for guidance without a class, for a model without classes, for a class that the model does not
-        have, for guidance of a consistency model, and for a guide that does not fit. For a model that never saw an
-        image without its label, it raises InputError for guidance, and for no class unless `sampling` is false.
+        Without a class, guidance goes towards the condition on an image. Raises InputError for guidance without a class
+        and without such a condition, for a model without classes, for a class that the model does not have, for
+        guidance of a consistency model, and for a guide that does not fit. For a model that never saw an image without
+        its label, it raises InputError for guidance, and for no class unless `sampling` is false.
         """
-        denoiser, names = checkpoint.denoiser, checkpoint.preset.class_names
+        denoiser, preset, names = checkpoint.denoiser, checkpoint.preset, checkpoint.preset.class_names
         if self.clip is not None:
             denoiser = replace(denoiser, clip=self.clip)
         if self.guide is not None:
             self._check_guide(self.guide, checkpoint)
             denoiser = denoiser.guided(self.guide_scale, self.guidance_interval, self.guide.denoiser)
         if not self.classes:
-            for name in ("guidance", "guidance_interval"):
-                if getattr(self, name) is not None and self.guide is None:
-                    raise InputError(f"{name}: needs a class; want class NAME")
-            if checkpoint.preset.always_labelled and sampling:
+            asked = [name for name in ("guidance", "guidance_interval") if getattr(self, name) is not None]
+            if asked and self.guide is None:
+                denoiser = self._guided_to_condition(asked[0], denoiser, checkpoint)
+            if preset.always_labelled and sampling:
                 known = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
                 raise InputError(f"class: {checkpoint.path} never saw an image without its label; want {known}, or all")
             return denoiser, []
@@ -287,24 +297,80 @@ class Conditions:
                 raise InputError(f"class {name!r}: {suggestion(name, names)}want {', '.join(names)}, or all")
         guidance = self.resolved(checkpoint).guidance
         assert guidance is not None
-        if guidance != 1 and checkpoint.preset.label_dropout == 0:
+        if guidance != 1 and preset.label_dropout == 0:
             raise InputError(f"guidance {guidance}: {checkpoint.path} never saw an image without its label; want 1")
-        if guidance != 1 and checkpoint.preset.loss == "consistency":
-            raise InputError(f"guidance {guidance}: {checkpoint.path} has the guidance of its distillation; want 1")
+        self._check_distilled(checkpoint)
         if self.guide is None:
             denoiser = denoiser.guided(guidance, self.guidance_interval)
         return denoiser, [names.index(name) for name in wanted]
+
+    def _check_distilled(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError for guidance of a consistency model."""
+        if self.guidance not in (None, 1) and checkpoint.preset.loss == "consistency":
+            raise InputError(
+                f"guidance {self.guidance}: {checkpoint.path} has the guidance of its distillation; want 1"
+            )
+
+    def _guided_to_condition(self, asked: str, denoiser: Denoiser, checkpoint: Checkpoint) -> Denoiser:
+        """The denoiser with guidance towards the condition on an image. `asked` is the setting that wants guidance."""
+        if checkpoint.preset.condition == "none":
+            raise InputError(f"{asked}: needs a class; want class NAME")
+        if checkpoint.preset.condition_dropout == 0:
+            raise InputError(f"{asked}: {checkpoint.path} never saw an image without its condition; want no {asked}")
+        self._check_distilled(checkpoint)
+        if self.guidance is None:
+            raise InputError(f"{asked}: needs guidance; want guidance X, too")
+        return denoiser.guided(self.guidance, self.guidance_interval)
 
     def _check_guide(self, guide: Checkpoint, checkpoint: Checkpoint) -> None:
         """Raise InputError for a guide that is no weaker version of the model."""
         if self.guidance not in (None, 1):
             raise InputError(f"guidance {self.guidance}: not with a guide, which takes its place; want one of the two")
-        for name in ("shape", "class_names", "always_labelled"):
+        kinds = {"shape": "size or channels", "class_names": "classes", "always_labelled": "label_dropout"}
+        for name, what in {**kinds, "condition": "conditions"}.items():
             if getattr(guide.preset, name) != getattr(checkpoint.preset, name):
-                what = {"shape": "size or channels", "class_names": "classes"}.get(name, "label_dropout")
                 raise InputError(f"guide {guide.path}: it has other {what} than {checkpoint.path}; want the same")
         if "consistency" in (guide.preset.loss, checkpoint.preset.loss):
             raise InputError(f"guide {guide.path}: one of the two is a consistency model; want ordinary models")
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Conditions for a series of images: `each` images in a row have the same one.
+
+    conditions  [M, c + 1, H, W]
+    each        images per condition
+    name        where they come from, for records
+    """
+
+    conditions: Tensor
+    each: int
+    name: str
+
+    def of(self, places: Sequence[int]) -> Tensor:
+        """The conditions of the images at these places of the series, [len(places), c + 1, H, W].
+
+        >>> Inputs(torch.arange(2.0).view(2, 1, 1, 1), 3, "").of(range(2, 5)).flatten().tolist()
+        [0.0, 1.0, 1.0]
+        """
+        return self.conditions[[place // self.each for place in places]]
+
+    def beside(self, samples: Tensor, values: pixels.Values) -> tuple[Tensor, int]:
+        """The pixels of a grid in which each condition stands to the left of its samples, and the grid's columns.
+
+        >>> inputs = Inputs(torch.zeros(2, 2, 4, 4), 3, "")
+        >>> tiles, columns = inputs.beside(torch.zeros(6, 1, 4, 4, dtype=torch.uint8), pixels.EIGHT_BIT)
+        >>> len(tiles), columns
+        (8, 16)
+        """
+        told = pixels.to_pixels(conditions.shown(self.conditions, samples.shape[1]), values)
+        tiles = torch.cat([told[:, None], samples.view(-1, self.each, *samples.shape[1:])], dim=1)
+        return tiles.flatten(0, 1), (self.each + 1) * max(1, _COLUMNS // (self.each + 1))
+
+    def about(self) -> dict[str, object]:
+        """The inputs as plain JSON values."""
+        digest = hashlib.sha256(self.conditions.numpy().tobytes()).hexdigest()
+        return {"input": self.name, "inputs": len(self.conditions), "per_input": self.each, "input_sha256": digest[:16]}
 
 
 @dataclass(frozen=True)
@@ -319,6 +385,8 @@ class Sampling:
     sigma_hat   ddim with the larger noise sigma^
     seed        seed of image 0; image i has seed + i
     batch_size  images at a time; no result depends on it
+    inputs      conditions on images, for a model that takes them
+    condition_noise  standard deviation of the noise that is added to them; each image's is drawn from its seed
     """
 
     sampler: str = "ancestral"
@@ -329,6 +397,8 @@ class Sampling:
     sigma_hat: bool = False
     seed: int = 0
     batch_size: int = 64
+    inputs: Inputs | None = None
+    condition_noise: float = 0.0
 
     def maker(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """A function from places 0, 1, ... of the series to its images on the CPU, and how they are made.
@@ -337,6 +407,15 @@ class Sampling:
         does. How the images are made is plain JSON values. Raises InputError for a sampler, steps, a spacing or
         conditions that this model does not have.
         """
+        if (wanted := checkpoint.preset.condition) != "none" and self.inputs is None:
+            raise InputError(
+                f"input: {checkpoint.path} was trained with condition {wanted}; want an image file, or a folder of them"
+            )
+        most = checkpoint.preset.condition_noise
+        if not 0 <= self.condition_noise <= most:
+            raise InputError(
+                f"condition_noise {self.condition_noise:g}: {checkpoint.path} was trained with 0 to {most:g}"
+            )
         conditions = self.conditions.resolved(checkpoint)
         denoiser, labels = conditions.apply(checkpoint)
         levels = sampler_levels(checkpoint, self.sampler, self.steps, self.spacing)
@@ -362,17 +441,29 @@ class Sampling:
                 progress=progress,
                 y=y,
                 watch=watch,
+                condition=self._told(places),
             )
 
         about = {
             **checkpoint.about(),
             **describe_sampling(denoiser, self.sampler, levels, self.spacing),
             **conditions.about(),
+            **({} if self.inputs is None else {**self.inputs.about(), "condition_noise": self.condition_noise}),
             "sigma_hat": self.sigma_hat,
             "eta": 1.0 if self.sigma_hat else self.eta,
             "seed": self.seed,
         }
         return make, about
+
+    def _told(self, places: Sequence[int]) -> Tensor | None:
+        """The conditions of the images at these places, with their noise."""
+        if self.inputs is None:
+            return None
+        told = self.inputs.of(places)
+        if not self.condition_noise:
+            return told
+        eps = normal([mix(self.seed + place, _CONDITION) for place in places], told[0, :-1].shape)
+        return conditions.noisy(told, torch.full((len(told),), self.condition_noise), eps)
 
 
 def sample(

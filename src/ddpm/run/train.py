@@ -31,7 +31,7 @@ from ddpm.files import atomic, checkpoints, data, tensors
 from ddpm.files.checkpoints import CHECKPOINTS, SNAPSHOTS
 from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset, build
-from ddpm.run import agree, augment, ema, forecast, init, log, nodes, partition, track
+from ddpm.run import agree, augment, conditioning, ema, forecast, init, log, nodes, partition, track
 from ddpm.run.advice import advice, few_steps
 from ddpm.run.device import Gradient, GraphedGradient, compile_stages, pick_compile
 from ddpm.run.group import Lost, shared
@@ -49,7 +49,7 @@ _WAITS = 0.1
 """The share of waiting for data that is worth a line."""
 
 # The purpose of a draw. It keeps the draws of one step apart.
-_BATCH, _EPS, _DROPOUT, _WARP = 1, 2, 3, 5  # 4 is that of run/augment.py
+_BATCH, _EPS, _DROPOUT, _WARP = 1, 2, 3, 5  # 4 is that of run/augment.py, and 6 of run/conditioning.py
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,7 @@ def train(
         at_once = partition.largest(preset.batch_size, ranks.world, preset.accumulate, most)
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
         with ranks.together():
-            train_set, held_out_set = data.load_pair(
-                images or preset.data, preset.size, preset.channels, verify=preset.verify, progress=ranks.first,
-                **data.settings_of(preset),
-            )  # fmt: skip
+            train_set, held_out_set = _load(preset, images, ranks)
             preset = _with_class_names(preset, out, train_set)
             if not found.saved:
                 init.check_teacher(source, preset)
@@ -128,7 +125,7 @@ def train(
                     _snapshot(model, preset, out)  # an earlier process ended between checkpoint and snapshot
         if begun and ranks.any(ranks.first and has_grid(begun, preset) and not grid_file(out, begun).exists()):
             size = preset.sample_count, preset.sample_steps  # an earlier process ended between checkpoint and grid
-            draw(model.averaged, preset, out, begun, ranks, size, lambda: False)
+            draw(model.averaged, preset, out, begun, ranks, size, lambda: False, held_out_set)
         if minutes is not None and known:
             log.say(ranks, f"{out} exists and keeps its {preset.steps:,} steps: --minutes is for a new run")
         if begun >= preset.steps:
@@ -151,7 +148,9 @@ def train(
 
         def evaluate(stop: Callable[[], bool] = lambda: False) -> float | None:
             """The held-out L_simple, which goes into the log; None if the run is to stop."""
-            levels = held_out_by_level(model.averaged, held_out_set, preset.eval_images, ranks, stop, preset.classes)
+            levels = held_out_by_level(
+                model.averaged, held_out_set, preset.eval_images, ranks, stop, preset.classes, preset
+            )
             if ranks.any(stop()):
                 return None
             mean = float(torch.tensor(levels).nanmean())
@@ -235,18 +234,32 @@ def train(
                 if has_grid(model.step, preset):
                     picture = preset.sample_count, preset.sample_steps
                 if picture and not ended:
-                    draw(model.averaged, preset, out, model.step, ranks, picture, lambda: stop.signal is not None)
+                    draw(
+                        model.averaged, preset, out, model.step, ranks, picture, lambda: stop.signal is not None,
+                        held_out_set,
+                    )  # fmt: skip
             if ended:
                 number = _signal_of_all(stop, ranks)
                 if ranks.writes and number != signal.SIGINT:
                     atomic.write_json(out / PREEMPTED, {"signal": signal.Signals(number).name, "step": model.step})
                 log.say(ranks, f"stopped at step {model.step} and saved; the same command resumes the run")
-                _draw_last(model, preset, out, ranks, pace, stop)
+                _draw_last(model, preset, out, ranks, pace, stop, held_out_set)
                 return Result(model.step, model.held_out_before, held_out, meter.rate, number)
 
         if train_set.skipped:
             log.say(ranks, f"bad images that were skipped: {train_set.skipped:,}")
         return Result(model.step, model.held_out_before, held_out, meter.rate, None)
+
+
+def _load(preset: Preset, images: data.Given | None, ranks: Processes) -> tuple[data.Images, data.Images]:
+    """The images to train on and the held-out images, both with their pairs if the condition is `pairs`."""
+    settings = {"verify": preset.verify, "progress": ranks.first, **data.settings_of(preset)}
+    sets = data.load_pair(images or preset.data, preset.size, preset.channels, **settings)
+    if not preset.pairs:
+        return sets
+    settings |= {"image_column": None, "label_column": None, "values": sets[0].values}
+    others = data.load_pair(preset.pairs, preset.size, preset.channels, **settings)
+    return data.paired(sets[0], others[0]), data.paired(sets[1], others[1])
 
 
 # -- what training changes ---------------------------------------------------------------------------------------------
@@ -344,15 +357,14 @@ def _for_training(model: _Model, preset: Preset, parts: int, ranks: Processes) -
         ids = [ranks.device.index] if on_cuda else None
         network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     denoiser, objective = replace(model.denoiser, network=network), losses.LOSSES[preset.loss]
-    if model.teacher is not None:
-        teacher = replace(model.denoiser, network=model.teacher).guided(preset.guidance)
-        objective = partial(losses.consistency, teacher=teacher)
+    teacher = None if model.teacher is None else replace(model.denoiser, network=model.teacher).guided(preset.guidance)
 
     def gradient(
-        x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, warps: Tensor | None, *r: Tensor
+        x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, warps: Tensor | None, condition: Tensor | None, *r: Tensor
     ) -> Tensor:  # fmt: skip
         told = denoiser if warps is None else replace(denoiser, network=partial(network, warp=warps))
-        loss = objective(told, x0, t, eps, y, *r) * losses.weight(denoiser, t, preset.weighting)
+        by = {} if teacher is None else {"teacher": teacher.given(condition)}
+        loss = objective(told.given(condition), x0, t, eps, y, *r, **by) * losses.weight(denoiser, t, preset.weighting)
         loss = loss.mean() / partition.divisor(len(x0), preset.batch_size, ranks.world)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -541,15 +553,17 @@ def _update(
         images = augment.apply(images, turns[:, mine])
     if warps is not None:
         images = warp.apply(images, warps[mine])
+    images, condition = conditioning.of_batch(preset, images, step, mine)
     if preset.noise_assignment == "nearest":
         eps = eps[_nearest(images, eps, mine, [y, warps], ranks)]
     for part in parts:
-        x0 = images[part.start - mine.start : part.stop - mine.start]
+        own = slice(part.start - mine.start, part.stop - mine.start)
         torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
         last = part is parts[-1]
         with nullcontext() if last or ranks.world == 1 else training.network.no_sync():  # type: ignore[operator]
             told = [None if each is None else each[part] for each in (y, warps)]
-            loss = training.gradient(x0, t[part], eps[part], *told, *(r[part] for r in lower))
+            told.append(None if condition is None else condition[own])
+            loss = training.gradient(images[own], t[part], eps[part], *told, *(r[part] for r in lower))
         meter.total += loss
     meter.steps += 1
     return loss, nn.utils.clip_grad_norm_(model.weights, preset.grad_clip or math.inf)
@@ -613,7 +627,7 @@ def _ending_at(
     step_seconds = time_steps(step, min(max(2.0, left / 20), 60.0), ranks)
     for _ in range(2):  # the first call also compiles and fills caches
         begun = time.monotonic()
-        held_out_by_level(model.averaged, held_out_set, 16, ranks, labelled=preset.classes)
+        held_out_by_level(model.averaged, held_out_set, 16, ranks, labelled=preset.classes, preset=preset)
         image_call = (time.monotonic() - begun) / 16
     stream.close()
     model.network.load_state_dict(weights)
@@ -733,14 +747,14 @@ class _Meter:
 @kernels.frozen()
 def held_out_by_level(
     denoiser: Denoiser, held_out: data.Images, n: int, ranks: Processes,
-    stop: Callable[[], bool] = lambda: False, labelled: bool = False,
+    stop: Callable[[], bool] = lambda: False, labelled: bool = False, preset: Preset | None = None,
 ) -> list[float]:  # fmt: skip
     """L_simple of held-out images in BUCKETS equal ranges of t, lowest first: the means of `n` noisy images.
 
     Noisy image i is image i modulo the number of images, so that a few images are seen at many levels. It has a level
     and a noise of its own, which are the same in every run and for any number of processes. A range of t without an
-    image is nan. A range with a loss that is not a number is inf. labelled tells the network the labels. If `stop`
-    returns true, the function returns early with the means so far.
+    image is nan. A range with a loss that is not a number is inf. labelled tells the network the labels, and
+    a preset with a condition the condition. If `stop` returns true, the function returns early with the means so far.
     """
     T = denoiser.schedule.T
     t = 1 + (torch.randperm(n, generator=noise.generator(HELD_OUT_SEED)) * T + T // 2) // n
@@ -754,7 +768,8 @@ def held_out_by_level(
         x0 = pixels.to_signal(held_out.batch(places), denoiser.values).to(ranks.device)
         eps = noise.normal([noise.mix(HELD_OUT_SEED, i) for i in rows], x0.shape[1:]).to(ranks.device)
         y = None if held_out.labels is None or not labelled else held_out.labels[places].to(ranks.device)
-        loss = losses.simple(denoiser, x0, t[rows].to(ranks.device), eps, y).cpu().double()
+        condition = None if preset is None else conditioning.of_images(preset, held_out, places, x0)
+        loss = losses.simple(denoiser.given(condition), x0, t[rows].to(ranks.device), eps, y).cpu().double()
         bucket = (t[rows] - 1) * BUCKETS // T
         sums[0].index_add_(0, bucket, loss.where(~loss.isnan(), math.inf))
         sums[1].index_add_(0, bucket, torch.ones_like(loss))
@@ -763,13 +778,15 @@ def held_out_by_level(
     return means
 
 
-def _draw_last(model: _Model, preset: Preset, out: Path, ranks: Processes, pace: Pace, stop: "_Stop") -> None:
+def _draw_last(
+    model: _Model, preset: Preset, out: Path, ranks: Processes, pace: Pace, stop: "_Stop", held_out: data.Images
+) -> None:  # fmt: skip
     """Draw a picture of some seconds after Ctrl-C. The next Ctrl-C skips it."""
     size = pace.picture(most=20)
     if stop.signal == signal.SIGINT and preset.sample_every and size[0] and ranks.world == 1:
         log.say(ranks, f"drawing {grid_file(out, model.step)}; Ctrl-C skips it")
         with suppress(KeyboardInterrupt):
-            draw(model.averaged, preset, out, model.step, ranks, size, lambda: stop.signal != signal.SIGINT)
+            draw(model.averaged, preset, out, model.step, ranks, size, lambda: stop.signal != signal.SIGINT, held_out)
 
 
 class _Watch:

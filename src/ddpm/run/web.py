@@ -12,7 +12,7 @@ from ddpm.errors import InputError
 from ddpm.files import atomic
 from ddpm.files.interop import onnx
 from ddpm.files.interop.diffusers import check_out
-from ddpm.files.models import Checkpoint
+from ddpm.files.models import Checkpoint, without_condition
 from ddpm.pixels import EIGHT_BIT
 from ddpm.run.sample import GUIDANCE
 
@@ -70,6 +70,7 @@ def check(checkpoint: Checkpoint, folder: Path) -> None:
     variance.
     """
     check_out(folder)
+    without_condition(checkpoint, "the web page")
     onnx.check_packages()
     denoiser, preset = checkpoint.denoiser, checkpoint.preset
     if preset.channels not in (1, 3) or denoiser.values != EIGHT_BIT:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from typing import TypeAlias
 
@@ -139,6 +139,8 @@ def batches(
              auto: this process decodes the first batches, and their times tell how many there are (`enough_workers`)
     say      is told that number
 
+    Images with a `pair` are [b, 2 C, H, W], and the other image of each pair is in the last C channels.
+
     Images that are in memory are copied to a CUDA device once, if they fit. Workers that die are started again, with
     the same batches, since the order is a function of the step. Raises what `Images.batch` raises, and Stopped if
     workers die again and again.
@@ -148,6 +150,13 @@ def batches(
     torch.Size([16, 1, 8, 8])
     """
     part, device = part or slice(None), torch.device(device)
+    if images.pair is not None:
+        pairs = (
+            batches(each, seed, batch_size, start, stop, part=part, workers=workers, device=device)
+            for each in (replace(images, pair=None), images.pair)
+        )
+        yield from (torch.cat(both, dim=1) for both in zip(*pairs, strict=True))
+        return
     if images.pixels is not None:
         pixels = images.pixels.to(device) if _fits(images.pixels, device) else images.pixels
         for step in range(start, stop):

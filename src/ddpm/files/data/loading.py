@@ -57,6 +57,7 @@ class Images:
     left_out     kind of file that the source holds and that is not read -> number of files
     highest      the largest number of the images that were looked at, which are all if they are in memory
     looks_grey   whether some images were looked at to choose the decoding, and all are grey without transparency
+    pair         the other images of the condition `pairs`, in the same order, or None
     """
 
     name: str
@@ -75,6 +76,7 @@ class Images:
     left_out: Mapping[str, int] = field(default_factory=dict, repr=False)
     highest: float = field(default=math.inf, repr=False)
     looks_grey: bool = field(default=False, repr=False)
+    pair: "Images | None" = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -136,6 +138,8 @@ class Images:
         if self.labels is not None:
             digest.update("\n".join(("", *(self.class_names or ()), "")).encode(errors="surrogateescape"))
             digest.update(self.labels.numpy().astype("<i8").tobytes())
+        if self.pair is not None:
+            digest.update(f"\npairs {self.pair.fingerprint}".encode())
         return digest.hexdigest()
 
     @functools.cached_property
@@ -147,6 +151,8 @@ class Images:
             for row, data in zip(group, self.decoder.encoded.fetch(group), strict=True):
                 content = _content(data, self.decoder.encoded.name(row))
                 digest.update(f"{len(content)}\n".encode() + content)
+        if self.pair is not None:
+            digest.update(self.pair.contents.encode())
         return digest.hexdigest()
 
     @functools.cached_property
@@ -550,6 +556,35 @@ def load_pair(
     return train, _build(
         source, other, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify, on_demand
     )
+
+
+def paired(images: Images, other: Images) -> Images:
+    """The images, with those of `other` as their `pair`.
+
+    Raises InputError unless `other` has as many images, and if both sources have files, of the same names without their
+    suffixes, in the same order.
+
+    >>> digits = load("digits", (8, 8), 1, split="test")
+    >>> len(paired(digits, digits).pair)
+    297
+    """
+    if len(other) != len(images):
+        raise InputError(
+            f"pairs {other.name}: {len(other):,} images in {other.split}; want {len(images):,}, one per image"
+        )
+    names, others = _file_names(images), _file_names(other)
+    for one, another in zip(names, others, strict=True) if names and others else ():
+        if one != another:
+            raise InputError(f"pairs {other.name}: {another} is in the place of {one}; want files of the same names")
+    return replace(images, pair=other)
+
+
+def _file_names(images: Images) -> list[str] | None:
+    """The names of the files without their suffixes, if the source has a file for each image."""
+    files = getattr(images.decoder.encoded, "files", None)
+    if files is None or len(files) != len(images.decoder.encoded):
+        return None
+    return [str(Path(files[row]).with_suffix("").name) for row in images.rows.tolist()]
 
 
 def settings_of(preset: Preset) -> dict[str, Any]:

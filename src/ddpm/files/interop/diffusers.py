@@ -15,7 +15,7 @@ from ddpm.errors import InputError, parse_json
 from ddpm.files import atomic
 from ddpm.files.images import check_folder, one_line
 from ddpm.files.interop.names import OLD_NAMES, errors_named, export_state, import_state
-from ddpm.files.models import Checkpoint
+from ddpm.files.models import Checkpoint, without_condition
 from ddpm.files.tensors import as_state_dict, read_tensors, read_torch, save_tensors
 from ddpm.presets import Preset, check
 from ddpm.schedule import SCHEDULES
@@ -119,8 +119,8 @@ def to_diffusers(checkpoint: Checkpoint, folder: Path, label: int | Literal["all
            all: the network with all classes, which no pipeline can call
 
     Raises InputError for a folder that is not empty, for no label if the network never saw an image without its label,
-    and for what diffusers cannot express: patch 2, multipliers that do not begin with 1, predict mu, a learned or
-    calibrated variance, dynamic thresholding, some details of imported networks.
+    and for what diffusers cannot express: a condition on an image, patch 2, multipliers that do not begin with 1,
+    predict mu, a learned or calibrated variance, dynamic thresholding, some details of imported networks.
 
     >>> from ddpm.files.opening import open_checkpoint
     >>> import tempfile
@@ -129,6 +129,7 @@ def to_diffusers(checkpoint: Checkpoint, folder: Path, label: int | Literal["all
     >>> sorted(path.name for path in folder.iterdir())
     ['model_index.json', 'scheduler', 'unet']
     """
+    without_condition(checkpoint, "diffusers' UNet2DModel")
     preset, denoiser = checkpoint.preset, checkpoint.denoiser
     assert isinstance(denoiser.network, nn.Module)
     with errors_named(checkpoint.path):

@@ -17,7 +17,7 @@ from ddpm import noise
 from ddpm.errors import InputError, not_installed
 from ddpm.files import atomic
 from ddpm.files.images import check_folder
-from ddpm.files.models import Checkpoint
+from ddpm.files.models import Checkpoint, without_condition
 from ddpm.samplers import SAMPLERS
 
 OPSET = 20
@@ -69,10 +69,10 @@ def check_size(checkpoint: Checkpoint) -> None:
 def graph(checkpoint: Checkpoint) -> tuple[bytes, dict[str, Any]]:
     """The content of the ONNX file and the model's `settings`.
 
-    Raises InputError for a network that takes more than ONNX's 2 GiB, that torch cannot export, or whose graph gives
-    other numbers than torch (`verify`).
+    Raises InputError for a network with a condition on an image, that takes more than ONNX's 2 GiB, that torch cannot
+    export, or whose graph gives other numbers than torch (`verify`).
     """
-    check_size(checkpoint)
+    check_size(without_condition(checkpoint, "the ONNX file"))
     network, about = _plain(checkpoint.denoiser.network), settings(checkpoint)
     example = inputs(checkpoint, 2)
     try:

@@ -1,0 +1,138 @@
+"""What a person gives to a model with a condition: small, grey or masked pictures, in the place of a data set's."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm import conditions, pixels
+from ddpm.errors import InputError
+from ddpm.files import arrays, data
+from ddpm.files import images as pictures
+from ddpm.files.models import Checkpoint
+from ddpm.presets import Preset
+from ddpm.run.edit import mask_of
+from ddpm.run.sample import Inputs, Sampling
+
+_SECOND = 1 << 40
+"""What is added to the seeds of the second model of a cascade."""
+
+
+def read_inputs(checkpoint: Checkpoint, path: str | Path, each: int = 1, mask: str | Path | None = None) -> Inputs:
+    """The conditions that image files give a model, each for `each` images.
+
+    path  an image file, or a folder of them in natural order of their names. With the condition lowres:N, a file of the
+          small size is taken as it is. Other files are brought to the model's size and then reduced, with a warning
+    mask  with the condition `mask`: a black and white file of the picture's size, white where the model is to draw.
+          None: the model draws where a picture is transparent
+
+    Raises InputError for a model without a condition, for what is no image, and for a mask that is missing or not fit.
+    """
+    preset = checkpoint.preset
+    if preset.condition == "none":
+        raise InputError(f"input {path}: {checkpoint.path} was not trained with a condition; want no input")
+    if mask is not None and not preset.condition.startswith("mask"):
+        raise InputError(f"mask {mask}: {checkpoint.path} has the condition {preset.condition}; want no mask")
+    if mask is not None and Path(path).is_dir():
+        raise InputError(f"mask {mask}: is for one picture; want one as input, or pictures with transparent parts")
+    files, notes = _files(path, data.form_of(preset)), pictures.Notes()
+    found = torch.stack([_condition(file, mask, preset, notes) for file in files])
+    for what, (first, count) in notes.items():
+        warnings.warn(f"{path}: {count:,} picture{'s' * (count != 1)}: {what}; the first: {first}", stacklevel=2)
+    return Inputs(found, each, str(path))
+
+
+def from_pictures(preset: Preset, found: Tensor, each: int = 1, name: str = "") -> Inputs:
+    """Conditions of pictures that are whole: pixels [M, c, h, w] of the preset's kind of numbers."""
+    values = pixels.values(preset.pixel_type, preset.value_range)
+    signal = pixels.to_signal(found, values)
+    return Inputs(conditions.join(signal, torch.ones(len(signal), 1, *preset.size)), each, name)
+
+
+def check_cascade(small: Checkpoint, large: Checkpoint, sampling: Sampling) -> None:
+    """Raise InputError unless `large` enlarges the images of `small`, and can be sampled as `sampling` says."""
+    preset, name = large.preset, f"then {large.path}"
+    if not preset.condition.startswith("lowres"):
+        raise InputError(f"{name}: has condition {preset.condition}; want a model with condition lowres:N")
+    wanted = (preset.channels, *small_size(preset)), preset.pixel_type
+    if (small.preset.shape, small.preset.pixel_type) != wanted:
+        shown = f"{small.preset.kind} images of {'x'.join(map(str, small.preset.size))}"
+        size = "x".join(map(str, small_size(preset)))
+        raise InputError(f"{name}: enlarges {preset.kind} images of {size}; {small.path} makes {shown}")
+    nothing = torch.zeros(1, *small.preset.shape, dtype=small.denoiser.values.torch)
+    cascade(large, nothing, sampling, "").maker(large, torch.device("cpu"))
+
+
+def cascade(large: Checkpoint, small: Tensor, sampling: Sampling, name: str) -> Sampling:
+    """How `large` enlarges the images `small`, pixels [n, C, h, w], that `sampling` made (Ho et al. 2022).
+
+    Classes and guidance are those of `sampling`, if the model has classes. Image i has seed + i + 2^40, because the
+    noise of the seed itself begins with that of the small image.
+    """
+    told = replace(sampling.conditions, classes=(), guidance=None, guidance_interval=None)
+    conditions = sampling.conditions if large.preset.class_names else told
+    inputs = from_pictures(large.preset, small, name=f"samples of {name}")
+    return replace(sampling, conditions=conditions, inputs=inputs, seed=sampling.seed + _SECOND)
+
+
+def small_size(preset: Preset) -> tuple[int, int]:
+    """(h, w) of the pictures of a preset's condition: smaller than `size` for lowres:N.
+
+    >>> small_size(Preset(condition="lowres:4"))
+    (8, 8)
+    """
+    kind, _, factor = preset.condition.partition(":")
+    height, width = preset.size
+    return (height // int(factor), width // int(factor)) if kind == "lowres" else preset.size
+
+
+def _files(path: str | Path, form: data.Form) -> list[Path]:
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    is_one = data.is_image if form.is_picture else data.holds_image
+    names = sorted(filter(is_one, data.walk(path)), key=data.natural)
+    if not names:
+        raise InputError(f"input {path}: no images in this folder; want an image file, or a folder of them")
+    return [path / name for name in names]
+
+
+def _condition(file: Path, mask: str | Path | None, preset: Preset, notes: pictures.Notes) -> Tensor:
+    """The condition of one file, [c + 1, H, W]."""
+    picture, clear = _picture(file, preset, notes)
+    known = torch.ones(1, *preset.size)
+    if preset.condition.startswith("mask"):
+        drawn = clear if mask is None else mask_of(mask, file, preset)
+        if drawn is None:
+            raise InputError(f"{file}: no part is transparent; want --mask FILE, white where the model is to draw")
+        known = 1 - drawn.float()
+    return conditions.join(picture[None], known[None])[0]
+
+
+def _picture(file: Path, preset: Preset, notes: pictures.Notes) -> tuple[Tensor, Tensor | None]:
+    """The picture of a file, a signal [c, h, w], and where it is transparent, bool [1, H, W], if a part of it is."""
+    form, small, clear = data.form_of(preset), small_size(preset), None
+    channels, name = preset.condition_channels - 1, str(file)
+    if form.is_picture:
+        read = pictures.read(file, name)
+        height, width = have = read.height, read.width
+        size = small if have == small else preset.size
+        if small == preset.size and have != small:
+            pictures.note(notes, f"{height}x{width} is brought to {small[0]}x{small[1]}, the model's size", name)
+        if preset.condition.startswith("mask") and (alpha := pictures.alpha(read)) is not None:
+            read = read.convert(
+                "L" if read.mode in ("LA", "La") else "RGB"
+            )  # what is transparent is hidden, so nothing is laid on white
+            clear = torch.from_numpy(pictures.fit(alpha, preset.size, 1, name, {}, preset.fit)[None, ..., 0] < 128)
+        array = pictures.fit(read, size, channels, name, notes, preset.fit)
+    else:
+        have = arrays.read(file, name, form.pages).shape[:2]
+        wanted = replace(form, size=small if have == small else form.size, channels=channels)
+        array = wanted.array(file, name, notes)
+    signal = pixels.to_signal(torch.from_numpy(array.transpose(2, 0, 1).copy()), form.values)
+    if small not in (have, preset.size):
+        pictures.note(notes, f"reduced to {small[0]}x{small[1]}", name)
+        signal = conditions.picture(preset.condition, signal[None], form.values)[0]
+    return signal, clear
