@@ -181,7 +181,7 @@ def test_the_cost_of_a_run_is_that_of_its_parts() -> None:
 def test_the_first_pictures_are_early_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a tenth of the time so far, ever more seldom, until the regular ones begin. No weight depends on them."""
     sizes: list[tuple[int, tuple[int, int]]] = []
-    monkeypatch.setattr("ddpm.run.train.draw", lambda d, p, out, step, ranks, size, stop: sizes.append((step, size)))
+    monkeypatch.setattr("ddpm.run.train.draw", lambda d, p, out, step, ranks, size, *_: sizes.append((step, size)))
     given = ("--dropout", 0.3, "--steps", 40, "--sample-every", 35, "--sample-count", 64, "--sample-steps", 20)
     assert train(tmp_path / "plain", *given) == 0
     assert sizes == [(35, (64, 20)), (40, (64, 20))]
