@@ -266,11 +266,12 @@ class Denoiser:
         scale = finite_number("guidance", scale)
         if not 1 <= first <= last <= self.schedule.T:
             raise InputError(f"guidance interval {first}, {last}: want two levels in order, 1..{self.schedule.T}")
-        if guide is not None and guide.predict != self.predict:
-            raise InputError(f"guide: it predicts {guide.predict}; want one that predicts {self.predict}")
-        tables = [(d.schedule.alpha_bar.tolist(), d.schedule.timestep.tolist()) for d in (self, guide or self)]
-        if tables[0] != tables[1]:
-            raise InputError("guide: it has another noise schedule; want one of the same schedule and T")
+        if guide is not None:
+            if guide.predict != self.predict:
+                raise InputError(f"guide: it predicts {guide.predict}; want one that predicts {self.predict}")
+            tables = [(d.schedule.alpha_bar.tolist(), d.schedule.timestep.tolist()) for d in (self, guide)]
+            if tables[0] != tables[1]:
+                raise InputError("guide: it has another noise schedule; want one of the same schedule and T")
         ends = self.schedule.timestep[[first, last]].tolist()
         weaker = None if guide is None else guide.network
         return replace(self, network=Guided(self.network, scale, ends[0], ends[1], self.learned, weaker))
