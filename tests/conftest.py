@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,22 @@ def _one_thread() -> Iterator[None]:
     yield
     torch.set_num_threads(torch_threads)
     os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape of each result that a CUDA graph captures. A replay is a plain call, so no GPU is needed."""
+    shapes: list[tuple[int, ...]] = []
+
+    def capture(
+        function: Callable[[], Tensor], where: torch.device, warm_up: int
+    ) -> tuple[Callable[[], Tensor], Tensor]:
+        out = function()
+        shapes.append(tuple(out.shape))
+        return lambda: out.copy_(function()), out
+
+    monkeypatch.setattr("ddpm.run.device._capture", capture)
+    return shapes
 
 
 @pytest.fixture(autouse=True, scope="session")

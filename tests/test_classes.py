@@ -1,7 +1,6 @@
 """Class labels: the network gets the right ones, guidance equals its formula, `ddpm sample --class` samples a class."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,16 +143,8 @@ def test_a_learned_variance_is_not_guided() -> None:
     assert (guided(x, t, y).x0 - plain(x, t, y).x0).abs().max() > 1e-3
 
 
-def test_guided_networks_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guided_networks_are_replayed(captured: list[tuple[int, ...]]) -> None:
     """CUDA graphs wrap the inner network, for both batch sizes and with labels. (Here a replay is a plain call.)"""
-    captured = []
-
-    def capture(function: Callable[[], Tensor], where: torch.device, warm_up: int) -> Any:
-        out = function()
-        captured.append(tuple(out.shape))
-        return lambda: out.copy_(function()), out
-
-    monkeypatch.setattr(device, "_capture", capture)
     network = unet().requires_grad_(False)
     plain = Denoiser(network, schedule.linear(20, 1e-3, 0.3)).guided(2.0, (5, 20))
     graphed = device.use_cuda_graphs(plain, "cuda")

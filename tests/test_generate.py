@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -172,16 +171,9 @@ def test_the_library_gives_what_the_command_writes(trained: Path, tmp_path: Path
     assert torch.is_grad_enabled()
 
 
-def test_a_cuda_graph_stands_in_for_the_network(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_graph_stands_in_for_the_network(trained: Path, captured: list[tuple[int, ...]]) -> None:
     """It is captured once per shape, and results stay valid after the next call. (Here a replay is a plain call.)"""
-    denoiser, captured = ddpm.load(trained), []
-
-    def capture(function: Callable[[], torch.Tensor], where: torch.device, warm_up: int) -> Any:
-        out = function()
-        captured.append(out.shape)
-        return lambda: out.copy_(function()), out
-
-    monkeypatch.setattr(device, "_capture", capture)
+    denoiser = ddpm.load(trained)
     assert isinstance(denoiser.network, ddpm.UNet)
     graphed = dataclasses.replace(denoiser, network=device.GraphedUNet(denoiser.network))
     images, wanted = (generate(d, (1, 8, 8), range(7), batch_size=3) for d in (graphed, denoiser))
