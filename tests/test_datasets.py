@@ -9,6 +9,7 @@ import tarfile
 import time
 import warnings
 import zipfile
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -998,6 +999,17 @@ def test_batches_are_the_same_from_memory_from_workers_and_after_resuming(tmp_pa
             elsewhere = next(batches(lazy, 5, 10, 0, 6, workers=workers, device="meta"))
             assert (elsewhere.device.type, elsewhere.shape) == ("meta", memory[0].shape)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("held", [0, 1, 40])
+def test_a_batch_that_somebody_has_is_never_written_again(tmp_path, held):
+    """Workers write into memory that is lent with each batch. 40 batches are more than there are slots."""
+    lazy = load(str(folder(tmp_path / "set")), (8, 8), 3, cache_bytes=0)
+    want, kept = list(batches(lazy, 5, 10, 0, 40, workers=0)), deque(maxlen=held)
+    for step, batch in enumerate(batches(lazy, 5, 10, 0, 40, workers=2)):
+        assert torch.equal(batch, want[step])
+        kept.append((step, batch))
+        assert all(torch.equal(batch, want[step]) for step, batch in kept)
 
 
 def test_hugging_face_rows_in_workers(tmp_path):

@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -57,15 +59,15 @@ def _what(images: Images, seed: int, step: int, batch_size: int, part: slice) ->
     return images.order(seed, step, batch_size)[part], None if places is None else places[part]
 
 
-_Step: TypeAlias = tuple[int, dict[int, str], pictures.Notes] | str
+_Step: TypeAlias = tuple[int | Tensor, dict[int, str], pictures.Notes] | str
 
 
 @dataclass
 class _Steps(Dataset[_Step]):
-    """Step -> the slot of its images, or an error as a string: torch makes many lines of an error in a worker.
+    """(step, slot) -> the slot of its images, or an error as a string: torch makes many lines of an error in a worker.
 
-    slots  shared memory, [S, B, C, H, W]. Step n is written into slot n mod S. To send images in another way would cost
-           as much as to decode them, most of it for new pages of memory
+    slots  shared memory, [S, B, C, H, W]. To send images in another way would cost as much as to decode them, most of
+           it for new pages of memory. So only a step without a slot sends its images
     """
 
     images: Images
@@ -74,12 +76,13 @@ class _Steps(Dataset[_Step]):
     part: slice
     slots: Tensor
 
-    def __getitem__(self, step: int) -> _Step:
-        slot = step % len(self.slots)
+    def __getitem__(self, where: tuple[int, int | None]) -> _Step:
+        step, slot = where
         try:
             what = _what(self.images, self.seed, step, self.batch_size, self.part)
-            _, faults, notes = self.images.decode(*what, out=self.slots[slot].numpy())
-            return slot, faults, notes
+            out = None if slot is None else self.slots[slot].numpy()
+            pixels, faults, notes = self.images.decode(*what, out=out)
+            return pixels if slot is None else slot, faults, notes
         except InputError as fault:
             return str(fault)
 
@@ -229,19 +232,27 @@ class _WorkerDied(Exception):
     """A process that decodes was killed, as the system does when memory is full, or a signal to the whole group."""
 
 
+def _lent(slots: Tensor, slot: int, free: deque[int]) -> Tensor:
+    """The batch in this slot, without a copy. The slot is free again when nobody has the batch any more."""
+    pixels = slots[slot].numpy()
+    weakref.finalize(pixels, free.append, slot).atexit = False
+    return torch.from_numpy(pixels)
+
+
 def _by_workers(
     images: Images, seed: int, batch_size: int, part: slice, steps: range, workers: int
 ) -> Iterator[Tensor]:
     """The batches of these steps, decoded ahead by other processes, which end with the iterator."""
     batch = images.decoder.form.zeros(len(range(batch_size)[part]))
     ahead = _AHEAD if batch.nbytes < _LARGE else 2
-    # when a step begins, at most workers * ahead steps before it have not been given out, and one is being copied
+    # a step begins before the batch of an earlier one is given out, while the caller still has the batch before that
     count = min(workers * ahead + 2, len(steps))
+    free = deque(range(count))
     slots = torch.empty(count, *batch.shape, dtype=torch.from_numpy(batch).dtype).share_memory_()  # type: ignore[no-untyped-call]
     loader = DataLoader(
         _Steps(images, seed, batch_size, part, slots),
         batch_size=None,
-        sampler=steps,
+        sampler=((step, free.popleft() if free else None) for step in steps),
         num_workers=workers,
         prefetch_factor=ahead,
         worker_init_fn=_in_worker,
@@ -265,6 +276,6 @@ def _by_workers(
                 raise InputError(result)
             slot, faults, notes = result
             images.report(faults, notes)
-            yield torch.from_numpy(slots[slot].numpy().copy())  # torch's own copy would start all its threads
+            yield _lent(slots, slot, free) if isinstance(slot, int) else slot
     finally:
         del results  # it is the last reference, so this ends the workers
