@@ -11,7 +11,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[codec,page,plots]'
+	$(PIP) --editable '.[codec,examples,page,plots]'
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed

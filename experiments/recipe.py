@@ -1,12 +1,16 @@
 """Compare variants of a preset, one change each, after the same number of images: FRD, RS, bits/dim and minutes.
 
-    python experiments/recipe.py OUT --data SOURCE [--quality cifar_quality.py] [--only NAME ...] [--seeds 2]
+    python experiments/recipe.py OUT --data SOURCE [--quality cifar_quality.py] [--only NAME ...] [--seeds 0 1]
+    python experiments/recipe.py OUT --data SOURCE --only NAME ... --minutes M ... [--seeds 0 1]
 
 The script trains each variant into OUT/NAME-sSEED and samples by DDIM. It estimates the bound of held-out images from
 a few levels per image, with the preset's variance and with the calibrated one. It writes these figures to recipe.json
 in the variant's folder, and the figures of all folders to OUT/recipe.json and OUT/recipe.md, best first. The same
 command resumes after a kill and skips finished variants. All variants use the same seeds of samples, so a difference
 between two rows comes from the networks.
+
+--minutes compares them after so many minutes of training instead, one number for each variant of --only. All runs are
+then trained in turns, before any of them is measured, so that nothing else runs beside a training.
 
 --quality is a program that takes an .npz of samples and prints `FRD x  RS y`. Without it the rows are sorted by bits.
 """
@@ -61,6 +65,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # the paper's recipe for the same network, by L_simple and by L (Table 2)
     "paper": PAPER,
     "paper-L": {**PAPER, "loss": "vlb"},
+    # cifar10_fast as it was until 2026-11-29
+    "adam": {"optimizer": "adam", "lr": 2e-3, "warmup": 200, "batch_size": 64},
     # optimisation
     "muon": {"optimizer": "muon"},
     "muon-lr-double": {"optimizer": "muon", "lr": lambda p: 2 * p.lr},
@@ -151,6 +157,7 @@ def measure(run: Path, data: tuple[datasets.Images, datasets.Images], args: argp
         "steps": checkpoint.step,
         "batch_size": checkpoint.preset.batch_size,
         "minutes": training[-1]["seconds"] / 60,
+        "images": checkpoint.step * checkpoint.preset.batch_size,
         "held_out": held_out[-1]["held_out"],
     }
     return result | bits(checkpoint, data, args) | (quality(args.quality, samples) if args.quality else {})
@@ -184,6 +191,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[*VARIANTS], choices=VARIANTS, metavar="NAME", help="(all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the runs (0)")
     parser.add_argument("--images", type=int, default=64_000, help="training images over all steps (%(default)s)")
+    parser.add_argument("--minutes", type=float, nargs="+", help="minutes of training, one number for each of --only")
     parser.add_argument("--samples", type=int, default=1000, help="samples per run (%(default)s)")
     parser.add_argument("--calls", type=int, default=50, help="network calls per sample (%(default)s)")
     parser.add_argument("--quality", type=Path, help="program that scores an .npz of samples")
@@ -194,23 +202,34 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="samples at a time (%(default)s)")
     args = parser.parse_args()
 
+    if args.minutes and len(args.minutes) != len(args.only):
+        parser.error(f"--minutes: {len(args.minutes)} numbers for the {len(args.only)} variants of --only")
+
     base = replace(PRESETS[args.preset], data=args.data, save_every=500, keep=1, sample_every=0, device=args.device)
     data = datasets.load_pair(base.data, base.size, base.channels)
-    for seed in args.seeds:
-        for name in args.only:
-            run, preset = args.out / f"{name}-s{seed}", variant(base, name, seed, args.images)
-            file = run / "recipe.json"
-            if file.is_file() and json.loads(file.read_text())["steps"] == preset.steps:
-                continue
-            if train(preset, run).interrupted:
-                sys.exit(130)
+    minutes = dict(zip(args.only, args.minutes, strict=True)) if args.minutes else {}
+
+    def fit(name: str, seed: int) -> Path:
+        run = args.out / f"{name}-s{seed}"
+        preset = variant(base, name, seed, args.images)
+        if not (run / "recipe.json").exists() and train(preset, run, minutes.get(name)).interrupted:
+            sys.exit(130)
+        return run
+
+    order = [(name, seed) for seed in args.seeds for name in args.only]
+    for one in order if minutes else []:
+        fit(*one)
+    for name, seed in order:
+        run = fit(name, seed)
+        if not (run / "recipe.json").exists():
             about = {"variant": name, "seed": seed, "samples": args.samples, "calls": args.calls}
-            about["commit"] = record.commit()
-            atomic.write_json(file, about | measure(run, data, args))
+            about |= {"commit": record.commit(), "minutes_given": minutes.get(name)}
+            atomic.write_json(run / "recipe.json", about | measure(run, data, args))
             results = [json.loads(one.read_text()) for one in sorted(args.out.glob("*/recipe.json"))]
             atomic.write_json(args.out / "recipe.json", results)
+            amount = "minutes as given" if minutes else f"{args.images:,} images"
             settings = (
-                f"- {args.preset}, {args.images:,} images per run; {args.samples} samples by DDIM in {args.calls} "
+                f"- {args.preset}, {amount} per run; {args.samples} samples by DDIM in {args.calls} "
                 f"calls; bits/dim of {args.nll_images} held-out images from {args.levels} levels of each"
             )
             head = record.header(record.provenance(), "one run per seed, ± half the range")

@@ -102,7 +102,7 @@ def test_digits():
     train, test = load_pair("digits", (8, 8), 1)
     assert (len(train), len(test), train.split, test.split) == (1500, 297, "train", "test")
     assert train.class_names == tuple("0123456789")
-    # Together the two are scikit-learn's 1,797 digits, each with its label, shuffled because writers come in runs.
+    # Together the two are the 1,797 digits of scikit-learn, each with its label, shuffled because writers come in runs.
     parts = [
         (p.numpy().ravel(), label)
         for s in (train, test)

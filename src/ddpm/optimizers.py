@@ -7,10 +7,11 @@ about U V^T. So the weights move equally far in all directions, and not only in 
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 MOMENTUM = 0.95
 ROUNDS = 5
@@ -67,6 +68,18 @@ def begin(optimizers: Iterable[Optimizer], step: int) -> None:
                 optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device if p.is_cuda else "cpu")
 
 
+def _bare(method: Any) -> Any:
+    """A method of torch's optimizers without the wrapper that imports torch's compiler, which takes seconds."""
+    return getattr(method, "__wrapped__", method)
+
+
+class Adam(torch.optim.Adam):
+    """torch's Adam. It starts without torch's compiler."""
+
+    add_param_group, zero_grad = _bare(Optimizer.add_param_group), _bare(Optimizer.zero_grad)
+    step = torch.no_grad()(_bare(torch.optim.Adam.step))
+
+
 class Muon(Optimizer):
     """Nesterov's momentum, made orthogonal, for weights [out, in] and [out, in, k, k]. There is no weight decay.
 
@@ -79,6 +92,8 @@ class Muon(Optimizer):
     >>> (p.diag() / (0.1 * 0.2 * math.sqrt(2))).tolist()  # -1 and -1, within the error of five rounds
     [-0.70..., -0.70...]
     """
+
+    add_param_group, zero_grad = _bare(Optimizer.add_param_group), _bare(Optimizer.zero_grad)
 
     def __init__(self, weights: Iterable[nn.Parameter], lr: float) -> None:
         super().__init__(weights, {"lr": lr})

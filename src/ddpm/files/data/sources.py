@@ -128,13 +128,12 @@ def _is_digits(source: str, path: Path) -> bool:
 
 
 def _digits(source: str, path: Path, options: Options) -> Contents:
-    from sklearn.datasets import load_digits
-
     options.refuse_columns(source)
-    values, labels = load_digits(return_X_y=True)  # 0..16
-    arrays = np.round(values * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        values, labels = file["images"], file["labels"]  # values 0..16
+    arrays = np.round(values * (255 / 16)).astype(np.uint8)
     names = tuple(map(str, range(10)))
-    # scikit-learn lists the digits writer by writer, so without shuffling the test split would have other writers
+    # the file lists the digits writer by writer, so without shuffling the test split would have other writers
     shuffled = torch.randperm(len(arrays), generator=generator(_DIGITS)).numpy()
     arrays, labels = arrays[shuffled], labels[shuffled]
 
