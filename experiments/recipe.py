@@ -70,6 +70,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # optimisation
     "muon": {"optimizer": "muon"},
     "muon-lr-double": {"optimizer": "muon", "lr": lambda p: 2 * p.lr},
+    "muon-32": {"optimizer": "muon", "lr": 4e-3, "warmup": 50, "batch_size": 32},
+    "muon-16": {"optimizer": "muon", "lr": 2.8e-3, "warmup": 100, "batch_size": 16},
+    "muon-32-cooldown-whole": {"optimizer": "muon", "lr": 4e-3, "warmup": 50, "batch_size": 32, "cooldown": 1.0},
+    "muon-32-narrow": {"optimizer": "muon", "lr": 4e-3, "warmup": 50, "batch_size": 32, "width": 64},
     "muon-lr-half": {"optimizer": "muon", "lr": lambda p: p.lr / 2},
     "muon-cooldown-whole": {"optimizer": "muon", "cooldown": 1.0},
     "endless": {"cooldown": 0.0, "lr_ref_steps": lambda p: p.steps // 4},
