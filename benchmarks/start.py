@@ -28,7 +28,7 @@ def child(command: list[str]) -> None:
     begun = float(os.environ[BEGUN])
     stamps = {"Python": time.time() - begun}
     start = time.perf_counter()
-    import torch
+    import torch  # noqa: F401
 
     stamps["import torch"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -38,7 +38,7 @@ def child(command: list[str]) -> None:
     import ddpm.run.processes
     import ddpm.run.sample
     import ddpm.run.train as training
-    from ddpm import cli
+    from ddpm import cli, optimizers
     from ddpm.files import data as datasets
     from ddpm.files import images
 
@@ -46,7 +46,7 @@ def child(command: list[str]) -> None:
     parts = timing.Parts()
     places = [
         (datasets, "load_pair", "data"),
-        (torch.optim.Adam, "__init__", "making Adam, which imports torch._dynamo"),
+        (optimizers.Adam, "__init__", "making Adam"),
         (training, "build", "network"),
         (ddpm.run.processes, "open_for_device", "network and weights"),
         (ddpm.run.sample, "generate", "sampling"),
@@ -61,7 +61,7 @@ def child(command: list[str]) -> None:
         print(json.dumps(stamps), flush=True)
         os._exit(0)
 
-    measure_held_out, step = training.held_out_by_level, torch.optim.Adam.step
+    measure_held_out, step = training.held_out_by_level, optimizers.Adam.step
 
     def held_out(*args: Any, **kwargs: Any) -> Any:
         with parts("held-out loss before training"):
@@ -73,7 +73,7 @@ def child(command: list[str]) -> None:
         step(*args, **kwargs)
         finish()
 
-    training.held_out_by_level, torch.optim.Adam.step = held_out, first_step  # type: ignore[method-assign]
+    training.held_out_by_level, optimizers.Adam.step = held_out, first_step  # type: ignore[method-assign]
     with ExitStack() as rest, parts.timing(*places), parts("the rest"):
         cli.main(command)
     finish()

@@ -20,6 +20,7 @@ from conftest import assert_same, losses, metrics, steps, tensors, train
 from PIL import Image
 
 import ddpm
+from ddpm import optimizers
 from ddpm.cli import main
 from ddpm.files import checkpoints, images
 from ddpm.files.opening import open_checkpoint
@@ -38,14 +39,14 @@ def clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 def at_step(step: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Do something while a step is trained."""
-    update, count = torch.optim.Adam.step, itertools.count(1)
+    update, count = optimizers.Adam.step, itertools.count(1)
 
-    def stepping(self: torch.optim.Adam, *given: Any) -> Any:
+    def stepping(self: optimizers.Adam, *given: Any) -> Any:
         if next(count) == step:
             act()
         return update(self, *given)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", stepping)
+    monkeypatch.setattr(optimizers.Adam, "step", stepping)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
