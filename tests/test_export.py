@@ -26,8 +26,8 @@ from ddpm.files.opening import open_checkpoint
 from ddpm.files.tensors import file_sha256
 from ddpm.presets import PRESETS
 from ddpm.run import export
+from ddpm.run.held_out import held_out_by_level
 from ddpm.run.processes import processes
-from ddpm.run.train import held_out_by_level
 
 ROOT = Path(__file__).parents[1]
 

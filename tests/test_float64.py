@@ -19,7 +19,7 @@ from ddpm import float64, inception, likelihood, losses, metrics, noise, ode, pi
 from ddpm.errors import InputError
 from ddpm.files import data
 from ddpm.run import processes, sample
-from ddpm.run.train import held_out_by_level
+from ddpm.run.held_out import held_out_by_level
 from ddpm.samplers import SAMPLERS
 
 MPS = torch.device("mps")

@@ -21,8 +21,8 @@ from ddpm.files.opening import open_checkpoint
 from ddpm.presets import Preset, build
 from ddpm.run import init
 from ddpm.run.export import public
+from ddpm.run.held_out import held_out_by_level
 from ddpm.run.processes import Processes
-from ddpm.run.train import held_out_by_level
 
 SHORT: dict[str, Any] = {"steps": 2, "batch_size": 4, "eval_images": 16, "sample_every": 0, "precision": "float32"}
 

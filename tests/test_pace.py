@@ -27,8 +27,8 @@ from ddpm.files.opening import open_checkpoint
 from ddpm.presets import PRESETS
 from ddpm.run import forecast, pace, previews
 from ddpm.run.forecast import Costs
+from ddpm.run.held_out import held_out_by_level
 from ddpm.run.processes import Processes
-from ddpm.run.train import held_out_by_level
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

@@ -34,9 +34,11 @@ from ddpm.files import images as pictures
 from ddpm.presets import PRESETS
 from ddpm.run import ema
 from ddpm.run.device import GraphedGradient, compile_stages, pick_compile
+from ddpm.run.held_out import BUCKETS, held_out_by_level
+from ddpm.run.meter import Meter
 from ddpm.run.processes import Processes
 from ddpm.run.sample import generate
-from ddpm.run.train import BUCKETS, _Meter, _Watch, held_out_by_level
+from ddpm.run.train import _Watch
 
 # -- stopping and resuming ---------------------------------------------------------------------------------------------
 
@@ -216,7 +218,7 @@ def test_the_log_says_how_much_training_waits_for_data(tmp_path: Path, monkeypat
         assert all(0 <= line["data_wait"] <= 1 for line in lines)
         shares.append(sorted(line["data_wait"] for line in lines)[1])
     assert shares[0] > 2 * shares[1]
-    meter = _Meter(0.0, Processes(0, 1, torch.device("cpu")), 8)
+    meter = Meter(0.0, Processes(0, 1, torch.device("cpu")), 8)
     for waited, line in ((0.5, ""), (6.0, "training waits for data 60% of the time"), (6.0, "")):
         meter._all_waited, meter._all_seconds = waited, 10.0
         assert meter.waits().partition(";")[0] == line

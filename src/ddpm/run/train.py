@@ -4,11 +4,9 @@ Everything random in step n is a function of (seed, n), so a checkpoint holds on
 """
 
 import copy
-import errno
 import math
 import os
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import float64, kernels, losses, noise, optimizers, pixels, timesteps, warp
+from ddpm import float64, losses, noise, optimizers, pixels, timesteps, warp
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
@@ -35,18 +32,15 @@ from ddpm.run import agree, augment, conditioning, ema, forecast, init, log, nod
 from ddpm.run.advice import advice, few_steps
 from ddpm.run.device import Gradient, GraphedGradient, compile_stages, pick_compile
 from ddpm.run.group import Lost, shared
+from ddpm.run.held_out import held_out_by_level
+from ddpm.run.lock import lock
+from ddpm.run.meter import Meter
 from ddpm.run.pace import Pace, time_steps
 from ddpm.run.previews import affordable, draw, grid_file, has_grid
 from ddpm.run.processes import Processes, pick_precision, processes, threads
 from ddpm.run.progress import Progress
+from ddpm.run.signals import PREEMPTED, Stop, asking_to_stop, signal_of_all
 from ddpm.schedule import Schedule
-
-BUCKETS = 10
-"""Equal ranges of t in which the held-out loss is logged."""
-HELD_OUT_SEED = 1 << 40  # far from the seeds of runs, so that held-out draws are the same in every run
-
-_WAITS = 0.1
-"""The share of waiting for data that is worth a line."""
 
 # The purpose of a draw. It keeps the draws of one step apart.
 _BATCH, _EPS, _DROPOUT, _WARP = 1, 2, 3, 5  # 4 is that of run/augment.py, and 6 of run/conditioning.py
@@ -105,7 +99,7 @@ def train(
                 preset = replace(preset, value_range=(train_set.values.low, train_set.values.high))
         agree.data(preset, train_set, held_out_set, ranks)
         with ranks.together():  # only now, so that a mistake in settings or data leaves no folder behind
-            ranks = _lock(out, ranks, stack)
+            ranks = lock(out, ranks, stack)
 
         model = _build(preset, ranks.device)
         model.at_once = most or at_once
@@ -179,7 +173,7 @@ def train(
             model.held_out_before = evaluate()
             log.say(ranks, f"step 0: held-out L_simple {model.held_out_before:.4f}")
         model.network.train()
-        meter, watch, held_out = _Meter(model.seconds, ranks, preset.batch_size), _Watch(ranks.device), None
+        meter, watch, held_out = Meter(model.seconds, ranks, preset.batch_size), _Watch(ranks.device), None
         pace = Pace(preset, ranks, forecast.save_seconds(preset, model.network))
         stream = data.batches(
             train_set, preset.seed, preset.batch_size, begun, preset.steps,
@@ -188,7 +182,7 @@ def train(
         )  # fmt: skip
         bar = Progress[None](total=preset.steps, initial=begun, unit="step", desc="training", show=ranks.first)
         stack.callback(bar.close)
-        stop = stack.enter_context(_signals(ranks.world > 1))  # before this line there is nothing to save
+        stop = stack.enter_context(asking_to_stop(ranks.world > 1))  # before this line there is nothing to save
         stack.enter_context(_saving_at_the_end(model, out, save, ranks))
 
         for batch in meter.waiting(stream):
@@ -239,7 +233,7 @@ def train(
                         held_out_set,
                     )  # fmt: skip
             if ended:
-                number = _signal_of_all(stop, ranks)
+                number = signal_of_all(stop, ranks)
                 if ranks.writes and number != signal.SIGINT:
                     atomic.write_json(out / PREEMPTED, {"signal": signal.Signals(number).name, "step": model.step})
                 log.say(ranks, f"stopped at step {model.step} and saved; the same command resumes the run")
@@ -526,7 +520,7 @@ def _write(
 
 def _update(
     model: _Model, training: _Training, preset: Preset, parts: list[slice], batch: Tensor, train_set: data.Images,
-    draws: torch.Generator, ranks: Processes, meter: "_Meter",
+    draws: torch.Generator, ranks: Processes, meter: Meter,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Algorithm 1: draw t and eps of the whole batch, and leave the gradient of this process's parts.
 
@@ -613,7 +607,7 @@ def _ending_at(
     The steps that are timed for this are taken back.
     """
     weights = copy.deepcopy(model.network.state_dict())
-    part, meter = slice(parts[0].start, parts[-1].stop), _Meter(0.0, ranks, preset.batch_size)
+    part, meter = slice(parts[0].start, parts[-1].stop), Meter(0.0, ranks, preset.batch_size)
     stream = data.batches(
         train_set, preset.seed, preset.batch_size, 0, 10**9, part=part, workers=preset.workers, device=ranks.device
     )
@@ -676,110 +670,11 @@ def learning_rate(preset: Preset, step: int) -> float:
     return preset.lr * min(1.0, up, down) / math.sqrt(late)
 
 
-# -- what is measured on the way ---------------------------------------------------------------------------------------
-
-
-class _Meter:
-    """The mean loss and the speed since the last line of the log: `total` is the sum of losses of `steps` steps."""
-
-    def __init__(self, seconds: float, ranks: Processes, batch_size: int) -> None:
-        self._before, self._ranks, self._batch_size = seconds, ranks, batch_size
-        self._started = self._since = time.monotonic()
-        self.total, self.steps = torch.zeros((), device=ranks.device), 0
-        self.rate: float | None = None
-        self.left_out = 0.0
-        self._waited = self._all_waited = self._all_seconds = 0.0
-        self._warned = False
-
-    def seconds(self) -> float:
-        """Seconds of training, with those of earlier processes."""
-        return self._before + time.monotonic() - self._started
-
-    def line(self, lr: float, norm: Tensor) -> dict[str, float]:
-        """A line of the log; the next one begins here."""
-        now = time.monotonic()
-        self.rate = self.steps * self._batch_size / (now - self._since)
-        loss = float(self._ranks.total((self.total / self.steps).cpu())) / self._ranks.world
-        self.total.zero_()
-        passed, waited = now - self._since, self._waited
-        self.steps, self._since, self._waited = 0, now, 0.0
-        self._all_waited, self._all_seconds = self._all_waited + waited, self._all_seconds + passed
-        return {
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": float(norm),
-            "images_per_second": self.rate,
-            "data_wait": waited / passed,
-            "seconds": self._before + now - self._started,
-        }
-
-    def waiting(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        """The batches; the time until each one comes is waiting for data."""
-        while True:
-            begun = time.monotonic()
-            batch = next(batches, None)
-            self._waited += time.monotonic() - begun
-            if batch is None:
-                return
-            yield batch
-
-    def waits(self) -> str:
-        """One line if training waits for data, once in a run."""
-        share = self._all_waited / self._all_seconds
-        if self._warned or self._all_seconds < 5 or share < _WAITS:
-            return ""
-        self._warned = True
-        return (
-            f"training waits for data {share:.0%} of the time; more workers, a larger cache_bytes or images stored at "
-            "their size in training would help"
-        )
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time of a block out of the speed, since evaluation and pictures are not training time."""
-        before = time.monotonic()
-        yield
-        self.left_out += (passed := time.monotonic() - before)
-        self._since += passed
-
-
-@torch.no_grad()
-@kernels.frozen()
-def held_out_by_level(
-    denoiser: Denoiser, held_out: data.Images, n: int, ranks: Processes,
-    stop: Callable[[], bool] = lambda: False, labelled: bool = False, preset: Preset | None = None,
-) -> list[float]:  # fmt: skip
-    """L_simple of held-out images in BUCKETS equal ranges of t, lowest first: the means of `n` noisy images.
-
-    Noisy image i is image i modulo the number of images, so that a few images are seen at many levels. It has a level
-    and a noise of its own, which are the same in every run and for any number of processes. A range of t without an
-    image is nan. A range with a loss that is not a number is inf. labelled tells the network the labels, and
-    a preset with a condition the condition. If `stop` returns true, the function returns early with the means so far.
-    """
-    T = denoiser.schedule.T
-    t = 1 + (torch.randperm(n, generator=noise.generator(HELD_OUT_SEED)) * T + T // 2) // n
-    sums = torch.zeros(2, BUCKETS, dtype=torch.float64)
-    mine = ranks.mine(n)
-    for start in range(0, len(mine), 64):
-        if stop():
-            break
-        rows = list(mine[start : start + 64])
-        places = [i % len(held_out) for i in rows]
-        x0 = pixels.to_signal(held_out.batch(places), denoiser.values).to(ranks.device)
-        eps = noise.normal([noise.mix(HELD_OUT_SEED, i) for i in rows], x0.shape[1:]).to(ranks.device)
-        y = None if held_out.labels is None or not labelled else held_out.labels[places].to(ranks.device)
-        condition = None if preset is None else conditioning.of_images(preset, held_out, places, x0)
-        loss = losses.simple(denoiser.given(condition), x0, t[rows].to(ranks.device), eps, y).cpu().double()
-        bucket = (t[rows] - 1) * BUCKETS // T
-        sums[0].index_add_(0, bucket, loss.where(~loss.isnan(), math.inf))
-        sums[1].index_add_(0, bucket, torch.ones_like(loss))
-    total, count = ranks.total(sums)
-    means: list[float] = (total / count).tolist()
-    return means
+# -- pictures at the end, and numbers that are not finite --------------------------------------------------------------
 
 
 def _draw_last(
-    model: _Model, preset: Preset, out: Path, ranks: Processes, pace: Pace, stop: "_Stop", held_out: data.Images
+    model: _Model, preset: Preset, out: Path, ranks: Processes, pace: Pace, stop: Stop, held_out: data.Images
 ) -> None:  # fmt: skip
     """Draw a picture of some seconds after Ctrl-C. The next Ctrl-C skips it."""
     size = pace.picture(most=20)
@@ -815,7 +710,7 @@ def _not_finite(what: str, out: Path) -> _NotFinite:
     )
 
 
-# -- the run's folder, settings and signals ----------------------------------------------------------------------------
+# -- how a run begins and ends -----------------------------------------------------------------------------------------
 
 
 def _check_settings(
@@ -869,46 +764,6 @@ def _with_class_names(preset: Preset, out: Path, train_set: data.Images) -> Pres
     return replace(preset, class_names=names)
 
 
-_LOCKS: set[tuple[int, int]] = set()
-"""Device and inode of the locks that this process holds."""
-
-
-def _file_key(about: os.stat_result) -> tuple[int, int]:
-    return about.st_dev, about.st_ino
-
-
-def _let_go_of_locks() -> None:
-    """Close inherited locks in a forked child; a worker that outlives this process would hold them for seconds more."""
-    for name in os.listdir("/dev/fd") if _LOCKS else ():
-        with suppress(OSError):  # the descriptor of the listing itself is closed
-            if _file_key(os.fstat(int(name))) in _LOCKS:
-                os.close(int(name))
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_of_locks)
-
-
-def _lock(out: Path, ranks: Processes, stack: ExitStack) -> Processes:
-    """Make the run's folder, and settle who writes it; they lock it until the end.
-
-    Raises InputError if other processes train the run.
-    """
-    try:
-        ranks = replace(ranks, folder=nodes.sharing(out, ranks))
-        if ranks.writes:
-            atomic.make_folder(out)
-            stack.enter_context(filelock.FileLock(out / ".lock").acquire(timeout=0))
-            _LOCKS.add(key := _file_key((out / ".lock").stat()))
-            stack.callback(_LOCKS.discard, key)
-    except filelock.Timeout:
-        raise InputError(f"out {out}: another process is training this run; want another out") from None
-    except OSError as error:
-        ill = error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # of the disk, and no mistake of the user
-        raise (Stopped if ill else InputError)(f"out {out}: cannot be written ({log.reason(error)})") from error
-    return ranks
-
-
 @contextmanager
 def _saving_at_the_end(model: _Model, out: Path, save: Callable[..., None], ranks: Processes) -> Iterator[None]:
     """If an exception ends the loop, save what was learned; a second Ctrl-C ends it at once.
@@ -942,63 +797,6 @@ def _saving_at_the_end(model: _Model, out: Path, save: Callable[..., None], rank
         if model.saved < model.step or not model.whole:
             error.add_note(f"The last good checkpoint is {checkpoints.newest(out) or 'none'}.")
         raise
-
-
-class _Stop:
-    """Whether this process is asked to stop, by a signal or by the death of the agent that started it."""
-
-    def __init__(self, several: bool) -> None:
-        self.signal: int | None = None
-        self.since = 0.0
-        self._parent = os.getppid() if several else None
-
-    def asked(self) -> bool:
-        if self.signal is None and self._parent not in (None, os.getppid()):
-            self.signal = signal.SIGTERM  # nobody is left to end this process, or to start it again
-        return self.signal is not None
-
-
-_ECHO = 3.0
-"""Seconds in which torchrun passes on the Ctrl-C that the terminal has sent to all processes already."""
-
-
-@contextmanager
-def _signals(several: bool = False) -> Iterator[_Stop]:
-    """Signals that ask the run to stop set a flag, which the loop reads after each step. A second Ctrl-C interrupts.
-
-    A signal that is ignored, as SIGHUP under nohup, stays ignored. Outside the main thread Python sets no handlers.
-    `several` processes also stop if their parent dies.
-    """
-    stop = _Stop(several)
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, _: object) -> None:
-        if stop.signal is not None and number == signal.SIGINT and time.monotonic() - stop.since > several * _ECHO:
-            raise KeyboardInterrupt
-        if stop.signal is None:
-            stop.since = time.monotonic()
-        if stop.signal != signal.SIGINT:  # torchrun follows up with SIGTERM
-            stop.signal = number
-
-    numbers = [getattr(signal, name) for name in data.STOP_SIGNALS if hasattr(signal, name)]
-    old = {n: signal.signal(n, handle) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-PREEMPTED = "preempted"
-"""The file in a run's folder that says which signal stopped the run, and at which step; Ctrl-C writes none."""
-
-
-def _signal_of_all(stop: _Stop, ranks: Processes) -> int:
-    """The signal that stopped the run: SIGINT if any process got it, else the largest number."""
-    got = ranks.interleave(torch.tensor([stop.signal or 0]), ranks.world).tolist()
-    return signal.SIGINT if signal.SIGINT in got else max(got)
 
 
 def _announce(
