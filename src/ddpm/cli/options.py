@@ -405,14 +405,19 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
 
     @functools.cache
     def load(split: str) -> data.Images:
-        settings = {"split": split, "progress": progress, "as_trained": True, **data.settings_of(preset)}
-        images = data.load(args.data or preset.data, preset.size, preset.channels, **settings)
-        if not preset.pairs:
+        how = {"split": split, "progress": progress, "as_trained": True}
+        source = args.data or preset.data
+        images = data.load(source, preset.size, preset.channels, **how, **data.settings_of(preset))
+        pairs = getattr(args, "pairs", None)
+        if preset.condition != "pairs":
+            if pairs is not None:
+                raise InputError(f"--pairs {pairs}: this model was not trained with condition pairs; want no --pairs")
             return images
-        if (pairs := getattr(args, "pairs", None)) is None and args.data:
+        if pairs is None and args.data and preset.pairs:
             raise InputError(f"--data {args.data}: this model takes pairs; want --pairs SOURCE, too")
-        settings |= {"image_column": None, "label_column": None, "values": images.values}
-        return data.paired(images, data.load(pairs or preset.pairs, preset.size, preset.channels, **settings))
+        with data.settings_of_pairs(preset, images) as settings:
+            others = data.load(pairs or preset.pairs or source, preset.size, preset.channels, **how, **settings)
+        return data.paired(images, others, (preset.image_column, preset.pair_column))
 
     return load
 
