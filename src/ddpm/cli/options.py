@@ -269,6 +269,13 @@ def add_classes(parser: Parser) -> None:
     group.add_argument("--guidance-interval", type=interval, metavar="FIRST,LAST", help=levels)
 
 
+def add_guide(group: Any) -> None:
+    guide = "steer away from this weaker MODEL, such as an earlier checkpoint of the run (autoguidance)"
+    group.add_argument("--guide", metavar="MODEL", help=guide)
+    scale = "guidance scale of --guide; 1 is without guidance (default: 1.5)"
+    group.add_argument("--guide-scale", **number(float, None), help=scale)
+
+
 def add_data(parser: Parser) -> None:
     """What `evaluate` and `paper` measure."""
     group = parser.add_argument_group("data", "the images and samples that are measured")
@@ -379,6 +386,21 @@ def conditions(args: argparse.Namespace) -> "Conditions":
     from ddpm.run.sample import Conditions
 
     return Conditions(tuple(args.classes), args.guidance, args.guidance_interval, args.clip)
+
+
+def guided(args: argparse.Namespace, device: "torch.device") -> "Conditions":
+    """`conditions`, with --guide and --guide-scale."""
+    asked = conditions(args)
+    if args.guide is None:
+        if args.guide_scale is not None:
+            raise InputError(f"--guide-scale {args.guide_scale}: needs --guide MODEL")
+        return asked
+    from ddpm.run.processes import open_for_device
+
+    scale = check("--guide-scale", asked.guide_scale if args.guide_scale is None else args.guide_scale, float)
+    guide = open_for_device(args.guide, device, args.weights, "last", None)
+    guide = replace(guide, denoiser=guide.denoiser.to(device))
+    return replace(asked, guide=guide, guide_scale=scale)
 
 
 def check_sampler(args: argparse.Namespace, preset: Preset, T: int) -> None:
