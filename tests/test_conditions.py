@@ -29,7 +29,7 @@ from ddpm.files.opening import open_checkpoint
 from ddpm.gaussian import beta_tilde, q_sample
 from ddpm.run import conditioning, device, fidelity, inputs
 from ddpm.run.processes import Processes
-from ddpm.run.sample import generate
+from ddpm.run.sample import Sampling, generate
 from ddpm.run.train import _load
 from ddpm.unet import UNet
 
@@ -496,6 +496,15 @@ def test_a_cascade_enlarges_the_images_of_another_model(run: Path, smaller: Path
     ]
     assert main(words) == 0
     assert np.array_equal(np.load(out)["arr_0"], np.load(tmp_path / "b.npz")["arr_0"])
+
+
+def test_a_cascade_begins_with_a_model_without_a_condition(run: Path, smaller: Path) -> None:
+    """Its input would be that of the first model, for which --then has no option."""
+    small, large = open_checkpoint(smaller), open_checkpoint(run)
+    inputs.check_cascade(small, large, Sampling())
+    told = replace(small, preset=replace(small.preset, condition="mask:half"))
+    with pytest.raises(InputError, match="has condition mask:half itself; want a model without one"):
+        inputs.check_cascade(told, large, Sampling())
 
 
 def test_pairs_are_read_in_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
