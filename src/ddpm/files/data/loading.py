@@ -595,7 +595,12 @@ def _file_names(images: Images, column: str) -> list[str] | None:
 def settings_of_pairs(preset: Preset, images: Images) -> Iterator[dict[str, Any]]:
     """The keywords of `load` and `load_pair` for the other images of the condition `pairs`, beside these `images`.
 
-    An error in the block that names image_column names pair_column.
+    An InputError of the block that names image_column names pair_column.
+
+    >>> from ddpm.presets import PRESETS
+    >>> with settings_of_pairs(PRESETS["digits"], load("digits", (8, 8), 1)) as settings:
+    ...     settings["image_column"] is None
+    True
     """
     own = {"image_column": preset.pair_column or None, "label_column": None, "values": images.values}
     try:
