@@ -769,6 +769,10 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
         ("export RUN --to onnx OUT.onnx", "which the ONNX file does not know"),
         ("export RUN --to web OUT", "which the web page does not know"),
         ("evaluate OTHER --metrics psnr", "metric psnr: "),
+        (
+            "evaluate RUN --metrics psnr --pairs SMALL",
+            "this model was not trained with condition pairs; want no --pairs",
+        ),
         ("evaluate RUN --metrics nll --guidance 2", "--guidance 2.0: not with --metrics nll"),
         ("evaluate RUN --metrics ssim", "its window has 11x11 pixels|scikit-image|skimage is not installed"),
     ],

@@ -424,19 +424,19 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
 
     if not (args.data or preset.data):
         raise InputError("--data: this model names no data set; want --data SOURCE")
+    pairs = getattr(args, "pairs", None)
+    if pairs is not None and preset.condition != "pairs":
+        raise InputError(f"--pairs {pairs}: this model was not trained with condition pairs; want no --pairs")
+    if pairs is None and args.data and preset.pairs:
+        raise InputError(f"--data {args.data}: this model takes pairs; want --pairs SOURCE, too")
 
     @functools.cache
     def load(split: str) -> data.Images:
-        how = {"split": split, "progress": progress, "as_trained": True}
+        how: dict[str, Any] = {"split": split, "progress": progress, "as_trained": True}
         source = args.data or preset.data
         images = data.load(source, preset.size, preset.channels, **how, **data.settings_of(preset))
-        pairs = getattr(args, "pairs", None)
         if preset.condition != "pairs":
-            if pairs is not None:
-                raise InputError(f"--pairs {pairs}: this model was not trained with condition pairs; want no --pairs")
             return images
-        if pairs is None and args.data and preset.pairs:
-            raise InputError(f"--data {args.data}: this model takes pairs; want --pairs SOURCE, too")
         with data.settings_of_pairs(preset, images) as settings:
             others = data.load(pairs or preset.pairs or source, preset.size, preset.channels, **how, **settings)
         return data.paired(images, others, (preset.image_column, preset.pair_column))

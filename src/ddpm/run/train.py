@@ -253,7 +253,7 @@ def train(
 
 def _load(preset: Preset, images: data.Given | None, ranks: Processes) -> tuple[data.Images, data.Images]:
     """The images to train on and the held-out images, both with their pairs if the condition is `pairs`."""
-    how = {"verify": preset.verify, "progress": ranks.first}
+    how: dict[str, Any] = {"verify": preset.verify, "progress": ranks.first}
     sets = data.load_pair(images or preset.data, preset.size, preset.channels, **how, **data.settings_of(preset))
     if preset.condition != "pairs":
         return sets
