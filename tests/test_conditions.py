@@ -719,6 +719,7 @@ def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, caps
     ("settings", "words"),
     [
         ({"condition": "lowres"}, "condition lowres: want none, lowres:N, grey, mask:LAW"),
+        ({"condition": "gray", "channels": 3}, r"condition gray: did you mean grey\? want none, lowres:N"),
         ({"condition": "blur:2"}, "condition blur:2: want none, lowres:N"),
         ({"condition": "grey:2", "channels": 3}, "condition grey:2: want none, lowres:N"),
         (

@@ -163,17 +163,17 @@ def test_other_kinds_of_models_work_or_say_why_not(tmp_path):
         assert status == 200
         mask = base64.b64encode(np.packbits(np.ones(64, np.uint8))).decode()
         sent = {"picture": json.loads(body)["id"], "other": json.loads(body)["id"], "t": 10, "n": 2, "mask": mask}
-        line = f"{Path(told) / 'checkpoints/00000001/ema.safetensors'}: was trained with condition lowres:2"
+        line = "was trained with condition lowres:2, which the page does not know; want one without"
         for verb in ("inpaint", "redraw", "interpolate"):
             done = events(ask(address, f"/api/edit/{verb}", {"model": two, "resample": 2, **sent}, **JSON)[2])
             (about,) = (event for event in done if event["kind"] == "about")  # the last job may still be leaving
             assert "--sampler consistency" in about["command"]
             assert len(done[-1]["pictures"]) == 2
             error = events(ask(address, f"/api/edit/{verb}", {"model": told, **sent}, **JSON)[2])[-1]
-            assert error["line"] == f"{line}, which the page does not know; want one without"
-        assert start(address, model=told)[-1]["line"].startswith(line)
+            assert error["line"].endswith(line)
+        assert start(address, model=told)[-1]["line"].endswith(line)
         status, _, body = ask(address, f"/api/sample/choices?model={told}")
-        assert (status, json.loads(body)["line"].startswith(line)) == (400, True)
+        assert (status, json.loads(body)["line"].endswith(line)) == (400, True)
 
 
 def test_pictures_come_back_as_they_were(page):

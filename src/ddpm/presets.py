@@ -329,7 +329,8 @@ class Preset:
         kind, _, argument = self.condition.partition(":")
         kinds, name, (height, width) = catalog.conditions(), f"condition {self.condition}", self.size
         if kind not in ("none", *kinds) or bool(argument) != (kind in kinds and "argument" in kinds[kind].settings):
-            raise InputError(f"{name}: want {catalog.accepted_conditions()}")
+            hint = "" if kind in kinds else suggestion(kind, kinds)
+            raise InputError(f"{name}: {hint}want {catalog.accepted_conditions()}")
         if kind == "mask" and argument not in catalog.masks():
             raise InputError(f"{name}: {suggestion(argument, catalog.masks())}want {', '.join(catalog.masks())}")
         if kind == "lowres" and (
