@@ -1,5 +1,6 @@
 """Autoguidance: a weaker model in the place of the label that is left out."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,47 @@ def test_the_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["sample", "digits", "--class", "7", "--guidance", "2", "--guide", "digits"]) == 2
     assert "guidance 2.0: not with a guide" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_scores_the_guided_samples(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are those of `ddpm sample`. Each guide has samples of its own: the model itself changes nothing."""
+    (tmp_path / "mine.py").write_text("def rows(x):\n    return x.reshape(len(x), -1)[:, :4].astype(float)\n")
+    early, few = str(trained / "checkpoints/00000020"), ["--sampler", "ddim", "--steps", "3"]
+
+    def score(*options: str) -> dict[str, Any]:
+        words = ["evaluate", str(trained), "--metrics", "fid", "--features", f"{tmp_path}/mine.py:rows"]
+        capsys.readouterr()
+        assert main([*words, "-n", "8", "--out", str(tmp_path / "out"), "--json", *options]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    guide = ["--guide", early, "--guide-scale", "3"]
+    assert main(["sample", str(trained), "-n", "8", *few, *guide, "--out", str(tmp_path / "a.npz")]) == 0
+    guided, alone = score(*few, *guide), score(*few)
+    assert (guided["guide"]["step"], guided["guide"]["scale"]) == (20, 3)
+    wanted = score("--samples", str(tmp_path / "a.npz"))["frechet_distance"]
+    assert guided["frechet_distance"] == pytest.approx(wanted)
+    assert alone["frechet_distance"] != pytest.approx(wanted)
+    itself = score(*few, "--guide", str(trained), "--guide-scale", "3")
+    assert itself["frechet_distance"] == pytest.approx(alone["frechet_distance"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--metrics nll", "--guide EARLY: not with --metrics nll, which is without guidance"),
+        ("--metrics fid ode", "--guide EARLY: not with --metrics ode"),
+        ("--metrics fid --samples a.npz", "--guide EARLY: not with --samples a.npz, which are made already"),
+        ("--metrics fid --guide-scale inf", "--guide-scale inf: want a finite number"),
+        ("--metrics fid --guidance 2", "--guidance 2.0: not with a guide"),
+        ("--metrics psnr", " was trained without a condition; want one with"),
+    ],
+)
+def test_measurements_that_no_guide_fits(
+    options: str, words: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = str(trained / "checkpoints/00000020")
+    given = ["evaluate", str(trained), "--guide", early, "--out", str(tmp_path / "out"), *options.split()]
+    assert main(given) == 2
+    assert words.replace("EARLY", early).replace("RUN", str(trained)) in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

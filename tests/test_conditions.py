@@ -1,6 +1,8 @@
 """Conditions on an image: closed forms for Gaussian data, laws of masks, training, `ddpm sample --input`, measures."""
 
+import itertools
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +24,13 @@ from ddpm.cli import main
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files import data
+from ddpm.files.images import to_png
 from ddpm.files.opening import open_checkpoint
 from ddpm.gaussian import beta_tilde, q_sample
 from ddpm.run import conditioning, device, fidelity, inputs
 from ddpm.run.processes import Processes
-from ddpm.run.sample import generate
+from ddpm.run.sample import Sampling, generate
+from ddpm.run.train import _load
 from ddpm.unet import UNet
 
 SHORT = schedule.linear(50, 2e-3, 0.4)
@@ -494,6 +498,15 @@ def test_a_cascade_enlarges_the_images_of_another_model(run: Path, smaller: Path
     assert np.array_equal(np.load(out)["arr_0"], np.load(tmp_path / "b.npz")["arr_0"])
 
 
+def test_a_cascade_begins_with_a_model_without_a_condition(run: Path, smaller: Path) -> None:
+    """Its input would be that of the first model, for which --then has no option."""
+    small, large = open_checkpoint(smaller), open_checkpoint(run)
+    inputs.check_cascade(small, large, Sampling())
+    told = replace(small, preset=replace(small.preset, condition="mask:half"))
+    with pytest.raises(InputError, match="has condition mask:half itself; want a model without one"):
+        inputs.check_cascade(told, large, Sampling())
+
+
 def test_pairs_are_read_in_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The condition of an image is the image of the same name, mirrored with it; other names are refused."""
     rng = np.random.default_rng(0)
@@ -529,6 +542,112 @@ def test_pairs_are_read_in_step(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert train(tmp_path / "other", *options, "--pairs", str(tmp_path / "c")) == 2
     assert "1 is in the place of 0; want files of the same names" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+NAMES = ("photo", "negative")
+TWO = "--image-column photo --condition pairs --pair-column negative".split()
+
+
+@pytest.fixture(scope="module")
+def photos() -> dict[str, Any]:
+    """12 grey images and their negatives, uint8 [12, 8, 8]."""
+    array = np.random.default_rng(0).integers(0, 256, (12, 8, 8), np.uint8)
+    return dict(zip(NAMES, (array, 255 - array), strict=True))
+
+
+@pytest.fixture(scope="module")
+def columns(photos: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parquet file with a column of images, one of their negatives, and one of numbers."""
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    cells = {name: [{"bytes": to_png(x[..., None]), "path": None} for x in array] for name, array in photos.items()}
+    file = tmp_path_factory.mktemp("columns") / "a.parquet"
+    pq.write_table(pa.table({**cells, "number": list(range(12))}), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def sources(photos: dict[str, Any], columns: Path) -> dict[str, str | data.Given]:
+    """The same in every kind of source that has columns."""
+    datasets, folder = pytest.importorskip("datasets"), columns.parent
+    np.savez(folder / "a.npz", **photos)
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for i, name in itertools.product(range(12), NAMES):
+            Image.fromarray(photos[name][i]).save(file := folder / f"{i}.{name}.png")
+            tar.add(file, file.name)
+    rows = datasets.load_dataset("parquet", data_files=str(columns), cache_dir=str(folder / "cache"), split="train")
+    in_python = data.given(rows, options=data.Options("photo", pair_column="negative"))
+    return {"parquet": str(columns), "npz": f"{folder}/a.npz", "tar": f"{folder}/a.tar", "python": in_python}
+
+
+@pytest.mark.filterwarnings("ignore:.*files left out")
+@pytest.mark.parametrize("kind", ["parquet", "npz", "tar", "python"])
+def test_pairs_are_two_columns_of_one_dataset(kind: str, sources: dict[str, str | data.Given]) -> None:
+    """In training's batches and among the held-out images, the other image of each one is its negative."""
+    source, names = sources[kind], [f"{name}.png" if kind == "tar" else name for name in NAMES]
+    given = None if isinstance(source, str) else source
+    place = source if isinstance(source, str) else source.name
+    preset = preset_of("pairs", data=place, image_column=names[0], pair_column=names[1])
+    train_set, held_out = _load(preset, given, ALONE)
+    assert (len(train_set), len(held_out)) == (11, 1)
+    condition = conditioning.of_images(preset, held_out, [0], x0 := pixels.to_signal(held_out.batch([0])))
+    assert condition is not None
+    torch.testing.assert_close(condition[:, :1], -x0)
+    batch = next(data.batches(train_set, 0, 8, 3, 4))
+    assert torch.equal(batch[:, 1:], 255 - batch[:, :1])
+
+
+def test_a_model_of_two_columns_is_trained_measured_and_distilled(columns: Path, tmp_path: Path) -> None:
+    """With the columns of its data: distill names neither data nor columns."""
+    run = tmp_path / "run"
+    assert train(run, "--data", columns, "--size", "8", *TWO, "--predict", "v", "--steps", "2") == 0
+    words = [
+        "evaluate",
+        str(run),
+        "--levels-per-image",
+        "2",
+        "-n",
+        "2",
+        "--split",
+        "train",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert main(words) == 0
+    assert main([*words, "--data", str(columns)]) == 0
+    short = "--steps 2 --batch-size 4 --eval-images 4 --sample-every 0".split()
+    assert main(["distill", str(run), "--out", str(tmp_path / "two"), *short]) == 0
+    preset = open_checkpoint(tmp_path / "two").preset
+    assert (preset.image_column, preset.pair_column, preset.loss) == ("photo", "negative", "consistency")
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(picture)
+    assert main(["sample", str(tmp_path / "two"), "--input", str(picture), "--out", str(tmp_path / "b.png")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--pair-column sketch", "pair-column sketch: no such column; "),
+        ("--pair-column sketch", "a.parquet are photo, negative"),
+        ("--pair-column negativ", "did you mean negative?"),
+        ("--pair-column number", "--pair-column number: holds no images; "),
+        ("--pair-column photo", "--pair-column photo: is image_column, too; want another column"),
+        (
+            "--pair-column photo --condition mask:box",
+            "--pair-column photo: the condition is mask:box; want condition pairs",
+        ),
+        ("--pairs DATA", "columns photo, negative hold images; want one of them as pair_column"),
+        ("--pair-column negative --pairs FOLDER", "pair-column negative: FOLDER holds images only"),
+    ],
+)
+def test_a_wrong_column_of_pairs_is_one_line(
+    words: str, said: str, columns: Path, pictures: Path, tmp_path: Path, capsys: Any
+) -> None:
+    places = {"DATA": str(columns), "FOLDER": str(pictures / "small")}
+    given = [places.get(word, word) for word in words.split()]
+    assert train(tmp_path / "run", "--data", columns, "--size", "8", *TWO[:4], *given, "--steps", "2") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert said.replace("FOLDER", places["FOLDER"]) in error
+    assert not (tmp_path / "run").exists()
 
 
 # Measurements.
@@ -600,6 +719,7 @@ def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, caps
     ("settings", "words"),
     [
         ({"condition": "lowres"}, "condition lowres: want none, lowres:N, grey, mask:LAW"),
+        ({"condition": "gray", "channels": 3}, r"condition gray: did you mean grey\? want none, lowres:N"),
         ({"condition": "blur:2"}, "condition blur:2: want none, lowres:N"),
         ({"condition": "grey:2", "channels": 3}, "condition grey:2: want none, lowres:N"),
         (
@@ -609,8 +729,9 @@ def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, caps
         ({"condition": "lowres:x"}, "want a whole number of at least 2"),
         ({"condition": "grey"}, "condition grey: the images are grey already; want channels 3"),
         ({"condition": "mask:halves"}, "condition mask:halves: did you mean half"),
-        ({"condition": "pairs"}, "condition pairs, pairs '': want condition pairs and a SOURCE as pairs"),
-        ({"pairs": "x"}, "condition none, pairs 'x': want condition pairs and a SOURCE as pairs, or neither"),
+        ({"condition": "pairs"}, "condition pairs: has no other images; want a SOURCE as pairs, or a column"),
+        ({"pairs": "x"}, "pairs x: the condition is none; want condition pairs with it"),
+        ({"pair_column": "x"}, "pair_column x: the condition is none; want condition pairs with it"),
         ({"condition": "pairs", "pairs": "x", "skip_bad": True}, "condition pairs: not with skip_bad"),
         ({"condition": "lowres:2", "condition_dropout": 1.0}, "condition_dropout 1: want less than 1"),
         ({"condition_noise": 0.5}, "condition_noise 0.5: want 0 without a condition"),
@@ -649,6 +770,10 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
         ("export RUN --to onnx OUT.onnx", "which the ONNX file does not know"),
         ("export RUN --to web OUT", "which the web page does not know"),
         ("evaluate OTHER --metrics psnr", "metric psnr: "),
+        (
+            "evaluate RUN --metrics psnr --pairs SMALL",
+            "this model was not trained with condition pairs; want no --pairs",
+        ),
         ("evaluate RUN --metrics nll --guidance 2", "--guidance 2.0: not with --metrics nll"),
         ("evaluate RUN --metrics ssim", "its window has 11x11 pixels|scikit-image|skimage is not installed"),
     ],

@@ -15,6 +15,7 @@ from ddpm import losses
 from ddpm.cli import main
 from ddpm.files.models import MODELS
 from ddpm.files.opening import open_checkpoint
+from ddpm.run import forecast
 from ddpm.run.export import public
 from ddpm.run.init import distilled
 
@@ -46,6 +47,10 @@ def test_a_run_resumes_to_the_bit_without_the_model(guidance: int, tmp_path: Pat
     whole, halves = (tensors(tmp_path / name, 5) for name in ("whole", "halves"))
     assert whole.keys() == halves.keys()
     assert any(name.startswith("teacher/") for name in whole) == (guidance != 1)
+    size = sum(file.stat().st_size for file in (tmp_path / "whole/checkpoints/00000005").glob("*.safetensors"))
+    model = open_checkpoint(tmp_path / "whole")
+    assert isinstance(model.denoiser.network, torch.nn.Module)
+    assert forecast.checkpoint_bytes(model.preset, model.denoiser.network) == pytest.approx(size, rel=0.05)
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 

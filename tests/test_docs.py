@@ -31,7 +31,7 @@ SHORT = {
     "edit": "--t 40",
 }
 ONLY_PARSED = ("torchrun", "uoft-cs", "cifar10_fast --minutes", "--to hub", "--to web", "--to onnx", "fid", "ddpm page")
-ONLY_PARSED += ("ddpm average", "small.png", "hazy.png", "runs/smaller", "--then")
+ONLY_PARSED += ("ddpm average", "small.png", "hazy.png", "runs/smaller", "--then", "--pair-column")
 """A line with one of these does not end, or needs several processes, a download, an extra, a picture or long runs."""
 FIRST = ("README.md", "docs/howto/resume.md", "docs/howto/publish.md", "docs/howto/reproduce.md")
 """These pages make what the others use: the folders runs/mine and runs/digits, the model mine.safetensors, figures."""
@@ -71,6 +71,7 @@ def project(tmp_path_factory):
         patch.chdir(folder)
         pixels = ddpm.files.data.load("digits", (8, 8), 3).batch(range(40)).permute(0, 2, 3, 1).numpy()
         images.save_many("my-photos/", pixels, ["cat", *map(str, range(1, 40))])
+        images.save_many("sketches/", 255 - pixels, ["cat", *map(str, range(1, 40))])
         images.save_many("photos/cat/", pixels[:20], list(map(str, range(20))))
         images.save_many("photos/dog/", pixels[20:], list(map(str, range(20))))
         images.save_many("xrays/", pixels[..., :1].astype(np.uint16) * 257, list(map(str, range(40))))

@@ -12,7 +12,7 @@ from ddpm.cli import main
 
 TEXT = (Path(__file__).parents[1] / "docs" / "kinds.md").read_text()
 FEATURES = "def features(x):\n    return x.reshape(len(x), -1)[:, :8].astype('float64')\n"
-TRAINING = [*TINY, *"--steps 2 --eval-images 4 --channel-multipliers 1,1 --beta-T 0.7 --warmup 0".split()]
+TRAINING = [*TINY, *"--steps 2 --eval-images 4 --channel-multipliers 1,1 --beta-T 0.7 --predict v --warmup 0".split()]
 
 RESTORED = "--operator blur:1".split()
 
@@ -21,11 +21,12 @@ ARRAYS = {"16 bits": (1, "uint16"), "float": (1, "float32"), "13 channels": (13,
 
 
 def cells(title: str) -> list[tuple[str, str, str]]:
-    """(row, column, cell) of the table of that section."""
-    section = TEXT.split(f"## {title}")[1].split("## ")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\|.*\|$", section, re.M)]
-    head, _, *body = rows
-    return [(row[0], column, cell) for row in body for column, cell in zip(head[1:], row[1:], strict=True)]
+    """(row, column, cell) of the tables of that section."""
+    found, section = [], TEXT.split(f"## {title}")[1].split("## ")[0]
+    for table in re.findall(r"(?:^\|.*\|\n)+", section, re.M):
+        head, _, *body = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        found += [(row[0], column, cell) for row in body for column, cell in zip(head[1:], row[1:], strict=True)]
+    return found
 
 
 def picture(kind: str, rng: np.random.Generator) -> Image.Image:
@@ -55,9 +56,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, data, channels in (("grey", "grey", 1), ("RGB", "RGB", 3), ("RGBA", "transparent", 4)):
             assert main([*TRAINING, "--data", data, "--channels", str(channels), "--out", f"model {name}"]) == 0
         assert main([*TRAINING, "--classes", "--out", "model classes"]) == 0
-        assert main([*TRAINING, "--condition", "lowres:2", "--out", "model condition"]) == 0
-        two_calls = "--channels 3 --predict v --loss consistency --out".split()
-        assert main([*TRAINING, "--data", "RGB", *two_calls, "model consistency"]) == 0
+        assert main([*TRAINING, "--classes", "--condition", "lowres:2", "--out", "model condition"]) == 0
+        assert main([*TRAINING, "--classes", "--loss", "consistency", "--out", "model consistency"]) == 0
+        picture("grey", rng).resize((4, 4)).save("small.png")
+        Image.fromarray(np.tri(8, dtype=np.uint8) * 255).save("mask.png")
         for name, (channels, dtype) in ARRAYS.items():
             (folder / name).mkdir()
             for i in range(6):
@@ -109,10 +111,14 @@ def test_models(
     monkeypatch.chdir(here)
     model, out = f"model {kind}", str(tmp_path / "out")
     arrays = dict.fromkeys(ARRAYS, kind)
-    data = {"RGBA": "transparent", **dict.fromkeys(("grey", "classes", "condition"), "grey"), **arrays}.get(kind, "RGB")
-    image = f"{data}/0.npy" if kind in ARRAYS else f"{data}/0.png"
+    grey = dict.fromkeys(("grey", "classes", "condition", "consistency"), "grey")
+    data = {"RGBA": "transparent", **grey, **arrays}.get(kind, "RGB")
+    image, other = (f"{data}/{i}.{'npy' if kind in ARRAYS else 'png'}" for i in range(2))
+    sample = ["sample", model, "-n", "2", "--out", f"{out}.png", *["--input", "small.png"] * (kind == "condition")]
     words = {
-        "sample": ["sample", model, "-n", "2", "--out", f"{out}.png", *["--class", "3"] * (kind == "classes")],
+        "sample": [*sample, *["--class", "3"] * (kind == "classes")],
+        "sample --guidance": [*sample, "--class", "3", "--guidance", "2"],
+        "sample --guide": [*sample, "--guide", model],
         "evaluate": ["evaluate", model, "--data", data, "-n", "2", "--out", out],
         "evaluate --metrics fid": [
             *["evaluate", model, "--data", data, "--out", out],
@@ -122,7 +128,13 @@ def test_models(
             *["evaluate", model, "--data", data, "--out", out],
             *"-n 2 --metrics ode --ode-steps 4".split(),
         ],
+        "distill": [
+            *["distill", model, "--out", out, *["--data", data] * (kind == "diffusers folder")],
+            *"--steps 1 --batch-size 4 --eval-images 4 --sample-every 0 --ema-decay 0".split(),
+        ],
         "edit": ["edit", model, image, "--out", f"{out}.png"],
+        "interpolate": ["interpolate", model, image, other, "-n", "2", "--out", f"{out}.png"],
+        "inpaint": ["inpaint", model, image, "mask.png", "--resample", "2", "--out", f"{out}.png"],
         "restore": ["restore", model, image, *RESTORED, "--out", f"{out}.png"],
         "compress": [
             *["compress", model, "grey/0.png" if data == "grey" else "RGB/0.png"],

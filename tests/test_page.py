@@ -1,5 +1,6 @@
 """The page's server: it answers its own page, makes one model call at a time, and hostile requests gain nothing."""
 
+import base64
 import contextlib
 import http.client
 import io
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from browser import need_page, served
+from conftest import train
 from PIL import Image
 
 from ddpm.cli import main
@@ -146,6 +148,32 @@ def test_a_wrong_setting_is_one_line(page, settings, line):
     assert last["kind"] == "error"
     assert last["line"].startswith(line)
     assert "\n" not in last["line"]
+
+
+def test_other_kinds_of_models_work_or_say_why_not(tmp_path):
+    """A consistency model has its own sampler in both tabs. A model with a condition is refused in one line."""
+    two, told = str(tmp_path / "two"), str(tmp_path / "told")
+    assert train(two, "--steps", 1, "--predict", "v", "--loss", "consistency") == 0
+    assert train(told, "--steps", 1, "--condition", "lowres:2") == 0
+    with served(tmp_path / "none", two, told) as address:
+        about = start(address, model=two, sampler=None, steps=None)[0]
+        assert "--sampler consistency" in about["command"]
+        assert about["calls"] == 2
+        status, _, body = ask(address, "/api/pictures", png(8, 8), **BYTES)
+        assert status == 200
+        mask = base64.b64encode(np.packbits(np.ones(64, np.uint8))).decode()
+        sent = {"picture": json.loads(body)["id"], "other": json.loads(body)["id"], "t": 10, "n": 2, "mask": mask}
+        line = "was trained with condition lowres:2, which the page does not know; want one without"
+        for verb in ("inpaint", "redraw", "interpolate"):
+            done = events(ask(address, f"/api/edit/{verb}", {"model": two, "resample": 2, **sent}, **JSON)[2])
+            (about,) = (event for event in done if event["kind"] == "about")  # the last job may still be leaving
+            assert "--sampler consistency" in about["command"]
+            assert len(done[-1]["pictures"]) == 2
+            error = events(ask(address, f"/api/edit/{verb}", {"model": told, **sent}, **JSON)[2])[-1]
+            assert error["line"].endswith(line)
+        assert start(address, model=told)[-1]["line"].endswith(line)
+        status, _, body = ask(address, f"/api/sample/choices?model={told}")
+        assert (status, json.loads(body)["line"].endswith(line)) == (400, True)
 
 
 def test_pictures_come_back_as_they_were(page):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from browser import browsing, need_browser, open_page, served
+from conftest import train
 from PIL import Image
 
 from ddpm import codec
@@ -229,6 +230,30 @@ def test_cancel_ends_an_edit_of_a_sample(visit, address):
     section.get_by_role("button", name="Redraw").click()
     status_line(section, "Done.")
     assert section.locator(".made li").count() == 4
+
+
+def test_a_consistency_model_offers_its_own_sampler(browser, tmp_path):
+    """Also for the sample that is edited. Another model brings the settings of the way back."""
+    two, told = str(tmp_path / "two"), str(tmp_path / "told")
+    assert train(two, "--steps", 1, "--predict", "v", "--loss", "consistency") == 0
+    assert train(told, "--steps", 1, "--condition", "lowres:2") == 0
+    with served(tmp_path / "none", told, two) as address:
+        page = open_page(browser, address, "edit", viewport={"width": 1280, "height": 1600})
+        section, sampler = page.locator("#panel-edit"), page.locator("#panel-edit").get_by_label("Sampler")
+        refused = page.locator("#error", has_text="condition lowres:2, which the page does not know; want one without")
+        refused.wait_for()  # it is the first model
+        section.get_by_label("Model").select_option(two)
+        section.get_by_label("Redraw all").check()
+        section.get_by_role("button", name="Take a sample").first.click()
+        section.locator(".slot img").first.wait_for()
+        assert sampler.input_value() == "consistency"
+        assert section.get_by_label("Steps").input_value() == "2"
+        section.get_by_role("button", name="Redraw").click()
+        assert len(made(page, section, address)) == 4
+        section.get_by_label("Model").select_option("digits")
+        section.locator("option", has_text="ddim").wait_for(state="attached")
+        assert (sampler.input_value(), section.get_by_label("Steps").input_value()) == ("ddim", "50")
+        page.close()
 
 
 def test_a_dropped_text_file_is_one_line(visit):

@@ -343,6 +343,21 @@ def test_row_groups_are_read_in_order_by_their_ranges(tmp_path, serve, shards, r
         stream(url, label_column="half")
 
 
+def test_two_columns_of_one_file_are_kept_apart(serve, shards):
+    """What is kept of a row group is that of its column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"photo": PIXELS[:4], "negative": 255 - PIXELS[:4]}
+    cells = {k: [{"bytes": pictures.to_png(x), "path": None} for x in images] for k, images in columns.items()}
+    pq.write_table(pa.table(cells), shards / "two.parquet")
+    url = f"{serve().url}/two.parquet"
+    for name, images in columns.items():
+        found = load_pair(url, (8, 8), 3, image_column=name)
+        seen = {bytes(image.numpy()) for part in found for image in part.batch(range(len(part)))}
+        assert seen == {bytes(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in images}
+
+
 def test_a_damaged_parquet_file_at_a_url_is_named(serve, shards):
     (shards / "a.parquet").write_bytes(b"PAR1" + bytes(3000))
     server = serve()

@@ -212,4 +212,6 @@ def test_a_mistake_is_one_line(words: str, here: Path, capsys: pytest.CaptureFix
 
 def test_a_picture_larger_than_the_model_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["restore", "digits", "wide.png", "--operator", "blur:1", "--out", "x.png"]) == 2
-    assert "wide.png: 8x16 (height x width); want 8x8, which blur:1 makes of the model's 8x8" in capsys.readouterr().err
+    size = "wide.png: 8x16 (height x width); want 8x8, which blur:1 makes of the model's 8x8"
+    assert f"{size}; cut a larger picture into parts of this size" in capsys.readouterr().err
+    assert not (here / "x.png").exists()

@@ -66,7 +66,7 @@ CONDITIONS = {
     "lowres": Kind(lowres, argument="N", meaning="the image with sides N times smaller, to be enlarged"),
     "grey": Kind(grey, channels=1, meaning="the image without its colours"),
     "mask": Kind(whole, argument="LAW", meaning="a part of the image"),
-    "pairs": Kind(whole, meaning="another image of the same name, from the SOURCE of the setting pairs"),
+    "pairs": Kind(whole, meaning="another image, from the SOURCE of pairs or the column pair_column"),
 }
 
 

@@ -122,7 +122,13 @@ class Preset:
         0.99,
     )
     pairs: str = _data(
-        "", "source of the other images of condition pairs, with the names and the order of the data", value="SOURCE"
+        "",
+        "source of the other images of condition pairs, with the names and the order of the data (default: the data, "
+        "with pair_column)",
+        value="SOURCE",
+    )
+    pair_column: str = _data(
+        "", "column that holds the other images of condition pairs (default: the only one of pairs)", value="NAME"
     )
     skip_bad: bool = _data(False, "skip images that cannot be read, and count them", resume=True)
     allow_paths: bool = _data(False, "let a dataset name image files outside its own folder", resume=True)
@@ -323,7 +329,8 @@ class Preset:
         kind, _, argument = self.condition.partition(":")
         kinds, name, (height, width) = catalog.conditions(), f"condition {self.condition}", self.size
         if kind not in ("none", *kinds) or bool(argument) != (kind in kinds and "argument" in kinds[kind].settings):
-            raise InputError(f"{name}: want {catalog.accepted_conditions()}")
+            hint = "" if kind in kinds else suggestion(kind, kinds)
+            raise InputError(f"{name}: {hint}want {catalog.accepted_conditions()}")
         if kind == "mask" and argument not in catalog.masks():
             raise InputError(f"{name}: {suggestion(argument, catalog.masks())}want {', '.join(catalog.masks())}")
         if kind == "lowres" and (
@@ -332,8 +339,13 @@ class Preset:
             raise InputError(f"{name}: want a whole number of at least 2 that divides both sides of {height}x{width}")
         if kind == "grey" and self.channels == 1:
             raise InputError(f"{name}: the images are grey already; want channels 3, or another condition")
-        if (kind == "pairs") != bool(self.pairs):
-            raise InputError(f"{name}, pairs {self.pairs!r}: want condition pairs and a SOURCE as pairs, or neither")
+        if kind == "pairs" and not (self.pairs or self.pair_column):
+            raise InputError(f"{name}: has no other images; want a SOURCE as pairs, or a column of data as pair_column")
+        for what in ("pairs", "pair_column"):
+            if kind != "pairs" and (given := getattr(self, what)):
+                raise InputError(f"{what} {given}: the condition is {self.condition}; want condition pairs with it")
+        if self.pair_column and not self.pairs and self.pair_column == self.image_column:
+            raise InputError(f"pair_column {self.pair_column}: is image_column, too; want another column")
         if kind == "pairs" and self.skip_bad:
             raise InputError(f"{name}: not with skip_bad, since another image would take the place of a bad one")
         if self.condition_dropout == 1 or (kind == "none" and self.condition_dropout):

@@ -11,6 +11,7 @@ from ddpm.presets import GROUPS, Preset
 OPTIONS = (
     "steps", "batch_size", "accumulate", "lr", "warmup", "cooldown", "ema_decay", "dropout", "gap_steps", "guidance",
     "seed", "device", "workers", "save_every", "keep_steps", "sample_every", "eval_images",
+    "image_column", "label_column", "pairs", "pair_column",
 )  # fmt: skip
 """The settings that it has as options. All others are those of the model, and of `init.distilled`."""
 
@@ -24,13 +25,14 @@ def add(commands: Commands) -> None:
         "ddpm distill digits --out runs/two-calls --steps 2000",
     )  # fmt: skip
     parser.add_argument("run", metavar="MODEL", help=MODEL)
-    group = parser.add_argument_group("start", "where the new run lies, and what it trains on")
+    group = parser.add_argument_group("start", "where the new run lies")
     group.add_argument("--out", required=True, metavar="RUN", help="folder of the new run")
-    data = f"images to train on: {SOURCE} (default: the data of the model)"
-    group.add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=data)
+    source = f"images to train on: {SOURCE} (default: the data of the model)"
     for name, about in GROUPS.items():
         if used := [f for f in fields(Preset) if f.name in OPTIONS and f.metadata["group"] == name]:
             group = parser.add_argument_group(name, about)
+            if name == "data":
+                group.add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=source)
             for f in used:
                 add_setting(group, f)
     add_general(parser)

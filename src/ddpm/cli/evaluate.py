@@ -15,13 +15,14 @@ from ddpm.cli.options import (
     add_clip,
     add_data,
     add_features,
+    add_guide,
     add_model,
     add_sampler,
     check_numbers,
     check_sampler,
     command,
-    conditions,
     feature_network,
+    guided,
     importing,
     loader,
     number,
@@ -68,7 +69,8 @@ def add(commands: Commands) -> None:
     )
     features.add_argument("--reference", metavar="FILE", help=reference)
     add_classes(parser)
-    add_clip(add_sampler(parser))
+    add_clip(sampler := add_sampler(parser))
+    add_guide(sampler)
     add_model(parser)
 
 
@@ -84,11 +86,10 @@ def run(args: argparse.Namespace) -> int:
         from ddpm.run.processes import processes
 
     with processes(args.device, float64=True) as ranks:
-        model, asked = open_model(args, ranks.device, conditional=True), conditions(args)
+        model, asked = open_model(args, ranks.device, conditional=True), guided(args, ranks.device)
         check_sampler(args, model.preset, model.denoiser.schedule.T)
         asked = asked.resolved(model)
-        if args.guidance is not None and not args.classes and (known := [m for m in args.metrics if m in LIKELIHOODS]):
-            raise InputError(f"--guidance {args.guidance}: not with --metrics {known[0]}, which is without guidance")
+        _check_likelihoods(args)
         denoiser, labels = asked.apply(model, sampling=bool(quality) and args.samples is None)
         model = replace(model, denoiser=denoiser)
         progress = ranks.first and not args.json
@@ -116,6 +117,8 @@ def _check_quality(args: argparse.Namespace, quality: list[str]) -> None:
     names = ", ".join(catalog.quality_metrics())
     if args.classes and (args.samples is not None or not quality):
         raise InputError(f"--class {args.classes[0]}: needs one of --metrics {names}, without --samples")
+    if args.guide is not None and args.samples is not None:
+        raise InputError(f"--guide {args.guide}: not with --samples {args.samples}, which are made already")
     for name in ("samples", "features", "inception", "reference"):
         if not quality and getattr(args, name) is not None:
             raise InputError(f"--{name} {getattr(args, name)}: needs one of --metrics {names}")
@@ -125,6 +128,14 @@ def _check_quality(args: argparse.Namespace, quality: list[str]) -> None:
         raise InputError(
             f"--features {args.features}: holds features of real images; want those of samples as --samples FILE.npz"
         )
+
+
+def _check_likelihoods(args: argparse.Namespace) -> None:
+    """Raise InputError for guidance in a measurement of bits/dim. Guidance towards a class has no effect there."""
+    known = [metric for metric in args.metrics if metric in LIKELIHOODS]
+    for name in ("guidance", "guide"):
+        if known and (given := getattr(args, name)) is not None and not (name == "guidance" and args.classes):
+            raise InputError(f"--{name} {given}: not with --metrics {known[0]}, which is without guidance")
 
 
 def _features_are_a_file(args: argparse.Namespace) -> bool:

@@ -269,6 +269,13 @@ def add_classes(parser: Parser) -> None:
     group.add_argument("--guidance-interval", type=interval, metavar="FIRST,LAST", help=levels)
 
 
+def add_guide(group: Any) -> None:
+    guide = "steer away from this weaker MODEL, such as an earlier checkpoint of the run (autoguidance)"
+    group.add_argument("--guide", metavar="MODEL", help=guide)
+    scale = "guidance scale of --guide; 1 is without guidance (default: 1.5)"
+    group.add_argument("--guide-scale", **number(float, None), help=scale)
+
+
 def add_data(parser: Parser) -> None:
     """What `evaluate` and `paper` measure."""
     group = parser.add_argument_group("data", "the images and samples that are measured")
@@ -381,6 +388,21 @@ def conditions(args: argparse.Namespace) -> "Conditions":
     return Conditions(tuple(args.classes), args.guidance, args.guidance_interval, args.clip)
 
 
+def guided(args: argparse.Namespace, device: "torch.device") -> "Conditions":
+    """`conditions`, with --guide and --guide-scale."""
+    asked = conditions(args)
+    if args.guide is None:
+        if args.guide_scale is not None:
+            raise InputError(f"--guide-scale {args.guide_scale}: needs --guide MODEL")
+        return asked
+    from ddpm.run.processes import open_for_device
+
+    scale = check("--guide-scale", asked.guide_scale if args.guide_scale is None else args.guide_scale, float)
+    guide = open_for_device(args.guide, device, args.weights, "last", None)
+    guide = replace(guide, denoiser=guide.denoiser.to(device))
+    return replace(asked, guide=guide, guide_scale=scale)
+
+
 def check_sampler(args: argparse.Namespace, preset: Preset, T: int) -> None:
     """Raise InputError for a --sampler, --spacing or --steps that a model of T noise levels does not have.
 
@@ -402,17 +424,22 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
 
     if not (args.data or preset.data):
         raise InputError("--data: this model names no data set; want --data SOURCE")
+    pairs = getattr(args, "pairs", None)
+    if pairs is not None and preset.condition != "pairs":
+        raise InputError(f"--pairs {pairs}: this model was not trained with condition pairs; want no --pairs")
+    if pairs is None and args.data and preset.pairs:
+        raise InputError(f"--data {args.data}: this model takes pairs; want --pairs SOURCE, too")
 
     @functools.cache
     def load(split: str) -> data.Images:
-        settings = {"split": split, "progress": progress, "as_trained": True, **data.settings_of(preset)}
-        images = data.load(args.data or preset.data, preset.size, preset.channels, **settings)
-        if not preset.pairs:
+        how: dict[str, Any] = {"split": split, "progress": progress, "as_trained": True}
+        source = args.data or preset.data
+        images = data.load(source, preset.size, preset.channels, **how, **data.settings_of(preset))
+        if preset.condition != "pairs":
             return images
-        if (pairs := getattr(args, "pairs", None)) is None and args.data:
-            raise InputError(f"--data {args.data}: this model takes pairs; want --pairs SOURCE, too")
-        settings |= {"image_column": None, "label_column": None, "values": images.values}
-        return data.paired(images, data.load(pairs or preset.pairs, preset.size, preset.channels, **settings))
+        with data.settings_of_pairs(preset, images) as settings:
+            others = data.load(pairs or preset.pairs or source, preset.size, preset.channels, **how, **settings)
+        return data.paired(images, others, (preset.image_column, preset.pair_column))
 
     return load
 

@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ddpm.cli.options import (
     MODEL,
@@ -14,13 +13,14 @@ from ddpm.cli.options import (
     Commands,
     add_classes,
     add_clip,
+    add_guide,
     add_model,
     add_sampler,
     add_show,
     check_numbers,
     check_sampler,
     command,
-    conditions,
+    guided,
     importing,
     number,
     open_model,
@@ -28,11 +28,6 @@ from ddpm.cli.options import (
 )
 from ddpm.errors import InputError
 from ddpm.presets import check
-
-if TYPE_CHECKING:
-    import torch
-
-    from ddpm.run.sample import Conditions
 
 
 def add(commands: Commands) -> None:
@@ -71,25 +66,8 @@ def add(commands: Commands) -> None:
     sigma_hat = "use ddim with eta 1 and the larger noise sigma^ of the DDIM paper's Table 1"
     sampler.add_argument("--sigma-hat", action="store_true", help=sigma_hat)
     add_clip(sampler)
-    guide = "steer away from this weaker MODEL, such as an earlier checkpoint of the run (autoguidance)"
-    sampler.add_argument("--guide", metavar="MODEL", help=guide)
-    scale = "guidance scale of --guide; 1 is without guidance (default: 1.5)"
-    sampler.add_argument("--guide-scale", **number(float, None), help=scale)
+    add_guide(sampler)
     add_model(parser)
-
-
-def _guided(args: argparse.Namespace, asked: "Conditions", device: "torch.device") -> "Conditions":
-    """The conditions with --guide and --guide-scale."""
-    if args.guide is None:
-        if args.guide_scale is not None:
-            raise InputError(f"--guide-scale {args.guide_scale}: needs --guide MODEL")
-        return asked
-    from ddpm.run.processes import open_for_device
-
-    scale = check("--guide-scale", asked.guide_scale if args.guide_scale is None else args.guide_scale, float)
-    guide = open_for_device(args.guide, device, args.weights, "last", None)
-    guide = replace(guide, denoiser=guide.denoiser.to(device))
-    return replace(asked, guide=guide, guide_scale=scale)
 
 
 def _is_folder(out: str) -> bool:
@@ -129,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--mask {args.mask}: needs --input FILE")
     each = args.n if args.n is not None else 1 if args.input is not None else 64
     with processes(args.device) as ranks:
-        model, asked = open_model(args, ranks.device, conditional=True), _guided(args, conditions(args), ranks.device)
+        model, asked = open_model(args, ranks.device, conditional=True), guided(args, ranks.device)
         inputs = None if args.input is None else read_inputs(model, args.input, each, args.mask)
         n = each * (1 if inputs is None else len(inputs.conditions))
         shown = with_view(args, model.preset)

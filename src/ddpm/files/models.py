@@ -116,7 +116,8 @@ class Checkpoint:
 def without_condition(checkpoint: Checkpoint, what: str) -> Checkpoint:
     """The model itself. Raises InputError if it has a condition on an image, which `what` does not know."""
     if (condition := checkpoint.preset.condition) != "none":
-        raise InputError(f"{checkpoint.path}: was trained with condition {condition}, which {what} does not know")
+        trained = f"was trained with condition {condition}, which {what} does not know"
+        raise InputError(f"{checkpoint.path}: {trained}; want one without")
     return checkpoint
 
 

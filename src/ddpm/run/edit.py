@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddpm import editing, kernels, pixels
 from ddpm.errors import InputError
-from ddpm.files import data, images
+from ddpm.files import arrays, data, images
 from ddpm.files.models import Checkpoint
 from ddpm.noise import Noise, mix, per_image
 from ddpm.pixels import Values
@@ -288,7 +288,13 @@ def name_of(image: Source) -> str:
 
 def mask_of(mask: Source, image: Source, preset: Preset) -> Tensor:
     """`read_mask` of a mask for this image."""
-    return read_mask(mask, images.read(image, name_of(image)).size[::-1], "the image's", preset)
+    form, name = data.form_of(preset), name_of(image)
+    if form.is_picture:
+        size = images.read(image, name).size[::-1]
+    else:
+        height, width = arrays.read(image if isinstance(image, bytes) else Path(image), name, form.pages).shape[:2]
+        size = height, width
+    return read_mask(mask, size, "the image's", preset)
 
 
 def read_mask(mask: Source, size: tuple[int, int], whose: str, preset: Preset) -> Tensor:

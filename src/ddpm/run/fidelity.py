@@ -12,9 +12,17 @@ from ddpm import conditions, noise, pixels
 from ddpm.errors import InputError, not_installed
 from ddpm.files import data
 from ddpm.files.models import Checkpoint
-from ddpm.guidance import Guided
 from ddpm.run import conditioning
-from ddpm.run.parts import as_signal, compute_parts, labels_of, model_key, parts_folder, read_parts, subset
+from ddpm.run.parts import (
+    as_signal,
+    compute_parts,
+    guidance_key,
+    labels_of,
+    model_key,
+    parts_folder,
+    read_parts,
+    subset,
+)
 from ddpm.run.processes import Processes
 from ddpm.run.sample import generate, sampler_levels
 
@@ -98,9 +106,7 @@ def fidelity(
         FIDELITY[name].function(torch.zeros(1, *preset.shape), torch.ones(1, *preset.shape), 1.0)
     levels = sampler_levels(checkpoint, sampler) if levels is None else levels
     indices, values = subset(images, count), images.values
-    network = denoiser.network
-    guidance = [network.scale, network.first, network.last] if isinstance(network, Guided) else []
-    key = [*model_key(checkpoint), images.fingerprint, seed, sampler, [*levels], guidance, [*names]]
+    key = [*model_key(checkpoint), images.fingerprint, seed, sampler, [*levels], guidance_key(denoiser), [*names]]
 
     def measure(part: slice) -> dict[str, Tensor]:
         batch = indices[part]

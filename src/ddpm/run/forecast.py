@@ -22,10 +22,10 @@ def snapshot_bytes(network: nn.Module) -> int:
 
 
 def checkpoint_bytes(preset: Preset, network: nn.Module) -> int:
-    """The size of a checkpoint: weights, their average, and the optimizer's moments, all in float32; with snapshots
-    also the averages that these hold."""
-    kept = optimizers.moments(network, preset.optimizer)
-    own = 4 * sum(p.numel() * (2 + len(kept[name])) for name, p in network.named_parameters())
+    """The size of a checkpoint: weights, their average, and the optimizer's moments, all in float32; also the averages
+    that snapshots hold, and the weights of the teacher whose guidance is built in."""
+    kept, others = optimizers.moments(network, preset.optimizer), 2 + (preset.guidance != 1)
+    own = 4 * sum(p.numel() * (others + len(kept[name])) for name, p in network.named_parameters())
     return own + (snapshot_bytes(network) if preset.snapshot_every else 0)
 
 

@@ -32,6 +32,10 @@ _FREE |= {"attention_resolutions"}
 _BOUND = [f.name for f in fields(Preset) if f.metadata["group"] in ("network", "diffusion") and f.name not in _FREE]
 
 
+_OF_DATA = ("image_column", "label_column", "pair_column", "pairs")
+"""Settings that belong to the data of the model: other data has others."""
+
+
 def inherit(name: str, base: Preset | None, settings: Mapping[str, Any]) -> Preset:
     """The settings of a run that begins with the model `name`.
 
@@ -44,9 +48,11 @@ def inherit(name: str, base: Preset | None, settings: Mapping[str, Any]) -> Pres
     """
     model = open_checkpoint(name).preset
     if base is None:
-        local = ("image_column", "label_column", "skip_bad", "allow_paths", "precision", "device", "compile", "workers")
+        local = ("skip_bad", "allow_paths", "precision", "device", "compile", "workers")
         defaults: dict[str, Any] = {f.name: f.default for f in fields(Preset) if f.name in local}
         base = replace(model, class_names=(), **defaults)
+        if "data" in settings:
+            settings = {**dict.fromkeys(_OF_DATA, ""), **settings}
     taken = {each: getattr(model, each) for each in (*_BOUND, *_FREE)}
     taken["attention_resolutions"] = _attention(model, settings.get("size", base.size))
     taken["lr"] = base.lr * LR_SHARE
@@ -112,7 +118,7 @@ def distilled(name: str, settings: Mapping[str, Any]) -> Preset:
     >>> run.loss, run.init, run.last_sigma, run.gap_steps, run.lr
     ('consistency', 'digits', 80.0, 100, 0.0004)
     """
-    model = inherit(name, None, {})
+    model = inherit(name, None, {each: settings[each] for each in ("data", *_OF_DATA) if each in settings})
     ours = {
         "loss": "consistency", "last_sigma": 80.0, "timestep_sampling": "lognormal_wide", "weighting": "none",
         "noise_assignment": "independent", "lr": DISTILL_LR * model.lr, "guidance": 1.0,

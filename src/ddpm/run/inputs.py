@@ -56,6 +56,10 @@ def check_cascade(small: Checkpoint, large: Checkpoint, sampling: Sampling) -> N
     preset, name = large.preset, f"then {large.path}"
     if not preset.condition.startswith("lowres"):
         raise InputError(f"{name}: has condition {preset.condition}; want a model with condition lowres:N")
+    if small.preset.condition != "none":
+        raise InputError(
+            f"{name}: {small.path} has condition {small.preset.condition} itself; want a model without one"
+        )
     wanted = (preset.channels, *small_size(preset)), preset.pixel_type
     if (small.preset.shape, small.preset.pixel_type) != wanted:
         shown = f"{small.preset.kind} images of {'x'.join(map(str, small.preset.size))}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm import noise, pixels
 from ddpm.denoiser import Denoiser
@@ -18,6 +18,7 @@ from ddpm.errors import InputError
 from ddpm.files import data, tensors
 from ddpm.files import images as pictures
 from ddpm.files.models import Checkpoint
+from ddpm.guidance import Guided
 from ddpm.presets import to_json
 from ddpm.run.processes import Processes
 from ddpm.run.progress import Progress
@@ -195,6 +196,16 @@ def model_key(checkpoint: Checkpoint) -> list[Any]:
     condition = [] if checkpoint.preset.condition == "none" else [checkpoint.preset.condition]
     key = [checkpoint.identity, *condition, precision, denoiser.predict, denoiser.clip, variance_key(denoiser), levels]
     return [*key, details] if details else key
+
+
+def guidance_key(denoiser: Denoiser) -> list[Any]:
+    """The guidance of a denoiser as JSON values: scale, interval, and the weights of a guide; [] without guidance."""
+    network = denoiser.network
+    if not isinstance(network, Guided):
+        return []
+    guide = network.guide
+    weights = [tensors.identity(guide.state_dict())] if isinstance(guide, nn.Module) else []
+    return [network.scale, network.first, network.last, *weights]
 
 
 def variance_key(denoiser: Denoiser) -> Any:

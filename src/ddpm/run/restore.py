@@ -257,11 +257,9 @@ def _measured(source: Source, shape: Sequence[int], operator: str, preset: Prese
     picture = images.read(file, name) if form.is_picture else None
     have = picture.size[::-1] if picture else arrays.read(file, name, form.pages, notes).shape[:2]
     if tuple(have) != form.size:
-        ours = f"{preset.size[0]}x{preset.size[1]}"
-        raise InputError(
-            f"{name}: {have[0]}x{have[1]} (height x width); want {height}x{width}, which {operator} makes of the "
-            f"model's {ours}"
-        )
+        wanted = f"want {height}x{width}, which {operator} makes of the model's {preset.size[0]}x{preset.size[1]}"
+        parts = "; cut a larger picture into parts of this size" if have[0] > height or have[1] > width else ""
+        raise InputError(f"{name}: {have[0]}x{have[1]} (height x width); {wanted}{parts}")
     array = images.fit(picture, form.size, channels, name, notes) if picture else form.array(file, name, notes)
     for what in notes:
         warnings.warn(f"{name}: {what}", stacklevel=4)

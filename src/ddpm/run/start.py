@@ -103,14 +103,15 @@ def train(
         check("minutes", minutes, float, 0.1)
         if "steps" in settings:
             raise InputError("minutes, steps: want one of the two")
-    if isinstance(data, (str, Path)):
-        settings["data"] = str(data)
+    if data is not None:
+        settings["data"] = str(data) if isinstance(data, (str, Path)) else ""  # objects get their name below
     if isinstance(settings.get("init"), Run):
         settings["init"] = settings["init"].folder
     chosen, folder = settle(preset, out, converted(settings))
     images = None
     if data is not None and not isinstance(data, (str, Path)):
-        options = sources.Options(chosen.image_column or None, chosen.label_column or None)
+        of_pairs = None if chosen.pairs else chosen.pair_column or None
+        options = sources.Options(chosen.image_column or None, chosen.label_column or None, pair_column=of_pairs)
         images = sources.given(data, chosen.classes, options)
         chosen = replace(chosen, data=images.name)
         if os.environ.get("RANK", "0") == "0":  # under torchrun the first process prints for all

@@ -247,13 +247,15 @@ def train(
 
 def _load(preset: Preset, images: data.Given | None, ranks: Processes) -> tuple[data.Images, data.Images]:
     """The images to train on and the held-out images, both with their pairs if the condition is `pairs`."""
-    settings = {"verify": preset.verify, "progress": ranks.first, **data.settings_of(preset)}
-    sets = data.load_pair(images or preset.data, preset.size, preset.channels, **settings)
-    if not preset.pairs:
+    how: dict[str, Any] = {"verify": preset.verify, "progress": ranks.first}
+    sets = data.load_pair(images or preset.data, preset.size, preset.channels, **how, **data.settings_of(preset))
+    if preset.condition != "pairs":
         return sets
-    settings |= {"image_column": None, "label_column": None, "values": sets[0].values}
-    others = data.load_pair(preset.pairs, preset.size, preset.channels, **settings)
-    return data.paired(sets[0], others[0]), data.paired(sets[1], others[1])
+    source = preset.pairs or (images and images.pairs) or preset.data
+    with data.settings_of_pairs(preset, sets[0]) as settings:
+        others = data.load_pair(source, preset.size, preset.channels, **how, **settings)
+    columns = preset.image_column, preset.pair_column
+    return data.paired(sets[0], others[0], columns), data.paired(sets[1], others[1], columns)
 
 
 # -- what training changes ---------------------------------------------------------------------------------------------

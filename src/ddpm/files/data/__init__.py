@@ -10,7 +10,18 @@ classes in the names of files. `ordering` says which images a step takes.
 from ddpm.files.data.batches import STOP_SIGNALS, batches, send
 from ddpm.files.data.decoding import Form, decoded
 from ddpm.files.data.listing import EncodedImages, Options, holds_image, is_hidden, is_image, natural, walk
-from ddpm.files.data.loading import Images, describe, form_of, load, load_pair, paired, settings_of, split_holdout, take
+from ddpm.files.data.loading import (
+    Images,
+    describe,
+    form_of,
+    load,
+    load_pair,
+    paired,
+    settings_of,
+    settings_of_pairs,
+    split_holdout,
+    take,
+)
 from ddpm.files.data.objects import Given, given
 from ddpm.files.data.ordering import Shards, order
 from ddpm.files.data.sources import Arrays, Folder, Zip
@@ -41,6 +52,7 @@ __all__ = [
     "paired",
     "send",
     "settings_of",
+    "settings_of_pairs",
     "split_holdout",
     "take",
     "walk",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, suggestion
 from ddpm.files import images as pictures
 from ddpm.files.data.blobs import facts_of
 from ddpm.files.data.listing import ACCEPTED, LABELS, Contents, Encoded, Listing, Options, number_values, walk
@@ -229,17 +229,19 @@ def image_column(source: str, features: Any, named: str | None) -> str:
         return isinstance(feature, datasets.Image)
 
     kinds = (is_image, holds_files, holds_bytes)
-    if named is not None:
-        _check_column(source, "image_column", named, features)
-        if any(kind(features[named]) for kind in kinds):
+    found = [[name for name, feature in features.items() if kind(feature)] for kind in kinds]
+    known: list[str] = [name for names in found for name in names]
+    if named is not None and known:
+        if named in known:
             return named
-        raise InputError(f"image_column {named}: holds no images, the columns of {source} are {', '.join(features)}")
-    for kind in kinds:
-        names: list[str] = [name for name, feature in features.items() if kind(feature)]
-        if len(names) == 1:
-            return names[0]
-        if names:
-            raise InputError(f"{source}: columns {', '.join(names)} hold images; want one of them as image_column")
+        what = "holds no images" if named in features else "no such column"
+        images = f"the columns of images in {source} are {', '.join(known)}"
+        raise InputError(f"image_column {named}: {what}; {suggestion(named, known)}{images}")
+    names: list[str] = next(filter(None, found), [])
+    if len(names) == 1:
+        return names[0]
+    if names:
+        raise InputError(f"{source}: columns {', '.join(names)} hold images; want one of them as image_column")
     raise InputError(f"{source}: no column of images among {', '.join(features)}")
 
 
@@ -254,7 +256,8 @@ def label_column(source: str, features: Any, named: str | None) -> str | None:
     usable = [name for name, feature in features.items() if getattr(feature, "dtype", None) in discrete]
     classes = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
     if named is not None:
-        _check_column(source, "label_column", named, features)
+        if named not in features:
+            raise InputError(f"label_column {named}: no such column, {source} has {', '.join(features)}")
         if named not in usable:
             raise InputError(f"label_column {named}: holds no labels; columns of {source} that do: {', '.join(usable)}")
         return named
@@ -294,8 +297,3 @@ def _numbered(cells: Any, number: Mapping[str | int, int]) -> NDArray[np.int64]:
     numbers = np.array([number[value] for value in codes.dictionary.to_pylist()], np.int64)
     found: NDArray[np.int64] = numbers[np.asarray(codes.indices)]
     return found
-
-
-def _check_column(source: str, setting: str, named: str, features: Any) -> None:
-    if named not in features:
-        raise InputError(f"{setting} {named}: no such column, {source} has {', '.join(features)}")

@@ -45,6 +45,7 @@ class Options:
     """How a source is to be read.
 
     image_column, label_column  names of columns; None for one that is to be found
+    pair_column                 the column of the other images of condition pairs; None if there is none
     allow_paths                 whether a row may name an image file outside the source's folder
     progress                    whether to show a bar
     pages                       what is taken of a TIFF file of several pages: first, channels or images
@@ -59,11 +60,12 @@ class Options:
     pages: str = "first"
     fresh: bool = False
     cache_bytes: int = 4 * 2**30
+    pair_column: str | None = None
 
     def refuse_columns(self, source: str) -> None:
         """Raise InputError if a column is named, for a source that has none."""
-        for option, column in (("image_column", self.image_column), ("label_column", self.label_column)):
-            if column is not None:
+        for option in ("image_column", "label_column", "pair_column"):
+            if (column := getattr(self, option)) is not None:
                 raise InputError(f"{option} {column}: {source} holds images only and has no columns")
 
 

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -558,11 +559,13 @@ def load_pair(
     )
 
 
-def paired(images: Images, other: Images) -> Images:
+def paired(images: Images, other: Images, columns: tuple[str, str] = ("", "")) -> Images:
     """The images, with those of `other` as their `pair`.
 
+    columns  the columns of both, if they are named; that of files is what follows the first dot of their names
+
     Raises InputError unless `other` has as many images, and if both sources have files, of the same names without their
-    suffixes, in the same order.
+    suffixes or columns, in the same order.
 
     >>> digits = load("digits", (8, 8), 1, split="test")
     >>> len(paired(digits, digits).pair)
@@ -572,19 +575,38 @@ def paired(images: Images, other: Images) -> Images:
         raise InputError(
             f"pairs {other.name}: {len(other):,} images in {other.split}; want {len(images):,}, one per image"
         )
-    names, others = _file_names(images), _file_names(other)
+    names, others = _file_names(images, columns[0]), _file_names(other, columns[1])
     for one, another in zip(names, others, strict=True) if names and others else ():
         if one != another:
             raise InputError(f"pairs {other.name}: {another} is in the place of {one}; want files of the same names")
     return replace(images, pair=other)
 
 
-def _file_names(images: Images) -> list[str] | None:
-    """The names of the files without their suffixes, if the source has a file for each image."""
+def _file_names(images: Images, column: str) -> list[str] | None:
+    """The names of the files without their suffixes or this column, if the source has a file for each image."""
     files = getattr(images.decoder.encoded, "files", None)
     if files is None or len(files) != len(images.decoder.encoded):
         return None
-    return [str(Path(files[row]).with_suffix("").name) for row in images.rows.tolist()]
+    names = [Path(files[row]) for row in images.rows.tolist()]
+    return [name.name.partition(".")[0] if column else name.stem for name in names]
+
+
+@contextmanager
+def settings_of_pairs(preset: Preset, images: Images) -> Iterator[dict[str, Any]]:
+    """The keywords of `load` and `load_pair` for the other images of the condition `pairs`, beside these `images`.
+
+    An InputError of the block that names image_column names pair_column.
+
+    >>> from ddpm.presets import PRESETS
+    >>> with settings_of_pairs(PRESETS["digits"], load("digits", (8, 8), 1)) as settings:
+    ...     settings["image_column"] is None
+    True
+    """
+    own = {"image_column": preset.pair_column or None, "label_column": None, "values": images.values}
+    try:
+        yield {**settings_of(preset), **own}
+    except InputError as fault:
+        raise InputError(str(fault).replace("image_column", "pair_column")) from None
 
 
 def settings_of(preset: Preset) -> dict[str, Any]:

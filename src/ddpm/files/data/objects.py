@@ -28,11 +28,13 @@ class Given(NamedTuple):
     name      the run's setting `data`
     contents  their one split
     meaning   what was understood, in one line
+    pairs     the same with the other images of condition pairs, if they are in another column
     """
 
     name: str
     contents: Contents
     meaning: str
+    pairs: "Given | None" = None
 
 
 def given(data: Any, labelled: bool = False, options: Options | None = None) -> Given:
@@ -56,7 +58,11 @@ def given(data: Any, labelled: bool = False, options: Options | None = None) -> 
     if type(images).__module__.partition(".")[0] == "datasets" and type(images).__name__ in ("Dataset", "DatasetDict"):
         name = f"datasets.{type(images).__name__}"
         contents = hugging_face.contents(name, images, None, options)
-        return Given(name, contents, f"{name}: {', '.join(contents.splits)}")
+        meaning = f"{name}: {', '.join(contents.splits)}"
+        if options.pair_column is None:
+            return Given(name, contents, meaning)
+        others = hugging_face.contents(name, images, None, Options(options.pair_column))
+        return Given(name, contents, meaning, Given(name, others, meaning))
     options.refuse_columns(f"data {type(images).__name__}")
     if isinstance(images, (np.ndarray, Tensor)):
         return _of_array(images, labels)

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,8 @@ class RemoteRows:
         """The images of a row group. Raises OSError."""
         if group not in self.opened:
             file, number = (int(each) for each in self.groups[group])
-            data = self.files[file].kept(f"{number}g", lambda: self._read(self.files[file], number))
+            name = f"{number}g{hashlib.sha256(self.column.encode()).hexdigest()[:16]}"
+            data = self.files[file].kept(name, lambda: self._read(self.files[file], number))
             with pa.ipc.open_stream(data) as reader:
                 table = reader.read_all()
             while len(self.opened) >= _OPEN:

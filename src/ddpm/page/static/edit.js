@@ -50,7 +50,7 @@ export async function build(section) {
   const command = commandLine();
   let choices, controller, frame;
 
-  const way = () => section.querySelector("[name=way]:checked").value;
+  const way = () => section.querySelector("[name=way]:checked")?.value ?? "inpaint";
   const classes = () => (inputs.class.value ? [inputs.class.value] : choices?.always_labelled ? ["all"] : []);
 
   /** The picture as the model takes it: this is what is painted on, and what is saved for the command line. */
@@ -86,9 +86,17 @@ export async function build(section) {
     go.textContent = chosen.mixes ? "Mix" : "Redraw";
     inputs.guidance.disabled = !inputs.class.value || !choices?.guided;
   }
+  function suit() { // the sampler and steps of this way, or the model's own if it has no such sampler
+    const chosen = WAYS[way()];
+    const samplers = choices?.samplers ?? {};
+    const sampler = chosen.sampler in samplers ? chosen.sampler : Object.keys(samplers)[0];
+    inputs.sampler.value = sampler;
+    inputs.steps.value = sampler === chosen.sampler ? chosen.steps : samplers[sampler]?.[1];
+  }
   function begin() {
     const chosen = WAYS[way()];
-    for (const name of ["sampler", "steps", "n"]) inputs[name].value = chosen[name];
+    suit();
+    inputs.n.value = chosen.n;
     if (chosen.t) inputs.t.value = Math.round(chosen.t * inputs.t.max);
     tell();
     layout();
@@ -96,7 +104,9 @@ export async function build(section) {
   const picker = await modelPicker(async (name) => {
     choices = await getJSON(`/api/sample/choices?model=${encodeURIComponent(name)}`);
     offer(inputs.class, [...(choices.always_labelled ? [] : [["", "none"]]), ...choices.classes]);
+    const sampler = inputs.sampler.value;
     offer(inputs.sampler, Object.keys(choices.samplers));
+    if (inputs.sampler.value !== sampler) suit();
     inputs.class.disabled = !choices.classes.length;
     inputs.t.max = inputs.steps.max = choices.T;
   });

@@ -1,5 +1,5 @@
 // A place for a picture: drop one, paste one, choose a file, or let the model draw one.
-import { el, say, stream, upload } from "./common.js";
+import { el, getJSON, say, stream, upload } from "./common.js";
 
 for (const name of ["dragover", "drop"]) { // elsewhere a dropped file would replace the page
   document.addEventListener(name, (event) => event.preventDefault());
@@ -19,7 +19,9 @@ export async function trying(work) {
 async function sampled(model, classes, url) {
   let last;
   const seed = Math.floor(Math.random() * 2 ** 31);
-  await stream("/api/sample/start", { model, classes, seed, count: 1, sampler: "ddim", steps: 20 }, (event) => {
+  const { samplers } = await getJSON(`/api/sample/choices?model=${encodeURIComponent(model)}`);
+  const quick = samplers.ddim ? { sampler: "ddim", steps: 20 } : {}; // a consistency model has a sampler of its own
+  await stream("/api/sample/start", { model, classes, seed, count: 1, ...quick }, (event) => {
     if (event.kind === "step") last = event.x;
   });
   const bytes = Uint8Array.from(atob(last.slice(last.indexOf(",") + 1)), (letter) => letter.charCodeAt(0));

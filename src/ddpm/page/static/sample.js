@@ -30,12 +30,14 @@ function setting(name) {
 
   box.offer = (choices, chosen, steps) => {
     samplers = choices.samplers;
-    const fill = (input, pairs, value) => {
-      const before = input.value || value;
+    const fill = (input, pairs, value) => { // the value stays if the model has it
+      const [values, before] = [pairs.map(([v]) => v), input.value];
       input.replaceChildren(...select(pairs).children);
-      input.value = pairs.some(([v]) => v === before) ? before : pairs[0][0];
+      input.value = [before, value, values[0]].find((v) => values.includes(v));
     };
+    const was = inputs.sampler.value;
     fill(inputs.sampler, Object.keys(samplers).map((v) => [v, v]), chosen);
+    if (inputs.sampler.value !== was) inputs.steps.value = inputs.sampler.value === chosen ? steps : "";
     fill(inputs.spacing, [["", "default"], ...Object.keys(choices.spacings).map((v) => [v, v])]);
     const none = choices.always_labelled ? [] : [["", "none"]];
     const all = choices.classes.length ? [["all", "all in turn"]] : [];
@@ -43,7 +45,6 @@ function setting(name) {
     inputs.class.disabled = !choices.classes.length;
     inputs.guided = choices.guided;
     inputs.steps.max = choices.T;
-    inputs.steps.value ||= steps;
     adapt();
     sampler();
   };

@@ -23,7 +23,7 @@ from ddpm.page.state import State, field, optional
 from ddpm.page.tabs.sample import frame
 from ddpm.page.work import Job
 from ddpm.run.edit import Batch, SamplingSettings, fitted, inpainting, interpolating, redrawing, repaint_settings
-from ddpm.run.sample import Conditions
+from ddpm.run.sample import Conditions, sampler_of
 from ddpm.samplers import named
 
 MOST = 16
@@ -108,7 +108,7 @@ def _model(state: State, body: dict[str, Any]) -> Checkpoint:
 
 def _asked(state: State, body: dict[str, Any], sampler: str) -> Asked:
     model, n = _model(state, body), field(body, "n", int, 4, 1, MOST)
-    name, sampler = field(body, "model", str), field(body, "sampler", str, sampler)
+    name, sampler = field(body, "model", str), field(body, "sampler", str, sampler_of(model.preset, sampler))
     named(sampler)  # raises for one that does not exist
     steps, guidance = optional(body, "steps", int, 1), optional(body, "guidance", float)
     classes = tuple(map(str, field(body, "classes", list, [])))
