@@ -9,8 +9,9 @@ the memory does not suffice has its error in the record.
 
 On the CPU a network for 256x256 has batch 1 or 2, or half its width, because a step of the paper's 64 images takes half
 an hour. bf16 runs only where the hardware has it. So beside the figures stands what the backward pass needs of the
-forward pass for each image in float32 and in bf16: it is counted operation by operation and nothing is computed, so it
-holds for any device that neither compiles nor has kernels of this package.
+forward pass for each image, in float32 and in bf16. It is counted operation by operation, and nothing is computed. The
+count is of PyTorch's own operations with the rules of autocast on a CPU. Compiled stages and the kernels of this
+package need less, and the norms of a GPU in bf16 more, since they compute in float32.
 """
 
 import json
