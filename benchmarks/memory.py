@@ -7,11 +7,12 @@ moments, the moving average and activations. On the CPU it is the peak resident 
 GPU it is what the allocator held at most in five steps, since the fourth one captures the CUDA graph. A case for which
 the memory does not suffice has its error in the record.
 
-On the CPU a network for 256x256 has batch 1 or 2, or half its width, because a step of the paper's 64 images takes half
-an hour. bf16 runs only where the hardware has it. So beside the figures stands what the backward pass needs of the
-forward pass for each image, in float32 and in bf16. It is counted operation by operation, and nothing is computed. The
-count is of PyTorch's own operations with the rules of autocast on a CPU. Compiled stages and the kernels of this
-package need less, and the norms of a GPU in bf16 more, since they compute in float32.
+On the CPU the paper's network for 256x256 has batch 1, and one of a quarter of its width has batch 8, because a step of
+the paper's 64 images takes half an hour. bf16 runs only where the hardware has it. So beside the figures stands what
+the backward pass needs of the forward pass for each image, in float32 and in bf16. It is counted operation by
+operation, and nothing is computed. The count is of PyTorch's own operations with the rules of autocast on a CPU.
+Compiled stages and the kernels of this package need less, and the norms of a GPU in bf16 more, since they compute in
+float32.
 """
 
 import json
@@ -30,8 +31,8 @@ from ddpm.presets import PRESETS, Precision, Preset
 Values = dict[str, Any]
 NETWORKS: dict[str, tuple[Preset, int]] = {
     "cifar10": (PRESETS["cifar10"], 128),
-    "celebahq256": (PRESETS["celebahq256"], 2),
-    "celebahq256, width 64": (replace(PRESETS["celebahq256"], width=64), 8),
+    "celebahq256, width 32": (replace(PRESETS["celebahq256"], width=32), 8),
+    "celebahq256": (PRESETS["celebahq256"], 1),
 }
 """Name -> its preset, and the batch on the CPU. On a GPU it is the batch of the preset."""
 PARTS = 1, 2, 4
@@ -82,7 +83,7 @@ def peak(device: str) -> float:
     if device == "cuda":
         import torch
 
-        return float(torch.cuda.max_memory_allocated())
+        return float(torch.cuda.max_memory_reserved())
     import resource
 
     kib = 1 if sys.platform == "darwin" else 1024
@@ -134,7 +135,7 @@ def measure(network: str, settings: Values, device: str, threads: int | None = N
 def main() -> None:
     parser = record.parser(__doc__, repeats=1, seconds=0)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--batch", type=int, help="images per step (on the CPU 128, 2 and 8; on a GPU the preset's)")
+    parser.add_argument("--batch", type=int, help="images per step (on the CPU 128, 8 and 1; on a GPU the preset's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--child", type=json.loads, help="measure one case in this process")
     args = parser.parse_args()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ddpm import pixels
 from ddpm.files import data
 from ddpm.presets import PRESETS, Precision, Preset
+from ddpm.run.device import GraphedGradient
 from ddpm.run.processes import Processes
 from ddpm.run.train import begin, train
 
@@ -101,6 +102,17 @@ class Ours:
 
     def step(self) -> Tensor:
         return self.training.step(self.preset, self.batch)
+
+    @property
+    def captured(self) -> bool:
+        """Whether the gradient is a CUDA graph by now."""
+        return isinstance(self.training.gradient, GraphedGradient) and self.training.gradient.captured
+
+    def without_graph(self) -> Tensor:
+        """The same step, with the gradient that a CUDA graph would replay."""
+        gradient = self.training.gradient
+        plain = gradient.gradient if isinstance(gradient, GraphedGradient) else gradient
+        return self.training._replace(gradient=plain).step(self.preset, self.batch)
 
 
 class Theirs:
