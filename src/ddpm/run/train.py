@@ -180,7 +180,7 @@ def train(
             log.say(ranks, f"step 0: held-out L_simple {model.held_out_before:.4f}")
         model.network.train()
         meter, watch, held_out = _Meter(model.seconds, ranks, preset.batch_size), _Watch(ranks.device), None
-        pace = Pace(preset, ranks, forecast.save_seconds(preset, model.network))
+        pace = Pace(preset, ranks, model.network)
         stream = data.batches(
             train_set, preset.seed, preset.batch_size, begun, preset.steps,
             part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
@@ -658,8 +658,7 @@ def _ending_at(end: float, training: Training, preset: Preset, held_out_set: dat
     if preset.sample_every:
         count, calls = affordable(preset, left / 10, image_call)
         preset = replace(preset, sample_count=max(1, count), sample_steps=calls)
-    costs = forecast.Costs(step_seconds, image_call, forecast.save_seconds(preset, model.network))
-    steps = costs.steps_in(preset, left)
+    steps = forecast.costs(preset, model.network, step_seconds, image_call).steps_in(preset, left)
     return replace(preset, steps=steps, warmup=min(preset.warmup, steps // 10))
 
 
@@ -1042,6 +1041,6 @@ def _announce(
         log.say(ranks, forecast.describe_snapshots(preset, model.network))
     if ranks.first:
         shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)), model.step)
-        late = forecast.late_save(forecast.save_seconds(preset, model.network))
+        late = forecast.late_save(forecast.write_seconds(forecast.checkpoint_bytes(preset, model.network)))
         for line in (*advice(preset, model.schedule), *filter(None, [shortage, late])):
             warnings.warn(line, stacklevel=2)

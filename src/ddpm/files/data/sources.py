@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,10 +129,11 @@ def _is_digits(source: str, path: Path) -> bool:
 
 
 def _digits(source: str, path: Path, options: Options) -> Contents:
-    from sklearn.datasets import load_digits
-
     options.refuse_columns(source)
-    values, labels = load_digits(return_X_y=True)  # 0..16
+    # only scikit-learn's file, because its import takes seconds
+    file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    table = np.loadtxt(str(file), delimiter=",")
+    values, labels = table[:, :-1], table[:, -1]  # values of 0..16
     arrays = np.round(values * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
     names = tuple(map(str, range(10)))
     # scikit-learn lists the digits writer by writer, so without shuffling the test split would have other writers
