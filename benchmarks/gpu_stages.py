@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import kernels
-from ddpm.presets import PRESETS, Preset, build
+from ddpm.presets import PRESETS, Precision, Preset, build
 from ddpm.run.device import CAPTURES
 from ddpm.run.sample import generate
 
@@ -80,6 +80,7 @@ class Cuda:
     """The functions of a CUDA device that a stage uses."""
 
     device = torch.device("cuda")
+    precision: Precision = "bf16"
     backend = "inductor"
     activities = (ProfilerActivity.CUDA,)
     busy = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events in a trace in which the device works
@@ -122,6 +123,7 @@ class Stub(Cuda):
     """The CPU in place of the card, so that a rehearsal runs the same code."""
 
     device = torch.device("cpu")
+    precision: Precision = "float32"  # bf16 takes minutes on a CPU that does not multiply it
     backend = "eager"
     activities = (ProfilerActivity.CPU,)
     busy = ("cpu_op",)
@@ -373,7 +375,7 @@ def both_ways(name: str, optimizer: Any, count: int, plan: Values, card: Cuda) -
     shape = replace(preset(name, plan), optimizer=optimizer)
     flop, said, held = flops(shape), io.StringIO(), card.held()
     with redirect_stderr(said):
-        ours = peers.Ours(shape, count, "bf16", card.device)
+        ours = peers.Ours(shape, count, card.precision, card.device)
         first = first_calls(card, ours.step, CAPTURES - 1)
         plain_peak = card.peak() - held
         captures = first_calls(card, ours.step, WARM_UP - len(first))
@@ -432,7 +434,7 @@ def train(cases: Cases, plan: Values, card: Cuda) -> None:
 
 def diffusers_network(card: Cuda, shape: Preset, settings: Values) -> peers.Theirs:
     network = peers.paper_network(shape)
-    fast = {"autocast": True, "channels_last": True, "quick": True, "backend": card.backend}
+    fast = {"autocast": card.precision == "bf16", "channels_last": True, "quick": True, "backend": card.backend}
     return peers.Theirs(network, card.device, **fast, **settings)
 
 
@@ -460,7 +462,7 @@ def beside(cases: Cases, plan: Values, card: Cuda) -> None:
         def theirs() -> timing.Case:
             return partial(diffusers_network(card, shape, settings).step, peers.batch(shape, count, card.device))
 
-        makers = {"ours": lambda: peers.Ours(shape, count, "bf16", card.device).step, "diffusers": theirs}
+        makers = {"ours": lambda: peers.Ours(shape, count, card.precision, card.device).step, "diffusers": theirs}
         return turns(card, plan, count, flops(shape), plan["repeats"], plan["seconds"], WARM_UP, makers)
 
     for kind, settings in DIFFUSERS.items():
@@ -474,7 +476,7 @@ def samples(cases: Cases, plan: Values, card: Cuda) -> None:
 
     def compared(settings: Values) -> Values:
         def our_images() -> timing.Case:
-            denoiser = build(replace(shape, precision="bf16")).to(card.device)
+            denoiser = build(replace(shape, precision=card.precision)).to(card.device)
             denoiser.network.eval().requires_grad_(False)  # type: ignore[attr-defined]  # CUDA graphs need both settings
             return partial(generate, denoiser, shape.shape, range(count), "ddim", calls, batch, card.device)
 

@@ -36,7 +36,7 @@ from ddpm.run import ema
 from ddpm.run.device import GraphedGradient, compile_stages, pick_compile
 from ddpm.run.processes import Processes
 from ddpm.run.sample import generate
-from ddpm.run.train import BUCKETS, _Meter, _Watch, begin, held_out_by_level
+from ddpm.run.train import BUCKETS, _begin, _Meter, _Watch, held_out_by_level
 
 # -- stopping and resuming ---------------------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ def test_the_steps_that_are_measured_are_those_of_a_run(optimizer: str, tmp_path
     assert train(tmp_path / "run", *EVERYTHING, "--optimizer", optimizer, "--steps", 3) == 0
     preset = opening.open_checkpoint(tmp_path / "run").preset
     images, _ = data.load_pair("digits", preset.size, preset.channels)
-    training = begin(preset, images, Processes(0, 1, torch.device("cpu")))
+    training = _begin(preset, images, Processes(0, 1, torch.device("cpu")))
     for batch in data.batches(images, preset.seed, preset.batch_size, 0, 3):
         training.step(preset, batch)
     model, run = training.model, tensors(tmp_path / "run", 3)
@@ -88,7 +88,7 @@ def test_the_loss_of_a_step_is_that_of_the_whole_batch() -> None:
     found = []
     for parts in (1, 2, 8):
         divided = dataclasses.replace(preset, accumulate=parts)
-        training = begin(divided, images, Processes(0, 1, torch.device("cpu")))
+        training = _begin(divided, images, Processes(0, 1, torch.device("cpu")))
         found.append(float(training.step(divided, images.batch(range(8)))))
     assert found == pytest.approx([found[0]] * 3, rel=1e-5)
 

@@ -342,7 +342,7 @@ def _build(preset: Preset, device: torch.device) -> _Model:
     )
 
 
-class Training(NamedTuple):
+class _Training(NamedTuple):
     """What a training step runs.
 
     network   averages gradients over processes
@@ -367,7 +367,7 @@ class Training(NamedTuple):
         return loss
 
 
-def begin(preset: Preset, images: data.Images, ranks: Processes) -> Training:
+def _begin(preset: Preset, images: data.Images, ranks: Processes) -> _Training:
     """A new model and its training step without a run's files, for measurements of what `train` runs."""
     parts = partition.parts(preset.batch_size, ranks.world, ranks.rank, preset.accumulate)
     return _for_training(_build(preset, ranks.device), preset, parts, images, ranks)
@@ -375,7 +375,7 @@ def begin(preset: Preset, images: data.Images, ranks: Processes) -> Training:
 
 def _for_training(
     model: _Model, preset: Preset, parts: list[slice], images: data.Images, ranks: Processes
-) -> Training:  # fmt: skip
+) -> _Training:  # fmt: skip
     """What a step runs. On a CUDA device it is compiled, and a step of one part in one process is a CUDA graph."""
     if pick_compile(preset.compile, ranks.device):
         compile_stages(model.network)
@@ -396,7 +396,7 @@ def _for_training(
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    training = Training(model, network, gradient, parts, images, torch.Generator(ranks.device), ranks)
+    training = _Training(model, network, gradient, parts, images, torch.Generator(ranks.device), ranks)
     if not on_cuda or preset.compile == "off":
         return training
     for reason, applies in (
@@ -552,12 +552,12 @@ def _write(
 # -- a step ------------------------------------------------------------------------------------------------------------
 
 
-def _update(training: Training, preset: Preset, batch: Tensor) -> tuple[Tensor, Tensor]:
+def _update(training: _Training, preset: Preset, batch: Tensor) -> tuple[Tensor, Tensor]:
     """Algorithm 1: draw t and eps of the whole batch, and leave the gradient of this process's parts.
 
-    batch is this process's images, [b, C, H, W]. Returns the loss, and the norm of the gradient before clipping. The
-    noise is drawn on the device. A CPU generator takes 32 bits of the seed, so a few of a million
-    steps share their noise; they have other images and levels, so this does no harm.
+    batch is this process's images, [b, C, H, W]. Returns the loss, this process's share of the batch's mean, and the
+    norm of the gradient before clipping. The noise is drawn on the device. A CPU generator takes 32 bits of the seed,
+    so a few of a million steps share their noise; they have other images and levels, so this does no harm.
     """
     model, parts, draws, ranks = training.model, training.parts, training.draws, training.ranks
     step = model.step
@@ -628,7 +628,7 @@ def _apply(model: _Model, preset: Preset) -> None:
     model.whole = True
 
 
-def _ending_at(end: float, training: Training, preset: Preset, held_out_set: data.Images) -> Preset:
+def _ending_at(end: float, training: _Training, preset: Preset, held_out_set: data.Images) -> Preset:
     """The preset with as many steps as end at the time `end`; a tenth of them, and of the time, are the most for warmup
     and a grid.
 
