@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ddpm.presets import Preset
-from ddpm.run.forecast import Costs, costs
+from ddpm.run import forecast
 from ddpm.run.previews import affordable
 from ddpm.run.processes import Processes
 
@@ -54,10 +54,11 @@ class Pace:
         return False
 
     @property
-    def costs(self) -> Costs:
+    def costs(self) -> forecast.Costs:
         """The costs of the run's parts, once the speed is known. A step costs three calls of the network an image."""
         assert self.step_seconds is not None
-        return costs(self._preset, self._network, self.step_seconds, self.step_seconds / self._preset.batch_size / 3)
+        image_call = self.step_seconds / self._preset.batch_size / 3
+        return forecast.costs(self._preset, self._network, self.step_seconds, image_call)
 
     def decide(self, stopped: bool, early: bool) -> tuple[bool, bool, tuple[int, int] | None]:
         """What all processes do after this step: end; save; and draw a picture of this size. The first one decides.
