@@ -5,21 +5,25 @@
 
 The stages in their order, the most useful one first:
 
+    steps      the step of `ddpm train` with its gradient as a CUDA graph and without: the paper's network, and
+               cifar10_fast with Adam and with Muon
     tests      tests/test_cuda.py
-    ours       training steps of our networks: speed, share of the card's matrix rate, memory, compilation, profile
-    data       `ddpm train cifar10` for a minute on the images of --data (benchmarks/cut_cifar10.py makes the file)
+    train      `ddpm train cifar10` for 45 seconds, on the images of --data (benchmarks/cut_cifar10.py makes the file)
     diffusers  a training step of ours and of diffusers, taken in turns
+    batches    the stage `steps` for other batches, from 128 to 1,024
     samples    1,024 images of ours and of diffusers, taken in turns
-    large      a training step of the network for 256x256
+    large      the stage `steps` for the network for 256x256
 
 Each stage is a process of its own with a time limit. The script writes the record (record.json and record.md) anew
 after each case, so a call that is killed leaves the finished cases. A later call with the same --out runs the cases
 that are missing or have failed. The limits add up to more than nine minutes, because most stages end sooner.
 
 The matrix rate is that of one large bf16 product, measured in the same call. The operations of a step are those of its
-convolutions and matrix products, counted on a forward pass and multiplied by three. A profile covers three steps. Gaps
-are the time in which no kernel ran, between the start of the first kernel and the end of the last one. The time to
-compile is the difference between the first call and a later one.
+convolutions and matrix products, counted on a forward pass and multiplied by three; Muon's own products do not count. A
+profile covers three steps. Gaps are the time in which no kernel ran, between the start of the first kernel and the end
+of the last one. The time to compile is the difference between the first call and a later one. The time to capture is
+what the next calls take more than a later one. The peak is what the allocator had of the card. With a graph it holds
+the memory of the graph and that of the calls before it.
 
 The script needs torch, pytest and the dependencies of the package. --wheels names a folder with wheels of missing
 packages; the script installs them into a temporary folder and downloads nothing. The script packs the compilation
@@ -46,17 +50,18 @@ from figures import Spread, table
 ROOT = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("gpu_stages.py")
 CARD_LIMIT = 60
-LIMITS = {"tests": 100, "ours": 180, "data": 90, "diffusers": 110, "samples": 70, "large": 60}
+LIMITS = {"steps": 200, "tests": 100, "train": 75, "diffusers": 100, "batches": 240, "samples": 70, "large": 90}
 """The time limit of each stage in seconds."""
 LEAST = 2
 """A stage does not start if fewer seconds are left."""
 RESERVE = 25
 """Seconds that are kept for packing the caches; a twentieth of the call if that is less."""
 TITLES = {
+    "steps": "Training steps",
     "tests": "tests/test_cuda.py",
-    "ours": "Our training steps",
-    "data": "`ddpm train cifar10` on images from a file",
+    "train": "`ddpm train cifar10`",
     "diffusers": "A training step beside diffusers",
+    "batches": "Training steps of other batches",
     "samples": "Samples beside diffusers",
     "large": "The network for 256x256",
 }
@@ -148,26 +153,6 @@ def tests_text(_: Values, cases: Values) -> str:
     return text + ".\n" + "".join(f"- skipped: {reason}\n" for reason in reasons)
 
 
-def steps_text(cases: Values, _: Values) -> str:
-    rows, kernels = [], ""
-    for name, v in cases.items():
-        shares = v.get("profile", {})
-        parts = [percent(shares.get(part)) for part in ("products", "others", "gaps")]
-        extra = f"{v['compile_seconds']:.1f}" if "compile_seconds" in v else ""
-        rows.append([name, *speed(v), gib(v), extra, *parts])
-        if "error" in shares:
-            kernels += f"- {name}: the profile failed: {shares['error']}\n"
-        elif shares:
-            longest = "; ".join(
-                f"`{kernel}` {100 * share:.0f}%" for kernel, share in list(shares["longest"].items())[:5]
-            )
-            kernels += (
-                f"- {name}: {shares['kernels']} kernels per step; the longest by their share of the time: {longest}\n"
-            )
-    header = ["", *SPEED, "peak, GiB", "to compile, s", "convolutions and products, %", "other kernels, %", "gaps, %"]
-    return table(header, rows) + "\n" + kernels
-
-
 SPEED = ["ms", "images/s", "share of the matrix rate, %"]
 
 
@@ -175,7 +160,7 @@ def speed(values: Values) -> list[str]:
     return [show(values["ms"]), show(values["images_per_second"]), show(values.get("matrix_share"), 100)]
 
 
-def data_text(cases: Values, _: Values) -> str:
+def train_text(cases: Values, _: Values) -> str:
     rows = [
         [f"{name}, batch {v['batch']}, {v['precision']}", *speed(v), v["lines"], v["steps"],
          f"{v['seconds_to_first_line'] or 0:.1f}", " to ".join(f"{loss:.3f}" for loss in v["loss"])]
@@ -184,18 +169,31 @@ def data_text(cases: Values, _: Values) -> str:
     return table(["", *SPEED, "lines of log", "steps", "to the first line, s", "loss"], rows)
 
 
-def turns_text(cases: Values, _: Values) -> str:
-    rows = []
+def sides_text(cases: Values, _: Values) -> str:
+    """The cases that took turns: a row for each side, and under the table what the profiles and the notes say."""
+    rows, notes = [], ""
     for name, v in cases.items():
-        for side in ("ours", "diffusers"):
-            ratio = show(v["ratio"]) if side == "ours" else ""
-            rows.append([f"{name}: {side}", *speed(v[side]), gib(v[side]), f"{v[side]['compile_seconds']:.1f}", ratio])
-    return table(["", *SPEED, "peak, GiB", "to compile, s", "ours is faster by"], rows)
+        for key, side in v["sides"].items():
+            shares = side.get("profile", {})
+            parts = [percent(shares.get(part)) for part in ("products", "others", "gaps")]
+            starts = [f"{side[part]:.1f}" if part in side else "" for part in ("compile_seconds", "capture_seconds")]
+            ratio = show(v.get("ratio")) if key == next(iter(v["sides"])) else ""
+            rows.append([f"{name}: {key}", *speed(side), ratio, gib(side), *starts, *parts])
+            if "error" in shares:
+                notes += f"- {name}: {key}: the profile failed: {shares['error']}\n"
+            elif shares:
+                kernels = list(shares["longest"].items())[:5]
+                longest = "; ".join(f"`{kernel}` {100 * part:.0f}%" for kernel, part in kernels)
+                notes += f"- {name}: {key}: {shares['kernels']} kernels per step; "
+                notes += f"the longest by their share of the time: {longest}\n"
+        notes += "".join(f"- {name}: {note}\n" for note in v.get("notes", []))
+    header = ["", *SPEED, "times as fast as the next row", "peak, GiB", "to compile, s", "to capture, s"]
+    return table([*header, "convolutions and products, %", "other kernels, %", "gaps, %"], rows) + "\n" + notes
 
 
 SECTIONS: dict[str, Callable[[Values, Values], str]] = {
-    "tests": tests_text, "ours": steps_text, "data": data_text, "diffusers": turns_text, "samples": turns_text,
-    "large": steps_text,
+    "steps": sides_text, "tests": tests_text, "train": train_text, "diffusers": sides_text, "batches": sides_text,
+    "samples": sides_text, "large": sides_text,
 }  # fmt: skip
 
 
@@ -309,7 +307,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9, help="time limit of the whole call (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="STAGE", help="stages (all)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/cache/gpu", help="folder of the record")
-    parser.add_argument("--data", type=Path, help="parquet file of CIFAR-10 images")
+    parser.add_argument("--data", type=Path, help="parquet file of CIFAR-10 images (digits)")
     parser.add_argument("--wheels", type=Path, help="folder of wheels of packages that this machine lacks")
     parser.add_argument("--caches", type=Path, help="folder with archives of caches to unpack (--out)")
     parser.add_argument("--commit", help="commit of the code, for a checkout without git")
@@ -369,10 +367,8 @@ def measure(args: argparse.Namespace, work: Path) -> int:
         if stage not in args.only or state == "done":
             continue
         limit = min(limit, args.limit or limit, until - time.monotonic())
-        why = f"--minutes {args.minutes:g} are over" if limit < LEAST else ""
-        if stage == "data" and not args.data:
-            why = "no --data was given"
-        if why:
+        if limit < LEAST:
+            why = f"--minutes {args.minutes:g} are over"
             record["stages"].setdefault(stage, {"cases": {}})
             record["stages"][stage] |= {"state": "not reached", "note": why}
             save(args.out, record)

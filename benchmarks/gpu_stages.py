@@ -8,6 +8,7 @@ case has finished, so a stage that is killed leaves the finished cases. The stag
 
 import argparse
 import gc
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,28 +34,33 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import kernels
-from ddpm.presets import PRESETS, Preset, build
-from ddpm.run.device import compile_stages, pick_compile
+from ddpm.presets import PRESETS, Precision, Preset, build
+from ddpm.run.device import CAPTURES
 from ddpm.run.sample import generate
 
 Values = dict[str, Any]
 
 REAL: Values = {
     "product": 8192,  # side of the matrices
-    "ours": [("cifar10", 128), ("cifar10_fast", 256), ("cifar10", 512), ("cifar10_fast", 1024)],
-    "large": [("celebahq256", 64)],
-    "log_every": 10,
-    "lines": 6,  # log lines of `ddpm train` in the stage ours; the first one contains the start
+    "steps": [
+        ("cifar10", "adam", 128), ("cifar10_fast", "adam", 256), ("cifar10_fast", "muon", 256),
+        ("cifar10", "adam", 512),
+    ],
+    "batches": [
+        ("cifar10_fast", "adam", 1024), ("cifar10_fast", "muon", 1024), ("cifar10", "adam", 1024),
+        ("cifar10_fast", "adam", 128), ("cifar10_fast", "muon", 128), ("cifar10", "adam", 256),
+        ("cifar10_fast", "adam", 512), ("cifar10_fast", "muon", 512),
+    ],
+    "large": [("celebahq256", "adam", 64)],
     "beside": ("cifar10", 128),
     "samples": (1024, 256, 20),  # images, batch, network calls an image
-    "train": ([], 60, 10**9),  # options of `ddpm train`, seconds, lines of its log
-}
+    "train": (["--log-every", "20"], 45, 10**9),  # options of `ddpm train`, seconds, lines of its log
+}  # fmt: skip
 TINY: Values = {
     "product": 64,
-    "ours": [("cifar10", 4), ("cifar10_fast", 2)],
-    "large": [("celebahq256", 2)],
-    "log_every": 1,
-    "lines": 3,
+    "steps": [("cifar10", "adam", 4), ("cifar10_fast", "muon", 2)],
+    "batches": [("cifar10_fast", "adam", 4)],
+    "large": [("celebahq256", "adam", 2)],
     "beside": ("cifar10", 2),
     "samples": (4, 2, 2),
     "train": (
@@ -73,12 +80,10 @@ class Cuda:
     """The functions of a CUDA device that a stage uses."""
 
     device = torch.device("cuda")
+    precision: Precision = "bf16"
     backend = "inductor"
     activities = (ProfilerActivity.CUDA,)
     busy = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events in a trace in which the device works
-
-    def compiles(self) -> bool:
-        return pick_compile("auto", self.device)
 
     def about(self) -> Values:
         card = torch.cuda.get_device_properties(self.device)
@@ -102,12 +107,13 @@ class Cuda:
         torch.cuda.synchronize()
 
     def held(self) -> int:
-        """Bytes in use now. The peak counts from here on."""
+        """Bytes that the allocator has of the card now, for tensors and graphs. The peak counts from here on."""
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_reserved()
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()
 
     def clear(self) -> None:
         torch.cuda.empty_cache()
@@ -117,12 +123,10 @@ class Stub(Cuda):
     """The CPU in place of the card, so that a rehearsal runs the same code."""
 
     device = torch.device("cpu")
+    precision: Precision = "float32"  # bf16 takes minutes on a CPU that does not multiply it
     backend = "eager"
     activities = (ProfilerActivity.CPU,)
     busy = ("cpu_op",)
-
-    def compiles(self) -> bool:
-        return True
 
     def about(self) -> Values:
         return {"card": "none (rehearsal on the CPU)", "memory_gib": 0, "driver": "none"}
@@ -208,18 +212,28 @@ def speeds(seconds: Iterable[float], images: int, flop: float, plan: Values) -> 
     return values
 
 
-def started(card: Cuda, make: Callable[[], timing.Case]) -> tuple[timing.Case, float, int]:
-    """Make a case and call it twice. Returns the case, the seconds of its first call, and its peak memory in bytes."""
-    held = card.held()
-    case = make()
-    card.wait()
-    begun = time.perf_counter()
-    case()
-    card.wait()
-    first = time.perf_counter() - begun
-    case()
-    card.wait()
-    return case, first, card.peak() - held
+def first_calls(card: Cuda, case: timing.Case, count: int) -> list[float]:
+    """The seconds of each of the first calls of a case."""
+    seconds = []
+    for _ in range(count):
+        card.wait()
+        begun = time.perf_counter()
+        case()
+        card.wait()
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def side(
+    card: Cuda, times: Sequence[float], first: Sequence[float], peak: int, images: int, flop: float, plan: Values
+) -> Values:  # fmt: skip
+    """What is known of one of the cases that took turns: speed, memory, and how much longer its first calls took.
+
+    The first call compiles, and a later one may capture a CUDA graph.
+    """
+    extra = [max(0.0, seconds - min(times)) for seconds in first]
+    start = {"compile_seconds": extra[0], "capture_seconds": sum(extra[1:])}
+    return {**speeds(times, images, flop, plan), **start, "peak_bytes": peak}
 
 
 PRODUCTS = re.compile(
@@ -349,55 +363,49 @@ def tests(cases: Cases, plan: Values, card: Cuda) -> None:
         cases.add("pytest", {"outcome": "failed", "error": f"pytest ended with code {int(code)}"})
 
 
-def training_step(card: Cuda, shape: Preset, count: int) -> timing.Case:
-    """The step of `ddpm train` alone, compiled if `ddpm train` compiles on this device."""
-    ours = peers.Ours(shape, "bf16", card.device)
-    if card.compiles():
-        compile_stages(ours.network, card.backend)
-    return partial(ours.step, peers.batch(shape, count, card.device))
+WARM_UP = CAPTURES + 1
+"""Calls after which a step of ours is as quick as it gets."""
 
 
-def bare_step(name: str, count: int, plan: Values, card: Cuda) -> Values:
-    shape = preset(name, plan)
-    flop = flops(shape)
-    case, first, peak = started(card, lambda: training_step(card, shape, count))
-    seconds = timing.interleave({"": case}, plan["repeats"], plan["seconds"], card.wait)[""]
-    values = {
-        **speeds(seconds, count, flop, plan),
-        "peak_bytes": peak,
-        "compile_seconds": max(0.0, first - min(seconds)),
-        "flop_an_image": flop,
-        "compiled": card.compiles(),
-    }
-    return {**values, "profile": tried(lambda: profiled(card, case))}
+def both_ways(name: str, optimizer: Any, count: int, plan: Values, card: Cuda) -> Values:
+    """The step of `ddpm train`, with its gradient as a CUDA graph and without, in turns on the same weights.
+
+    The memory of the step without a graph is that of the calls before the capture.
+    """
+    shape = replace(preset(name, plan), optimizer=optimizer)
+    flop, said, held = flops(shape), io.StringIO(), card.held()
+    with redirect_stderr(said):
+        ours = peers.Ours(shape, count, card.precision, card.device)
+        first = first_calls(card, ours.step, CAPTURES - 1)
+        plain_peak = card.peak() - held
+        captures = first_calls(card, ours.step, WARM_UP - len(first))
+    peak = card.peak() - held
+    cases: dict[str, timing.Case] = {"graph": ours.step, "no graph": ours.without_graph}
+    starts = {"graph": ([*first, *captures], peak), "no graph": (first, plain_peak)}
+    if not (ours.captured or plan["rehearse"]):
+        del cases["graph"]
+    times = timing.interleave(cases, plan["repeats"], plan["seconds"], card.wait)
+    sides = {key: side(card, times[key], *starts[key], count, flop, plan) for key in cases}
+    for key, case in cases.items():
+        sides[key]["profile"] = tried(partial(profiled, card, case))
+    notes = [line for line in said.getvalue().splitlines() if "without a CUDA graph" in line]
+    values: Values = {"flop_an_image": flop, "notes": notes, "sides": sides}
+    return values | ({"ratio": timing.ratio(times, *cases)._asdict()} if len(cases) > 1 else {})
 
 
-def whole_step(name: str, count: int, plan: Values, card: Cuda) -> Values:
-    """`ddpm train`, measured by the lines of its log after the first one."""
-    shape, size = preset(name, plan), sizes(plan)
-    held = card.held()
-    steps = size["log_every"] * size["lines"]
-    lines = peers.logged(shape, count, steps, "bf16", card.device.type, size["log_every"])
-    seconds = [count / line["images_per_second"] for line in lines[1:]]
-    return {**speeds(seconds, count, flops(shape), plan), "peak_bytes": card.peak() - held}
-
-
-def ours(cases: Cases, plan: Values, card: Cuda) -> None:
-    for name, count in sizes(plan)["ours"]:
-        cases(f"{name}, batch {count}, bare step", partial(bare_step, name, count, plan, card))
-        cases(f"{name}, batch {count}, `ddpm train`", partial(whole_step, name, count, plan, card))
-
-
-def large(cases: Cases, plan: Values, card: Cuda) -> None:
-    for name, count in sizes(plan)["large"]:
-        cases(f"{name}, batch {count}, bare step", partial(bare_step, name, count, plan, card))
+def steps(stage: str, cases: Cases, plan: Values, card: Cuda) -> None:
+    """The training steps of a stage."""
+    for name, optimizer, count in sizes(plan)[stage]:
+        cases(f"{name}, {optimizer}, batch {count}", partial(both_ways, name, optimizer, count, plan, card))
 
 
 def real_run(plan: Values) -> Values:
-    """`ddpm train` on images from a file, stopped by SIGTERM and measured by its log after the first line."""
+    """`ddpm train` on the images of a file or on digits, stopped by SIGTERM and measured by its log after the first
+    line.
+    """
     options, most, enough = sizes(plan)["train"]
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "ddpm", "train", "cifar10", "--data", plan["data"], *options]
+        words = [sys.executable, "-m", "ddpm", "train", "cifar10", "--data", plan["data"] or "digits", *options]
         begun, seen = time.monotonic(), None
         with Path(folder, "log").open("w") as log:
             process = subprocess.Popen([*words, "--out", f"{folder}/run"], stdout=log, stderr=log)
@@ -411,7 +419,7 @@ def real_run(plan: Values) -> Values:
             process.wait()
         lines = peers.training_lines(Path(folder, "run"))
         if len(lines) < 3:
-            output = Path(folder, "log").read_text().replace(plan["data"], "DATA").strip().splitlines()
+            output = Path(folder, "log").read_text().replace(plan["data"] or "digits", "DATA").strip().splitlines()
             raise RuntimeError(f"{len(lines)} log lines; the last line of output: {output[-1] if output else 'none'}")
         config = json.loads(Path(folder, "run", "config.json").read_text())
     seconds = [config["batch_size"] / line["images_per_second"] for line in lines[1:]]
@@ -420,28 +428,29 @@ def real_run(plan: Values) -> Values:
     return {**values, "steps": lines[-1]["step"], "loss": [lines[0]["loss"], lines[-1]["loss"]], "lines": len(lines)}
 
 
-def data(cases: Cases, plan: Values, card: Cuda) -> None:
-    cases("`ddpm train cifar10`", partial(real_run, plan))
+def train(cases: Cases, plan: Values, card: Cuda) -> None:
+    cases(f"`ddpm train cifar10` on {'a file' if plan['data'] else 'digits'}", partial(real_run, plan))
 
 
 def diffusers_network(card: Cuda, shape: Preset, settings: Values) -> peers.Theirs:
     network = peers.paper_network(shape)
-    fast = {"autocast": True, "channels_last": True, "quick": True, "backend": card.backend}
+    fast = {"autocast": card.precision == "bf16", "channels_last": True, "quick": True, "backend": card.backend}
     return peers.Theirs(network, card.device, **fast, **settings)
 
 
 def turns(
-    card: Cuda, plan: Values, images: int, flop: float, repeats: int, seconds: float,
+    card: Cuda, plan: Values, images: int, flop: float, repeats: int, seconds: float, calls: int,
     makers: dict[str, Callable[[], timing.Case]],
 ) -> Values:  # fmt: skip
-    """Measure ours and diffusers in turns: speed, memory and compilation of each, and the ratio within each turn."""
-    ready = {name: started(card, make) for name, make in makers.items()}
-    times = timing.interleave({name: case for name, (case, *_) in ready.items()}, repeats, seconds, card.wait)
-    values: Values = {"ratio": timing.ratio(times, "ours", "diffusers")._asdict()}
-    for name, (_, first, peak) in ready.items():
-        values[name] = speeds(times[name], images, flop, plan)
-        values[name] |= {"peak_bytes": peak, "compile_seconds": max(0.0, first - min(times[name]))}
-    return values
+    """Measure ours and diffusers in turns, after so many calls of each, and the ratio within each turn."""
+    cases, starts = {}, {}
+    for name, make in makers.items():
+        held = card.held()
+        cases[name] = make()
+        starts[name] = first_calls(card, cases[name], calls), card.peak() - held
+    times = timing.interleave(cases, repeats, seconds, card.wait)
+    sides = {name: side(card, times[name], *starts[name], images, flop, plan) for name in cases}
+    return {"ratio": timing.ratio(times, *cases)._asdict(), "sides": sides}
 
 
 def beside(cases: Cases, plan: Values, card: Cuda) -> None:
@@ -453,8 +462,8 @@ def beside(cases: Cases, plan: Values, card: Cuda) -> None:
         def theirs() -> timing.Case:
             return partial(diffusers_network(card, shape, settings).step, peers.batch(shape, count, card.device))
 
-        makers = {"ours": lambda: training_step(card, shape, count), "diffusers": theirs}
-        return turns(card, plan, count, flops(shape), plan["repeats"], plan["seconds"], makers)
+        makers = {"ours": lambda: peers.Ours(shape, count, card.precision, card.device).step, "diffusers": theirs}
+        return turns(card, plan, count, flops(shape), plan["repeats"], plan["seconds"], WARM_UP, makers)
 
     for kind, settings in DIFFUSERS.items():
         cases(f"{name}, batch {count}, diffusers {kind}", partial(compared, settings))
@@ -467,9 +476,9 @@ def samples(cases: Cases, plan: Values, card: Cuda) -> None:
 
     def compared(settings: Values) -> Values:
         def our_images() -> timing.Case:
-            own = peers.Ours(shape, "bf16", card.device)
-            own.network.eval().requires_grad_(False)  # CUDA graphs need both settings
-            return partial(generate, own.denoiser, shape.shape, range(count), "ddim", calls, batch, card.device)
+            denoiser = build(replace(shape, precision=card.precision)).to(card.device)
+            denoiser.network.eval().requires_grad_(False)  # type: ignore[attr-defined]  # CUDA graphs need both settings
+            return partial(generate, denoiser, shape.shape, range(count), "ddim", calls, batch, card.device)
 
         def their_images() -> timing.Case:
             loop = diffusers_network(card, shape, settings)
@@ -477,15 +486,15 @@ def samples(cases: Cases, plan: Values, card: Cuda) -> None:
             return lambda: [peers.ddim(loop, shape, batch, calls) for _ in range(count // batch)]
 
         makers = {"ours": our_images, "diffusers": their_images}
-        return turns(card, plan, count, flops(shape) / 3 * calls, min(3, plan["repeats"]), 0, makers)
+        return turns(card, plan, count, flops(shape) / 3 * calls, min(3, plan["repeats"]), 0, 2, makers)
 
     for kind, settings in DIFFUSERS.items():
         cases(f"{count} images by {calls} calls, diffusers {kind}", partial(compared, settings))
 
 
-STAGES = {
-    "card": the_card, "tests": tests, "ours": ours, "data": data, "diffusers": beside, "samples": samples,
-    "large": large,
+STAGES: dict[str, Callable[[Cases, Values, Cuda], None]] = {
+    "card": the_card, "steps": partial(steps, "steps"), "tests": tests, "train": train, "diffusers": beside,
+    "batches": partial(steps, "batches"), "samples": samples, "large": partial(steps, "large"),
 }  # fmt: skip
 
 

@@ -1,13 +1,18 @@
-"""Measure the peak memory of a training step at the paper's batch size, with and without the options that save memory.
+"""Measure the peak memory of one training step: by precision, by parts of the batch, and with checkpointing.
 
-    python benchmarks/memory.py [--networks cifar10 celebahq256] [--batch N] [--device cuda]
+    python benchmarks/memory.py [--networks cifar10 celebahq256 ...] [--batch N] [--device cuda]
 
-Each case runs in a process of its own. Two small steps give a line through (images, bytes). If the whole batch fits by
-that line, it is measured; if not, the record says so and gives the line's value. The figure contains weights,
-gradients, Adam's moments, the moving average and activations, in bf16 if the hardware has it, otherwise in float32. On
-the CPU it is the peak resident set minus that of the imports; on a GPU it is what the allocator held. On the CPU the
-256x256 network is measured at batch 2, because a step of 64 images takes minutes. A batch with `--accumulate` has the
-peak of one of its parts, so batch 2 is also the paper's 64 in 32 parts.
+A case is a step of `ddpm train` in a process of its own. The figure contains weights, gradients, the optimizer's
+moments, the moving average and activations. On the CPU it is the peak resident set minus that after the imports; on a
+GPU it is what the allocator held at most in five steps, since the fourth one captures the CUDA graph. A case for which
+the memory does not suffice has its error in the record.
+
+On the CPU the paper's network for 256x256 has batch 1, and one of a quarter of its width has batch 8, because a step of
+the paper's 64 images takes half an hour. bf16 runs only where the hardware has it. So beside the figures stands what
+the backward pass needs of the forward pass for each image, in float32 and in bf16. It is counted operation by
+operation, and nothing is computed. The count is of PyTorch's own operations with the rules of autocast on a CPU.
+Compiled stages and the kernels of this package need less, and the norms of a GPU in bf16 more, since they compute in
+float32.
 """
 
 import json
@@ -21,42 +26,56 @@ from typing import Any
 import figures
 import record
 
-SAVING: dict[str, dict[str, Any]] = {
-    "": {},
-    ", accumulate 4": {"accumulate": 4},
-    ", checkpointing": {"checkpointing": True},
-    ", checkpointing, accumulate 4": {"checkpointing": True, "accumulate": 4},
+from ddpm.presets import PRESETS, Precision, Preset
+
+Values = dict[str, Any]
+NETWORKS: dict[str, tuple[Preset, int]] = {
+    "cifar10": (PRESETS["cifar10"], 128),
+    "celebahq256, width 32": (replace(PRESETS["celebahq256"], width=32), 8),
+    "celebahq256": (PRESETS["celebahq256"], 1),
 }
-PAPER = {"cifar10": 128, "celebahq256": 64}
-CPU_BATCH = {"cifar10": 128, "celebahq256": 2}
-GIB = 2**30
+"""Name -> its preset, and the batch on the CPU. On a GPU it is the batch of the preset."""
+PARTS = 1, 2, 4
+GIB, MIB = 2**30, 2**20
 
 
-def cases(device: str) -> dict[str, dict[str, Any]]:
-    """Settings by name: float32, and each option in SAVING with the precision that `ddpm train` chooses."""
-    import torch
-
-    from ddpm.run.processes import pick_precision
-
-    precision = pick_precision("auto", torch.device(device))
-    return {"float32": {"precision": "float32"}} | {
-        f"{precision}{saving}": {"precision": precision, **settings} for saving, settings in SAVING.items()
+def cases(batch: int, precision: Precision) -> dict[str, Values]:
+    """Settings by name: each number of parts in float32, and the whole batch in `precision` and with checkpointing."""
+    kinds: dict[str, Values] = {"float32": {"precision": "float32"}}
+    if precision != "float32":
+        kinds[precision] = {"precision": precision}
+    kinds[f"{precision}, checkpointing"] = {"precision": precision, "gradient_checkpointing": True}
+    return {
+        f"{kind}, {batch // parts} x {parts}": {**settings, "batch_size": batch, "accumulate": parts}
+        for kind, settings in kinds.items()
+        for parts in (PARTS if kind == "float32" else PARTS[:1])
+        if batch % parts == 0
     }
 
 
-def line(batches: list[int], peaks: list[float], target: int) -> float:
-    """The value at `target` of the line through two points (batch, peak)."""
-    slope = (peaks[1] - peaks[0]) / (batches[1] - batches[0])
-    return peaks[1] + slope * (target - batches[1])
+def saved_bytes(preset: Preset, precision: Precision) -> int:
+    """Bytes for each image that the backward pass of the network needs of the forward pass, without checkpointing."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from ddpm import kernels
+    from ddpm.presets import build
 
-def room(device: str) -> float:
-    """Bytes that a case may use: nine tenths of the free memory."""
-    if device == "cuda":
-        import torch
+    def saved(count: int) -> int:
+        kept: dict[int, torch.UntypedStorage] = {}
 
-        return 0.9 * float(torch.cuda.mem_get_info()[0])
-    return 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            network(torch.empty(count, *preset.shape), torch.zeros(count, dtype=torch.int64))
+        return sum(storage.nbytes() for storage in kept.values())
+
+    network = build(replace(preset, precision=precision)).network
+    with FakeTensorMode(allow_non_fake_inputs=True), kernels.disabled():
+        return saved(2) - saved(1)
 
 
 def peak(device: str) -> float:
@@ -64,98 +83,86 @@ def peak(device: str) -> float:
     if device == "cuda":
         import torch
 
-        return float(torch.cuda.max_memory_allocated())
+        return float(torch.cuda.max_memory_reserved())
     import resource
 
     kib = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib)
 
 
-def child(case: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
-    """Measure one case in this process: two small batches, then the whole batch if it fits."""
+def limit() -> None:
+    """Let an allocation fail that nine tenths of the free memory do not hold, before the system ends a process."""
+    import resource
+
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+    most = used + int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def child(network: str, settings: Values, device: str) -> Values:
+    """Measure one case in this process."""
     import peers
 
-    from ddpm.presets import PRESETS
+    from ddpm import optimizers
 
-    device, target, accumulate = case["device"], case["batch"], case.get("accumulate", 1)
-    preset = replace(PRESETS[case["network"]], gradient_checkpointing=case.get("checkpointing", False))
+    if device == "cpu" and sys.platform == "linux":
+        limit()
     base = peak(device) if device == "cpu" else 0.0
-    ours = peers.Ours(preset, case["precision"], device)
-    whole = target * accumulate if target <= 2 else target  # a batch of 2 cannot be split
-    part = whole // accumulate
-    small = [max(1, part // 8), max(2, part // 4)]
-    ours.step(peers.batch(preset, 1, device))  # this step creates Adam's moments
-    peaks = []
-    for batch in small:
-        ours.step(peers.batch(preset, batch, device))
-        peaks.append(peak(device) - base)
-    wanted = line(small, peaks, part)
-    result: dict[str, Any] = {
-        "part": part,
-        "batch": whole,
-        "small": small,
-        "small_bytes": peaks,
-        "line_bytes": wanted,
-    }
-    if wanted < (limit or room(device)):
-        ours.step(peers.batch(preset, whole, device), accumulate)
-        result["bytes"] = peak(device) - base
-    return result
+    preset = replace(NETWORKS[network][0], **settings)
+    ours = peers.Ours(preset, preset.batch_size, preset.precision, device)
+    model = ours.training.model
+    optimizers.begin(model.optimizers, 0)
+    for moment in model.moments().values():
+        moment.fill_(0)  # the system gives a page only when it is written
+    for _ in range(5 if device == "cuda" else 1):
+        loss = ours.step()
+    return {"bytes": peak(device) - base, "loss": float(loss), "parameters": sum(p.numel() for p in model.weights)}
 
 
-def measure(case: dict[str, Any], threads: int | None = None) -> dict[str, Any]:
+def measure(network: str, settings: Values, device: str, threads: int | None = None) -> Values:
     """`child` in a process of its own."""
-    command = [sys.executable, str(Path(__file__)), "--child", json.dumps(case)]
+    case = json.dumps({"network": network, "settings": settings, "device": device})
+    command = [sys.executable, str(Path(__file__)), "--child", case]
     if threads:
         command += ["--threads", str(threads)]
     out = subprocess.run(command, capture_output=True, text=True)
     if out.returncode:
-        return {"failed": (out.stderr.strip().splitlines() or [f"exit {out.returncode}"])[-1]}
-    result: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+        return {"error": (out.stderr.strip().splitlines() or [f"exit {out.returncode}"])[-1]}
+    result: Values = json.loads(out.stdout.splitlines()[-1])
     return result
-
-
-def row(name: str, result: dict[str, Any]) -> list[str]:
-    """A row of the table for the figures of `child`."""
-    if "failed" in result:
-        return [name, "", "", "", result["failed"]]
-    (a, b), (low, high) = result["small"], result["small_bytes"]
-    per_image = f"{(high - low) / (b - a) / 2**20:.0f}" if b > a else ""
-    known = "bytes" in result
-    total = f"{result['bytes' if known else 'line_bytes'] / GIB:.2f}"
-    return [
-        name,
-        str(result["batch"]),
-        total,
-        per_image,
-        "measured" if known else "not run: would not fit; value of the line",
-    ]
 
 
 def main() -> None:
     parser = record.parser(__doc__, repeats=1, seconds=0)
-    parser.add_argument("--networks", nargs="+", choices=PAPER, default=list(PAPER))
-    parser.add_argument("--batch", type=int, help="images per step (the paper's; 2 for 256x256 on the CPU)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--batch", type=int, help="images per step (on the CPU 128, 8 and 1; on a GPU the preset's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--child", type=json.loads, help="measure one case in this process")
     args = parser.parse_args()
     with record.measuring(args):
         if args.child:
-            print(json.dumps(child(args.child)))
+            print(json.dumps(child(**args.child)))
             return
-        values: dict[str, Any] = {}
-        text = ""
+        import torch
+
+        from ddpm.run.processes import pick_precision
+
+        values, text = {}, ""
         for network in args.networks:
-            batch = args.batch or (CPU_BATCH if args.device == "cpu" else PAPER)[network]
+            preset, batch = NETWORKS[network]
+            batch = args.batch or (batch if args.device == "cpu" else preset.batch_size)
             rows = []
-            for name, settings in cases(args.device).items():
-                case = {"network": network, "batch": batch, "device": args.device, **settings}
-                result = values[f"{network}, {name}"] = measure(case, args.threads)
-                rows.append(row(name, result))
-                print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-            text += f"## {network}, batch {batch} (the paper's is {PAPER[network]})\n\n"
-            header = ["", "images per step", "peak, GiB", "MiB per image of a part", ""]
-            text += figures.table(header, rows) + "\n"
+            for name, settings in cases(batch, pick_precision("auto", torch.device(args.device))).items():
+                result = values[f"{network}, {name}"] = measure(network, settings, args.device, args.threads)
+                size = f"{result['bytes'] / GIB:.2f}" if "bytes" in result else result["error"]
+                rows.append([name, size])
+                print(network, *rows[-1], sep=" | ", file=sys.stderr, flush=True)
+            counted = {precision: saved_bytes(preset, precision) for precision in ("float32", "bf16")}
+            values[f"{network}, counted"] = counted
+            text += f"## {network}, batch {batch} (the preset's is {preset.batch_size})\n\n"
+            text += figures.table(["images of a part x parts", "peak, GiB"], rows)
+            kept = " and ".join(f"{size / MIB:.0f} MiB in {precision}" for precision, size in counted.items())
+            text += f"\nCounted: for each image of a part the backward pass needs {kept}, without checkpointing.\n\n"
     record.write("memory", "Peak memory of a training step", args, values, text, args.device)
 
 

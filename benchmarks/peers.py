@@ -1,11 +1,10 @@
 """The networks that are compared, and one training step of each, with all parts of its own training loop.
 
-`Ours` makes the step of `ddpm train`: L_simple, clipping, fused Adam, moving average. `Theirs` makes the step of
-diffusers' train_unconditional.py, without accelerate, which wraps it: add_noise, mean squared error, clipping, AdamW,
-EMAModel. Functions import diffusers where they need it, so our own figures can be measured without diffusers.
+`Ours` runs the step of `ddpm train`, the very function. `Theirs` makes the step of diffusers' train_unconditional.py,
+without accelerate, which wraps it: add_noise, mean squared error, clipping, AdamW, EMAModel. Functions import diffusers
+where they need it, so our own figures can be measured without diffusers.
 """
 
-import copy
 import importlib
 import io
 import json
@@ -22,10 +21,12 @@ import torch.nn.functional as F
 from timing import Timed
 from torch import Tensor, nn
 
-from ddpm import losses, noise, timesteps
-from ddpm.presets import PRESETS, Precision, Preset, build
-from ddpm.run import ema
-from ddpm.run.train import train
+from ddpm import pixels
+from ddpm.files import data
+from ddpm.presets import PRESETS, Precision, Preset
+from ddpm.run.device import GraphedGradient
+from ddpm.run.processes import Processes
+from ddpm.run.train import _begin, train
 
 PAPER = PRESETS["cifar10"]
 PAPER_256 = PRESETS["celebahq256"]
@@ -87,41 +88,31 @@ def batch(preset: Preset, count: int, device: torch.device | str = "cpu") -> Ten
 
 
 class Ours:
-    """Our network for a preset, and the step of `ddpm train`."""
+    """The training of a preset, whose step is that of `ddpm train`, on `count` random images, which stay the same."""
 
-    def __init__(self, preset: Preset, precision: Precision = "bf16", device: torch.device | str = "cpu") -> None:
-        self.preset = replace(preset, precision=precision)
-        self.denoiser = build(self.preset).to(device)
-        assert isinstance(self.denoiser.network, nn.Module)
-        self.network = self.denoiser.network.train()
-        self.weights = list(self.network.parameters())
-        self.averaged = list(copy.deepcopy(self.network).requires_grad_(False).parameters())
-        self.adam = torch.optim.Adam(self.weights, lr=preset.lr, fused=True)
-        self.draws = torch.Generator(device)
-        self.n = 0
+    def __init__(
+        self, preset: Preset, count: int, precision: Precision = "bf16", device: torch.device | str = "cpu",
+        ranks: Processes | None = None,
+    ) -> None:  # fmt: skip
+        ranks = ranks or Processes(0, 1, torch.device(device))
+        self.preset = replace(preset, batch_size=count * ranks.world, precision=precision)
+        images, _ = data.load_pair(data.given(pixels.to_pixels(batch(preset, 2))), preset.size, preset.channels)
+        self.training = _begin(self.preset, images, ranks)
+        self.batch = pixels.to_pixels(batch(preset, count)).to(ranks.device)
 
-    def step(self, x0: Tensor, accumulate: int = 1) -> None:
-        t = timesteps.sample(
-            self.denoiser.schedule,
-            len(x0),
-            self.preset.timestep_sampling,
-            noise.generator(0, self.n),
-            self.preset.predict,
-        )
-        t = t.to(x0.device, non_blocking=True)
-        self.draws.manual_seed(noise.mix(0, self.n))
-        eps = torch.randn(x0.shape, generator=self.draws, device=x0.device)
-        for part in zip(*(whole.chunk(accumulate) for whole in (x0, t, eps)), strict=True):
-            (losses.simple(self.denoiser, *part).mean() / accumulate).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        ema.update(self.averaged, self.weights, ema.decay_at(self.n, self.preset.ema_decay, True))
-        self.n += 1
+    def step(self) -> Tensor:
+        return self.training.step(self.preset, self.batch)
 
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        out: Tensor = self.network(x, timestep)
-        return out
+    @property
+    def captured(self) -> bool:
+        """Whether the gradient is a CUDA graph by now."""
+        return isinstance(self.training.gradient, GraphedGradient) and self.training.gradient.captured
+
+    def without_graph(self) -> Tensor:
+        """The same step, with the gradient that a CUDA graph would replay."""
+        gradient = self.training.gradient
+        plain = gradient.gradient if isinstance(gradient, GraphedGradient) else gradient
+        return self.training._replace(gradient=plain).step(self.preset, self.batch)
 
 
 class Theirs:

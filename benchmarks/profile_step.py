@@ -11,6 +11,7 @@ or C code in record_function("ddpm.conv"), "ddpm.norm" and so on. Time outside a
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import figures
@@ -20,6 +21,7 @@ from speed import BEST, NETWORKS
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ddpm import samplers
+from ddpm.presets import build
 
 GROUPS = {
     "optimiser and average": r"optimizer|adam|_foreach_|lerp|vector_norm|clip_grad",
@@ -71,12 +73,11 @@ def shares(groups: dict[str, float]) -> dict[str, float]:
 def programs(network: str, batch: int, precision: Any) -> dict[str, Callable[[], object]]:
     """One training step, and one step of DDIM with everything that it does around the network call."""
     preset = NETWORKS[network][0]
-    ours, x0 = peers.Ours(preset, precision), peers.batch(preset, batch)
-    sampling = peers.Ours(preset, precision)
-    sampling.network.eval()
+    denoiser, x = build(replace(preset, precision=precision)), peers.batch(preset, batch)
+    denoiser.network.eval()  # type: ignore[attr-defined]
     return {
-        "training step": lambda: ours.step(x0),
-        "sampling call": lambda: next(samplers.ddim(sampling.denoiser, x0, steps=50)),
+        "training step": peers.Ours(preset, batch, precision).step,
+        "sampling call": lambda: next(samplers.ddim(denoiser, x, steps=50)),
     }
 
 

@@ -33,6 +33,8 @@ import torch.distributed as dist
 from speed import BEST
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpm.run.processes import Processes
+
 PARTS = ["batch", "size", "processes", "exchange"]
 NETWORKS = {"paper": peers.PAPER, "small": peers.SMALL}
 PROCESSES = {
@@ -47,17 +49,15 @@ PROCESSES = {
 def by_batch(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per step for each batch size."""
     preset = NETWORKS[args.network]
-    ours = peers.Ours(preset, BEST)
-    cases: dict[str, timing.Case] = {str(n): partial(ours.step, peers.batch(preset, n)) for n in args.batches}
+    cases: dict[str, timing.Case] = {str(n): peers.Ours(preset, n, BEST).step for n in args.batches}
     return timing.interleave(cases, args.repeats, args.seconds)
 
 
 def by_size(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per step for each side of the images."""
     presets = {side: replace(NETWORKS[args.network], size=(side, side)) for side in args.sides}
-    ours = peers.Ours(NETWORKS[args.network], BEST)  # convolutions take any size
     cases: dict[str, timing.Case] = {
-        str(side): partial(ours.step, peers.batch(preset, args.size_batch)) for side, preset in presets.items()
+        str(side): peers.Ours(preset, args.size_batch, BEST).step for side, preset in presets.items()
     }
     return timing.interleave(cases, args.repeats, args.seconds)
 
@@ -110,18 +110,18 @@ def by_exchange(batch: int, repeats: int) -> dict[str, list[float]]:
 def exchange_child(file: Path, batch: int, repeats: int) -> None:
     """One of the processes of `by_exchange`. The first one writes the times."""
     dist.init_process_group("gloo")
-    ours = peers.Ours(peers.PAPER, BEST)
-    network = DistributedDataParallel(ours.network)
-    ours.denoiser = replace(ours.denoiser, network=network)
-    x0 = peers.batch(peers.PAPER, batch)
+    ranks = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    ours = peers.Ours(peers.PAPER, batch, BEST, ranks=ranks)
+    network = ours.training.network
+    assert isinstance(network, DistributedDataParallel)
 
     def step(exchanges: bool) -> None:
         with nullcontext() if exchanges else network.no_sync():
-            ours.step(x0)
+            ours.step()
         dist.barrier()
 
     cases: dict[str, timing.Case] = {name: partial(step, name == "with") for name in ("with", "without")}
-    gradient = torch.zeros(sum(weight.numel() for weight in ours.weights))
+    gradient = torch.zeros(sum(weight.numel() for weight in ours.training.model.weights))
     cases["gradient"] = partial(dist.all_reduce, gradient)
     times = timing.interleave(cases, repeats, 0)  # one call each: the processes must make as many
     if dist.get_rank() == 0:

@@ -14,6 +14,7 @@ import argparse
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from ddpm import kernels
-from ddpm.presets import Precision, Preset
+from ddpm.presets import Precision, Preset, build
 from ddpm.run.processes import pick_precision
 
 NETWORKS: dict[str, tuple[Preset, Callable[[Preset], nn.Module]]] = {
@@ -65,7 +66,7 @@ def training_cases(
     preset: Preset, theirs: Callable[[Preset], nn.Module], count: int, compiled: bool = False, steps: int = 4
 ) -> dict[str, Any]:
     x0 = peers.batch(preset, count)
-    cases: dict[str, timing.Case] = {f"ours {name}": partial(peers.Ours(preset, name).step, x0) for name in OURS}
+    cases: dict[str, timing.Case] = {f"ours {name}": peers.Ours(preset, count, name).step for name in OURS}
     cases[f"{MAIN}, `ddpm train`"] = partial(peers.trained, preset, count, steps, BEST)
     for name, settings in theirs_settings(compiled).items():
         cases[name] = partial(peers.Theirs(theirs(preset), **settings).step, x0)
@@ -78,9 +79,8 @@ def forward_cases(
     x, timestep = peers.batch(preset, count), torch.arange(count) * 999 // count
     cases: dict[str, timing.Case] = {}
     for name in OURS:
-        ours = peers.Ours(preset, name)
-        ours.network.eval()
-        cases[f"ours {name}"] = partial(without_gradient, ours.forward, x, timestep)
+        network = build(replace(preset, precision=name)).network.eval()  # type: ignore[attr-defined]
+        cases[f"ours {name}"] = partial(without_gradient, network, x, timestep)
     for name, settings in theirs_settings(compiled).items():
         loop = peers.Theirs(theirs(preset), **settings)
         loop.network.eval()

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -29,7 +31,7 @@ import start
 import timing
 
 from ddpm.gaussian import q_sample
-from ddpm.presets import PRESETS
+from ddpm.presets import PRESETS, build
 
 TINY = replace(
     PRESETS["cifar10_small"],
@@ -156,7 +158,7 @@ def test_our_and_their_networks_have_the_same_number_of_parameters():
             (peers.paper_network, PRESETS["celebahq256"]),
             (peers.example_network, PRESETS["cifar10_small"]),
         ):
-            assert size(theirs(preset)) == size(peers.build(preset).network)
+            assert size(theirs(preset)) == size(build(preset).network)
 
 
 @pytest.mark.parametrize("settings", [{}, {"autocast": True, "quick": True, "channels_last": True}])
@@ -169,12 +171,14 @@ def test_a_step_of_each_package_trains(settings):
     assert all(torch.isfinite(torch.tensor(losses)))
     assert any(not torch.equal(a, b) for a, b in zip(before, theirs.weights, strict=True))
     assert theirs.average.optimization_step == 3
-    ours = peers.Ours(TINY, "float32")
-    before, average = ([p.clone() for p in group] for group in (ours.weights, ours.averaged))
-    ours.step(x0)
-    ours.step(x0, accumulate=2)
-    assert any(not torch.equal(a, b) for a, b in zip(before, ours.weights, strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(average, ours.averaged, strict=True))
+    ours = peers.Ours(TINY, 2, "float32")
+    model = ours.training.model
+    before, average = ([p.clone() for p in group] for group in (model.weights, model.average_weights))
+    ours.step()
+    ours.without_graph()
+    assert model.step == 2
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.weights, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(average, model.average_weights, strict=True))
 
 
 def test_speed(tiny):
@@ -232,18 +236,40 @@ def test_profile(tiny):
         assert operations
 
 
-def test_memory_line():
-    assert memory.line([2, 4], [10.0, 14.0], 8) == 22.0
-    assert "would not fit" in memory.row("", {"small": [1, 2], "small_bytes": [1, 2], "line_bytes": 9, "batch": 3})[-1]
+def test_memory_of_a_case(monkeypatch):
+    monkeypatch.setitem(memory.NETWORKS, "tiny", (TINY, 4))
+    monkeypatch.setattr(memory, "limit", lambda: None)  # it is for a process of its own
+    cases = memory.cases(4, "bf16")
+    assert list(cases) == [
+        "float32, 4 x 1", "float32, 2 x 2", "float32, 1 x 4", "bf16, 4 x 1", "bf16, checkpointing, 4 x 1"
+    ]  # fmt: skip
+    whole, parts = (memory.child("tiny", cases[name], "cpu") for name in ("float32, 4 x 1", "float32, 2 x 2"))
+    assert whole["parameters"] == parts["parameters"] == sum(p.numel() for p in build(TINY).network.parameters())
+    assert min(whole["bytes"], parts["bytes"]) >= 0
+    assert whole["loss"] == pytest.approx(parts["loss"], rel=0.2)  # each part has a dropout of its own
 
 
-def test_memory_of_a_case(tiny):
-    case = {"network": "cifar10", "batch": 8, "device": "cpu", "precision": "float32", "accumulate": 4}
-    result = memory.child(case)
-    assert result["part"] == 2
-    assert result["bytes"] >= 0
-    assert "bytes" not in memory.child(case, limit=-1e12)
-    assert memory.child({**case, "batch": 2}, limit=-1e12)["batch"] == 8  # four parts of 2 images
+def test_an_allocation_that_does_not_fit_is_an_error_of_its_case(tmp_path):
+    code = "import memory, torch; memory.limit(); torch.empty(1 << 42)"
+    env = {**os.environ, "PYTHONPATH": str(Path(memory.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "memory" in done.stderr.splitlines()[-1]
+
+
+def test_saved_bytes_are_those_of_a_network_counted_by_hand(monkeypatch):
+    """The backward pass of silu(convolution(x)) needs x and the result of the convolution; weights do not count."""
+
+    class One(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 5, 3, padding=1)
+
+        def forward(self, x, timestep):
+            return torch.nn.functional.silu(self.layer(x))
+
+    monkeypatch.setattr("ddpm.presets.build", lambda preset: argparse.Namespace(network=One()))
+    assert memory.saved_bytes(TINY, "float32") == 4 * 8 * 8 * (3 + 5)
 
 
 def test_sampling(tiny, tmp_path):
@@ -317,7 +343,7 @@ def test_ours_trains_for_the_time_and_finished_parts_do_not_run_again(contest, m
     assert threading.current_thread() is threading.main_thread()
     trained = quality_per_hour.do("train", "ours", contest)
     assert 1 <= trained["steps"] <= trained["planned_steps"]
-    assert trained["parameters"] == sum(p.numel() for p in peers.build(TINY).network.parameters())
+    assert trained["parameters"] == sum(p.numel() for p in build(TINY).network.parameters())
     done = []
 
     def run(words, **_):

@@ -36,7 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("guidance", [1, 3])
 def test_a_run_resumes_to_the_bit_without_the_model(guidance: int, tmp_path: Path) -> None:
-    """With dropout, across two halvings of the gap. The teacher of guidance is in the run's own checkpoints."""
+    """With dropout, across two halvings of the gap. The teacher of guidance is in the run's own checkpoints, and the
+    forecast of their size counts it.
+    """
     shutil.copy(MODELS / "digits.safetensors", tmp_path / "model.safetensors")
     options = ["--guidance", guidance, "--dropout", 0.2]
     for name, steps in (("whole", 5), ("halves", 3)):
@@ -52,6 +54,10 @@ def test_a_run_resumes_to_the_bit_without_the_model(guidance: int, tmp_path: Pat
     assert isinstance(model.denoiser.network, torch.nn.Module)
     assert forecast.checkpoint_bytes(model.preset, model.denoiser.network) == pytest.approx(size, rel=0.05)
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    opened = open_checkpoint(tmp_path / "whole")
+    assert isinstance(opened.denoiser.network, torch.nn.Module)
+    size = sum(4 * tensor.numel() for tensor in whole.values())
+    assert forecast.checkpoint_bytes(opened.preset, opened.denoiser.network) == size
 
 
 def test_the_loss_gets_the_gap_of_the_step_and_the_guided_teacher(

@@ -36,7 +36,8 @@ stage, folder = sys.argv[1], Path(sys.argv[2])
 file, parent = folder / f"{stage}.jsonl", os.getppid()
 spread = {"median": 1.0, "low": 1.0, "high": 1.0}
 about = {"hardware": "none", "versions": {}, "python": "3", "commit": "c", "card": "stub", "memory_gib": 0}
-cases = {name: {"outcome": "passed", "ms": spread, "images_per_second": spread} for name in "ab"}
+sides = {"graph": {"ms": spread, "images_per_second": spread}}
+cases = {name: {"outcome": "passed", "sides": sides} for name in "ab"}
 if stage == "card":
     cases = {"card": {**about, "driver": "none"}, "product": {"flops": spread}}
 done = [json.loads(line)["case"] for line in file.read_text().splitlines()] if file.exists() else []
@@ -115,22 +116,26 @@ def test_all_stages_run_and_are_not_run_again(call, images, monkeypatch):
         return 0, ""
 
     monkeypatch.setattr(gpu, "run", run)
-    monkeypatch.setitem(gpu_stages.TINY, "ours", [("cifar10_fast", 2)])
+    monkeypatch.setitem(gpu_stages.TINY, "steps", [("cifar10_fast", "muon", 2)])
     stages = [name for name in gpu.LIMITS if name != "tests"]
     options = ["--rehearse", "--repeats", 1, "--seconds", 0, "--data", images, "--only", *stages]
     code, record, text = call(*options)
     assert code == 0
     assert states(record) == dict.fromkeys(stages, "done"), text
     cases = {name: stage["cases"] for name, stage in record["stages"].items()}
-    assert [len(cases[name]) for name in stages] == [2, 1, 2, 2, 1]
-    for name in ("ours", "large"):
-        step = next(values for case, values in cases[name].items() if "bare step" in case)
-        assert step["profile"]["products"] > 0, step
-        assert step["matrix_share"]["median"] > 0
-    for name in ("diffusers", "samples"):
+    assert {name: len(cases[name]) for name in stages} == {
+        "steps": 1, "train": 1, "diffusers": 2, "batches": 1, "samples": 2, "large": 1
+    }  # fmt: skip
+    for name in ("steps", "batches", "large"):
+        (values,) = cases[name].values()
+        assert list(values["sides"]) == ["graph", "no graph"]
+        for side in values["sides"].values():
+            assert side["profile"]["products"] > 0, side
+            assert side["matrix_share"]["median"] > 0
+    for name in ("steps", "batches", "large", "diffusers", "samples"):
         for values in cases[name].values():
-            ratio = values["diffusers"]["ms"]["median"] / values["ours"]["ms"]["median"]
-            assert values["ratio"]["median"] == pytest.approx(ratio)
+            first, second = (side["ms"]["median"] for side in values["sides"].values())
+            assert values["ratio"]["median"] == pytest.approx(second / first)
     assert "A rehearsal" in text.splitlines()[0]
     assert all(f"## {gpu.TITLES[name]}" in text for name in stages)
     assert str(images) not in text + json.dumps(record)  # a record names no folder of this machine
@@ -257,27 +262,26 @@ def test_speeds_are_shares_of_the_product():
 
 def test_a_stage_that_overruns_is_ended_and_keeps_its_cases(call, stub, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST", 0.1)
-    monkeypatch.setattr(gpu, "LIMITS", {"tests": 1.0, "ours": 100.0, "large": 100.0})
+    monkeypatch.setattr(gpu, "LIMITS", {"tests": 1.0, "steps": 100.0, "large": 100.0})
     monkeypatch.setenv("SLEEPS", "tests")
     code, record, text = call("--rehearse")
     assert code == 0
-    assert states(record) == {"tests": "cut", "ours": "done", "large": "done"}
+    assert states(record) == {"tests": "cut", "steps": "done", "large": "done"}
     assert list(record["stages"]["tests"]["cases"]) == ["a"]
     assert "not finished after 1 s" in text
     monkeypatch.delenv("SLEEPS")
     again = call("--rehearse")[1]
     assert states(again)["tests"] == "done"
     assert {name: case["call"] for name, case in again["stages"]["tests"]["cases"].items()} == {"a": 1, "b": 2}
-    assert again["stages"]["ours"] == record["stages"]["ours"]
+    assert again["stages"]["steps"] == record["stages"]["steps"]
 
 
 def test_stages_for_which_there_is_no_time_are_not_reached(call, stub, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST", 0.3)
     monkeypatch.setenv("SLEEPS", "tests")
-    code, record, text = call("--rehearse", "--minutes", 0.03, "--only", "tests", "data", "large")
+    code, record, text = call("--rehearse", "--minutes", 0.03, "--only", "tests", "large")
     assert code == 0
-    assert states(record) == {"tests": "cut", "data": "not reached", "large": "not reached"}
-    assert record["stages"]["data"]["note"] == "no --data was given"
+    assert states(record) == {"tests": "cut", "large": "not reached"}
     assert record["stages"]["large"]["note"] == "--minutes 0.03 are over"
     assert "| large | not reached |" in text
 
@@ -286,27 +290,27 @@ def test_stages_for_which_there_is_no_time_are_not_reached(call, stub, monkeypat
 def test_a_killed_call_keeps_its_finished_cases_and_the_next_call_resumes(how, stub, tmp_path):
     out = tmp_path / "out"
     code = f"import sys, gpu; from pathlib import Path; gpu.CHILD = Path({str(stub)!r}); sys.exit(gpu.main())"
-    words = [sys.executable, "-c", code, "--rehearse", "--out", str(out), "--only", "tests", "ours", "large"]
+    words = [sys.executable, "-c", code, "--rehearse", "--out", str(out), "--only", "tests", "steps", "large"]
     env = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
 
     def read():
         return json.loads((out / "record.json").read_text()) if (out / "record.json").exists() else {"stages": {}}
 
-    process = subprocess.Popen(words, env={**env, "SLEEPS": "ours"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(words, env={**env, "SLEEPS": "tests"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     end = time.monotonic() + 60
-    while "a" not in read()["stages"].get("ours", {}).get("cases", {}) and time.monotonic() < end:
+    while "a" not in read()["stages"].get("tests", {}).get("cases", {}) and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(how)
     process.communicate()
     cut = read()
-    assert states(cut) == {"tests": "done", "ours": "running" if how == signal.SIGKILL else "cut"}
-    assert list(cut["stages"]["ours"]["cases"]) == ["a"]
-    assert "| ours | " in (out / "record.md").read_text()
+    assert states(cut) == {"steps": "done", "tests": "running" if how == signal.SIGKILL else "cut"}
+    assert list(cut["stages"]["tests"]["cases"]) == ["a"]
+    assert "| tests | " in (out / "record.md").read_text()
     assert subprocess.run(words, env=env, capture_output=True).returncode == 0
     whole = read()
-    assert states(whole) == {"tests": "done", "ours": "done", "large": "done"}
-    assert whole["stages"]["tests"] == cut["stages"]["tests"]
-    assert {name: case["call"] for name, case in whole["stages"]["ours"]["cases"].items()} == {"a": 1, "b": 2}
+    assert states(whole) == {"tests": "done", "steps": "done", "large": "done"}
+    assert whole["stages"]["steps"] == cut["stages"]["steps"]
+    assert {name: case["call"] for name, case in whole["stages"]["tests"]["cases"].items()} == {"a": 1, "b": 2}
 
 
 def test_a_stage_ends_with_the_script_that_started_it(tmp_path):
@@ -392,7 +396,7 @@ def test_the_next_call_unpacks_the_caches(call, stub, tmp_path, capsys):
     )
     call("--rehearse", "--only", "large")
     assert "gpu-cache-1.tar.gz: 0.0 MiB" in capsys.readouterr().out
-    _, record, text = call("--rehearse", "--only", "ours")
+    _, record, text = call("--rehearse", "--only", "steps")
     assert [one["caches"] for one in record["calls"]] == [0, 1]
     assert "gpu-cache-1.tar.gz" in text
     gpu_caches.unpack(tmp_path / "out", tmp_path / "there")

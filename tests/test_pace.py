@@ -166,13 +166,15 @@ def test_the_steps_that_fit_are_the_most_that_fit() -> None:
 def test_the_cost_of_a_run_is_that_of_its_parts() -> None:
     """Step by step: an evaluation before the first, and evaluations, saves and grids where training has them."""
     preset = replace(
-        PRESETS["cifar10"], save_every=7, sample_every=5, eval_images=3, sample_count=2, sample_steps=4, steps=23
-    )
-    costs = Costs(step=1, image_call=0.5, save=2)
+        PRESETS["cifar10"], save_every=7, snapshot_every=3, sample_every=5, eval_images=3, sample_count=2,
+        sample_steps=4, steps=23,
+    )  # fmt: skip
+    costs = Costs(step=1, image_call=0.5, save=2, snapshot=0.25)
     for begun in (0, 1, 7, 10, 22):
         total = 0.0 if begun else 1.5
         for step in range(begun + 1, 24):
             total += 1 + 3.5 * (step % 7 == 0 or step == 23) + 4 * (step % 5 == 0 or step == 23)
+            total += 0.25 * (step % 3 == 0 or step == 23)
         assert costs.seconds(preset, begun, 23) == total
 
 
@@ -235,7 +237,7 @@ def test_the_speed_is_that_of_steps_without_evaluations(monkeypatch: pytest.Monk
     """Steps of half a second with ten seconds of other work after each."""
     now = [0.0]
     monkeypatch.setattr(pace, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    clock = pace.Pace(PRESETS["cifar10"], Processes(0, 1, torch.device("cpu")), save=1.0)
+    clock = pace.Pace(PRESETS["cifar10"], Processes(0, 1, torch.device("cpu")), torch.nn.Linear(1, 1))
     left_out, known = 0.0, []
     for _ in range(10):
         now[0] += 0.5
@@ -252,9 +254,12 @@ def test_the_speed_is_that_of_steps_without_evaluations(monkeypatch: pytest.Monk
 def test_the_forecast(
     optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It comes once, after a few steps, with the first loss; its bytes are those of the checkpoint's files."""
+    """It comes once, after a few steps, with the first loss; its bytes are those of the files. It takes the time of a
+    snapshot from its own bytes.
+    """
     clock(monkeypatch, 1)
-    assert train(tmp_path / "run", "--steps", 30, "--log-every", 30, "--optimizer", optimizer) == 0
+    options = ["--log-every", 30, "--optimizer", optimizer, "--snapshot-every", 15, "--width", 96]
+    assert train(tmp_path / "run", "--steps", 30, *options) == 0
     lines = capsys.readouterr().err.splitlines()
     (line,) = (line for line in lines if line.startswith("forecast: "))
     (first,) = (line for line in lines if ": loss " in line)
@@ -262,8 +267,15 @@ def test_the_forecast(
     assert "to step 30" in line
     preset, network = open_checkpoint(tmp_path / "run").preset, ddpm.load(tmp_path / "run").network
     assert isinstance(network, torch.nn.Module)
-    size = sum(file.stat().st_size for file in (tmp_path / "run/checkpoints/00000030").glob("*.safetensors"))
-    assert forecast.checkpoint_bytes(preset, network) == pytest.approx(size, rel=0.05)
+    checkpoint, snapshot = (
+        sum(file.stat().st_size for file in (tmp_path / "run" / kind / "00000030").glob("*.safetensors"))
+        for kind in ("checkpoints", "snapshots")
+    )
+    assert forecast.checkpoint_bytes(preset, network) == pytest.approx(checkpoint, rel=0.02)
+    assert forecast.snapshot_bytes(network) == pytest.approx(snapshot, rel=0.02)
+    costs = forecast.costs(preset, network, 0, 0)
+    assert costs.snapshot / costs.save == pytest.approx(snapshot / checkpoint, rel=0.02)
+    assert costs.seconds(preset, 0, 30) == costs.save + 2 * costs.snapshot
     assert forecast.gib(forecast.checkpoint_bytes(preset, network)) in line
 
 

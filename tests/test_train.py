@@ -38,7 +38,7 @@ from ddpm.run.held_out import BUCKETS, held_out_by_level
 from ddpm.run.meter import Meter
 from ddpm.run.processes import Processes
 from ddpm.run.sample import generate
-from ddpm.run.train import _Watch
+from ddpm.run.train import _begin, _Watch
 
 # -- stopping and resuming ---------------------------------------------------------------------------------------------
 
@@ -67,6 +67,32 @@ def test_n_steps_and_n_steps_are_2n_steps_to_the_bit(optimizer: str, tmp_path: P
     assert train(tmp_path / "halves", *options, "--steps", 8) == 0
     assert_same(tensors(tmp_path / "whole", 8), tensors(tmp_path / "halves", 8))
     assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_the_steps_that_are_measured_are_those_of_a_run(optimizer: str, tmp_path: Path) -> None:
+    """To the bit: weights, average and moments, with all random parts switched on."""
+    assert train(tmp_path / "run", *EVERYTHING, "--optimizer", optimizer, "--steps", 3) == 0
+    preset = opening.open_checkpoint(tmp_path / "run").preset
+    images, _ = data.load_pair("digits", preset.size, preset.channels)
+    training = _begin(preset, images, Processes(0, 1, torch.device("cpu")))
+    for batch in data.batches(images, preset.seed, preset.batch_size, 0, 3):
+        training.step(preset, batch)
+    model, run = training.model, tensors(tmp_path / "run", 3)
+    own = {"raw": model.network.state_dict(), "ema": model.average.state_dict(), "optimizer": model.moments()}
+    assert_same({f"{kind}/{name}": value for kind, found in own.items() for name, value in found.items()}, run)
+
+
+def test_the_loss_of_a_step_is_that_of_the_whole_batch() -> None:
+    """However many parts compute it."""
+    preset = dataclasses.replace(PRESETS["digits"], classes=False, batch_size=8, precision="float32")
+    images, _ = data.load_pair("digits", preset.size, preset.channels)
+    found = []
+    for parts in (1, 2, 8):
+        divided = dataclasses.replace(preset, accumulate=parts)
+        training = _begin(divided, images, Processes(0, 1, torch.device("cpu")))
+        found.append(float(training.step(divided, images.batch(range(8)))))
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
@@ -595,6 +621,7 @@ def test_a_graph_of_the_gradient_or_a_line_of_why(fault: str, monkeypatch: pytes
             assert (weight.grad is captured[0]) if not fault else weight.grad is not None
         with torch.no_grad():
             weight.mul_(0.9)
+    assert graphed.captured == (not fault)
     why = {"the capture fails": "no graph today", "another gradient": "its gradient is another one"}
     assert lines == ([f"training goes on without a CUDA graph: {why[fault]}"] if fault else [])
 

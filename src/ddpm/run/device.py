@@ -46,7 +46,7 @@ def compile_stages(network: nn.Module, backend: str = "inductor") -> None:
         stage.compile(backend=backend, dynamic=False)
 
 
-_EAGER_CALLS = 4
+CAPTURES = 4
 """The call of a GraphedGradient that captures it."""
 
 Gradient: TypeAlias = Callable[..., Tensor]
@@ -59,17 +59,19 @@ class GraphedGradient:
     The first calls run `gradient` itself: they compile, and libraries choose their algorithms. The next call captures
     it, and compares a replay with `gradient` on the same tensors and draws. If the capture fails or a bit differs, so
     that a resumed run would be another one, `say` gets one line with the reason, and `gradient` runs from then on.
-    All tensors must keep their shapes. A call sets `grad`; it does not add to it.
+    All tensors must keep their shapes. A call sets `grad`; it does not add to it. `captured` tells whether the graph
+    runs.
     """
 
     def __init__(self, gradient: Gradient, weights: Sequence[nn.Parameter], say: Callable[[str], None]) -> None:
-        self._gradient, self._weights, self._say = gradient, weights, say
+        self.gradient, self.captured = gradient, False
+        self._weights, self._say = weights, say
         self._calls, self._replay = 0, self._eager
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """The loss; the weights have its gradient."""
         self._calls += 1
-        if self._calls != _EAGER_CALLS:
+        if self._calls != CAPTURES:
             return self._replay(*inputs)
         device = self._weights[0].device
         state = torch.cuda.get_rng_state(device)
@@ -82,7 +84,7 @@ class GraphedGradient:
             pairs = zip(self._weights, grads, strict=True)
             if not (same and all(torch.equal(p.grad, grad) for p, grad in pairs)):  # type: ignore[arg-type]
                 raise RuntimeError("its gradient is another one")
-            self._replay = replay
+            self._replay, self.captured = replay, True
         except Exception as error:
             reason = str(error).partition("\n")[0]
             self._say(f"training goes on without a CUDA graph: {reason}")
@@ -93,7 +95,7 @@ class GraphedGradient:
     def _eager(self, *inputs: Tensor | None) -> Tensor:
         for p in self._weights:
             p.grad = None
-        return self._gradient(*inputs)
+        return self.gradient(*inputs)
 
     def _capture(self, inputs: Sequence[Tensor | None]) -> Callable[..., Tensor]:
         """Capture `gradient`, and return a function that copies its inputs and replays it."""

@@ -23,15 +23,15 @@ def snapshot_bytes(network: nn.Module) -> int:
 
 def checkpoint_bytes(preset: Preset, network: nn.Module) -> int:
     """The size of a checkpoint: weights, their average, and the optimizer's moments, all in float32; also the averages
-    that snapshots hold, and the weights of the teacher whose guidance is built in."""
+    of snapshots and the teacher's weights, if the run has them."""
     kept, others = optimizers.moments(network, preset.optimizer), 2 + (preset.guidance != 1)
     own = 4 * sum(p.numel() * (others + len(kept[name])) for name, p in network.named_parameters())
     return own + (snapshot_bytes(network) if preset.snapshot_every else 0)
 
 
-def save_seconds(preset: Preset, network: nn.Module) -> float:
-    """A cautious guess of the time that a checkpoint takes to be written and hashed: 150 MB/s."""
-    return checkpoint_bytes(preset, network) / 150e6
+def write_seconds(size: int) -> float:
+    """A cautious guess of the time in which so many bytes are written and hashed: 150 MB/s."""
+    return size / 150e6
 
 
 def snapshots(preset: Preset, steps: int) -> int:
@@ -72,11 +72,13 @@ class Costs:
     step        a training step
     image_call  a call of the network for one image, in sampling and evaluation
     save        writing a checkpoint
+    snapshot    writing a snapshot
     """
 
     step: float
     image_call: float
     save: float
+    snapshot: float = 0.0
 
     def seconds(self, preset: Preset, begun: int, steps: int) -> float:
         """The time from step `begun` to step `steps`, with evaluations, checkpoints, snapshots and grids.
@@ -92,7 +94,7 @@ class Costs:
         grids = -(-steps // preset.sample_every) - begun // preset.sample_every if preset.sample_every else 0
         at_start = 0.0 if begun else evaluation
         work = (steps - begun) * self.step + saves * (evaluation + self.save) + grids * grid * self.image_call
-        averages = (snapshots(preset, steps) - snapshots(preset, begun)) * self.save / 3
+        averages = (snapshots(preset, steps) - snapshots(preset, begun)) * self.snapshot
         return float(at_start + work + averages)
 
     def steps_in(self, preset: Preset, seconds: float) -> int:
@@ -109,6 +111,12 @@ class Costs:
             middle = (low + high) // 2
             low, high = (middle, high) if self.seconds(preset, 0, middle) <= seconds else (low, middle)
         return low
+
+
+def costs(preset: Preset, network: nn.Module, step: float, image_call: float) -> Costs:
+    """The costs of a run by the measured seconds of a step and of an image's call, and the sizes of the files."""
+    files = checkpoint_bytes(preset, network), snapshot_bytes(network)
+    return Costs(step, image_call, *map(write_seconds, files))
 
 
 class SamplingForecast:

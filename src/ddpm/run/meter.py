@@ -25,6 +25,11 @@ class Meter:
         self._waited = self._all_waited = self._all_seconds = 0.0
         self._warned = False
 
+    def see(self, loss: Tensor) -> None:
+        """Count a step of this loss."""
+        self.total += loss
+        self.steps += 1
+
     def seconds(self) -> float:
         """Seconds of training, with those of earlier processes."""
         return self._before + time.monotonic() - self._started

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from ddpm.presets import Preset
-from ddpm.run.forecast import Costs
+from ddpm.run import forecast
 from ddpm.run.previews import affordable
 from ddpm.run.processes import Processes
 
@@ -30,9 +31,8 @@ class Pace:
     step_seconds  of a training step; None until it is known
     """
 
-    def __init__(self, preset: Preset, ranks: Processes, save: float) -> None:
-        """`save` is the seconds of a checkpoint."""
-        self._preset, self._ranks, self._save = preset, ranks, save
+    def __init__(self, preset: Preset, ranks: Processes, network: nn.Module) -> None:
+        self._preset, self._ranks, self._network = preset, ranks, network
         self._began = self._saved = time.monotonic()
         self._steps, self._timed_from, self._early = 0, self._began, _EARLY
         self.step_seconds: float | None = None
@@ -54,10 +54,11 @@ class Pace:
         return False
 
     @property
-    def costs(self) -> Costs:
+    def costs(self) -> forecast.Costs:
         """The costs of the run's parts, once the speed is known. A step costs three calls of the network an image."""
         assert self.step_seconds is not None
-        return Costs(self.step_seconds, self.step_seconds / self._preset.batch_size / 3, self._save)
+        image_call = self.step_seconds / self._preset.batch_size / 3
+        return forecast.costs(self._preset, self._network, self.step_seconds, image_call)
 
     def decide(self, stopped: bool, early: bool) -> tuple[bool, bool, tuple[int, int] | None]:
         """What all processes do after this step: end; save; and draw a picture of this size. The first one decides.

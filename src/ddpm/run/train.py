@@ -125,11 +125,11 @@ def train(
         if begun >= preset.steps:
             log.say(ranks, f"{out} is trained to step {begun} already; steps above {begun} continue it")
             return Result(begun, model.held_out_before, None, None, None)
-        training, draws = _for_training(model, preset, len(parts), ranks), torch.Generator(ranks.device)
+        training = _for_training(model, preset, parts, train_set, ranks)
         warmup = preset.warmup
         if minutes is not None and not known:
             end = started + 60 * minutes
-            preset = _ending_at(end, model, training, preset, parts, train_set, held_out_set, draws, ranks)
+            preset = _ending_at(end, training, preset, held_out_set)
             if ranks.first and (hint := few_steps(preset)):
                 warnings.warn(hint, stacklevel=2)
         write = stack.enter_context(log.metrics(out, begun, preset, ranks, on_log))
@@ -174,7 +174,7 @@ def train(
             log.say(ranks, f"step 0: held-out L_simple {model.held_out_before:.4f}")
         model.network.train()
         meter, watch, held_out = Meter(model.seconds, ranks, preset.batch_size), _Watch(ranks.device), None
-        pace = Pace(preset, ranks, forecast.save_seconds(preset, model.network))
+        pace = Pace(preset, ranks, model.network)
         stream = data.batches(
             train_set, preset.seed, preset.batch_size, begun, preset.steps,
             part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
@@ -186,7 +186,8 @@ def train(
         stack.enter_context(_saving_at_the_end(model, out, save, ranks))
 
         for batch in meter.waiting(stream):
-            loss, norm = _update(model, training, preset, parts, batch, train_set, draws, ranks, meter)
+            loss, norm = _update(training, preset, batch)
+            meter.see(loss)
             watch.see(model.step, norm)
             if ranks.device.type == "cpu":
                 watch.check(out, loss)
@@ -338,13 +339,39 @@ def _build(preset: Preset, device: torch.device) -> _Model:
 
 
 class _Training(NamedTuple):
-    """The network of the training step, which averages gradients over processes, and the gradient of its loss."""
+    """What a training step runs.
 
+    network   averages gradients over processes
+    gradient  of the loss of a part
+    parts     of the batch, those of this process
+    images    whose labels the network is told, if it learns them
+    draws     the generator of the noise
+    """
+
+    model: _Model
     network: nn.Module
     gradient: Gradient
+    parts: list[slice]
+    images: data.Images
+    draws: torch.Generator
+    ranks: Processes
+
+    def step(self, preset: Preset, batch: Tensor) -> Tensor:
+        """Algorithm 1 for a batch of this process's images, pixels [b, C, H, W]: the loss before the update."""
+        loss, _ = _update(self, preset, batch)
+        _apply(self.model, preset)
+        return loss
 
 
-def _for_training(model: _Model, preset: Preset, parts: int, ranks: Processes) -> _Training:
+def _begin(preset: Preset, images: data.Images, ranks: Processes) -> _Training:
+    """A new model and its training step without a run's files, for measurements of what `train` runs."""
+    parts = partition.parts(preset.batch_size, ranks.world, ranks.rank, preset.accumulate)
+    return _for_training(_build(preset, ranks.device), preset, parts, images, ranks)
+
+
+def _for_training(
+    model: _Model, preset: Preset, parts: list[slice], images: data.Images, ranks: Processes
+) -> _Training:  # fmt: skip
     """What a step runs. On a CUDA device it is compiled, and a step of one part in one process is a CUDA graph."""
     if pick_compile(preset.compile, ranks.device):
         compile_stages(model.network)
@@ -365,18 +392,19 @@ def _for_training(model: _Model, preset: Preset, parts: int, ranks: Processes) -
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
+    training = _Training(model, network, gradient, parts, images, torch.Generator(ranks.device), ranks)
     if not on_cuda or preset.compile == "off":
-        return _Training(network, gradient)
+        return training
     for reason, applies in (
         (f"{ranks.world} processes share the batch", ranks.world > 1),
-        (f"a step has {parts} parts", parts > 1),
+        (f"a step has {len(parts)} parts", len(parts) > 1),
         ("gradient_checkpointing draws dropout twice", preset.gradient_checkpointing),
         ("loss consistency draws dropout twice", preset.loss == "consistency"),
     ):
         if applies:
             log.say(ranks, f"training runs without a CUDA graph: {reason}")
-            return _Training(network, gradient)
-    return _Training(network, GraphedGradient(gradient, model.weights, partial(log.say, ranks)))
+            return training
+    return training._replace(gradient=GraphedGradient(gradient, model.weights, partial(log.say, ranks)))
 
 
 def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Processes) -> None:
@@ -520,16 +548,14 @@ def _write(
 # -- a step ------------------------------------------------------------------------------------------------------------
 
 
-def _update(
-    model: _Model, training: _Training, preset: Preset, parts: list[slice], batch: Tensor, train_set: data.Images,
-    draws: torch.Generator, ranks: Processes, meter: Meter,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _update(training: _Training, preset: Preset, batch: Tensor) -> tuple[Tensor, Tensor]:
     """Algorithm 1: draw t and eps of the whole batch, and leave the gradient of this process's parts.
 
-    batch is this process's images, [b, C, H, W]. Returns the loss of the last part, and the norm of the gradient
-    before clipping. The noise is drawn on the device. A CPU generator takes 32 bits of the seed, so a few of a million
-    steps share their noise; they have other images and levels, so this does no harm.
+    batch is this process's images, [b, C, H, W]. Returns the loss, this process's share of the batch's mean, and the
+    norm of the gradient before clipping. The noise is drawn on the device. A CPU generator takes 32 bits of the seed,
+    so a few of a million steps share their noise; they have other images and levels, so this does no harm.
     """
+    model, parts, draws, ranks = training.model, training.parts, training.draws, training.ranks
     step = model.step
     g = noise.generator(preset.seed, step, _BATCH)
     t = timesteps.sample(model.schedule, preset.batch_size, preset.timestep_sampling, g, preset.predict)
@@ -539,7 +565,7 @@ def _update(
     turns = data.send(augment.draw(preset, step), ranks.device) if preset.turn or preset.mirror else None
     draws.manual_seed(noise.mix(preset.seed, step, _EPS))
     eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
-    y = _labels(train_set, preset, step, g, ranks) if preset.classes else None
+    y = _labels(training.images, preset, step, g, ranks) if preset.classes else None
     mine = slice(parts[0].start, parts[-1].stop)
     images = pixels.to_signal(batch, model.denoiser.values)
     warps = _warps(preset, step, ranks) if preset.augment else None
@@ -552,6 +578,7 @@ def _update(
     images, condition = conditioning.of_batch(preset, images, step, mine)
     if preset.noise_assignment == "nearest":
         eps = eps[_nearest(images, eps, mine, [y, warps], ranks)]
+    loss = torch.zeros((), device=ranks.device)
     for part in parts:
         own = slice(part.start - mine.start, part.stop - mine.start)
         torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
@@ -559,9 +586,7 @@ def _update(
         with nullcontext() if last or ranks.world == 1 else training.network.no_sync():  # type: ignore[operator]
             told = [None if each is None else each[part] for each in (y, warps)]
             told.append(None if condition is None else condition[own])
-            loss = training.gradient(images[own], t[part], eps[part], *told, *(r[part] for r in lower))
-        meter.total += loss
-    meter.steps += 1
+            loss += training.gradient(images[own], t[part], eps[part], *told, *(r[part] for r in lower))
     return loss, nn.utils.clip_grad_norm_(model.weights, preset.grad_clip or math.inf)
 
 
@@ -599,28 +624,21 @@ def _apply(model: _Model, preset: Preset) -> None:
     model.whole = True
 
 
-def _ending_at(
-    end: float, model: _Model, training: _Training, preset: Preset, parts: list[slice], train_set: data.Images,
-    held_out_set: data.Images, draws: torch.Generator, ranks: Processes,
-) -> Preset:  # fmt: skip
+def _ending_at(end: float, training: _Training, preset: Preset, held_out_set: data.Images) -> Preset:
     """The preset with as many steps as end at the time `end`; a tenth of them, and of the time, are the most for warmup
     and a grid.
 
     The steps that are timed for this are taken back.
     """
+    model, ranks = training.model, training.ranks
     weights = copy.deepcopy(model.network.state_dict())
-    part, meter = slice(parts[0].start, parts[-1].stop), Meter(0.0, ranks, preset.batch_size)
     stream = data.batches(
-        train_set, preset.seed, preset.batch_size, 0, 10**9, part=part, workers=preset.workers, device=ranks.device
-    )
-
-    def step() -> None:
-        _update(model, training, preset, parts, next(stream), train_set, draws, ranks, meter)
-        _apply(model, preset)
-
+        training.images, preset.seed, preset.batch_size, 0, 10**9,
+        part=slice(training.parts[0].start, training.parts[-1].stop), workers=preset.workers, device=ranks.device,
+    )  # fmt: skip
     left = end - time.monotonic()
     model.network.train()
-    step_seconds = time_steps(step, min(max(2.0, left / 20), 60.0), ranks)
+    step_seconds = time_steps(lambda: training.step(preset, next(stream)), min(max(2.0, left / 20), 60.0), ranks)
     for _ in range(2):  # the first call also compiles and fills caches
         begun = time.monotonic()
         held_out_by_level(model.averaged, held_out_set, 16, ranks, labelled=preset.classes, preset=preset)
@@ -636,8 +654,7 @@ def _ending_at(
     if preset.sample_every:
         count, calls = affordable(preset, left / 10, image_call)
         preset = replace(preset, sample_count=max(1, count), sample_steps=calls)
-    costs = forecast.Costs(step_seconds, image_call, forecast.save_seconds(preset, model.network))
-    steps = costs.steps_in(preset, left)
+    steps = forecast.costs(preset, model.network, step_seconds, image_call).steps_in(preset, left)
     return replace(preset, steps=steps, warmup=min(preset.warmup, steps // 10))
 
 
@@ -819,6 +836,6 @@ def _announce(
         log.say(ranks, forecast.describe_snapshots(preset, model.network))
     if ranks.first:
         shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)), model.step)
-        late = forecast.late_save(forecast.save_seconds(preset, model.network))
+        late = forecast.late_save(forecast.write_seconds(forecast.checkpoint_bytes(preset, model.network)))
         for line in (*advice(preset, model.schedule), *filter(None, [shortage, late])):
             warnings.warn(line, stacklevel=2)
