@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 SMALL = "--eval-images 8 --timestep-sampling stratified".split()
-PRELOAD = ["torch.distributed.run", "ddpm.cli.main", "ddpm.run.train", "ddpm.run.sample"]
+PRELOAD = ["pytest", "torch.distributed.run", "ddpm.cli.main", "ddpm.run.train", "ddpm.run.sample"]
+
+
+def server() -> Any:
+    """A context of `multiprocessing` whose processes are forks of the server, which shares no memory with this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 def run_python(words: Sequence[str]) -> None:
@@ -34,10 +41,8 @@ def start_python(
     work: Callable[[list[str]], None] = run_python,
 ) -> BaseProcess:  # fmt: skip
     """Start `python words` in that folder and a session of its own, or another `work` with these words."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(PRELOAD)
     given = (work, [*map(str, words)], str(folder), str(out), str(err), dict(os.environ))
-    process = server.Process(target=_begin, args=given)
+    process = server().Process(target=_begin, args=given)
     process.start()
     return process
 

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, assert_same, losses, steps, tensors, train
+from several import start_python
 from test_train import at_step, folder_of_images, wait_for
 
 from ddpm.cli import main
@@ -391,26 +392,23 @@ def test_a_signal_to_the_whole_group(number: int, tmp_path: Path) -> None:
     """Slurm, systemd and `timeout` signal every process. SIGTERM saves; after SIGKILL the lock is free at once."""
     folder_of_images(tmp_path / "data")
     run = tmp_path / "run"
-    options = ["--data", str(tmp_path / "data"), "--steps", "100000", "--workers", "2", "--cache-bytes", "0"]
-    options += ["--out", str(run)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ddpm", *TINY, *options], stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    options = ["--data", tmp_path / "data", "--steps", 100000, "--workers", 2, "--cache-bytes", 0, "--out", run]
+    process = start_python(["-m", "ddpm", *TINY, *options], tmp_path)
+    assert process.pid is not None
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 5,' in (run / "metrics.jsonl").read_text())
         if number == signal.SIGTERM:
             os.killpg(process.pid, number)
-            assert process.wait(60) == 143
+            process.join(60)
+            assert process.exitcode == 143
             assert len(steps(run)) == 1
         else:
             process.kill()  # the trainer alone; its workers find out seconds later
-            process.wait()
+            process.join()
             import filelock
 
             with filelock.FileLock(run / ".lock").acquire(timeout=1):
                 pass
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            time.sleep(0)

@@ -11,8 +11,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ import pytest
 import torch
 from conftest import TINY, assert_close, assert_same, losses, metrics, steps, tensors, train
 from PIL import Image
+from several import start_python
 from torch import Tensor, nn
 
 import ddpm
@@ -70,13 +69,13 @@ def test_n_steps_and_n_steps_are_2n_steps_to_the_bit(optimizer: str, tmp_path: P
 def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
     """After SIGKILL only the steps since the last checkpoint are lost, and no step is logged twice or in part."""
     run, every = tmp_path / "run", 2
-    command = [sys.executable, "-m", "ddpm", *TINY, "--dropout", "0.3", "--save-every", str(every)]
-    process = subprocess.Popen([*command, "--steps", "100000", "--out", str(run)], stderr=subprocess.DEVNULL)
+    command = ["-m", "ddpm", *TINY, "--dropout", 0.3, "--save-every", every, "--steps", 100000, "--out", run]
+    process = start_python(command, tmp_path)
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 9,' in (run / "metrics.jsonl").read_text())
     finally:
         process.kill()
-        process.wait()
+        process.join()
     seen = max(line["step"] for line in metrics_of_a_killed_run(run))
     checkpoint = checkpoints.newest(run)
     assert checkpoint is not None
