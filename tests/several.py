@@ -31,6 +31,7 @@ def server() -> Any:
 
 def run_python(words: Sequence[str]) -> None:
     """Do what `python words` does, for `FILE ...` and `-m MODULE ...`."""
+    multiprocessing.set_start_method(None, force=True)  # that of a new process
     module = words[0] == "-m"
     sys.argv = list(words[module:])
     (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
@@ -45,6 +46,15 @@ def start_python(
     process = server().Process(target=_begin, args=given)
     process.start()
     return process
+
+
+def printed(code: str, folder: Path) -> str:
+    """What this code prints in a process of its own. The folder gets two files."""
+    (folder / "code.py").write_text(code)
+    process = start_python(["code.py"], folder, folder / "out.txt")
+    process.join()
+    assert process.exitcode == 0
+    return (folder / "out.txt").read_text()
 
 
 def _begin(

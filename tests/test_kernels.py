@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from several import start_python
+from several import printed
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -402,15 +402,6 @@ def test_a_thread_that_ends_gives_its_memory_back(dtype: torch.dtype) -> None:
     before = resident()
     in_threads(20)
     assert resident() - before < 10 * x.nbytes
-
-
-def printed(code: str, folder: Path) -> str:
-    """What this code prints in a process of its own."""
-    (folder / "code.py").write_text(code)
-    process = start_python(["code.py"], folder, folder / "out.txt")
-    process.join()
-    assert process.exitcode == 0
-    return (folder / "out.txt").read_text()
 
 
 @anywhere
