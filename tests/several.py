@@ -18,7 +18,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-SMALL = "--eval-images 8 --timestep-sampling stratified".split()
 PRELOAD = ["pytest", "torch.distributed.run", "ddpm.cli.main", "ddpm.run.train", "ddpm.run.sample"]
 
 
@@ -108,8 +107,10 @@ class Agents:
 
     def __init__(self, words: Sequence[Sequence[Any]], folders: Sequence[Path], each: int = 1, *more: str) -> None:
         self.folders, self.errors = folders, [folder / f"err{i}.txt" for i, folder in enumerate(folders)]
+        for path in self.errors:
+            path.touch()
         port = free_port()
-        self.agents = []
+        self.agents: list[BaseProcess] = []
         for i, (given, folder) in enumerate(zip(words, folders, strict=True)):
             start = ["--nnodes", len(words), *more]
             start += ["--nproc-per-node", each, "--rdzv-backend", "c10d", "--rdzv-id", "x"]
@@ -123,10 +124,11 @@ class Agents:
 
     def __exit__(self, *_: object) -> None:
         for agent in self.agents:
-            for pid in [*(found for rank in range(8) for found in self.ranks(rank)), agent.pid]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            agent.kill()  # before its ranks, so that it starts no others
             agent.join()
+        for pid in (found for rank in range(8) for found in self.ranks(rank)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def wait(self, seconds: float = 90) -> list[int]:
         """The codes of the agents: 0, or 1 if a process failed."""
