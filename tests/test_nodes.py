@@ -266,7 +266,7 @@ from ddpm.files import checkpoints
 from ddpm.cli import main
 real = checkpoints.save
 def save(*a, **k):
-    time.sleep(7)
+    time.sleep(9)
     return real(*a, **k)
 checkpoints.save = save
 sys.exit(main(sys.argv[1:]))
@@ -274,9 +274,9 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_what_one_process_does_alone_trips_no_timeout(tmp_path: Path) -> None:
-    """A checkpoint that takes 7 s, with a timeout of 3 s."""
+    """A checkpoint that takes 9 s, with a timeout of 6 s."""
     (tmp_path / "slow.py").write_text(SLOW)
-    words = ["slow.py", *TINY, "--steps", "3", "--save-every", "3", "--timeout", "0.05", "--out", "run"]
+    words = ["slow.py", *TINY, "--steps", "3", "--save-every", "3", "--timeout", "0.1", "--out", "run"]
     with Agents([words], [tmp_path], 2) as agents:
         assert agents.wait() == [0], agents.err()
     assert steps(tmp_path / "run") == [3]
@@ -286,7 +286,7 @@ LATE = """
 import os, signal, sys, time
 from ddpm.cli import main
 from ddpm.run import processes, sample
-processes.processes.__wrapped__.__defaults__ = (False, 3.0)  # the timeout, in seconds
+processes.processes.__wrapped__.__defaults__ = (False, 4.0)  # the timeout, in seconds
 real = sample.generate
 def generate(*a, **k):
     if os.environ["RANK"] == "1" and "stops" in sys.argv[-1]:
