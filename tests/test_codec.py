@@ -606,6 +606,8 @@ def test_random_payload_decodes_to_a_sample(either):
             samples.append(codec.decompress(either, reheaded(data, rng.bytes(400))))
         except Damaged:  # a scale out of range
             continue
+        if len(samples) == 40:
+            break
     assert len(samples) > 30
     x = torch.stack([pixels.to_signal(torch.from_numpy(s)).permute(2, 0, 1).double() for s in samples]).flatten(1)
     along = ((x @ VECTORS[:, -4:]) ** 2).mean(0)
