@@ -1,18 +1,99 @@
-"""Start torchrun on this machine, with one agent for each node, and look for its processes."""
+"""Start torchrun and Python on this machine as forks of a server that has imported torch, which takes seconds.
+
+A fork differs from a new process in its start only: what it runs, its streams, its signals and its end are the same.
+"""
 
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.popen_fork import Popen
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-SMALL = "--eval-images 8 --timestep-sampling stratified".split()
+PRELOAD = ["pytest", "torch.distributed.run", "ddpm.cli.main", "ddpm.run.train", "ddpm.run.sample"]
+
+
+def server() -> Any:
+    """A context of `multiprocessing` whose processes are forks of the server, which shares no memory with this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def run_python(words: Sequence[str]) -> None:
+    """Do what `python words` does, for `FILE ...` and `-m MODULE ...`."""
+    multiprocessing.set_start_method(None, force=True)  # that of a new process
+    module = words[0] == "-m"
+    sys.argv = list(words[module:])
+    (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
+
+
+def start_python(
+    words: Sequence[Any], folder: Path, out: Path | str = os.devnull, err: Path | str = os.devnull,
+    work: Callable[[list[str]], None] = run_python,
+) -> BaseProcess:  # fmt: skip
+    """Start `python words` in that folder and a session of its own, or another `work` with these words."""
+    given = (work, [*map(str, words)], str(folder), str(out), str(err), dict(os.environ))
+    process = server().Process(target=_begin, args=given)
+    process.start()
+    return process
+
+
+def printed(code: str, folder: Path) -> str:
+    """What this code prints in a process of its own. The folder gets two files."""
+    (folder / "code.py").write_text(code)
+    process = start_python(["code.py"], folder, folder / "out.txt")
+    process.join()
+    assert process.exitcode == 0
+    return (folder / "out.txt").read_text()
+
+
+def _begin(
+    work: Callable[[list[str]], None], words: list[str], folder: str, out: str, err: str, environment: Mapping[str, str]
+) -> None:
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    work(words)
+
+
+def _torchrun(words: list[str]) -> None:
+    """Run an agent of torchrun, whose workers are forks, too."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    def fork(_: Any, args: Sequence[str], environment: Mapping[str, str]) -> Popen:
+        command = [word for word in args[1:] if word != "-u"]
+        return Popen(multiprocessing.get_context("fork").Process(target=_work, args=(command, environment)))
+
+    SubprocessHandler._popen = fork
+    run.main(words)
+
+
+def _work(words: list[str], environment: Mapping[str, str]) -> None:
+    """Forget the agent's signals and sockets, leave the number of this process in a file, and run Python."""
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for link in list(Path("/proc/self/fd").iterdir()):
+        with suppress(OSError):
+            if os.readlink(link).startswith("socket:"):
+                os.close(int(link.name))
+    os.environ.update(environment)
+    Path(f"rank-{os.environ['RANK']}-{os.getpid()}").touch()
+    run_python(words)
 
 
 def free_port() -> int:
@@ -22,50 +103,45 @@ def free_port() -> int:
 
 
 class Agents:
-    """One torchrun a node. `words` of a node are the words of ddpm, and `folders` where each node runs."""
+    """One torchrun a node. `words` are those of ddpm, or a script and its words; each node runs in its folder."""
 
     def __init__(self, words: Sequence[Sequence[Any]], folders: Sequence[Path], each: int = 1, *more: str) -> None:
         self.folders, self.errors = folders, [folder / f"err{i}.txt" for i, folder in enumerate(folders)]
-        self.outs = [folder / f"out{i}.txt" for i, folder in enumerate(folders)]
+        for path in self.errors:
+            path.touch()
         port = free_port()
-        self.agents = []
+        self.agents: list[BaseProcess] = []
         for i, (given, folder) in enumerate(zip(words, folders, strict=True)):
-            start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(words)), *more]
-            start += ["--nproc-per-node", str(each), "--rdzv-backend", "c10d", "--rdzv-id", "x"]
+            start = ["--nnodes", len(words), *more]
+            start += ["--nproc-per-node", each, "--rdzv-backend", "c10d", "--rdzv-id", "x"]
             start += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", f"is_host={int(i == 0)}"]
-            start += ["--local-addr", "127.0.0.1", "-m", "ddpm", *map(str, given)]
-            with self.errors[i].open("w") as err, self.outs[i].open("w") as out:
-                self.agents.append(subprocess.Popen(start, cwd=folder, stdout=out, stderr=err, start_new_session=True))
+            start += ["--local-addr", "127.0.0.1"]
+            start += given if str(given[0]).endswith(".py") else ["-m", "ddpm", *given]
+            self.agents.append(start_python(start, folder, folder / f"out{i}.txt", self.errors[i], work=_torchrun))
 
     def __enter__(self) -> "Agents":
         return self
 
     def __exit__(self, *_: object) -> None:
         for agent in self.agents:
-            for pid in [*(found for rank in range(8) for found in self.ranks(rank)), agent.pid]:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            agent.wait()
+            agent.kill()  # before its ranks, so that it starts no others
+            agent.join()
+        for pid in (found for rank in range(8) for found in self.ranks(rank)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def wait(self, seconds: float = 90) -> list[int]:
         """The codes of the agents: 0, or 1 if a process failed."""
         end = time.monotonic() + seconds
-        return [agent.wait(max(1.0, end - time.monotonic())) for agent in self.agents]
+        for agent in self.agents:
+            agent.join(max(1.0, end - time.monotonic()))
+            assert agent.exitcode is not None, "waited in vain"
+        return [agent.exitcode for agent in self.agents]
 
     def ranks(self, rank: int) -> list[int]:
-        """The ids of the processes of that rank, which these agents started."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (folder / "environ").read_bytes().split(b"\0")
-                here = Path(os.readlink(folder / "cwd")) in [each.resolve() for each in self.folders]
-            except OSError:
-                continue
-            if here and f"RANK={rank}".encode() in environment and b"TORCHELASTIC_RUN_ID=x" in environment:
-                found.append(int(folder.name))
-        return found
+        """The ids of the processes of that rank that live."""
+        found = [int(path.name.rpartition("-")[2]) for here in self.folders for path in here.glob(f"rank-{rank}-*")]
+        return [pid for pid in found if _lives(pid)]
 
     def err(self) -> str:
         return "".join(path.read_text() for path in self.errors)
@@ -79,6 +155,15 @@ class Agents:
         import re
 
         return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", self.err())}
+
+
+def _lives(pid: int) -> bool:
+    """Whether this process is there and has not ended."""
+    try:
+        os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return False
+    return True
 
 
 def forked(count: int, target: Callable[..., None], *args: Any) -> int:

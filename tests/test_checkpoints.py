@@ -211,14 +211,14 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(
         return begin(*given)
 
     monkeypatch.setattr(checkpoints, "save", full)
-    assert train(run, "--steps", 40, "--save-every", 5) == 1
+    assert train(run, "--steps", 40, "--save-every", 1) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     whole = run / "checkpoints" / "00000030"
-    assert last == (f"ddpm: step 35: cannot save to {run}: the disk is full; the last whole checkpoint is {whole}")
+    assert last == (f"ddpm: step 31: cannot save to {run}: the disk is full; the last whole checkpoint is {whole}")
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
     assert_same(tensors(run, 30), tensors(trained, 30))
     monkeypatch.undo()
-    assert train(run, "--steps", 35) == 0
+    assert train(run, "--steps", 31) == 0
 
 
 @pytest.fixture
@@ -324,7 +324,9 @@ def test_nothing_is_pickled(trained: Path) -> None:
     assert kinds == {".safetensors", ".json"}
     assert ddpm.__file__ is not None
     for file in Path(ddpm.__file__).parent.rglob("*.py"):
-        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+        source = file.read_text()
+        tree = ast.parse(source if re.search("pickle|joblib|torch.(save|load)", source) else "")
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             text = ast.unparse(call)
             unsafe = re.match(r"(pickle|joblib)\.|torch\.save\(|torch\.load\((?!.*weights_only=True)", text)
             assert not unsafe, file

@@ -510,18 +510,17 @@ def test_every_prefix_of_a_file_gives_a_picture_or_an_error(either):
     data = codec.compress(either, image, bits=6)
     _, begin = codec.read_header(data)
     groups, known, error = [], [], []
-    for length in range(len(data)):
-        if length < begin:
-            with pytest.raises(Damaged):
-                codec.decompress(either, data[:length])
-        else:
-            *_, last = codec.pictures(either, data[:length])
-            groups.append(last.groups)
-            known.append(last.pixels)
-            error.append(np.mean((last.image.astype(float) - image) ** 2))
-            assert (last.image == image).sum() >= last.pixels
-            assert not last.exact
-            assert not last.whole
+    for length in range(begin):
+        with pytest.raises(Damaged):
+            codec.decompress(either, data[:length])
+    for length in range(begin, len(data), 2):  # every second one, to save time
+        *_, last = codec.pictures(either, data[:length])
+        groups.append(last.groups)
+        known.append(last.pixels)
+        error.append(np.mean((last.image.astype(float) - image) ** 2))
+        assert (last.image == image).sum() >= last.pixels
+        assert not last.exact
+        assert not last.whole
     assert groups == sorted(groups)
     assert groups[0] == 0
     assert groups[-1] == len(either.tables[6].groups)
@@ -532,7 +531,7 @@ def test_every_prefix_of_a_file_gives_a_picture_or_an_error(either):
     assert (np.diff(in_pixels) <= 0).mean() > 0.8  # true pixels take the place of x0^
     assert in_pixels[-1] == 0
     *_, last = codec.pictures(either, data, at=begin + 40)
-    assert last.groups == groups[40]
+    assert last.groups == groups[20]
     header, _ = codec.read_header(data)
     for at in range(begin + header.length - 2, len(data) + 2):  # the checksums after the payload add no pixels
         *_, last = codec.pictures(either, data, at=at)
@@ -607,6 +606,8 @@ def test_random_payload_decodes_to_a_sample(either):
             samples.append(codec.decompress(either, reheaded(data, rng.bytes(400))))
         except Damaged:  # a scale out of range
             continue
+        if len(samples) == 40:
+            break
     assert len(samples) > 30
     x = torch.stack([pixels.to_signal(torch.from_numpy(s)).permute(2, 0, 1).double() for s in samples]).flatten(1)
     along = ((x @ VECTORS[:, -4:]) ** 2).mean(0)
@@ -618,7 +619,7 @@ def test_random_payload_decodes_to_a_sample(either):
 
 def test_walks_that_share_calls_give_what_they_give_alone(model):
     """Some end early and some have another size. Walks of one size share one call at each level."""
-    images = [*hwc(draws(3, seed=8)), ADVERSARIAL["noise"], np.full((9, 20, 3), 90, np.uint8)]
+    images = [*hwc(draws(2, seed=8)), ADVERSARIAL["noise"], np.full((9, 20, 3), 90, np.uint8)]
     each = replace(model, batches=True)
     for options in ({}, {"psnr": 20.0}, {"bits_per_dim": 4.0}):
         alone = [codec.compress(model, image, bits=6, local=True, **options) for image in images]

@@ -177,7 +177,7 @@ def test_training_with_moments_that_overflow_stops(
 DEEP = ["[" * 100_000, '{"a":' * 5000 + "0" + "}" * 5000, "[" * 500 + "]" * 500]
 
 
-@pytest.mark.parametrize("text", DEEP, ids=["endless", "deep", "deeper than a file of ours"])
+@pytest.mark.parametrize("text", DEEP[::2], ids=["endless", "deeper than a file of ours"])
 def test_deep_json_is_named_in_one_line(text: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In config, state, log, the header of a model, its calibration, and a folder of diffusers."""
     last = run / "checkpoints" / "00000030"
@@ -211,8 +211,9 @@ def test_deep_json_is_named_in_one_line(text: str, run: Path, capsys: pytest.Cap
 
 def test_json_is_read_up_to_100_levels() -> None:
     assert parse_json("[" * 100 + "]" * 100) is not None
-    with pytest.raises(ValueError, match="nested more than 100 deep"):
-        parse_json("[" * 101 + "]" * 101)
+    for text in ("[" * 101 + "]" * 101, *DEEP):
+        with pytest.raises(ValueError, match="nested more than 100 deep"):
+            parse_json(text)
     with pytest.raises(ValueError, match="utf-8"):
         parse_json(b'"\xff"')
 
@@ -254,15 +255,17 @@ def test_a_damaged_config_without_a_whole_checkpoint_is_refused(run: Path, capsy
 LINES = [b"\xff\n", b'{"step": "x"}\n', b'{"step": [1]}\n', b'{"step": true}\n', b'{"step": 5, "lo', b"[[]]\n", b"\n"]
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_a_damaged_line_of_the_log_stops_nothing(line: bytes, run: Path, trained: Path) -> None:
-    """Training goes on without it, the report leaves it out, and every other line stays as it is."""
-    before = (run / "metrics.jsonl").read_bytes()
-    (run / "metrics.jsonl").write_bytes(line + (b"" if line.endswith(b"\n") else b"\n") + before + line)
-    assert log.read(run / "metrics.jsonl") == log.read(trained / "metrics.jsonl")
+def test_damaged_lines_of_the_log_stop_nothing(run: Path, trained: Path) -> None:
+    """Training goes on without them, the report leaves them out, and every other line stays as it is."""
+    file = run / "metrics.jsonl"
+    before = file.read_bytes()
+    for line in [*LINES, b"".join(line.rstrip(b"\n") + b"\n" for line in LINES)]:
+        file.write_bytes(line.rstrip(b"\n") + b"\n" + before + line)
+        assert log.read(file) == log.read(trained / "metrics.jsonl")
+    file.write_bytes(file.read_bytes() + b'{"step": 5, "lo')
     assert main(["export", str(run), "--out", str(run / "m.safetensors")]) == 0
     assert train(run, "--steps", 31) == 0
-    assert (run / "metrics.jsonl").read_bytes().startswith(before)
+    assert file.read_bytes().startswith(before)
     assert max(losses(run)) == 31
 
 
@@ -287,7 +290,7 @@ def test_a_run_can_be_read_while_its_checkpoints_come_and_go(tmp_path: Path) -> 
     try:
         while not (tmp_path / "checkpoints").is_dir() or not checkpoints.saved(tmp_path):
             time.sleep(0.01)
-        for which in ("last", "best") * 15:
+        for which in ("last", "best") * 8:
             checkpoint = opening.open_checkpoint(tmp_path, which=which)
             assert checkpoint.identity == opening.open_checkpoint("digits").identity
     finally:
@@ -430,18 +433,20 @@ def test_the_longest_names_can_be_written(tmp_path: Path, capsys: pytest.Capture
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("values", [{"by_variance": "x"}, {"count": None}, {"bits_per_dim": []}, {"samples": "x"}])
 def test_a_result_with_other_values_is_left_out_of_the_card(
-    values: dict[str, Any], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A result that somebody changed, and a calibration with another count, end no export."""
     assert main(["evaluate", str(run), "--metrics", "nll", "-n", "2", "--data", "digits"]) == 0
     (file,) = run.glob("evaluate/*/nll.json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-    capsys.readouterr()
-    assert main(["export", str(run), "--out", str(tmp_path / "x.safetensors")]) == 0
-    assert "is left out of the card" in capsys.readouterr().err
-    assert "bits/dim" not in (tmp_path / "x.md").read_text()
+    whole = json.loads(file.read_text())
+    damages: list[dict[str, Any]] = [{"by_variance": "x"}, {"count": None}, {"bits_per_dim": []}, {"samples": "x"}]
+    for i, values in enumerate(damages):
+        file.write_text(json.dumps({**whole, **values}))
+        capsys.readouterr()
+        assert main(["export", str(run), "--out", str(tmp_path / f"{i}.safetensors")]) == 0
+        assert "is left out of the card" in capsys.readouterr().err
+        assert "bits/dim" not in (tmp_path / f"{i}.md").read_text()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from several import server
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
@@ -63,7 +64,7 @@ def zipped(root, to):
 
 def in_a_new_process(images):
     """All of them as a worker that shares no memory with this one reads them."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, server()) as pool:
         return pool.submit(images.batch, range(len(images))).result()
 
 

@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -187,20 +186,8 @@ def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
 def test_a_node_without_the_run_gets_it(tmp_path: Path) -> None:
     """The newest checkpoint is on the second node: the first one gets all of it, to the bit, and its log."""
     folders = nodes(tmp_path)
-    words = [
-        *TINY,
-        "--optimizer",
-        "muon",
-        "--save-every",
-        "5",
-        "--snapshot-every",
-        "5",
-        "--keep",
-        "100",
-        "--out",
-        "run",
-    ]
-    words += ["--steps"]
+    words = [*TINY, "--optimizer", "muon", "--save-every", "5", "--snapshot-every", "5", "--keep", "100"]
+    words += ["--out", "run", "--steps"]
     with Agents([[*words, 10]] * 2, folders) as agents:
         assert agents.wait() == [0, 0], agents.err()
     for folder in folders:  # each node has the run
@@ -279,7 +266,7 @@ from ddpm.files import checkpoints
 from ddpm.cli import main
 real = checkpoints.save
 def save(*a, **k):
-    time.sleep(15)
+    time.sleep(9)
     return real(*a, **k)
 checkpoints.save = save
 sys.exit(main(sys.argv[1:]))
@@ -287,13 +274,12 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_what_one_process_does_alone_trips_no_timeout(tmp_path: Path) -> None:
-    """A checkpoint that takes 15 s, with a timeout of 6 s."""
+    """A checkpoint that takes 9 s, with a timeout of 6 s."""
     (tmp_path / "slow.py").write_text(SLOW)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "slow.py"]
-    words = [*start, *TINY, "--steps", "4", "--save-every", "3", "--timeout", "0.1", "--out", "run"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert steps(tmp_path / "run") == [3, 4]
+    words = ["slow.py", *TINY, "--steps", "3", "--save-every", "3", "--timeout", "0.1", "--out", "run"]
+    with Agents([words], [tmp_path], 2) as agents:
+        assert agents.wait() == [0], agents.err()
+    assert steps(tmp_path / "run") == [3]
 
 
 LATE = """
@@ -306,7 +292,7 @@ def generate(*a, **k):
     if os.environ["RANK"] == "1" and "stops" in sys.argv[-1]:
         os.kill(os.getpid(), signal.SIGSTOP)
     if os.environ["RANK"] == "1":
-        time.sleep(9)
+        time.sleep(7)
     return real(*a, **k)
 sample.generate = generate
 sys.exit(main(sys.argv[1:]))
@@ -317,19 +303,15 @@ sys.exit(main(sys.argv[1:]))
 def test_sampling_waits_for_a_process_that_lives(rank_1: str, tmp_path: Path) -> None:
     """One that makes its images in more than the timeout is waited for, and one that is stopped is named."""
     (tmp_path / "late.py").write_text(LATE)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "late.py"]
     words = ["sample", "digits", "-n", "4", "--sampler", "ddim", "--steps", "2", "--out", f"{rank_1}.png"]
-    with (tmp_path / "err").open("w") as err:
-        done = subprocess.Popen([*start, *words], cwd=tmp_path, stderr=err, start_new_session=True)
+    with Agents([["late.py", *words]], [tmp_path], 2) as agents:
         if rank_1 == "late":
-            assert done.wait(60) == 0
+            assert agents.wait() == [0], agents.err()
             assert main([*words[:-1], str(tmp_path / "alone.png")]) == 0
             assert (tmp_path / "late.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
         else:
-            wait_until(lambda: "ddpm: " in (tmp_path / "err").read_text())
-            os.killpg(done.pid, signal.SIGKILL)
-            subprocess.run(["pkill", "-9", "-f", "stops.png"], check=False)
-            assert "no sign of life from rank 1 on " in (tmp_path / "err").read_text()
+            wait_until(lambda: agents.said())
+            assert "no sign of life from rank 1 on " in agents.said()[0]
             assert not (tmp_path / "stops.png").exists()
 
 
@@ -351,12 +333,11 @@ sys.exit(main(sys.argv[1:]))
 def test_weights_that_differ_are_not_saved(tmp_path: Path) -> None:
     """As after a fault of the memory in step 7. The checkpoint before it is named, and is the last."""
     (tmp_path / "different.py").write_text(DIFFERENT)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "different.py"]
-    words = [*start, *TINY, "--steps", "20", "--save-every", "5", "--out", "run"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    said = [line for line in done.stderr.splitlines() if line.startswith("ddpm: ")]
-    assert done.returncode == 1
-    assert len(said) == 1, done.stderr
+    words = ["different.py", *TINY, "--steps", "20", "--save-every", "5", "--out", "run"]
+    with Agents([words], [tmp_path], 2) as agents:
+        assert agents.wait() == [1]
+        said = agents.said()
+        assert len(said) == 1, agents.err()
     assert "step 10: the weights of rank 1 on " in said[0]
     assert "00000005" in said[0]
     assert steps(tmp_path / "run") == [5]

@@ -64,25 +64,21 @@ def test_a_folder_of_samples_grows(tmp_path: Path) -> None:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
+def test_other_samples_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sample", "digits", "-n", "3", *QUICK, "--out", str(tmp_path / "a")]
+    assert main(command) == 0
+    before = contents(tmp_path / "a")
+    for words, reason in (
         (["--seed", "3"], "holds samples with seed 0, and these have 3"),
         (["--class", "7"], "holds samples with "),
         (["--clip", "none"], "holds samples with clip None, and these have False"),
         (["--sampler", "ddim"], "holds samples with sampler 'unipc', and these have 'ddim'"),
         (["-n", "2"], "holds 3 samples; want n of at least that"),
-    ],
-)
-def test_other_samples_are_not_mixed_in(
-    words: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["sample", "digits", "-n", "3", *QUICK, "--out", str(tmp_path / "a")]
-    assert main(command) == 0
-    before = contents(tmp_path / "a")
-    assert main([*command, *words]) == 2
-    assert reason in capsys.readouterr().err
-    assert contents(tmp_path / "a") == before
+    ):
+        capsys.readouterr()
+        assert main([*command, *words]) == 2
+        assert reason in capsys.readouterr().err
+        assert contents(tmp_path / "a") == before
 
 
 @pytest.mark.parametrize("record", ["", "[]", "{}", '{"count": 3}', "[" * 100_000, '{"count": "x", "seed": 0}'])
@@ -101,7 +97,7 @@ def test_a_folder_holds_the_images_that_python_gets(tmp_path: Path) -> None:
     assert np.array_equal(np.stack(saved), pixels[:, 0].numpy())
 
 
-@pytest.mark.parametrize("n", [10**11, 2**63, 2**70])
+@pytest.mark.parametrize("n", [10**11, 2**70])
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -162,9 +158,9 @@ def test_a_pipe_is_written_into_and_stays(link: bool, tmp_path: Path) -> None:
 def test_what_goes_through_standard_output_is_the_file_alone(tmp_path: Path) -> None:
     """The line about the file goes to standard error then."""
     images.save(tmp_path / "a.png", np.arange(64, dtype=np.uint8).reshape(8, 8, 1) * 4)
-    words = [sys.executable, "-m", "ddpm", "compress", "digits", str(tmp_path / "a.png"), "--chunk-bits", "8", "--out"]
-    piped = subprocess.run([*words, "/dev/stdout"], capture_output=True, check=True)
-    subprocess.run([*words, str(tmp_path / "a.ddpm")], capture_output=True, check=True)
+    words = ["compress", "digits", str(tmp_path / "a.png"), "--chunk-bits", "8", "--out"]
+    piped = subprocess.run([sys.executable, "-m", "ddpm", *words, "/dev/stdout"], capture_output=True, check=True)
+    assert main([*words, str(tmp_path / "a.ddpm")]) == 0
     assert piped.stdout == (tmp_path / "a.ddpm").read_bytes()
     assert b"bytes" in piped.stderr
 
@@ -241,14 +237,13 @@ def test_a_run_with_a_class_that_is_no_unicode_is_exported(tmp_path: Path) -> No
 
 
 def test_inversion_is_exact_whatever_the_precision(tmp_path: Path) -> None:
-    """A picture that the model does not know, noise, comes back to the grey level also if bf16 was asked for."""
+    """A picture that the model does not know, noise, comes back to the grey level also if bf16 is asked for."""
     picture = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")
-    command = ["edit", "digits", str(tmp_path / "a.png"), "--t", "500", "--invert", "20", "--out"]
-    for precision in ("auto", "bf16"):
-        assert main([*command, str(tmp_path / f"{precision}.png"), "--precision", precision]) == 0
-        result = np.asarray(Image.open(tmp_path / f"{precision}.png")).astype(int)
-        assert abs(result - picture).max() <= 1
+    out = tmp_path / "b.png"
+    command = ["edit", "digits", str(tmp_path / "a.png"), "--t", "500", "--invert", "20", "--precision", "bf16"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert abs(np.asarray(Image.open(out)).astype(int) - picture).max() <= 1
 
 
 def test_inversion_keeps_its_best_iterate() -> None:
@@ -338,7 +333,8 @@ def test_likelihoods_are_given_the_labels_of_the_images(
     )
     assert result["bits_per_dim"] == pytest.approx(float(right.mean()), rel=1e-9)
     assert result["bits_per_dim"] != pytest.approx(float(wrong.mean()), rel=1e-6)
-    assert main(["evaluate", str(labelled), "-n", "4", "--metrics", "nll", "ode", "--out", str(tmp_path / "e")]) == 0
+    measure = ["evaluate", str(labelled), "-n", "4", "--metrics", "nll", "ode", "--ode-steps", "5"]
+    assert main([*measure, "--out", str(tmp_path / "e")]) == 0
     bound = json.loads((tmp_path / "e" / "nll.json").read_text())
     out = capsys.readouterr().out
     figure = rf"{bound['bits_per_dim']:.4f} ± {bound['standard_error']:.4f}"
@@ -346,7 +342,7 @@ def test_likelihoods_are_given_the_labels_of_the_images(
     assert "bits/dim, ODE" in out
     assert "{" not in out
     assert json.loads((tmp_path / "e" / "nll.json").read_text())["labels"] == "of the images"
-    assert main(["calibrate", str(labelled), "-n", "8"]) == 0
+    assert main(["calibrate", str(labelled), "-n", "8", "--codec", "2"]) == 0
 
 
 def test_images_without_labels_have_no_likelihood_there(

@@ -5,9 +5,10 @@ import contextlib
 import http.client
 import io
 import json
+import os
+import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
 import zlib
@@ -19,6 +20,7 @@ import pytest
 from browser import need_page, served
 from conftest import train
 from PIL import Image
+from several import printed, start_python, wait_until
 
 from ddpm.cli import main
 from ddpm.errors import InputError
@@ -356,11 +358,10 @@ def test_what_is_kept_is_bounded(runs, monkeypatch):
         held.picture(first["id"])
 
 
-def test_importing_and_help_load_nothing_of_it():
+def test_importing_and_help_load_nothing_of_it(tmp_path):
     code = "import sys, ddpm.cli.main; sys.modules['ddpm.cli.main'].parser().format_help(); ddpm.load; "
     code += "print({'starlette', 'uvicorn', 'ddpm.page'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "set()"
+    assert printed(code, tmp_path).strip() == "set()"
 
 
 @pytest.mark.parametrize(
@@ -377,17 +378,22 @@ def test_wrong_words_are_one_line(words, line, capsys):
 
 
 def test_open_to_the_network_says_so_and_makes_a_token(tmp_path):
-    words = [sys.executable, "-m", "ddpm", "page", "--host", "0.0.0.0", "--port", "0", "--runs", str(tmp_path)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        address = urlsplit(process.stdout.readline().strip())
+    words, out, err = ["-m", "ddpm", "page", "--host", "0.0.0.0", "--port", 0], tmp_path / "out", tmp_path / "err"
+    process = start_python([*words, "--runs", tmp_path], tmp_path, out, err)
+    try:
+        wait_until(lambda: out.exists() and out.read_text().endswith("\n"))
+        address = urlsplit(out.read_text().splitlines()[0])
         here = f"http://127.0.0.1:{address.port}"
         refused, (opened, headers, _) = ask(here)[0], ask(here, f"/?{address.query}")
         busy = begin(here, {**LONG, "count": 64}, Cookie=headers["set-cookie"].split(";")[0])
         assert busy.recv(15) == b"HTTP/1.1 200 OK"
-        process.send_signal(2)
-        _, said = process.communicate(timeout=60)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
         busy.close()
-    assert (refused, opened, process.returncode) == (403, 200, 0)
+    finally:
+        process.kill()
+    said = err.read_text()
+    assert (refused, opened, process.exitcode) == (403, 200, 0)
     assert len(address.query) > len("token=") + 16
     assert "everybody who reaches this machine" in said
     assert "Traceback" not in said

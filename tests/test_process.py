@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, assert_same, losses, steps, tensors, train
+from several import start_python
 from test_train import at_step, folder_of_images, wait_for
 
 from ddpm.cli import main
@@ -32,8 +33,7 @@ DDPM = [sys.executable, "-m", "ddpm"]
 # -- standard streams --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("command", ["sample", "train"])
+@pytest.mark.parametrize(("command", "closed"), [("sample", "2>&-"), ("sample", ">&-"), ("train", "<&- >&- 2>&-")])
 def test_standard_streams_may_be_closed(command: str, closed: str, tmp_path: Path) -> None:
     """Nothing that the command writes may go to a file that got the number of a closed stream either."""
     out = tmp_path / ("a.png" if command == "sample" else "run")
@@ -281,20 +281,31 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: Except
     monkeypatch.setattr(training, name, failing)
 
 
+EIGHT = ("--dropout", 0.3, "--save-every", 4, "--sample-every", 4, "--steps", 8)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(out, *EIGHT) == 0
+    return out
+
+
 @pytest.mark.parametrize("name", ["_update", "_apply", "draw", "held_out_by_level"])
-def test_any_exception_saves_the_last_whole_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_exception_saves_the_last_whole_step(
+    name: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is saved is bit for bit the run that was not disturbed, and the run can be resumed from it."""
     calls = {"_update": 5, "_apply": 5, "draw": 1, "held_out_by_level": 2}  # held_out_by_level runs at step 0, too
-    options = ("--dropout", 0.3, "--save-every", 4, "--sample-every", 4, "--steps", 8)
     fail_in(monkeypatch, name, calls[name], ZeroDivisionError("disturbed"))
     with pytest.raises(ZeroDivisionError, match="disturbed"):
-        train(tmp_path / "run", *options)
+        train(tmp_path / "run", *EIGHT)
     assert steps(tmp_path / "run") == [4]
     monkeypatch.undo()
-    assert train(tmp_path / "run", *options) == 0
-    assert train(tmp_path / "whole", *options) == 0
-    assert_same(tensors(tmp_path / "run", 8), tensors(tmp_path / "whole", 8))
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert train(tmp_path / "run", *EIGHT) == 0
+    assert_same(tensors(tmp_path / "run", 8), tensors(undisturbed, 8))
+    assert losses(tmp_path / "run") == losses(undisturbed)
 
 
 def test_nothing_is_saved_amid_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,24 +350,25 @@ def workers() -> list[int]:
     return [child.pid for child in multiprocessing.active_children() if child.pid]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_dead_workers_are_replaced(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_workers_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system kills them when memory is full. The run is the same to the bit; workers ignore SIGTERM."""
     folder_of_images(tmp_path / "data")
-    options = ("--data", tmp_path / "data", "--workers", 2, "--steps", 30)
+    options = ("--data", tmp_path / "data", "--workers", 2, "--steps", 20)
     assert train(tmp_path / "memory", *options) == 0
-    killed: list[int] = []
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        killed: list[int] = []
 
-    def kill() -> None:
-        killed.extend(workers())
-        for pid in killed:
-            os.kill(pid, number)
+        def kill(killed: list[int] = killed, number: int = number) -> None:
+            killed.extend(workers())
+            for pid in killed:
+                os.kill(pid, number)
 
-    at_step(3, monkeypatch, kill)
-    assert train(tmp_path / "ahead", *options, "--cache-bytes", 0) == 0
-    assert len(killed) == 2
-    assert losses(tmp_path / "ahead") == losses(tmp_path / "memory")
-    assert not workers()
+        with monkeypatch.context() as patch:
+            at_step(3, patch, kill)
+            assert train(tmp_path / str(number), *options, "--cache-bytes", 0) == 0
+        assert len(killed) == 2
+        assert losses(tmp_path / str(number)) == losses(tmp_path / "memory")
+        assert not workers()
 
 
 def test_workers_that_always_die_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,26 +392,23 @@ def test_a_signal_to_the_whole_group(number: int, tmp_path: Path) -> None:
     """Slurm, systemd and `timeout` signal every process. SIGTERM saves; after SIGKILL the lock is free at once."""
     folder_of_images(tmp_path / "data")
     run = tmp_path / "run"
-    options = ["--data", str(tmp_path / "data"), "--steps", "100000", "--workers", "2", "--cache-bytes", "0"]
-    options += ["--out", str(run)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ddpm", *TINY, *options], stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    options = ["--data", tmp_path / "data", "--steps", 100000, "--workers", 2, "--cache-bytes", 0, "--out", run]
+    process = start_python(["-m", "ddpm", *TINY, *options], tmp_path)
+    assert process.pid is not None
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and '"step": 5,' in (run / "metrics.jsonl").read_text())
         if number == signal.SIGTERM:
             os.killpg(process.pid, number)
-            assert process.wait(60) == 143
+            process.join(60)
+            assert process.exitcode == 143
             assert len(steps(run)) == 1
         else:
             process.kill()  # the trainer alone; its workers find out seconds later
-            process.wait()
+            process.join()
             import filelock
 
             with filelock.FileLock(run / ".lock").acquire(timeout=1):
                 pass
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            time.sleep(0)

@@ -250,7 +250,7 @@ def test_samples_of_finite_data_are_its_images(sampler):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
 @pytest.mark.parametrize("sampler", ALL)
 def test_an_image_depends_only_on_its_own_seed(sampler, dtype, tolerance):
-    """Seven seeds in batches of 1, 3 and 7, or in another order, give the same images up to rounding.
+    """Four seeds in batches of 1, 3 and 4, or in another order, give the same images up to rounding.
 
     In float32 a convolution may round differently in another batch, and 1/sqrt(abar_T) = 200 magnifies that.
     """
@@ -261,14 +261,13 @@ def test_an_image_depends_only_on_its_own_seed(sampler, dtype, tolerance):
         noise = lambda t: draws(t).to(dtype)  # noqa: E731
         return last(ALL[sampler].run(denoiser, noise(50), noise, 5, None, None)).x
 
-    seeds = [11, 7, 3, 1000, 0, 5, 2]
+    seeds = [11, 7, 1000, 0]
     whole = images(seeds)
     assert whole.dtype == dtype
-    for size in (1, 3):
-        parts = torch.cat([images(seeds[i : i + size]) for i in range(0, 7, size)])
-        torch.testing.assert_close(parts, whole, rtol=0, atol=tolerance)
+    parts = torch.cat([images(seeds[:3]), images(seeds[3:])])
+    torch.testing.assert_close(parts, whole, rtol=0, atol=tolerance)
     torch.testing.assert_close(images(seeds[::-1]).flip(0), whole, rtol=0, atol=tolerance)
-    assert min((whole[i] - whole[j]).abs().max() for i in range(7) for j in range(i)) > 0.1
+    assert min((whole[i] - whole[j]).abs().max() for i in range(4) for j in range(i)) > 0.1
 
 
 def test_steps_come_in_order_and_report_x0():

@@ -394,11 +394,12 @@ def test_float64_input_is_converted_to_the_dtype_of_the_weights():
 def test_one_timestep_for_a_batch(bf16):
     """With our kernels, a batch of 64 then gives each image to the bit as alone. The codec needs that."""
     net = randomised(small(width=128, attention_levels=(1,), bf16=bf16)).eval()
-    x = inputs(64, 3, 8, 8)[0]
+    ready = kernels.ready(net.computes)
+    batch = 64 if ready else 4  # bf16 without kernels is slow
+    x = torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     t = torch.tensor([300])
     with torch.no_grad():
         whole = net(x, t)
-        torch.testing.assert_close(whole, net(x, t.expand(64)), rtol=0, atol=0.05 if bf16 else 1e-4)
-        if kernels.ready(net.computes):
-            for i in (0, 17, 63):
-                assert torch.equal(net(x[i : i + 1], t)[0], whole[i])
+        torch.testing.assert_close(whole, net(x, t.expand(batch)), rtol=0, atol=0.05 if bf16 else 1e-4)
+        for i in (0, 17, 63) if ready else ():
+            assert torch.equal(net(x[i : i + 1], t)[0], whole[i])
