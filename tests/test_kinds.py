@@ -84,6 +84,7 @@ def follow(words: list[str], cell: str, capsys: pytest.CaptureFixture[str]) -> N
     assert bool(said) == ("warning" in err or verdict == "no"), err
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("kind", "command", "cell"), cells("Pictures"))
 def test_pictures(
     kind: str, command: str, cell: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -101,12 +102,14 @@ def test_pictures(
     follow(words, cell, capsys)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("kind", "command", "cell"), cells("Models"))
 def test_models(
     kind: str, command: str, cell: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(here)
+    monkeypatch.setattr("ddpm.run.export.SAMPLES", 1)
     model, out = f"model {kind}", str(tmp_path / "out")
     arrays = dict.fromkeys(ARRAYS, kind)
     data = {"RGBA": "transparent", **dict.fromkeys(("grey", "classes", "condition"), "grey"), **arrays}.get(kind, "RGB")
