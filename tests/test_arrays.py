@@ -296,6 +296,7 @@ TINY = "--size 8 --width 32 --channel-multipliers 1 --num-res-blocks 1 --attenti
 TINY += "--batch-size 8 --sample-every 4 --sample-count 4 --sample-steps 4 --eval-images 8 --num-timesteps 20"
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("given", "suffix", "encode", "options"),
     [
