@@ -219,7 +219,7 @@ def server(weights, monkeypatch, tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.asked, server.content, server.missing = [], {"/a": weights.read_bytes()}, 0
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(features, "URLS", (f"{address}/a", f"{address}/b"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
