@@ -28,6 +28,9 @@ demo: install
 	$(BIN)/python examples/digits_report.py $(OUT)/samples.npz --asked
 	@echo "pictures: $(OUT)/digits.png, $(OUT)/progressive.png"
 
+# With several threads in each of several processes, NumPy's linear algebra waits more than it computes.
+test quick: export OMP_NUM_THREADS = 1
+
 # One process more than cores, since some tests wait for processes that they stopped.
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --dist loadscope
