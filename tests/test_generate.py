@@ -70,10 +70,10 @@ def test_raw_weights(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("sampler", ["--sampler ancestral", "--sampler ddim --steps 10 --eta 0.5"])
 def test_the_batch_size_changes_no_image(sampler: str, trained: Path, tmp_path: Path) -> None:
-    """Batches of 1, 3 and 7 give the same pixels, except that a few round to the next grey level."""
-    at_once = sample(trained, tmp_path / "all.npz", "-n", 7, *sampler.split()).astype(int)
+    """Batches of 1, 3 and 4 give the same pixels, except that a few round to the next grey level."""
+    at_once = sample(trained, tmp_path / "all.npz", "-n", 4, *sampler.split()).astype(int)
     for size in (1, 3):
-        parts = sample(trained, tmp_path / f"{size}.npz", "-n", 7, *sampler.split(), "--batch-size", size).astype(int)
+        parts = sample(trained, tmp_path / f"{size}.npz", "-n", 4, *sampler.split(), "--batch-size", size).astype(int)
         assert np.abs(parts - at_once).max() <= 1
         assert (parts == at_once).mean() >= 0.999
 
