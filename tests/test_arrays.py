@@ -350,7 +350,6 @@ def test_from_files_to_samples(tmp_path, monkeypatch, capsys, given, suffix, enc
         assert main("evaluate run --metrics nll -n 2".split()) == 2
         assert "float32: has no bins" in capsys.readouterr().err
     Path("f.py").write_text("def f(x):\n    return x.reshape(len(x), -1)[:, :2].astype(float)\n")
-    assert main("evaluate run --metrics kid --features f.py:f -n 4 --sampler ddim --steps 2".split()) == 0
     assert main("paper neighbours --model run --features f.py:f -n 4 --sampler ddim --steps 2".split()) == 0
     capsys.readouterr()
     assert main("evaluate run --metrics fid -n 4 --sampler ddim --steps 2".split()) == 2
