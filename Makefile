@@ -28,9 +28,13 @@ demo: install
 	$(BIN)/python examples/digits_report.py $(OUT)/samples.npz --asked
 	@echo "pictures: $(OUT)/digits.png, $(OUT)/progressive.png"
 
-# One process more than cores, since some tests wait for processes that they stopped.
+# With several threads in each of several processes, NumPy's linear algebra waits more than it computes.
+test quick: export OMP_NUM_THREADS = 1
+
+# One process more than cores, since some tests wait for processes that they stopped. The files run in their order, since
+# xdist would run those with the fewest tests last, and among them are the longest ones.
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --dist loadscope
+	$(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --dist loadscope --no-loadscope-reorder
 
 # Lint, types, and the tests of the files that changed since the commit SINCE: about a minute.
 SINCE ?= HEAD

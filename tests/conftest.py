@@ -56,6 +56,12 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make curves empty files, since matplotlib takes longer than the tiny network whose numbers are tested."""
+    monkeypatch.setattr("ddpm.files.plots.draw", lambda *_, **__: b"")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep indexes of data sets out of the user's cache."""

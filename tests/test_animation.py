@@ -10,6 +10,16 @@ from ddpm.cli import main
 from ddpm.files import animation, images
 
 
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A digit as .png, and its compressed file."""
+    folder = tmp_path_factory.mktemp("compressed")
+    picture, file = folder / "a.png", folder / "a.ddpm"
+    assert main(["sample", "digits", "-n", "1", "--class", "3", "--sampler", "unipc", "--out", str(picture)]) == 0
+    assert main(["compress", "digits", str(picture), "--out", str(file), "--chunk-bits", "8"]) == 0
+    return picture, file
+
+
 def frames(path: Path) -> list[np.ndarray]:
     """The frames as RGB, uint8 [H, W, 3]."""
     with Image.open(path) as file:
@@ -56,11 +66,9 @@ def test_sampling(suffix: str, progressive: bool, tmp_path: Path) -> None:
     assert (noise > 1) != progressive
 
 
-def test_decoding(tmp_path: Path) -> None:
+def test_decoding(compressed: tuple[Path, Path], tmp_path: Path) -> None:
     """From what the header alone gives to the exact picture."""
-    picture, file = tmp_path / "a.png", tmp_path / "a.ddpm"
-    assert main(["sample", "digits", "-n", "1", "--class", "3", "--sampler", "unipc", "--out", str(picture)]) == 0
-    assert main(["compress", "digits", str(picture), "--out", str(file), "--chunk-bits", "8"]) == 0
+    picture, file = compressed
     assert main(["decompress", "digits", str(file), "--out", str(tmp_path / "a.gif")]) == 0
     shown = frames(tmp_path / "a.gif")
     true = np.asarray(Image.open(picture).convert("RGB")).repeat(4, 0).repeat(4, 1)
@@ -108,13 +116,10 @@ def test_a_video_has_the_frames(channels: int, height: int, width: int, tmp_path
         assert np.abs(frame[:height, width:] - wanted[:, -1:][:, : width % 2]).max(initial=0) < 12
 
 
-def test_sampling_and_decoding_to_a_video(tmp_path: Path) -> None:
+def test_sampling_and_decoding_to_a_video(compressed: tuple[Path, Path], tmp_path: Path) -> None:
     """The same frames as in the .webp, which is exact."""
     sample = "sample digits -n 4 --class 3 --sampler ddim --steps 8 --seed 5 --out".split()
-    picture, file = tmp_path / "a.png", tmp_path / "a.ddpm"
-    assert main(["sample", "digits", "-n", "1", "--class", "3", "--sampler", "unipc", "--out", str(picture)]) == 0
-    assert main(["compress", "digits", str(picture), "--out", str(file), "--chunk-bits", "8"]) == 0
-    for words in (sample, ["decompress", "digits", str(file), "--out"]):
+    for words in (sample, ["decompress", "digits", str(compressed[1]), "--out"]):
         assert main([*words, str(tmp_path / "a.webp")]) == 0
         assert main([*words, str(tmp_path / "a.MP4")]) == 0
         exact, shown = frames(tmp_path / "a.webp"), video(tmp_path / "a.MP4")

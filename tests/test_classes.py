@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY, assert_same, tensors, train
 from diffusers import DDIMScheduler
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -90,6 +90,7 @@ def labelled_network(x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Te
 
 @pytest.mark.parametrize("predict", ["eps", "x0", "mu", "v"])
 @given(scale=st.floats(-2, 8), t=st.integers(1, 1000), seed=st.integers(0, 10**6))
+@settings(max_examples=30)
 def test_guidance_is_linear_in_x0(predict: Any, scale: float, t: int, seed: int) -> None:
     """x0^ = x0^(no label) + scale (x0^(label) - x0^(no label)), for every prediction."""
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -172,6 +173,7 @@ def test_mistakes_in_python(call: Any, words: str) -> None:
 
 
 @given(p=st.floats(0.5, 0.999), seed=st.integers(0, 10**6), scale=st.floats(0.1, 5))
+@settings(max_examples=30)
 def test_dynamic_thresholding_equals_diffusers(p: float, seed: int, scale: float) -> None:
     """x0^ of each image, including an image within [-1, 1], which does not change."""
     eps = scale * torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

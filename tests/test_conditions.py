@@ -700,6 +700,7 @@ def test_the_mean_of_samples_has_the_psnr_of_the_conditional_mean(tmp_path: Path
     assert found["psnr_of_mean"] == pytest.approx(10 * np.log10(4 / (9 / 8 * s**2)), abs=0.4)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, capsys: Any) -> None:
     """bits/dim by both ways, PSNR, and the features of samples given the conditions of held-out images."""
     (tmp_path / "mine.py").write_text("def rows(x):\n    return x.reshape(len(x), -1)[:, :4].astype(float)\n")

@@ -429,7 +429,7 @@ def test_redrawing_has_the_exact_law(predict):
     assert torch.equal(again[0], A_END)
 
 
-@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("predict", ["eps", "mu"])
 def test_inversion_comes_back(predict):
     """More iterations, nearer, to rounding; one is not enough (which is what the others are for)."""
     s = schedule.cosine(200)

@@ -34,8 +34,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
+    """An empty working directory. The grid of a card holds four samples, since sampling takes the time of an export."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "SAMPLES", 4)
     return tmp_path
 
 
@@ -77,12 +78,13 @@ def test_no_path_goes_along(here: Path) -> None:
     assert export.public(PRESETS["cifar10"]).data == ""
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_on_own_images(here: Path) -> None:
     """Neither the file nor the card names the folder."""
     digits = data.load("digits", (8, 8), 1).batch(range(40)).permute(0, 2, 3, 1).numpy()
     ddpm.files.images.save_many("secret-place/", digits, [str(i) for i in range(40)])
     assert train(here / "run", "--data", str(here / "secret-place"), "--channels", 1, "--steps", 2) == 0
-    assert main(["calibrate", "run", "-n", "2"]) == 0
+    assert main(["calibrate", "run", "-n", "2", "--codec", "1"]) == 0
     assert main(["evaluate", "run", "-n", "2"]) == 0
     assert main(["export", "run", "--out", "a.safetensors"]) == 0
     assert "(2 images, own images, held out of train)" in Path("a.md").read_text()
@@ -95,6 +97,7 @@ def test_a_run_on_own_images(here: Path) -> None:
     assert "--data SOURCE" in Path("a.md").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_card_says_what_was_measured(trained: Path, here: Path) -> None:
     """Of the run, marked where the weights were rounded since, and of the file; nothing that was not measured."""
     run = Path(shutil.copytree(trained, here / "run"))
@@ -131,8 +134,9 @@ def test_the_commands_of_the_card_make_the_model(trained: Path, here: Path) -> N
 
 
 def test_the_card_names_the_precision_of_the_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if the machine that exports computes in float32."""
+    """Even if the machine that exports computes in float32. (No samples are made, which would take 1,000 steps.)"""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(export, "generate", lambda _, shape, seeds, *__, **___: torch.zeros(len(seeds), *shape).byte())
     assert main(["export", "digits", "--out", "a.safetensors", "--device", "cpu"]) == 0
     assert "ddpm train digits --out RUN --precision bf16 " in Path("a.md").read_text()
 
@@ -140,7 +144,7 @@ def test_the_card_names_the_precision_of_the_training(here: Path, monkeypatch: p
 def test_a_calibration_goes_along(trained: Path, here: Path) -> None:
     """It says of which weights it was measured, and is taken; without one, an old one does not stay."""
     run = Path(shutil.copytree(trained, here / "run"))
-    assert main(["calibrate", str(run), "-n", "4"]) == 0
+    assert main(["calibrate", str(run), "-n", "4", "--codec", "1"]) == 0
     original = opening.open_checkpoint(run)
     for source in (str(run), "a.safetensors"):
         out = Path("b.safetensors" if source == "a.safetensors" else "a.safetensors")
@@ -153,7 +157,7 @@ def test_a_calibration_goes_along(trained: Path, here: Path) -> None:
         assert torch.equal(exported[0], models.read_calibration(original)[0])  # type: ignore[index]
     assert main(["export", str(trained), "--out", "a.safetensors"]) == 0
     assert not Path("a.calibration.json").exists()
-    assert main(["calibrate", "a.safetensors", "-n", "4"]) == 0
+    assert main(["calibrate", "a.safetensors", "-n", "4", "--codec", "1"]) == 0
     own = Path("a.calibration.json").read_text()
     assert main(["export", str(run), "--out", "a.safetensors"]) == 0
     assert Path("a.calibration.json").read_text() == own
@@ -198,8 +202,7 @@ def test_mistakes(words: list[str], reason: str, trained: Path, here: Path, caps
 
 def test_sample_by_name_from_an_empty_folder(here: Path) -> None:
     """What the README begins with."""
-    program = [sys.executable, "-m", "ddpm", "sample", "digits", "-n", "4", "--steps", "20", "--out", "a.npz"]
-    subprocess.run(program, check=True, capture_output=True)
+    assert main("sample digits -n 4 --steps 20 --out a.npz".split()) == 0
     assert np.load("a.npz")["arr_0"].shape == (4, 8, 8, 1)
     assert [p.name for p in here.iterdir()] == ["a.npz"]
 
@@ -237,7 +240,7 @@ def folder(path: Path) -> dict[Path, int]:
     "words",
     [
         ["evaluate", "digits", "-n", "2", "--levels-per-image", "5"],
-        ["paper", "fig6", "--run", "digits", "-n", "1"],
+        ["paper", "fig6", "--run", "digits", "-n", "1", "--steps", "2"],
         ["interpolate", "digits", "a.png", "a.png", "-n", "2", "--t", "2"],
     ],
 )

@@ -156,8 +156,10 @@ def test_all_key_layouts_give_the_same(network, weights, pixels, tmp_path):
 def test_every_key_and_shape_is_accounted_for(network, tmp_path):
     path = tmp_path / "weights.pth"
 
+    shapes = {name: value.new_zeros(()).expand(value.shape) for name, value in network.state_dict().items()}
+
     def load(**changes):
-        state = {**network.state_dict(), **changes}
+        state = {**shapes, **changes}
         torch.save({name: value for name, value in state.items() if value is not None}, path)
         return lambda: features.inception(path, any_weights=True)
 
@@ -219,7 +221,7 @@ def server(weights, monkeypatch, tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.asked, server.content, server.missing = [], {"/a": weights.read_bytes()}, 0
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(features, "URLS", (f"{address}/a", f"{address}/b"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

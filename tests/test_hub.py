@@ -25,8 +25,9 @@ from ddpm.run.parts import model_key
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
+    """An empty working directory. The grid of a card holds four samples."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ddpm.run.export.SAMPLES", 4)
     return tmp_path
 
 
@@ -160,11 +161,14 @@ def test_a_published_model_of_diffusers(trained: Path, here: Path, hub: Hub) -> 
 def test_without_a_network_it_is_one_line(here: Path) -> None:
     """The real call, at a port where nobody listens."""
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(here / "cache")}
-    for words in (["sample", "hf:google/ddpm-cifar10-32"], ["export", "digits", "--to", "hub", "hf:a/b"]):
-        made = subprocess.run([sys.executable, "-m", "ddpm", *words], env=environment, capture_output=True, text=True)
-        assert made.returncode == 2
-        assert made.stderr.splitlines()[-1].startswith(f"ddpm: {words[-1]}: the hub cannot be reached")
-        assert "Traceback" not in made.stderr
+    lines = ["sample hf:google/ddpm-cifar10-32", "export digits --to hub hf:a/b"]
+    code = "import sys; from ddpm.cli import main; print([main(line.split()) for line in sys.argv[1:]])"
+    made = subprocess.run([sys.executable, "-c", code, *lines], env=environment, capture_output=True, text=True)
+    assert made.stdout.splitlines()[-1] == "[2, 2]", made.stderr
+    said = [line for line in made.stderr.splitlines() if line.startswith("ddpm: ")]
+    for line, found in zip(lines, said, strict=True):
+        assert found.startswith(f"ddpm: {line.split()[-1]}: the hub cannot be reached")
+    assert "Traceback" not in made.stderr
 
 
 @pytest.mark.parametrize(

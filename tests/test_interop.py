@@ -578,7 +578,7 @@ ONE_VALUE = {
 
 
 @given(name=st.sampled_from(sorted(ONE_VALUE)), value=JSON)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_no_other_value_of_a_setting_comes_in(name, value, small_folder, tmp_path_factory):
     """Whatever it is; the one that our network has does."""
     folder = changed(small_folder, tmp_path_factory.getbasetemp() / "settings", "unet", {name: value})

@@ -171,16 +171,23 @@ OPENAI = {
 
 @pytest.mark.parametrize("name", OPENAI)
 def test_a_published_network_of_improved_diffusion_comes_in(name, tmp_path):
-    """The whole network on a small image: the same output to 1e-5; without heads or scaled timesteps another one."""
-    preset, heads, rescale, scale_shift = OPENAI[name]
+    """Its shapes tell which one it is. All its levels, narrower and on a small image, give the same output to 1e-5.
+
+    Without heads or scaled timesteps the output is another one.
+    """
+    published, heads, rescale, scale_shift = OPENAI[name]
+    whole = export_state(meta_state(published), published, "improved_diffusion")
+    torch.save({key: torch.zeros(()).expand(value.shape) for key, value in whole.items()}, tmp_path / "whole.pt")
+    assert interop.recognise(tmp_path / "whole.pt") == "improved_diffusion"
+    assert interop.read(tmp_path / "whole.pt")[0] == published
+
+    preset = replace(published, width=64, details=replace(published.details, norm_groups=32))
     model = OpenAI(preset)
     model.heads, model.rescale, model.scale_shift = heads, rescale, scale_shift
-    x, timestep = inputs(preset, (16, 16) if name == "CIFAR-10" else (32, 32), batch=1)
+    x, timestep = inputs(preset, (64, 64) if name == "LSUN" else (32, 32), batch=1)
     filled(model, x, timestep)
     torch.save(model.state, tmp_path / "ema.pt")
-    assert interop.recognise(tmp_path / "ema.pt") == "improved_diffusion"
-    found, state = interop.read(tmp_path / "ema.pt")
-    assert found == preset
+    state = interop.read(tmp_path / "ema.pt", preset)[1]
     net = network(preset, state)
     assert apart(net, model, x, timestep) < 1e-5
     assert_same(export_state(state, preset, "improved_diffusion"), model.state)
@@ -189,7 +196,7 @@ def test_a_published_network_of_improved_diffusion_comes_in(name, tmp_path):
             other = replace(preset, details=replace(preset.details, **change))
             assert apart(network(other, state), model, x, timestep) > 1e-4, change
     denoiser = build(preset)  # T and the schedule are those of the README
-    if preset.schedule == "cosine":
+    if published.schedule == "cosine":
         s = (torch.arange(4001).double() / 4000 + 0.008) / 1.008
         beta = 1 - (s[1:] * math.pi / 2).cos() ** 2 / (s[:-1] * math.pi / 2).cos() ** 2
         torch.testing.assert_close(denoiser.schedule.beta[1:], beta.clamp(max=0.999), rtol=1e-9, atol=0)
@@ -232,7 +239,7 @@ def test_the_published_network_of_pytorch_ddpm_comes_in(tmp_path):
     model = W86763777(CIFAR10)
     x, timestep = inputs(CIFAR10)
     filled(model, x, timestep)
-    zeros = {name: torch.zeros_like(value) for name, value in model.state.items()}
+    zeros = {name: torch.zeros(()).expand(value.shape) for name, value in model.state.items()}
     torch.save({"net_model": zeros, "ema_model": model.state, "step": 5, "x_T": x}, tmp_path / "ckpt.pt")
     preset, state = interop.read(tmp_path / "ckpt.pt")
     details = Details(norm_eps=1e-5, even_padding=True, frequency_shift=0)

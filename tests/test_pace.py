@@ -327,7 +327,7 @@ def test_sampling_that_takes_minutes_is_forecast_once(
 def test_a_forecast_of_sampling_changes_no_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["sample", "digits", "-n", "3", "--batch-size", "2", "--class", "3"]
+    words = ["sample", "digits", "-n", "3", "--batch-size", "2", "--class", "3", "--steps", "10"]
     assert main([*words, "--out", str(tmp_path / "a.npz")]) == 0
     assert "forecast" not in capsys.readouterr().err
     monkeypatch.setattr(forecast.SamplingForecast, "LEAST", 0)

@@ -36,7 +36,7 @@ def one(lines, **options):
     return Panel("title", lines, "step", "bits/dim", **options)
 
 
-@pytest.mark.parametrize(("panels", "shape"), [(1, (480, 750)), (3, (480, 2250)), (4, (960, 1500)), (7, (1440, 2250))])
+@pytest.mark.parametrize(("panels", "shape"), [(1, (480, 750)), (3, (480, 2250)), (4, (960, 1500)), (5, (960, 2250))])
 def test_a_png_has_room_for_every_panel(panels, shape):
     image = Image.open(io.BytesIO(draw([one({"a": (STEPS, FALLING)})] * panels)))
     assert np.asarray(image).shape[:2] == shape
@@ -89,13 +89,13 @@ def test_what_cannot_be_drawn_is_a_gap(gap):
     assert points <= len(STEPS) - 1
 
 
-@pytest.mark.parametrize("values", [[], [None, None], [0.0, -1.0], [1e-300, 1e300], [1.0, 1.0], [0.3, 0.31]])
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.filterwarnings("error")
-def test_degenerate_lines_are_drawn_in_peace(values, log):
+def test_degenerate_lines_are_drawn_in_peace(log):
     """None at all, nothing but gaps, all alike, all there is."""
-    lines = {"a": (list(range(len(values))), values), "b": ([], [])}
-    assert draw([one(lines, log_x=log, log_y=log), one({})])[1:4] == b"PNG"
+    drawn = [[], [None, None], [0.0, -1.0], [1e-300, 1e300], [1.0, 1.0], [0.3, 0.31]]
+    lines = [{"a": (list(range(len(values))), values), "b": ([], [])} for values in drawn]
+    assert draw([*(one(each, log_x=log, log_y=log) for each in lines), one({})])[1:4] == b"PNG"
 
 
 def test_the_paper_is_dashed_and_grey_and_takes_no_colour():

@@ -88,12 +88,19 @@ def given_as() -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def from_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[data.Images, data.Images]:
+    """The images of `given_as` from a folder of pictures."""
+    folder = tmp_path_factory.mktemp("objects") / "folder"
+    images.save_many(folder, digits()[..., None], [f"{i:03d}" for i in range(40)])
+    return data.load_pair(str(folder), (8, 8), 1)
+
+
 @pytest.mark.parametrize("kind", given_as())
-def test_objects_are_the_files_that_they_would_be(kind: str, tmp_path: Path) -> None:
+def test_objects_are_the_files_that_they_would_be(kind: str, from_files: tuple[data.Images, data.Images]) -> None:
     """The images of a folder with the same pictures, and so the same weights."""
-    images.save_many(tmp_path / "folder", digits()[..., None], [f"{i:03d}" for i in range(40)])
     ours = data.load_pair(data.given(given_as()[kind]), (8, 8), 1)
-    for a, b in zip(ours, data.load_pair(str(tmp_path / "folder"), (8, 8), 1), strict=True):
+    for a, b in zip(ours, from_files, strict=True):
         assert torch.equal(a.batch(range(len(a))), b.batch(range(len(b))))
     again = data.load_pair(data.given(given_as()[kind]), (8, 8), 1)
     assert [one.fingerprint for one in again] == [one.fingerprint for one in ours]

@@ -5,11 +5,11 @@ import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from ddpm.catalog import schedules
 from ddpm.cli.main import parser
-from ddpm.presets import GROUPS, PRESETS, Preset
+from ddpm.presets import GROUPS, PRESETS, Preset, types_of_settings
 
 FAMILIES = {
     "Make a model": ("train", "distill", "average", "calibrate", "export", "import"),
@@ -94,7 +94,7 @@ def _range(field: Any, hint: Any) -> str:
 
 def settings_page() -> str:
     """Every setting of a preset: meaning, range, default; and what each preset changes."""
-    hints = get_type_hints(Preset)
+    hints = types_of_settings()
     lines = [
         "# Settings and presets",
         "",

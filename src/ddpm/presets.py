@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from ddpm import catalog
@@ -278,7 +278,7 @@ class Preset:
     )
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        types = types_of_settings()
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
@@ -286,7 +286,7 @@ class Preset:
             value = byte_count(f.name, value) if f.name == "cache_bytes" else value
             left_open = isinstance(value, tuple) and value == f.default == ()
             if not left_open:
-                value = check(f.name, value, hints[f.name], f.metadata["least"], f.metadata["most"])
+                value = check(f.name, value, types[f.name], f.metadata["least"], f.metadata["most"])
             object.__setattr__(self, f.name, value)
         if self.show and (len(self.show) not in (1, 3) or max(self.show) > self.channels):
             raise InputError(f"show {','.join(map(str, self.show))}: want 1 or 3 channels of 1..{self.channels}")
@@ -402,6 +402,16 @@ class Preset:
             next((level for level, side in enumerate(sides) if side <= a), -1) for a in self.attention_resolutions if a
         }
         return tuple(sorted(first_levels - {-1}))
+
+
+@cache
+def types_of_settings() -> Mapping[str, Any]:
+    """The type of each field of `Preset`. It is evaluated once, because the class has the types as text.
+
+    >>> types_of_settings()["size"]
+    tuple[int, int]
+    """
+    return get_type_hints(Preset)
 
 
 def check(name: str, value: Any, kind: Any, least: float | None = None, most: float | None = None) -> Any:

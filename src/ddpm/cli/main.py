@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 from ddpm import cli
@@ -33,8 +34,9 @@ SEVERAL = ("train", "distill", "sample", "evaluate", "calibrate", "paper", "comp
 """The commands that torchrun runs in several processes. They tell each other of a mistake."""
 
 
+@cache
 def parser() -> Parser:
-    """The parser of all commands, from the files of this package."""
+    """The parser of all commands, from the files of this package. A process builds it once."""
     top = Parser(
         prog="ddpm",
         usage="ddpm COMMAND ...",

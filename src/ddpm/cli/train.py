@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from ddpm.cli.options import (
     SOURCE,
@@ -23,7 +23,7 @@ from ddpm.cli.options import (
     whole_numbers,
 )
 from ddpm.errors import InputError
-from ddpm.presets import GROUPS, PRESETS, Preset, check
+from ddpm.presets import GROUPS, PRESETS, Preset, check, types_of_settings
 from ddpm.run.start import settle
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def add(commands: Commands) -> None:
 
 def add_setting(group: Any, f: Any) -> None:
     """The option of one field of Preset. If it is not given, the preset's value stays."""
-    kind, value = get_type_hints(Preset)[f.name], f.metadata["value"]
+    kind, value = types_of_settings()[f.name], f.metadata["value"]
     option, help = f"--{f.name.replace('_', '-')}", f.metadata["help"]
     about = {"dest": f.name, "default": argparse.SUPPRESS, "help": help}
     choices = f.metadata["choices"] or (get_args(kind) if get_origin(kind) is Literal else ())
