@@ -480,9 +480,9 @@ PRESETS: dict[str, Preset] = {
     "cifar10_fast": Preset(
         data="uoft-cs/cifar10",
         width=96, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, patch=2,
-        schedule="cosine", predict="v", timestep_sampling="lognormal",
-        steps=20_000, batch_size=64, lr=2e-3, warmup=200, cooldown=0.5, ema_decay=0.999, ema_warmup=True,
-        save_every=1000, sample_every=1000,
+        schedule="cosine", predict="v", timestep_sampling="lognormal", optimizer="muon",
+        steps=40_000, batch_size=32, lr=4e-3, warmup=50, cooldown=0.5, ema_decay=0.9995, ema_warmup=True,
+        save_every=2000, sample_every=2000,
     ),
     "cifar10_likelihood": Preset(
         data="uoft-cs/cifar10",
@@ -495,7 +495,8 @@ PRESETS: dict[str, Preset] = {
 
 
 def photos(size: tuple[int, int]) -> Preset:
-    """The preset for photographs of this size: the recipe of cifar10_fast, with levels down to 4 pixels if possible.
+    """The preset for photographs of this size: the kind of network of cifar10_fast, with levels down to 4 pixels if
+    possible. Muon, which cifar10_fast has, was not tried on it.
 
     >>> photos((64, 64)).channel_multipliers, photos((128, 96)).batch_size
     ((1, 1, 2, 2), 16)
@@ -508,7 +509,8 @@ def photos(size: tuple[int, int]) -> Preset:
     return replace(
         PRESETS["cifar10_fast"], data="", size=size, patch=patch, dropout=0.1, timestep_sampling="stratified",
         channel_multipliers=tuple(1 if min(inner) >= 16 else 2 for inner in sides),
-        batch_size=16 if large else 32 if min(size) > 32 else 64, lr=1e-3, sample_count=16,
+        optimizer="adam", lr=1e-3, warmup=200, batch_size=16 if large else 32 if min(size) > 32 else 64,
+        steps=20_000, ema_decay=0.999, save_every=1000, sample_every=1000, sample_count=16,
         eval_images=64 if large else 128,
     )  # fmt: skip
 

@@ -34,16 +34,17 @@ def write_seconds(size: int) -> float:
     return size / 150e6
 
 
-def snapshots(preset: Preset, steps: int) -> int:
-    """The number of snapshots of a run of so many steps: the last step has one, too.
+def snapshots(preset: Preset, steps: int, last: bool = True) -> int:
+    """The number of snapshots up to a step. If it is the `last` one of the run, it has one, too.
 
     >>> from dataclasses import replace
     >>> from ddpm.presets import PRESETS
     >>> preset = replace(PRESETS["digits"], snapshot_every=10)
-    >>> snapshots(PRESETS["digits"], 25), snapshots(preset, 25)
-    (0, 3)
+    >>> snapshots(PRESETS["digits"], 25), snapshots(preset, 25), snapshots(preset, 25, last=False)
+    (0, 3, 2)
     """
-    return -(-steps // preset.snapshot_every) if preset.snapshot_every else 0
+    every = preset.snapshot_every
+    return steps // every + (last and steps % every > 0) if every else 0
 
 
 GRACE = 30.0
@@ -94,7 +95,7 @@ class Costs:
         grids = -(-steps // preset.sample_every) - begun // preset.sample_every if preset.sample_every else 0
         at_start = 0.0 if begun else evaluation
         work = (steps - begun) * self.step + saves * (evaluation + self.save) + grids * grid * self.image_call
-        averages = (snapshots(preset, steps) - snapshots(preset, begun)) * self.snapshot
+        averages = (snapshots(preset, steps) - snapshots(preset, begun, last=False)) * self.snapshot
         return float(at_start + work + averages)
 
     def steps_in(self, preset: Preset, seconds: float) -> int:
@@ -176,7 +177,7 @@ def describe_snapshots(preset: Preset, network: nn.Module) -> str:
 def disk_shortage(preset: Preset, out: Path, network: nn.Module, saved: int, step: int) -> str | None:
     """What is wrong with the disk of a run at `step` that has `saved` checkpoints; None if it is large enough."""
     needed = disk_bytes(preset, network) - min(saved, preset.keep) * checkpoint_bytes(preset, network)
-    needed -= snapshots(preset, step) * snapshot_bytes(network)
+    needed -= snapshots(preset, step, last=False) * snapshot_bytes(network)
     if needed <= (free := free_bytes(out)):
         return None
     what, less = "checkpoints", "use a smaller keep"
