@@ -42,7 +42,7 @@ def test_a_warmup_that_never_ends_is_warned_of() -> None:
         return list(advice(replace(PRESETS["cifar10_fast"], warmup=warmup, steps=steps), SCHEDULES["cosine"]()))
 
     assert lines(200, 200)[0].startswith(
-        "warmup 200: the run has 200 steps, so the learning rate never reaches lr 0.002"
+        "warmup 200: the run has 200 steps, so the learning rate never reaches lr 0.004"
     )
     assert not lines(200, 20_000)
 
