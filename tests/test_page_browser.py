@@ -178,13 +178,13 @@ def test_what_is_no_picture_for_the_page_is_refused_in_one_line(browser, address
 
 def test_the_keyboard_alone_suffices(visit):
     page = visit()
-    page.locator("#panel-sample").get_by_label("Model", exact=True).wait_for()  # the form comes after the tabs
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "tab-sample"
     page.keyboard.press("ArrowLeft")
     assert page.evaluate("document.activeElement.id") == "tab-runs"
     assert page.locator("#panel-runs").is_visible()
     page.keyboard.press("Home")
+    page.locator("#panel-sample").get_by_label("Model", exact=True).wait_for()  # the form comes after the tabs
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.labels[0].textContent") == "Model"
     page.keyboard.press("Tab")
