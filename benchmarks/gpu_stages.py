@@ -403,9 +403,9 @@ def real_run(plan: Values) -> Values:
     """`ddpm train` on the images of a file or on digits, stopped by SIGTERM and measured by its log after the first
     line.
     """
-    options, most, enough = sizes(plan)["train"]
+    (options, most, enough), source = sizes(plan)["train"], plan["data"] or "digits"
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "ddpm", "train", "cifar10", "--data", plan["data"] or "digits", *options]
+        words = [sys.executable, "-m", "ddpm", "train", "cifar10", "--data", source, *options]
         begun, seen = time.monotonic(), None
         with Path(folder, "log").open("w") as log:
             process = subprocess.Popen([*words, "--out", f"{folder}/run"], stdout=log, stderr=log)
@@ -419,7 +419,7 @@ def real_run(plan: Values) -> Values:
             process.wait()
         lines = peers.training_lines(Path(folder, "run"))
         if len(lines) < 3:
-            output = Path(folder, "log").read_text().replace(plan["data"] or "digits", "DATA").strip().splitlines()
+            output = Path(folder, "log").read_text().replace(source, "DATA").strip().splitlines()
             raise RuntimeError(f"{len(lines)} log lines; the last line of output: {output[-1] if output else 'none'}")
         config = json.loads(Path(folder, "run", "config.json").read_text())
     seconds = [config["batch_size"] / line["images_per_second"] for line in lines[1:]]

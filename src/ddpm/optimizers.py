@@ -73,14 +73,26 @@ def _bare(method: Any) -> Any:
     return getattr(method, "__wrapped__", method)
 
 
-class Adam(torch.optim.Adam):
-    """torch's Adam. It starts without torch's compiler."""
+class _Bare(Optimizer):
+    """The base of both optimizers, which start without torch's compiler."""
 
     add_param_group, zero_grad = _bare(Optimizer.add_param_group), _bare(Optimizer.zero_grad)
+
+
+class Adam(_Bare, torch.optim.Adam):
+    """torch's Adam (Kingma and Ba 2015), and the same updates.
+
+    >>> p = nn.Parameter(torch.zeros(1))
+    >>> p.grad = torch.tensor([3.0])
+    >>> Adam([p], lr=0.1).step()
+    >>> p.data
+    tensor([-0.1000])
+    """
+
     step = torch.no_grad()(_bare(torch.optim.Adam.step))
 
 
-class Muon(Optimizer):
+class Muon(_Bare):
     """Nesterov's momentum, made orthogonal, for weights [out, in] and [out, in, k, k]. There is no weight decay.
 
     A convolution is the matrix [out, in k k]. With the factor 0.2 sqrt(max(out, in k k)) the update has an RMS of about
@@ -92,8 +104,6 @@ class Muon(Optimizer):
     >>> (p.diag() / (0.1 * 0.2 * math.sqrt(2))).tolist()  # -1 and -1, within the error of five rounds
     [-0.70..., -0.70...]
     """
-
-    add_param_group, zero_grad = _bare(Optimizer.add_param_group), _bare(Optimizer.zero_grad)
 
     def __init__(self, weights: Iterable[nn.Parameter], lr: float) -> None:
         super().__init__(weights, {"lr": lr})

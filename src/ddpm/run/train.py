@@ -177,7 +177,7 @@ def train(
         pace = Pace(preset, ranks, model.network)
         stream = data.batches(
             train_set, preset.seed, preset.batch_size, begun, preset.steps,
-            part=slice(parts[0].start, parts[-1].stop), workers=preset.workers, device=ranks.device,
+            part=training.mine, workers=preset.workers, device=ranks.device,
             say=lambda line: log.say(ranks, line),
         )  # fmt: skip
         bar = Progress[None](total=preset.steps, initial=begun, unit="step", desc="training", show=ranks.first)
@@ -355,6 +355,11 @@ class _Training(NamedTuple):
     images: data.Images
     draws: torch.Generator
     ranks: Processes
+
+    @property
+    def mine(self) -> slice:
+        """The images of a batch that this process takes."""
+        return slice(self.parts[0].start, self.parts[-1].stop)
 
     def step(self, preset: Preset, batch: Tensor) -> Tensor:
         """Algorithm 1 for a batch of this process's images, pixels [b, C, H, W]: the loss before the update."""
@@ -566,7 +571,7 @@ def _update(training: _Training, preset: Preset, batch: Tensor) -> tuple[Tensor,
     draws.manual_seed(noise.mix(preset.seed, step, _EPS))
     eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
     y = _labels(training.images, preset, step, g, ranks) if preset.classes else None
-    mine = slice(parts[0].start, parts[-1].stop)
+    mine = training.mine
     images = pixels.to_signal(batch, model.denoiser.values)
     warps = _warps(preset, step, ranks) if preset.augment else None
     if preset.flip and warps is None:
@@ -634,7 +639,7 @@ def _ending_at(end: float, training: _Training, preset: Preset, held_out_set: da
     weights = copy.deepcopy(model.network.state_dict())
     stream = data.batches(
         training.images, preset.seed, preset.batch_size, 0, 10**9,
-        part=slice(training.parts[0].start, training.parts[-1].stop), workers=preset.workers, device=ranks.device,
+        part=training.mine, workers=preset.workers, device=ranks.device,
     )  # fmt: skip
     left = end - time.monotonic()
     model.network.train()
