@@ -180,6 +180,27 @@ def test_a_mistake_of_all_is_said_once(tmp_path: Path) -> None:
             assert agents.codes() == {2}
 
 
+def test_a_slow_process_ends_by_itself(tmp_path: Path) -> None:
+    """torchrun sends SIGTERM when the first process has ended, which the others take note of 2 seconds later."""
+    slow = """import os, sys, time
+from ddpm.cli.main import main
+from ddpm.run.group import Group
+
+known = Group._mistake
+
+def late(self, mistakes):
+    time.sleep(2 * (os.environ["RANK"] != "0"))
+    return known(self, mistakes)
+
+Group._mistake = late
+sys.exit(main(sys.argv[1:]))
+"""
+    (tmp_path / "slow.py").write_text(slow)
+    with Agents([["slow.py", *TINY, "--batch-size", "2", "--out", "run"]], [tmp_path], 3) as agents:
+        assert agents.wait() == [1]
+        assert agents.codes() == {2}, agents.err()
+
+
 # -- nodes without a shared disk ---------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import pkgutil
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["train", "cifra10"])
     2
     """
-    with _process_state():
+    with _process_state(), _patience():
         return _run(list(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -109,8 +110,32 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(130, "; ".join(["interrupted", *map(str, error.args)]))
 
 
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Under torchrun, let SIGTERM end this process after 5 seconds, not at once.
+
+    torchrun sends it when one process has ended. If the reason was a mistake that all have made, this process is about
+    to end by itself, with its own line and code.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end_later(number: int, _: object) -> None:
+        timer = threading.Timer(5, os._exit, [128 + number])
+        timer.daemon = True
+        timer.start()
+
+    before = signal.signal(signal.SIGTERM, end_later)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end_later:
+            signal.signal(signal.SIGTERM, before)
+
+
 def _ends_itself() -> None:
-    """Ignore torchrun's SIGTERM from now on: the process that ends first would take the line and code of the others."""
+    """Ignore torchrun's SIGTERM from now on, also while Python ends, when `_patience` is over."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         with suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
