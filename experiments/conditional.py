@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from recipe import quality
+from scores import quality
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

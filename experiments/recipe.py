@@ -17,8 +17,6 @@ then trained in turns, before any of them is measured, so that nothing else runs
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scores import quality
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -108,12 +107,6 @@ def mflop(preset: Preset) -> float:
     with kernels.disabled(), FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, *preset.shape), torch.zeros(1, dtype=torch.int64))
     return counter.get_total_flops() / 1e6
-
-
-def quality(program: Path, samples: Path) -> dict[str, float]:
-    """FRD and RS that the program prints for an .npz of samples."""
-    printed = subprocess.run([sys.executable, program, samples], check=True, capture_output=True, text=True).stdout
-    return {name: float(value) for name, value in re.findall(r"(FRD|RS) ([\d.]+)", printed)}
 
 
 def bits(

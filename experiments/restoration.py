@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from recipe import quality
+from scores import scored
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -31,14 +31,6 @@ from ddpm.run.restore import Restoration, restore
 TASKS = ["superresolution:2", "superresolution:4", "blur:1.5", "grey", "half"]
 """Operators; `half` is a mask of the right half."""
 PART = 50
-
-
-def scored(program: Path, pixels: np.ndarray, folder: Path) -> dict[str, float]:
-    """FRD and RS of images [N, H, W, C]."""
-    file = folder / "scored.npz"
-    with atomic.temporary(file) as part, part.open("wb") as opened:
-        np.savez(opened, pixels)
-    return quality(program, file)
 
 
 def restored(
@@ -93,18 +85,19 @@ def main() -> None:
     half[:, size[1] // 2 :] = 255
     images.save(args.out / "half.png", half)
 
-    results: list[dict] = [{"operator": "none", "what": "clean", **scored(args.quality, clean, args.out)}]
+    file = args.out / "scored.npz"
+    results: list[dict] = [{"operator": "none", "what": "clean", **scored(args.quality, clean, file)}]
     shown = [clean[:10]]
     for operator in args.only:
         for method in args.methods:
             made = restored(checkpoint, clean, operator, method, args)
             if method == args.methods[0]:
                 about = {"operator": operator, "what": "degraded", "psnr": psnr(clean, made["degraded"])}
-                results.append(about | scored(args.quality, made["degraded"], args.out))
+                results.append(about | scored(args.quality, made["degraded"], file))
                 shown.append(made["degraded"][:10])
             residual = float(np.sqrt((made["residual"] ** 2).mean()))
             about = {"operator": operator, "what": method, "psnr": psnr(clean, made["restored"]), "residual": residual}
-            results.append(about | scored(args.quality, made["restored"], args.out))
+            results.append(about | scored(args.quality, made["restored"], file))
             shown.append(made["restored"][:10])
     rows = [
         [r["operator"], r["what"], *(f"{r[key]:.2f}" if key in r else "" for key in ("psnr", "residual", "FRD", "RS"))]

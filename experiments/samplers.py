@@ -15,9 +15,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
-from recipe import quality
+from scores import scored
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -27,7 +26,7 @@ import record
 
 from ddpm import spacing
 from ddpm.denoiser import Denoiser
-from ddpm.files import atomic, plots
+from ddpm.files import atomic, images, plots
 from ddpm.files.models import Checkpoint, read_calibration, with_variance
 from ddpm.noise import per_image
 from ddpm.run.processes import open_for_device, pick_device
@@ -110,7 +109,7 @@ def main() -> None:
             if file.is_file():
                 continue
             denoiser, levels = model.prepared(spacing_name, steps)
-            images = generate(
+            made = generate(
                 denoiser,
                 model.checkpoint.preset.shape,
                 range(args.samples),
@@ -120,12 +119,9 @@ def main() -> None:
                 device,
                 True,
             )
-            samples = file.with_suffix(".npz")
-            with atomic.temporary(samples) as part, part.open("wb") as open_file:
-                np.savez(open_file, images.permute(0, 2, 3, 1).numpy())
             about = {"row": row, "calls": calls, "network_calls": sampler.calls(denoiser, levels), "levels": levels}
-            atomic.write_json(file, about | quality(args.quality, samples) | {"samples": args.samples})
-            samples.unlink()
+            found = scored(args.quality, images.channels_last(made), file.with_suffix(".npz"))
+            atomic.write_json(file, about | found | {"samples": args.samples})
             print(row, calls, json.loads(file.read_text())["FRD"], flush=True)
 
     results = [json.loads(file.read_text()) for file in sorted(args.out.glob("*-*.json"))]

@@ -12,8 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-from recipe import quality
+from scores import scored
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -51,11 +50,7 @@ def main() -> None:
             made = generate(denoiser, shape, seeds, sampler, calls, args.batch_size, device, progress=True)
             grid = arrays.sheet(made[:64], arrays.view_of(checkpoint.preset, denoiser.values))
             images.save(file.with_suffix(".png"), images.grid(grid))
-            samples = file.with_suffix(".npz")
-            with atomic.temporary(samples) as part, part.open("wb") as opened:
-                np.savez(opened, made.permute(0, 2, 3, 1).numpy())
-            atomic.write_json(file, about | quality(args.quality, samples))
-            samples.unlink()
+            atomic.write_json(file, about | scored(args.quality, images.channels_last(made), file.with_suffix(".npz")))
         results.append(json.loads(file.read_text()))
         print(name, calls, results[-1]["FRD"], flush=True)
 
