@@ -178,6 +178,25 @@ def test_other_kinds_of_models_work_or_say_why_not(tmp_path):
         assert (status, json.loads(body)["line"].endswith(line)) == (400, True)
 
 
+def test_a_weaker_model_guides(tmp_path):
+    """The images are those of the command that is told, and differ from those without a guide; digits does not fit."""
+    strong, weak = str(tmp_path / "strong"), str(tmp_path / "weak")
+    for run, seed in ((strong, 0), (weak, 1)):
+        assert train(run, "--steps", 1, "--seed", seed) == 0
+    with served(tmp_path / "none", strong, weak) as address:
+        status, _, body = ask(address, f"/api/sample/choices?model={strong}")
+        guides = json.loads(body)["guides"]
+        assert (status, guides[:2], strong in guides) == (200, [weak, "digits"], False)
+        told = start(address, model=strong, guide=weak, guidance=3)
+        command = told[0]["command"].split()
+        assert main([*command[1:-1], str(tmp_path / "guided.png")]) == 0
+        _, _, data = ask(address, told[-1]["png"]["url"])
+        _, _, alone = ask(address, start(address, model=strong)[-1]["png"]["url"])
+        assert (np.asarray(images.read(data)) == np.asarray(images.read(tmp_path / "guided.png"))).all()
+        assert (np.asarray(images.read(data)) != np.asarray(images.read(alone))).any()
+        assert "it has other classes than" in start(address, model=strong, guide="digits")[-1]["line"]
+
+
 def test_pictures_come_back_as_they_were(page):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     status, _, body = ask(page, "/api/pictures", images.to_png(pixels), **BYTES)

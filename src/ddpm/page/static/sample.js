@@ -11,21 +11,24 @@ export const explain = [
 /** One setting: its inputs, and values() for the server. */
 function setting(name) {
   const inputs = {
-    sampler: select([]), steps: number("", 1, 1000), spacing: select([]), class: select([]),
+    sampler: select([]), steps: number("", 1, 1000), spacing: select([]), class: select([]), guide: select([]),
     guidance: number("1.5", 0, 20, 0.1),
   };
   const box = el("fieldset", {}, el("legend", {}, name),
     el("div", { class: "pair" }, field("Class", inputs.class), field("Guidance", inputs.guidance, "1 is none")),
+    field("Guide", inputs.guide, "a weaker model, to steer away from"),
     field("Sampler", inputs.sampler, " "),
     el("div", { class: "pair" }, field("Steps", inputs.steps), field("Spacing", inputs.spacing)));
-  const adapt = () => { inputs.guidance.disabled = !inputs.class.value || inputs.guided === false; };
+  const adapt = () => {
+    inputs.guidance.disabled = !inputs.guide.value && (!inputs.class.value || inputs.guided === false);
+  };
   let samplers = {};
   const sampler = () => {
     const [meaning, steps] = samplers[inputs.sampler.value];
     inputs.sampler.nextElementSibling.textContent = meaning;
     inputs.steps.placeholder = steps ?? "all";
   };
-  inputs.class.addEventListener("change", adapt);
+  for (const input of [inputs.class, inputs.guide]) input.addEventListener("change", adapt);
   inputs.sampler.addEventListener("change", sampler);
 
   box.offer = (choices, chosen, steps) => {
@@ -43,6 +46,8 @@ function setting(name) {
     const all = choices.classes.length ? [["all", "all in turn"]] : [];
     fill(inputs.class, [...none, ...all, ...choices.classes.map((v) => [v, v])]);
     inputs.class.disabled = !choices.classes.length;
+    fill(inputs.guide, [["", "none"], ...choices.guides.map((v) => [v, v])]);
+    inputs.guide.disabled = !choices.guides.length;
     inputs.guided = choices.guided;
     inputs.steps.max = choices.T;
     adapt();
@@ -51,6 +56,7 @@ function setting(name) {
   box.values = () => ({
     classes: inputs.class.value ? [inputs.class.value] : [], sampler: inputs.sampler.value,
     steps: inputs.steps.value ? Number(inputs.steps.value) : null, spacing: inputs.spacing.value || null,
+    guide: inputs.guide.value || null,
     guidance: inputs.guidance.disabled || !inputs.guidance.value ? null : Number(inputs.guidance.value),
   });
   return box;

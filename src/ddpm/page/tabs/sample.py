@@ -19,7 +19,7 @@ from ddpm.page.state import State, field, optional, png_url
 from ddpm.page.work import Job
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.export import grid_columns
-from ddpm.run.sample import Conditions, cycled_labels, sampler_levels, sampler_of, trajectory
+from ddpm.run.sample import GUIDANCE, Conditions, cycled_labels, sampler_levels, sampler_of, trajectory
 from ddpm.samplers import named
 
 FRAMES = 30
@@ -41,6 +41,7 @@ def routes(state: State) -> list[Route]:
         about = {"classes": preset.class_names, "always_labelled": preset.always_labelled, "shape": preset.shape}
         about |= {"samplers": samplers, "spacings": spacings, "T": model.denoiser.schedule.T}
         about["guided"] = preset.label_dropout > 0 and not only
+        about["guides"] = [] if only else [name for name in state.names() if name != request.query_params["model"]]
         return JSONResponse(about)
 
     return [
@@ -57,11 +58,15 @@ def start(state: State, body: dict[str, Any]) -> Job:
     name = field(body, "model", str)
     seed, count = field(body, "seed", int, 0, 0, 2**62), field(body, "count", int, 4, 1, MOST)
     steps, spacing = optional(body, "steps", int, 1), optional(body, "spacing", str)
-    guidance = optional(body, "guidance", float)
+    guidance, guide = optional(body, "guidance", float), optional(body, "guide", str)
     classes = tuple(map(str, field(body, "classes", list, [])))
     model = state.model(name)
     sampler = field(body, "sampler", str, sampler_of(model.preset))
-    conditions = Conditions(classes, guidance).resolved(model)
+    conditions = Conditions(classes, guidance)
+    if guide is not None:
+        scale = GUIDANCE if guidance is None else guidance
+        conditions = Conditions(classes, guide=state.model(guide), guide_scale=scale)
+    conditions = conditions.resolved(model)
     denoiser, labels = conditions.apply(model)
     levels, row = sampler_levels(model, sampler, steps, spacing), named(sampler)
     seeds, y = range(seed, seed + count), cycled_labels(labels, range(count))
@@ -72,7 +77,7 @@ def start(state: State, body: dict[str, Any]) -> Job:
 
     shown = {round((len(levels) - 1) * i / (FRAMES - 2)) for i in range(FRAMES - 1)} if len(levels) >= FRAMES else None
     T, frames = denoiser.schedule.T, []
-    command = command_line(name, count, seed, classes, guidance, sampler, steps, spacing)
+    command = command_line(name, count, seed, classes, guidance, guide, sampler, steps, spacing)
     yield {"kind": "about", "levels": levels, "command": command, "count": count, "calls": row.calls(denoiser, levels)}
     with kernels.frozen():
         x, t = per_image(seeds, model.preset.shape, state.device)(T), T
@@ -108,12 +113,13 @@ def files(samples: Tensor, frames: Sequence[Pixels], columns: int | None) -> tup
 
 
 def command_line(
-    name: str, count: int, seed: int, classes: Sequence[str], guidance: float | None, sampler: str, steps: int | None,
-    spacing: str | None,
+    name: str, count: int, seed: int, classes: Sequence[str], guidance: float | None, guide: str | None, sampler: str,
+    steps: int | None, spacing: str | None,
 ) -> str:  # fmt: skip
     """The words that make the same images on the command line."""
     words = ["ddpm", "sample", name, "-n", str(count), "--seed", str(seed)]
     words += ["--class", *classes] if classes else []
-    options = {"guidance": guidance, "sampler": sampler, "steps": steps, "spacing": spacing}
+    options = {"guidance" if guide is None else "guide-scale": guidance, "guide": guide}
+    options |= {"sampler": sampler, "steps": steps, "spacing": spacing}
     words += [w for option, value in options.items() if value is not None for w in (f"--{option}", str(value))]
     return shlex.join([*words, "--out", "samples.png"])
