@@ -131,7 +131,8 @@ def size(data: bytes, name: str = "the image") -> tuple[int, int]:
     (3, 2)
     """
     if codecs.is_jxl(data) or codecs.is_heic(data):
-        return codecs.size(data, name)
+        height, width = codecs.size(data, name)
+        return width, height
     try:
         return _open(data, name).size
     except InputError:
