@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm.catalog import Fit
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files import codecs
 from ddpm.files import images as pictures
 
@@ -92,7 +92,7 @@ def _whole_npy(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{name}: no such file") from None
     except _FAULTS as fault:
-        raise InputError(f"{name}: not a whole .npy file of numbers ({pictures.one_line(fault)})") from None
+        raise InputError(f"{name}: not a whole .npy file of numbers ({brief(fault)})") from None
 
 
 def _checked(array: Array, name: str) -> Array:
@@ -115,9 +115,9 @@ def _opened(source: str | Path | bytes, name: str) -> "Iterator[tifffile.TiffFil
     except InputError:
         raise
     except ImportError as fault:
-        raise InputError(f"{name}: {pictures.one_line(fault)}; want {codecs.INSTALL}") from None
+        raise InputError(f"{name}: {brief(fault)}; want {codecs.INSTALL}") from None
     except Exception as fault:  # tifffile raises exceptions of many kinds
-        raise InputError(f"{name}: damaged TIFF ({pictures.one_line(fault)})") from None
+        raise InputError(f"{name}: damaged TIFF ({brief(fault)})") from None
 
 
 _OF_PIXELS = frozenset(map(str, (256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 338, 339)))
@@ -229,14 +229,14 @@ def _png_of_16_bits(data: bytes, name: str, notes: pictures.Notes | None) -> Arr
     try:
         array: Array = imagecodecs.png_decode(data)
     except Exception as fault:  # imagecodecs raises exceptions of many kinds
-        raise InputError(f"{name}: damaged image ({pictures.one_line(fault)})") from None
+        raise InputError(f"{name}: damaged image ({brief(fault)})") from None
     array, orientation, profile = array.reshape(*array.shape[:2], -1), 1, None
     if b"eXIf" in data or b"iCCP" in data:
         try:
             with Image.open(io.BytesIO(data)) as picture:
                 orientation, profile = picture.getexif().get(274, 1), picture.info.get("icc_profile")
         except (OSError, SyntaxError, ValueError, TypeError, LookupError) as fault:
-            raise InputError(f"{name}: damaged image ({pictures.one_line(fault)})") from None
+            raise InputError(f"{name}: damaged image ({brief(fault)})") from None
     info = {"turned": orientation in range(2, 9), "icc_profile": profile}
     pictures.note_file(info, name, {} if notes is None else notes)
     return upright(array, orientation)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm import metrics
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files import data, features, models
 from ddpm.files import images as pictures
 from ddpm.run import conditioning
@@ -393,7 +393,7 @@ def _side(path: Path, rows: bool) -> _Pictures | None:
             with zipfile.ZipFile(path) as archive:
                 files = [name for name in archive.namelist() if data.is_image(name) and not data.is_hidden(name)]
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as fault:
-            raise InputError(f"{path}: damaged zip file ({pictures.one_line(fault)})") from fault
+            raise InputError(f"{path}: damaged zip file ({brief(fault)})") from fault
         found = data.Zip(path, sorted(files, key=data.natural))
     else:
         reason = "not a zip file or an .npz" if path.exists() else "no such file or folder"

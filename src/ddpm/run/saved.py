@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files import arrays, data, features, tensors
 from ddpm.files import images as pictures
 from ddpm.presets import Preset
@@ -109,7 +109,7 @@ class _Packed:
                     pass  # the end checks the CRC
             self._open()
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError) as fault:
-            reason = pictures.one_line(fault)
+            reason = brief(fault)
             raise InputError(f"{path}: not a whole .npz of plain arrays ({reason})") from fault
 
     def _open(self) -> None:
