@@ -386,7 +386,7 @@ def _side(path: Path, rows: bool) -> _Pictures | None:
             return _Pictures(data.Arrays(str(path), array))
         return None
     if path.is_dir():
-        files = sorted(filter(data.is_image, data.walk(path)), key=data.natural)
+        files = data.image_files(path)
         found: data.EncodedImages = data.Folder(path, files)
     elif path.is_file() and zipfile.is_zipfile(path):
         try:

@@ -143,9 +143,7 @@ def read_samples(path: Path, preset: Preset) -> Samples:
     if path.suffix.lower() not in (".npz", ".npy"):
         if not path.is_dir():
             raise InputError(f"{path}: want an .npz or .npy file of `ddpm sample`, or a folder of images")
-        names = sorted(
-            filter(data.is_image if form.is_picture else data.holds_image, data.walk(path)), key=data.natural
-        )
+        names = data.image_files(path, arrays=not form.is_picture)
         if not names:
             raise InputError(f"{path}: no images in this folder; want samples of {_size(preset.shape)}")
         files = _Files([path / name for name in names], preset)

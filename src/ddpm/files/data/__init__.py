@@ -9,7 +9,7 @@ classes in the names of files. `ordering` says which images a step takes.
 
 from ddpm.files.data.batches import STOP_SIGNALS, batches, send
 from ddpm.files.data.decoding import Form, decoded
-from ddpm.files.data.listing import EncodedImages, Options, holds_image, is_hidden, is_image, natural, walk
+from ddpm.files.data.listing import EncodedImages, Options, image_files, is_hidden, is_image, natural
 from ddpm.files.data.loading import (
     Images,
     describe,
@@ -42,7 +42,7 @@ __all__ = [
     "describe",
     "form_of",
     "given",
-    "holds_image",
+    "image_files",
     "is_hidden",
     "is_image",
     "load",
@@ -55,5 +55,4 @@ __all__ = [
     "settings_of_pairs",
     "split_holdout",
     "take",
-    "walk",
 ]
