@@ -68,9 +68,8 @@ def _layout(dims: int, chunks: int, keys: tuple[int, ...]) -> tuple[Integers, ND
     blocks = -(-width // WIDTH)
     place = np.full((chunks, blocks * WIDTH), -1)
     # Chunk c takes every chunks-th dimension, so some chunks have one fewer.
-    place[:, :width] = (
-        np.append(shared.permutation(dims, _ORDER, *keys), [-1] * (width * chunks - dims)).reshape(width, chunks).T
-    )
+    dealt = np.append(shared.permutation(dims, _ORDER, *keys), [-1] * (width * chunks - dims))
+    place[:, :width] = dealt.reshape(width, chunks).T
     sign = shared.signs(place.size, _SIGNS, *keys).reshape(place.shape) * (place >= 0)
     return place.reshape(chunks, blocks, WIDTH), sign.reshape(chunks, blocks, WIDTH)
 

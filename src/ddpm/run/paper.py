@@ -29,9 +29,8 @@ from ddpm.run.train import train
 
 # Some of the numbers that the paper reports. None is a missing number; "unstable" is the paper's word.
 Cell = float | str | None
-TABLE_1: list[
-    tuple[str, Cell, Cell, Cell, Cell, Cell]
-] = [  # CIFAR-10: IS, its std, FID, NLL of test and training images
+# CIFAR-10: IS, its std, FID, NLL of test and training images
+TABLE_1: list[tuple[str, Cell, Cell, Cell, Cell, Cell]] = [
     ("Original diffusion (2015)", None, None, None, 5.40, None),
     ("Gated PixelCNN", None, None, None, 3.03, None),
     ("Sparse Transformer", None, None, None, 2.80, None),

@@ -42,9 +42,9 @@ def samples(
     """The model's images of seeds `seed` to `seed` + count - 1, which are read when they are wanted.
 
     `classes` holds labels, and the images cycle over them; if it is empty, the model is sampled without a class.
-    A model with a condition is given those of the images `given`, over which the samples cycle. The
-    work is split over processes, which must see the same disk. Finished batches are stored under `cache`, so the same
-    call resumes where it stopped. Raises InputError for a sampler or steps that do not exist.
+    A model with a condition is given those of the images `given`, over which the samples cycle. The work is split over
+    processes, which must see the same disk. Finished batches are stored under `cache`, so the same call resumes where
+    it stopped. Raises InputError for a sampler or steps that do not exist.
     """
     key = [*model_key(checkpoint), seed, sampler, steps, [*classes], guidance_key(checkpoint.denoiser)]
     key += [] if given is None else [given.fingerprint]
@@ -60,17 +60,9 @@ def samples(
             places = [i % len(given) for i in range(part.start, part.stop)]
             told = conditioning.of_images(checkpoint.preset, given, places, as_signal(given, places))
         images = generate(
-            denoiser,
-            shape,
-            seeds,
-            sampler,
-            steps,
-            batch_size,
-            ranks.device,
-            progress=progress,
-            y=labels,
+            denoiser, shape, seeds, sampler, steps, batch_size, ranks.device, progress=progress, y=labels,
             condition=told,
-        )
+        )  # fmt: skip
         return {"images": images}
 
     files = compute_parts(folder, count, ranks, batch_size, "samples", progress, make)
