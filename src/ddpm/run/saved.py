@@ -27,11 +27,6 @@ class Samples(Protocol):
         """The images at these indices, pixels [len(indices), C, H, W]."""
 
 
-def all_of(samples: Samples) -> Tensor:
-    """All images, pixels [N, C, H, W]."""
-    return samples.batch(range(len(samples)))
-
-
 class Parts:
     """The images of files of `parts.compute_parts`, of `size` rows each but in the last."""
 
