@@ -1,5 +1,6 @@
 """Restore images that an operator degraded, with a model that was not trained for it."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -276,4 +277,4 @@ def _shown(measured: Tensor, preset: Preset) -> Tensor | None:
 def _psnr(clean: Tensor, restored: Tensor, span: float) -> float | None:
     """10 log10(span^2 / mean squared error), dB; None for equal images."""
     error = (clean.double() - restored.double()).square().mean().item()
-    return 10 * torch.tensor(span**2 / error).log10().item() if error else None
+    return 10 * math.log10(span**2 / error) if error else None
