@@ -142,9 +142,7 @@ def train(
 
         def evaluate(stop: Callable[[], bool] = lambda: False) -> float | None:
             """The held-out L_simple, which goes into the log; None if the run is to stop."""
-            levels = held_out_by_level(
-                model.averaged, held_out_set, preset.eval_images, ranks, stop, preset.classes, preset
-            )
+            levels = held_out_by_level(model.averaged, held_out_set, preset.eval_images, ranks, preset, stop)
             if ranks.any(stop()):
                 return None
             mean = float(torch.tensor(levels).nanmean())
@@ -646,7 +644,7 @@ def _ending_at(end: float, training: _Training, preset: Preset, held_out_set: da
     step_seconds = time_steps(lambda: training.step(preset, next(stream)), min(max(2.0, left / 20), 60.0), ranks)
     for _ in range(2):  # the first call also compiles and fills caches
         begun = time.monotonic()
-        held_out_by_level(model.averaged, held_out_set, 16, ranks, labelled=preset.classes, preset=preset)
+        held_out_by_level(model.averaged, held_out_set, 16, ranks, preset)
         image_call = (time.monotonic() - begun) / 16
     stream.close()
     model.network.load_state_dict(weights)
