@@ -15,7 +15,6 @@ numbers in float64, which holds them exactly, so they are the same on every mach
 """
 
 import functools
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby, islice
 from typing import NamedTuple
@@ -45,12 +44,9 @@ Integers = NDArray[np.int64]
 
 @functools.cache
 def _powers() -> Integers:
-    """2^(20 - i / 256) for i = 0 .. 255, rounded. The hash is checked, so every platform has the same table."""
+    """2^(20 - i / 256) for i = 0 .. 255, rounded."""
     table = np.array([round(2.0 ** (_LEAST - i / _STEPS)) for i in range(_STEPS)], "<i8")
-    digest = hashlib.sha256(table.tobytes()).hexdigest()[: len(_POWERS)]
-    if digest != _POWERS:
-        raise RuntimeError(f"powers of two of {digest} instead of {_POWERS}: this platform rounds differently")
-    return table
+    return shared.verified("powers of two", table, _POWERS)
 
 
 @functools.lru_cache(maxsize=32)
