@@ -122,7 +122,7 @@ class Group:
         _until(lambda: self._sent > before, 3 * self.interval)
 
     def same(self, line: str) -> bool:
-        """Whether a process before this one ends with the same line; the time of a few signs is waited for that."""
+        """Whether a process of a lower rank ends with the same line. It may wait for a few signs of life."""
 
         def found() -> bool:
             return any(sign[2][1:] == [line] for rank, sign in list(self._signs.items()) if rank < self._rank)

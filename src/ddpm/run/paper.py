@@ -88,6 +88,8 @@ class Setup:
     samples         a file or folder of saved samples to score; None: the experiment makes samples
     sampler, steps, spacing
                     how samples are made: a name, the levels or their number, and the name of the levels' spacing
+    seed            of samples and noise
+    batch_size      images at a time; no result depends on it
     """
 
     checkpoint: models.Checkpoint

@@ -69,7 +69,8 @@ def grey(argument: str, preset: Preset, noise: float) -> Linear:
 
 
 OPERATORS = {"superresolution": superresolution, "blur": blur, "mask": mask, "grey": grey}
-"""The linear operators by name. Each function takes what follows the name and a colon, and `noise` in signal units."""
+"""The linear operators by name. Each function takes the argument, which follows the name and a colon, the settings of
+the model, and the standard deviation of the measurement's noise in signal units."""
 
 
 def operator_of(

@@ -628,10 +628,10 @@ def _apply(model: _Model, preset: Preset) -> None:
 
 
 def _ending_at(end: float, training: _Training, preset: Preset, held_out_set: data.Images) -> Preset:
-    """The preset with as many steps as end at the time `end`; a tenth of them, and of the time, are the most for warmup
-    and a grid.
+    """The preset with the number of steps that end at the time `end`.
 
-    The steps that are timed for this are taken back.
+    At most a tenth of the steps are warmup, and a grid takes at most a tenth of the time. The steps that are timed for
+    this are taken back.
     """
     model, ranks = training.model, training.ranks
     weights = copy.deepcopy(model.network.state_dict())

@@ -387,8 +387,8 @@ def _hash(parts: Iterable[bytes]) -> str:
 
 
 def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad: bool) -> tuple[int, int, bool, float]:
-    """What most images have: their native channels. Of those looked at: the pixels of the largest one, whether all are
-    grey, and the largest number.
+    """What a few images tell: the usual native channels, the pixels of the largest one, whether all are grey, and the
+    largest number.
 
     Raises InputError if the first image is bad, but with `skip_bad` only if there is no good one.
     """
