@@ -415,11 +415,7 @@ def _rows_of_parquet(data: bytes) -> list[Any]:
     return rows
 
 
-_TABLES = {
-    "metadata.csv": _rows_of_csv,
-    "metadata.jsonl": _rows_of_jsonl,
-    "metadata.parquet": _rows_of_parquet,
-}
+_TABLES = {"metadata.csv": _rows_of_csv, "metadata.jsonl": _rows_of_jsonl, "metadata.parquet": _rows_of_parquet}
 """The files in which Hugging Face's image folders keep columns -> what reads them."""
 
 
