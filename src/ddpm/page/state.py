@@ -61,11 +61,8 @@ class State:
     def names(self) -> list[str]:
         """The models, as one types them on the command line: those given, the package's by their size, and runs."""
         packaged = sorted((file.stat().st_size, name) for name, file in models_by_name().items())
-        return list(
-            dict.fromkeys(
-                [*self.given, *(name for _, name in packaged), *(str(run) for run in self.run_folders() if saved(run))]
-            )
-        )
+        runs = (str(run) for run in self.run_folders() if saved(run))
+        return list(dict.fromkeys([*self.given, *(name for _, name in packaged), *runs]))
 
     def run_folders(self) -> list[Path]:
         """The runs under the folder of runs, and those given, sorted."""
