@@ -34,7 +34,6 @@ from ddpm.run.parts import subset
 from ddpm.run.processes import Processes, open_for_device, pick_device
 from ddpm.run.quality import samples
 from ddpm.run.sample import generate, sampler_levels
-from ddpm.run.saved import all_of
 from ddpm.run.train import train
 
 SHOWN = 12
@@ -94,7 +93,7 @@ def write_sets(model: Checkpoint, held_out: data.Images, args: argparse.Namespac
     levels = sampler_levels(model, args.sampler, args.calls)
     drawn = samples(model, args.out / "cache", alone, n, 0, args.sampler, levels, given=held_out)
     real = held_out.batch(range(n))
-    sets = {"samples": all_of(drawn), "condition": shown(model, held_out, range(n)), "real": real}
+    sets = {"samples": drawn.batch(range(n)), "condition": shown(model, held_out, range(n)), "real": real}
     scores: dict[str, dict[str, float]] = {}
     for name, pictures in sets.items():
         np.savez(args.out / f"{name}.npz", images.channels_last(pictures))

@@ -22,7 +22,7 @@ from ddpm.noise import per_image
 from ddpm.presets import PRESETS
 from ddpm.run import calibrate, evaluate, parts, quality, sample
 from ddpm.run.processes import Processes
-from ddpm.run.saved import all_of, read_samples
+from ddpm.run.saved import read_samples
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SHAPE = (1, 4, 4)
@@ -300,7 +300,7 @@ def test_samples_are_cached(checkpoint, tmp_path, monkeypatch):
     """They are the images of their seeds. A second call makes only missing ones. Other settings make other images."""
 
     def samples(seed=3):
-        return all_of(quality.samples(checkpoint, tmp_path, ALONE, 7, seed, "ddim", 5, 3, progress=False))
+        return quality.samples(checkpoint, tmp_path, ALONE, 7, seed, "ddim", 5, 3, progress=False).batch(range(7))
 
     whole = samples()
     assert torch.equal(whole, sample.generate(checkpoint.denoiser, (1, 8, 8), range(3, 10), "ddim", 5))
@@ -319,7 +319,8 @@ def test_samples_of_classes_are_cached_apart(tmp_path):
 
     def samples(denoiser, classes=()):
         changed = replace(checkpoint, denoiser=denoiser)
-        return all_of(quality.samples(changed, tmp_path, ALONE, 5, 3, "ddim", 3, 2, progress=False, classes=classes))
+        made = quality.samples(changed, tmp_path, ALONE, 5, 3, "ddim", 3, 2, progress=False, classes=classes)
+        return made.batch(range(5))
 
     whole = samples(guided, [4, 0])
     y = torch.tensor([4, 0, 4, 0, 4])
@@ -434,7 +435,8 @@ def test_saved_samples_are_read_as_they_are(tmp_path):
     images.save_many(tmp_path / "a.npz", pictures, ["0", "1", "2"])
     images.save_many(tmp_path / "b", pictures, ["0", "1", "2"])
     for path in (tmp_path / "a.npz", tmp_path / "b"):
-        assert (all_of(read_samples(path, shaped(1, 8, 8))).permute(0, 2, 3, 1).numpy() == pictures).all()
+        found = read_samples(path, shaped(1, 8, 8)).batch(range(3))
+        assert (found.permute(0, 2, 3, 1).numpy() == pictures).all()
     with pytest.raises(InputError, match="want uint8"):
         read_samples(tmp_path / "a.npz", shaped(3, 8, 8))
 
@@ -446,7 +448,8 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     pictures = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 1), np.uint8)
     images.save_many("digits/", pictures, ["0", "1", "2"])
-    assert (all_of(read_samples(Path("digits"), shaped(1, 4, 8))).permute(0, 2, 3, 1).numpy() == pictures).all()
+    found = read_samples(Path("digits"), shaped(1, 4, 8)).batch(range(3))
+    assert (found.permute(0, 2, 3, 1).numpy() == pictures).all()
     with pytest.raises(InputError, match=r"^digits/0\.png: 4x8; want samples of the model's size, 8x4$"):
         read_samples(Path("digits"), shaped(1, 8, 4))
     with pytest.raises(InputError, match=r"^digits/0\.png: mode L; want RGB, as samples of the model have$"):

@@ -301,7 +301,7 @@ def test_the_digits_are_as_good_as_they_were() -> None:
     """Held-out L_simple, which says soonest that weights and code have come apart: measured 0.2039."""
     held_out = data.load_pair("digits", (8, 8), 1)[1]
     with processes("cpu") as ranks:
-        levels = held_out_by_level(ddpm.load("digits"), held_out, len(held_out), ranks, labelled=True)
+        levels = held_out_by_level(ddpm.load("digits"), held_out, len(held_out), ranks, PRESETS["digits"])
     assert sum(levels) / len(levels) == pytest.approx(0.2039, abs=0.002)
 
 

@@ -50,6 +50,7 @@ def test_lossless_jpeg_xl_is_exact(shape, depth, dtype):
     assert (found.depth, found.several, found.turned) == (depth, False, False)
     assert codecs.size(file, "a") == shape[:2]
     picture = images.read(file, "a.jxl")
+    assert images.size(file) == picture.size
     notes = {}
     channels = images.native(picture)
     converted = np.asarray(images.convert(picture, channels, "a", notes))

@@ -76,7 +76,7 @@ def test_on_other_images_too(tmp_path: Path) -> None:
     assert held_out.labels is not None
     assert {"3", "x"} == set(held_out.class_names or ())
     held_out.labels = torch.where(held_out.labels == 0, 3, -1)  # an unknown class is as no class
-    levels = held_out_by_level(denoiser, held_out, 16, Processes(0, 1, torch.device("cpu")), labelled=True)
+    levels = held_out_by_level(denoiser, held_out, 16, Processes(0, 1, torch.device("cpu")), run.preset)
     assert run.result.held_out_before == pytest.approx(float(torch.tensor(levels).nanmean()), rel=1e-6)
 
 

@@ -16,7 +16,7 @@ from ddpm.presets import PRESETS
 from ddpm.run import saved
 from ddpm.run.measure import measure
 from ddpm.run.processes import Processes
-from ddpm.run.saved import all_of, read_samples
+from ddpm.run.saved import read_samples
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 PROGRAM = """
@@ -118,7 +118,7 @@ def test_samples_are_read_in_any_order(kind: str, tmp_path: Path) -> None:
     assert len(samples) == 23
     for indices in (range(3), range(9, 20), range(3, 9), [22, 0, 21], [5, 5]):
         assert torch.equal(samples.batch(indices), want[list(indices)])
-    assert torch.equal(all_of(samples), want)
+    assert torch.equal(samples.batch(range(len(samples))), want)
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
@@ -152,5 +152,5 @@ def test_parts_hold_one_file_at_a_time(tmp_path: Path) -> None:
         save_tensors(file, {"images": want[6 * i : 6 * i + 6].to(torch.uint16)})
     samples = saved.Parts(files, 6, 23)
     assert torch.equal(samples.batch(range(4, 14)).to(torch.uint8), want[4:14])
-    assert torch.equal(all_of(samples).to(torch.uint8), want)
+    assert torch.equal(samples.batch(range(len(samples))).to(torch.uint8), want)
     assert samples.batch([0]).dtype == torch.uint16

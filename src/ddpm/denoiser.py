@@ -118,7 +118,7 @@ class Denoiser:
     @property
     def learned(self) -> bool:
         """Whether the network outputs the variance, and so 2C channels."""
-        return self.variance in ("learned", "learned_range") if isinstance(self.variance, str) else False
+        return isinstance(self.variance, str) and self.variance.startswith("learned")
 
     def output(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The network's raw prediction of `target`, and its raw variance if that is learned; each has x_t's shape.
@@ -147,7 +147,10 @@ class Denoiser:
                 return broadcast(abar.sqrt(), xt) * eps - broadcast((1 - abar).sqrt(), xt) * x0
 
     def log_variance(self, xt: Tensor, t: Tensor, raw: Tensor | None) -> Tensor:
-        """log sigma_t^2 of p_theta(x_{t-1} | x_t), nats. `raw` is the second result of `output`."""
+        """log sigma_t^2 of p_theta(x_{t-1} | x_t), nats: [B, 1, ...] if it is fixed, and of x_t's shape if learned.
+
+        `raw` is the second result of `output`.
+        """
         beta, tilde = self.schedule.beta, beta_tilde(self.schedule)
         match self.variance:
             case "fixed_large":

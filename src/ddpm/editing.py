@@ -48,11 +48,7 @@ def redraw(
 
 @torch.no_grad()
 def invert(
-    denoiser: Denoiser,
-    x0: Tensor,
-    steps: Levels = 50,
-    t: int | None = None,
-    iterations: int = 1,
+    denoiser: Denoiser, x0: Tensor, steps: Levels = 50, t: int | None = None, iterations: int = 1,
     y: Tensor | None = None,
 ) -> Iterator[Step]:  # fmt: skip
     """The x_t from which unclipped DDIM (eta 0, the same `steps`) samples the images x0 [B, C, H, W]; t None is T.

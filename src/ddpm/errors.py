@@ -35,6 +35,15 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def brief(fault: BaseException) -> str:
+    r"""The message of an exception on one line of at most 200 characters; the exception's type if it has no message.
+
+    >>> brief(ValueError("two\nlines")), brief(EOFError())
+    ('two lines', 'EOFError')
+    """
+    return " ".join(str(fault).split())[:200] or type(fault).__name__
+
+
 def not_installed(package: str, extra: str) -> InputError:
     """The error for a missing package that one of this distribution's extras installs.
 

@@ -121,11 +121,7 @@ def block_a(c_in: int, c_pool: int) -> Mixed:
         [
             [_Layer("branch1x1", 64)],
             [_Layer("branch5x5_1", 48), _Layer("branch5x5_2", 64, (5, 5))],
-            [
-                _Layer("branch3x3dbl_1", 64),
-                _Layer("branch3x3dbl_2", 96, (3, 3)),
-                _Layer("branch3x3dbl_3", 96, (3, 3)),
-            ],
+            [_Layer("branch3x3dbl_1", 64), _Layer("branch3x3dbl_2", 96, (3, 3)), _Layer("branch3x3dbl_3", 96, (3, 3))],
             [_average, _Layer("branch_pool", c_pool)],
         ],
     )
@@ -189,10 +185,7 @@ def block_e(c_in: int, pool: Pool) -> Mixed:
         c_in,
         [
             [_Layer("branch1x1", 320)],
-            [
-                _Layer("branch3x3_1", 384),
-                (_Layer("branch3x3_2a", 384, (1, 3)), _Layer("branch3x3_2b", 384, (3, 1))),
-            ],
+            [_Layer("branch3x3_1", 384), (_Layer("branch3x3_2a", 384, (1, 3)), _Layer("branch3x3_2b", 384, (3, 1)))],
             [
                 _Layer("branch3x3dbl_1", 448),
                 _Layer("branch3x3dbl_2", 384, (3, 3)),

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddpm.conditions import LUMA, grey
 from ddpm.denoiser import Denoiser
 from ddpm.editing import back_up, moves
 from ddpm.errors import InputError, finite_number
@@ -114,20 +114,15 @@ class Grey(_OneValue):
     1.0
     """
 
-    weights: ClassVar[tuple[float, ...]] = (0.299, 0.587, 0.114)
-
     @property
     def s(self) -> float:
-        return math.hypot(*self.weights)
+        return math.hypot(*LUMA)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (x * self._column(x)).sum(1, keepdim=True)
+        return grey(x)
 
     def inverse(self, y: Tensor) -> Tensor:
-        return y * self._column(y) / self.s**2
-
-    def _column(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.weights, dtype=like.dtype, device=like.device).view(3, 1, 1)
+        return y * y.new_tensor(LUMA)[:, None, None] / self.s**2
 
 
 @dataclass(frozen=True)

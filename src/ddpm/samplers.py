@@ -427,10 +427,5 @@ def named(name: str, eta: float = 0.0, sigma_hat: bool = False) -> Sampler:
         return SAMPLERS[name]
     if name != "ddim":
         raise InputError(f"{f'eta {eta}' if eta else 'sigma_hat'}: only the sampler ddim has this setting")
-
-    def run(
-        denoiser: Denoiser, x: Tensor, noise: Noise, steps: Levels, y: Tensor | None, start: int | None
-    ) -> Iterator[Step]:
-        return ddim(denoiser, x, steps, eta, noise, y, start, sigma_hat)
-
+    run: Run = lambda d, x, noise, steps, y, start: ddim(d, x, steps, eta, noise, y, start, sigma_hat)  # noqa: E731
     return SAMPLERS[name]._replace(run=run, noisy=True)

@@ -206,14 +206,7 @@ class Stage(nn.Module):
     """A residual block, with attention after it if `attention` is set."""
 
     def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        c_time: int,
-        dropout: float,
-        attention: bool,
-        groups: int,
-        details: Details = PAPER,
+        self, c_in: int, c_out: int, c_time: int, dropout: float, attention: bool, groups: int, details: Details = PAPER
     ) -> None:
         super().__init__()
         self.block = ResidualBlock(c_in, c_out, c_time, dropout, groups, details)
@@ -315,9 +308,9 @@ class UNet(nn.Module):
             self.label = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
         self.warp = nn.Parameter(torch.zeros(c_time, NUMBERS)) if warped else None
 
-        def stage(c_in: int, c_out: int, level: int, attend: bool = False) -> Stage:
+        def stage(c_in: int, c_out: int, level: int, attention: bool = False) -> Stage:
             groups = inner_groups if level >= 0 else groups_of(CHANNEL_STEP)
-            return Stage(c_in, c_out, c_time, dropout, attend or level in attention_levels, groups, details)
+            return Stage(c_in, c_out, c_time, dropout, attention or level in attention_levels, groups, details)
 
         inner_groups = details.norm_groups or groups_of(width)
 

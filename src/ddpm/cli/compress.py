@@ -113,9 +113,8 @@ def _model(args: argparse.Namespace, device: "torch.device | None" = None) -> "M
 def compress(args: argparse.Namespace) -> int:
     check("--profile", args.profile, Literal["portable", "local"])
     check_numbers(args, seed=0)
-    lossy = [
-        name for name, value in (("--bits-per-dim", args.bits_per_dim), ("--psnr", args.psnr)) if value is not None
-    ]
+    limits = {"--bits-per-dim": args.bits_per_dim, "--psnr": args.psnr}
+    lossy = [name for name, value in limits.items() if value is not None]
     if args.lossless and lossy:
         raise InputError(f"--lossless, {lossy[0]}: want one of the two")
     if args.archive and (lossy or args.whole):

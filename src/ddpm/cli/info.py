@@ -141,9 +141,7 @@ def _parameters(preset: Preset) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def _ask(
-    name: str, preset: Preset, model: "Checkpoint | None", is_run: bool, has_snapshots: bool
-) -> dict[str, str]:  # fmt: skip
+def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool, has_snapshots: bool) -> dict[str, str]:
     """Command -> what it needs first or has to know; empty if nothing."""
     from ddpm.files.models import codec_tables, read_calibration
 

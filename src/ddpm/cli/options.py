@@ -182,7 +182,7 @@ def _clip(text: str) -> bool | float:
 # -- groups of options -------------------------------------------------------------------------------------------------
 
 
-def add_model(parser: Parser, variance: bool = True, batch_size: bool = True) -> None:
+def add_model(parser: Parser, variance: bool = True) -> None:
     """Which weights a command uses, where it runs, and the last group of its help."""
     group = parser.add_argument_group("model", "which weights are used")
     add_weights(group)
@@ -191,12 +191,8 @@ def add_model(parser: Parser, variance: bool = True, batch_size: bool = True) ->
         group.add_argument("--variance", metavar="NAME", help=variances)
     machine = parser.add_argument_group("machine", "where the network runs, and how")
     add_device(machine)
-    if batch_size:
-        machine.add_argument(
-            "--batch-size",
-            **number(int, 64),
-            help="number of images per network call; no result depends on it (default: %(default)s)",
-        )
+    batch_size = "number of images per network call; no result depends on it (default: %(default)s)"
+    machine.add_argument("--batch-size", **number(int, 64), help=batch_size)
     add_precision(machine, "precision of the network; auto is that of training, if the device is fast at it")
     add_general(parser)
 

@@ -150,10 +150,7 @@ def _export_for_onnxruntime(args: argparse.Namespace, kind: str, place: Path) ->
 
     (onnx if kind == "onnx" else interop).check_out(place)
     onnx.check_packages()
-    model, about = (
-        open_model(args, torch.device("cpu"), conditional=True),
-        {"out": str(place), "kind": kind, "opset": onnx.OPSET},
-    )
+    model = open_model(args, torch.device("cpu"), conditional=True)
     if kind == "onnx":
         onnx.to_onnx(model, place)
         size, more = place.stat().st_size, ""
@@ -161,7 +158,8 @@ def _export_for_onnxruntime(args: argparse.Namespace, kind: str, place: Path) ->
         size = web.to_web(model, place, None if args.runtime is None else Path(args.runtime))
         more = f"; `python3 -m http.server -d {shlex.quote(str(place))}` shows it at http://localhost:8000"
     summary = f"written: {place}, {size / 1e6:.1f} MB, ONNX opset {onnx.OPSET}{more}"
-    print(json.dumps({**about, "bytes": size, **model.about()}) if args.json else summary)
+    about = {"out": str(place), "kind": kind, "opset": onnx.OPSET, "bytes": size, **model.about()}
+    print(json.dumps(about) if args.json else summary)
     return 0
 
 

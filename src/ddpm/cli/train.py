@@ -34,8 +34,7 @@ def add(commands: Commands) -> None:
     parser = command(
         commands, "train", run, "train a model, or resume a run",
         "Train the network of a preset, and write checkpoints, samples and a log into the run folder. The same command "
-        "resumes a run that was stopped, and so does `ddpm train RUN`. The options replace "
-        "settings of the preset.",
+        "resumes a run that was stopped, and so does `ddpm train RUN`. The options replace settings of the preset.",
         "ddpm train cifar10_small --data ./photos --out runs/photos --steps 20000",
     )  # fmt: skip
     start = f"a preset, {', '.join(PRESETS)}; or a run's folder, to resume it with its own settings"

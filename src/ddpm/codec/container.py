@@ -46,13 +46,14 @@ AS_WRITTEN = "want the file as it was written"
 
 @dataclass(frozen=True)
 class Header:
-    """The header of one picture's file.
+    """The header of one picture's file: width, height and channels of the picture, and
 
     bits      K, the bits of a chunk
     lossless  whether the pixels follow the groups
     local     whether the file decodes only on the kind of machine that wrote it
     whole     whether the picture is one tile of its own size
     identity  4 bytes that name the model
+    seed      seed of the shared noise
     groups    how many groups the payload holds
     length    length of the payload, bytes
     where     in the local profile 2 bytes that name machine, device and release, otherwise empty
@@ -85,7 +86,7 @@ class Header:
 
 
 class Contents(NamedTuple):
-    """The header of an archive.
+    """The header of an archive; local, identity and where are as in `Header`.
 
     bits        K of the pictures that are coded as files
     pictures    how many pictures there are

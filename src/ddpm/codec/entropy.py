@@ -6,7 +6,6 @@ integers that sum to 2^24, so the bytes do not depend on how a machine rounds fl
 """
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +15,7 @@ import constriction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ddpm.codec.shared import verified
 from ddpm.errors import InputError
 
 T = TypeVar("T")
@@ -210,17 +210,12 @@ Source: TypeAlias = Decoder | PrefixDecoder
 def _phi() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """2^32 Phi(i / 256 - 8) for i = 0 .. 4096, rounded, and the differences of neighbours.
 
-    The table never falls and ends at 2^32. Its hash is checked, so every platform has the same one.
+    The table never falls and ends at 2^32.
     """
     half = [round(math.erfc(i / _STEPS / math.sqrt(2)) * (1 << 31)) for i in range(_STEPS * _REACH, -1, -1)]
     table = np.array([*half, *((1 << 32) - v for v in reversed(half[:-1]))], "<i8")
     table[0], table[-1] = 0, 1 << 32
-    digest = hashlib.sha256(table.tobytes()).hexdigest()[: len(_PHI)]
-    if digest != _PHI:
-        raise RuntimeError(
-            f"normal distribution function of {digest} instead of {_PHI}: this platform rounds differently"
-        )
-    return table, np.diff(table)
+    return verified("normal distribution function", table, _PHI), np.diff(table)
 
 
 def cdf(z: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """One picture in one file: tiles, the encoder's walk over the groups, and a picture from any prefix."""
 
+import itertools
 import math
 import zlib
 from collections import deque
@@ -137,10 +138,8 @@ def compress(
     predict = model.predictor(local, check=True)
     for attempt in range(seed, seed + _TRIES):
         with suppress(Undecided):
-            [data] = progressive.run_together(
-                predict, [_walk(model, image, replace(header, seed=attempt), bits_per_dim, psnr)]
-            )
-            return data
+            walk = _walk(model, image, replace(header, seed=attempt), bits_per_dim, psnr)
+            return progressive.run_together(predict, [walk])[0]
     raise InputError(f"image: x0^ lies too near a rounding boundary with {_TRIES} seeds; want the local profile")
 
 
@@ -223,16 +222,8 @@ def _walk(
     x0 = yield from progressive.walk(tables, state, step)
     fits = counter.bits / 8 <= most_bytes  # if it fits, x0 is the estimate after the last group
     if fits and len(sent) == len(tables.groups) and (psnr is None or _psnr(_shown(x0, header, model), image) < psnr):
-        data = _written(
-            replace(header, lossless=True),
-            tables,
-            sent,
-            tiles,
-            x0,
-            state.sums,
-            image,
-            pickers if picks_by_pixels else None,
-        )
+        chosen = pickers if picks_by_pixels else None
+        data = _written(replace(header, lossless=True), tables, sent, tiles, x0, state.sums, image, chosen)
         if len(data) <= most_bytes:
             return data
     while True:
@@ -258,9 +249,8 @@ def _written(
     trailer = b""
     if x0 is not None and image is not None:
         progressive.put_pixels(encoder, tables, tiles.pixels, x0, before, tiles.coded, pickers)
-        trailer = bytes(sums[i] & 255 if sums else 0 for i in _checked(len(sums))) + zlib.crc32(
-            image.tobytes()
-        ).to_bytes(4, "big")
+        checks = bytes(sums[i] & 255 if sums else 0 for i in _checked(len(sums)))
+        trailer = checks + zlib.crc32(image.tobytes()).to_bytes(4, "big")
     payload = encoder.finish()
     return sealed(replace(header, groups=len(sent), length=len(payload)).to_bytes() + payload + trailer)
 
@@ -435,13 +425,8 @@ def group_costs(model: Model, data: bytes) -> Iterator[GroupCost]:
     for number, (group, symbols) in enumerate(zip(tables.groups, sent, strict=False)):
         progressive.put_group(counter, tables, group, symbols, before, real)
         rmse = float(np.sqrt(np.mean((shown[number].image.astype(float) - shown[-1].image) ** 2)))
-        yield GroupCost(
-            group.t,
-            group.s,
-            sum(len(chunks) for tile in symbols.indices for chunks in tile),
-            counter.bits - spent,
-            rmse,
-        )
+        chunks = sum(map(len, itertools.chain.from_iterable(symbols.indices)))
+        yield GroupCost(group.t, group.s, chunks, counter.bits - spent, rmse)
         before, spent = symbols.scales, counter.bits
     if header.lossless:
         rmse = float(np.sqrt(np.mean((shown[-2].image.astype(float) - shown[-1].image) ** 2)))

@@ -457,10 +457,9 @@ def run_together(predict: Predict, walks: Sequence[Walk[T]]) -> list[T]:
     while questions:
         first, level = next(iter(questions.values()))
         together = [i for i, (x, t) in questions.items() if t == level and x.shape[1:] == first.shape[1:]]
-        x0 = predict(np.concatenate([questions[i][0] for i in together]), level)
-        for i, part in zip(
-            together, np.split(x0, np.cumsum([len(questions[i][0]) for i in together])[:-1]), strict=True
-        ):
+        xs = [questions[i][0] for i in together]
+        x0 = predict(np.concatenate(xs), level)
+        for i, part in zip(together, np.split(x0, np.cumsum(list(map(len, xs)))[:-1]), strict=True):
             try:
                 questions[i] = walks[i].send(part)
             except StopIteration as end:

@@ -7,21 +7,30 @@ Libraries' own normal draws are not used, because they may change between releas
 import functools
 import hashlib
 from statistics import NormalDist
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.noise import mix
 
+Integer = TypeVar("Integer", bound=np.integer)
 _QUANTILES = "1ea009ce"  # the first digits of the table's SHA-256
+
+
+def verified(what: str, table: NDArray[Integer], digest: str) -> NDArray[Integer]:
+    """The table. Raises RuntimeError unless its SHA-256 begins with `digest`, so every platform has the same one."""
+    found = hashlib.sha256(table.tobytes()).hexdigest()[: len(digest)]
+    if found != digest:
+        raise RuntimeError(f"{what} of {found} instead of {digest}: this platform rounds differently")
+    return table
 
 
 @functools.cache
 def quantiles() -> NDArray[np.float32]:
     """The 65,536 standard normal quantiles of (i + 1/2) / 2^16, rising, float32.
 
-    Each is rounded to a multiple of 2^-12, so it does not depend on the last bit of a platform's logarithm. The table's
-    hash is checked.
+    Each is rounded to a multiple of 2^-12, so it does not depend on the last bit of a platform's logarithm.
 
     >>> table = quantiles()
     >>> len(table), float(table[0]), float(table[32768]), bool((table == -table[::-1]).all())
@@ -29,10 +38,7 @@ def quantiles() -> NDArray[np.float32]:
     """
     upper = [round(NormalDist().inv_cdf((i + 0.5) / 65536) * 4096) for i in range(32768, 65536)]
     table = np.array([-value for value in reversed(upper)] + upper, dtype="<i2")
-    digest = hashlib.sha256(table.tobytes()).hexdigest()[: len(_QUANTILES)]
-    if digest != _QUANTILES:
-        raise RuntimeError(f"normal quantiles of {digest} instead of {_QUANTILES}: this platform rounds differently")
-    return table.astype(np.float32) / np.float32(4096)
+    return verified("normal quantiles", table, _QUANTILES).astype(np.float32) / np.float32(4096)
 
 
 def bits16(count: int, *keys: int, first: int = 0) -> NDArray[np.uint16]:

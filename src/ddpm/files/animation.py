@@ -102,9 +102,8 @@ def _write_video(part: Path, sheets: Sequence[Pixels]) -> None:
     even = [np.pad(sheet, ((0, height % 2), (0, width % 2), (0, 0)), "edge") for sheet in sheets]
     size, kind = f"{width + width % 2}x{height + height % 2}", {1: "gray", 3: "rgb24", 4: "rgba"}[channels]
     stay = f"tpad=stop={_LAST // _MILLISECONDS - 1}:stop_mode=clone"
-    colours = (
-        "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"  # grey is 2 levels off else
-    )
+    # without these flags grey is 2 levels off
+    colours = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"
     words = [
         *f"-loglevel error -y -f rawvideo -pixel_format {kind} -video_size {size}".split(),
         *f"-framerate 1000/{_MILLISECONDS} -i pipe: -c:v libx264 -crf 12 -pix_fmt yuv420p -f mp4".split(),

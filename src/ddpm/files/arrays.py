@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm.catalog import Fit
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files import codecs
 from ddpm.files import images as pictures
 
@@ -50,6 +50,7 @@ def read(
     >>> read(np.zeros((4, 5)), "a").shape
     (4, 5, 1)
     """
+    notes = {} if notes is None else notes
     if isinstance(source, np.ndarray):
         return _checked(source, name)
     if isinstance(source, Image.Image):
@@ -63,7 +64,7 @@ def read(
         return _tiff(data, name, pages, notes)
     if codecs.is_jxl(data) or codecs.is_heic(data):
         found = pictures.unpack(data, name)
-        pictures.note_file({**found._asdict(), "icc_profile": found.profile}, name, {} if notes is None else notes)
+        pictures.note_file({**found._asdict(), "icc_profile": found.profile}, name, notes)
         return _checked(found.pixels, name)
     if data.startswith(_PNG) and len(data) > 25 and data[24] == 16 and data[25] != 0:  # Pillow drops the low bytes
         return _png_of_16_bits(data, name, notes)
@@ -92,7 +93,7 @@ def _whole_npy(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{name}: no such file") from None
     except _FAULTS as fault:
-        raise InputError(f"{name}: not a whole .npy file of numbers ({pictures.one_line(fault)})") from None
+        raise InputError(f"{name}: not a whole .npy file of numbers ({brief(fault)})") from None
 
 
 def _checked(array: Array, name: str) -> Array:
@@ -115,9 +116,9 @@ def _opened(source: str | Path | bytes, name: str) -> "Iterator[tifffile.TiffFil
     except InputError:
         raise
     except ImportError as fault:
-        raise InputError(f"{name}: {pictures.one_line(fault)}; want {codecs.INSTALL}") from None
+        raise InputError(f"{name}: {brief(fault)}; want {codecs.INSTALL}") from None
     except Exception as fault:  # tifffile raises exceptions of many kinds
-        raise InputError(f"{name}: damaged TIFF ({pictures.one_line(fault)})") from None
+        raise InputError(f"{name}: damaged TIFF ({brief(fault)})") from None
 
 
 _OF_PIXELS = frozenset(map(str, (256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325, 338, 339)))
@@ -143,7 +144,7 @@ def _damage_is_an_error() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _tiff(data: bytes, name: str, pages: str, notes: pictures.Notes | None) -> Array:
+def _tiff(data: bytes, name: str, pages: str, notes: pictures.Notes) -> Array:
     """The first series of a TIFF file; planes and samples are channels."""
     with _opened(data, name) as file:
         series = file.series[0]
@@ -187,10 +188,10 @@ def read_page(source: Path | bytes, page: int, name: str) -> Array:
         if not {"Y", "X"} <= set(axes) <= set("YXS") or len(axes) != array.ndim or 0 in array.shape:
             raise InputError(f"{name}: a page with axes {axes} {list(array.shape)}; want an image")
         array = np.moveaxis(array, [axes.index("Y"), axes.index("X")], [0, 1])
-        return _of_page(array, found, name, None, False)
+        return _of_page(array, found, name, {}, False)
 
 
-def _of_page(array: Array, page: Any, name: str, notes: pictures.Notes | None, several: bool) -> Array:
+def _of_page(array: Array, page: Any, name: str, notes: pictures.Notes, several: bool) -> Array:
     """The numbers of a page [H, W, ..] as [H, W, C]: white is high, palettes are colours, and the image is upright."""
     page = page.aspage()
     kind, array = int(page.photometric), array.reshape(*array.shape[:2], -1)
@@ -205,7 +206,7 @@ def _of_page(array: Array, page: Any, name: str, notes: pictures.Notes | None, s
         raise InputError(f"{name}: CMYK, of which only pictures of 8 bits are read; want RGB or grey")
     orientation = page.tags.valueof(274, default=1)
     info = {"several": several, "turned": orientation in range(2, 9), "icc_profile": page.iccprofile}
-    pictures.note_file(info, name, {} if notes is None else notes)
+    pictures.note_file(info, name, notes)
     return _checked(upright(np.asarray(array), orientation), name)
 
 
@@ -222,29 +223,29 @@ def upright(array: Array, orientation: int) -> Array:
     return array[::-1] if orientation in (3, 4, 7, 8) else array
 
 
-def _png_of_16_bits(data: bytes, name: str, notes: pictures.Notes | None) -> Array:
+def _png_of_16_bits(data: bytes, name: str, notes: pictures.Notes) -> Array:
     imagecodecs = codecs.package("imagecodecs", name, "16 bits a channel")
     height, width = (int.from_bytes(data[at : at + 4], "big") for at in (20, 16))
     pictures.check_memory(8 * width * height, f"{name}: {width}x{height} pixels")
     try:
         array: Array = imagecodecs.png_decode(data)
     except Exception as fault:  # imagecodecs raises exceptions of many kinds
-        raise InputError(f"{name}: damaged image ({pictures.one_line(fault)})") from None
+        raise InputError(f"{name}: damaged image ({brief(fault)})") from None
     array, orientation, profile = array.reshape(*array.shape[:2], -1), 1, None
     if b"eXIf" in data or b"iCCP" in data:
         try:
             with Image.open(io.BytesIO(data)) as picture:
                 orientation, profile = picture.getexif().get(274, 1), picture.info.get("icc_profile")
         except (OSError, SyntaxError, ValueError, TypeError, LookupError) as fault:
-            raise InputError(f"{name}: damaged image ({pictures.one_line(fault)})") from None
+            raise InputError(f"{name}: damaged image ({brief(fault)})") from None
     info = {"turned": orientation in range(2, 9), "icc_profile": profile}
-    pictures.note_file(info, name, {} if notes is None else notes)
+    pictures.note_file(info, name, notes)
     return upright(array, orientation)
 
 
-def _of_picture(picture: Image.Image, name: str, notes: pictures.Notes | None) -> Array:
+def _of_picture(picture: Image.Image, name: str, notes: pictures.Notes) -> Array:
     """The numbers of a picture that Pillow opened; palettes become colours."""
-    pictures.note_file(picture.info, name, {} if notes is None else notes)
+    pictures.note_file(picture.info, name, notes)
     if picture.mode not in ("1", "L", "LA", "RGB", "RGBA", "F") and not picture.mode.startswith("I"):
         picture = pictures.convert(picture, pictures.native(picture), name, {})
     array = np.asarray(picture)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 
 INSTALL = "pip install 'ddpm-kit[formats]'"
 _PACKAGES = {".heic": "pillow_heif", ".heif": "pillow_heif", ".jxl": "imagecodecs"}
@@ -100,7 +100,7 @@ def package(module: str, name: str, what: str) -> Any:
 
 
 def _damaged(name: str, fault: Exception) -> InputError:
-    return InputError(f"{name}: damaged image ({' '.join(str(fault).split())[:200] or type(fault).__name__})")
+    return InputError(f"{name}: damaged image ({brief(fault)})")
 
 
 # -- HEIC --------------------------------------------------------------------------------------------------------------

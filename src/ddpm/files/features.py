@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.errors import InputError, parse_json
+from ddpm.errors import InputError, brief, parse_json
 from ddpm.files import atomic, functions
-from ddpm.files.images import channels_last, check_unpacked, one_line
+from ddpm.files.images import channels_last, check_unpacked
 from ddpm.files.tensors import as_state_dict, file_sha256, read_tensors, read_torch
 from ddpm.inception import SIDE, Inception
 from ddpm.metrics import Moments, moments, softmax
@@ -86,7 +86,7 @@ def _checked(what: str, array: Any, n: int | None) -> Floats:
     try:
         rows = np.asarray(array, dtype=np.float64)
     except (TypeError, ValueError) as fault:
-        raise InputError(f"{what}: not an array of numbers ({one_line(fault)}), want [N, D]") from fault
+        raise InputError(f"{what}: not an array of numbers ({brief(fault)}), want [N, D]") from fault
     if rows.ndim != 2 or rows.shape[1] == 0 or n not in (None, len(rows)):
         raise InputError(f"{what}: shape {list(rows.shape)}, want [{'N' if n is None else n}, D]")
     if not np.isfinite(rows).all():
@@ -216,7 +216,7 @@ def _cached(progress: bool) -> Path:
             _download(url, file, progress)
             return file
         except (OSError, http.client.HTTPException) as fault:
-            reasons.append(one_line(fault))
+            reasons.append(brief(fault))
     why = "; ".join(dict.fromkeys(reasons))
     raise InputError(
         f"Inception's weights cannot be downloaded ({why}): get {URLS[0]} and put it into {file.parent}, or name it by "
@@ -322,7 +322,7 @@ def _npz(path: Path) -> Iterator[Any]:
         zipfile.BadZipFile,
         zlib.error,
     ) as fault:
-        raise InputError(f"{path}: not a whole .npz of plain arrays ({one_line(fault)})") from fault
+        raise InputError(f"{path}: not a whole .npz of plain arrays ({brief(fault)})") from fault
 
 
 # -- running a network over images -------------------------------------------------------------------------------------
@@ -577,7 +577,7 @@ def load_statistics(path: str | Path, expected: Mapping[str, str] | None = None)
         provenance = Provenance(**{f.name: values[f.name] for f in fields(Provenance)})
         count = int(arrays["count"])
     except (ValueError, KeyError, TypeError) as fault:
-        raise InputError(f"{path}: damaged provenance ({one_line(fault)})") from fault
+        raise InputError(f"{path}: damaged provenance ({brief(fault)})") from fault
     for name, value in (expected or {}).items():
         if (actual := getattr(provenance, name)) != value:
             raise InputError(f"{path}: {name} is {actual}, but that of the samples is {value}; want the same")

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddpm.errors import InputError
-from ddpm.files.images import one_line
+from ddpm.errors import InputError, brief
 
 
 def load(spec: str) -> Callable[..., Any]:
@@ -38,7 +37,7 @@ def load(spec: str) -> Callable[..., Any]:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as fault:
-        raise InputError(f"{path}: cannot be imported ({type(fault).__name__}: {one_line(fault)})") from fault
+        raise InputError(f"{path}: cannot be imported ({type(fault).__name__}: {brief(fault)})") from fault
     function = getattr(module, name, None)
     if not callable(function):
         functions = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == title]
@@ -48,6 +47,6 @@ def load(spec: str) -> Callable[..., Any]:
         try:
             return function(*args)
         except Exception as fault:
-            raise InputError(f"{spec}: {type(fault).__name__}: {one_line(fault)}") from fault
+            raise InputError(f"{spec}: {type(fault).__name__}: {brief(fault)}") from fault
 
     return call

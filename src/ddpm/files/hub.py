@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ddpm.errors import InputError
-from ddpm.files.images import one_line
+from ddpm.errors import InputError, brief
 
 PREFIX = "hf:"
 
@@ -88,6 +87,6 @@ def _errors_named(name: str, unreachable: str) -> Iterator[None]:
     except LocalTokenNotFoundError:
         raise InputError(f"{name}: you are not logged in to the hub; run `hf auth login` first") from None
     except HfHubHTTPError as fault:
-        raise InputError(f"{name}: the hub refuses ({one_line(fault)})") from fault
+        raise InputError(f"{name}: the hub refuses ({brief(fault)})") from fault
     except Exception as fault:
         raise InputError(f"{name}: {unreachable}") from fault

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageCms, ImageOps
 
 from ddpm.catalog import Fit
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files import atomic, codecs
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
     except InputError:
         raise
     except Image.DecompressionBombError as fault:  # some formats ask Pillow's own limit
-        raise InputError(f"{name}: too large ({one_line(fault)}), want a smaller image") from None
+        raise InputError(f"{name}: too large ({brief(fault)}), want a smaller image") from None
     except _FAULTS as fault:
-        raise InputError(f"{name}: damaged image ({one_line(fault)})") from None
+        raise InputError(f"{name}: damaged image ({brief(fault)})") from None
     info = {**image.info, "deep": deep, "top": top, "several": several, "turned": turned}
     if (key := info.get("transparency")) is not None and image.mode in ("L", "RGB") and image.format == "PNG":
         levels = [key] if isinstance(key, int) else key  # in the file's own depth
@@ -119,7 +119,7 @@ def read(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Imag
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except _FAULTS as fault:
-        raise InputError(f"{name}: damaged image ({one_line(fault)})") from None
+        raise InputError(f"{name}: damaged image ({brief(fault)})") from None
     return image
 
 
@@ -131,13 +131,14 @@ def size(data: bytes, name: str = "the image") -> tuple[int, int]:
     (3, 2)
     """
     if codecs.is_jxl(data) or codecs.is_heic(data):
-        return codecs.size(data, name)
+        height, width = codecs.size(data, name)
+        return width, height
     try:
         return _open(data, name).size
     except InputError:
         raise
     except _FAULTS as fault:
-        raise InputError(f"{name}: damaged image ({one_line(fault)})") from None
+        raise InputError(f"{name}: damaged image ({brief(fault)})") from None
 
 
 def _of_codec(data: bytes, name: str) -> Image.Image:
@@ -221,9 +222,7 @@ def _open(data: bytes, name: str) -> Image.Image:
         try:
             return factory(io.BytesIO(data), "")
         except (SyntaxError, LookupError, TypeError, struct.error) as fault:
-            raise InputError(
-                f"{name}: damaged image, or a kind of {form} that is not read ({one_line(fault)})"
-            ) from None
+            raise InputError(f"{name}: damaged image, or a kind of {form} that is not read ({brief(fault)})") from None
     raise InputError(f"{name}: not an image ({_WANTED}), or a damaged one")
 
 
@@ -551,11 +550,6 @@ def note(notes: Notes | None, what: str, name: str, count: int = 1) -> None:
     else:
         first, before = notes.get(what, (name, 0))
         notes[what] = (first, before + count)
-
-
-def one_line(fault: BaseException) -> str:
-    """The message of an exception in one line of at most 200 characters."""
-    return " ".join(str(fault).split())[:200] or type(fault).__name__
 
 
 def channels_last(samples: "Tensor") -> NDArray[Any]:

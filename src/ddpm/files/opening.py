@@ -1,12 +1,14 @@
 """Find a model by a path or a name, and open it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ddpm.catalog import Precision
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, parse_json, suggestion, whole_number
 from ddpm.files import hub
@@ -14,7 +16,7 @@ from ddpm.files.checkpoints import best, damage, newest, saved
 from ddpm.files.interop import diffusers as interop
 from ddpm.files.models import CHECKOUT, MODELS, Average, Checkpoint, Weights, with_variance
 from ddpm.files.tensors import identity, not_finite
-from ddpm.presets import Preset, build, from_json, to_json
+from ddpm.presets import Preset, build, from_json
 
 
 def models_by_name() -> dict[str, Path]:
@@ -88,7 +90,7 @@ def _undamaged(folder: Path, weights: Weights) -> Path:
 
 
 def open_checkpoint(
-    path: str | Path, weights: Weights = "ema", which: str = "last", precision: str | None = None
+    path: str | Path, weights: Weights = "ema", which: str = "last", precision: Precision | None = None
 ) -> Checkpoint:
     """Read a model to the CPU.
 
@@ -105,11 +107,10 @@ def open_checkpoint(
         name, path = str(path).rpartition("/")[2].partition("@")[0], hub.fetch(str(path))
     if (folder := Path(path)).is_dir() and interop.is_diffusers(folder):
         preset, state = interop.from_diffusers(folder)
-        if precision is not None:
-            preset = from_json({**to_json(preset), "precision": precision})
         if which != "last":
             raise InputError(f"checkpoint {which!r}: {path} is one model; want a run to choose from")
         file, name = interop.weights_of(folder), name or folder.absolute().name
+        preset = replace(preset, precision=precision or preset.precision)
         denoiser = _denoiser(preset, state, folder)
         return Checkpoint(denoiser, preset, 0, "ema", file, name, foreign=True, identity=identity(state))
     file, metadata, state = _read(Path(path), which, weights)
@@ -123,8 +124,7 @@ def open_checkpoint(
         average = Average(**parse_json(metadata["average"])) if "average" in metadata else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: its configuration is damaged ({error})") from error
-    if precision is not None:
-        preset = from_json({**to_json(preset), "precision": precision})
+    preset = replace(preset, precision=precision or preset.precision)
     denoiser = _denoiser(preset, state, file)
     return Checkpoint(denoiser, preset, step, metadata["weights"], file, name, False, identity(state), average)
 

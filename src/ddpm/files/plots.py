@@ -118,9 +118,8 @@ def _draw(axes: Axes, panel: Panel) -> None:
     ours = [label for label in lines if not label.startswith("paper")]
     colours: Sequence[Any] = COLOURS
     if len(ours) > len(colours):
-        colours = colormaps["viridis"](
-            np.linspace(0, 0.9, len(ours))
-        ).tolist()  # without yellow, which is hard to see on white
+        # without yellow, which is hard to see on white
+        colours = colormaps["viridis"](np.linspace(0, 0.9, len(ours))).tolist()
     for label, (x, y) in lines.items():
         if len(x) != len(y):
             raise ValueError(f"{panel.title}, {label}: {len(x)} x and {len(y)} y, want as many")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,34 +82,35 @@ def _sort_metadata(path: Path) -> None:
         file.write(text)
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """What safetensors raises for a file that is missing or damaged becomes an InputError of one line."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+
+
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or those of these names. Raises InputError if it is not a complete one."""
-    try:
+    with _whole(path):
         if names is None:
             return load_file(path)
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name).clone() for name in names}  # a view would keep the whole file mapped
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
 
 
 def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The names and tensors of a safetensors file, one at a time. Raises InputError if it is not a complete one."""
-    try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+    with _whole(path), safe_open(path, "pt") as file:
+        for name in file.keys():
+            yield name, file.get_tensor(name)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file. Raises InputError if it is not a complete one."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+    with _whole(path), safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def read_torch(file: Path) -> Any:

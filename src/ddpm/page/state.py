@@ -61,11 +61,8 @@ class State:
     def names(self) -> list[str]:
         """The models, as one types them on the command line: those given, the package's by their size, and runs."""
         packaged = sorted((file.stat().st_size, name) for name, file in models_by_name().items())
-        return list(
-            dict.fromkeys(
-                [*self.given, *(name for _, name in packaged), *(str(run) for run in self.run_folders() if saved(run))]
-            )
-        )
+        runs = (str(run) for run in self.run_folders() if saved(run))
+        return list(dict.fromkeys([*self.given, *(name for _, name in packaged), *runs]))
 
     def run_folders(self) -> list[Path]:
         """The runs under the folder of runs, and those given, sorted."""
@@ -156,15 +153,10 @@ def _size(kept: Kept) -> int:
     return len(kept.data) + (0 if kept.pixels is None else kept.pixels.nbytes)
 
 
-def data_url(data: bytes, kind: str = "image/png") -> str:
-    """A file as an address that holds all of it."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def png_url(pixels: Tensor | Pixels) -> str:
     """A picture as an address that holds its PNG file: a tensor uint8 [C, H, W], or an array uint8 [H, W, C]."""
     array = images.channels_last(pixels[None].cpu())[0] if isinstance(pixels, Tensor) else pixels
-    return data_url(images.to_png(array))
+    return f"data:image/png;base64,{base64.b64encode(images.to_png(array)).decode()}"
 
 
 def field(
@@ -195,8 +187,6 @@ def field(
     return result
 
 
-def optional(
-    body: dict[str, Any], name: str, kind: type[T], low: float | None = None, high: float | None = None
-) -> T | None:
+def optional(body: dict[str, Any], name: str, kind: type[T], low: float | None = None) -> T | None:
     """A value of a request as `field` checks it, or None if it is missing, null or empty text."""
-    return None if body.get(name) in (None, "") else field(body, name, kind, None, low, high)
+    return None if body.get(name) in (None, "") else field(body, name, kind, None, low)

@@ -18,7 +18,6 @@ from ddpm.run.parts import (
     as_signal,
     compute_parts,
     image_noise,
-    labels_of,
     model_key,
     parts_folder,
     read_parts,
@@ -72,8 +71,7 @@ def calibrate(
         batch = indices[part]
         x0 = as_signal(images, batch).to(ranks.device)
         draws = image_noise(0, batch, 0, CALIBRATION, x0.shape[1:])
-        y = labels_of(checkpoint, images, batch, ranks.device)
-        told = conditioning.given(checkpoint, images, batch, x0)
+        told, y = conditioning.given(checkpoint, images, batch, x0)
         mse = likelihood.vlb(told, x0, draws, y).mse
         first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
         mean = told(q_sample(denoiser.schedule, x0.double(), first, draws(1).to(x0.device).double()), first, y).mean

@@ -11,6 +11,7 @@ from ddpm.errors import InputError
 from ddpm.files import data
 from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset
+from ddpm.run.parts import labels_of
 
 _TRAINING, _IMAGE = 6, 0xC0DD
 """Keys of the draws of masks and dropout: those of a step (run/train.py), and those of an image."""
@@ -56,6 +57,9 @@ def of_images(preset: Preset, images: data.Images, indices: Sequence[int], x0: T
     return conditions.join(conditions.picture(preset.condition, told, images.values), torch.cat(known).to(x0))
 
 
-def given(checkpoint: Checkpoint, images: data.Images, indices: Sequence[int], x0: Tensor) -> Denoiser:
-    """The model's denoiser, given the condition of these images if it takes one (`of_images`)."""
-    return checkpoint.denoiser.given(of_images(checkpoint.preset, images, indices, x0))
+def given(
+    checkpoint: Checkpoint, images: data.Images, indices: Sequence[int], x0: Tensor
+) -> tuple[Denoiser, Tensor | None]:
+    """The model's denoiser, given the condition of these images (`of_images`), and their labels (`labels_of`)."""
+    condition = of_images(checkpoint.preset, images, indices, x0)
+    return checkpoint.denoiser.given(condition), labels_of(checkpoint, images, indices, x0.device)

@@ -116,8 +116,9 @@ class GraphedGradient:
 
 
 def _capture(function: Callable[[], Tensor], device: torch.device, warm_up: int) -> tuple[Callable[[], None], Tensor]:
-    """Capture `function` after some calls: its replay, and the result that the replay overwrites (PyTorch's notes on
-    CUDA, "CUDA Graphs").
+    """Capture `function` as a CUDA graph, after `warm_up` calls (PyTorch's notes on CUDA, "CUDA Graphs").
+
+    Returns the replay, and the result, which each replay overwrites.
     """
     side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side_stream.wait_stream(torch.cuda.current_stream(device))

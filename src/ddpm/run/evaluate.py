@@ -222,8 +222,7 @@ def sampled_bits(
     if not 1 <= levels_per_image <= T:
         raise InputError(f"levels_per_image {levels_per_image}: want 1 to {T}")
     x0 = as_signal(images, indices[:PILOT]).to(ranks.device)
-    y = labels_of(checkpoint, images, indices[:PILOT], ranks.device)
-    told = conditioning.given(checkpoint, images, indices[:PILOT], x0)
+    told, y = conditioning.given(checkpoint, images, indices[:PILOT], x0)
     pilot = likelihood.vlb(told, x0, image_noise(seed, indices[:PILOT], 1, _NLL, shape), y)
     size = torch.cat([pilot.decoder[:, None], pilot.kl], dim=1).square().mean(0).sqrt().cpu()
     q = 0.9 * size / size.sum() + 0.1 / T  # a floor, so that no weight is huge
@@ -236,9 +235,8 @@ def sampled_bits(
         quantiles = (offsets.double()[:, None] + torch.arange(levels_per_image)) / levels_per_image
         t = 1 + torch.searchsorted(cdf, quantiles).clamp(max=T - 1)  # [B, K]
         eps = [image_noise(seed, batch, 2 + k, _NLL, shape)(0) for k in range(levels_per_image)]
-        y = labels_of(checkpoint, images, batch, ranks.device)
         draws = torch.stack(eps, dim=1).to(ranks.device)
-        told = conditioning.given(checkpoint, images, batch, x0)
+        told, y = conditioning.given(checkpoint, images, batch, x0)
         terms = likelihood.sampled_terms(told, x0, t.to(ranks.device), draws, y)
         nats = (terms.cpu() / (levels_per_image * q[t - 1])).sum(1) + likelihood.prior(denoiser, x0.double()).cpu()
         bits[part] = bits_per_dim(nats, pilot.dims)
@@ -285,8 +283,7 @@ def ode(
         nats = torch.zeros(n, dtype=torch.float64)
         for part, batch, x0 in batches(images, indices, ranks, batch_size, "ode", progress):
             probe = image_noise(seed, batch, 0, _ODE, shape)(1).sign().to(x0.device)
-            y = labels_of(checkpoint, images, batch, ranks.device)
-            told = conditioning.given(checkpoint, images, batch, x0)
+            told, y = conditioning.given(checkpoint, images, batch, x0)
             nats[part] = probability_flow.density(told, x0, probe, steps, y).cpu() / x0[0].numel()
         nats = ranks.total(nats)
         spread = float(nats.std() / n**0.5) if n > 1 else None
@@ -295,8 +292,7 @@ def ode(
     for part, batch, x0 in batches(images, indices, ranks, batch_size, "ode", progress):
         draws = image_noise(seed, batch, 0, _ODE, shape)
         u, probe, eps = torch.special.ndtr(draws(0).double()), draws(1).sign().to(x0.device), draws(2)
-        y = labels_of(checkpoint, images, batch, ranks.device)
-        told = conditioning.given(checkpoint, images, batch, x0)
+        told, y = conditioning.given(checkpoint, images, batch, x0)
         uniform = probability_flow.bound(told, x0, u.to(x0.device), probe, steps, y)
         decoder = probability_flow.decoder_bound(told, x0, eps.to(x0.device), probe, steps, y)
         bits[:, part] = bits_per_dim(torch.stack([uniform, decoder]), x0[0].numel()).cpu()

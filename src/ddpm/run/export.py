@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import torch
 
-from ddpm.errors import InputError, parse_json
+from ddpm.errors import InputError, one_line, parse_json
 from ddpm.files import arrays, atomic, hub, images
 from ddpm.files.images import check_folder
 from ddpm.files.models import Checkpoint, calibration_file, read_calibration
@@ -186,7 +186,7 @@ def card(checkpoint: Checkpoint, exported: Checkpoint, license: str | None = Non
     rows, measured = (_table_rows(facts(checkpoint, exported)) for facts in (_facts, _measured))
     measured = f"## Measured\n\n| | |\n|---|---|\n{measured}\n" if measured else ""
     of_classes = " --class all --guidance 1" if preset.classes else ""
-    file, grid = (shlex.quote(_one_line(f"{name}.{suffix}")) for suffix in ("safetensors", "png"))
+    file, grid = (shlex.quote(one_line(f"{name}.{suffix}")) for suffix in ("safetensors", "png"))
     sampling = f"ddpm sample {file} -n {n}{of_classes} --out {grid}"
     levels = f"ancestral sampling with all {checkpoint.denoiser.schedule.T:,} levels"
     how = "consistency sampling in 2 network calls" if preset.loss == "consistency" else levels
@@ -222,12 +222,8 @@ def _markdown(text: str) -> str:
     >>> print(_markdown("fixed_large"), _markdown("a\n<b>|_c_[d](e)"))
     fixed_large a\\n&lt;b&gt;\|\_c\_\[d\](e)
     """
-    text = html.escape(_one_line(text), quote=False)
+    text = html.escape(one_line(text), quote=False)
     return re.sub(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _facts(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -363,4 +359,4 @@ def _commands(checkpoint: Checkpoint, exported: Checkpoint) -> str:
         export += [] if checkpoint.step == preset.steps else ["--checkpoint", str(checkpoint.step)]
         export += [] if exported.weights == "ema" else ["--weights", exported.weights]
     commands.append([*export, "--out", f"{name}.safetensors"])
-    return "".join(f"{_one_line(shlex.join(each))}\n" for each in commands)
+    return "".join(f"{one_line(shlex.join(each))}\n" for each in commands)

@@ -33,7 +33,7 @@ _SEEDS = 0xF1DE
 
 
 def psnr(x: Tensor, y: Tensor, peak: float) -> Tensor:
-    """10 log10(peak^2 / MSE) of images [B, C, H, W] and [B, C, H, W] in dB [B]; peak is the range of their numbers.
+    """10 log10(peak^2 / MSE) of images x and y [B, C, H, W], dB [B]; peak is the range of their numbers.
 
     >>> psnr(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 25.5), 255).tolist()
     [20.0]

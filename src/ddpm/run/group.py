@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ddpm.errors import InputError, Stopped
+from ddpm.errors import InputError, Stopped, brief
 
 Store = Any
 """A store of torch, whose type lacks some of its methods."""
@@ -122,7 +122,7 @@ class Group:
         _until(lambda: self._sent > before, 3 * self.interval)
 
     def same(self, line: str) -> bool:
-        """Whether a process before this one ends with the same line; the time of a few signs is waited for that."""
+        """Whether a process of a lower rank ends with the same line. It may wait for a few signs of life."""
 
         def found() -> bool:
             return any(sign[2][1:] == [line] for rank, sign in list(self._signs.items()) if rank < self._rank)
@@ -193,7 +193,7 @@ class Group:
             if good:
                 return value
             self._check()
-            raise Lost(f"the store of torchrun does not answer {self.name(self._rank)} ({_words(value)})")
+            raise Lost(f"the store of torchrun does not answer {self.name(self._rank)} ({brief(value)})")
 
     def _get(self, keys: list[str]) -> list[bytes]:
         def poll() -> list[bytes] | None:
@@ -270,7 +270,7 @@ def join(rank: int, world: int, timeout: float) -> Group:
                 address, port, world, hosting, timedelta(seconds=limit), wait_for_workers=False, multi_tenant=True
             )
         except (dist.DistError, RuntimeError) as error:
-            raise Stopped(f"rank {rank}: no store at {address}:{port} ({_words(error)})") from error
+            raise Stopped(f"rank {rank}: no store at {address}:{port} ({brief(error)})") from error
     store: Store = _stores.PrefixStore("ddpm", base)
     token, end = secrets.token_hex(8), time.monotonic() + limit
     store.append("come", f"{rank}:{token} ")
@@ -326,7 +326,3 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(0.05)
     return True
-
-
-def _words(error: object) -> str:
-    return " ".join(str(error).split())[:120]

@@ -44,13 +44,6 @@ def read_inputs(checkpoint: Checkpoint, path: str | Path, each: int = 1, mask: s
     return Inputs(found, each, str(path))
 
 
-def from_pictures(preset: Preset, found: Tensor, each: int = 1, name: str = "") -> Inputs:
-    """Conditions of pictures that are whole: pixels [M, c, h, w] of the preset's kind of numbers."""
-    values = pixels.values(preset.pixel_type, preset.value_range)
-    signal = pixels.to_signal(found, values)
-    return Inputs(conditions.join(signal, torch.ones(len(signal), 1, *preset.size)), each, name)
-
-
 def check_cascade(small: Checkpoint, large: Checkpoint, sampling: Sampling) -> None:
     """Raise InputError unless `large` enlarges the images of `small`, and can be sampled as `sampling` says."""
     preset, name = large.preset, f"then {large.path}"
@@ -75,10 +68,13 @@ def cascade(large: Checkpoint, small: Tensor, sampling: Sampling, name: str) -> 
     Classes and guidance are those of `sampling`, if the model has classes. Image i has seed + i + 2^40, because the
     noise of the seed itself begins with that of the small image.
     """
-    told = replace(sampling.conditions, classes=(), guidance=None, guidance_interval=None)
-    conditions = sampling.conditions if large.preset.class_names else told
-    inputs = from_pictures(large.preset, small, name=f"samples of {name}")
-    return replace(sampling, conditions=conditions, inputs=inputs, seed=sampling.seed + _SECOND)
+    asked = sampling.conditions
+    if not large.preset.class_names:
+        asked = replace(asked, classes=(), guidance=None, guidance_interval=None)
+    signal = pixels.to_signal(small, large.denoiser.values)
+    known = torch.ones(len(signal), 1, *large.preset.size)
+    inputs = Inputs(conditions.join(signal, known), 1, f"samples of {name}")
+    return replace(sampling, conditions=asked, inputs=inputs, seed=sampling.seed + _SECOND)
 
 
 def small_size(preset: Preset) -> tuple[int, int]:
@@ -96,8 +92,7 @@ def _files(path: str | Path, form: data.Form) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         return [path]
-    is_one = data.is_image if form.is_picture else data.holds_image
-    names = sorted(filter(is_one, data.walk(path)), key=data.natural)
+    names = data.image_files(path, arrays=not form.is_picture)
     if not names:
         raise InputError(f"input {path}: no images in this folder; want an image file, or a folder of them")
     return [path / name for name in names]
@@ -126,9 +121,8 @@ def _picture(file: Path, preset: Preset, notes: pictures.Notes) -> tuple[Tensor,
         if small == preset.size and have != small:
             pictures.note(notes, f"{height}x{width} is brought to {small[0]}x{small[1]}, the model's size", name)
         if preset.condition.startswith("mask") and (alpha := pictures.alpha(read)) is not None:
-            read = read.convert(
-                "L" if read.mode in ("LA", "La") else "RGB"
-            )  # what is transparent is hidden, so nothing is laid on white
+            # what is transparent is hidden, so nothing is laid on white
+            read = read.convert("L" if read.mode in ("LA", "La") else "RGB")
             clear = torch.from_numpy(pictures.fit(alpha, preset.size, 1, name, {}, preset.fit)[None, ..., 0] < 128)
         array = pictures.fit(read, size, channels, name, notes, preset.fit)
     else:

@@ -14,7 +14,12 @@ _WAITS = 0.1
 
 
 class Meter:
-    """The mean loss and the speed since the last line of the log: `total` is the sum of losses of `steps` steps."""
+    """The mean loss and the speed since the last line of the log.
+
+    total, steps  the sum of losses, and of how many steps
+    rate          images a second up to the last line; None before it
+    left_out      seconds so far that were not training time
+    """
 
     def __init__(self, seconds: float, ranks: Processes, batch_size: int) -> None:
         self._before, self._ranks, self._batch_size = seconds, ranks, batch_size

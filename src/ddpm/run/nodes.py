@@ -36,8 +36,7 @@ class Found:
 
 
 def find(out: Path, ranks: Processes) -> Found:
-    """Look for the run in the folder `out` of every node. The first process of each node looks
-    whether checkpoints are whole.
+    """Look for the run in the folder `out` of every node. The first process of each node checks its checkpoints.
 
     Raises InputError for a run whose settings cannot be read.
     """

@@ -29,9 +29,8 @@ from ddpm.run.train import train
 
 # Some of the numbers that the paper reports. None is a missing number; "unstable" is the paper's word.
 Cell = float | str | None
-TABLE_1: list[
-    tuple[str, Cell, Cell, Cell, Cell, Cell]
-] = [  # CIFAR-10: IS, its std, FID, NLL of test and training images
+# CIFAR-10: IS, its std, FID, NLL of test and training images
+TABLE_1: list[tuple[str, Cell, Cell, Cell, Cell, Cell]] = [
     ("Original diffusion (2015)", None, None, None, 5.40, None),
     ("Gated PixelCNN", None, None, None, 3.03, None),
     ("Sparse Transformer", None, None, None, 2.80, None),
@@ -89,6 +88,8 @@ class Setup:
     samples         a file or folder of saved samples to score; None: the experiment makes samples
     sampler, steps, spacing
                     how samples are made: a name, the levels or their number, and the name of the levels' spacing
+    seed            of samples and noise
+    batch_size      images at a time; no result depends on it
     """
 
     checkpoint: models.Checkpoint

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm import metrics
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files import data, features, models
 from ddpm.files import images as pictures
 from ddpm.run import conditioning
@@ -42,9 +42,9 @@ def samples(
     """The model's images of seeds `seed` to `seed` + count - 1, which are read when they are wanted.
 
     `classes` holds labels, and the images cycle over them; if it is empty, the model is sampled without a class.
-    A model with a condition is given those of the images `given`, over which the samples cycle. The
-    work is split over processes, which must see the same disk. Finished batches are stored under `cache`, so the same
-    call resumes where it stopped. Raises InputError for a sampler or steps that do not exist.
+    A model with a condition is given those of the images `given`, over which the samples cycle. The work is split over
+    processes, which must see the same disk. Finished batches are stored under `cache`, so the same call resumes where
+    it stopped. Raises InputError for a sampler or steps that do not exist.
     """
     key = [*model_key(checkpoint), seed, sampler, steps, [*classes], guidance_key(checkpoint.denoiser)]
     key += [] if given is None else [given.fingerprint]
@@ -60,17 +60,9 @@ def samples(
             places = [i % len(given) for i in range(part.start, part.stop)]
             told = conditioning.of_images(checkpoint.preset, given, places, as_signal(given, places))
         images = generate(
-            denoiser,
-            shape,
-            seeds,
-            sampler,
-            steps,
-            batch_size,
-            ranks.device,
-            progress=progress,
-            y=labels,
+            denoiser, shape, seeds, sampler, steps, batch_size, ranks.device, progress=progress, y=labels,
             condition=told,
-        )
+        )  # fmt: skip
         return {"images": images}
 
     files = compute_parts(folder, count, ranks, batch_size, "samples", progress, make)
@@ -386,14 +378,14 @@ def _side(path: Path, rows: bool) -> _Pictures | None:
             return _Pictures(data.Arrays(str(path), array))
         return None
     if path.is_dir():
-        files = sorted(filter(data.is_image, data.walk(path)), key=data.natural)
+        files = data.image_files(path)
         found: data.EncodedImages = data.Folder(path, files)
     elif path.is_file() and zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 files = [name for name in archive.namelist() if data.is_image(name) and not data.is_hidden(name)]
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as fault:
-            raise InputError(f"{path}: damaged zip file ({pictures.one_line(fault)})") from fault
+            raise InputError(f"{path}: damaged zip file ({brief(fault)})") from fault
         found = data.Zip(path, sorted(files, key=data.natural))
     else:
         reason = "not a zip file or an .npz" if path.exists() else "no such file or folder"

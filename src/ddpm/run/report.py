@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ddpm.errors import InputError, parse_json
+from ddpm.errors import InputError, brief, parse_json
 from ddpm.files import atomic, images
 from ddpm.files.plots import Panel, draw
 from ddpm.run import log
@@ -193,7 +193,7 @@ def _html_or_note(run: Path, path: Path, make: Callable[[], str]) -> str:
     try:
         return make() if path.exists() else ""
     except (ValueError, OSError, csv.Error, RecursionError) as fault:
-        reason = fault.strerror or "cannot be read" if isinstance(fault, OSError) else images.one_line(fault)
+        reason = fault.strerror or "cannot be read" if isinstance(fault, OSError) else brief(fault)
         return f'<p class="left-out">{escape(path.relative_to(run).as_posix())} is left out: {escape(reason)}</p>\n'
 
 

@@ -1,5 +1,6 @@
 """Restore images that an operator degraded, with a model that was not trained for it."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -68,7 +69,8 @@ def grey(argument: str, preset: Preset, noise: float) -> Linear:
 
 
 OPERATORS = {"superresolution": superresolution, "blur": blur, "mask": mask, "grey": grey}
-"""The linear operators by name. Each function takes what follows the name and a colon, and `noise` in signal units."""
+"""The linear operators by name. Each function takes the argument, which follows the name and a colon, the settings of
+the model, and the standard deviation of the measurement's noise in signal units."""
 
 
 def operator_of(
@@ -276,4 +278,4 @@ def _shown(measured: Tensor, preset: Preset) -> Tensor | None:
 def _psnr(clean: Tensor, restored: Tensor, span: float) -> float | None:
     """10 log10(span^2 / mean squared error), dB; None for equal images."""
     error = (clean.double() - restored.double()).square().mean().item()
-    return 10 * torch.tensor(span**2 / error).log10().item() if error else None
+    return 10 * math.log10(span**2 / error) if error else None

@@ -426,23 +426,13 @@ class Sampling:
             watch: Callable[[int], None] = lambda images: None,
         ) -> Tensor:  # fmt: skip
             seeds, y = [self.seed + i for i in places], cycled_labels(labels, places)
-            strip, plain = (
-                partial(progressive, columns=columns, noisy=noisy),
-                partial(generate, batch_size=self.batch_size),
-            )
-            run = strip if strips else plain
+            run: Callable[..., Tensor] = partial(generate, batch_size=self.batch_size)
+            if strips:
+                run = partial(progressive, columns=columns, noisy=noisy)
             return run(
-                denoiser,
-                checkpoint.preset.shape,
-                seeds,
-                solver,
-                levels,
-                device=device,
-                progress=progress,
-                y=y,
-                watch=watch,
-                condition=self._told(places),
-            )
+                denoiser, checkpoint.preset.shape, seeds, solver, levels, device=device, progress=progress, y=y,
+                watch=watch, condition=self._told(places),
+            )  # fmt: skip
 
         about = {
             **checkpoint.about(),

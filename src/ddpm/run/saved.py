@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files import arrays, data, features, tensors
 from ddpm.files import images as pictures
 from ddpm.presets import Preset
@@ -25,11 +25,6 @@ class Samples(Protocol):
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """The images at these indices, pixels [len(indices), C, H, W]."""
-
-
-def all_of(samples: Samples) -> Tensor:
-    """All images, pixels [N, C, H, W]."""
-    return samples.batch(range(len(samples)))
 
 
 class Parts:
@@ -109,7 +104,7 @@ class _Packed:
                     pass  # the end checks the CRC
             self._open()
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError) as fault:
-            reason = pictures.one_line(fault)
+            reason = brief(fault)
             raise InputError(f"{path}: not a whole .npz of plain arrays ({reason})") from fault
 
     def _open(self) -> None:
@@ -143,9 +138,7 @@ def read_samples(path: Path, preset: Preset) -> Samples:
     if path.suffix.lower() not in (".npz", ".npy"):
         if not path.is_dir():
             raise InputError(f"{path}: want an .npz or .npy file of `ddpm sample`, or a folder of images")
-        names = sorted(
-            filter(data.is_image if form.is_picture else data.holds_image, data.walk(path)), key=data.natural
-        )
+        names = data.image_files(path, arrays=not form.is_picture)
         if not names:
             raise InputError(f"{path}: no images in this folder; want samples of {_size(preset.shape)}")
         files = _Files([path / name for name in names], preset)

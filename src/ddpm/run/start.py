@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.details import Details
-from ddpm.errors import InputError, parse_json, suggestion
+from ddpm.errors import InputError, brief, parse_json, suggestion
 from ddpm.presets import BY_SIZE, PRESETS, Preset, check, details_from, find_preset
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def read_config(file: str | Path) -> dict[str, Any]:
     try:
         values = readers[path.suffix.lower()](path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"config {file}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(f"config {file}: cannot be read ({brief(error)})") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError(f"config {file}: want settings by their names, as lr: 0.001")
     values = converted(values, f"config {file}: ")

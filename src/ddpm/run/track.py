@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddpm.errors import InputError, not_installed, parse_json
+from ddpm.errors import InputError, brief, not_installed, parse_json
 from ddpm.files import atomic
 
 Send = Callable[[int, dict[str, float]], None]
@@ -55,9 +55,7 @@ def tracker(
         try:
             send: Send | None = stack.enter_context(TRACKERS[name].open(out, step, settings))
         except Exception as error:  # of many kinds: no account, no network
-            raise InputError(
-                f"track {name}: does not start ({_words(error)}); want it set up, or track none"
-            ) from error
+            raise InputError(f"track {name}: does not start ({brief(error)}); want it set up, or track none") from error
 
         def on_log(line: dict[str, Any]) -> None:
             nonlocal send
@@ -67,13 +65,9 @@ def tracker(
                 send(line["step"], numbers(line))
             except Exception as error:
                 send = None
-                warnings.warn(f"track {name}: fails ({_words(error)}); the run goes on without it", stacklevel=2)
+                warnings.warn(f"track {name}: fails ({brief(error)}); the run goes on without it", stacklevel=2)
 
         yield on_log
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:

@@ -142,9 +142,7 @@ def train(
 
         def evaluate(stop: Callable[[], bool] = lambda: False) -> float | None:
             """The held-out L_simple, which goes into the log; None if the run is to stop."""
-            levels = held_out_by_level(
-                model.averaged, held_out_set, preset.eval_images, ranks, stop, preset.classes, preset
-            )
+            levels = held_out_by_level(model.averaged, held_out_set, preset.eval_images, ranks, preset, stop)
             if ranks.any(stop()):
                 return None
             mean = float(torch.tensor(levels).nanmean())
@@ -389,7 +387,7 @@ def _for_training(
 
     def gradient(
         x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, warps: Tensor | None, condition: Tensor | None, *r: Tensor
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         told = denoiser if warps is None else replace(denoiser, network=partial(network, warp=warps))
         by = {} if teacher is None else {"teacher": teacher.given(condition)}
         loss = objective(told.given(condition), x0, t, eps, y, *r, **by) * losses.weight(denoiser, t, preset.weighting)
@@ -425,7 +423,7 @@ def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Proces
 
 def _check_images(
     folder: Path | None, model: _Model, preset: Preset, out: Path, images: data.Images, ranks: Processes
-) -> None:  # fmt: skip
+) -> None:
     """Raise InputError if the run saw other images until the checkpoint `folder`."""
     model.contents = images.contents if preset.verify else None
     if folder is None:
@@ -473,9 +471,7 @@ def _resume(model: _Model, found: nodes.Found, out: Path) -> None:
     model.resumed = folder
 
 
-def _spread(
-    model: _Model, preset: Preset, out: Path, found: nodes.Found, fingerprint: str, ranks: Processes
-) -> None:  # fmt: skip
+def _spread(model: _Model, preset: Preset, out: Path, found: nodes.Found, fingerprint: str, ranks: Processes) -> None:
     """Give all processes what the holder of the newest checkpoint has. Writers that lack this checkpoint save it."""
     holds, mine = ranks.rank == found.holder, None
     if holds:
@@ -537,7 +533,7 @@ def _snapshot(model: _Model, preset: Preset, out: Path) -> None:
 
 def _write(
     model: _Model, preset: Preset, out: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor]], place: str
-) -> Path:  # fmt: skip
+) -> Path:
     """`checkpoints.save`, whose errors end the run."""
     try:
         return checkpoints.save(out, preset, state, files, place)
@@ -630,10 +626,10 @@ def _apply(model: _Model, preset: Preset) -> None:
 
 
 def _ending_at(end: float, training: _Training, preset: Preset, held_out_set: data.Images) -> Preset:
-    """The preset with as many steps as end at the time `end`; a tenth of them, and of the time, are the most for warmup
-    and a grid.
+    """The preset with the number of steps that end at the time `end`.
 
-    The steps that are timed for this are taken back.
+    At most a tenth of the steps are warmup, and a grid takes at most a tenth of the time. The steps that are timed for
+    this are taken back.
     """
     model, ranks = training.model, training.ranks
     weights = copy.deepcopy(model.network.state_dict())
@@ -646,7 +642,7 @@ def _ending_at(end: float, training: _Training, preset: Preset, held_out_set: da
     step_seconds = time_steps(lambda: training.step(preset, next(stream)), min(max(2.0, left / 20), 60.0), ranks)
     for _ in range(2):  # the first call also compiles and fills caches
         begun = time.monotonic()
-        held_out_by_level(model.averaged, held_out_set, 16, ranks, labelled=preset.classes, preset=preset)
+        held_out_by_level(model.averaged, held_out_set, 16, ranks, preset)
         image_call = (time.monotonic() - begun) / 16
     stream.close()
     model.network.load_state_dict(weights)
@@ -699,7 +695,7 @@ def learning_rate(preset: Preset, step: int) -> float:
 
 def _draw_last(
     model: _Model, preset: Preset, out: Path, ranks: Processes, pace: Pace, stop: Stop, held_out: data.Images
-) -> None:  # fmt: skip
+) -> None:
     """Draw a picture of some seconds after Ctrl-C. The next Ctrl-C skips it."""
     size = pace.picture(most=20)
     if stop.signal == signal.SIGINT and preset.sample_every and size[0] and ranks.world == 1:
@@ -737,9 +733,7 @@ def _not_finite(what: str, out: Path) -> _NotFinite:
 # -- how a run begins and ends -----------------------------------------------------------------------------------------
 
 
-def _check_settings(
-    preset: Preset, out: Path, found: nodes.Found, ranks: Processes, minutes: float | None
-) -> Preset:  # fmt: skip
+def _check_settings(preset: Preset, out: Path, found: nodes.Found, ranks: Processes, minutes: float | None) -> Preset:
     """The preset to train with: it takes over from an existing run what was left open. Nothing is written.
 
     Raises InputError for settings that do not fit the run in `out`, or this machine.

@@ -3,13 +3,13 @@
 `sources.SOURCES` lists the kinds of SOURCE. `digits` always means the images in digits.npz (Alpaydin and Kaynak 1998,
 UCI Machine Learning Repository, CC BY 4.0); a folder with that name is ./digits. A data set on the hub is OWNER/NAME,
 or OWNER/NAME:CONFIG for one of its configurations, and FOLDER:CONFIG is one of a folder. `layout` finds splits and
-classes in the names of files. `ordering` says which images a step takes.
-`index`, `shared` and `remote` keep what is slow to find out, decoded images, and parts of files at URLs.
+classes in the names of files. `ordering` says which images a step takes. `index`, `shared` and `remote` keep what is
+slow to find out, decoded images, and parts of files at URLs.
 """
 
 from ddpm.files.data.batches import STOP_SIGNALS, batches, send
 from ddpm.files.data.decoding import Form, decoded
-from ddpm.files.data.listing import EncodedImages, Options, holds_image, is_hidden, is_image, natural, walk
+from ddpm.files.data.listing import EncodedImages, Options, image_files, is_hidden, is_image, natural
 from ddpm.files.data.loading import (
     Images,
     describe,
@@ -42,7 +42,7 @@ __all__ = [
     "describe",
     "form_of",
     "given",
-    "holds_image",
+    "image_files",
     "is_hidden",
     "is_image",
     "load",
@@ -55,5 +55,4 @@ __all__ = [
     "settings_of_pairs",
     "split_holdout",
     "take",
-    "walk",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.errors import InputError, suggestion
+from ddpm.errors import InputError, brief, suggestion
 from ddpm.files import images as pictures
 from ddpm.files.data.blobs import facts_of
 from ddpm.files.data.listing import ACCEPTED, LABELS, Contents, Encoded, Listing, Options, number_values, walk
@@ -143,7 +143,7 @@ def load_local(source: str, path: Path, configuration: str | None, progress: boo
                 with pyarrow.parquet.ParquetFile(file) as rows:
                     groups = [rows.metadata.row_group(k) for k in range(rows.metadata.num_row_groups)]
             except (OSError, ValueError) as fault:
-                raise InputError(f"{file}: damaged or empty parquet file ({pictures.one_line(fault)})") from None
+                raise InputError(f"{file}: damaged or empty parquet file ({brief(fault)})") from None
             pictures.check_unpacked(sum(group.total_byte_size for group in groups), file.stat().st_size, str(file))
     with _quiet(progress, offline=True):
         try:
@@ -154,7 +154,7 @@ def load_local(source: str, path: Path, configuration: str | None, progress: boo
             return datasets.load_dataset(str(path), configuration)
         except Exception as fault:  # `datasets` raises exceptions of many kinds
             _explain_configurations(source, str(path), configuration, fault)
-            raise InputError(f"{source}: not a data set ({pictures.one_line(fault.__cause__ or fault)})") from fault
+            raise InputError(f"{source}: not a data set ({brief(fault.__cause__ or fault)})") from fault
 
 
 def _explain_configurations(source: str, name: str, configuration: str | None, fault: Exception) -> None:
@@ -193,7 +193,7 @@ def load_hub(source: str, progress: bool) -> Any:
                 reason = "no such file or folder, and the Hugging Face hub cannot be reached"
                 raise InputError(f"{source}: {reason}; {ACCEPTED}") from fault
             _explain_configurations(source, name, config or None, fault)
-            raise InputError(f"{source}: cannot be loaded from the hub ({pictures.one_line(fault)})") from fault
+            raise InputError(f"{source}: cannot be loaded from the hub ({brief(fault)})") from fault
 
 
 def contents(

@@ -17,9 +17,8 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from ddpm.errors import InputError, parse_json
+from ddpm.errors import InputError, brief, parse_json
 from ddpm.files.data.listing import LABELS, TEXTS, Options, holds_image, is_hidden, is_image, natural, number_values
-from ddpm.files.images import one_line
 
 # -- the names of splits -----------------------------------------------------------------------------------------------
 
@@ -416,11 +415,7 @@ def _rows_of_parquet(data: bytes) -> list[Any]:
     return rows
 
 
-_TABLES = {
-    "metadata.csv": _rows_of_csv,
-    "metadata.jsonl": _rows_of_jsonl,
-    "metadata.parquet": _rows_of_parquet,
-}
+_TABLES = {"metadata.csv": _rows_of_csv, "metadata.jsonl": _rows_of_jsonl, "metadata.parquet": _rows_of_parquet}
 """The files in which Hugging Face's image folders keep columns -> what reads them."""
 
 
@@ -432,7 +427,7 @@ def _rows(title: str, read: Callable[[bytes], list[Any]], data: bytes) -> list[d
     try:
         rows = read(data)
     except (ValueError, OSError, csv.Error, RecursionError) as fault:
-        raise InputError(f"{title}: cannot be read ({one_line(fault)})") from None
+        raise InputError(f"{title}: cannot be read ({brief(fault)})") from None
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("file_name"), str)]
 
 

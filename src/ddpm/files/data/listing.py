@@ -193,6 +193,14 @@ def walk(root: Path) -> Iterator[str]:
     return (file for file, _ in _entries(root))
 
 
+def image_files(root: Path, arrays: bool = False) -> list[str]:
+    """The images among the files of `walk`, in natural order of their names; with `arrays`, .npy files too.
+
+    Raises InputError as `walk` does.
+    """
+    return sorted(filter(holds_image if arrays else is_image, walk(root)), key=natural)
+
+
 def facts(root: Path) -> dict[str, tuple[int, int]]:
     """`facts_of` each file of `walk`."""
     return {file: facts_of(entry) for file, entry in _entries(root)}

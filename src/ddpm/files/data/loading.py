@@ -317,17 +317,9 @@ _PROBES = 32
 
 
 def _build(
-    source: str,
-    split: str,
-    contents: Contents,
-    form: Form,
-    skip_bad: bool,
-    cache_bytes: int,
-    window: int,
-    progress: bool,
-    verify: bool,
+    source: str, split: str, contents: Contents, form: Form, options: Options, skip_bad: bool, window: int,
     on_demand: bool = False,
-) -> Images:
+) -> Images:  # fmt: skip
     """The images of one split, decoded into memory if they take at most `cache_bytes`, and not `on_demand`."""
     listing = contents.splits[split]()
     n = len(listing.encoded)
@@ -341,7 +333,7 @@ def _build(
     images.splits, images.left_out, images.looks_grey = tuple(contents.splits), contents.left_out, grey
     images.highest = highest
     images.bounds, images.window = None if listing.shards is None else torch.from_numpy(listing.shards), window
-    if on_demand or form.fit == "random-crop" or n * form.zeros(1).nbytes > cache_bytes:
+    if on_demand or form.fit == "random-crop" or n * form.zeros(1).nbytes > options.cache_bytes:
         images.batch([0])  # warns of conversions before the work starts
         return images
     # for small images, threads would only wait for the interpreter; large ones must not fill the memory together
@@ -350,10 +342,10 @@ def _build(
     shape, dtype = form.zeros(n).shape, form.zeros(0).dtype
 
     def decode(pixels: NDArray[Any]) -> tuple[dict[int, str], pictures.Notes]:
-        return decode_all(decoder, pixels, threads, skip_bad, progress)
+        return decode_all(decoder, pixels, threads, skip_bad, options.progress)
 
     stamp = listing.encoded.stamp()
-    if verify:  # a copy of the same files may be older than their contents
+    if options.fresh:  # a copy of the same files may be older than their contents
         stamp = [stamp, images.contents]
     if stamp is None or (math.prod(shape) * dtype.itemsize < PLAIN and os.environ.get("WORLD_SIZE", "1") == "1"):
         pixels = form.zeros(n)
@@ -395,8 +387,8 @@ def _hash(parts: Iterable[bytes]) -> str:
 
 
 def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad: bool) -> tuple[int, int, bool, float]:
-    """What most images have: their native channels. Of those looked at: the pixels of the largest one, whether all are
-    grey, and the largest number.
+    """What a few images tell: the usual native channels, the pixels of the largest one, whether all are grey, and the
+    largest number.
 
     Raises InputError if the first image is bad, but with `skip_bad` only if there is no good one.
     """
@@ -506,7 +498,7 @@ def load(
     splits = contents.splits
     held_out = as_trained and split == "test" and find_split("test", splits) is None
     name = _pick(source, "train" if held_out else split, splits)
-    images = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify)
+    images = _build(source, name, contents, form, options, skip_bad, shuffle_window)
     is_alone = find_split("test", (each for each in splits if each != name)) is None
     if held_out or (as_trained and split == "train" and is_alone):
         return split_holdout(images)[held_out]
@@ -543,20 +535,18 @@ def load_pair(
     >>> len(train), len(held_out)
     (1500, 297)
     """
+    options = Options(image_column, label_column, allow_paths, progress, pages, verify, cache_bytes)
     if isinstance(source, Given):
         contents, source = source.contents, source.name
     else:
-        options = Options(image_column, label_column, allow_paths, progress, pages, verify, cache_bytes)
         contents = open_source(source, options)
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     name = _pick(source, split, contents.splits)
-    train = _build(source, name, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify, on_demand)
+    train = _build(source, name, contents, form, options, skip_bad, shuffle_window, on_demand)
     other = find_split("test", (each for each in contents.splits if each != name))
     if other is None:
         return split_holdout(train)
-    return train, _build(
-        source, other, contents, form, skip_bad, cache_bytes, shuffle_window, progress, verify, on_demand
-    )
+    return train, _build(source, other, contents, form, options, skip_bad, shuffle_window, on_demand)
 
 
 def paired(images: Images, other: Images, columns: tuple[str, str] = ("", "")) -> Images:

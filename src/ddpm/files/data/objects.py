@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files.data import hugging_face
 from ddpm.files.data.listing import Contents, Encoded, Listing, Options, number_values
 from ddpm.files.data.sources import Arrays
-from ddpm.files.images import one_line
 
 WANTED = (
     "want a SOURCE as text, a NumPy array [N, H, W] or [N, H, W, C], a torch tensor [N, C, H, W] or [N, H, W], a "
@@ -144,7 +143,7 @@ class Items:
         except InputError as fault:
             return fault
         except (OSError, ValueError) as fault:  # what Pillow raises for a damaged file
-            return InputError(f"{self.name(index)}: cannot be read ({one_line(fault)})")
+            return InputError(f"{self.name(index)}: cannot be read ({brief(fault)})")
 
     def identity(self) -> Iterator[bytes]:
         """The number of items, and the pixels of at most 32 of them, spread over the Dataset."""

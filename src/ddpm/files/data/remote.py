@@ -19,10 +19,9 @@ from typing import Any, BinaryIO, TypeVar
 
 import filelock
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files import atomic
 from ddpm.files.data.index import data_cache, key_of, mark_used
-from ddpm.files.images import one_line
 
 T = TypeVar("T")
 
@@ -170,9 +169,9 @@ def found(source: str, endings: Sequence[str], cache_bytes: int) -> list[RemoteF
         with ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(lambda url: _named(url, _about, cache_bytes), urls))
     except ImportError as fault:
-        raise InputError(f"{source}: {one_line(fault)}; want `pip install 'ddpm-kit[remote]'`") from None
+        raise InputError(f"{source}: {brief(fault)}; want `pip install 'ddpm-kit[remote]'`") from None
     except ValueError as fault:
-        raise InputError(f"{source}: {one_line(fault)}; want a URL of s3://, gs://, https:// or the like") from None
+        raise InputError(f"{source}: {brief(fault)}; want a URL of s3://, gs://, https:// or the like") from None
     except OSError as fault:
         raise InputError(f"{fault.filename}: cannot be read ({fault.strerror})") from None
 
@@ -247,7 +246,7 @@ def retried(url: str, call: Callable[[Any, str], T]) -> T:
             gone = isinstance(fault, FileNotFoundError | PermissionError) and status is None
             if gone or (status is not None and status < 500 and status != 429):
                 raise OSError(str(status or "not there")) from fault
-            reason = str(status) if status else one_line(fault) or type(fault).__name__
+            reason = str(status) if status else brief(fault)
         if k + 1 < _TRIES:
             time.sleep(_WAIT * 2**k)
     raise OSError(f"{reason}, tried {_TRIES} times")

@@ -13,13 +13,12 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files.data import hugging_face
 from ddpm.files.data.index import indexed, key_of
 from ddpm.files.data.layout import meanings
 from ddpm.files.data.listing import Contents, Encoded, Listing, Options
 from ddpm.files.data.remote import RemoteFile
-from ddpm.files.images import one_line
 
 _OPEN = 4
 """Row groups that a process keeps open."""
@@ -59,7 +58,7 @@ class RemoteRows:
             try:
                 cells = self._group(group).column(0).take([row - first for row in rows]).to_pylist()
             except (OSError, pa.ArrowException) as fault:
-                error = f"cannot be read ({one_line(fault)})"
+                error = f"cannot be read ({brief(fault)})"
                 found.update((row, InputError(f"{self.name(row)}: {error}")) for row in rows)
                 continue
             found.update((row, self.cells.encoded(row, cell)) for row, cell in zip(rows, cells, strict=True))
@@ -163,4 +162,4 @@ def _opened(file: RemoteFile) -> Any:
     try:
         return pq.ParquetFile(file.parts())
     except (OSError, pa.ArrowException) as fault:
-        raise InputError(f"{file}: damaged parquet file, or cannot be read ({one_line(fault)})") from None
+        raise InputError(f"{file}: damaged parquet file, or cannot be read ({brief(fault)})") from None

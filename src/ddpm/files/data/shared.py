@@ -16,9 +16,10 @@ import filelock
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from ddpm.errors import brief
 from ddpm.files import atomic
 from ddpm.files.data.index import data_cache, forget, mark_used
-from ddpm.files.images import Notes, one_line
+from ddpm.files.images import Notes
 
 PLAIN = 64 * 2**20
 """Fewer bytes than this stay in the memory of a process, if it is the only one of the run."""
@@ -55,7 +56,7 @@ def decoded_once(
             if found is not None:
                 return found
     except OSError as fault:
-        reason = one_line(fault)
+        reason = brief(fault)
         warnings.warn(f"{path}: not written ({reason}), so each process holds its own images", stacklevel=3)
     own = np.zeros(shape, dtype)
     return own, decode(own)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files import codecs
 from ddpm.files import images as pictures
 from ddpm.files.arrays import read_npy
@@ -255,7 +255,7 @@ class Zip:
         try:
             return archive.read(file)
         except Exception as fault:  # zipfile and the codecs under it raise exceptions of many kinds
-            raise InputError(f"{name}: cannot be read ({pictures.one_line(fault)})") from None
+            raise InputError(f"{name}: cannot be read ({brief(fault)})") from None
 
     def identity(self) -> Iterable[bytes]:
         archive = self._archive()
@@ -291,7 +291,7 @@ def _zip(source: str, path: Path, options: Options) -> Contents:
         with zipfile.ZipFile(path) as archive:
             files = [name for name in archive.namelist() if not name.endswith(("/", "\\"))]
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as fault:
-        raise InputError(f"{source}: damaged zip file ({pictures.one_line(fault)}); {ACCEPTED}") from fault
+        raise InputError(f"{source}: damaged zip file ({brief(fault)}); {ACCEPTED}") from fault
     if not any(map(holds_image, files)):
         raise InputError(f"{source}: no images in this zip file{_files(files)}")
     key = ["zip", *facts_of(path), os.path.realpath(path)]
@@ -512,7 +512,7 @@ def open_lmdb(path: Path) -> Any:
         try:
             opened = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=1024)
         except lmdb.Error as fault:
-            raise InputError(f"{path}: damaged LMDB ({pictures.one_line(fault)})") from None
+            raise InputError(f"{path}: damaged LMDB ({brief(fault)})") from None
         _OPENED[key] = opened
     return opened
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from ddpm.errors import InputError
+from ddpm.errors import InputError, brief
 from ddpm.files import images as pictures
 from ddpm.files.data.blobs import Blob, LocalFile
 from ddpm.files.data.index import indexed, key_of
@@ -64,7 +64,7 @@ class Tar:
         try:
             data: bytes = self.shards[shard].read(start, size)
         except OSError as fault:
-            raise InputError(f"{name}: cannot be read ({pictures.one_line(fault)})") from None
+            raise InputError(f"{name}: cannot be read ({brief(fault)})") from None
         if len(data) < size:
             raise InputError(f"{name}: the tar file ends early")
         return data
@@ -99,7 +99,7 @@ def members(shard: Blob, fresh: bool = False) -> tuple[list[str], NDArray[np.int
                     file.seek(0)
                     found = _thorough(file)
         except (tarfile.TarError, OSError, EOFError, ValueError) as fault:
-            reason = pictures.one_line(fault)
+            reason = brief(fault)
             raise InputError(f"{shard}: not a whole tar file without compression ({reason})") from None
         columns = {
             "name": pa.array([each.name.encode(errors="surrogateescape") for each in found], pa.large_binary()),

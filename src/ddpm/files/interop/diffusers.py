@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.details import Details
-from ddpm.errors import InputError, parse_json
+from ddpm.errors import InputError, brief, parse_json
 from ddpm.files import atomic
-from ddpm.files.images import check_folder, one_line
+from ddpm.files.images import check_folder
 from ddpm.files.interop.names import OLD_NAMES, errors_named, export_state, import_state
 from ddpm.files.models import Checkpoint, without_condition
 from ddpm.files.tensors import as_state_dict, read_tensors, read_torch, save_tensors
@@ -351,7 +351,7 @@ def _read_weights(file: Path) -> Any:
         names = set(parse_json(file.read_bytes())["weight_map"].values())
         parts = [file.with_name(name) for name in sorted(names)]  # ValueError for names with a folder
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: damaged ({one_line(error)}); want the index of the files of weights") from error
+        raise InputError(f"{file}: damaged ({brief(error)}); want the index of the files of weights") from error
     state: dict[str, Tensor] = {}
     for part in parts:
         if part.suffix not in (".safetensors", ".bin"):
@@ -395,7 +395,7 @@ def _read_json(file: Path, wanted: str) -> dict[str, Any]:
     try:
         values = parse_json(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: damaged ({one_line(error)}); want a configuration of {wanted}") from error
+        raise InputError(f"{file}: damaged ({brief(error)}); want a configuration of {wanted}") from error
     return values if isinstance(values, dict) else {}
 
 

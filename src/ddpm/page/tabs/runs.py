@@ -78,19 +78,12 @@ def summary(run: Path) -> dict[str, Any]:
         steps = None
     keys = {"loss": "loss", "held_out": "held out", "images_per_second": "images/s"}
     curves = {key: {label: curve(lines, key)} for key, label in keys.items()}
-    rows = [line for line in lines if isinstance(line.get("held_out_by_level"), list)]
-    n = max((len(line["held_out_by_level"]) for line in rows), default=0)
-    curves["held_out_by_level"] = {
-        f"t/T {i / n:.2g} to {(i + 1) / n:.2g}": curve(
-            [
-                {"step": line["step"], "value": line["held_out_by_level"][i]}
-                for line in rows
-                if i < len(line["held_out_by_level"])
-            ],
-            "value",
-        )
-        for i in range(n)
-    }
+    curves["held_out_by_level"] = {}
+    rows = [(line["step"], v) for line in lines if isinstance(v := line.get("held_out_by_level"), list)]
+    n = max((len(values) for _, values in rows), default=0)
+    for i in range(n):
+        level = [{"step": step, "value": values[i]} for step, values in rows if i < len(values)]
+        curves["held_out_by_level"][f"t/T {i / n:.2g} to {(i + 1) / n:.2g}"] = curve(level, "value")
     last = lines[-1] if lines else {}
     return {"steps": steps, "step": last.get("step"), "seconds": _last(lines, "seconds"), "curves": curves}
 
