@@ -423,7 +423,7 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
     from ddpm.files import data
 
     if not (args.data or preset.data):
-        raise InputError("--data: this model names no data set; want --data SOURCE")
+        raise InputError("--data: this model names no dataset; want --data SOURCE")
     pairs = getattr(args, "pairs", None)
     if pairs is not None and preset.condition != "pairs":
         raise InputError(f"--pairs {pairs}: this model was not trained with condition pairs; want no --pairs")

@@ -477,7 +477,7 @@ def load(
                   or NAME.json beside NAME.png, or else by the names of the folders within a split, if all images lie
                   in such folders
     skip_bad      skip and count images that cannot be used
-    allow_paths   let a row of a data set name an image file outside the source's folder
+    allow_paths   let a row of a dataset name an image file outside the source's folder
     cache_bytes   images that take at most this much memory are decoded at once
     shuffle_window  images that are shuffled together where shards must be read in order, at least 1
     verify        look at the files themselves, and not at what is kept of earlier runs
