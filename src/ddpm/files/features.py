@@ -219,8 +219,8 @@ def _cached(progress: bool) -> Path:
             reasons.append(one_line(fault))
     why = "; ".join(dict.fromkeys(reasons))
     raise InputError(
-        f"Inception's weights cannot be downloaded ({why}): get {URLS[0]} and put it into {file.parent}, or name it by "
-        "the setting inception; or choose other features by the setting features"
+        f"Inception's weights cannot be downloaded ({why}); want {URLS[0]} in {file.parent} or as --inception FILE, or "
+        "other features by --features"
     )
 
 

@@ -284,7 +284,7 @@ def _range_hint(values: Values, highest: float) -> str:
     if values == EIGHT_BIT:
         return (
             f"all numbers are at most {highest:.0f}, and white is 255, so all pictures are nearly black; --value-range "
-            "says what is white, and --pixel-type uint16 keeps more than 8 bits"
+            "says what is white; the preset grey16 and --pixel-type uint16 keep more than 8 bits"
         )
     top = max(2 ** int(highest).bit_length() - 1, int(values.low) + 1)
     return (
