@@ -294,8 +294,8 @@ def add_features(parser: Parser, files: bool = True) -> Any:
     """Which network scores samples; `files`: or which file holds features of real images. Returns the group."""
     group = parser.add_argument_group("features", "the network that scores samples")
     features = (
-        "score by FILE.py:NAME, a function from images (NumPy uint8 [N, H, W, C]) to features [N, D], or to features "
-        "and class probabilities [N, K]"
+        "score by FILE.py:NAME, a function from images (NumPy [N, H, W, C], uint8 or the type of the model's images) "
+        "to features [N, D], or to features and class probabilities [N, K]"
     )
     file = "; or by an .npz file with features, or with mu and sigma, of real images" if files else ""
     metavar = "FILE" if files else "FILE.py:NAME"
