@@ -260,8 +260,8 @@ def add_classes(parser: Parser) -> None:
     classes = "classes to sample, in turn over the images; all for every class"
     group.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME", help=classes)
     guidance = (
-        "guidance scale: how strongly to steer towards the class, or without --class towards --input; 1 is without "
-        "guidance (default: 1.5 with --class)"
+        "guidance scale: how strongly to steer towards the class, or without --class towards the condition of the "
+        "model; 1 is without guidance (default: 1.5 with --class)"
     )
     group.add_argument("--guidance", **number(float, None), help=guidance)
     interval = converter(_interval, "two levels as 100,900")
