@@ -2,7 +2,7 @@
 
     python experiments/likelihood.py RUN --data SOURCE -n 500 > benchmarks/results/NAME.md
 
-The error is the standard error of a data set's mean: it contains the spread over images, noise and levels. The speed-up
+The error is the standard error of a dataset's mean: it contains the spread over images, noise and levels. The speed-up
 is the ratio of calls x error^2, and of seconds x error^2.
 """
 

@@ -64,7 +64,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep indexes of data sets out of the user's cache."""
+    """Keep indexes of datasets out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_DATA_CACHE", str(tmp_path_factory.mktemp("data_cache")))
         yield

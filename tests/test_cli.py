@@ -73,7 +73,7 @@ def test_help_has_named_groups_and_an_example_that_parses(name: str) -> None:
     assert args.command == name
 
 
-# The data set says the names of classes, and an imported model the details of its network.
+# The dataset says the names of classes, and an imported model the details of its network.
 FIELDS = [name for name in ddpm.Preset.__dataclass_fields__ if name not in ("class_names", "details")]
 
 

@@ -302,7 +302,7 @@ def test_hugging_face_hub_without_network(monkeypatch, tmp_path):
     assert len(load(str(tmp_path / "birds"), (8, 8), 3)) == 3
     refused("birds", (8, 8), 3, match="hub cannot be reached")  # not the cached local one
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unknown)
-    refused("something", (8, 8), 3, match="something: .*no such data set on the hub; want digits")
+    refused("something", (8, 8), 3, match="something: .*no such dataset on the hub; want digits")
 
 
 @real
@@ -332,7 +332,7 @@ def test_nothing_there(source):
 
 
 def test_near_digits():
-    refused("digit", (8, 8), 3, match="digit: no such data set, did you mean digits")
+    refused("digit", (8, 8), 3, match="digit: no such dataset, did you mean digits")
 
 
 def test_sources_without_images(tmp_path):

@@ -1,4 +1,4 @@
-"""Bits per dimension of a data set, the estimate from few levels, other variances, and sample quality."""
+"""Bits per dimension of a dataset, the estimate from few levels, other variances, and sample quality."""
 
 import csv
 import json
@@ -442,7 +442,7 @@ def test_saved_samples_are_read_as_they_are(tmp_path):
 
 
 def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypatch):
-    """A folder `digits` is not the data set. Images of another size are refused, and so is an empty folder."""
+    """A folder `digits` is not the dataset. Images of another size are refused, and so is an empty folder."""
     from ddpm.files import images
 
     monkeypatch.chdir(tmp_path)

@@ -83,7 +83,7 @@ def states(record):
 
 @pytest.fixture
 def images(tmp_path):
-    """A parquet file of a few images, cut from a data set in the layout of the hub."""
+    """A parquet file of a few images, cut from a dataset in the layout of the hub."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image

@@ -106,7 +106,7 @@ def test_what_a_folder_of_diffusers_is_refused(trained: Path, here: Path, capsys
             "--preset: theirs is a diffusers folder, which has its own settings; want no preset",
         ),
         (["sample", "theirs", "--checkpoint", "5"], "checkpoint '5': theirs is one model"),
-        (["evaluate", "theirs"], "--data: this model names no data set; want --data SOURCE"),
+        (["evaluate", "theirs"], "--data: this model names no dataset; want --data SOURCE"),
         (
             ["export", str(trained), "--to", "diffusers", "new", "--license", "mit"],
             "--license mit: not with --to diffusers",

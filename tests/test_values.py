@@ -211,7 +211,9 @@ def test_a_run_of_16_bits_is_told_of_a_schedule_that_is_too_coarse():
     """242 of 65,536 values, as the paper's schedule has; what is recommended is not warned of."""
     deep = replace(PRESETS["cifar10"], pixel_type="uint16")
     [line] = advice(deep, schedule.linear())
-    assert "sigma_1 is 242 of 65,536 pixel values, so L_0 alone costs at least 9.2 bits/dim" in line
+    assert "sigma_1, the standard deviation of p(x_0 | x_1), is 242 of 65,536 pixel values" in line
+    assert "so L_0 costs at least 9.2 bits/dim" in line
+    assert "leave out init, and use schedule" in next(advice(replace(deep, init="digits"), schedule.linear()))
     beta_1, also = line.rpartition("beta_1 ")[2].split(" ", 1)
     assert also == "and timestep_sampling lognormal"
     better = replace(deep, schedule="log_snr", beta_1=float(beta_1), timestep_sampling="lognormal")

@@ -10,7 +10,7 @@
 #SBATCH --output=ddpm-%j.log
 #SBATCH --signal=B:USR1@300
 # One task a node: torchrun starts a process for each GPU. --requeue lets Slurm start the job again after a preemption
-# or the loss of a node. USR1 comes to this script 300 s before the time limit.
+# or the loss of a node. Options of sbatch replace those above. USR1 comes to this script 300 s before the time limit.
 
 RUN=${RUN:-runs/church}                # a folder that all nodes see
 HEAD=${HEAD:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
@@ -23,6 +23,8 @@ trap 'by_slurm=1' TERM
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 rm -f "$RUN/preempted"
+# Since Slurm 22.05, srun does not take --cpus-per-task from sbatch.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 srun --kill-on-bad-exit=0 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$GPUS" \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
   --max-restarts 3 \

@@ -96,8 +96,8 @@ class Preset:
     turn: bool = _data(False, "turn each training image by 0, 90, 180 or 270 degrees, at random")
     augment: float = _data(
         0.0,
-        "probability that a training image is scaled, and likewise turned, stretched, moved and mirrored; the network "
-        "is told how, and so of flip, and samples show none of it; EDM has 0.12 for CIFAR-10",
+        "probability of each random warp of a training image: scaling, turning, stretching, moving and mirroring; the "
+        "network is told the warp, also that of flip, so samples are not warped; EDM uses 0.12 for CIFAR-10",
         0,
         1,
     )
@@ -109,15 +109,15 @@ class Preset:
     class_names: tuple[str, ...] = _data((), "the names of the classes, from the dataset", resume=True)
     label_dropout: float = _data(0.1, "probability of hiding a label in training, which guidance needs", 0, 1)
     condition: str = _data(
-        "none", f"picture that the network is told of an image: {catalog.accepted_conditions()}", value="KIND"
+        "none", f"what the network is told of an image: {catalog.accepted_conditions()}", value="KIND"
     )
     condition_dropout: float = _data(
         0.0, "probability of hiding the condition in training, which guidance towards it needs", 0, 1
     )
     condition_noise: float = _data(
         0.0,
-        "largest standard deviation of noise on the condition, where 1 is half the range of the values; the one of an "
-        "image is uniform from 0 to this, and the network is told it",
+        "largest standard deviation of noise on the condition, where 1 is half the range of the values; each image "
+        "draws its own, evenly from 0 to this, and the network is told it",
         0,
         0.99,
     )
@@ -220,7 +220,7 @@ class Preset:
         2500, "number of steps after which the gap between the levels of loss consistency halves", 1, _COUNT
     )
     guidance: float = _optimisation(
-        1.0, "guidance scale of the model of init that loss consistency builds in; 1 is without guidance", 1, 100
+        1.0, "guidance scale that loss consistency builds in, by the model of init; 1 is without guidance", 1, 100
     )
 
     seed: int = _run(0, "seed of the weights, the order of the images, the noise and the dropout", 0, 2**63 - 1)

@@ -44,7 +44,7 @@ def add(commands: Commands) -> None:
         commands, "evaluate", run, "measure bits per dimension and sample quality",
         f"Measure a model by these metrics:\n\n{metrics}\n\nnll and ode measure held-out images. psnr and ssim compare "
         "samples of a model with a condition with the held-out images that the conditions are made of. The others "
-        "compare samples, in 8 bits as they are saved, with the training images. A stopped measurement resumes.",
+        "compare samples, as they are saved, with the training images. A stopped measurement resumes.",
         "ddpm evaluate digits --metrics nll --levels-per-image 20",
     )  # fmt: skip
     parser.add_argument("run", metavar="MODEL", help=MODEL)

@@ -256,8 +256,8 @@ def add_classes(parser: Parser) -> None:
     classes = "classes to sample, in turn over the images; all for every class"
     group.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME", help=classes)
     guidance = (
-        "guidance scale: how strongly to steer towards the class, or without --class towards --input; 1 is without "
-        "guidance (default: 1.5 with --class)"
+        "guidance scale: how strongly to steer towards the class, or without --class towards the condition of the "
+        "model; 1 is without guidance (default: 1.5 with --class)"
     )
     group.add_argument("--guidance", **number(float, None), help=guidance)
     interval = converter(_interval, "two levels as 100,900")
@@ -290,8 +290,8 @@ def add_features(parser: Parser, files: bool = True) -> Any:
     """Which network scores samples; `files`: or which file holds features of real images. Returns the group."""
     group = parser.add_argument_group("features", "the network that scores samples")
     features = (
-        "score by FILE.py:NAME, a function from images (NumPy uint8 [N, H, W, C]) to features [N, D], or to features "
-        "and class probabilities [N, K]"
+        "score by FILE.py:NAME, a function from images (NumPy [N, H, W, C], uint8 or the type of the model's images) "
+        "to features [N, D], or to features and class probabilities [N, K]"
     )
     file = "; or by an .npz file with features, or with mu and sigma, of real images" if files else ""
     metavar = "FILE" if files else "FILE.py:NAME"
@@ -419,7 +419,7 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
     from ddpm.files import data
 
     if not (args.data or preset.data):
-        raise InputError("--data: this model names no data set; want --data SOURCE")
+        raise InputError("--data: this model names no dataset; want --data SOURCE")
     pairs = getattr(args, "pairs", None)
     if pairs is not None and preset.condition != "pairs":
         raise InputError(f"--pairs {pairs}: this model was not trained with condition pairs; want no --pairs")

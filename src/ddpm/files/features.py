@@ -219,8 +219,8 @@ def _cached(progress: bool) -> Path:
             reasons.append(brief(fault))
     why = "; ".join(dict.fromkeys(reasons))
     raise InputError(
-        f"Inception's weights cannot be downloaded ({why}): get {URLS[0]} and put it into {file.parent}, or name it by "
-        "the setting inception; or choose other features by the setting features"
+        f"Inception's weights cannot be downloaded ({why}); want {URLS[0]} in {file.parent} or as --inception FILE, or "
+        "other features by --features"
     )
 
 
@@ -355,7 +355,7 @@ def measure(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Measured:
-    """Run a feature network over images uint8 [N, C, H, W], a tensor or a data set, in batches.
+    """Run a feature network over images uint8 [N, C, H, W], a tensor or a dataset, in batches.
 
     keep_features       return the features, too: 8 N D bytes (800 MB for 50,000 images and Inception)
     keep_probabilities  return the probabilities, too: half as many bytes for Inception
@@ -472,7 +472,7 @@ class _Rows:
 
 
 class Described(Batches, Protocol):
-    """A data set that `provenance` can describe, such as `ddpm.files.data.Images`."""
+    """A dataset that `provenance` can describe, such as `ddpm.files.data.Images`."""
 
     @property
     def name(self) -> str: ...
@@ -490,7 +490,7 @@ class Described(Batches, Protocol):
 class Provenance:
     """What statistics were computed from.
 
-    source, split             the data set
+    source, split             the dataset
     fingerprint               hash of its images
     count                     the number of images
     size                      of the images, HxWxC, before the network resizes them
@@ -516,7 +516,7 @@ class Provenance:
 
 
 def provenance(images: Described, network: Network) -> Provenance:
-    """The provenance of the statistics of a whole data set under a network."""
+    """The provenance of the statistics of a whole dataset under a network."""
     height, width = images.size
     size = f"{height}x{width}x{images.channels}"
     of_network = (network.name, network.weights, network.resize)

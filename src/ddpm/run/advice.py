@@ -36,8 +36,9 @@ def advice(preset: Preset, schedule: Schedule) -> Iterator[str]:
         sigma = math.sqrt(float(beta_tilde(schedule)[1])) / bins.bin
         if sigma > _FEW:
             yield (
-                f"schedule {preset.schedule}: sigma_1 is {sigma:.3g} of {bins.bins:,} pixel values, so L_0 alone costs "
-                f"at least {math.log2(sigma * math.sqrt(2 * math.pi)):.1f} bits/dim, whatever the network; use "
+                f"schedule {preset.schedule}: sigma_1, the standard deviation of p(x_0 | x_1), is {sigma:.3g} of "
+                f"{bins.bins:,} pixel values, so L_0 costs at least {math.log2(sigma * math.sqrt(2 * math.pi)):.1f} "
+                f"bits/dim, whatever the network learns; {'leave out init, and ' if preset.init else ''}use "
                 f"schedule log_snr with beta_1 {bins.bin**2:.0e} and timestep_sampling lognormal"
             )
     if preset.warmup >= preset.steps > 1:

@@ -1,4 +1,4 @@
-"""The conditions of a data set's images, for training and for measurements."""
+"""The conditions of a dataset's images, for training and for measurements."""
 
 from collections.abc import Sequence
 

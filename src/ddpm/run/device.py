@@ -1,7 +1,7 @@
 """Keep a CUDA device busy: compiled stages and a graph of the gradient in training, and CUDA graphs in sampling.
 
 Other modules do the rest: the network has bf16 and channels-last weights, `files.data.batches` puts the images of a
-data set on the device, and `noise.ahead` draws noise before the sampler needs it. Float32 matrix products stay exact
+dataset on the device, and `noise.ahead` draws noise before the sampler needs it. Float32 matrix products stay exact
 (no TF32), since bf16 is there for speed.
 """
 

@@ -62,7 +62,7 @@ def export(
 ) -> Checkpoint:
     """Write the weights of `checkpoint`, rounded to `precision`, with the settings that loading needs, to `out`.
 
-    The settings are those of `public`, and `data` is the public name of the data set. A calibration of the original
+    The settings are those of `public`, and `data` is the public name of the dataset. A calibration of the original
     weights is copied, unless `ddpm calibrate` has measured the exported ones. The copy says that it was measured before
     rounding. That is good enough: the bound holds with any variance, and its loss is of second order in the variance's
     error (1e-5 bits/dim for the model `digits`).
@@ -145,7 +145,7 @@ def _has_own_calibration(exported: Checkpoint) -> bool:
 def public(preset: Preset, data: str | None = None) -> Preset:
     """The preset without what means something on one machine only: its device, and the places of data and models.
 
-    The data set is `data` if given. Otherwise its name stays if a preset of the package has it, and else is ''.
+    The dataset is `data` if given. Otherwise its name stays if a preset of the package has it, and else is ''.
 
     >>> public(replace(PRESETS["cifar10"], data="/home/me/cifar", device="cuda:1")).data
     ''
@@ -162,7 +162,7 @@ _PUBLIC_DATA = {preset.data for preset in PRESETS.values()} - {""}
 
 
 def _public_data_name(data: str, checkpoint: Checkpoint, exported: Checkpoint) -> str:
-    """The public name of a measurement's data set, since `data` may be a path on this machine."""
+    """The public name of a measurement's dataset, since `data` may be a path on this machine."""
     if data == checkpoint.preset.data:
         return exported.preset.data or "own images"
     return data if data in _PUBLIC_DATA else "other images"
@@ -348,7 +348,7 @@ def _commands(checkpoint: Checkpoint, exported: Checkpoint) -> str:
         elif isinstance(value, tuple):
             words += [f"--{option}", ("x" if key == "size" else ",").join(map(str, value))]
         else:
-            words += [f"--{option}", str(value) or "SOURCE"]  # only a data set may have no name
+            words += [f"--{option}", str(value) or "SOURCE"]  # only a dataset may have no name
     commands = [words]
     if average := exported.average:
         length = ["--ema", f"{average.sigma_rel:g}", "--step", str(average.step)]

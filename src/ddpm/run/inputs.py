@@ -1,4 +1,4 @@
-"""What a person gives to a model with a condition: small, grey or masked pictures, in the place of a data set's."""
+"""What a person gives to a model with a condition: small, grey or masked pictures, in the place of a dataset's."""
 
 import warnings
 from dataclasses import replace

@@ -78,7 +78,7 @@ def train(
               photos, the recipe for images of any size; with init, that model's settings)
     data      the images, if not those of the preset: a SOURCE as text or a path; an array [N, H, W] or
               [N, H, W, C]; a torch tensor [N, C, H, W] or [N, H, W]; a pair (one of these, N labels); a map-style
-              Dataset of images or (image, label); or a data set of `datasets` (`ddpm.files.data.given`). Numbers other
+              Dataset of images or (image, label); or a dataset of `datasets` (`ddpm.files.data.given`). Numbers other
               than 8-bit ones need the setting pixel_type
     out       the run's folder (default: runs/PRESET)
     on_log    is called with each line of metrics.jsonl, a dict

@@ -739,7 +739,7 @@ def _check_settings(preset: Preset, out: Path, found: nodes.Found, ranks: Proces
     Raises InputError for settings that do not fit the run in `out`, or this machine.
     """
     if not preset.data:
-        raise InputError("data: this preset names no data set; want a SOURCE of images")
+        raise InputError("data: this preset names no dataset; want a SOURCE of images")
     partition.parts(preset.batch_size, ranks.world, ranks.rank, preset.accumulate)
     for old in filter(None, (found.own, found.settings)):
         if preset.precision == "auto":
@@ -766,7 +766,7 @@ def _check_settings(preset: Preset, out: Path, found: nodes.Found, ranks: Proces
 
 
 def _with_class_names(preset: Preset, out: Path, train_set: data.Images) -> Preset:
-    """The preset with the names of the data set's classes, if it learns them."""
+    """The preset with the names of the dataset's classes, if it learns them."""
     if not preset.classes:
         return preset
     names = train_set.class_names

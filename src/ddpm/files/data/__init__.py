@@ -1,7 +1,7 @@
 """From a SOURCE of images to batches of images.
 
 `sources.SOURCES` lists the kinds of SOURCE. `digits` always means the images in digits.npz (Alpaydin and Kaynak 1998,
-UCI Machine Learning Repository, CC BY 4.0); a folder with that name is ./digits. A data set on the hub is OWNER/NAME,
+UCI Machine Learning Repository, CC BY 4.0); a folder with that name is ./digits. A dataset on the hub is OWNER/NAME,
 or OWNER/NAME:CONFIG for one of its configurations, and FOLDER:CONFIG is one of a folder. `layout` finds splits and
 classes in the names of files. `ordering` says which images a step takes. `index`, `shared` and `remote` keep what is
 slow to find out, decoded images, and parts of files at URLs.

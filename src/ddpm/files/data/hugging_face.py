@@ -1,4 +1,4 @@
-"""Data sets in Hugging Face layout: parquet files, folders of these or saved by `datasets`, and the hub."""
+"""Datasets in Hugging Face layout: parquet files, folders of these or saved by `datasets`, and the hub."""
 
 import functools
 import os
@@ -26,7 +26,7 @@ class Rows:
     """The images of one split.
 
     rows         a datasets.Dataset of one column, in arrow format
-    folder       the source's folder, from which relative names of files count; None for a data set of the hub
+    folder       the source's folder, from which relative names of files count; None for a dataset of the hub
     allow_paths  whether a row may name any file
     """
 
@@ -122,7 +122,7 @@ def _quiet(progress: bool, offline: bool) -> Iterator[None]:
 
 
 def is_data_set(folder: Path) -> bool:
-    """Whether `datasets` saved a data set as this folder, or it holds files with rows."""
+    """Whether `datasets` saved a dataset as this folder, or it holds files with rows."""
     return folder.is_dir() and (_is_saved(folder) or any(file.lower().endswith(SUFFIXES) for file in walk(folder)))
 
 
@@ -131,7 +131,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def load_local(source: str, path: Path, configuration: str | None, progress: bool) -> Any:
-    """The data set in a parquet file or a folder, as `datasets` gives it. Raises InputError if it cannot be read."""
+    """The dataset in a parquet file or a folder, as `datasets` gives it. Raises InputError if it cannot be read."""
     import datasets
     import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -154,7 +154,7 @@ def load_local(source: str, path: Path, configuration: str | None, progress: boo
             return datasets.load_dataset(str(path), configuration)
         except Exception as fault:  # `datasets` raises exceptions of many kinds
             _explain_configurations(source, str(path), configuration, fault)
-            raise InputError(f"{source}: not a data set ({brief(fault.__cause__ or fault)})") from fault
+            raise InputError(f"{source}: not a dataset ({brief(fault.__cause__ or fault)})") from fault
 
 
 def _explain_configurations(source: str, name: str, configuration: str | None, fault: Exception) -> None:
@@ -167,7 +167,7 @@ def _explain_configurations(source: str, name: str, configuration: str | None, f
 
 
 def load_hub(source: str, progress: bool) -> Any:
-    """The data set OWNER/NAME or OWNER/NAME:CONFIG, from the hub, or from the cache without a network.
+    """The dataset OWNER/NAME or OWNER/NAME:CONFIG, from the hub, or from the cache without a network.
 
     Raises InputError if it cannot be loaded.
     """
@@ -180,7 +180,7 @@ def load_hub(source: str, progress: bool) -> Any:
     try:
         HfApi().dataset_info(name, timeout=10)
     except RepositoryNotFoundError:
-        raise InputError(f"{source}: no such file or folder, and no such data set on the hub; {ACCEPTED}") from None
+        raise InputError(f"{source}: no such file or folder, and no such dataset on the hub; {ACCEPTED}") from None
     except Exception:  # no network; the cache has what was loaded before
         unreachable = True
     with _quiet(progress, offline=unreachable):
@@ -199,7 +199,7 @@ def load_hub(source: str, progress: bool) -> Any:
 def contents(
     source: str, loaded: Any, folder: Path | None, options: Options, left_out: Mapping[str, int] | None = None
 ) -> Contents:
-    """The splits of a data set as `load_local` and `load_hub` return it. Listing one may raise InputError."""
+    """The splits of a dataset as `load_local` and `load_hub` return it. Listing one may raise InputError."""
     splits = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
     def listing(split: str) -> Listing:

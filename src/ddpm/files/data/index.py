@@ -27,7 +27,7 @@ _DAYS = 30
 
 
 def data_cache() -> Path:
-    """The folder for what is kept of data sets: $DDPM_DATA_CACHE, by default $XDG_CACHE_HOME/ddpm or ~/.cache/ddpm."""
+    """The folder for what is kept of datasets: $DDPM_DATA_CACHE, by default $XDG_CACHE_HOME/ddpm or ~/.cache/ddpm."""
     chosen = os.environ.get("DDPM_DATA_CACHE")
     return Path(os.path.expanduser(chosen)) if chosen else cache()
 

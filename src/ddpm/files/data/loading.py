@@ -284,7 +284,7 @@ def _range_hint(values: Values, highest: float) -> str:
     if values == EIGHT_BIT:
         return (
             f"all numbers are at most {highest:.0f}, and white is 255, so all pictures are nearly black; --value-range "
-            "says what is white, and --pixel-type uint16 keeps more than 8 bits"
+            "says what is white; the preset grey16 and --pixel-type uint16 keep more than 8 bits"
         )
     top = max(2 ** int(highest).bit_length() - 1, int(values.low) + 1)
     return (
@@ -469,7 +469,7 @@ def load(
                   or NAME.json beside NAME.png, or else by the names of the folders within a split, if all images lie
                   in such folders
     skip_bad      skip and count images that cannot be used
-    allow_paths   let a row of a data set name an image file outside the source's folder
+    allow_paths   let a row of a dataset name an image file outside the source's folder
     cache_bytes   images that take at most this much memory are decoded at once
     shuffle_window  images that are shuffled together where shards must be read in order, at least 1
     verify        look at the files themselves, and not at what is kept of earlier runs

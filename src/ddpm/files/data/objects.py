@@ -40,11 +40,11 @@ def given(data: Any, labelled: bool = False, options: Options | None = None) -> 
     """What the images of a Python object are.
 
     data      a NumPy array [N, H, W] or [N, H, W, C], a torch tensor [N, C, H, W] or [N, H, W], a pair of one of these
-              and its N labels, a data set of `datasets`, or a map-style Dataset. The items of a Dataset are images or
+              and its N labels, a dataset of `datasets`, or a map-style Dataset. The items of a Dataset are images or
               (image, label). An image is of Pillow, a tensor [C, H, W] or [H, W], or an array [H, W] or [H, W, C]. A
               label is an integer or a name. Numbers are those of the setting `pixel_type`
     labelled  whether the labels of a Dataset are needed: all of its items are read for them, unless it has `targets`
-    options   columns of a data set of `datasets`; nothing else has columns
+    options   columns of a dataset of `datasets`; nothing else has columns
 
     Raises InputError for anything else, and for a Dataset whose first item is another one each time.
 

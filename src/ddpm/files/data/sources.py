@@ -1,6 +1,6 @@
 """Where images can come from: `SOURCES` has a row for each kind of source, with the functions beside it.
 
-`hugging_face` reads the data sets of Hugging Face layout, in a folder, in a file or on the hub.
+`hugging_face` reads the datasets of Hugging Face layout, in a folder, in a file or on the hub.
 """
 
 import difflib
@@ -544,7 +544,7 @@ def _lmdb(source: str, path: Path, options: Options) -> Contents:
     return Contents({name: functools.partial(listing, folder) for name, folder in splits.items()})
 
 
-# -- data sets in Hugging Face layout ----------------------------------------------------------------------------------
+# -- datasets in Hugging Face layout -----------------------------------------------------------------------------------
 
 
 def _folder_and_configuration(source: str, path: Path) -> tuple[Path, str | None]:
@@ -581,7 +581,7 @@ def _is_hub_name(source: str, path: Path) -> bool:
 
 def _hub_dataset(source: str, path: Path, options: Options) -> Contents:
     if difflib.get_close_matches(source.lower(), ["digits"], cutoff=0.75):
-        raise InputError(f"{source}: no such data set, did you mean digits? ({ACCEPTED})")
+        raise InputError(f"{source}: no such dataset, did you mean digits? ({ACCEPTED})")
     return hugging_face.contents(source, hugging_face.load_hub(source, options.progress), None, options)
 
 
@@ -589,7 +589,7 @@ SOURCES = {
     "digits": Source(_is_digits, _digits, meaning="digits"),
     "lmdb": Source(_is_lmdb, _lmdb, meaning="an LMDB of images (LSUN)"),
     "folder": Source(_is_image_folder, _image_folder, meaning="a folder of images"),
-    "data set": Source(_is_dataset_folder, _local_dataset, meaning="a folder of a Hugging Face dataset"),
+    "dataset": Source(_is_dataset_folder, _local_dataset, meaning="a folder of a Hugging Face dataset"),
     "parquet": Source(_is_parquet, _local_dataset, meaning="a .parquet file"),
     "npz": Source(_is_npz, _npz, meaning="an .npz file of images"),
     "npy": Source(_is_npy, _npy, meaning="an .npy file of images"),
