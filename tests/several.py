@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = ["pytest", "torch.distributed.run", "torch._dynamo", "ddpm.cli.main", "ddpm.run.train", "ddpm.run.sample"]
-"""Modules that a test imports in its forks. Training in several processes imports torch._dynamo, the slowest."""
+"""Modules that the forks use. DistributedDataParallel imports torch._dynamo, which takes seconds."""
 
 
 def server() -> Any:
