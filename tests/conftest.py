@@ -84,6 +84,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def digits_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ONNX file of digits. All workers of pytest share it, since its export takes long."""
+    import filelock
+
+    folder = tmp_path_factory.getbasetemp()
+    file = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "digits.onnx"
+    with filelock.FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            assert main(["export", "digits", "--to", "onnx", str(file), "--json"]) == 0
+    return file
+
+
 def train(out: Path, *options: Any) -> int:
     """Run `ddpm train` with the tiny network in this process, and return its exit code."""
     return main([*TINY, "--out", str(out), *map(str, options)])

@@ -18,7 +18,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["pytest", "torch.distributed.run", "ddpm.cli.main", "ddpm.run.train", "ddpm.run.sample"]
+PRELOAD = ["pytest", "torch.distributed.run", "torch._dynamo", "ddpm.cli.main", "ddpm.run.train", "ddpm.run.sample"]
+"""Modules that the forks use. DistributedDataParallel imports torch._dynamo, which takes seconds."""
 
 
 def server() -> Any:
@@ -33,6 +34,7 @@ def run_python(words: Sequence[str]) -> None:
     multiprocessing.set_start_method(None, force=True)  # that of a new process
     module = words[0] == "-m"
     sys.argv = list(words[module:])
+    sys.path.insert(0, "" if module else str(Path(words[0]).parent))
     (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
 
 
@@ -64,7 +66,7 @@ def _begin(
     os.environ.clear()
     os.environ.update(environment)
     for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
     work(words)
 
 
@@ -87,7 +89,7 @@ def _work(words: list[str], environment: Mapping[str, str]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for link in list(Path("/proc/self/fd").iterdir()):
+    for link in list(Path("/dev/fd").iterdir()):
         with suppress(OSError):
             if os.readlink(link).startswith("socket:"):
                 os.close(int(link.name))

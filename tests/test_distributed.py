@@ -3,10 +3,6 @@
 import json
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, assert_close, losses, metrics, snapshots, steps, tensors, train
+from several import Agents, free_port, reached, wait_until
 
 from ddpm.cli import main
 from ddpm.errors import InputError
@@ -33,7 +30,7 @@ print([*codes, *map(main, others)])
 
 @dataclass(frozen=True)
 class Both:
-    """Results of one process, and of two processes in one call of torchrun, because torchrun starts slowly."""
+    """Results of one process, and of two processes in one call of torchrun, because they take seconds to meet."""
 
     one: Path  # a run of 20 steps by one process
     two: Path  # a run of 20 steps by two
@@ -69,21 +66,13 @@ def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
         [*TINY, *DROPOUT, "--steps", "100000", "--out", str(stopped)],
     ]
     (root / "program.py").write_text(PROGRAM)
-    with socket.socket() as a, socket.socket() as b:
-        ports = [free.bind(("127.0.0.1", 0)) or str(free.getsockname()[1]) for free in (a, b)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    torchrun += ["--master-port", ports[0], str(root / "program.py"), json.dumps(commands), ports[1]]
-    process = subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        end = time.monotonic() + 240
-        while not (stopped / "metrics.jsonl").exists() or '"step": 5,' not in (stopped / "metrics.jsonl").read_text():
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < end, "waited in vain"
-            time.sleep(0.05)
-        process.terminate()
-        out, err = process.communicate(timeout=100)
-    finally:
-        process.kill()
+    with Agents([["program.py", json.dumps(commands), str(free_port())]], [root], 2) as agents:
+        (agent,) = agents.agents
+        wait_until(lambda: agent.exitcode is not None or reached(stopped, 5), 240)
+        assert agent.exitcode is None, agents.err()
+        agent.terminate()
+        agents.wait()
+    out, err = (root / "out0.txt").read_text(), agents.err()
     return Both(one, two, mixed, root / "samples.npz", root / "measured", short, root / "deep", stopped, out, err)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,12 +11,15 @@ import sys
 import tarfile
 import tempfile
 import time
+import types
 import zipfile
+from multiprocessing.popen_fork import Popen
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from several import run_python, start_python
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -74,6 +78,24 @@ def call(tmp_path, monkeypatch):
     return run
 
 
+def script(words):
+    """Run the script, whose stages are forks of it."""
+
+    def fork(args, stdout, env, **_):
+        def stage():
+            os.setsid()
+            os.environ.update(env)
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            run_python(args[1:])
+
+        return Popen(multiprocessing.get_context("fork").Process(target=stage))
+
+    gpu.subprocess = types.SimpleNamespace(Popen=fork, DEVNULL=None)
+    sys.argv = ["gpu.py", *words]
+    sys.exit(gpu.main())
+
+
 def states(record):
     return {name: stage["state"] for name, stage in record["stages"].items()}
 
@@ -103,6 +125,14 @@ def images(tmp_path):
     return out
 
 
+class Forked:
+    """`subprocess.Popen` of Python as a fork of the server."""
+
+    def __init__(self, words, stdout, stderr):
+        process = start_python(words[1:], Path.cwd(), stdout.name, stderr.name)
+        self.poll, self.terminate, self.wait = lambda: process.exitcode, process.terminate, process.join
+
+
 def test_all_stages_run_and_are_not_run_again(call, images, monkeypatch):
     """All stages in this process, except `tests`, which the next test runs."""
     ran = []
@@ -116,6 +146,7 @@ def test_all_stages_run_and_are_not_run_again(call, images, monkeypatch):
         return 0, ""
 
     monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu_stages, "subprocess", types.SimpleNamespace(Popen=Forked))
     monkeypatch.setitem(gpu_stages.TINY, "steps", [("cifar10_fast", "muon", 2)])
     stages = [name for name in gpu.LIMITS if name != "tests"]
     options = ["--rehearse", "--repeats", 1, "--seconds", 0, "--data", images, "--only", *stages]
@@ -156,14 +187,15 @@ def test_the_script_runs_tests_and_gives_reasons_for_failures(tmp_path):
         "@pytest.fixture\ndef broken(): raise RuntimeError('no memory')\n"
         "def test_error(broken): pass\n"
     )
-    words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--only", "tests", "--tests", str(tests)]
-    words += ["--out", str(out), "--repeats", "1", "--seconds", "0"]
+    words = ["--rehearse", "--only", "tests", "--tests", tests, "--out", out, "--repeats", 1, "--seconds", 0]
 
     def run():
-        done = subprocess.run(words, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        process = start_python(words, tmp_path, tmp_path / "out.txt", tmp_path / "err.txt", work=script)
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "err.txt").read_text()
         stage = json.loads((out / "record.json").read_text())["stages"]["tests"]
-        return done.stdout, stage, {name.rpartition("::")[2]: values for name, values in stage["cases"].items()}
+        cases = {name.rpartition("::")[2]: values for name, values in stage["cases"].items()}
+        return (tmp_path / "out.txt").read_text(), stage, cases
 
     printed, stage, cases = run()
     assert {name: values["outcome"] for name, values in cases.items()} == {
@@ -315,8 +347,9 @@ def test_a_killed_call_keeps_its_finished_cases_and_the_next_call_resumes(how, s
 
 def test_a_stage_ends_with_the_script_that_started_it(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({"rehearse": True, "parent": 1, "repeats": 1, "seconds": 60}))
-    words = [sys.executable, str(BENCHMARKS / "gpu_stages.py"), "card", str(tmp_path)]
-    assert subprocess.run(words, start_new_session=True, capture_output=True).returncode == -signal.SIGKILL
+    process = start_python([BENCHMARKS / "gpu_stages.py", "card", tmp_path], tmp_path)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_record_of_other_settings_or_another_card_is_refused(call, stub, tmp_path):

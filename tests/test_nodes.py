@@ -8,14 +8,11 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY as SETTINGS
-from conftest import assert_close, assert_same, losses, metrics, snapshots, steps, tensors
-from conftest import train as train_digits
+from conftest import TINY, assert_close, assert_same, losses, metrics, snapshots, steps, tensors, train
 from several import Agents, reached, wait_until
 
 from ddpm.cli import main
@@ -24,20 +21,6 @@ from ddpm.run import agree, forecast, partition
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 LONG = ("--steps", "100000")
-TINY = list(SETTINGS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _data(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Images of which no process has to import scikit-learn, which takes seconds."""
-    file = tmp_path_factory.mktemp("data") / "images.npy"
-    np.save(file, np.random.default_rng(0).integers(0, 256, (200, 8, 8), dtype=np.uint8))
-    TINY.extend(["--data", str(file)])
-
-
-def train(out: Path, *options: Any) -> int:
-    """Train on these images in this process."""
-    return train_digits(out, *TINY[len(SETTINGS) :], *options)
 
 
 def nodes(tmp_path: Path, count: int = 2) -> list[Path]:
@@ -244,7 +227,7 @@ def test_nodes_that_share_a_disk_have_one_writer(tmp_path: Path) -> None:
 
 def test_restarts_come_up(tmp_path: Path) -> None:
     """SIGKILL of each rank in turn; torchrun starts the group again, which goes on where the survivor saved."""
-    words = [*TINY, *LONG, "--save-every", "1000", "--out", "run"]
+    words = [*TINY, *LONG, "--save-every", "1000", "--timeout", "0.1", "--out", "run"]
     with Agents([words], [tmp_path], 2, "--max-restarts", "2") as agents:
         for kill in range(2):
             wait_until(lambda kill=kill: agents.err().count("steps ") == kill + 1 and agents.ranks(kill))
@@ -260,7 +243,7 @@ def test_restarts_come_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_process_is_noticed(rank: int, tmp_path: Path) -> None:
+def test_a_stopped_process_is_noticed(rank: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGSTOP of a rank: the other one names it after the timeout, saves, and ends with 1; the same command goes on."""
     words = [*TINY, "--save-every", "1000", "--timeout", "0.1", "--out", "run", "--steps"]
     with Agents([[*words, 100000]], [tmp_path], 2) as agents:
@@ -276,9 +259,8 @@ def test_a_stopped_process_is_noticed(rank: int, tmp_path: Path) -> None:
         assert f"step {last} is saved, and the same command goes on" in agents.said()[0]
         os.kill(pid, signal.SIGKILL)
         assert agents.wait() == [1]
-    with Agents([[*words, last + 3]], [tmp_path], 2) as agents:
-        assert agents.wait() == [0], agents.err()
-        assert f"steps {last} to {last + 3}" in agents.err()
+    assert train(tmp_path / "run", "--save-every", 1000, "--timeout", 0.1, "--steps", last + 3) == 0
+    assert f"steps {last} to {last + 3}" in capsys.readouterr().err
 
 
 SLOW = """

@@ -30,14 +30,6 @@ RGB = replace(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """The ONNX file of digits."""
-    file = tmp_path_factory.mktemp("onnx") / "digits.onnx"
-    assert main(["export", "digits", "--to", "onnx", str(file), "--json"]) == 0
-    return file
-
-
 def random_model(preset):
     """A model with random weights, of which none starts at 0."""
     torch.manual_seed(0)
@@ -62,10 +54,10 @@ def onnx_network(content):
     return network
 
 
-def test_onnxruntime_samples_the_images_of_torch(digits):
+def test_onnxruntime_samples_the_images_of_torch(digits_onnx):
     """With a class and guidance, without, and in batches of other sizes than those that were checked at the export."""
     model = open_checkpoint("digits", precision="float32")
-    theirs = replace(model.denoiser, network=onnx_network(digits.read_bytes()))
+    theirs = replace(model.denoiser, network=onnx_network(digits_onnx.read_bytes()))
     for y, scale in ((None, 1.0), (torch.arange(7), 2.0)):
         images = [
             generate(denoiser.guided(scale), (1, 8, 8), range(7), named("ddim"), 10, y=y).int()
@@ -75,8 +67,8 @@ def test_onnxruntime_samples_the_images_of_torch(digits):
         assert float(((images[0] - images[1]).abs() <= 1).float().mean()) > 0.99
 
 
-def test_metadata_say_what_sampling_needs(digits):
-    model, checkpoint = onnx.load(digits), open_checkpoint("digits")
+def test_metadata_say_what_sampling_needs(digits_onnx):
+    model, checkpoint = onnx.load(digits_onnx), open_checkpoint("digits")
     onnx.checker.check_model(model)
     about = {p.key: p.value for p in model.metadata_props}
     texts = ("name", "predict", "variance")
@@ -87,7 +79,7 @@ def test_metadata_say_what_sampling_needs(digits):
     assert settings["alpha_bar"] == checkpoint.denoiser.schedule.alpha_bar.tolist()
     assert settings["model"]["identity"] == checkpoint.identity
     assert settings["samplers"] == {"ddim": 50, "ancestral": 1000}
-    text = digits.read_bytes()
+    text = digits_onnx.read_bytes()
     assert str(Path(ours.__file__).parents[3]).encode() not in text  # no path of the machine that exported it
     assert b"site-packages" not in text
 
@@ -108,10 +100,10 @@ def test_learned_variance_is_exported_too():
     assert "3 channels of the variance (learned_range)" in settings["outputs"]["out"]
 
 
-def test_a_graph_with_a_changed_weight_is_refused(digits):
+def test_a_graph_with_a_changed_weight_is_refused(digits_onnx):
     """Negative control of the check before writing."""
-    checkpoint, model = open_checkpoint("digits"), onnx.load(digits)
-    ours.verify(digits.read_bytes(), checkpoint)
+    checkpoint, model = open_checkpoint("digits"), onnx.load(digits_onnx)
+    ours.verify(digits_onnx.read_bytes(), checkpoint)
     weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     changed = np.frombuffer(weight.raw_data, np.float32).copy()
     changed[0] += 0.5

@@ -258,24 +258,24 @@ def test_the_forecast(
     snapshot from its own bytes.
     """
     clock(monkeypatch, 1)
-    options = ["--log-every", 30, "--optimizer", optimizer, "--snapshot-every", 15, "--width", 96]
-    assert train(tmp_path / "run", "--steps", 30, *options) == 0
+    options = ["--log-every", 16, "--optimizer", optimizer, "--snapshot-every", 8, "--width", 96]
+    assert train(tmp_path / "run", "--steps", 16, *options) == 0
     lines = capsys.readouterr().err.splitlines()
     (line,) = (line for line in lines if line.startswith("forecast: "))
     (first,) = (line for line in lines if ": loss " in line)
     assert int(first.split()[1].strip(":")) < 10
-    assert "to step 30" in line
+    assert "to step 16" in line
     preset, network = open_checkpoint(tmp_path / "run").preset, ddpm.load(tmp_path / "run").network
     assert isinstance(network, torch.nn.Module)
     checkpoint, snapshot = (
-        sum(file.stat().st_size for file in (tmp_path / "run" / kind / "00000030").glob("*.safetensors"))
+        sum(file.stat().st_size for file in (tmp_path / "run" / kind / "00000016").glob("*.safetensors"))
         for kind in ("checkpoints", "snapshots")
     )
     assert forecast.checkpoint_bytes(preset, network) == pytest.approx(checkpoint, rel=0.02)
     assert forecast.snapshot_bytes(network) == pytest.approx(snapshot, rel=0.02)
     costs = forecast.costs(preset, network, 0, 0)
     assert costs.snapshot / costs.save == pytest.approx(snapshot / checkpoint, rel=0.02)
-    assert costs.seconds(preset, 0, 30) == costs.save + 2 * costs.snapshot
+    assert costs.seconds(preset, 0, 16) == costs.save + 2 * costs.snapshot
     assert forecast.gib(forecast.checkpoint_bytes(preset, network)) in line
 
 

@@ -27,7 +27,7 @@ QUICK = ["--steps", "2", "--sampler", "ddim", "--class", "7", "3", "5", "--seed"
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Any:
-    return open_checkpoint("digits")
+    return open_checkpoint("digits", precision="float32")  # bf16 is slow on many CPUs
 
 
 @pytest.fixture(scope="module")
