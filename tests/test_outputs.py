@@ -246,7 +246,7 @@ def test_inversion_is_exact_whatever_the_precision(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")
     out = tmp_path / "b.png"
-    command = ["edit", "digits", str(tmp_path / "a.png"), "--t", "500", "--invert", "20", "--precision", "bf16"]
+    command = ["edit", "digits", str(tmp_path / "a.png"), "--t", "500", "--invert", "8", "--precision", "bf16"]
     assert main([*command, "--out", str(out)]) == 0
     assert abs(np.asarray(Image.open(out)).astype(int) - picture).max() <= 1
 
