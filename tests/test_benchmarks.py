@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact import one_thread  # noqa: F401
+from several import start_python
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -250,18 +249,16 @@ def test_memory_of_a_case(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is for Linux")
-def test_an_allocation_that_does_not_fit_is_an_error_of_its_case():
+def test_an_allocation_that_does_not_fit_is_an_error_of_its_case(tmp_path):
     """Without the limit the system grants it, because nothing is written, and would end a process that writes."""
-    code = "import os, memory, torch\nfree = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')\n"
-    end = "torch.empty(int(0.97 * free), dtype=torch.uint8)"
-    paths = [str(Path(memory.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    limited, free = (
-        subprocess.run([sys.executable, "-c", code + limit + end], env=env, capture_output=True, text=True)
-        for limit in ("memory.limit()\n", "")
-    )
-    assert (limited.returncode, free.returncode) == (1, 0), free.stderr
-    assert "memory" in limited.stderr.splitlines()[-1]
+    code = f"import os, sys\nsys.path.insert(0, {str(Path(memory.__file__).parent)!r})\nimport memory, torch\n"
+    code += "free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')\n"
+    for limit, exit_code in (("memory.limit()\n", 1), ("", 0)):
+        (tmp_path / "code.py").write_text(code + limit + "torch.empty(int(0.97 * free), dtype=torch.uint8)")
+        process = start_python(["code.py"], tmp_path, err=tmp_path / f"err{exit_code}.txt")
+        process.join()
+        assert process.exitcode == exit_code, (tmp_path / f"err{exit_code}.txt").read_text()
+    assert "memory" in (tmp_path / "err1.txt").read_text().splitlines()[-1]
 
 
 def test_saved_bytes_are_those_of_a_network_counted_by_hand(monkeypatch):

@@ -184,7 +184,7 @@ def test_a_published_network_of_improved_diffusion_comes_in(name, tmp_path):
     preset = replace(published, width=64, details=replace(published.details, norm_groups=32))
     model = OpenAI(preset)
     model.heads, model.rescale, model.scale_shift = heads, rescale, scale_shift
-    x, timestep = inputs(preset, (64, 64) if name == "LSUN" else (32, 32), batch=1)
+    x, timestep = inputs(preset, (64, 64) if name == "LSUN" else (16, 16), batch=1)
     filled(model, x, timestep)
     torch.save(model.state, tmp_path / "ema.pt")
     state = interop.read(tmp_path / "ema.pt", preset)[1]
@@ -237,7 +237,7 @@ def test_other_networks_of_improved_diffusion(tmp_path):
 def test_the_published_network_of_pytorch_ddpm_comes_in(tmp_path):
     """Its configuration is that of the paper's CIFAR-10; the average of its checkpoint is taken."""
     model = W86763777(CIFAR10)
-    x, timestep = inputs(CIFAR10)
+    x, timestep = inputs(CIFAR10, batch=1)
     filled(model, x, timestep)
     zeros = {name: torch.zeros(()).expand(value.shape) for name, value in model.state.items()}
     torch.save({"net_model": zeros, "ema_model": model.state, "step": 5, "x_T": x}, tmp_path / "ckpt.pt")
