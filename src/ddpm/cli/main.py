@@ -83,8 +83,7 @@ def _run(arguments: Sequence[str]) -> int:
     except InputError as error:
         line = _as_option(str(error), command, arguments)
         _ends_itself()
-        several = os.environ.get("WORLD_SIZE", "1") != "1" and any(word in SEVERAL for word in arguments[:1])
-        if several and not hasattr(error, "shared"):
+        if _among_others() and arguments and arguments[0] in SEVERAL and not hasattr(error, "shared"):
             from ddpm.run.processes import tell
 
             error = tell(line)
@@ -110,6 +109,11 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(130, "; ".join(["interrupted", *map(str, error.args)]))
 
 
+def _among_others() -> bool:
+    """Whether torchrun started this process with others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 @contextmanager
 def _patience() -> Iterator[None]:
     """Under torchrun, let SIGTERM end this process after 5 seconds, not at once.
@@ -117,7 +121,7 @@ def _patience() -> Iterator[None]:
     torchrun sends it when one process has ended. If the reason was a mistake that all have made, this process is about
     to end by itself, with its own line and code.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1" or threading.current_thread() is not threading.main_thread():
+    if not _among_others() or threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -136,7 +140,7 @@ def _patience() -> Iterator[None]:
 
 def _ends_itself() -> None:
     """Ignore torchrun's SIGTERM from now on, also while Python ends, when `_patience` is over."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if _among_others():
         with suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
