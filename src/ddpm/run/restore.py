@@ -46,10 +46,14 @@ def superresolution(argument: str, preset: Preset, noise: float) -> Linear:
 
 
 def blur(argument: str, preset: Preset, noise: float) -> Linear:
-    """`blur:SIGMA`: a Gaussian blur of SIGMA pixels. Singular values below the noise count as 0."""
-    most = min(preset.size)
+    """`blur:SIGMA`: a Gaussian blur of SIGMA pixels. Singular values below 10 times the noise count as 0.
+
+    DDNM+ meets the same noise at each step, and keeps too much of it where A^+ makes it large. The cut is at 0.1 at
+    most, or at the noise if this is larger.
+    """
+    most, least = min(preset.size), max(noise, min(10 * noise, 0.1), 1e-6)
     try:
-        return Blur(finite_number("sigma", float(argument), 0.1, most), preset.size, max(noise, 1e-6))
+        return Blur(finite_number("sigma", float(argument), 0.1, most), preset.size, least)
     except ValueError:
         raise InputError(f"want blur:SIGMA with SIGMA in pixels, 0.1 to {most}") from None
 
