@@ -40,6 +40,14 @@ def _one_thread() -> Iterator[None]:
     os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """Let os.fsync return at once, but check its argument. The tests with power.py lose power, so they wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+        yield
+
+
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shape of each result that a CUDA graph captures. A replay is a plain call, so no GPU is needed."""

@@ -27,6 +27,7 @@ from ddpm.files import atomic, checkpoints
 from ddpm.files.tensors import read_tensors
 
 _SHUTDOWN, _DROP_ALL = 0x8004587D, struct.pack("I", 2)  # EXT4_IOC_SHUTDOWN, EXT4_GOING_FLAGS_NOLOGFLUSH
+_FSYNC = os.fsync  # that of conftest.py does not wait
 SYNCS = ("all", "files", "folders", "none")
 """What the saving process may sync. All but the first are controls, which must show losses."""
 
@@ -126,12 +127,10 @@ KINDS: dict[str, Callable[[Path, int], None]] = {
 
 
 def _save_for_ever(root: Path, first: int, syncs: str, pipe: int) -> None:
-    fsync = os.fsync
-
     def limited(descriptor: int) -> None:
         kind = "folders" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "files"
         if syncs in ("all", kind):
-            fsync(descriptor)
+            _FSYNC(descriptor)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", limited)

@@ -34,7 +34,7 @@ print("\\n" + json.dumps(results))
 WORKS = [
     "sample digits -n 2 --steps 2 --out a.png",
     "train digits --steps 1 --num-timesteps 10 --sample-steps 5 --eval-images 4 --out run",
-    "evaluate digits -n 2 --levels-per-image 2 --out e",
+    "evaluate RUN -n 2 --levels-per-image 2 --out e",
     "evaluate RUN -n 2 --out bound",
     "calibrate model.safetensors -n 2 --codec 0",
     "inspect --help",
