@@ -81,6 +81,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.1},
     "flip-none": {"flip": False},
     "nearest": {"noise_assignment": "nearest"},
+    "augment": {"augment": 0.12},  # EDM's rate for CIFAR-10
     # networks that cost about as much as that of cifar10_fast
     "attention-none": {"attention_resolutions": (0,)},
     "attention-everywhere": {"attention_resolutions": (8, 16)},
