@@ -54,10 +54,10 @@ def versions() -> dict[str, str]:
     return result
 
 
-def commit() -> str:
+def commit(checkout: Path = ROOT) -> str:
     """The commit of the checkout; "(dirty)" follows if the code differs from it. "unknown" without git."""
     try:
-        git = functools.partial(subprocess.check_output, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
+        git = functools.partial(subprocess.check_output, cwd=checkout, text=True, stderr=subprocess.DEVNULL)
         changed = git(["git", "status", "--porcelain", "--", "src", "benchmarks/*.py", "experiments/*.py"]).strip()
         return git(["git", "rev-parse", "--short", "HEAD"]).strip() + (" (dirty)" if changed else "")
     except (OSError, subprocess.CalledProcessError):

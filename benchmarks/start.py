@@ -1,10 +1,11 @@
 """Time `ddpm train digits` to its first step and `ddpm sample` to its first image, and find where the time goes.
 
-    python benchmarks/start.py [--repeats 5]
+    python benchmarks/start.py [--repeats 5] [--before CHECKOUT]
 
 Each repeat is a fresh process. The total lasts from the start of the process until the first step is in the log, or the
 picture is on disk. Another process measures the parts; the time of a part leaves out the parts that it calls. A third
-process measures the imports by package with `-X importtime`, which itself takes some time.
+process measures the imports by package with `-X importtime`, which itself takes some time. CHECKOUT is a folder with an
+older commit: its totals are measured in turns with those of this code.
 """
 
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -88,10 +90,11 @@ def started(command: list[str]) -> dict[str, float]:
     return seconds
 
 
-def first_line(out: Path) -> float:
-    """Seconds from `ddpm train digits` to the log line of its first step, in a process that nothing else times."""
+def first_line(checkout: Path, out: Path) -> float:
+    """Seconds from `ddpm train digits` of the code in `checkout` to the log line of its first step, with nothing timed
+    inside."""
     log, begun = out / "metrics.jsonl", time.perf_counter()
-    words = [sys.executable, "-m", "ddpm", "train", "digits", "--log-every", "1", "--out", str(out)]
+    words = [*program(checkout), "train", "digits", "--log-every", "1", "--out", str(out)]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         while not (log.exists() and '"loss"' in log.read_text()):
@@ -104,12 +107,20 @@ def first_line(out: Path) -> float:
         process.wait()
 
 
-def first_image(run: Path, out: Path) -> float:
-    """Seconds that `ddpm sample RUN -n 1` takes."""
+def first_image(checkout: Path, run: Path, out: Path) -> float:
+    """Seconds that `ddpm sample RUN -n 1` of the code in `checkout` takes."""
     begun = time.perf_counter()
-    words = [sys.executable, "-m", "ddpm", *sampling(run, out)]
+    words = [*program(checkout), *sampling(run, out)]
     subprocess.run(words, capture_output=True, check=True)
     return time.perf_counter() - begun
+
+
+def program(checkout: Path) -> list[str]:
+    """The words that start the command `ddpm` of the code in `checkout`."""
+    with (checkout / "pyproject.toml").open("rb") as file:
+        module, function = tomllib.load(file)["project"]["scripts"]["ddpm"].split(":")
+    code = f"import sys; sys.path[0] = {str(checkout / 'src')!r}; from {module} import {function}; {function}()"
+    return [sys.executable, "-c", code]
 
 
 def sampling(run: Path, out: Path) -> list[str]:
@@ -138,20 +149,28 @@ def main() -> None:
     import figures
     import record
 
-    args = record.parser(__doc__, seconds=0).parse_args()
+    parser = record.parser(__doc__, seconds=0)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="a folder with an older commit")
+    args = parser.parse_args()
+    checkouts = {"": record.ROOT}
+    if args.before is not None:
+        checkouts[", before"] = args.before.resolve()
+        args.before = record.commit(args.before)
+    totals: dict[str, list[float]] = {name + age: [] for age in checkouts for name in ("train", "sample")}
+    parts: dict[str, list[dict[str, float]]] = {"train": [], "sample": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        run = folder / "run"
-        short = ["--steps", "1", "--sample-every", "0", "--eval-images", "1", "--out", str(run)]
-        words = [sys.executable, "-m", "ddpm", "train", "digits", *short]
-        subprocess.run(words, capture_output=True, check=True)
-        totals: dict[str, list[float]] = {"train": [], "sample": []}
-        parts: dict[str, list[dict[str, float]]] = {"train": [], "sample": []}
+        runs = {age: folder / f"run{age}" for age in checkouts}
+        for age, run in runs.items():
+            short = ["--steps", "1", "--sample-every", "0", "--eval-images", "1", "--out", str(run)]
+            words = [*program(checkouts[age]), "train", "digits", *short]
+            subprocess.run(words, capture_output=True, check=True)
         for i in range(args.repeats):
-            totals["train"].append(first_line(folder / f"log{i}"))
+            for age, checkout in checkouts.items():
+                totals["train" + age].append(first_line(checkout, folder / f"log{i}{age}"))
+                totals["sample" + age].append(first_image(checkout, runs[age], folder / "sample.png"))
             parts["train"].append(started(["train", "digits", "--out", str(folder / f"parts{i}")]))
-            totals["sample"].append(first_image(run, folder / "sample.png"))
-            parts["sample"].append(started(sampling(run, folder / "sample.png")))
+            parts["sample"].append(started(sampling(runs[""], folder / "sample.png")))
     packages = {module: imports(module) for module in ("ddpm.run.train", "ddpm.run.sample")}
     text = ""
     for name, title in (("train", "`ddpm train digits` to its first step"), ("sample", "`ddpm sample` to an image")):
@@ -159,6 +178,8 @@ def main() -> None:
         rows = [(key, figures.spread(seconds_of.get(key, 0.0) for seconds_of in parts[name])) for key in keys]
         inside = figures.spread(sum(seconds_of.values()) for seconds_of in parts[name])
         text += f"## {title}: {figures.spread(totals[name])} s\n\n"
+        if args.before is not None:
+            text += f"Commit {args.before}: {figures.spread(totals[name + ', before'])} s.\n\n"
         text += figures.table(["", "s"], [*rows, ("sum, in the timed process", inside)]) + "\n"
     for module, seconds_of in packages.items():
         most = ", ".join(f"{package} {seconds:.2f}" for package, seconds in list(seconds_of.items())[:8])
