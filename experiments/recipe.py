@@ -86,11 +86,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention-none": {"attention_resolutions": (0,)},
     "attention-everywhere": {"attention_resolutions": (8, 16)},
     "patch-1": {"patch": 1, "width": 32, "channel_multipliers": (1, 2, 4)},
+    "narrow-deep": {"width": 64, "num_res_blocks": 3},
+    "narrow-then-wide": {"width": 64, "channel_multipliers": (1, 2)},
+    "narrow-then-wide-twice": {"width": 64, "channel_multipliers": (1, 2, 2)},
+    # half of its cost
     "narrow": {"width": 64},
-    "narrow-deep": {"width": 64, "channel_multipliers": (1, 1), "num_res_blocks": 6},
-    "wide-shallow": {"width": 128, "channel_multipliers": (1,), "num_res_blocks": 1, "attention_resolutions": (16,)},
-    "narrow-then-wide": {"width": 64, "channel_multipliers": (1, 2), "num_res_blocks": 1},
-    "three-levels": {"channel_multipliers": (1, 1, 1), "num_res_blocks": 1},
 }
 
 
