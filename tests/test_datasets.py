@@ -432,6 +432,22 @@ def test_a_damaged_member_of_any_compression_is_named(tmp_path, method):
     refused(str(tmp_path / "set.zip"), (8, 8), 3, match=r"0\.png in .*set\.zip: cannot be read")
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("wanted", [1, 3, 4])
+def test_pixels_are_those_of_the_same_pictures(tmp_path, channels, wanted):
+    """Arrays that have the form already are copied, and others pass through Pillow. Files always pass through it."""
+    shape = (3, 6, 5) if channels == 1 else (3, 6, 5, channels)
+    arrays = np.random.default_rng(channels).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=arrays)
+    (tmp_path / "files").mkdir()
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(tmp_path / "files" / f"{i}.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about conversions
+        found, expected = (load(tmp_path / name, (6, 5), wanted) for name in ("a.npz", "files"))
+    assert torch.equal(found.batch([0, 1, 2]), expected.batch([0, 1, 2]))
+
+
 @pytest.mark.parametrize("cache_bytes", [2**30, 0])
 def test_converting_and_enlarging_warn_once(tmp_path, cache_bytes):
     folder(tmp_path, classes=False)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,17 @@ class Form:
     def is_picture(self) -> bool:
         """Whether images are 8-bit grey, RGB or RGBA. Then colour is converted; otherwise numbers stay as they are."""
         return self.values == EIGHT_BIT and self.channels in pictures.MODES and self.pages != "channels"
+
+    def is_as_it_is(self, encoded: Encoded | InputError) -> TypeGuard[NDArray[np.uint8]]:
+        """Whether this is an array with the pixels of a picture of this form, so that nothing is left to do.
+
+        >>> form = Form((2, 2), 1)
+        >>> form.is_as_it_is(np.zeros((2, 2), np.uint8)), form.is_as_it_is(np.zeros((2, 2), np.float32))
+        (True, False)
+        """
+        shapes = [(*self.size, self.channels), *([self.size] if self.channels == 1 else [])]
+        is_pixels = isinstance(encoded, np.ndarray) and encoded.dtype == np.uint8 and encoded.shape in shapes
+        return self.is_picture and is_pixels
 
     def zeros(self, count: int) -> NDArray[Any]:
         """`count` images of pixels 0, [count, C, H, W]."""
@@ -85,6 +96,9 @@ class Decoder:
         for k, (i, encoded) in enumerate(zip(indices, self.encoded.fetch(indices), strict=True)):
             name, place = self.encoded.name(i), places[k] if places else None
             try:
+                if form.is_as_it_is(encoded):
+                    pixels[k] = encoded.reshape(*form.size, form.channels).transpose(2, 0, 1)
+                    continue
                 if not form.is_picture:
                     pixels[k] = form.array(encoded, name, notes, place).transpose(2, 0, 1)
                     continue

@@ -436,7 +436,7 @@ def _pick(source: str, split: str, splits: Iterable[str]) -> str:
 
 
 def load(
-    source: str,
+    source: str | os.PathLike[str],
     size: tuple[int, int],
     channels: int,
     *,
@@ -493,6 +493,7 @@ def load(
     (297, [5, 7, 4], 'digits (test): 297 images 8x8x1')
     """
     options = Options(image_column, label_column, allow_paths, progress, pages, verify, cache_bytes)
+    source = os.fspath(source)
     contents = open_source(source, options)
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     splits = contents.splits
@@ -506,7 +507,7 @@ def load(
 
 
 def load_pair(
-    source: str | Given,
+    source: str | os.PathLike[str] | Given,
     size: tuple[int, int],
     channels: int,
     *,
@@ -539,7 +540,7 @@ def load_pair(
     if isinstance(source, Given):
         contents, source = source.contents, source.name
     else:
-        contents = open_source(source, options)
+        contents = open_source(source := os.fspath(source), options)
     form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
     name = _pick(source, split, contents.splits)
     train = _build(source, name, contents, form, options, skip_bad, shuffle_window, on_demand)
