@@ -219,9 +219,10 @@ class Preset:
     gap_steps: int = _optimisation(
         2500, "number of steps after which the gap between the levels of loss consistency halves", 1, _COUNT
     )
-    guidance: float = _optimisation(
-        1.0, "guidance scale that loss consistency builds in, by the model of init; 1 is without guidance", 1, 100
+    teacher: bool = _optimisation(
+        False, "let the model of init step to the lower level of loss consistency; otherwise the image gets less noise"
     )
+    guidance: float = _optimisation(1.0, "guidance scale of the teacher; 1 is without guidance", 1, 100)
 
     seed: int = _run(0, "seed of the weights, the order of the images, the noise and the dropout", 0, 2**63 - 1)
     device: str = _run("auto", "device to train on: auto, cpu, cuda, cuda:1 or mps", resume=True, value="DEVICE")
@@ -305,10 +306,10 @@ class Preset:
             raise InputError(f"variance {self.variance}: loss {self.loss} does not train it; want loss hybrid or vlb")
         if self.loss == "consistency" and self.predict not in ("x0", "v"):
             raise InputError(f"predict {self.predict}: loss consistency needs x0^ even at high noise; want x0 or v")
-        if self.guidance != 1 and not (self.loss == "consistency" and self.classes and self.label_dropout):
-            raise InputError(
-                f"guidance {self.guidance}: needs loss consistency, classes, and label_dropout above 0; want 1"
-            )
+        if self.teacher and self.loss != "consistency":
+            raise InputError(f"teacher: loss {self.loss} has none; want loss consistency, or teacher false")
+        if self.guidance != 1 and not (self.teacher and self.classes and self.label_dropout):
+            raise InputError(f"guidance {self.guidance}: needs a teacher, classes, and label_dropout above 0; want 1")
         if self.weighting != "none" and (self.loss != "simple" or self.predict == "mu"):
             raise InputError(f"weighting {self.weighting}: needs loss simple, and predict eps, x0 or v")
         if self.timestep_sampling == "bound" and self.predict == "mu":

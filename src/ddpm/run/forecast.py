@@ -24,7 +24,7 @@ def snapshot_bytes(network: nn.Module) -> int:
 def checkpoint_bytes(preset: Preset, network: nn.Module) -> int:
     """The size of a checkpoint: weights, their average, and the optimizer's moments, all in float32; also the averages
     of snapshots and the teacher's weights, if the run has them."""
-    kept, others = optimizers.moments(network, preset.optimizer), 2 + (preset.guidance != 1)
+    kept, others = optimizers.moments(network, preset.optimizer), 2 + preset.teacher
     own = 4 * sum(p.numel() * (others + len(kept[name])) for name, p in network.named_parameters())
     return own + (snapshot_bytes(network) if preset.snapshot_every else 0)
 

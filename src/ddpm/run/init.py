@@ -96,16 +96,18 @@ def source(preset: Preset) -> Checkpoint:
 
 
 def check_teacher(model: Checkpoint | None, preset: Preset) -> None:
-    """Raise InputError if `preset` wants guidance of a model that cannot be guided, or not on these images."""
-    if preset.guidance == 1:
+    """Raise InputError if `preset` wants a teacher, and the model cannot be one, or not on these images."""
+    if not preset.teacher:
         return
     if model is None:
-        raise InputError(f"guidance {preset.guidance}: there is no model to guide; want init MODEL, or 1")
+        raise InputError("teacher: there is no model; want init MODEL, or teacher false")
     old, names = model.preset, ("size", "channels", "class_names", "pixel_type", "value_range", "condition")
     if other := [name for name in names if getattr(old, name) != getattr(preset, name)]:
-        raise InputError(f"guidance {preset.guidance}: the model {preset.init} has another {other[0]}; want 1")
-    if old.loss == "consistency" or not old.label_dropout:
-        why = "is a consistency model" if old.loss == "consistency" else "never saw an image without its label"
+        raise InputError(f"teacher: the model {preset.init} has another {other[0]}; want teacher false")
+    if old.loss == "consistency":
+        raise InputError(f"teacher: the model {preset.init} is a consistency model; want teacher false")
+    if preset.guidance != 1 and not old.label_dropout:
+        why = "never saw an image without its label"
         raise InputError(f"guidance {preset.guidance}: the model {preset.init} {why}; want 1")
 
 
@@ -121,7 +123,8 @@ def distilled(name: str, settings: Mapping[str, Any]) -> Preset:
     model = inherit(name, None, {each: settings[each] for each in ("data", *_OF_DATA) if each in settings})
     ours = {
         "loss": "consistency", "last_sigma": 80.0, "timestep_sampling": "lognormal_wide", "weighting": "none",
-        "noise_assignment": "independent", "lr": DISTILL_LR * model.lr, "guidance": 1.0,
+        "noise_assignment": "independent", "lr": DISTILL_LR * model.lr,
+        "guidance": 1.0, "teacher": settings.get("guidance", 1.0) != 1,
         "gap_steps": max(1, settings.get("steps", model.steps) // STAGES),
     }  # fmt: skip
     return replace(model, **{**ours, **settings})

@@ -267,7 +267,7 @@ class _Model:
     denoiser   with the network that is trained
     averaged   with the average of the weights
     schedule   on the CPU, where the noise levels of a batch are drawn
-    teacher    the network of `init` as it was, if its guidance is built in; checkpoints hold it, too
+    teacher    the network of `init` as it was, if the run has a teacher; checkpoints hold it, too
     seconds    of training so far
     saved      the step of the newest checkpoint
     resumed    the checkpoint that this process began with
@@ -327,7 +327,7 @@ def _build(preset: Preset, device: torch.device) -> _Model:
     network = denoiser.network
     assert isinstance(network, nn.Module)
     average = copy.deepcopy(network).eval().requires_grad_(False)
-    teacher = copy.deepcopy(average) if preset.guidance != 1 else None
+    teacher = copy.deepcopy(average) if preset.teacher else None
     found = optimizers.make(network, preset.optimizer, preset.lr)
     tracked = ema.TRACKED if preset.snapshot_every else ()
     powers = {stem: [p.detach().clone() for p in network.parameters()] for stem in tracked}
@@ -383,7 +383,9 @@ def _for_training(
         ids = [ranks.device.index] if on_cuda else None
         network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     denoiser, objective = replace(model.denoiser, network=network), losses.LOSSES[preset.loss]
-    teacher = None if model.teacher is None else replace(model.denoiser, network=model.teacher).guided(preset.guidance)
+    teacher = None if model.teacher is None else replace(model.denoiser, network=model.teacher)
+    if teacher is not None and preset.guidance != 1:
+        teacher = teacher.guided(preset.guidance)
 
     def gradient(
         x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, warps: Tensor | None, condition: Tensor | None, *r: Tensor
