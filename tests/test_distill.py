@@ -34,13 +34,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("guidance", [1, 3])
-def test_a_run_resumes_to_the_bit_without_the_model(guidance: int, tmp_path: Path) -> None:
-    """With dropout, across two halvings of the gap. The teacher of guidance is in the run's own checkpoints, and the
-    forecast of their size counts it.
+@pytest.mark.parametrize("teacher", ["--no-teacher", "--teacher", "--guidance 3"])
+def test_a_run_resumes_to_the_bit_without_the_model(teacher: str, tmp_path: Path) -> None:
+    """With dropout, across two halvings of the gap. The teacher is in the run's own checkpoints, and the forecast of
+    their size counts it.
     """
     shutil.copy(MODELS / "digits.safetensors", tmp_path / "model.safetensors")
-    options = ["--guidance", guidance, "--dropout", 0.2]
+    options = [*teacher.split(), "--dropout", 0.2]
     for name, steps in (("whole", 5), ("halves", 3)):
         out = tmp_path / name
         assert distill(out, *options, "--steps", steps, model=str(tmp_path / "model.safetensors")) == 0
@@ -48,7 +48,7 @@ def test_a_run_resumes_to_the_bit_without_the_model(guidance: int, tmp_path: Pat
     assert main(["train", str(tmp_path / "halves"), "--steps", "5"]) == 0
     whole, halves = (tensors(tmp_path / name, 5) for name in ("whole", "halves"))
     assert whole.keys() == halves.keys()
-    assert any(name.startswith("teacher/") for name in whole) == (guidance != 1)
+    assert any(name.startswith("teacher/") for name in whole) == (teacher != "--no-teacher")
     size = sum(file.stat().st_size for file in (tmp_path / "whole/checkpoints/00000005").glob("*.safetensors"))
     model = open_checkpoint(tmp_path / "whole")
     assert isinstance(model.denoiser.network, torch.nn.Module)
@@ -60,10 +60,11 @@ def test_a_run_resumes_to_the_bit_without_the_model(guidance: int, tmp_path: Pat
     assert forecast.checkpoint_bytes(opened.preset, opened.denoiser.network) == size
 
 
-def test_the_loss_gets_the_gap_of_the_step_and_the_guided_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("scale", [1, 2.5])
+def test_the_loss_gets_the_gap_of_the_step_and_the_teacher(
+    scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gap halves every 2 steps. The teacher is the model at a guidance scale of 2.5, also after an update."""
+    """The gap halves every 2 steps. The teacher is the model at this guidance scale, also after an update."""
     seen: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
     real = losses.consistency
 
@@ -72,7 +73,7 @@ def test_the_loss_gets_the_gap_of_the_step_and_the_guided_teacher(
         return real(denoiser, x0, t, eps, y, r, teacher)
 
     monkeypatch.setitem(losses.LOSSES, "consistency", spy)
-    assert distill(tmp_path / "run", "--steps", 6, "--guidance", 2.5, "--batch-size", 64) == 0
+    assert distill(tmp_path / "run", "--steps", 6, "--teacher", "--guidance", scale, "--batch-size", 64) == 0
     schedule = open_checkpoint(tmp_path / "run").denoiser.schedule
     sigma = (-schedule.half_log_snr).exp()
     assert schedule.T == 991
@@ -81,9 +82,10 @@ def test_the_loss_gets_the_gap_of_the_step_and_the_guided_teacher(
         noisy = (sigma[t] > 3) & (sigma[t] < 30)  # where a level is small beside the gap, and n is 1
         share = 1 - sigma[r[noisy]] / sigma[t[noisy]]
         assert share.mean().item() == pytest.approx(0.5 ** (1 + step // 2), abs=0.08)
-        assert teacher.network.scale == 2.5
+        assert getattr(teacher.network, "scale", 1) == scale
     theirs = open_checkpoint("digits").denoiser.network.state_dict()  # type: ignore[union-attr]
-    assert all(torch.equal(value, theirs[name]) for name, value in seen[-1][2].network.network.state_dict().items())
+    network = seen[-1][2].network if scale == 1 else seen[-1][2].network.network
+    assert all(torch.equal(value, theirs[name]) for name, value in network.state_dict().items())
 
 
 def test_parts_of_a_batch_give_the_same_run(tmp_path: Path) -> None:
@@ -124,11 +126,13 @@ def test_it_is_sampled_in_two_calls(model: Path, tmp_path: Path, capsys: pytest.
         ("sample MODEL --guide digits --out OUT.png", "one of the two is a consistency model; want ordinary models"),
         ("distill EPS --out OUT", "predict eps: loss consistency needs x0^ even at high noise; want x0 or v"),
         ("distill digits --guidance 0.5 --out OUT", "--guidance 0.5: want a finite number, 1 to 100"),
-        ("distill MODEL --guidance 2 --out OUT", "is a consistency model; want 1"),
+        ("distill MODEL --guidance 2 --out OUT", "is a consistency model; want teacher false"),
+        ("distill digits --no-teacher --guidance 2 --out OUT", "guidance 2.0: needs a teacher"),
+        ("train digits --teacher --out OUT", "teacher: loss simple has none; want loss consistency"),
         ("distill nothing --out OUT", "nothing: no such file or folder"),
         ("export MODEL --to diffusers OUT", "loss consistency: no pipeline of DDPM or DDIM samples it"),
-        ("train EPS --guidance 2 --out OUT", "needs loss consistency, classes, and label_dropout above 0"),
-        ("train digits --loss consistency --guidance 2 --out OUT", "there is no model to guide; want init MODEL, or 1"),
+        ("train EPS --guidance 2 --out OUT", "needs a teacher, classes, and label_dropout above 0"),
+        ("train digits --loss consistency --teacher --out OUT", "there is no model; want init MODEL, or teacher false"),
     ],
 )
 def test_mistakes_are_one_line(
