@@ -133,6 +133,17 @@ def test_the_commands_of_the_card_make_the_model(trained: Path, here: Path) -> N
     assert all(torch.equal(again[name], value) for name, value in stored.items())
 
 
+@pytest.mark.parametrize("model", ["models/cifar10_fast", "models/cifar10_likelihood", "src/ddpm/models/digits"])
+def test_the_cards_of_the_repository_name_the_training_of_their_models(model: str) -> None:
+    """A preset that changes later would make another network than the card says."""
+    root = Path(__file__).parents[1] / model
+    command = re.findall(r"^ddpm train (.*)$", root.with_suffix(".md").read_text(), re.M)[0]
+    first = export._commands(checkpoint := open_checkpoint(root.with_suffix(".safetensors")), checkpoint).splitlines()[0]
+    base, *options = command.split()
+    wanted = first.removeprefix("ddpm train ").split()
+    assert (base, sorted(options)) == (wanted[0], sorted(wanted[1:]))
+
+
 def test_the_card_names_the_precision_of_the_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if the machine that exports computes in float32. (No samples are made, which would take 1,000 steps.)"""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
