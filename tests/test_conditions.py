@@ -29,7 +29,7 @@ from ddpm.files.opening import open_checkpoint
 from ddpm.gaussian import beta_tilde, q_sample
 from ddpm.run import conditioning, device, fidelity, inputs
 from ddpm.run.processes import Processes
-from ddpm.run.sample import Sampling, generate
+from ddpm.run.sample import Conditions, Sampling, generate
 from ddpm.run.train import _load
 from ddpm.unet import UNet
 
@@ -365,16 +365,16 @@ def test_the_condition_is_that_of_the_warped_image(tmp_path: Path, monkeypatch: 
     for x0, told in found:
         picture = conditions.picture("lowres:2", x0)
         torch.testing.assert_close(told.condition, conditions.join(picture, torch.ones(len(x0), 1, 8, 8)))
-        assert told.network.keywords["warp"].any()
+        assert told.network.args[1].any()
     assert found
 
 
 def test_distill_tells_model_and_teacher_the_condition(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The result takes --input, and has its guidance built in."""
+    """And the warp. The result takes --input, and has its guidance built in."""
     model, out = tmp_path / "model", tmp_path / "run"
-    assert train(model, *OPTIONS, "--predict", "v", "--schedule", "cosine", "--steps", "2") == 0
+    assert train(model, *OPTIONS, "--augment", "0.5", "--predict", "v", "--schedule", "cosine", "--steps", "2") == 0
     found: list[tuple[Denoiser, Denoiser]] = []
     real = losses.consistency
 
@@ -387,7 +387,10 @@ def test_distill_tells_model_and_teacher_the_condition(
     assert main(["distill", str(model), "--out", str(out), *options]) == 0
     for student, teacher in found:
         assert torch.equal(student.network.condition, teacher.network.condition)  # type: ignore[attr-defined]
-        assert teacher.network.network.scale == 2  # type: ignore[attr-defined]
+        guided = teacher.network.network  # type: ignore[attr-defined]
+        assert guided.scale == 2
+        assert student.network.network.args[1].any()  # type: ignore[attr-defined]
+        assert torch.equal(student.network.network.args[1], guided.network.args[1])  # type: ignore[attr-defined]
     assert found
     words = ["sample", str(out), "--input", str(pictures / "small" / "0.png"), "--out", str(tmp_path / "a.npz")]
     assert main(words) == 0
@@ -505,6 +508,41 @@ def test_a_cascade_begins_with_a_model_without_a_condition(run: Path, smaller: P
     told = replace(small, preset=replace(small.preset, condition="mask:half"))
     with pytest.raises(InputError, match="has condition mask:half itself; want a model without one"):
         inputs.check_cascade(told, large, Sampling())
+
+
+def test_all_classes_of_a_cascade_are_those_of_both_models(run: Path, smaller: Path) -> None:
+    """Each model would go through its own classes, and enlarge a cat as a bird."""
+    small, large = open_checkpoint(smaller), open_checkpoint(run)
+    every = Sampling(conditions=Conditions(classes=("all",)))
+    same = replace(small, preset=replace(small.preset, classes=True, class_names=large.preset.class_names))
+    inputs.check_cascade(same, large, every)
+    other = replace(small, preset=replace(small.preset, classes=True, class_names=("cat", "bird")))
+    with pytest.raises(InputError, match="class all: has other classes than"):
+        inputs.check_cascade(other, large, every)
+
+
+def test_a_process_without_images_has_empty_results(run: Path, pictures: Path) -> None:
+    """As when two processes share one image. Noise on the condition, strips and the pictures of training, too."""
+    checkpoint = open_checkpoint(run)
+    checkpoint = replace(checkpoint, preset=replace(checkpoint.preset, condition_noise=0.5))
+    told = inputs.read_inputs(checkpoint, str(pictures / "small" / "0.png"), 1)
+    make, _ = Sampling("ddim", 2, inputs=told, condition_noise=0.1).maker(checkpoint, torch.device("cpu"))
+    assert make([]).shape == (0, 1, 8, 8)
+    assert make([], strips=True).shape == (0, 2, 1, 8, 8)
+    _, held_out = data.load_pair("digits", (8, 8), 1)
+    for condition in ("lowres:2", "mask:half"):
+        preset = replace(checkpoint.preset, condition=condition)
+        assert conditioning.of_images(preset, held_out, [], torch.zeros(0, 1, 8, 8)).shape == (0, 2, 8, 8)  # type: ignore[union-attr]
+
+
+def test_strips_are_made_in_batches(run: Path, pictures: Path) -> None:
+    checkpoint = open_checkpoint(run)
+    told, sizes = inputs.read_inputs(checkpoint, str(pictures / "small" / "0.png"), 5), list[int]()
+    whole, parts = (
+        Sampling("ddim", 2, inputs=told, batch_size=size).maker(checkpoint, torch.device("cpu"))[0] for size in (64, 2)
+    )
+    assert torch.equal(whole(range(5), strips=True), parts(range(5), strips=True, watch=sizes.append))
+    assert max(sizes) == 2
 
 
 def test_pairs_are_read_in_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -708,6 +746,22 @@ def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, caps
     assert main([*words, "--metrics", "nll", "psnr", "fid", "--features", f"{tmp_path}/mine.py:rows"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["nll"]["bits_per_dim"] > 0
+    options = [
+        "--out",
+        str(tmp_path / "of-class"),
+        "--metrics",
+        "nll",
+        "psnr",
+        "fid",
+        "--features",
+        f"{tmp_path}/mine.py:rows",
+        "--class",
+        "3",
+    ]
+    assert main([*words, *options]) == 0
+    of_class = json.loads(capsys.readouterr().out)  # the class is that of the samples for fid only
+    assert of_class["nll"]["bits_per_dim"] == found["nll"]["bits_per_dim"]
+    assert of_class["fidelity"]["psnr"] == found["fidelity"]["psnr"]
     assert {"psnr", "psnr_of_mean", "psnr_bicubic", "psnr_standard_error"} <= set(found["fidelity"])
     assert (found["conditions_of"], found["samples"]) == ("test", 4)
     assert main([*words, "--levels-per-image", "2", "--metrics", "nll", "ode", "--ode-steps", "3"]) == 0
@@ -729,6 +783,7 @@ def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, caps
         ),
         ({"condition": "lowres:x"}, "want a whole number of at least 2"),
         ({"condition": "grey"}, "condition grey: the images are grey already; want channels 3"),
+        ({"condition": "grey", "channels": 4}, "condition grey: grey pictures have no transparency; want channels 3"),
         ({"condition": "mask:halves"}, "condition mask:halves: did you mean half"),
         ({"condition": "pairs"}, "condition pairs: has no other images; want a SOURCE as pairs, or a column"),
         ({"pairs": "x"}, "pairs x: the condition is none; want condition pairs with it"),
@@ -776,6 +831,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
             "this model was not trained with condition pairs; want no --pairs",
         ),
         ("evaluate RUN --metrics nll --guidance 2", "--guidance 2.0: not with --metrics nll"),
+        ("evaluate RUN --metrics psnr --levels-per-image 2", "--levels-per-image 2: needs --metrics nll"),
         ("evaluate RUN --metrics ssim", "its window has 11x11 pixels|scikit-image|skimage is not installed"),
     ],
 )

@@ -17,7 +17,7 @@ from ddpm.files.models import MODELS
 from ddpm.files.opening import open_checkpoint
 from ddpm.run import forecast
 from ddpm.run.export import public
-from ddpm.run.init import distilled
+from ddpm.run.init import distilled, inherit
 
 SHORT = "--batch-size 8 --eval-images 8 --sample-every 0 --gap-steps 2 --warmup 0 --cooldown 0".split()
 
@@ -86,6 +86,15 @@ def test_the_loss_gets_the_gap_of_the_step_and_the_teacher(
     theirs = open_checkpoint("digits").denoiser.network.state_dict()  # type: ignore[union-attr]
     network = seen[-1][2].network if scale == 1 else seen[-1][2].network.network
     assert all(torch.equal(value, theirs[name]) for name, value in network.state_dict().items())
+
+
+def test_a_run_that_begins_with_a_taught_model_has_no_teacher(tmp_path: Path) -> None:
+    assert distill(tmp_path / "run", "--steps", 1, "--guidance", 2) == 0
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"track": "tensorboard"}))
+    begun = inherit(str(tmp_path / "run"), None, {})
+    assert (begun.teacher, begun.guidance, begun.track) == (False, 1, "none")
+    assert main(["train", "--init", str(tmp_path / "run"), "--steps", "1", "--out", str(tmp_path / "next")]) == 0
 
 
 def test_parts_of_a_batch_give_the_same_run(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`ddpm restore`: results agree with what was given, clean pictures are degraded as the operator says, and mistakes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.files import data, images
 from ddpm.files.opening import open_checkpoint
+from ddpm.pixels import Values
+from ddpm.run.edit import SamplingSettings
 from ddpm.run.restore import ROUNDING, Restoration, restore
 
 OPERATORS = """import torch
@@ -31,6 +34,8 @@ def broken(x):
     raise ValueError("it is broken")
 def turned(x):
     return torch.from_numpy(x.detach().numpy()[:, :, ::-1].copy())
+def complex(x):
+    return torch.fft.fft2(x)
 """
 
 
@@ -163,6 +168,19 @@ def test_python_takes_bytes(here: Path) -> None:
         restore(checkpoint, [source], "mask:mask.png", settings=Restoration(noise=0.1), progress=False)
 
 
+def test_the_least_noise_is_that_of_rounding_to_the_models_numbers(here: Path) -> None:
+    """A model of the numbers 0 to 100 rounds to steps of 2.55 grey levels."""
+    checkpoint = open_checkpoint("digits")
+    preset = replace(checkpoint.preset, pixel_type="uint8", value_range=(0.0, 100.0))
+    checkpoint = replace(
+        checkpoint, preset=preset, denoiser=replace(checkpoint.denoiser, values=Values("uint8", 0, 100))
+    )
+    np.save("a.npy", np.full((8, 8), 50, np.uint8))
+    settings = Restoration(sampling=SamplingSettings(steps=2))
+    given = restore(checkpoint, ["a.npy"], "blur:1", settings=settings, progress=False)
+    assert given.noise == pytest.approx(2.55 * ROUNDING)
+
+
 MISTAKES = {
     "--operator superres:2": "--operator 'superres:2': did you mean superresolution? want superresolution:N, blur",
     "--operator own.py": "--operator 'own.py': want superresolution:N, blur:SIGMA, mask:FILE, grey or FILE.py:NAME",
@@ -185,6 +203,9 @@ MISTAKES = {
     "--operator blur:1 --zeta 2": "--zeta 2.0: the method ddnm has no such setting",
     "--operator blur:1 --method dps --resample 2": "--resample 2: the method dps has no such setting",
     "--operator blur:1 --method dps --zeta -1": "--zeta -1.0: want a finite number of at least 0",
+    "--operator blur:1 --jump 2": "--jump 2: each level is passed once; want resample of 2 or more with it",
+    "--operator own.py:complex --degrade": "--operator own.py:complex: returned complex numbers; want real ones",
+    "--operator blur:1 --variance fixed_small": "--variance: ddpm restore has no such option",
     "--operator blur:1 --steps 5 --resample 2 --jump 5": "--jump 5: want 1 to 4",
     "--operator blur:1 --steps 2000": "--steps 2000: want 1 to 1000",
     "--operator blur:1 --spacing odd": "--spacing 'odd': want uniform",

@@ -53,20 +53,18 @@ class Kind(NamedTuple):
     picture   (x0 [B, C, H, W], argument) -> [B, c, h, w]: the picture that a person could give in its place
     argument  the name of its argument in help, or none
     channels  c; 0 for those of the image
-    meaning   one line for help
     """
 
     picture: Callable[[Tensor, str], Tensor]
     argument: str = ""
     channels: int = 0
-    meaning: str = ""
 
 
 CONDITIONS = {
-    "lowres": Kind(lowres, argument="N", meaning="the image with sides N times smaller, to be enlarged"),
-    "grey": Kind(grey, channels=1, meaning="the image without its colours"),
-    "mask": Kind(whole, argument="LAW", meaning="a part of the image"),
-    "pairs": Kind(whole, meaning="another image, from the SOURCE of pairs or the column pair_column"),
+    "lowres": Kind(lowres, argument="N"),
+    "grey": Kind(grey, channels=1),
+    "mask": Kind(whole, argument="LAW"),
+    "pairs": Kind(whole),
 }
 
 
@@ -180,6 +178,6 @@ class Given:
     condition: Tensor
 
     def __call__(self, x: Tensor, timestep: Tensor, y: Tensor | None = None) -> Tensor:
-        each = len(x) // len(self.condition)
+        each = len(x) // max(1, len(self.condition))
         condition = self.condition if each == 1 else self.condition.repeat_interleave(each, dim=0)
         return self.network(x, timestep, y, condition=condition)

@@ -340,6 +340,8 @@ class Preset:
             raise InputError(f"{name}: want a whole number of at least 2 that divides both sides of {height}x{width}")
         if kind == "grey" and self.channels == 1:
             raise InputError(f"{name}: the images are grey already; want channels 3, or another condition")
+        if kind == "grey" and self.channels == 4 and self.pixel_type == "uint8":
+            raise InputError(f"{name}: grey pictures have no transparency; want channels 3, or another condition")
         if kind == "pairs" and not (self.pairs or self.pair_column):
             raise InputError(f"{name}: has no other images; want a SOURCE as pairs, or a column of data as pair_column")
         for what in ("pairs", "pair_column"):

@@ -91,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
         asked = asked.resolved(model)
         _check_likelihoods(args)
         denoiser, labels = asked.apply(model, sampling=bool(quality) and args.samples is None)
+        # a class is that of samples; all other measurements have the labels of the images, and no guidance by a class
+        alone = replace(asked, classes=(), guidance=None, guidance_interval=None) if asked.classes else asked
+        plain = replace(model, denoiser=alone.apply(model, sampling=False)[0])
         model = replace(model, denoiser=denoiser)
         progress = ranks.first and not args.json
         given = {"labels": "of the images"} if model.preset.always_labelled else {}
@@ -102,9 +105,9 @@ def run(args: argparse.Namespace) -> int:
             ranks.first,
         )
         cache = out_folder(args, model.home / "cache")
-        _likelihoods(args, model, results, cache, ranks, progress)
+        _likelihoods(args, plain, results, cache, ranks, progress)
         if fidelity:
-            _fidelity(args, fidelity, model, asked.about(), results, cache, ranks, progress)
+            _fidelity(args, fidelity, plain, alone.about(), results, cache, ranks, progress)
         if quality:
             _quality(args, quality, model, labels, asked.about(), results, cache, ranks, progress)
         if ranks.first:
@@ -131,8 +134,10 @@ def _check_quality(args: argparse.Namespace, quality: list[str]) -> None:
 
 
 def _check_likelihoods(args: argparse.Namespace) -> None:
-    """Raise InputError for guidance in a measurement of bits/dim. Guidance towards a class has no effect there."""
+    """Raise InputError for guidance in a measurement of bits/dim, except that of samples of a class."""
     known = [metric for metric in args.metrics if metric in LIKELIHOODS]
+    if args.levels_per_image is not None and "nll" not in known:
+        raise InputError(f"--levels-per-image {args.levels_per_image}: needs --metrics nll")
     for name in ("guidance", "guide"):
         if known and (given := getattr(args, name)) is not None and not (name == "guidance" and args.classes):
             raise InputError(f"--{name} {given}: not with --metrics {known[0]}, which is without guidance")

@@ -44,8 +44,8 @@ def add(commands: Commands) -> None:
         "(tensor [B, C, H, W] in -1..1) that returns a tensor [B, ...]"
     )
     group.add_argument("--operator", required=True, metavar="OPERATOR", help=operators)
-    noise = "standard deviation of the images' noise in grey levels; rounding alone has 0.29 (default: %(default)s)"
-    group.add_argument("--noise", **number(float, 0.29), help=noise)
+    noise = "standard deviation of the images' noise in grey levels; rounding to 8 bits has 0.29 (default: 0.29)"
+    group.add_argument("--noise", **number(float, None), help=noise)
     degrade = "degrade clean images first, and show each of them clean, degraded and restored"
     group.add_argument("--degrade", action="store_true", help=degrade)
     group.add_argument("-n", **number(int, 1), help="number of results to make of an image (default: %(default)s)")
@@ -70,7 +70,8 @@ def add(commands: Commands) -> None:
     group.add_argument("--zeta", **number(float, None), help="dps: size of the steps towards the image (default: 1)")
     add_clip(group)
     add_classes(parser)
-    add_model(parser)
+    add_model(parser, variance=False)  # both methods have a variance of their own
+    parser.set_defaults(variance=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     columns = columns if columns > 1 else min(len(names), 16)
     images.save_many(args.out, images.channels_last(pictures), names, columns, sheet)
     about = {
-        "out": args.out, "count": len(made.restored), **model.about(), "operator": args.operator, "noise": args.noise,
+        "out": args.out, "count": len(made.restored), **model.about(), "operator": args.operator, "noise": made.noise,
         "method": made.method, "steps": len(made.levels), "degrade": args.degrade, **resolved.about(),
         "seed": args.seed, "residual": made.residual, "psnr": made.psnr,
     }  # fmt: skip

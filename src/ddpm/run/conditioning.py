@@ -54,7 +54,8 @@ def of_images(preset: Preset, images: data.Images, indices: Sequence[int], x0: T
             raise InputError(f"{images.name}: has no pairs; want --pairs SOURCE")
         told = pixels.to_signal(images.pair.batch(indices), images.values).to(x0)
     known = [conditions.known(preset.condition, 1, preset.size, noise.generator(_IMAGE, i)) for i in indices]
-    return conditions.join(conditions.picture(preset.condition, told, images.values), torch.cat(known).to(x0))
+    shown = torch.cat([torch.zeros(0, 1, *preset.size), *known]).to(x0)  # a process may have no image
+    return conditions.join(conditions.picture(preset.condition, told, images.values), shown)
 
 
 def given(

@@ -48,7 +48,9 @@ def inherit(name: str, base: Preset | None, settings: Mapping[str, Any]) -> Pres
     """
     model = open_checkpoint(name).preset
     if base is None:
-        local = ("skip_bad", "allow_paths", "precision", "device", "compile", "workers")
+        local = (
+            "skip_bad", "allow_paths", "precision", "device", "compile", "workers", "track", "teacher", "guidance",
+        )  # fmt: skip
         defaults: dict[str, Any] = {f.name: f.default for f in fields(Preset) if f.name in local}
         base = replace(model, class_names=(), **defaults)
         if "data" in settings:

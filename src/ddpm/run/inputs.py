@@ -58,6 +58,8 @@ def check_cascade(small: Checkpoint, large: Checkpoint, sampling: Sampling) -> N
         shown = f"{small.preset.kind} images of {'x'.join(map(str, small.preset.size))}"
         size = "x".join(map(str, small_size(preset)))
         raise InputError(f"{name}: enlarges {preset.kind} images of {size}; {small.path} makes {shown}")
+    if sampling.conditions.classes == ("all",) and preset.class_names not in ((), small.preset.class_names):
+        raise InputError(f"{name}: class all: has other classes than {small.path}; want classes by their names")
     nothing = torch.zeros(1, *small.preset.shape, dtype=small.denoiser.values.torch)
     cascade(large, nothing, sampling, "").maker(large, torch.device("cpu"))
 

@@ -104,6 +104,8 @@ def operator_of(
         if not isinstance(result, Tensor) or not result.shape or len(result) != len(x):
             have = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise InputError(f"operator {spec}: returned {have}; want a tensor [{len(x)}, ...], one row per image")
+        if result.is_complex():
+            raise InputError(f"operator {spec}: returned complex numbers; want real ones, as torch.view_as_real makes")
         return result
 
     return checked
@@ -115,7 +117,7 @@ class Restoration:
 
     method    ddnm, which needs a linear operator, or dps; None: ddnm for a linear operator
     noise     the standard deviation of the noise of the measured images in grey levels, which are 1/255 of the range of
-              the model's numbers; at least that of rounding, if these are whole
+              the model's numbers; at least that of rounding, if these are whole. None: ROUNDING, or this if it is more
     zeta      the size of the steps of dps; None: 1
     jump      levels to go back up in the time travel of ddnm; None: 1/25 of the visited ones
     resample  how often ddnm passes each level; None: once
@@ -123,7 +125,7 @@ class Restoration:
     """
 
     method: str | None = None
-    noise: float = ROUNDING
+    noise: float | None = None
     zeta: float | None = None
     jump: int | None = None
     resample: int | None = None
@@ -137,6 +139,7 @@ class Restored(NamedTuple):
     degraded  the measurements as pixels [I, C, H, W], enlarged where they are smaller; None if they are no images
     restored  pixels [I n, C, H, W], n of the first image, and so on
     method    ddnm or dps
+    noise     the standard deviation of the noise that was assumed, in grey levels
     levels    the visited noise levels
     residual  the root mean square of A(restored) - measurement, in grey levels
     psnr      the peak signal-to-noise ratio of all restored pixels in dB; None without `clean`, and if they are equal
@@ -146,6 +149,7 @@ class Restored(NamedTuple):
     degraded: Tensor | None
     restored: Tensor
     method: str
+    noise: float
     levels: list[int]
     residual: float
     psnr: float | None
@@ -185,14 +189,15 @@ def restore(
     device, least = checkpoint.denoiser.schedule.alpha_bar.device, 0.0
     if values.bins:
         least = round(ROUNDING * values.bin / pixels.BIN, 4)
-    noise = finite_number("noise", settings.noise, least, 255) * pixels.BIN
+    given = max(ROUNDING, least) if settings.noise is None else settings.noise
+    noise = finite_number("noise", given, least, 255) * pixels.BIN
     apply = operator_of(operator, preset, noise, device)
     method = _method(settings, apply, operator)
     levels = _levels(checkpoint, method, settings.sampling)
     sample: Callable[..., Iterator[Step]]
     if method == "ddnm":
         jump = max(1, len(levels) // 25) if settings.jump is None else settings.jump
-        resample = 1 if settings.resample is None else settings.resample
+        resample = 1 if settings.resample is None or len(levels) == 1 else settings.resample
         sample = partial(restoration.ddnm, sigma=noise, steps=levels, jump=jump, resample=resample)
         calls = repaint_calls(len(levels), jump, resample)
     else:
@@ -226,10 +231,10 @@ def restore(
     shown = _shown(measured, preset)
     degraded = None if shown is None else pixels.to_pixels(shown, values).cpu()
     if clean is None:
-        return Restored(None, degraded, restored, method, levels, residual, None)
+        return Restored(None, degraded, restored, method, given, levels, residual, None)
     before = pixels.to_pixels(clean, values)
     psnr = _psnr(before.repeat_interleave(n, 0), restored, values.high - values.low)
-    return Restored(before, degraded, restored, method, levels, residual, psnr)
+    return Restored(before, degraded, restored, method, given, levels, residual, psnr)
 
 
 def _method(settings: Restoration, operator: Callable[[Tensor], Tensor], spec: str) -> str:
@@ -242,6 +247,8 @@ def _method(settings: Restoration, operator: Callable[[Tensor], Tensor], spec: s
     for name in ("zeta",) if method == "ddnm" else ("jump", "resample"):
         if getattr(settings, name) is not None:
             raise InputError(f"{name} {getattr(settings, name)}: the method {method} has no such setting")
+    if settings.jump is not None and settings.resample in (None, 1):
+        raise InputError(f"jump {settings.jump}: each level is passed once; want resample of 2 or more with it")
     return method
 
 

@@ -425,6 +425,9 @@ class Sampling:
             places: Sequence[int], strips: bool = False, progress: bool = False, columns: int = 11, noisy: bool = False,
             watch: Callable[[int], None] = lambda images: None,
         ) -> Tensor:  # fmt: skip
+            if strips and len(places) > self.batch_size:
+                batches = [places[i : i + self.batch_size] for i in range(0, len(places), self.batch_size)]
+                return torch.cat([make(batch, strips, progress, columns, noisy, watch) for batch in batches])
             seeds, y = [self.seed + i for i in places], cycled_labels(labels, places)
             run: Callable[..., Tensor] = partial(generate, batch_size=self.batch_size)
             if strips:
@@ -452,7 +455,7 @@ class Sampling:
         told = self.inputs.of(places)
         if not self.condition_noise:
             return told
-        eps = normal([mix(self.seed + place, _CONDITION) for place in places], told[0, :-1].shape)
+        eps = normal([mix(self.seed + place, _CONDITION) for place in places], (told.shape[1] - 1, *told.shape[2:]))
         return conditions.noisy(told, torch.full((len(told),), self.condition_noise), eps)
 
 

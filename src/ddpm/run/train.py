@@ -27,6 +27,7 @@ from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data, tensors
 from ddpm.files.checkpoints import CHECKPOINTS, SNAPSHOTS
 from ddpm.files.models import Checkpoint
+from ddpm.guidance import Guided
 from ddpm.presets import Preset, build
 from ddpm.run import agree, augment, conditioning, ema, forecast, init, log, nodes, partition, track
 from ddpm.run.advice import advice, few_steps
@@ -372,6 +373,20 @@ def _begin(preset: Preset, images: data.Images, ranks: Processes) -> _Training:
     return _for_training(_build(preset, ranks.device), preset, parts, images, ranks)
 
 
+def _told_of(denoiser: Denoiser, warps: Tensor | None) -> Denoiser:
+    """The denoiser whose network is told how each image is warped. Guidance calls the network with each image twice."""
+    if warps is None:
+        return denoiser
+    if isinstance(guided := denoiser.network, Guided):
+        inner = _told_of(replace(denoiser, network=guided.network), warps)
+        return replace(denoiser, network=replace(guided, network=inner.network))
+    return replace(denoiser, network=partial(_told, denoiser.network, warps))
+
+
+def _told(network: Callable[..., Tensor], warps: Tensor, x: Tensor, *args: Any, **condition: Any) -> Tensor:
+    return network(x, *args, warp=warps.repeat(len(x) // len(warps), 1), **condition)
+
+
 def _for_training(
     model: _Model, preset: Preset, parts: list[slice], images: data.Images, ranks: Processes
 ) -> _Training:  # fmt: skip
@@ -390,9 +405,10 @@ def _for_training(
     def gradient(
         x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, warps: Tensor | None, condition: Tensor | None, *r: Tensor
     ) -> Tensor:
-        told = denoiser if warps is None else replace(denoiser, network=partial(network, warp=warps))
-        by = {} if teacher is None else {"teacher": teacher.given(condition)}
-        loss = objective(told.given(condition), x0, t, eps, y, *r, **by) * losses.weight(denoiser, t, preset.weighting)
+        by = {} if teacher is None else {"teacher": _told_of(teacher, warps).given(condition)}
+        loss = objective(_told_of(denoiser, warps).given(condition), x0, t, eps, y, *r, **by) * losses.weight(
+            denoiser, t, preset.weighting
+        )
         loss = loss.mean() / partition.divisor(len(x0), preset.batch_size, ranks.world)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
