@@ -436,7 +436,7 @@ def _pick(source: str, split: str, splits: Iterable[str]) -> str:
 
 
 def load(
-    source: str | os.PathLike[str],
+    source: str | Path,
     size: tuple[int, int],
     channels: int,
     *,
@@ -507,7 +507,7 @@ def load(
 
 
 def load_pair(
-    source: str | os.PathLike[str] | Given,
+    source: str | Path | Given,
     size: tuple[int, int],
     channels: int,
     *,
