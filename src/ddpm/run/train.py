@@ -406,9 +406,8 @@ def _for_training(
         x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, warps: Tensor | None, condition: Tensor | None, *r: Tensor
     ) -> Tensor:
         by = {} if teacher is None else {"teacher": _told_of(teacher, warps).given(condition)}
-        loss = objective(_told_of(denoiser, warps).given(condition), x0, t, eps, y, *r, **by) * losses.weight(
-            denoiser, t, preset.weighting
-        )
+        told = _told_of(denoiser, warps).given(condition)
+        loss = objective(told, x0, t, eps, y, *r, **by) * losses.weight(denoiser, t, preset.weighting)
         loss = loss.mean() / partition.divisor(len(x0), preset.batch_size, ranks.world)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
