@@ -746,19 +746,8 @@ def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, caps
     assert main([*words, "--metrics", "nll", "psnr", "fid", "--features", f"{tmp_path}/mine.py:rows"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["nll"]["bits_per_dim"] > 0
-    options = [
-        "--out",
-        str(tmp_path / "of-class"),
-        "--metrics",
-        "nll",
-        "psnr",
-        "fid",
-        "--features",
-        f"{tmp_path}/mine.py:rows",
-        "--class",
-        "3",
-    ]
-    assert main([*words, *options]) == 0
+    options = f"--out {tmp_path}/of-class --metrics nll psnr fid --features {tmp_path}/mine.py:rows --class 3"
+    assert main([*words, *options.split()]) == 0
     of_class = json.loads(capsys.readouterr().out)  # the class is that of the samples for fid only
     assert of_class["nll"]["bits_per_dim"] == found["nll"]["bits_per_dim"]
     assert of_class["fidelity"]["psnr"] == found["fidelity"]["psnr"]

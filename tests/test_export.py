@@ -138,9 +138,8 @@ def test_the_cards_of_the_repository_name_the_training_of_their_models(model: st
     """A preset that changes later would make another network than the card says."""
     root = Path(__file__).parents[1] / model
     command = re.findall(r"^ddpm train (.*)$", root.with_suffix(".md").read_text(), re.M)[0]
-    first = export._commands(checkpoint := open_checkpoint(root.with_suffix(".safetensors")), checkpoint).splitlines()[
-        0
-    ]
+    checkpoint = open_checkpoint(root.with_suffix(".safetensors"))
+    first = export._commands(checkpoint, checkpoint).splitlines()[0]
     base, *options = command.split()
     wanted = first.removeprefix("ddpm train ").split()
     assert (base, sorted(options)) == (wanted[0], sorted(wanted[1:]))

@@ -16,7 +16,6 @@ from ddpm.run import conditioning
 from ddpm.run.parts import (
     as_signal,
     compute_parts,
-    guidance_key,
     labels_of,
     model_key,
     parts_folder,
@@ -106,7 +105,7 @@ def fidelity(
         FIDELITY[name].function(torch.zeros(1, *preset.shape), torch.ones(1, *preset.shape), 1.0)
     levels = sampler_levels(checkpoint, sampler) if levels is None else levels
     indices, values = subset(images, count), images.values
-    key = [*model_key(checkpoint), images.fingerprint, seed, sampler, [*levels], guidance_key(denoiser), [*names]]
+    key = [*model_key(checkpoint), images.fingerprint, seed, sampler, [*levels], [*names]]
 
     def measure(part: slice) -> dict[str, Tensor]:
         batch = indices[part]

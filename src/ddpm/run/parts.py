@@ -195,6 +195,7 @@ def model_key(checkpoint: Checkpoint) -> list[Any]:
     precision, details = checkpoint.preset.precision, to_json(checkpoint.preset).get("details")
     condition = [] if checkpoint.preset.condition == "none" else [checkpoint.preset.condition]
     key = [checkpoint.identity, *condition, precision, denoiser.predict, denoiser.clip, variance_key(denoiser), levels]
+    key += guidance_key(denoiser)
     return [*key, details] if details else key
 
 

@@ -18,7 +18,7 @@ from ddpm.files import images as pictures
 from ddpm.run import conditioning
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.measure import measure
-from ddpm.run.parts import as_signal, compute_parts, guidance_key, model_key, parts_folder
+from ddpm.run.parts import as_signal, compute_parts, model_key, parts_folder
 from ddpm.run.processes import Processes
 from ddpm.run.progress import Progress
 from ddpm.run.sample import cycled_labels, generate
@@ -46,7 +46,7 @@ def samples(
     processes, which must see the same disk. Finished batches are stored under `cache`, so the same call resumes where
     it stopped. Raises InputError for a sampler or steps that do not exist.
     """
-    key = [*model_key(checkpoint), seed, sampler, steps, [*classes], guidance_key(checkpoint.denoiser)]
+    key = [*model_key(checkpoint), seed, sampler, steps, [*classes]]
     key += [] if given is None else [given.fingerprint]
     folder = parts_folder(cache, "samples", key)
     shape = checkpoint.preset.shape
