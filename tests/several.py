@@ -5,6 +5,7 @@ A fork differs from a new process in its start only: what it runs, its streams, 
 
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -99,9 +100,12 @@ def _work(words: list[str], environment: Mapping[str, str]) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A port that no process has. It lies below those that the system gives to connections, which could take it."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
 
 
 class Agents:
@@ -183,10 +187,11 @@ def forked(count: int, target: Callable[..., None], *args: Any) -> int:
     return counted.value
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 60, about: Callable[[], str] = str) -> None:
+    """Wait for the condition. `about` gives the text that is shown if the wait is in vain."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"waited in vain\n{about()}"
         time.sleep(0.05)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, assert_close, losses, metrics, snapshots, steps, tensors, train
-from several import Agents, free_port, reached, wait_until
+from several import Agents, reached, wait_until
 
 from ddpm.cli import main
 from ddpm.errors import InputError
@@ -18,12 +18,13 @@ from ddpm.run.processes import Processes, open_for_device, pick_device, pick_pre
 from ddpm.unet import fast_bf16
 
 PROGRAM = """
-import json, os, sys, torch
+import faulthandler, json, os, pathlib, sys, torch
 from ddpm.cli import main
+faulthandler.dump_traceback_later(200)  # if a process hangs, the test shows where
 first, *others = json.loads(sys.argv[1])
-codes = [main(first)]  # it opens and closes the process group; the next group needs another port
-os.environ.update(MASTER_PORT=sys.argv[2], TORCHELASTIC_USE_AGENT_STORE="False")
-torch.distributed.init_process_group("gloo")
+codes = [main(first)]  # it opens and closes the process group; the next group needs another store
+store, rank = pathlib.Path("store").absolute().as_uri(), int(os.environ["RANK"])
+torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
 print([*codes, *map(main, others)])
 """
 
@@ -66,9 +67,9 @@ def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
         [*TINY, *DROPOUT, "--steps", "100000", "--out", str(stopped)],
     ]
     (root / "program.py").write_text(PROGRAM)
-    with Agents([["program.py", json.dumps(commands), str(free_port())]], [root], 2) as agents:
+    with Agents([["program.py", json.dumps(commands)]], [root], 2) as agents:
         (agent,) = agents.agents
-        wait_until(lambda: agent.exitcode is not None or reached(stopped, 5), 240)
+        wait_until(lambda: agent.exitcode is not None or reached(stopped, 5), 240, agents.err)
         assert agent.exitcode is None, agents.err()
         agent.terminate()
         agents.wait()
