@@ -3,6 +3,7 @@
 A fork differs from a new process in its start only: what it runs, its streams, its signals and its end are the same.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -87,6 +88,7 @@ def _torchrun(words: list[str]) -> None:
 def _work(words: list[str], environment: Mapping[str, str]) -> None:
     """Forget the agent's signals and sockets, leave the number of this process in a file, and run Python."""
     os.setsid()
+    faulthandler.enable(2)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -128,13 +130,13 @@ class Agents:
     def __enter__(self) -> "Agents":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None:
+            print(self.err(), self._stacks())
         for agent in self.agents:
             agent.kill()  # before its ranks, so that it starts no others
             agent.join()
-        for pid in (found for rank in range(8) for found in self.ranks(rank)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._send(signal.SIGKILL)
 
     def wait(self, seconds: float = 90) -> list[int]:
         """The codes of the agents: 0, or 1 if a process failed."""
@@ -148,6 +150,18 @@ class Agents:
         """The ids of the processes of that rank that live."""
         found = [int(path.name.rpartition("-")[2]) for here in self.folders for path in here.glob(f"rank-{rank}-*")]
         return [pid for pid in found if _lives(pid)]
+
+    def _stacks(self) -> str:
+        """End the processes that live. They say where they are, which shows why one hangs."""
+        before = len(self.err())
+        self._send(signal.SIGABRT)
+        time.sleep(1)
+        return self.err()[before:]
+
+    def _send(self, number: signal.Signals) -> None:
+        for pid in (found for rank in range(8) for found in self.ranks(rank)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def err(self) -> str:
         return "".join(path.read_text() for path in self.errors)
@@ -187,11 +201,10 @@ def forked(count: int, target: Callable[..., None], *args: Any) -> int:
     return counted.value
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60, about: Callable[[], str] = str) -> None:
-    """Wait for the condition. `about` gives the text that is shown if the wait is in vain."""
+def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"waited in vain\n{about()}"
+        assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
 
 

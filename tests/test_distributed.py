@@ -18,9 +18,8 @@ from ddpm.run.processes import Processes, open_for_device, pick_device, pick_pre
 from ddpm.unet import fast_bf16
 
 PROGRAM = """
-import faulthandler, json, os, pathlib, sys, torch
+import json, os, pathlib, sys, torch
 from ddpm.cli import main
-faulthandler.dump_traceback_later(200)  # if a process hangs, the test shows where
 first, *others = json.loads(sys.argv[1])
 codes = [main(first)]  # it opens and closes the process group; the next group needs another store
 store, rank = pathlib.Path("store").absolute().as_uri(), int(os.environ["RANK"])
@@ -69,7 +68,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Both:
     (root / "program.py").write_text(PROGRAM)
     with Agents([["program.py", json.dumps(commands)]], [root], 2) as agents:
         (agent,) = agents.agents
-        wait_until(lambda: agent.exitcode is not None or reached(stopped, 5), 240, agents.err)
+        wait_until(lambda: agent.exitcode is not None or reached(stopped, 5), 240)
         assert agent.exitcode is None, agents.err()
         agent.terminate()
         agents.wait()
