@@ -192,7 +192,11 @@ class Preset:
     steps: int = _optimisation(800_000, "total number of training steps", 1, _COUNT, resume=True)
     batch_size: int = _optimisation(128, "number of images per step, over all processes", 1, _MANY)
     accumulate: int = _optimisation(
-        1, "compute each step in this many parts: less memory, the same result", 1, _MANY, resume=True
+        1,
+        "compute each step in this many parts, which takes less memory; only rounding and the draws of dropout differ",
+        1,
+        _MANY,
+        resume=True,
     )
     optimizer: Literal["adam", "muon"] = _optimisation(
         "adam", "adam for all weights, or muon for those between hidden layers and adam for the others"
@@ -208,7 +212,7 @@ class Preset:
     grad_clip: float = _optimisation(1.0, "clip the global norm of the gradient to this; 0 for no clipping", 0)
     ema_decay: float = _optimisation(0.9999, "decay of the moving average of the weights (EMA)", 0, 0.999999)
     ema_warmup: bool = _optimisation(False, "let the EMA decay rise as (1 + n)/(10 + n) with step n, for short runs")
-    precision: Precision = _optimisation("auto", "precision of the network; auto is bf16 if the hardware has it")
+    precision: Precision = _optimisation("auto", "precision of the network; auto is bf16 if the device is fast at it")
     gradient_checkpointing: bool = _optimisation(
         False, "recompute activations in the backward pass: less memory, more time", resume=True
     )

@@ -408,7 +408,7 @@ SAMPLERS = {
         steps=10, twice=True, meaning="Heun's method on the probability-flow ODE, two network calls a step",
     ),
     "consistency": Sampler(
-        consistency, steps=2, spacing="uniform", noisy=True, meaning="only for models of ddpm distill, in 1 or 2 steps"
+        consistency, steps=2, spacing="uniform", noisy=True, meaning="only for models of ddpm distill, in 1 to 4 steps"
     ),
 }  # fmt: skip
 

@@ -191,7 +191,7 @@ def add_model(parser: Parser, variance: bool = True) -> None:
         group.add_argument("--variance", metavar="NAME", help=variances)
     machine = parser.add_argument_group("machine", "where the network runs, and how")
     add_device(machine)
-    batch_size = "number of images per network call; no result depends on it (default: %(default)s)"
+    batch_size = "number of images per network call; it changes no result by more than rounding (default: %(default)s)"
     machine.add_argument("--batch-size", **number(int, 64), help=batch_size)
     add_precision(machine, "precision of the network; auto is that of training, if the device is fast at it")
     add_general(parser)

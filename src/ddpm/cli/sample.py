@@ -33,8 +33,8 @@ from ddpm.presets import check
 def add(commands: Commands) -> None:
     parser = command(
         commands, "sample", run, "sample images from a model",
-        "Sample images from a model. Image i of --seed S is the image of seed S + i, whatever the batch size, the "
-        "device or the number of processes.",
+        "Sample images from a model. Image i of --seed S is the image of seed S + i, whatever the batch size or the "
+        "number of processes. Another device changes its last bits.",
         "ddpm sample digits -n 16 --class 7 --sampler unipc --steps 10 --out sevens.png",
     )  # fmt: skip
     parser.add_argument("run", metavar="MODEL", help=MODEL)
