@@ -22,6 +22,7 @@ from ddpm import samplers, schedule
 from ddpm.cli import main
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
+from ddpm.run.export import figures
 
 S = schedule.linear(50, 2e-3, 0.4)
 DATA = correlated()
@@ -133,6 +134,8 @@ def test_evaluate_scores_the_guided_samples(trained: Path, tmp_path: Path, capsy
     assert main(["sample", str(trained), "-n", "8", *few, *guide, "--out", str(tmp_path / "a.npz")]) == 0
     guided, alone = score(*few, *guide), score(*few)
     assert (guided["guide"]["step"], guided["guide"]["scale"]) == (20, 3)
+    ((_, _, how),) = figures(guided)
+    assert how.endswith(f"guided by {guided['guide']['run']} at scale 3")  # a card says it, too
     wanted = score("--samples", str(tmp_path / "a.npz"))["frechet_distance"]
     assert guided["frechet_distance"] == pytest.approx(wanted)
     assert alone["frechet_distance"] != pytest.approx(wanted)

@@ -314,6 +314,24 @@ def test_images_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "run").exists()
 
 
+def test_held_out_images_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They have a loss without a class, which a model of --label-dropout 0 does not have."""
+    datasets = pytest.importorskip("datasets")
+    kinds = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    black = Image.fromarray(np.zeros((8, 8), np.uint8))
+    rows = {"train": [0, 1, 0, 1], "test": [-1, -1]}  # -1 is no label
+    splits = {
+        name: datasets.Dataset.from_dict({"image": [black] * len(labels), "label": labels}, kinds)
+        for name, labels in rows.items()
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "images")
+    words = [*TINY, "--data", str(tmp_path / "images"), "--size", "8", "--classes", "--steps", "1", "--out"]
+    assert main([*words, str(tmp_path / "none"), "--label-dropout", "0"]) == 2
+    assert "--label-dropout 0: needs all labels, and the held-out test of" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert main([*words, str(tmp_path / "some")]) == 0
+
+
 def test_guidance_in_python(run: Path) -> None:
     """`ddpm.load` returns a denoiser that takes y. With guidance, white images are lighter than black ones."""
     denoiser = ddpm.load(run)

@@ -27,7 +27,7 @@ from ddpm.files import data
 from ddpm.files.images import to_png
 from ddpm.files.opening import open_checkpoint
 from ddpm.gaussian import beta_tilde, q_sample
-from ddpm.run import conditioning, device, fidelity, inputs
+from ddpm.run import conditioning, device, fidelity, inputs, previews, quality
 from ddpm.run.processes import Processes
 from ddpm.run.sample import Conditions, Sampling, generate
 from ddpm.run.train import _load
@@ -501,6 +501,42 @@ def test_a_cascade_enlarges_the_images_of_another_model(run: Path, smaller: Path
     assert np.array_equal(np.load(out)["arr_0"], np.load(tmp_path / "b.npz")["arr_0"])
 
 
+def test_a_cascade_in_a_folder_grows(run: Path, smaller: Path, tmp_path: Path) -> None:
+    """From 2 images to 3. `--checkpoint` is for the first model, and may be a step that the second one has not."""
+    words = ["sample", str(smaller), "--then", str(run), "--checkpoint", "2", "--sampler", "ddim", "--steps", "2"]
+    assert main([*words, "-n", "2", "--out", str(tmp_path / "c/")]) == 0
+    assert main([*words, "-n", "3", "--out", str(tmp_path / "c/")]) == 0
+    assert len(list((tmp_path / "c").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("asked", [[], ["--sampler", "ddim", "--steps", "3"]])
+def test_a_cascade_of_a_distilled_model_and_another(
+    asked: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each has its own sampler; the one that is named is for the model that it fits."""
+    options = ["--predict", "v", "--loss", "consistency", "--size", "4", "--steps", "1"]
+    assert train(tmp_path / "two", *options) == 0
+    capsys.readouterr()
+    words = ["sample", str(tmp_path / "two"), "--then", str(run), "-n", "2", "--json"]
+    assert main([*words, *asked, "--out", str(tmp_path / "c.npz")]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert (about["sampler"], about["network_calls"]) == (("ddim", 3) if asked else ("ancestral", 20))
+    small = ["sample", str(tmp_path / "two"), "-n", "2", "--out", str(tmp_path / "s/")]
+    large = [
+        "sample",
+        str(run),
+        "--input",
+        str(tmp_path / "s"),
+        "--seed",
+        str(1 << 40),
+        "--out",
+        str(tmp_path / "b.npz"),
+    ]
+    assert main(small) == 0
+    assert main([*large, *asked]) == 0
+    assert np.array_equal(np.load(tmp_path / "c.npz")["arr_0"], np.load(tmp_path / "b.npz")["arr_0"])
+
+
 def test_a_cascade_begins_with_a_model_without_a_condition(run: Path, smaller: Path) -> None:
     """Its input would be that of the first model, for which --then has no option."""
     small, large = open_checkpoint(smaller), open_checkpoint(run)
@@ -580,6 +616,53 @@ def test_pairs_are_read_in_step(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert train(tmp_path / "other", *options, "--pairs", str(tmp_path / "c")) == 2
     assert "1 is in the place of 0; want files of the same names" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("window", [1, 40])
+def test_pairs_are_read_in_one_order(window: int) -> None:
+    """Also if one of the two sources, or each in its own way, has shards that must be read in order."""
+    plain = data.load("digits", (8, 8), 1, split="test")
+    sharded = [replace(plain, bounds=torch.tensor([*ends, 297]), window=window) for ends in ([100, 200], [31])]
+    for one, other in ((plain, sharded[0]), (sharded[0], plain), (sharded[0], sharded[1])):
+        batch = next(data.batches(data.paired(one, other), 0, 297, 0, 1))
+        assert torch.equal(batch[:, 0], batch[:, 1])
+        assert torch.equal(batch[:, :1], next(data.batches(one, 0, 297, 0, 1)))
+
+
+def test_the_other_images_of_a_run_may_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As its data may. Other images in their place are refused."""
+    rng = np.random.default_rng(0)
+    for name, i in itertools.product("abc", range(4)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        size = 9 if name == "c" else 8
+        Image.fromarray(rng.integers(0, 256, (size, size), np.uint8)).save(tmp_path / name / f"{i}.bmp")
+    own = ["--data", str(tmp_path / "a"), "--size", "8", "--condition", "pairs", "--pairs"]
+    assert train(tmp_path / "run", *own, str(tmp_path / "b"), "--steps", "1") == 0
+    (tmp_path / "b").rename(tmp_path / "d")
+    assert train(tmp_path / "run", *own, str(tmp_path / "c"), "--steps", "2") == 2
+    assert "want these, or another out" in capsys.readouterr().err
+    assert train(tmp_path / "run", *own, str(tmp_path / "d"), "--steps", "2") == 0
+
+
+def test_a_class_is_that_of_the_image_of_the_condition(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the pictures of training, and in `evaluate --class all`."""
+    told: list[Any] = []
+
+    def generate(*args: Any, y: torch.Tensor, **_: Any) -> torch.Tensor:
+        told.extend(y.tolist())
+        return torch.zeros(len(y), 1, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(previews, "generate", generate)
+    monkeypatch.setattr(quality, "generate", generate)
+    model, test = open_checkpoint(run), data.load("digits", (8, 8), 1, split="test")
+    previews.draw(model.denoiser, model.preset, tmp_path, 1, ALONE, (4, 2), lambda: False, test)
+    rows = "import numpy as np\ndef rows(x):\n    return np.eye(len(x), 4)\n"
+    (tmp_path / "mine.py").write_text(rows)
+    words = f"evaluate {run} --metrics fid -n 4 --class all --features {tmp_path}/mine.py:rows --out {tmp_path}/out"
+    assert main(words.split()) == 0
+    assert told == 2 * test.labels[:4].tolist()  # type: ignore[index]
 
 
 NAMES = ("photo", "negative")
@@ -803,6 +886,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
         ("sample RUN --then RUN --input SMALL --out OUT", "not with --input"),
         ("sample SMALLER --then RUN --condition-noise 0.1 --out OUT", "--condition-noise 0.1: "),
         ("sample SMALLER --then RUN --guide SMALLER --out OUT", "not with --guide"),
+        ("sample RUN --input SMALL --class 3 --guidance 1 --guidance-interval 5,9 --out OUT", "there is no guidance"),
         ("sample RUN --input SMALL --guide OTHER --out OUT", "it has other"),
         ("sample RUN --input SMALL --guidance-interval 5,9 --out OUT", "--guidance-interval: needs guidance"),
         ("restore RUN SMALL --operator grey --out OUT", "which `ddpm restore` does not know"),

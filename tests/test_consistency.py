@@ -142,6 +142,7 @@ def test_lower_levels(s):
         assert (sigma[r + 1] > wanted)[inner].all()
         assert (wanted < sigma[1])[(r == 0) & (t > 1)].all()
     assert (r == t - 1).all()
+    assert (timesteps.lower(s, t, 5000) == t - 1).all()  # a run goes on for as long as it is asked to
 
 
 # The sampler.

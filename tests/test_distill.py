@@ -132,6 +132,8 @@ def test_it_is_sampled_in_two_calls(model: Path, tmp_path: Path, capsys: pytest.
         ("sample MODEL --sampler unipc --out OUT.png", "is a consistency model; want consistency"),
         ("sample digits --sampler consistency --out OUT.png", "is no consistency model; want another sampler"),
         ("sample MODEL --class 7 --guidance 2 --out OUT.png", "has the guidance of its distillation; want 1"),
+        ("sample MODEL --class 7 --guidance-interval 5,9 --out OUT.png", "--guidance-interval: there is no guidance"),
+        ("sample MODEL --checkpoint best --out OUT.png", "no checkpoint of"),
         ("sample MODEL --guide digits --out OUT.png", "one of the two is a consistency model; want ordinary models"),
         ("distill EPS --out OUT", "predict eps: loss consistency needs x0^ even at high noise; want x0 or v"),
         ("distill digits --guidance 0.5 --out OUT", "--guidance 0.5: want a finite number, 1 to 100"),

@@ -466,6 +466,9 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
         (["-n", "0"], "-n"),
         (["--levels-per-image", "21"], "--levels-per-image 21"),
         (["--split", "nothing"], "nothing"),
+        (["--draws", "2", "--levels-per-image", "2"], "--draws 2: needs --metrics nll, without --levels-per-image"),
+        (["--draws", "2", "--metrics", "ode"], "--draws 2: needs --metrics nll"),
+        (["--ode-steps", "5"], "--ode-steps 5: needs --metrics ode"),
         (["--samples", "a.npz"], "--samples a.npz: needs one of --metrics fid"),
         (["--metrics", "fid", "--features", "mine.py"], "FILE.py:function"),
         (["--metrics", "fid", "--inception", "none.pth"], "none.pth"),
@@ -482,6 +485,25 @@ def test_mistakes(trained, tmp_path, capsys, monkeypatch, words, names):
     assert error.count("\n") == 1
     assert not Path("out").exists()
     assert names in error
+
+
+def test_images_that_were_written_again_are_measured_again(trained, tmp_path, capsys):
+    """With the same names and sizes of files."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def rows(x):\n    return x.reshape(len(x), -1)[:, :4].astype(float)\n")
+    words = ["evaluate", str(trained), "--data", str(tmp_path / "images"), "--split", "train", "-n", "3", "--json"]
+    words += ["--metrics", "nll", "fid", "--features", f"{mine}:rows", "--sampler", "ddim", "--steps", "2", "--out"]
+    (tmp_path / "images").mkdir()
+    found = []
+    for seed in (0, 1):
+        for i in range(8):
+            pixels = np.random.default_rng([seed, i]).integers(0, 256, (8, 8), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.bmp")
+        for out in ("kept", f"new{seed}"):
+            assert main([*words, str(tmp_path / out)]) == 0
+            about = json.loads(capsys.readouterr().out)
+            found.append((about["nll"]["bits_per_dim"], about["frechet_distance"]))
+    assert found[0] == found[1] != found[2] == found[3]
 
 
 @pytest.mark.usefixtures("undrawn")

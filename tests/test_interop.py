@@ -533,6 +533,13 @@ REFUSED = [
 ]
 
 
+def test_a_schedule_without_its_last_levels_is_not_exported(tmp_path):
+    """Their pipelines would begin at levels that the network never saw."""
+    preset = replace(SMALL, last_sigma=2.0)
+    with pytest.raises(InputError, match="last_sigma 2: diffusers' schedules have all levels"):
+        exported(random_model(preset), tmp_path / "out")
+
+
 @pytest.mark.parametrize(("part", "name", "value", "words"), REFUSED)
 def test_a_setting_is_refused_by_name(part, name, value, words, small_folder, tmp_path):
     folder = changed(small_folder, tmp_path / "changed", part, {name: value})

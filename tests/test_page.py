@@ -25,6 +25,7 @@ from several import printed, start_python, wait_until
 from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.files import images
+from ddpm.page import server
 
 need_page()
 
@@ -176,6 +177,18 @@ def test_other_kinds_of_models_work_or_say_why_not(tmp_path):
         assert start(address, model=told)[-1]["line"].endswith(line)
         status, _, body = ask(address, f"/api/sample/choices?model={told}")
         assert (status, json.loads(body)["line"].endswith(line)) == (400, True)
+
+
+@pytest.mark.parametrize("part", [".", "unet"])
+def test_a_folder_of_diffusers_is_a_model_and_no_run(part, trained, tmp_path, monkeypatch):
+    """A pipeline, or its network alone."""
+    assert main(["export", str(trained), "--to", "diffusers", str(tmp_path / "theirs")]) == 0
+    states, folder = [], str(tmp_path / "theirs" / part)
+    monkeypatch.setattr(server, "serve", lambda state, *_: states.append(state))
+    assert main(["page", folder, "--runs", str(tmp_path / "none")]) == 0
+    assert states[0].run_folders() == []
+    assert states[0].model(folder).preset.size == (8, 8)
+    states[0].work.end()
 
 
 def test_a_weaker_model_guides(tmp_path):

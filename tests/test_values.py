@@ -68,6 +68,14 @@ def test_floats_come_back_in_their_own_range():
         _ = values.bin
 
 
+@pytest.mark.parametrize("loss", ["vlb", "hybrid"])
+def test_floats_have_no_bound_to_train(loss):
+    """It is refused at once, and not at the first batch with level 1."""
+    settings = {"loss": loss, "variance": "learned_range", "pixel_type": "float32"}
+    with pytest.raises(InputError, match=f"loss {loss}: the bound of float32 images has no L_0"):
+        replace(PRESETS["cifar10"], **settings)
+
+
 @pytest.mark.parametrize(
     ("given", "match"),
     [

@@ -310,6 +310,8 @@ class Preset:
             raise InputError(f"variance {self.variance}: loss {self.loss} does not train it; want loss hybrid or vlb")
         if self.loss == "consistency" and self.predict not in ("x0", "v"):
             raise InputError(f"predict {self.predict}: loss consistency needs x0^ even at high noise; want x0 or v")
+        if self.pixel_type == "float32" and self.loss in ("vlb", "hybrid"):
+            raise InputError(f"loss {self.loss}: the bound of float32 images has no L_0 (Eq. 13); want loss simple")
         if self.teacher and self.loss != "consistency":
             raise InputError(f"teacher: loss {self.loss} has none; want loss consistency, or teacher false")
         if self.guidance != 1 and not (self.teacher and self.classes and self.label_dropout):

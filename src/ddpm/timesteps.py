@@ -64,7 +64,7 @@ def lower(schedule: Schedule, t: Tensor, stage: int) -> Tensor:
     [[0, 0, 12, 960], [0, 231, 664, 978], [0, 299, 699, 979]]
     """
     sigma = (-schedule.half_log_snr).exp()
-    wanted = sigma[t] * (1 - (1 + 8 * torch.sigmoid(-sigma[t])) / 2**stage)
+    wanted = sigma[t] * (1 - (1 + 8 * torch.sigmoid(-sigma[t])) / 2.0 ** min(stage, 60))
     return torch.minimum(torch.searchsorted(sigma, wanted, right=True) - 1, t - 1).clamp(min=0)
 
 

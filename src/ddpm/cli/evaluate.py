@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ddpm.files import data, features
 
 LIKELIHOODS = ("nll", "ode")
+ODE_STEPS = 100
 
 
 def add(commands: Commands) -> None:
@@ -60,7 +61,7 @@ def add(commands: Commands) -> None:
     draws = "number of noise draws per level for nll (default: %(default)s)"
     group.add_argument("--draws", **number(int, 1), help=draws)
     steps = "number of noise levels that the solver of ode visits (default: %(default)s)"
-    group.add_argument("--ode-steps", **number(int, 100), help=steps)
+    group.add_argument("--ode-steps", **number(int, ODE_STEPS), help=steps)
     add_data(parser)
     features = add_features(parser)
     reference = (
@@ -138,6 +139,10 @@ def _check_likelihoods(args: argparse.Namespace) -> None:
     known = [metric for metric in args.metrics if metric in LIKELIHOODS]
     if args.levels_per_image is not None and "nll" not in known:
         raise InputError(f"--levels-per-image {args.levels_per_image}: needs --metrics nll")
+    if args.draws != 1 and ("nll" not in known or args.levels_per_image is not None):
+        raise InputError(f"--draws {args.draws}: needs --metrics nll, without --levels-per-image")
+    if args.ode_steps != ODE_STEPS and "ode" not in known:
+        raise InputError(f"--ode-steps {args.ode_steps}: needs --metrics ode")
     for name in ("guidance", "guide"):
         if known and (given := getattr(args, name)) is not None and not (name == "guidance" and args.classes):
             raise InputError(f"--{name} {given}: not with --metrics {known[0]}, which is without guidance")
@@ -229,6 +234,7 @@ def _quality(
     import torch
 
     from ddpm.run import quality
+    from ddpm.run.parts import classes_of
     from ddpm.run.sample import describe_sampling, sampler_levels
     from ddpm.run.saved import Samples, read_samples
 
@@ -251,6 +257,8 @@ def _quality(
     else:
         levels = sampler_levels(model, args.sampler, args.steps, args.spacing)
         held_out = None if model.preset.condition == "none" else results.load(args.split)
+        if held_out is not None and labels and len(labels) == len(model.preset.class_names):  # those of the conditions
+            labels = classes_of(model, held_out, range(len(held_out))).tolist()
         images = quality.samples(
             model, cache, ranks, args.n or 50_000, args.seed, args.sampler, levels, args.batch_size, progress, labels,
             held_out,

@@ -349,17 +349,19 @@ def open_model(
     run: "str | Path | None" = None,
     precision: Precision | None = None,
     conditional: bool = False,
+    checkpoint: str | None = None,
 ) -> "Checkpoint":
     """The model of the command, or of `run`, with --checkpoint, --weights, --precision and --variance, on `device`.
 
-    precision replaces --precision. Raises InputError for a model with a condition on an image, unless `conditional`.
+    precision and checkpoint replace these options. Raises InputError for a model with a condition on an image, unless
+    `conditional`.
     """
     from ddpm.files.models import with_variance, without_condition
     from ddpm.run.processes import open_for_device
 
     check_model(args)
     asked = precision or (None if args.precision == "auto" else args.precision)
-    model = open_for_device(run or args.run, device, args.weights, args.checkpoint, asked)
+    model = open_for_device(run or args.run, device, args.weights, checkpoint or args.checkpoint, asked)
     if not conditional:
         without_condition(model, f"`ddpm {args.command}`")
     if args.variance is not None:

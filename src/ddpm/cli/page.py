@@ -42,12 +42,13 @@ def run(args: argparse.Namespace) -> int:
             import uvicorn  # noqa: F401
         except ModuleNotFoundError as error:
             raise not_installed(error.name or "starlette", "page") from None
+        from ddpm.files.interop import is_diffusers
         from ddpm.files.opening import find
         from ddpm.page.server import serve
         from ddpm.page.state import State
         from ddpm.run.processes import pick_device
     for name in args.models:
-        if not name.startswith("hf:") and not (Path(name) / "config.json").is_file():
+        if not (name.startswith("hf:") or is_diffusers(Path(name)) or (Path(name) / "config.json").is_file()):
             find(Path(name))
     desktop = sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
     show = desktop and sys.stdout.isatty() and not args.no_open  # a browser in the terminal would take it over

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     with importing():
         from ddpm.files import animation, arrays, images
         from ddpm.run.export import grid_columns
-        from ddpm.run.inputs import cascade, check_cascade, read_inputs
+        from ddpm.run.inputs import cascade, check_cascade, own_sampler, read_inputs
         from ddpm.run.processes import processes
         from ddpm.run.sample import Sampling, sample
         from ddpm.run.stream import RECORD, STREAMED, write_samples
@@ -119,9 +119,10 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         begun, made, out = time.monotonic(), n, Path(args.out)
         if args.then is not None:
-            second = open_model(args, ranks.device, args.then, conditional=True)
+            second = open_model(args, ranks.device, args.then, conditional=True, checkpoint="last")
             check_cascade(model, second, sampling)
-            small, _ = sample(model, n, ranks, replace(sampling, condition_noise=0.0), progress=progress)
+            first = own_sampler(model, replace(sampling, condition_noise=0.0))
+            small, _ = sample(model, n, ranks, first, progress=progress)
             model, sampling = second, cascade(second, small, sampling, args.run)
             shown = with_view(args, model.preset)
         if kind in STREAMED:

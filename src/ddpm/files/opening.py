@@ -78,6 +78,8 @@ def find(path: Path, which: str = "last", weights: Weights = "ema") -> Path:
             from_json(parse_json((path / "config.json").read_bytes()))
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{path}: its config.json is not that of a run; {_accepted()}") from None
+        if which == "best" and newest(path, weights) is not None:
+            raise InputError(f"checkpoint best: no checkpoint of {path} has a held-out loss; want last or a step")
         raise InputError(f"{path}: the run has no whole checkpoint yet; train it first")
     return chosen / f"{weights}.safetensors"
 

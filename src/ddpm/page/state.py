@@ -18,6 +18,7 @@ from ddpm.errors import InputError, finite_number, suggestion, whole_number
 from ddpm.files import images
 from ddpm.files.checkpoints import saved
 from ddpm.files.images import Pixels
+from ddpm.files.interop import is_diffusers
 from ddpm.files.models import Checkpoint, without_condition
 from ddpm.files.opening import find, models_by_name
 from ddpm.page.work import Work
@@ -67,7 +68,8 @@ class State:
     def run_folders(self) -> list[Path]:
         """The runs under the folder of runs, and those given, sorted."""
         found = [config.parent for config in self.runs.glob("*/config.json")]
-        return sorted({*found, *(Path(name) for name in self.given if (Path(name) / "config.json").is_file())})
+        given = [Path(name) for name in self.given if (Path(name) / "config.json").is_file()]
+        return sorted({run for run in [*found, *given] if not is_diffusers(run)})
 
     def model(self, name: str) -> Checkpoint:
         """The model of this name, on its device. A run that has trained on is opened anew.
@@ -76,7 +78,7 @@ class State:
         """
         if name not in (names := self.names()):
             raise InputError(f"model {name!r}: {suggestion(name, names)}want {', '.join(names)}")
-        foreign = name.startswith("hf:") or Path(name, "model_index.json").exists() or Path(name, "unet").exists()
+        foreign = name.startswith("hf:") or is_diffusers(Path(name))
         with self._opening:
             return self._open(name, Path(name) if foreign else find(Path(name)))
 

@@ -15,7 +15,7 @@ from ddpm.run.group import shared
 from ddpm.run.processes import Processes
 from ddpm.version import __version__
 
-OWN = {"data", "device", "compile", "workers", "cache_bytes"}
+OWN = {"data", "pairs", "device", "compile", "workers", "cache_bytes"}
 """Settings that each process may have for itself; what it reads is compared by its fingerprint."""
 
 

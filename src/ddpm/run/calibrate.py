@@ -21,6 +21,7 @@ from ddpm.run.parts import (
     model_key,
     parts_folder,
     read_parts,
+    state_of,
     subset,
     sum_parts,
 )
@@ -78,7 +79,7 @@ def calibrate(
         cost = likelihood.decoder_cost(x0, mean, variances.to(x0.device), denoiser.values)
         return {"mse": mse.cpu(), "cost": cost.cpu()[None]}
 
-    folder = parts_folder(cache, "calibration", [*model_key(checkpoint), images.fingerprint])
+    folder = parts_folder(cache, "calibration", [*model_key(checkpoint), state_of(images, ranks)])
     files = compute_parts(folder, len(indices), ranks, batch_size, "calibrating", progress, measure)
     total = sum_parts(files, ["mse", "cost"])
     mse, first_variance = total["mse"] / len(indices), float(variances[total["cost"].argmin()])

@@ -30,6 +30,7 @@ from ddpm.run.parts import (
     model_key,
     parts_folder,
     read_parts,
+    state_of,
     subset,
     sum_parts,
     variance_key,
@@ -77,7 +78,7 @@ def nll(
     denoiser, shape = checkpoint.denoiser, checkpoint.preset.shape
     indices, variants = subset(images, count), _variance_variants(checkpoint)
     variances = [variance_key(model) for model in (denoiser, *variants.values())]
-    key = [*model_key(checkpoint), images.fingerprint, draws, seed, [*variants], variances]
+    key = [*model_key(checkpoint), state_of(images, ranks), draws, seed, [*variants], variances]
     folder = parts_folder(cache, "nll", key)
 
     def measure(part: slice) -> dict[str, Tensor]:

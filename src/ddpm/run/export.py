@@ -292,6 +292,8 @@ def figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """
     names = ("classes", "guidance", "guidance_interval", "clip")
     conditions = "".join(f", {name.replace('_', ' ')} {values[name]}" for name in names if name in values)
+    if "guide" in values:
+        conditions += f", guided by {values['guide']['run']} at scale {values['guide']['scale']:g}"
     if "bits_per_dim" in values:
         how = "ODE" if "bits_per_dim_decoder" in values else "bound (Eq. 5)"
         levels = f", {values['levels_per_image']} levels per image" if "levels_per_image" in values else ""

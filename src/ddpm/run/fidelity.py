@@ -20,6 +20,7 @@ from ddpm.run.parts import (
     model_key,
     parts_folder,
     read_parts,
+    state_of,
     subset,
 )
 from ddpm.run.processes import Processes
@@ -105,7 +106,7 @@ def fidelity(
         FIDELITY[name].function(torch.zeros(1, *preset.shape), torch.ones(1, *preset.shape), 1.0)
     levels = sampler_levels(checkpoint, sampler) if levels is None else levels
     indices, values = subset(images, count), images.values
-    key = [*model_key(checkpoint), images.fingerprint, seed, sampler, [*levels], [*names]]
+    key = [*model_key(checkpoint), state_of(images, ranks), seed, sampler, [*levels], [*names]]
 
     def measure(part: slice) -> dict[str, Tensor]:
         batch = indices[part]

@@ -14,7 +14,7 @@ from ddpm.files import images as pictures
 from ddpm.files.models import Checkpoint
 from ddpm.presets import Preset
 from ddpm.run.edit import mask_of
-from ddpm.run.sample import Inputs, Sampling
+from ddpm.run.sample import Inputs, Sampling, sampler_of
 
 _SECOND = 1 << 40
 """What is added to the seeds of the second model of a cascade."""
@@ -64,18 +64,31 @@ def check_cascade(small: Checkpoint, large: Checkpoint, sampling: Sampling) -> N
     cascade(large, nothing, sampling, "").maker(large, torch.device("cpu"))
 
 
+def own_sampler(model: Checkpoint, sampling: Sampling) -> Sampling:
+    """`sampling` for one model of a cascade, or the model's own defaults in its place.
+
+    A consistency model and another model have no sampler in common, so `sampling` fits one of the two.
+    """
+    if (model.preset.loss == "consistency") == (sampling.sampler == "consistency"):
+        return sampling
+    return replace(
+        sampling, sampler=sampler_of(model.preset), steps=None, spacing=None, eta=0.0, sigma_hat=False
+    )  # fmt: skip
+
+
 def cascade(large: Checkpoint, small: Tensor, sampling: Sampling, name: str) -> Sampling:
     """How `large` enlarges the images `small`, pixels [n, C, h, w], that `sampling` made (Ho et al. 2022).
 
     Classes and guidance are those of `sampling`, if the model has classes. Image i has seed + i + 2^40, because the
     noise of the seed itself begins with that of the small image.
     """
+    sampling = own_sampler(large, sampling)
     asked = sampling.conditions
     if not large.preset.class_names:
         asked = replace(asked, classes=(), guidance=None, guidance_interval=None)
     signal = pixels.to_signal(small, large.denoiser.values)
     known = torch.ones(len(signal), 1, *large.preset.size)
-    inputs = Inputs(conditions.join(signal, known), 1, f"samples of {name}")
+    inputs = Inputs(conditions.join(signal, known), 1, f"samples of {name}", goes_on=True)
     return replace(sampling, conditions=asked, inputs=inputs, seed=sampling.seed + _SECOND)
 
 

@@ -38,6 +38,11 @@ def subset(images: data.Images, count: int | None) -> list[int]:
     return torch.randperm(len(images), generator=noise.generator(SUBSET)).tolist()[:count]
 
 
+def state_of(images: data.Images, ranks: Processes) -> str:
+    """What all processes store measurements of these images by: `Images.state` of the first one."""
+    return str(ranks.exchange(images.state)[0])
+
+
 def as_signal(images: data.Images, indices: Sequence[int]) -> Tensor:
     """The images of these indices as x_0 in [-1, 1], float32 [len(indices), C, H, W].
 
@@ -58,20 +63,24 @@ def labels_of(
 ) -> Tensor | None:
     """The model's labels of these images, int64 [len(indices)] on `device`, or None if it can do without labels.
 
-    A model that never saw an image without its label has a likelihood only given the label. Raises InputError if the
-    images have no labels, or classes that the model does not have.
+    A model that never saw an image without its label has a likelihood only given the label. Raises InputError as
+    `classes_of` does.
     """
-    if not checkpoint.preset.always_labelled:
-        return None
+    return classes_of(checkpoint, images, indices).to(device) if checkpoint.preset.always_labelled else None
+
+
+def classes_of(checkpoint: Checkpoint, images: data.Images, indices: Sequence[int]) -> Tensor:
+    """The model's labels of these images, int64 [len(indices)].
+
+    Raises InputError if the images have no labels, or classes that the model does not have.
+    """
     names, known = images.class_names, checkpoint.preset.class_names
     if images.labels is None or names is None:
-        raise InputError(
-            f"{images.name}: has no labels, and {checkpoint.path} never saw an image without one; want labelled images"
-        )
+        raise InputError(f"{images.name}: {images.split} has no labels; {checkpoint.path} wants labelled images")
     labels = images.labels[list(indices)].tolist()
     if unknown := sorted({names[label] for label in labels} - set(known)):
         raise InputError(f"{images.name}: has the class {unknown[0]}, which {checkpoint.path} does not have")
-    return torch.tensor([known.index(names[label]) for label in labels], device=device)
+    return torch.tensor([known.index(names[label]) for label in labels])
 
 
 def batches(

@@ -35,7 +35,7 @@ def draw(
     """Write RUN/samples/STEP.png, a grid, unless `stop` returns true. `size` is images, and calls for each.
 
     A consistency model makes them in its own number of calls. If the run has a condition, each sample stands to the
-    right of the condition of a held-out image.
+    right of the condition of a held-out image, and has the class of this image.
     """
     sampler, count = sampler_of(preset, "ddim"), size[0]
     calls = None if sampler == "consistency" else min(size[1], denoiser.schedule.T)
@@ -44,6 +44,7 @@ def draw(
     condition = None
     if preset.condition != "none":
         places = [i % len(held_out) for i in mine]
+        classes = held_out.labels[places] if preset.classes and held_out.labels is not None else classes
         x0 = pixels.to_signal(held_out.batch(places), denoiser.values)
         condition = conditioning.of_images(preset, held_out, places, x0)
     samples = generate(

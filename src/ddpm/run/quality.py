@@ -18,7 +18,7 @@ from ddpm.files import images as pictures
 from ddpm.run import conditioning
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.measure import measure
-from ddpm.run.parts import as_signal, compute_parts, model_key, parts_folder
+from ddpm.run.parts import as_signal, compute_parts, model_key, parts_folder, state_of
 from ddpm.run.processes import Processes
 from ddpm.run.progress import Progress
 from ddpm.run.sample import cycled_labels, generate
@@ -47,7 +47,7 @@ def samples(
     it stopped. Raises InputError for a sampler or steps that do not exist.
     """
     key = [*model_key(checkpoint), seed, sampler, steps, [*classes]]
-    key += [] if given is None else [given.fingerprint]
+    key += [] if given is None else [state_of(given, ranks)]
     folder = parts_folder(cache, "samples", key)
     shape = checkpoint.preset.shape
     denoiser = use_cuda_graphs(checkpoint.denoiser, ranks.device)  # recorded once for all batches
@@ -237,7 +237,7 @@ def _real_features(
     Processes but the first get nothing if the moments are stored.
     """
     provenance = features.provenance(images, network)
-    key = [provenance.fingerprint, provenance.comparable()]
+    key = [state_of(images, ranks), provenance.comparable()]
     file = parts_folder(cache, "statistics", key).with_suffix(".npz")
     stored = None
     if ranks.first and file.is_file() and not rows:

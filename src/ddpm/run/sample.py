@@ -301,6 +301,8 @@ class Conditions:
             raise InputError(f"guidance {guidance}: {checkpoint.path} never saw an image without its label; want 1")
         self._check_distilled(checkpoint)
         if self.guide is None:
+            if self.guidance_interval is not None and guidance == 1:
+                raise InputError("guidance_interval: there is no guidance; want guidance other than 1, or no interval")
             denoiser = denoiser.guided(guidance, self.guidance_interval)
         return denoiser, [names.index(name) for name in wanted]
 
@@ -341,11 +343,13 @@ class Inputs:
     conditions  [M, c + 1, H, W]
     each        images per condition
     name        where they come from, for records
+    goes_on     whether more of them could follow, as samples of another model do
     """
 
     conditions: Tensor
     each: int
     name: str
+    goes_on: bool = False
 
     def of(self, places: Sequence[int]) -> Tensor:
         """The conditions of the images at these places of the series, [len(places), c + 1, H, W].
@@ -369,7 +373,10 @@ class Inputs:
 
     def about(self) -> dict[str, object]:
         """The inputs as plain JSON values."""
-        digest = hashlib.sha256(self.conditions.numpy().tobytes()).hexdigest()
+        known = self.conditions[:1] if self.goes_on else self.conditions
+        digest = hashlib.sha256(known.numpy().tobytes()).hexdigest()
+        if self.goes_on:
+            return {"input": self.name, "first_input_sha256": digest[:16]}
         return {"input": self.name, "inputs": len(self.conditions), "per_input": self.each, "input_sha256": digest[:16]}
 
 

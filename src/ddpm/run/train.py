@@ -93,7 +93,7 @@ def train(
         stack.enter_context(threads(at_once * math.prod(preset.size) * preset.width, ranks.device))
         with ranks.together():
             train_set, held_out_set = _load(preset, images, ranks)
-            preset = _with_class_names(preset, out, train_set)
+            preset = _with_class_names(preset, out, train_set, held_out_set)
             if not found.saved:
                 init.check_teacher(source, preset)
             if preset.pixel_type == "float32":
@@ -769,7 +769,7 @@ def _check_settings(preset: Preset, out: Path, found: nodes.Found, ranks: Proces
         for f in fields(Preset):
             was, now = getattr(old, f.name), getattr(preset, f.name)
             elsewhere = old is not found.own or not os.path.exists(os.path.expanduser(str(was)))
-            moved = f.name == "data" and elsewhere  # the fingerprint decides later
+            moved = f.name in ("data", "pairs") and elsewhere  # the fingerprint decides later
             if was != now and not f.metadata["resume"] and not moved:
                 raise InputError(f"{f.name} {now!r}: the run in {out} has {was!r}; want the same, or another out")
     used = out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir()))
@@ -782,7 +782,7 @@ def _check_settings(preset: Preset, out: Path, found: nodes.Found, ranks: Proces
     return replace(preset, precision=precision)
 
 
-def _with_class_names(preset: Preset, out: Path, train_set: data.Images) -> Preset:
+def _with_class_names(preset: Preset, out: Path, train_set: data.Images, held_out: data.Images) -> Preset:
     """The preset with the names of the dataset's classes, if it learns them."""
     if not preset.classes:
         return preset
@@ -793,6 +793,11 @@ def _with_class_names(preset: Preset, out: Path, train_set: data.Images) -> Pres
         )
     if preset.class_names not in ((), names):
         raise InputError(f"classes {', '.join(names)}: the run in {out} has {', '.join(preset.class_names)}")
+    if preset.label_dropout == 0 and held_out.labels is None:
+        raise InputError(
+            f"label_dropout 0: needs all labels, and the held-out {held_out.split} of {held_out.name} has "
+            "none; want label_dropout above 0"
+        )
     shown = set(train_set.labels.tolist())
     if unseen := [name for i, name in enumerate(names) if i not in shown]:
         warnings.warn(f"these classes have no training image and cannot be learned: {', '.join(unseen)}", stacklevel=2)

@@ -144,6 +144,14 @@ class Images:
         return digest.hexdigest()
 
     @functools.cached_property
+    def state(self) -> str:
+        """The fingerprint with the places and times of the files: another one whenever a file may have changed.
+
+        Measurements are stored by it.
+        """
+        return key_of(self.fingerprint, self.decoder.encoded.stamp(), self.pair and self.pair.state)
+
+    @functools.cached_property
     def contents(self) -> str:
         """A hash of the encoded images and their order, 64 hex digits: every file is read."""
         digest, rows = hashlib.sha256(), self.rows.tolist()
@@ -570,7 +578,11 @@ def paired(images: Images, other: Images, columns: tuple[str, str] = ("", "")) -
     for one, another in zip(names, others, strict=True) if names and others else ():
         if one != another:
             raise InputError(f"pairs {other.name}: {another} is in the place of {one}; want files of the same names")
-    return replace(images, pair=other)
+    if images.shards is None:
+        bounds = None
+    else:  # where these shards end among the rows of the other source, so that both have one order
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), other.rows + 1])[torch.from_numpy(images.shards.ends)]
+    return replace(images, pair=replace(other, bounds=bounds, window=images.window))
 
 
 def _file_names(images: Images, column: str) -> list[str] | None:

@@ -203,6 +203,8 @@ def _check_exportable(checkpoint: Checkpoint) -> None:
     variance = denoiser.variance
     if preset.loss == "consistency":
         raise InputError("loss consistency: no pipeline of DDPM or DDIM samples it; want --out FILE.safetensors")
+    if preset.last_sigma:
+        raise InputError(f"last_sigma {preset.last_sigma:g}: diffusers' schedules have all levels; want last_sigma 0")
     if preset.patch != 1:
         raise InputError(
             f"patch {preset.patch}: diffusers' UNet2DModel has no outer level at half the size; want a model that was "
