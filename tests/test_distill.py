@@ -88,6 +88,51 @@ def test_the_loss_gets_the_gap_of_the_step_and_the_teacher(
     assert all(torch.equal(value, theirs[name]) for name, value in network.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def weak(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller model of the digits, which may guide `digits`."""
+    out = tmp_path_factory.mktemp("weak") / "run"
+    words = ["--steps", "2", "--channel-multipliers", "1", "--attention-resolutions", "0", "--sample-every", "0"]
+    assert main(["train", "digits", *words, "--batch-size", "8", "--eval-images", "8", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_guide_of_the_teacher(weak: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lower point is one step of the guided teacher. The run resumes to the bit, also if the guide has moved."""
+    seen: list[Any] = []
+    real = losses.consistency
+
+    def spy(*args: Any, teacher: Any) -> Any:
+        seen.append(teacher)
+        return real(*args, teacher=teacher)
+
+    monkeypatch.setitem(losses.LOSSES, "consistency", spy)
+    for name, steps in (("whole", 4), ("halves", 2)):
+        assert distill(tmp_path / name, "--guide", weak, "--guide-scale", 3, "--steps", steps) == 0
+    moved = shutil.copytree(weak, tmp_path / "moved")
+    assert main(["train", str(tmp_path / "halves"), "--guide", str(moved), "--steps", "4"]) == 0
+    whole, halves = (tensors(tmp_path / name, 4) for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    digits, guide = (open_checkpoint(path, precision="float32").denoiser for path in ("digits", weak))
+    x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([5, 400, 980]), torch.tensor([1, 2, 3])
+    want = guide.unclipped()(x, t, y).x0 + 3 * (digits.unclipped()(x, t, y).x0 - guide.unclipped()(x, t, y).x0)
+    assert len(seen) == 8
+    torch.testing.assert_close(seen[-1].unclipped()(x, t, y).x0, want, rtol=1e-4, atol=1e-4)
+    plain = tensors(tmp_path / "plain", 4) if distill(tmp_path / "plain", "--teacher", "--steps", 4) == 0 else {}
+    assert not all(torch.equal(whole[name], plain[name]) for name in whole)
+
+
+def test_another_guide_does_not_go_on(weak: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert distill(out, "--guide", weak, "--steps", 1) == 0
+    for other in ("digits", ""):
+        assert main(["train", str(out), "--guide", other, "--steps", "2"]) == 2
+        assert f"--guide {other!r}: another model guided the run so far" in capsys.readouterr().err
+    assert public(open_checkpoint(out).preset).guide == "MODEL"
+    begun = inherit(str(out), None, {})
+    assert (begun.teacher, begun.guide, begun.guide_scale) == (False, "", 1.5)
+
+
 def test_a_run_that_begins_with_a_taught_model_has_no_teacher(tmp_path: Path) -> None:
     assert distill(tmp_path / "run", "--steps", 1, "--guidance", 2) == 0
     path = tmp_path / "run" / "config.json"
@@ -139,6 +184,11 @@ def test_it_is_sampled_in_two_calls(model: Path, tmp_path: Path, capsys: pytest.
         ("distill digits --guidance 0.5 --out OUT", "--guidance 0.5: want a finite number, 1 to 100"),
         ("distill MODEL --guidance 2 --out OUT", "is a consistency model; want teacher false"),
         ("distill digits --no-teacher --guidance 2 --out OUT", "guidance 2.0: needs a teacher"),
+        ("distill digits --no-teacher --guide digits --out OUT", "--guide digits: there is no teacher to guide"),
+        ("distill digits --guide digits --guidance 2 --out OUT", "not with a guide, which takes its place"),
+        ("distill digits --guide EPS --out OUT", "has another class_names than the teacher; want the same"),
+        ("distill digits --guide MODEL --out OUT", "is a consistency model; want an ordinary model"),
+        ("train digits --guide digits --out OUT", "there is no teacher to guide"),
         ("train digits --teacher --out OUT", "teacher: loss simple has none; want loss consistency"),
         ("distill nothing --out OUT", "nothing: no such file or folder"),
         ("export MODEL --to diffusers OUT", "loss consistency: no pipeline of DDPM or DDIM samples it"),

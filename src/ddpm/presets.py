@@ -227,6 +227,13 @@ class Preset:
         False, "let the model of init step to the lower level of loss consistency; otherwise the image gets less noise"
     )
     guidance: float = _optimisation(1.0, "guidance scale of the teacher; 1 is without guidance", 1, 100)
+    guide: str = _optimisation(
+        "",
+        "weaker model that guides the teacher (autoguidance); each start needs it",
+        resume=True,
+        value="MODEL",
+    )
+    guide_scale: float = _optimisation(1.5, "guidance scale of the guide; 1 is without guidance", 1, 100)
 
     seed: int = _run(0, "seed of the weights, the order of the images, the noise and the dropout", 0, 2**63 - 1)
     device: str = _run("auto", "device to train on: auto, cpu, cuda, cuda:1 or mps", resume=True, value="DEVICE")
@@ -316,6 +323,10 @@ class Preset:
             raise InputError(f"teacher: loss {self.loss} has none; want loss consistency, or teacher false")
         if self.guidance != 1 and not (self.teacher and self.classes and self.label_dropout):
             raise InputError(f"guidance {self.guidance}: needs a teacher, classes, and label_dropout above 0; want 1")
+        if self.guide and not self.teacher:
+            raise InputError(f"guide {self.guide}: there is no teacher to guide; want teacher true, or no guide")
+        if self.guide and self.guidance != 1:
+            raise InputError(f"guidance {self.guidance}: not with a guide, which takes its place; want one of the two")
         if self.weighting != "none" and (self.loss != "simple" or self.predict == "mu"):
             raise InputError(f"weighting {self.weighting}: needs loss simple, and predict eps, x0 or v")
         if self.timestep_sampling == "bound" and self.predict == "mu":

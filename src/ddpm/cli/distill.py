@@ -10,8 +10,8 @@ from ddpm.presets import GROUPS, Preset
 
 OPTIONS = (
     "steps", "batch_size", "accumulate", "lr", "warmup", "cooldown", "ema_decay", "dropout", "gap_steps", "teacher",
-    "guidance", "seed", "device", "workers", "save_every", "keep_steps", "sample_every", "eval_images",
-    "image_column", "label_column", "pairs", "pair_column",
+    "guidance", "guide", "guide_scale", "seed", "device", "workers", "save_every", "keep_steps", "sample_every",
+    "eval_images", "image_column", "label_column", "pairs", "pair_column",
 )  # fmt: skip
 """The settings that it has as options. All others are those of the model, and of `init.distilled`."""
 

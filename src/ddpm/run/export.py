@@ -155,7 +155,8 @@ def public(preset: Preset, data: str | None = None) -> Preset:
     name = data or (preset.data if preset.data in _PUBLIC_DATA and not Path(preset.data).exists() else "")
     init = preset.init if hub.is_name(preset.init) or preset.init in PRESETS else ""
     pairs = "SOURCE" if preset.pairs else ""
-    return replace(preset, data=name, init=init, pairs=pairs, device="auto")
+    guide = "MODEL" if preset.guide else ""
+    return replace(preset, data=name, init=init, pairs=pairs, guide=guide, device="auto")
 
 
 _PUBLIC_DATA = {preset.data for preset in PRESETS.values()} - {""}

@@ -32,6 +32,8 @@ _FREE |= {"attention_resolutions"}
 _BOUND = [f.name for f in fields(Preset) if f.metadata["group"] in ("network", "diffusion") and f.name not in _FREE]
 
 
+_LEVELS = ("predict", "schedule", "num_timesteps", "beta_1", "beta_T")
+"""Settings that say what a network estimates at a level."""
 _OF_DATA = ("image_column", "label_column", "pair_column", "pairs")
 """Settings that belong to the data of the model: other data has others."""
 
@@ -50,6 +52,7 @@ def inherit(name: str, base: Preset | None, settings: Mapping[str, Any]) -> Pres
     if base is None:
         local = (
             "skip_bad", "allow_paths", "precision", "device", "compile", "workers", "track", "teacher", "guidance",
+            "guide", "guide_scale",
         )  # fmt: skip
         defaults: dict[str, Any] = {f.name: f.default for f in fields(Preset) if f.name in local}
         base = replace(model, class_names=(), **defaults)
@@ -113,6 +116,21 @@ def check_teacher(model: Checkpoint | None, preset: Preset) -> None:
         raise InputError(f"guidance {preset.guidance}: the model {preset.init} {why}; want 1")
 
 
+def guide_of(preset: Preset) -> Checkpoint | None:
+    """The model `preset.guide`. Raises InputError if it cannot guide the teacher."""
+    if not preset.guide:
+        return None
+    guide = open_checkpoint(preset.guide, precision=preset.precision)
+    old, names = guide.preset, ("size", "channels", "class_names", "pixel_type", "value_range", "condition", *_LEVELS)
+    if other := [name for name in names if getattr(old, name) != getattr(preset, name)]:
+        raise InputError(f"guide: the model {preset.guide} has another {other[0]} than the teacher; want the same")
+    if old.loss == "consistency":
+        raise InputError(f"guide: the model {preset.guide} is a consistency model; want an ordinary model")
+    if (old.augment > 0) != (preset.augment > 0):
+        raise InputError(f"guide: only one of {preset.guide} and the teacher has augment; want both or none with it")
+    return guide
+
+
 def distilled(name: str, settings: Mapping[str, Any]) -> Preset:
     """The settings of a run that makes a consistency model of the model `name` (Geng et al. 2024).
 
@@ -126,7 +144,7 @@ def distilled(name: str, settings: Mapping[str, Any]) -> Preset:
     ours = {
         "loss": "consistency", "last_sigma": 80.0, "timestep_sampling": "lognormal_wide", "weighting": "none",
         "noise_assignment": "independent", "lr": DISTILL_LR * model.lr,
-        "guidance": 1.0, "teacher": settings.get("guidance", 1.0) != 1,
+        "guidance": 1.0, "teacher": settings.get("guidance", 1.0) != 1 or bool(settings.get("guide")),
         "gap_steps": max(1, settings.get("steps", model.steps) // STAGES),
     }  # fmt: skip
     return replace(model, **{**ours, **settings})

@@ -98,14 +98,16 @@ def train(
                 init.check_teacher(source, preset)
             if preset.pixel_type == "float32":
                 preset = replace(preset, value_range=(train_set.values.low, train_set.values.high))
+            guide = init.guide_of(preset)
         agree.data(preset, train_set, held_out_set, ranks)
         with ranks.together():  # only now, so that a mistake in settings or data leaves no folder behind
             ranks = lock(out, ranks, stack)
 
-        model = _build(preset, ranks.device)
+        model = _build(preset, ranks.device, guide)
         model.at_once = most or at_once
         with ranks.together():
             _check_images(found.folder, model, preset, out, train_set, ranks)
+            _check_guide(found.folder, model, preset)
             if ranks.rank == found.holder:
                 _resume(model, found, out)
         if source is not None:
@@ -269,6 +271,7 @@ class _Model:
     averaged   with the average of the weights
     schedule   on the CPU, where the noise levels of a batch are drawn
     teacher    the network of `init` as it was, if the run has a teacher; checkpoints hold it, too
+    guide      the weaker model that guides the teacher, if there is one; checkpoints do not hold it
     seconds    of training so far
     saved      the step of the newest checkpoint
     resumed    the checkpoint that this process began with
@@ -284,6 +287,7 @@ class _Model:
     network: nn.Module
     average: nn.Module
     teacher: nn.Module | None
+    guide: Checkpoint | None
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     seconds: float = 0.0
@@ -299,8 +303,9 @@ class _Model:
         self.weights, self.average_weights = list(self.network.parameters()), list(self.average.parameters())
 
     def kinds(self) -> list[list[Tensor]]:
-        """Weights, averages, moments, and weights of the teacher."""
-        taught: list[Tensor] = list(self.teacher.parameters()) if self.teacher else []
+        """Weights, averages, moments, and weights of the teacher and its guide."""
+        others = [self.teacher, self.guide and self.guide.denoiser.network]
+        taught: list[Tensor] = [p for network in others if isinstance(network, nn.Module) for p in network.parameters()]
         own: list[list[Tensor]] = [list(self.weights), list(self.average_weights), *self.powers.values()]
         return [*own, list(self.moments().values()), taught]
 
@@ -320,7 +325,7 @@ class _Model:
         return {stem: dict(zip(names, power, strict=True)) for stem, power in self.powers.items()}
 
 
-def _build(preset: Preset, device: torch.device) -> _Model:
+def _build(preset: Preset, device: torch.device, guide: Checkpoint | None = None) -> _Model:
     torch.manual_seed(preset.seed)
     denoiser = build(preset)
     schedule = denoiser.schedule
@@ -329,11 +334,13 @@ def _build(preset: Preset, device: torch.device) -> _Model:
     assert isinstance(network, nn.Module)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     teacher = copy.deepcopy(average) if preset.teacher else None
+    if guide is not None:  # at the noise levels of this run, which leaves out the last ones
+        guide = replace(guide, denoiser=replace(guide.denoiser.to(device), schedule=schedule))
     found = optimizers.make(network, preset.optimizer, preset.lr)
     tracked = ema.TRACKED if preset.snapshot_every else ()
     powers = {stem: [p.detach().clone() for p in network.parameters()] for stem in tracked}
     return _Model(
-        denoiser, replace(denoiser, network=average), schedule, network, average, teacher, found, powers=powers
+        denoiser, replace(denoiser, network=average), schedule, network, average, teacher, guide, found, powers=powers
     )
 
 
@@ -379,7 +386,8 @@ def _told_of(denoiser: Denoiser, warps: Tensor | None) -> Denoiser:
         return denoiser
     if isinstance(guided := denoiser.network, Guided):
         inner = _told_of(replace(denoiser, network=guided.network), warps)
-        return replace(denoiser, network=replace(guided, network=inner.network))
+        guide = guided.guide and partial(_told, guided.guide, warps)
+        return replace(denoiser, network=replace(guided, network=inner.network, guide=guide))
     return replace(denoiser, network=partial(_told, denoiser.network, warps))
 
 
@@ -399,7 +407,9 @@ def _for_training(
         network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     denoiser, objective = replace(model.denoiser, network=network), losses.LOSSES[preset.loss]
     teacher = None if model.teacher is None else replace(model.denoiser, network=model.teacher)
-    if teacher is not None and preset.guidance != 1:
+    if teacher is not None and model.guide is not None:
+        teacher = teacher.guided(preset.guide_scale, guide=model.guide.denoiser)
+    elif teacher is not None and preset.guidance != 1:
         teacher = teacher.guided(preset.guidance)
 
     def gradient(
@@ -436,6 +446,12 @@ def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Proces
     log.say(ranks, f"begins with {preset.init} ({step}{source.weights}), at lr {preset.lr:g}")
     for line in lines:
         log.say(ranks, f"  {line}")
+
+
+def _check_guide(folder: Path | None, model: _Model, preset: Preset) -> None:
+    """Raise InputError if another model guided the run until the checkpoint `folder`."""
+    if folder is not None and checkpoints.read_state(folder).get("guide") != (model.guide and model.guide.identity):
+        raise InputError(f"guide {preset.guide!r}: another model guided the run so far; want that one, or another out")
 
 
 def _check_images(
@@ -525,6 +541,7 @@ def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: fl
         "data": fingerprint,
         "at_once": model.at_once,
         **({"contents": model.contents} if model.contents else {}),
+        **({"guide": model.guide.identity} if model.guide else {}),
     }
     files = {
         "ema": model.average.state_dict(),
