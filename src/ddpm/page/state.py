@@ -54,6 +54,7 @@ class State:
 
     def __init__(self, given: Sequence[str], runs: Path, device: torch.device) -> None:
         self.given = tuple(name if name.startswith("hf:") else str(Path(name)) for name in given)
+        self._theirs = {Path(name) for name in self.given if is_diffusers(Path(name))}
         self.runs, self.device, self.work = runs, device, Work()
         self._models: OrderedDict[tuple[str, Path], Checkpoint] = OrderedDict()
         self._kept: OrderedDict[str, Kept] = OrderedDict()
@@ -68,8 +69,8 @@ class State:
     def run_folders(self) -> list[Path]:
         """The runs under the folder of runs, and those given, sorted."""
         found = [config.parent for config in self.runs.glob("*/config.json")]
-        given = [Path(name) for name in self.given if (Path(name) / "config.json").is_file()]
-        return sorted({run for run in [*found, *given] if not is_diffusers(run)})
+        given = {Path(name) for name in self.given if (Path(name) / "config.json").is_file()}
+        return sorted({*found, *given - self._theirs})
 
     def model(self, name: str) -> Checkpoint:
         """The model of this name, on its device. A run that has trained on is opened anew.
@@ -78,7 +79,7 @@ class State:
         """
         if name not in (names := self.names()):
             raise InputError(f"model {name!r}: {suggestion(name, names)}want {', '.join(names)}")
-        foreign = name.startswith("hf:") or is_diffusers(Path(name))
+        foreign = name.startswith("hf:") or Path(name) in self._theirs
         with self._opening:
             return self._open(name, Path(name) if foreign else find(Path(name)))
 

@@ -76,7 +76,9 @@ def classes_of(checkpoint: Checkpoint, images: data.Images, indices: Sequence[in
     """
     names, known = images.class_names, checkpoint.preset.class_names
     if images.labels is None or names is None:
-        raise InputError(f"{images.name}: {images.split} has no labels; {checkpoint.path} wants labelled images")
+        raise InputError(
+            f"{images.name}: {images.split} has no labels, which {checkpoint.path} needs; want labelled images"
+        )
     labels = images.labels[list(indices)].tolist()
     if unknown := sorted({names[label] for label in labels} - set(known)):
         raise InputError(f"{images.name}: has the class {unknown[0]}, which {checkpoint.path} does not have")
