@@ -343,8 +343,8 @@ def test_from_files_to_samples(tmp_path, monkeypatch, capsys, given, suffix, enc
     assert error.max() <= (0 if given.dtype == np.uint16 else 1e-4)
     capsys.readouterr()
     metrics = "ode" if given.dtype == np.float32 else "nll"
-    options = "--ode-steps 3" if metrics == "ode" else ""
-    assert main(f"evaluate run --metrics {metrics} -n 2 --json {options}".split()) == 0
+    few = "--ode-steps 3" if metrics == "ode" else ""
+    assert main(f"evaluate run --metrics {metrics} -n 2 --json {few}".split()) == 0
     result = json.loads(capsys.readouterr().out)[metrics]
     assert np.isfinite(result["nats_per_dim" if metrics == "ode" else "bits_per_dim"])
     if metrics == "ode":
