@@ -1,6 +1,7 @@
 """`ddpm distill`: a run like every other, and a model that only the sampler `consistency` samples."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close, tensors
+from safetensors.torch import load_file
 
 from ddpm import losses
 from ddpm.cli import main
 from ddpm.files.models import MODELS
 from ddpm.files.opening import open_checkpoint
-from ddpm.run import forecast
+from ddpm.run import export, forecast
 from ddpm.run.export import public
 from ddpm.run.init import distilled, inherit
 
@@ -206,10 +208,27 @@ def test_mistakes_are_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_commands_of_the_card_make_the_model(weak: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as they stand, but for the files that are MODEL there, and for the pictures and figures on the way."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "SAMPLES", 4)
+    assert distill(Path("run"), "--guide", weak, "--guide-scale", 3, "--steps", 2, "--lr", 1e-3, "--seed", 5) == 0
+    assert main(["export", "run", "--out", "a.safetensors"]) == 0
+    commands = re.findall(r"^ddpm (.*)$", Path("a.md").read_text().partition("## How it was made")[2], re.M)
+    assert [line.split()[0] for line in commands] == ["distill", "export"]
+    Path("again").mkdir()
+    places = {"RUN": "again/RUN", "a.safetensors": "again/a.safetensors", "MODEL": str(weak)}
+    for line in commands:
+        words = [places.get(word, word) for word in line.split()]
+        assert main([*words, *(["--eval-images", "8", "--sample-every", "0"] if words[0] == "distill" else [])]) == 0
+    stored, again = load_file("a.safetensors"), load_file("again/a.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in stored.items())
+
+
 def test_an_exported_model_keeps_its_guidance_and_its_last_level(model: Path, tmp_path: Path) -> None:
     """Without the path of the model that it was made of; the file is sampled as the run is."""
     guided = public(replace(distilled("digits", {"guidance": 2.0}), init="/home/me/model"))
-    assert (guided.guidance, guided.init) == (2.0, "")
+    assert (guided.guidance, guided.init) == (2.0, "MODEL")
     assert main(["export", str(model), "--out", str(tmp_path / "m.safetensors")]) == 0
     assert open_checkpoint(tmp_path / "m.safetensors").denoiser.schedule.T == 991
     assert "consistency sampling in 2 network calls" in (tmp_path / "m.md").read_text()

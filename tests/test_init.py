@@ -267,5 +267,5 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(what: str, tmp_path: P
 
 def test_an_exported_model_names_no_folder_of_this_machine() -> None:
     preset = ddpm.PRESETS["digits"]
-    for name, kept in (("/home/me/model", ""), ("runs/a", ""), ("digits", "digits"), ("hf:me/it", "hf:me/it")):
+    for name, kept in (("/home/me/model", "MODEL"), ("", ""), ("digits", "digits"), ("hf:me/it", "hf:me/it")):
         assert public(replace(preset, init=name)).init == kept

@@ -29,6 +29,14 @@ GROUPS = {
 """The groups of settings, in the order of `ddpm train --help`."""
 
 
+DISTILLED = (
+    "steps", "batch_size", "accumulate", "lr", "warmup", "cooldown", "ema_decay", "dropout", "gap_steps", "teacher",
+    "guidance", "guide", "guide_scale", "seed", "device", "workers", "save_every", "keep_steps", "sample_every",
+    "eval_images", "image_column", "label_column", "pairs", "pair_column",
+)  # fmt: skip
+"""The settings that `ddpm distill` has as options. All others are those of the model, and of `init.distilled`."""
+
+
 def _setting(
     group: str,
     default: Any,

@@ -6,14 +6,7 @@ from pathlib import Path
 
 from ddpm.cli.options import MODEL, SOURCE, Commands, add_general, command, importing
 from ddpm.cli.train import add_setting, finish
-from ddpm.presets import GROUPS, Preset
-
-OPTIONS = (
-    "steps", "batch_size", "accumulate", "lr", "warmup", "cooldown", "ema_decay", "dropout", "gap_steps", "teacher",
-    "guidance", "guide", "guide_scale", "seed", "device", "workers", "save_every", "keep_steps", "sample_every",
-    "eval_images", "image_column", "label_column", "pairs", "pair_column",
-)  # fmt: skip
-"""The settings that it has as options. All others are those of the model, and of `init.distilled`."""
+from ddpm.presets import DISTILLED, GROUPS, Preset
 
 
 def add(commands: Commands) -> None:
@@ -29,7 +22,7 @@ def add(commands: Commands) -> None:
     group.add_argument("--out", required=True, metavar="RUN", help="folder of the new run")
     source = f"images to train on: {SOURCE} (default: the data of the model)"
     for name, about in GROUPS.items():
-        if used := [f for f in fields(Preset) if f.name in OPTIONS and f.metadata["group"] == name]:
+        if used := [f for f in fields(Preset) if f.name in DISTILLED and f.metadata["group"] == name]:
             group = parser.add_argument_group(name, about)
             if name == "data":
                 group.add_argument("--data", metavar="SOURCE", default=argparse.SUPPRESS, help=source)
@@ -43,6 +36,6 @@ def run(args: argparse.Namespace) -> int:
         from ddpm.run.init import distilled
         from ddpm.run.train import train
 
-    given = {name: getattr(args, name) for name in ("data", *OPTIONS) if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in ("data", *DISTILLED) if hasattr(args, name)}
     out = Path(args.out)
     return finish(args, out, train(preset := distilled(args.run, given), out), preset)

@@ -23,7 +23,7 @@ from ddpm.files.images import check_folder
 from ddpm.files.models import Checkpoint, calibration_file, read_calibration
 from ddpm.files.opening import open_checkpoint
 from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
-from ddpm.presets import PRESETS, Preset, to_json
+from ddpm.presets import DISTILLED, PRESETS, Preset, to_json
 from ddpm.run import log
 from ddpm.run.fidelity import FIDELITY
 from ddpm.run.sample import cycled_labels, generate, sampler_of
@@ -153,7 +153,7 @@ def public(preset: Preset, data: str | None = None) -> Preset:
     'digits'
     """
     name = data or (preset.data if preset.data in _PUBLIC_DATA and not Path(preset.data).exists() else "")
-    init = preset.init if hub.is_name(preset.init) or preset.init in PRESETS else ""
+    init = preset.init if hub.is_name(preset.init) or preset.init in ("", *PRESETS) else "MODEL"
     pairs = "SOURCE" if preset.pairs else ""
     guide = "MODEL" if preset.guide else ""
     return replace(preset, data=name, init=init, pairs=pairs, guide=guide, device="auto")
@@ -333,18 +333,30 @@ def _last_logged(checkpoint: Checkpoint, key: str) -> tuple[int, float] | None:
     return next((value for value in reversed(values) if value[0] <= checkpoint.step), None)
 
 
+_RESET = ("teacher", "guidance", "guide", "guide_scale", "image_column", "label_column", "pairs", "pair_column")
+"""Settings that `ddpm distill` does not take from the model; without an option, they are those of `Preset`."""
+
+
+def _unlike(preset: Preset, other: Preset, names: Iterable[str]) -> dict[str, Any]:
+    """The settings of these names that differ from those of the other."""
+    return {key: getattr(preset, key) for key in sorted(names) if getattr(preset, key) != getattr(other, key)}
+
+
 def _commands(checkpoint: Checkpoint, exported: Checkpoint) -> str:
-    """The commands that make the same file: training from the nearest preset, and the export."""
+    """The commands that make the same file: training from the nearest preset, or from a model, and the export."""
     preset, name = open_checkpoint(exported.path).preset, exported.path.stem  # with the precision of the training
     fixed = {f.name for f in fields(Preset) if not f.metadata["resume"]} | {"steps", "sample_steps"}
     fixed.discard("details")  # they are not those of a trained network
-    changes = {
-        base: {key: getattr(preset, key) for key in sorted(fixed) if getattr(preset, key) != getattr(other, key)}
-        for base, other in PRESETS.items()
-    }
-    base = min(changes, key=lambda key: len(changes[key]))
-    words = ["ddpm", "train", base, "--out", "RUN"]
-    for key, value in changes[base].items():
+    if preset.loss == "consistency" and preset.init:
+        words = ["ddpm", "distill", preset.init, "--out", "RUN"]
+        changes = {key: getattr(preset, key) for key in ("data", *DISTILLED) if key in fixed - set(_RESET)}
+        changes |= _unlike(preset, Preset(), _RESET)
+    else:
+        base, changes = min(
+            ((base, _unlike(preset, other, fixed)) for base, other in PRESETS.items()), key=lambda pair: len(pair[1])
+        )
+        words = ["ddpm", "train", base, "--out", "RUN"]
+    for key, value in changes.items():
         option = key.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
