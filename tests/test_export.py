@@ -133,7 +133,9 @@ def test_the_commands_of_the_card_make_the_model(trained: Path, here: Path) -> N
     assert all(torch.equal(again[name], value) for name, value in stored.items())
 
 
-@pytest.mark.parametrize("model", ["models/cifar10_fast", "models/cifar10_likelihood", "src/ddpm/models/digits"])
+@pytest.mark.parametrize(
+    "model", ["models/cifar10_fast", "models/cifar10_likelihood", "models/cifar10_two_calls", "src/ddpm/models/digits"]
+)
 def test_the_cards_of_the_repository_name_the_training_of_their_models(model: str) -> None:
     """A preset that changes later would make another network than the card says."""
     root = Path(__file__).parents[1] / model
