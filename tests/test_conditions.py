@@ -482,23 +482,21 @@ def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def enlarged(run: Path, folder: Path, *options: str) -> np.ndarray:
+    """What `sample --input` makes of the images in a folder, with the seeds of the second model of a cascade."""
+    out = folder.with_suffix(".npz")
+    words = ["sample", str(run), "--input", str(folder), "--seed", str(1 << 40), "--out", str(out), *options]
+    assert main(words) == 0
+    images: np.ndarray = np.load(out)["arr_0"]
+    return images
+
+
 def test_a_cascade_enlarges_the_images_of_another_model(run: Path, smaller: Path, tmp_path: Path) -> None:
     """It is `sample` of the first model, and `--input` of its images for the second one, but for the second's seeds."""
     out = tmp_path / "c.npz"
     assert main(["sample", str(smaller), "--then", str(run), "-n", "3", "--out", str(out)]) == 0
     assert main(["sample", str(smaller), "-n", "3", "--out", str(tmp_path / "s/")]) == 0
-    words = [
-        "sample",
-        str(run),
-        "--input",
-        str(tmp_path / "s"),
-        "--seed",
-        str(1 << 40),
-        "--out",
-        str(tmp_path / "b.npz"),
-    ]
-    assert main(words) == 0
-    assert np.array_equal(np.load(out)["arr_0"], np.load(tmp_path / "b.npz")["arr_0"])
+    assert np.array_equal(np.load(out)["arr_0"], enlarged(run, tmp_path / "s"))
 
 
 def test_a_cascade_in_a_folder_grows(run: Path, smaller: Path, tmp_path: Path) -> None:
@@ -522,19 +520,8 @@ def test_a_cascade_of_a_distilled_model_and_another(
     about = json.loads(capsys.readouterr().out)
     assert (about["sampler"], about["network_calls"]) == (("ddim", 3) if asked else ("ancestral", 20))
     small = ["sample", str(tmp_path / "two"), "-n", "2", "--out", str(tmp_path / "s/")]
-    large = [
-        "sample",
-        str(run),
-        "--input",
-        str(tmp_path / "s"),
-        "--seed",
-        str(1 << 40),
-        "--out",
-        str(tmp_path / "b.npz"),
-    ]
     assert main(small) == 0
-    assert main([*large, *asked]) == 0
-    assert np.array_equal(np.load(tmp_path / "c.npz")["arr_0"], np.load(tmp_path / "b.npz")["arr_0"])
+    assert np.array_equal(np.load(tmp_path / "c.npz")["arr_0"], enlarged(run, tmp_path / "s", *asked))
 
 
 def test_a_cascade_begins_with_a_model_without_a_condition(run: Path, smaller: Path) -> None:

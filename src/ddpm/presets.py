@@ -236,10 +236,7 @@ class Preset:
     )
     guidance: float = _optimisation(1.0, "guidance scale of the teacher; 1 is without guidance", 1, 100)
     guide: str = _optimisation(
-        "",
-        "weaker model that guides the teacher (autoguidance); each start needs it",
-        resume=True,
-        value="MODEL",
+        "", "weaker model that guides the teacher (autoguidance); each start needs it", resume=True, value="MODEL"
     )
     guide_scale: float = _optimisation(1.5, "guidance scale of the guide; 1 is without guidance", 1, 100)
 

@@ -26,6 +26,7 @@ from ddpm.files.tensors import file_sha256, read_tensors, save_tensors
 from ddpm.presets import DISTILLED, PRESETS, Preset, to_json
 from ddpm.run import log
 from ddpm.run.fidelity import FIDELITY
+from ddpm.run.init import OF_DATA, OF_TEACHER
 from ddpm.run.sample import cycled_labels, generate, sampler_of
 from ddpm.version import __version__
 
@@ -333,10 +334,6 @@ def _last_logged(checkpoint: Checkpoint, key: str) -> tuple[int, float] | None:
     return next((value for value in reversed(values) if value[0] <= checkpoint.step), None)
 
 
-_RESET = ("teacher", "guidance", "guide", "guide_scale", "image_column", "label_column", "pairs", "pair_column")
-"""Settings that `ddpm distill` does not take from the model; without an option, they are those of `Preset`."""
-
-
 def _unlike(preset: Preset, other: Preset, names: Iterable[str]) -> dict[str, Any]:
     """The settings of these names that differ from those of the other."""
     return {key: getattr(preset, key) for key in sorted(names) if getattr(preset, key) != getattr(other, key)}
@@ -348,9 +345,9 @@ def _commands(checkpoint: Checkpoint, exported: Checkpoint) -> str:
     fixed = {f.name for f in fields(Preset) if not f.metadata["resume"]} | {"steps", "sample_steps"}
     fixed.discard("details")  # they are not those of a trained network
     if preset.loss == "consistency" and preset.init:
-        words = ["ddpm", "distill", preset.init, "--out", "RUN"]
-        changes = {key: getattr(preset, key) for key in ("data", *DISTILLED) if key in fixed - set(_RESET)}
-        changes |= _unlike(preset, Preset(), _RESET)
+        words, own = ["ddpm", "distill", preset.init, "--out", "RUN"], (*OF_TEACHER, *OF_DATA)  # with --data
+        changes = {key: getattr(preset, key) for key in ("data", *DISTILLED) if key in fixed - set(own)}
+        changes |= _unlike(preset, Preset(), own)
     else:
         base, changes = min(
             ((base, _unlike(preset, other, fixed)) for base, other in PRESETS.items()), key=lambda pair: len(pair[1])

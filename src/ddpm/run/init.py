@@ -34,7 +34,11 @@ _BOUND = [f.name for f in fields(Preset) if f.metadata["group"] in ("network", "
 
 _LEVELS = ("predict", "schedule", "num_timesteps", "beta_1", "beta_T")
 """Settings that say what a network estimates at a level."""
-_OF_DATA = ("image_column", "label_column", "pair_column", "pairs")
+_IMAGES = ("size", "channels", "class_names", "pixel_type", "value_range", "condition")
+"""Settings that say what images a model is of. A teacher and its guide have those of the run."""
+OF_TEACHER = ("teacher", "guidance", "guide", "guide_scale")
+"""Settings that no run takes from its model."""
+OF_DATA = ("image_column", "label_column", "pair_column", "pairs")
 """Settings that belong to the data of the model: other data has others."""
 
 
@@ -51,13 +55,12 @@ def inherit(name: str, base: Preset | None, settings: Mapping[str, Any]) -> Pres
     model = open_checkpoint(name).preset
     if base is None:
         local = (
-            "skip_bad", "allow_paths", "precision", "device", "compile", "workers", "track", "teacher", "guidance",
-            "guide", "guide_scale",
+            "skip_bad", "allow_paths", "precision", "device", "compile", "workers", "track", *OF_TEACHER,
         )  # fmt: skip
         defaults: dict[str, Any] = {f.name: f.default for f in fields(Preset) if f.name in local}
         base = replace(model, class_names=(), **defaults)
         if "data" in settings:
-            settings = {**dict.fromkeys(_OF_DATA, ""), **settings}
+            settings = {**dict.fromkeys(OF_DATA, ""), **settings}
     taken = {each: getattr(model, each) for each in (*_BOUND, *_FREE)}
     taken["attention_resolutions"] = _attention(model, settings.get("size", base.size))
     taken["lr"] = base.lr * LR_SHARE
@@ -106,8 +109,8 @@ def check_teacher(model: Checkpoint | None, preset: Preset) -> None:
         return
     if model is None:
         raise InputError("teacher: there is no model; want init MODEL, or teacher false")
-    old, names = model.preset, ("size", "channels", "class_names", "pixel_type", "value_range", "condition")
-    if other := [name for name in names if getattr(old, name) != getattr(preset, name)]:
+    old = model.preset
+    if other := [name for name in _IMAGES if getattr(old, name) != getattr(preset, name)]:
         raise InputError(f"teacher: the model {preset.init} has another {other[0]}; want teacher false")
     if old.loss == "consistency":
         raise InputError(f"teacher: the model {preset.init} is a consistency model; want teacher false")
@@ -121,8 +124,8 @@ def guide_of(preset: Preset) -> Checkpoint | None:
     if not preset.guide:
         return None
     guide = open_checkpoint(preset.guide, precision=preset.precision)
-    old, names = guide.preset, ("size", "channels", "class_names", "pixel_type", "value_range", "condition", *_LEVELS)
-    if other := [name for name in names if getattr(old, name) != getattr(preset, name)]:
+    old = guide.preset
+    if other := [name for name in (*_IMAGES, *_LEVELS) if getattr(old, name) != getattr(preset, name)]:
         raise InputError(f"guide: the model {preset.guide} has another {other[0]} than the teacher; want the same")
     if old.loss == "consistency":
         raise InputError(f"guide: the model {preset.guide} is a consistency model; want an ordinary model")
@@ -140,7 +143,7 @@ def distilled(name: str, settings: Mapping[str, Any]) -> Preset:
     >>> run.loss, run.init, run.last_sigma, run.gap_steps, run.lr
     ('consistency', 'digits', 80.0, 100, 0.0004)
     """
-    model = inherit(name, None, {each: settings[each] for each in ("data", *_OF_DATA) if each in settings})
+    model = inherit(name, None, {each: settings[each] for each in ("data", *OF_DATA) if each in settings})
     ours = {
         "loss": "consistency", "last_sigma": 80.0, "timestep_sampling": "lognormal_wide", "weighting": "none",
         "noise_assignment": "independent", "lr": DISTILL_LR * model.lr,

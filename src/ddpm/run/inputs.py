@@ -71,9 +71,7 @@ def own_sampler(model: Checkpoint, sampling: Sampling) -> Sampling:
     """
     if (model.preset.loss == "consistency") == (sampling.sampler == "consistency"):
         return sampling
-    return replace(
-        sampling, sampler=sampler_of(model.preset), steps=None, spacing=None, eta=0.0, sigma_hat=False
-    )  # fmt: skip
+    return replace(sampling, sampler=sampler_of(model.preset), steps=None, spacing=None, eta=0.0, sigma_hat=False)
 
 
 def cascade(large: Checkpoint, small: Tensor, sampling: Sampling, name: str) -> Sampling:
