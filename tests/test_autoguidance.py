@@ -22,7 +22,9 @@ from ddpm import samplers, schedule
 from ddpm.cli import main
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
+from ddpm.files.opening import open_checkpoint
 from ddpm.run.export import figures
+from ddpm.run.sample import Conditions
 
 S = schedule.linear(50, 2e-3, 0.4)
 DATA = correlated()
@@ -91,6 +93,16 @@ def test_guides_that_do_not_fit() -> None:
         of(DATA).guided(2, guide=replace(of(DATA), schedule=schedule.linear(50)))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("pixel_type", "uint16"), ("label_dropout", 0.0), ("predict", "x0"), ("beta_T", 0.01)]
+)
+def test_a_guide_is_of_the_same_images_labels_and_levels(name: str, value: Any) -> None:
+    model = open_checkpoint("digits")
+    guide = replace(model, preset=replace(model.preset, **{name: value}))
+    with pytest.raises(InputError, match=f"it has another {name} than"):
+        Conditions(guide=guide).apply(model)
+
+
 def test_the_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An earlier checkpoint guides. Scale 1 is the run without a guide, and other scales are not."""
     early = str(trained / "checkpoints/00000020")
@@ -106,7 +118,7 @@ def test_the_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "a.npz").unlink()
     capsys.readouterr()
     for options, words in (
-        (["--guide", "digits"], "it has other classes than"),
+        (["--guide", "digits"], "it has another class_names than"),
         (["--guide-scale", "2"], "--guide-scale 2.0: needs --guide MODEL"),
         (["--guide", "nothing"], "nothing: no such file or folder"),
         (["--guide", early, "--guide-scale", "nan"], "--guide-scale nan: want a finite number"),

@@ -207,7 +207,7 @@ def test_a_weaker_model_guides(tmp_path):
         _, _, alone = ask(address, start(address, model=strong)[-1]["png"]["url"])
         assert (np.asarray(images.read(data)) == np.asarray(images.read(tmp_path / "guided.png"))).all()
         assert (np.asarray(images.read(data)) != np.asarray(images.read(alone))).any()
-        assert "it has other classes than" in start(address, model=strong, guide="digits")[-1]["line"]
+        assert "it has another class_names than" in start(address, model=strong, guide="digits")[-1]["line"]
 
 
 def test_pictures_come_back_as_they_were(page):

@@ -332,6 +332,8 @@ class Preset:
             raise InputError(f"guide {self.guide}: there is no teacher to guide; want teacher true, or no guide")
         if self.guide and self.guidance != 1:
             raise InputError(f"guidance {self.guidance}: not with a guide, which takes its place; want one of the two")
+        if self.guide_scale != Preset.guide_scale and not self.guide:
+            raise InputError(f"guide_scale {self.guide_scale:g}: there is no guide; want guide MODEL, too")
         if self.weighting != "none" and (self.loss != "simple" or self.predict == "mu"):
             raise InputError(f"weighting {self.weighting}: needs loss simple, and predict eps, x0 or v")
         if self.timestep_sampling == "bound" and self.predict == "mu":

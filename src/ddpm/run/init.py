@@ -35,7 +35,7 @@ _BOUND = [f.name for f in fields(Preset) if f.metadata["group"] in ("network", "
 _LEVELS = ("predict", "schedule", "num_timesteps", "beta_1", "beta_T")
 """Settings that say what a network estimates at a level."""
 _IMAGES = ("size", "channels", "class_names", "pixel_type", "value_range", "condition")
-"""Settings that say what images a model is of. A teacher and its guide have those of the run."""
+"""Settings that say what images a model is of. A teacher has those of the run, and a guide those of its model."""
 OF_TEACHER = ("teacher", "guidance", "guide", "guide_scale")
 """Settings that no run takes from its model."""
 OF_DATA = ("image_column", "label_column", "pair_column", "pairs")
@@ -124,14 +124,20 @@ def guide_of(preset: Preset) -> Checkpoint | None:
     if not preset.guide:
         return None
     guide = open_checkpoint(preset.guide, precision=preset.precision)
-    old = guide.preset
-    if other := [name for name in (*_IMAGES, *_LEVELS) if getattr(old, name) != getattr(preset, name)]:
-        raise InputError(f"guide: the model {preset.guide} has another {other[0]} than the teacher; want the same")
-    if old.loss == "consistency":
-        raise InputError(f"guide: the model {preset.guide} is a consistency model; want an ordinary model")
-    if (old.augment > 0) != (preset.augment > 0):
+    check_guide(guide, preset, "the teacher")
+    if (guide.preset.augment > 0) != (preset.augment > 0):
         raise InputError(f"guide: only one of {preset.guide} and the teacher has augment; want both or none with it")
     return guide
+
+
+def check_guide(guide: Checkpoint, preset: Preset, model: str) -> None:
+    """Raise InputError if `guide` is no weaker version of the `model` with this preset."""
+    names = (*_IMAGES, *_LEVELS, "always_labelled")
+    if other := [name for name in names if getattr(guide.preset, name) != getattr(preset, name)]:
+        name = {"always_labelled": "label_dropout"}.get(other[0], other[0])
+        raise InputError(f"guide {guide.path}: it has another {name} than {model}; want the same")
+    if guide.preset.loss == "consistency":
+        raise InputError(f"guide {guide.path}: it is a consistency model; want an ordinary model")
 
 
 def distilled(name: str, settings: Mapping[str, Any]) -> Preset:

@@ -19,6 +19,7 @@ from ddpm.noise import ahead, mix, normal, per_image
 from ddpm.presets import Preset
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.forecast import SamplingForecast
+from ddpm.run.init import check_guide
 from ddpm.run.processes import Processes
 from ddpm.run.progress import Progress
 from ddpm.samplers import SAMPLERS, Levels, Sampler, Step, named
@@ -328,12 +329,9 @@ class Conditions:
         """Raise InputError for a guide that is no weaker version of the model."""
         if self.guidance not in (None, 1):
             raise InputError(f"guidance {self.guidance}: not with a guide, which takes its place; want one of the two")
-        kinds = {"shape": "size or channels", "class_names": "classes", "always_labelled": "label_dropout"}
-        for name, what in {**kinds, "condition": "conditions"}.items():
-            if getattr(guide.preset, name) != getattr(checkpoint.preset, name):
-                raise InputError(f"guide {guide.path}: it has other {what} than {checkpoint.path}; want the same")
-        if "consistency" in (guide.preset.loss, checkpoint.preset.loss):
-            raise InputError(f"guide {guide.path}: one of the two is a consistency model; want ordinary models")
+        if checkpoint.preset.loss == "consistency":
+            raise InputError(f"guide {guide.path}: {checkpoint.path} is a consistency model; want an ordinary model")
+        check_guide(guide, checkpoint.preset, str(checkpoint.path))
 
 
 @dataclass(frozen=True, eq=False)
