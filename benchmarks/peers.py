@@ -26,7 +26,8 @@ from ddpm.files import data
 from ddpm.presets import PRESETS, Precision, Preset
 from ddpm.run.device import GraphedGradient
 from ddpm.run.processes import Processes
-from ddpm.run.train import _begin, train
+from ddpm.run.step import begin
+from ddpm.run.train import train
 
 PAPER = PRESETS["cifar10"]
 PAPER_256 = PRESETS["celebahq256"]
@@ -97,7 +98,7 @@ class Ours:
         ranks = ranks or Processes(0, 1, torch.device(device))
         self.preset = replace(preset, batch_size=count * ranks.world, precision=precision)
         images, _ = data.load_pair(data.given(pixels.to_pixels(batch(preset, 2))), preset.size, preset.channels)
-        self.training = _begin(self.preset, images, ranks)
+        self.training = begin(self.preset, images, ranks)
         self.batch = pixels.to_pixels(batch(preset, count)).to(ranks.device)
 
     def step(self) -> Tensor:

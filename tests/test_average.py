@@ -174,7 +174,7 @@ class Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Tests must not change it, but may write averages."""
-    path, total, square, apply = tmp_path_factory.mktemp("average") / "run", 0, 0.0, ddpm.run.train._apply
+    path, total, square, apply = tmp_path_factory.mktemp("average") / "run", 0, 0.0, ddpm.run.train.apply
 
     def summing(model: Any, preset: Any) -> None:
         nonlocal total, square
@@ -183,7 +183,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         total, square = total + flat, square + float(flat @ flat)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddpm.run.train, "_apply", summing)
+        patch.setattr(ddpm.run.train, "apply", summing)
         patch.setattr(ema, "TRACKED", ema.TRACKED | {f"power-{s}": s for s in DIRECT})
         options = ["--steps", STEPS, "--snapshot-every", EVERY, "--save-every", 64, "--keep", 1, "--log-every", 64]
         assert train(path, *options) == 0

@@ -322,13 +322,13 @@ DIFFERENT = """
 import os, sys, torch
 from ddpm.cli import main
 from ddpm.run import train
-real = train._apply
+real = train.apply
 def apply(model, preset):
     real(model, preset)
     if os.environ["RANK"] == "1" and model.step == 7:
         with torch.no_grad():
             model.weights[3].view(-1)[0] *= 1 + 1e-6
-train._apply = apply
+train.apply = apply
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -299,12 +299,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ["_update", "_apply", "draw", "held_out_by_level"])
+@pytest.mark.parametrize("name", ["update", "apply", "draw", "held_out_by_level"])
 def test_any_exception_saves_the_last_whole_step(
     name: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is saved is bit for bit the run that was not disturbed, and the run can be resumed from it."""
-    calls = {"_update": 5, "_apply": 5, "draw": 1, "held_out_by_level": 2}  # held_out_by_level runs at step 0, too
+    calls = {"update": 5, "apply": 5, "draw": 1, "held_out_by_level": 2}  # held_out_by_level runs at step 0, too
     fail_in(monkeypatch, name, calls[name], ZeroDivisionError("disturbed"))
     with pytest.raises(ZeroDivisionError, match="disturbed"):
         train(tmp_path / "run", *EIGHT)

@@ -37,7 +37,8 @@ from ddpm.run.held_out import BUCKETS, held_out_by_level
 from ddpm.run.meter import Meter
 from ddpm.run.processes import Processes
 from ddpm.run.sample import generate
-from ddpm.run.train import _begin, _Watch
+from ddpm.run.step import begin
+from ddpm.run.train import _Watch
 
 # -- stopping and resuming ---------------------------------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ def test_the_steps_that_are_measured_are_those_of_a_run(optimizer: str, tmp_path
     assert train(tmp_path / "run", *EVERYTHING, "--optimizer", optimizer, "--steps", 3) == 0
     preset = opening.open_checkpoint(tmp_path / "run").preset
     images, _ = data.load_pair("digits", preset.size, preset.channels)
-    training = _begin(preset, images, Processes(0, 1, torch.device("cpu")))
+    training = begin(preset, images, Processes(0, 1, torch.device("cpu")))
     for batch in data.batches(images, preset.seed, preset.batch_size, 0, 3):
         training.step(preset, batch)
     model, run = training.model, tensors(tmp_path / "run", 3)
@@ -89,7 +90,7 @@ def test_the_loss_of_a_step_is_that_of_the_whole_batch() -> None:
     found = []
     for parts in (1, 2, 8):
         divided = dataclasses.replace(preset, accumulate=parts)
-        training = _begin(divided, images, Processes(0, 1, torch.device("cpu")))
+        training = begin(divided, images, Processes(0, 1, torch.device("cpu")))
         found.append(float(training.step(divided, images.batch(range(8)))))
     assert found == pytest.approx([found[0]] * 3, rel=1e-5)
 
@@ -555,7 +556,7 @@ def test_bad_images_are_skipped_and_counted(tmp_path: Path, capsys: pytest.Captu
 def test_compiling_changes_neither_steps_nor_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled stages (here without a backend), with or without gradient checkpointing, give the same run."""
     eager = functools.partial(compile_stages, backend="eager")
-    monkeypatch.setattr("ddpm.run.train.compile_stages", eager)
+    monkeypatch.setattr("ddpm.run.step.compile_stages", eager)
     with kernels.disabled():  # what is compiled does without them
         assert train(tmp_path / "plain", "--dropout", 0.3, "--steps", 4) == 0
         assert train(tmp_path / "run", "--dropout", 0.3, "--compile", "on", "--steps", 2) == 0

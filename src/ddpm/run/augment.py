@@ -7,7 +7,7 @@ from ddpm import noise
 from ddpm.presets import Preset
 
 _PURPOSE = 4
-"""It keeps these draws apart from the others of a step (run/train.py)."""
+"""It keeps these draws apart from the others of a step (run/step.py)."""
 
 
 def draw(preset: Preset, step: int) -> Tensor:

@@ -14,7 +14,7 @@ from ddpm.presets import Preset
 from ddpm.run.parts import labels_of
 
 _TRAINING, _IMAGE = 6, 0xC0DD
-"""Keys of the draws of masks and dropout: those of a step (run/train.py), and those of an image."""
+"""Keys of the draws of masks and dropout: those of a step (run/step.py), and those of an image."""
 
 
 def of_batch(preset: Preset, x0: Tensor, step: int, mine: slice) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,6 @@
-"""Algorithm 1, with what a long run needs: `train` reads from top to bottom, and `_update` is the algorithm's step.
+"""Algorithm 1, with what a long run needs: `train` reads from top to bottom.
 
-Everything random in step n is a function of (seed, n), so a checkpoint holds only weights and moments.
+Its step is in run/step.py. What a step changes, and a checkpoint holds, is in run/state.py.
 """
 
 import copy
@@ -9,29 +9,21 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from ddpm import float64, losses, noise, optimizers, pixels, timesteps, warp
-from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, Stopped
-from ddpm.files import atomic, checkpoints, data, tensors
-from ddpm.files.checkpoints import CHECKPOINTS, SNAPSHOTS
-from ddpm.files.models import Checkpoint
-from ddpm.guidance import Guided
+from ddpm.files import atomic, checkpoints, data
+from ddpm.files.checkpoints import SNAPSHOTS
 from ddpm.presets import Preset, build
-from ddpm.run import agree, augment, conditioning, ema, forecast, init, log, nodes, partition, track
+from ddpm.run import agree, forecast, init, log, nodes, partition, state, track
 from ddpm.run.advice import advice, few_steps
-from ddpm.run.device import Gradient, GraphedGradient, compile_stages, pick_compile
 from ddpm.run.group import Lost, shared
 from ddpm.run.held_out import held_out_by_level
 from ddpm.run.lock import lock
@@ -41,10 +33,7 @@ from ddpm.run.previews import affordable, draw, grid_file, has_grid
 from ddpm.run.processes import Processes, pick_precision, processes, threads
 from ddpm.run.progress import Progress
 from ddpm.run.signals import PREEMPTED, Stop, asking_to_stop, signal_of_all
-from ddpm.schedule import Schedule
-
-# The purpose of a draw. It keeps the draws of one step apart.
-_BATCH, _EPS, _DROPOUT, _WARP = 1, 2, 3, 5  # 4 is that of run/augment.py, and 6 of run/conditioning.py
+from ddpm.run.step import Training, apply, for_training, update
 
 
 @dataclass(frozen=True)
@@ -103,23 +92,23 @@ def train(
         with ranks.together():  # only now, so that a mistake in settings or data leaves no folder behind
             ranks = lock(out, ranks, stack)
 
-        model = _build(preset, ranks.device, guide)
+        model = state.new(preset, ranks.device, guide)
         model.at_once = most or at_once
         with ranks.together():
-            _check_images(found.folder, model, preset, out, train_set, ranks)
-            _check_guide(found.folder, model, preset)
+            state.check_images(found.folder, model, preset, out, train_set, ranks)
+            state.check_guide(found.folder, model, preset)
             if ranks.rank == found.holder:
-                _resume(model, found, out)
+                state.resume(model, found, out)
         if source is not None:
-            _begin_with(source, model, preset, ranks)
+            state.begin_with(source, model, preset, ranks)
         if ranks.world > 1:
-            _spread(model, preset, out, found, train_set.fingerprint, ranks)
+            state.spread(model, preset, out, found, train_set.fingerprint, ranks)
         begun = model.step
         with ranks.together():
             if ranks.writes:
                 (out / PREEMPTED).unlink(missing_ok=True)
-                if _has_snapshot(begun, preset) and checkpoints.damage(out / SNAPSHOTS / f"{begun:08d}"):
-                    _snapshot(model, preset, out)  # an earlier process ended between checkpoint and snapshot
+                if state.has_snapshot(begun, preset) and checkpoints.damage(out / SNAPSHOTS / f"{begun:08d}"):
+                    state.snapshot(model, preset, out)  # an earlier process ended between checkpoint and snapshot
         if begun and ranks.any(ranks.first and has_grid(begun, preset) and not grid_file(out, begun).exists()):
             size = preset.sample_count, preset.sample_steps  # an earlier process ended between checkpoint and grid
             draw(model.averaged, preset, out, begun, ranks, size, lambda: False, held_out_set)
@@ -128,7 +117,7 @@ def train(
         if begun >= preset.steps:
             log.say(ranks, f"{out} is trained to step {begun} already; steps above {begun} continue it")
             return Result(begun, model.held_out_before, None, None, None)
-        training = _for_training(model, preset, parts, train_set, ranks)
+        training = for_training(model, preset, parts, train_set, ranks)
         warmup = preset.warmup
         if minutes is not None and not known:
             end = started + 60 * minutes
@@ -150,7 +139,7 @@ def train(
                 return None
             mean = float(torch.tensor(levels).nanmean())
             if not math.isfinite(mean):
-                raise _not_finite(f"step {model.step}: the held-out loss is not finite", out)
+                raise state.not_finite(f"step {model.step}: the held-out loss is not finite", out)
             write(model.step, {"held_out": mean, "held_out_by_level": levels})
             return mean
 
@@ -162,7 +151,7 @@ def train(
                     agree.weights(model.kinds(), model.step, out, ranks)
                 if ranks.writes or alone:
                     before = time.monotonic()
-                    _save(model, preset, out, meter.seconds(), held_out, train_set.fingerprint)
+                    state.save(model, preset, out, meter.seconds(), held_out, train_set.fingerprint)
                     if not model.saved and (late := forecast.late_save(time.monotonic() - before)):
                         log.say(ranks, late)
                 model.saved = model.step
@@ -187,12 +176,12 @@ def train(
         stack.enter_context(_saving_at_the_end(model, out, save, ranks))
 
         for batch in meter.waiting(stream):
-            loss, norm = _update(training, preset, batch)
+            loss, norm = update(training, preset, batch)
             meter.see(loss)
             watch.see(model.step, norm)
             if ranks.device.type == "cpu":
                 watch.check(out, loss)
-            _apply(model, preset)
+            apply(model, preset)
             bar.update()
             if ranks.group:
                 ranks.group.step = model.step
@@ -212,12 +201,12 @@ def train(
                     log.say(ranks, warning)
                 waits = f", {line['data_wait']:.0%} waiting for data"
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.1f} images/s{waits}")
-            if _has_snapshot(model.step, preset):
+            if state.has_snapshot(model.step, preset):
                 watch.check(out, loss)
                 with meter.paused():
                     agree.weights(model.kinds(), model.step, out, ranks)
                     if ranks.writes:
-                        _snapshot(model, preset, out)
+                        state.snapshot(model, preset, out)
                     ranks.exchange()
             with meter.paused():
                 if saving or ended:
@@ -247,524 +236,7 @@ def train(
         return Result(model.step, model.held_out_before, held_out, meter.rate, None)
 
 
-def _load(preset: Preset, images: data.Given | None, ranks: Processes) -> tuple[data.Images, data.Images]:
-    """The images to train on and the held-out images, both with their pairs if the condition is `pairs`."""
-    how: dict[str, Any] = {"verify": preset.verify, "progress": ranks.first}
-    sets = data.load_pair(images or preset.data, preset.size, preset.channels, **how, **data.settings_of(preset))
-    if preset.condition != "pairs":
-        return sets
-    source = preset.pairs or (images and images.pairs) or preset.data
-    with data.settings_of_pairs(preset, sets[0]) as settings:
-        others = data.load_pair(source, preset.size, preset.channels, **how, **settings)
-    columns = preset.image_column, preset.pair_column
-    return data.paired(sets[0], others[0], columns), data.paired(sets[1], others[1], columns)
-
-
-# -- what training changes ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Model:
-    """The network, its moving average, and the optimizers of its weights; `step` counts updates.
-
-    denoiser   with the network that is trained
-    averaged   with the average of the weights
-    schedule   on the CPU, where the noise levels of a batch are drawn
-    teacher    the network of `init` as it was, if the run has a teacher; checkpoints hold it, too
-    guide      the weaker model that guides the teacher, if there is one; checkpoints do not hold it
-    seconds    of training so far
-    saved      the step of the newest checkpoint
-    resumed    the checkpoint that this process began with
-    at_once    the most images that a process computes at once
-    contents   a hash of the images that it is trained on, if some process of the run made it
-    whole      whether weights, moments and average are those of one step, and not amid an update
-    powers     the averages of `ema.TRACKED` by their names, if the run has snapshots
-    """
-
-    denoiser: Denoiser
-    averaged: Denoiser
-    schedule: Schedule
-    network: nn.Module
-    average: nn.Module
-    teacher: nn.Module | None
-    guide: Checkpoint | None
-    optimizers: list[torch.optim.Optimizer]
-    step: int = 0
-    seconds: float = 0.0
-    held_out_before: float | None = None
-    saved: int = 0
-    resumed: Path | None = None
-    at_once: int = 0
-    contents: str | None = None
-    whole: bool = True
-    powers: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.weights, self.average_weights = list(self.network.parameters()), list(self.average.parameters())
-
-    def kinds(self) -> list[list[Tensor]]:
-        """Weights, averages, moments, and weights of the teacher and its guide."""
-        others = [self.teacher, self.guide and self.guide.denoiser.network]
-        taught: list[Tensor] = [p for network in others if isinstance(network, nn.Module) for p in network.parameters()]
-        own: list[list[Tensor]] = [list(self.weights), list(self.average_weights), *self.powers.values()]
-        return [*own, list(self.moments().values()), taught]
-
-    def moments(self) -> dict[str, Tensor]:
-        """The moments of the optimizers by their names in optimizer.safetensors; none before the first step."""
-        states = {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
-        return {
-            f"{key}.{name}": value
-            for name, p in self.network.named_parameters()
-            for key, value in states.get(p, {}).items()
-            if key != "step"
-        }
-
-    def power_files(self) -> dict[str, dict[str, Tensor]]:
-        """What a snapshot holds: the stem of a file -> the averages by the names of the weights."""
-        names = [name for name, _ in self.network.named_parameters()]
-        return {stem: dict(zip(names, power, strict=True)) for stem, power in self.powers.items()}
-
-
-def _build(preset: Preset, device: torch.device, guide: Checkpoint | None = None) -> _Model:
-    torch.manual_seed(preset.seed)
-    denoiser = build(preset)
-    schedule = denoiser.schedule
-    denoiser = denoiser.to(device)
-    network = denoiser.network
-    assert isinstance(network, nn.Module)
-    average = copy.deepcopy(network).eval().requires_grad_(False)
-    teacher = copy.deepcopy(average) if preset.teacher else None
-    if guide is not None:  # at the noise levels of this run, which leaves out the last ones
-        guide = replace(guide, denoiser=replace(guide.denoiser.to(device), schedule=schedule))
-    found = optimizers.make(network, preset.optimizer, preset.lr)
-    tracked = ema.TRACKED if preset.snapshot_every else ()
-    powers = {stem: [p.detach().clone() for p in network.parameters()] for stem in tracked}
-    return _Model(
-        denoiser, replace(denoiser, network=average), schedule, network, average, teacher, guide, found, powers=powers
-    )
-
-
-class _Training(NamedTuple):
-    """What a training step runs.
-
-    network   averages gradients over processes
-    gradient  of the loss of a part
-    parts     of the batch, those of this process
-    images    whose labels the network is told, if it learns them
-    draws     the generator of the noise
-    """
-
-    model: _Model
-    network: nn.Module
-    gradient: Gradient
-    parts: list[slice]
-    images: data.Images
-    draws: torch.Generator
-    ranks: Processes
-
-    @property
-    def mine(self) -> slice:
-        """The images of a batch that this process takes."""
-        return slice(self.parts[0].start, self.parts[-1].stop)
-
-    def step(self, preset: Preset, batch: Tensor) -> Tensor:
-        """Algorithm 1 for a batch of this process's images, pixels [b, C, H, W]: the loss before the update."""
-        loss, _ = _update(self, preset, batch)
-        _apply(self.model, preset)
-        return loss
-
-
-def _begin(preset: Preset, images: data.Images, ranks: Processes) -> _Training:
-    """A new model and its training step without a run's files, for measurements of what `train` runs."""
-    parts = partition.parts(preset.batch_size, ranks.world, ranks.rank, preset.accumulate)
-    return _for_training(_build(preset, ranks.device), preset, parts, images, ranks)
-
-
-def _told_of(denoiser: Denoiser, warps: Tensor | None) -> Denoiser:
-    """The denoiser whose network is told how each image is warped. Guidance calls the network with each image twice."""
-    if warps is None:
-        return denoiser
-    if isinstance(guided := denoiser.network, Guided):
-        inner = _told_of(replace(denoiser, network=guided.network), warps)
-        guide = guided.guide and partial(_told, guided.guide, warps)
-        return replace(denoiser, network=replace(guided, network=inner.network, guide=guide))
-    return replace(denoiser, network=partial(_told, denoiser.network, warps))
-
-
-def _told(network: Callable[..., Tensor], warps: Tensor, x: Tensor, *args: Any, **condition: Any) -> Tensor:
-    return network(x, *args, warp=warps.repeat(len(x) // len(warps), 1), **condition)
-
-
-def _for_training(
-    model: _Model, preset: Preset, parts: list[slice], images: data.Images, ranks: Processes
-) -> _Training:  # fmt: skip
-    """What a step runs. On a CUDA device it is compiled, and a step of one part in one process is a CUDA graph."""
-    if pick_compile(preset.compile, ranks.device):
-        compile_stages(model.network)
-    network, on_cuda = model.network, ranks.device.type == "cuda"
-    if ranks.world > 1:
-        ids = [ranks.device.index] if on_cuda else None
-        network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    denoiser, objective = replace(model.denoiser, network=network), losses.LOSSES[preset.loss]
-    teacher = None if model.teacher is None else replace(model.denoiser, network=model.teacher)
-    if teacher is not None and model.guide is not None:
-        teacher = teacher.guided(preset.guide_scale, guide=model.guide.denoiser)
-    elif teacher is not None and preset.guidance != 1:
-        teacher = teacher.guided(preset.guidance)
-
-    def gradient(
-        x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None, warps: Tensor | None, condition: Tensor | None, *r: Tensor
-    ) -> Tensor:
-        by = {} if teacher is None else {"teacher": _told_of(teacher, warps).given(condition)}
-        told = _told_of(denoiser, warps).given(condition)
-        loss = objective(told, x0, t, eps, y, *r, **by) * losses.weight(denoiser, t, preset.weighting)
-        loss = loss.mean() / partition.divisor(len(x0), preset.batch_size, ranks.world)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-
-    training = _Training(model, network, gradient, parts, images, torch.Generator(ranks.device), ranks)
-    if not on_cuda or preset.compile == "off":
-        return training
-    for reason, applies in (
-        (f"{ranks.world} processes share the batch", ranks.world > 1),
-        (f"a step has {len(parts)} parts", len(parts) > 1),
-        ("gradient_checkpointing draws dropout twice", preset.gradient_checkpointing),
-        ("loss consistency draws dropout twice", preset.loss == "consistency"),
-    ):
-        if applies:
-            log.say(ranks, f"training runs without a CUDA graph: {reason}")
-            return training
-    return training._replace(gradient=GraphedGradient(gradient, model.weights, partial(log.say, ranks)))
-
-
-def _begin_with(source: Checkpoint, model: _Model, preset: Preset, ranks: Processes) -> None:
-    """Make the weights of another model, where it is averaged their average, the first weights and their average."""
-    state, lines = init.adapt(source, preset)
-    for network in (model.network, model.average, *([model.teacher] if model.teacher else [])):
-        network.load_state_dict(state)
-    step = f"step {source.step:,}, " if source.step else ""
-    log.say(ranks, f"begins with {preset.init} ({step}{source.weights}), at lr {preset.lr:g}")
-    for line in lines:
-        log.say(ranks, f"  {line}")
-
-
-def _check_guide(folder: Path | None, model: _Model, preset: Preset) -> None:
-    """Raise InputError if another model guided the run until the checkpoint `folder`."""
-    if folder is not None and checkpoints.read_state(folder).get("guide") != (model.guide and model.guide.identity):
-        raise InputError(f"guide {preset.guide!r}: another model guided the run so far; want that one, or another out")
-
-
-def _check_images(
-    folder: Path | None, model: _Model, preset: Preset, out: Path, images: data.Images, ranks: Processes
-) -> None:
-    """Raise InputError if the run saw other images until the checkpoint `folder`."""
-    model.contents = images.contents if preset.verify else None
-    if folder is None:
-        return
-    state = checkpoints.read_state(folder)
-    if state["data"] != images.fingerprint:
-        was = checkpoints.settings(out)
-        raise InputError(
-            f"data {preset.data}: not the images that the run in {out} was trained on, which came from "
-            f"{was.data if was else 'elsewhere'}; want "
-            "these, or another out"
-        )
-    known = state.get("contents")
-    if model.contents is not None and known not in (None, model.contents):
-        raise InputError(
-            f"data {preset.data}: images of the same names and sizes as those of the run in {out}, but other contents; "
-            "want those, or another out"
-        )
-    if model.contents is not None and known is None:
-        log.say(ranks, f"{out} has no hash of its images yet, so nothing is compared; later starts with verify compare")
-    model.contents = model.contents or known
-
-
-def _resume(model: _Model, found: nodes.Found, out: Path) -> None:
-    """Load the newest whole checkpoint, if the run has one. Raises InputError if all of them are damaged."""
-    folder = found.folder
-    if folder is None:
-        if damaged := checkpoints.saved(out):
-            raise InputError(f"out {out}: none of its checkpoints is whole; delete {damaged[0].parent} to start again")
-        return
-    state = checkpoints.read_state(folder)
-    model.network.load_state_dict(tensors.read_tensors(folder / "raw.safetensors"))
-    model.average.load_state_dict(tensors.read_tensors(folder / "ema.safetensors"))
-    if model.teacher:
-        model.teacher.load_state_dict(tensors.read_tensors(folder / "teacher.safetensors"))
-    moments = tensors.read_tensors(folder / "optimizer.safetensors")
-    optimizers.begin(model.optimizers, state["step"])
-    for name, value in model.moments().items():
-        value.copy_(moments[name])
-    for stem, power in model.power_files().items():
-        for name, value in tensors.read_tensors(folder / f"{stem}.safetensors").items():
-            power[name].copy_(value)
-    model.step, model.seconds, model.held_out_before = state["step"], state["seconds"], state["held_out_before"]
-    model.saved = model.step
-    model.resumed = folder
-
-
-def _spread(model: _Model, preset: Preset, out: Path, found: nodes.Found, fingerprint: str, ranks: Processes) -> None:
-    """Give all processes what the holder of the newest checkpoint has. Writers that lack this checkpoint save it."""
-    holds, mine = ranks.rank == found.holder, None
-    if holds:
-        held_out = checkpoints.read_state(found.folder)["held_out"] if found.folder else None
-        lines = [line for line in log.read(out / "metrics.jsonl") if line["step"] <= model.step] if model.step else []
-        mine = [model.step, model.seconds, model.held_out_before, model.contents, held_out, lines]
-    step, seconds, before, contents, held_out, lines = ranks.exchange(mine)[found.holder]
-    if step and not holds:
-        optimizers.begin(model.optimizers, step)
-        model.step, model.seconds, model.held_out_before, model.contents = step, seconds, before, contents
-    for value in (tensor for kind in model.kinds() for tensor in kind):
-        sent = value.detach().contiguous()
-        dist.broadcast(sent, found.holder)
-        if sent.data_ptr() != value.data_ptr():
-            value.detach().copy_(sent)
-    model.saved = step
-    has = found.folder is not None and int(found.folder.name) == step
-    if step and ranks.writes and not has:
-        _save(model, preset, out, seconds, held_out, fingerprint)
-        log.write(out / "metrics.jsonl", lines)
-    ranks.exchange()
-
-
-def _save(model: _Model, preset: Preset, out: Path, seconds: float, held_out: float | None, fingerprint: str) -> None:
-    """Write a checkpoint, and delete those that `preset.keep` does not keep.
-
-    Raises Stopped if the disk is full, or if the numbers are not finite.
-    """
-    state = {
-        "step": model.step,
-        "seconds": seconds,
-        "held_out": held_out,
-        "held_out_before": model.held_out_before,
-        "data": fingerprint,
-        "at_once": model.at_once,
-        **({"contents": model.contents} if model.contents else {}),
-        **({"guide": model.guide.identity} if model.guide else {}),
-    }
-    files = {
-        "ema": model.average.state_dict(),
-        "raw": model.network.state_dict(),
-        "optimizer": model.moments(),
-        **model.power_files(),
-        **({"teacher": model.teacher.state_dict()} if model.teacher else {}),
-    }
-    folder = _write(model, preset, out, state, files, CHECKPOINTS)
-    protected = {folder, *([model.resumed] if model.resumed else [])}
-    checkpoints.prune(out, preset.keep, preset.keep_steps, protected)
-
-
-def _has_snapshot(step: int, preset: Preset) -> bool:
-    """Whether a snapshot belongs to this step."""
-    return bool(step and preset.snapshot_every) and (step % preset.snapshot_every == 0 or step == preset.steps)
-
-
-def _snapshot(model: _Model, preset: Preset, out: Path) -> None:
-    """Write RUN/snapshots/STEP, the power function averages of now. Raises Stopped as `_save` does."""
-    _write(model, preset, out, {"step": model.step}, model.power_files(), SNAPSHOTS)
-
-
-def _write(
-    model: _Model, preset: Preset, out: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor]], place: str
-) -> Path:
-    """`checkpoints.save`, whose errors end the run."""
-    try:
-        return checkpoints.save(out, preset, state, files, place)
-    except FloatingPointError as error:
-        raise _not_finite(f"step {model.step}: {error}", out) from error
-    except OSError as error:
-        last = checkpoints.newest(out) or "none"
-        raise Stopped(
-            f"step {model.step}: cannot save to {out}: {log.reason(error)}; the last whole checkpoint is {last}"
-        ) from error
-
-
-# -- a step ------------------------------------------------------------------------------------------------------------
-
-
-def _update(training: _Training, preset: Preset, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Algorithm 1: draw t and eps of the whole batch, and leave the gradient of this process's parts.
-
-    batch is this process's images, [b, C, H, W]. Returns the loss, this process's share of the batch's mean, and the
-    norm of the gradient before clipping. The noise is drawn on the device. A CPU generator takes 32 bits of the seed,
-    so a few of a million steps share their noise; they have other images and levels, so this does no harm.
-    """
-    model, parts, draws, ranks = training.model, training.parts, training.draws, training.ranks
-    step = model.step
-    g = noise.generator(preset.seed, step, _BATCH)
-    t = timesteps.sample(model.schedule, preset.batch_size, preset.timestep_sampling, g, preset.predict)
-    lower = [timesteps.lower(model.schedule, t, 1 + step // preset.gap_steps)] if preset.loss == "consistency" else []
-    t, lower = data.send(t, ranks.device), [data.send(r, ranks.device) for r in lower]
-    flips = data.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
-    turns = data.send(augment.draw(preset, step), ranks.device) if preset.turn or preset.mirror else None
-    draws.manual_seed(noise.mix(preset.seed, step, _EPS))
-    eps = torch.randn(preset.batch_size, *preset.shape, generator=draws, device=ranks.device)
-    y = _labels(training.images, preset, step, g, ranks) if preset.classes else None
-    mine = training.mine
-    images = pixels.to_signal(batch, model.denoiser.values)
-    warps = _warps(preset, step, ranks) if preset.augment else None
-    if preset.flip and warps is None:
-        images = torch.where(flips[mine][:, None, None, None], images.flip(-1), images)
-    if turns is not None:
-        images = augment.apply(images, turns[:, mine])
-    if warps is not None:
-        images = warp.apply(images, warps[mine])
-    images, condition = conditioning.of_batch(preset, images, step, mine)
-    if preset.noise_assignment == "nearest":
-        eps = eps[_nearest(images, eps, mine, [y, warps], ranks)]
-    loss = torch.zeros((), device=ranks.device)
-    for part in parts:
-        own = slice(part.start - mine.start, part.stop - mine.start)
-        torch.manual_seed(noise.mix(preset.seed, step, part.start, _DROPOUT))
-        last = part is parts[-1]
-        with nullcontext() if last or ranks.world == 1 else training.network.no_sync():  # type: ignore[operator]
-            told = [None if each is None else each[part] for each in (y, warps)]
-            told.append(None if condition is None else condition[own])
-            loss += training.gradient(images[own], t[part], eps[part], *told, *(r[part] for r in lower))
-    return loss, nn.utils.clip_grad_norm_(model.weights, preset.grad_clip or math.inf)
-
-
-def _warps(preset: Preset, step: int, ranks: Processes) -> Tensor:
-    """The warps of a batch, float32 [batch_size, 9]."""
-    g = noise.generator(preset.seed, step, _WARP)
-    return data.send(warp.sample(preset.batch_size, preset.augment, preset.flip, g), ranks.device)
-
-
-def _nearest(x0: Tensor, eps: Tensor, mine: slice, told: Sequence[Tensor | None], ranks: Processes) -> Tensor:
-    """Which noise each image of the whole batch gets, by `noise.assign`. x0 holds this process's images, `mine`.
-
-    told is what the network is told of the whole batch: labels and warps, or None for what it is not told.
-    Each process computes the products of its images with all noises, and gets the others' rows of the table. The
-    products are float64: their rounding depends on the number of processes, and must not decide.
-    """
-    product = torch.zeros(len(eps), len(eps), dtype=torch.float64)
-    product[mine] = (float64.convert(x0.flatten(1)) @ float64.convert(eps.flatten(1)).T).cpu()
-    known = [each.cpu().float().view(len(eps), -1) for each in told if each is not None]
-    return noise.assign(ranks.total(product), torch.cat([torch.zeros(len(eps), 0), *known], dim=1)).to(eps.device)
-
-
-def _apply(model: _Model, preset: Preset) -> None:
-    """Update the weights and their average by the gradient, and count the step."""
-    model.whole = False
-    for optimizer in model.optimizers:
-        optimizer.param_groups[0]["lr"] = learning_rate(preset, model.step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    decay = ema.decay_at(model.step, preset.ema_decay, preset.ema_warmup)
-    ema.update(model.average_weights, model.weights, decay)
-    for stem, power in model.powers.items():
-        ema.update(power, model.weights, ema.power_decay(model.step, ema.TRACKED[stem]))
-    model.step += 1
-    model.whole = True
-
-
-def _ending_at(end: float, training: _Training, preset: Preset, held_out_set: data.Images) -> Preset:
-    """The preset with the number of steps that end at the time `end`.
-
-    At most a tenth of the steps are warmup, and a grid takes at most a tenth of the time. The steps that are timed for
-    this are taken back.
-    """
-    model, ranks = training.model, training.ranks
-    weights = copy.deepcopy(model.network.state_dict())
-    stream = data.batches(
-        training.images, preset.seed, preset.batch_size, 0, 10**9,
-        part=training.mine, workers=preset.workers, device=ranks.device,
-    )  # fmt: skip
-    left = end - time.monotonic()
-    model.network.train()
-    step_seconds = time_steps(lambda: training.step(preset, next(stream)), min(max(2.0, left / 20), 60.0), ranks)
-    for _ in range(2):  # the first call also compiles and fills caches
-        begun = time.monotonic()
-        held_out_by_level(model.averaged, held_out_set, 16, ranks, preset)
-        image_call = (time.monotonic() - begun) / 16
-    stream.close()
-    model.network.load_state_dict(weights)
-    model.average.load_state_dict(weights)
-    for optimizer in model.optimizers:
-        optimizer.state.clear()
-    model.step = 0
-    measured = torch.tensor([step_seconds, image_call, end - time.monotonic()], dtype=torch.float64)
-    step_seconds, image_call, left = ranks.total(measured * ranks.first).tolist()  # the first process decides
-    if preset.sample_every:
-        count, calls = affordable(preset, left / 10, image_call)
-        preset = replace(preset, sample_count=max(1, count), sample_steps=calls)
-    steps = forecast.costs(preset, model.network, step_seconds, image_call).steps_in(preset, left)
-    return replace(preset, steps=steps, warmup=min(preset.warmup, steps // 10))
-
-
-def _labels(train_set: data.Images, preset: Preset, step: int, g: torch.Generator, ranks: Processes) -> Tensor:
-    """The labels of a batch, int64 [batch_size]; -1 hides one (Ho & Salimans 2022, Algorithm 1)."""
-    assert train_set.labels is not None
-    y = train_set.labels[train_set.order(preset.seed, step, preset.batch_size)]
-    hidden = torch.rand(preset.batch_size, generator=g) < preset.label_dropout
-    return data.send(y.masked_fill(hidden, -1), ranks.device)
-
-
-def learning_rate(preset: Preset, step: int) -> float:
-    """The learning rate of update `step`, counted from 0. It rises over `warmup` steps, and falls after `lr_ref_steps`
-    and in the cooldown.
-
-    cooldown 1 is a linear decay over the whole run (Defazio et al. 2023). A smaller one is warmup-stable-decay (Hu et
-    al. 2024): a run of a constant rate can be resumed for more steps, and only its end is trained again. lr_ref_steps
-    has no end: from that step on the rate is lr sqrt(lr_ref_steps / step) (Karras et al. 2024), whatever `steps` is.
-
-    >>> from dataclasses import replace
-    >>> from ddpm.presets import PRESETS
-    >>> preset = replace(PRESETS["cifar10"], lr=1.0, steps=100, warmup=10, cooldown=0.5)
-    >>> [learning_rate(preset, step) for step in (0, 5, 10, 50, 75, 99)]
-    [0.0, 0.5, 1.0, 1.0, 0.5, 0.02]
-    >>> endless = replace(preset, cooldown=0.0, lr_ref_steps=100)
-    >>> [learning_rate(endless, step) for step in (5, 10, 100, 400, 10_000)]
-    [0.5, 1.0, 1.0, 0.5, 0.1]
-    """
-    up = step / preset.warmup if preset.warmup else 1.0
-    down = (preset.steps - step) / (preset.cooldown * preset.steps) if preset.cooldown else 1.0
-    late = max(1.0, step / preset.lr_ref_steps) if preset.lr_ref_steps else 1.0
-    return preset.lr * min(1.0, up, down) / math.sqrt(late)
-
-
-# -- pictures at the end, and numbers that are not finite --------------------------------------------------------------
-
-
-def _draw_last(
-    model: _Model, preset: Preset, out: Path, ranks: Processes, pace: Pace, stop: Stop, held_out: data.Images
-) -> None:
-    """Draw a picture of some seconds after Ctrl-C. The next Ctrl-C skips it."""
-    size = pace.picture(most=20)
-    if stop.signal == signal.SIGINT and preset.sample_every and size[0] and ranks.world == 1:
-        log.say(ranks, f"drawing {grid_file(out, model.step)}; Ctrl-C skips it")
-        with suppress(KeyboardInterrupt):
-            draw(model.averaged, preset, out, model.step, ranks, size, lambda: stop.signal != signal.SIGINT, held_out)
-
-
-class _Watch:
-    """Whether every gradient so far was finite. The answer stays on the device until somebody asks for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.first_bad = torch.full((), -1, device=device)
-
-    def see(self, step: int, norm: Tensor) -> None:
-        self.first_bad.masked_fill_((self.first_bad < 0) & ~norm.isfinite(), step)
-
-    def check(self, out: Path, loss: Tensor) -> None:
-        """Raise Stopped if a gradient was not finite."""
-        if (step := int(self.first_bad)) >= 0:
-            raise _not_finite(f"step {step}: the gradient is not finite (loss {float(loss.detach()):.4g})", out)
-
-
-class _NotFinite(Stopped):
-    """The weights are not worth saving."""
-
-
-def _not_finite(what: str, out: Path) -> _NotFinite:
-    return _NotFinite(
-        f"{what}; the last good checkpoint is {checkpoints.newest(out) or 'none'}; "
-        "try a lower lr, a longer warmup, grad_clip 1 or precision float32"
-    )
-
-
-# -- how a run begins and ends -----------------------------------------------------------------------------------------
+# -- how a run begins --------------------------------------------------------------------------------------------------
 
 
 def _check_settings(preset: Preset, out: Path, found: nodes.Found, ranks: Processes, minutes: float | None) -> Preset:
@@ -799,6 +271,19 @@ def _check_settings(preset: Preset, out: Path, found: nodes.Found, ranks: Proces
     return replace(preset, precision=precision)
 
 
+def _load(preset: Preset, images: data.Given | None, ranks: Processes) -> tuple[data.Images, data.Images]:
+    """The images to train on and the held-out images, both with their pairs if the condition is `pairs`."""
+    how: dict[str, Any] = {"verify": preset.verify, "progress": ranks.first}
+    sets = data.load_pair(images or preset.data, preset.size, preset.channels, **how, **data.settings_of(preset))
+    if preset.condition != "pairs":
+        return sets
+    source = preset.pairs or (images and images.pairs) or preset.data
+    with data.settings_of_pairs(preset, sets[0]) as settings:
+        others = data.load_pair(source, preset.size, preset.channels, **how, **settings)
+    columns = preset.image_column, preset.pair_column
+    return data.paired(sets[0], others[0], columns), data.paired(sets[1], others[1], columns)
+
+
 def _with_class_names(preset: Preset, out: Path, train_set: data.Images, held_out: data.Images) -> Preset:
     """The preset with the names of the dataset's classes, if it learns them."""
     if not preset.classes:
@@ -821,8 +306,83 @@ def _with_class_names(preset: Preset, out: Path, train_set: data.Images, held_ou
     return replace(preset, class_names=names)
 
 
+def _ending_at(end: float, training: Training, preset: Preset, held_out_set: data.Images) -> Preset:
+    """The preset with the number of steps that end at the time `end`.
+
+    At most a tenth of the steps are warmup, and a grid takes at most a tenth of the time. The steps that are timed for
+    this are taken back.
+    """
+    model, ranks = training.model, training.ranks
+    weights = copy.deepcopy(model.network.state_dict())
+    stream = data.batches(
+        training.images, preset.seed, preset.batch_size, 0, 10**9,
+        part=training.mine, workers=preset.workers, device=ranks.device,
+    )  # fmt: skip
+    left = end - time.monotonic()
+    model.network.train()
+    step_seconds = time_steps(lambda: training.step(preset, next(stream)), min(max(2.0, left / 20), 60.0), ranks)
+    for _ in range(2):  # the first call also compiles and fills caches
+        begun = time.monotonic()
+        held_out_by_level(model.averaged, held_out_set, 16, ranks, preset)
+        image_call = (time.monotonic() - begun) / 16
+    stream.close()
+    model.network.load_state_dict(weights)
+    model.average.load_state_dict(weights)
+    for optimizer in model.optimizers:
+        optimizer.state.clear()
+    model.step = 0
+    measured = torch.tensor([step_seconds, image_call, end - time.monotonic()], dtype=torch.float64)
+    step_seconds, image_call, left = ranks.total(measured * ranks.first).tolist()  # the first process decides
+    if preset.sample_every:
+        count, calls = affordable(preset, left / 10, image_call)
+        preset = replace(preset, sample_count=max(1, count), sample_steps=calls)
+    steps = forecast.costs(preset, model.network, step_seconds, image_call).steps_in(preset, left)
+    return replace(preset, steps=steps, warmup=min(preset.warmup, steps // 10))
+
+
+def _announce(
+    preset: Preset, out: Path, ranks: Processes, model: state.Model, train_set: data.Images, held_out: data.Images,
+    warmup: int,
+) -> None:  # fmt: skip
+    """Say what is about to be trained, and warn of settings that will disappoint. `warmup` is what was asked for."""
+    size = sum(p.numel() for p in model.weights)
+    shortened = f", warmup {preset.warmup:,} in place of {warmup:,}" if preset.warmup != warmup else ""
+    several = f" x {ranks.world} processes" if ranks.world > 1 else ""
+    log.say(ranks, data.describe(train_set, held_out))
+    log.say(
+        ranks,
+        f"{out}: {size:,} parameters, {len(train_set):,} images and {len(held_out):,} held out of {preset.data}, "
+        f"{ranks.device}{several}, {preset.precision}, steps {model.step:,} to {preset.steps:,}{shortened}",
+    )
+    if preset.snapshot_every:
+        log.say(ranks, forecast.describe_snapshots(preset, model.network))
+    if ranks.first:
+        shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)), model.step)
+        late = forecast.late_save(forecast.write_seconds(forecast.checkpoint_bytes(preset, model.network)))
+        for line in (*advice(preset, model.schedule), *filter(None, [shortage, late])):
+            warnings.warn(line, stacklevel=2)
+
+
+# -- how a run ends ----------------------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Whether every gradient so far was finite. The answer stays on the device until somebody asks for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.first_bad = torch.full((), -1, device=device)
+
+    def see(self, step: int, norm: Tensor) -> None:
+        self.first_bad.masked_fill_((self.first_bad < 0) & ~norm.isfinite(), step)
+
+    def check(self, out: Path, loss: Tensor) -> None:
+        """Raise Stopped if a gradient was not finite."""
+        if (step := int(self.first_bad)) >= 0:
+            raise state.not_finite(f"step {step}: the gradient is not finite (loss {float(loss.detach()):.4g})", out)
+
+
 @contextmanager
-def _saving_at_the_end(model: _Model, out: Path, save: Callable[..., None], ranks: Processes) -> Iterator[None]:
+def _saving_at_the_end(model: state.Model, out: Path, save: Callable[..., None], ranks: Processes) -> Iterator[None]:
     """If an exception ends the loop, save what was learned; a second Ctrl-C ends it at once.
 
     Nothing is saved amid an update, or of weights that are not finite or differ. Then the last good checkpoint is
@@ -830,7 +390,7 @@ def _saving_at_the_end(model: _Model, out: Path, save: Callable[..., None], rank
     """
     try:
         yield
-    except (_NotFinite, agree.Differ):
+    except (state.NotFinite, agree.Differ):
         raise
     except Exception as error:
         lost = None
@@ -856,24 +416,12 @@ def _saving_at_the_end(model: _Model, out: Path, save: Callable[..., None], rank
         raise
 
 
-def _announce(
-    preset: Preset, out: Path, ranks: Processes, model: _Model, train_set: data.Images, held_out: data.Images,
-    warmup: int,
-) -> None:  # fmt: skip
-    """Say what is about to be trained, and warn of settings that will disappoint. `warmup` is what was asked for."""
-    size = sum(p.numel() for p in model.weights)
-    shortened = f", warmup {preset.warmup:,} in place of {warmup:,}" if preset.warmup != warmup else ""
-    several = f" x {ranks.world} processes" if ranks.world > 1 else ""
-    log.say(ranks, data.describe(train_set, held_out))
-    log.say(
-        ranks,
-        f"{out}: {size:,} parameters, {len(train_set):,} images and {len(held_out):,} held out of {preset.data}, "
-        f"{ranks.device}{several}, {preset.precision}, steps {model.step:,} to {preset.steps:,}{shortened}",
-    )
-    if preset.snapshot_every:
-        log.say(ranks, forecast.describe_snapshots(preset, model.network))
-    if ranks.first:
-        shortage = forecast.disk_shortage(preset, out, model.network, len(checkpoints.saved(out)), model.step)
-        late = forecast.late_save(forecast.write_seconds(forecast.checkpoint_bytes(preset, model.network)))
-        for line in (*advice(preset, model.schedule), *filter(None, [shortage, late])):
-            warnings.warn(line, stacklevel=2)
+def _draw_last(
+    model: state.Model, preset: Preset, out: Path, ranks: Processes, pace: Pace, stop: Stop, held_out: data.Images
+) -> None:
+    """Draw a picture of some seconds after Ctrl-C. The next Ctrl-C skips it."""
+    size = pace.picture(most=20)
+    if stop.signal == signal.SIGINT and preset.sample_every and size[0] and ranks.world == 1:
+        log.say(ranks, f"drawing {grid_file(out, model.step)}; Ctrl-C skips it")
+        with suppress(KeyboardInterrupt):
+            draw(model.averaged, preset, out, model.step, ranks, size, lambda: stop.signal != signal.SIGINT, held_out)
