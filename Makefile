@@ -30,6 +30,8 @@ demo: install
 
 # With several threads in each of several processes, NumPy's linear algebra waits more than it computes.
 test quick: export OMP_NUM_THREADS = 1
+# Some machines turn Python's cache of compiled files off. Then each process of the suite compiles all of them again.
+test quick: export PYTHONDONTWRITEBYTECODE =
 
 # One process more than cores, since some tests wait for processes that they stopped. The files run in their order, since
 # xdist would run those with the fewest tests last, and among them are the longest ones.
