@@ -129,7 +129,7 @@ def test_presets_are_all_there():
         assert int(steps.split("of")[1]) == preset.batch_size
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/start.md", "docs/howto/python.md", "docs/howto/without.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/howto/python.md", "docs/howto/without.md"])
 def test_python_examples_run(project, monkeypatch, page):
     """But ddpm.train trains on small batches, and the bound has 20 levels."""
     train, vlb = ddpm.train, likelihood.vlb
