@@ -874,7 +874,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
         ("sample SMALLER --then RUN --condition-noise 0.1 --out OUT", "--condition-noise 0.1: "),
         ("sample SMALLER --then RUN --guide SMALLER --out OUT", "not with --guide"),
         ("sample RUN --input SMALL --class 3 --guidance 1 --guidance-interval 5,9 --out OUT", "there is no guidance"),
-        ("sample RUN --input SMALL --guide OTHER --out OUT", "it has other"),
+        ("sample RUN --input SMALL --guide OTHER --out OUT", "it has another class_names than"),
         ("sample RUN --input SMALL --guidance-interval 5,9 --out OUT", "--guidance-interval: needs guidance"),
         ("restore RUN SMALL --operator grey --out OUT", "which `ddpm restore` does not know"),
         ("sample OTHER --guidance 2 --out OUT", "--guidance: needs a class; want class NAME"),

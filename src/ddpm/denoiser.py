@@ -116,6 +116,18 @@ class Denoiser:
             )
 
     @property
+    def device(self) -> torch.device:
+        """Where the network's weights are; for a network without any, where the tables are.
+
+        The tables stay on the CPU if the device of the weights has no float64 (mps), so images belong here.
+        """
+        network = self.network
+        while isinstance(network, Guided | Given):
+            network = network.network
+        weight = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+        return self.schedule.alpha_bar.device if weight is None else weight.device
+
+    @property
     def learned(self) -> bool:
         """Whether the network outputs the variance, and so 2C channels."""
         return isinstance(self.variance, str) and self.variance.startswith("learned")

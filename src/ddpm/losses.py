@@ -10,6 +10,7 @@ from ddpm.catalog import Weighting
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.gaussian import bits_per_dim, broadcast, extract, q_sample
+from ddpm.noise import forked
 
 
 def simple(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
@@ -102,7 +103,7 @@ def consistency(
     r = t - 1 if r is None else r
     student, sigma = denoiser.unclipped(), (-denoiser.schedule.half_log_snr).exp()
     xt = q_sample(denoiser.schedule, x0, t, eps)
-    with torch.no_grad(), torch.random.fork_rng([x0.device] if x0.device.type == "cuda" else []):
+    with torch.no_grad(), forked(x0.device):
         if teacher is not None:
             estimate = teacher.unclipped()(xt, t, y)
             x0, eps = estimate.x0, estimate.eps

@@ -10,6 +10,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import SupportsIndex, TypeAlias
 
 import numpy as np
@@ -48,6 +49,17 @@ def generator(*keys: int) -> torch.Generator:
     True
     """
     return torch.Generator().manual_seed(mix(*keys))
+
+
+def forked(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which the global generators of the CPU and of this device are as they were before it.
+
+    >>> with forked(torch.device("cpu")):
+    ...     first = torch.rand(())
+    >>> bool(first == torch.rand(()))
+    True
+    """
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
 def normal(seeds: Sequence[int], shape: Sequence[int], *keys: int) -> Tensor:

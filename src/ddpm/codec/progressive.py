@@ -74,7 +74,7 @@ class Predictor:
     def _estimate(self, x: Tensor, level: int) -> Tensor:
         x = x if self.careful else x.float()
         t = torch.tensor([level])  # one time embedding, since a matrix product may differ in another batch
-        device = self.denoiser.schedule.alpha_bar.device
+        device = self.denoiser.device
         x0 = self.denoiser(x.to(device), t.to(device)).x0.double().cpu()
         self.tick(len(x))
         return x0

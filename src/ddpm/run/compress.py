@@ -111,7 +111,7 @@ def load_codec(
     exact = replace(checkpoint.denoiser, network=network.double())
     all_tables = json.dumps([t.to_json() for t in (*by_bits.values(), chain)], sort_keys=True)
     denoiser = checkpoint.denoiser.to(device)
-    device = denoiser.schedule.alpha_bar.device  # with its index
+    device = denoiser.device  # with its index
     build = _kernel_build(checkpoint) if device.type == "cpu" else ""
     channels, height, width = checkpoint.preset.shape
     return Model(

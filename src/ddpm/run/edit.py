@@ -112,7 +112,7 @@ def redrawing(
     Raises InputError for a file that is no image, for t or steps out of range, and in an inversion for a sampler that
     draws noise and for more versions than classes.
     """
-    T, device = checkpoint.denoiser.schedule.T, checkpoint.denoiser.schedule.alpha_bar.device
+    T, device = checkpoint.denoiser.schedule.T, checkpoint.denoiser.device
     t = T // 2 if t is None else t
     x0 = signal(image, checkpoint).to(device)[None]
     levels, run = settings.levels(checkpoint, t), named(settings.sampler).run
@@ -171,7 +171,7 @@ def interpolating(
 
     Raises InputError for files that are no images, and for t or steps out of range.
     """
-    T, device = checkpoint.denoiser.schedule.T, checkpoint.denoiser.schedule.alpha_bar.device
+    T, device = checkpoint.denoiser.schedule.T, checkpoint.denoiser.device
     t = T // 2 if t is None else t
     first, last = (signal(path, checkpoint).to(device) for path in (a, b))
     eps_a, eps_b = per_image([mix(seed, 0), mix(seed, 1)], checkpoint.preset.shape, device)(T)
@@ -222,7 +222,7 @@ def inpainting(
     Raises InputError for files that are no images, for a mask that is not black and white or not of the image's size,
     and for settings out of range.
     """
-    device = checkpoint.denoiser.schedule.alpha_bar.device
+    device = checkpoint.denoiser.device
     x0 = signal(image, checkpoint).to(device)[None]
     if not isinstance(mask, Tensor):
         mask = mask_of(mask, image, checkpoint.preset)

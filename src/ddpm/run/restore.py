@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm import kernels, pixels, restoration
+from ddpm import float64, kernels, pixels, restoration
 from ddpm.editing import repaint_calls
 from ddpm.errors import InputError, finite_number, suggestion
 from ddpm.files import arrays, data, functions, images
@@ -186,7 +186,7 @@ def restore(
     preset, values = checkpoint.preset, checkpoint.denoiser.values
     if preset.loss == "consistency":
         raise InputError(f"{checkpoint.path}: a consistency model; want a model whose x0^ is a mean of images")
-    device, least = checkpoint.denoiser.schedule.alpha_bar.device, 0.0
+    device, least = checkpoint.denoiser.device, 0.0
     if values.bins:
         least = round(ROUNDING * values.bin / pixels.BIN, 4)
     given = max(ROUNDING, least) if settings.noise is None else settings.noise
@@ -226,7 +226,7 @@ def restore(
             for step in Progress(path, total=calls, unit="step", desc="restoring", show=progress, leave=False):
                 last = step.x  # the steps before it are not kept
             made.append(pixels.to_pixels(last, values).cpu())
-            squares += float((apply(last) - told).detach().double().square().sum())
+            squares += float(float64.convert((apply(last) - told).detach()).square().sum())
     restored, residual = torch.cat(made), (squares / (n * measured.numel())) ** 0.5 / pixels.BIN
     shown = _shown(measured, preset)
     degraded = None if shown is None else pixels.to_pixels(shown, values).cpu()

@@ -21,6 +21,7 @@ from torch import Tensor
 from ddpm.errors import InputError, Stopped
 from ddpm.files import atomic, checkpoints, data
 from ddpm.files.checkpoints import SNAPSHOTS
+from ddpm.noise import forked
 from ddpm.presets import Preset, build
 from ddpm.run import agree, forecast, init, log, nodes, partition, state, track
 from ddpm.run.advice import advice, few_steps
@@ -67,8 +68,7 @@ def train(
     started = time.monotonic()
     with ExitStack() as stack:
         ranks = stack.enter_context(processes(preset.device, timeout=60 * preset.timeout))
-        devices = [ranks.device] if ranks.device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices))  # steps seed the global generators, which are the caller's
+        stack.enter_context(forked(ranks.device))  # steps seed the global generators, which are the caller's
         with ranks.together():
             agree.settings(preset, minutes, ranks)
             found = nodes.find(out, ranks)
