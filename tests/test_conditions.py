@@ -474,6 +474,37 @@ def test_a_mask_is_a_file_or_transparency(tmp_path: Path) -> None:
         inputs.read_inputs(model, tmp_path / "plain.png")
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("size", [(8, 8), (6, 12)])
+def test_known_pixels_are_those_of_training(channels: int, size: tuple[int, int], tmp_path: Path) -> None:
+    """With a mask, a transparent picture is read as in training. Without one, only RGBA keeps what is half transparent.
+
+    What is added to a picture of another shape is known, as in training.
+    """
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (*size, 4), np.uint8)
+    rgba[..., 3] = rng.choice([0, 200, 255], size)
+    (tmp_path / "data").mkdir()
+    Image.fromarray(rgba, "RGBA").save(tmp_path / "data" / "0.png")
+    Image.fromarray(np.repeat(np.uint8([[255] + [0] * (size[1] - 1)]), size[0], 0)).save(tmp_path / "column.png")
+    preset = replace(open_checkpoint("digits").preset, channels=channels, condition="mask:half", fit="pad")
+    model = replace(open_checkpoint("digits"), preset=preset)
+    trained = pixels.to_signal(data.load(str(tmp_path / "data"), (8, 8), channels, fit="pad").batch([0]))
+    file = tmp_path / "data" / "0.png"
+    by_file = inputs.read_inputs(model, file, mask=tmp_path / "column.png").conditions
+    assert torch.equal(by_file, conditions.join(trained, by_file[:, -1:]))
+    by_alpha = inputs.read_inputs(model, file).conditions
+    opaque = torch.ones(8, 8, dtype=torch.bool)
+    if size == (8, 8):
+        opaque = torch.from_numpy(rgba[..., 3] >= 128)
+        assert torch.equal(by_alpha[0, -1] > 0, opaque)
+    else:
+        assert (by_alpha[0, -1, :2] > 0).all()
+        assert (by_alpha[0, -1] == 0).any()
+    if channels == 4 and size == (8, 8):
+        assert torch.equal(by_alpha[..., 1:][..., opaque[:, 1:]], by_file[..., 1:][..., opaque[:, 1:]])
+
+
 @pytest.fixture(scope="module")
 def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run of images 4x4."""

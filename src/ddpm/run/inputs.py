@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import ImageChops
 from torch import Tensor
 
 from ddpm import conditions, pixels
@@ -113,18 +114,19 @@ def _files(path: str | Path, form: data.Form) -> list[Path]:
 
 def _condition(file: Path, mask: str | Path | None, preset: Preset, notes: pictures.Notes) -> Tensor:
     """The condition of one file, [c + 1, H, W]."""
-    picture, clear = _picture(file, preset, notes)
-    known = torch.ones(1, *preset.size)
-    if preset.condition.startswith("mask"):
-        drawn = clear if mask is None else mask_of(mask, file, preset)
-        if drawn is None:
-            raise InputError(f"{file}: no part is transparent; want --mask FILE, white where the model is to draw")
-        known = 1 - drawn.float()
+    by_alpha = preset.condition.startswith("mask") and mask is None
+    picture, clear = _picture(file, preset, notes, by_alpha)
+    drawn = clear if mask is None else mask_of(mask, file, preset)
+    if by_alpha and drawn is None:
+        raise InputError(f"{file}: no part is transparent; want --mask FILE, white where the model is to draw")
+    known = torch.ones(1, *preset.size) if drawn is None else 1 - drawn.float()
     return conditions.join(picture[None], known[None])[0]
 
 
-def _picture(file: Path, preset: Preset, notes: pictures.Notes) -> tuple[Tensor, Tensor | None]:
-    """The picture of a file, a signal [c, h, w], and where it is transparent, bool [1, H, W], if a part of it is."""
+def _picture(file: Path, preset: Preset, notes: pictures.Notes, by_alpha: bool) -> tuple[Tensor, Tensor | None]:
+    """The picture of a file, a signal [c, h, w]. With `by_alpha`, also where it is transparent, bool [1, H, W], if a
+    part of it is.
+    """
     form, small, clear = data.form_of(preset), small_size(preset), None
     channels, name = preset.condition_channels - 1, str(file)
     if form.is_picture:
@@ -133,10 +135,12 @@ def _picture(file: Path, preset: Preset, notes: pictures.Notes) -> tuple[Tensor,
         size = small if have == small else preset.size
         if small == preset.size and have != small:
             pictures.note(notes, f"{height}x{width} is brought to {small[0]}x{small[1]}, the model's size", name)
-        if preset.condition.startswith("mask") and (alpha := pictures.alpha(read)) is not None:
-            # what is transparent is hidden, so nothing is laid on white
-            read = read.convert("L" if read.mode in ("LA", "La") else "RGB")
-            clear = torch.from_numpy(pictures.fit(alpha, preset.size, 1, name, {}, preset.fit)[None, ..., 0] < 128)
+        if by_alpha and (alpha := pictures.alpha(read)) is not None:
+            # inverted, since what `fit` adds at the edges is 0: it is not hidden, as in training
+            hidden = pictures.fit(ImageChops.invert(alpha), preset.size, 1, name, {}, preset.fit)
+            clear = torch.from_numpy(hidden[None, ..., 0] > 127)
+            if channels < 4:  # what is transparent is hidden, so nothing is laid on white
+                read = read.convert("L" if read.mode in ("LA", "La") else "RGB")
         array = pictures.fit(read, size, channels, name, notes, preset.fit)
     else:
         have = arrays.read(file, name, form.pages).shape[:2]
