@@ -451,7 +451,7 @@ def test_a_small_picture_and_the_large_one_give_the_same_images(
     assert np.abs(np.load(out)["arr_0"].astype(int) - found["small"][2:4].astype(int)).max() <= 1
     assert main([*words, "--out", str(tmp_path / "a.png"), "--class", "3"]) == 0  # classes combine with it
     tiles = np.asarray(Image.open(tmp_path / "a.png"))[2:34, 2:34:4][::4]
-    enlarged = inputs.read_inputs(open_checkpoint(run), pictures / "small" / "1.png").conditions[:, :1]
+    enlarged = inputs.read_inputs(open_checkpoint(run), pictures / "small" / "1.png").of([0])[:, :1]
     assert np.array_equal(tiles, pixels.to_pixels(enlarged)[0, 0].numpy())  # the input comes first
 
 
@@ -465,8 +465,8 @@ def test_a_mask_is_a_file_or_transparency(tmp_path: Path) -> None:
     Image.fromarray(white).save(tmp_path / "mask.png")
     Image.merge("LA", [Image.fromarray(grey), Image.fromarray(255 - white)]).save(tmp_path / "clear.png")
     model = open_checkpoint(out)
-    by_file = inputs.read_inputs(model, tmp_path / "plain.png", mask=tmp_path / "mask.png").conditions
-    clear = inputs.read_inputs(model, tmp_path / "clear.png").conditions
+    by_file = inputs.read_inputs(model, tmp_path / "plain.png", mask=tmp_path / "mask.png").of([0])
+    clear = inputs.read_inputs(model, tmp_path / "clear.png").of([0])
     assert torch.equal(by_file, clear)
     assert torch.equal(by_file[0, 1], torch.from_numpy(white == 0).float())
     assert torch.equal(by_file[0, 0, :, :4], pixels.to_signal(torch.from_numpy(grey))[:, :4])
@@ -491,9 +491,9 @@ def test_known_pixels_are_those_of_training(channels: int, size: tuple[int, int]
     model = replace(open_checkpoint("digits"), preset=preset)
     trained = pixels.to_signal(data.load(str(tmp_path / "data"), (8, 8), channels, fit="pad").batch([0]))
     file = tmp_path / "data" / "0.png"
-    by_file = inputs.read_inputs(model, file, mask=tmp_path / "column.png").conditions
+    by_file = inputs.read_inputs(model, file, mask=tmp_path / "column.png").of([0])
     assert torch.equal(by_file, conditions.join(trained, by_file[:, -1:]))
-    by_alpha = inputs.read_inputs(model, file).conditions
+    by_alpha = inputs.read_inputs(model, file).of([0])
     opaque = torch.ones(8, 8, dtype=torch.bool)
     if size == (8, 8):
         opaque = torch.from_numpy(rgba[..., 3] >= 128)
@@ -573,6 +573,25 @@ def test_all_classes_of_a_cascade_are_those_of_both_models(run: Path, smaller: P
     other = replace(small, preset=replace(small.preset, classes=True, class_names=("cat", "bird")))
     with pytest.raises(InputError, match="class all: has other classes than"):
         inputs.check_cascade(other, large, every)
+
+
+def test_a_cascade_knows_the_classes_of_its_first_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are in the record of a folder, which refuses others, and in the .cls of a .tar, if the second has none."""
+    monkeypatch.chdir(tmp_path)
+    assert train(Path("small"), "--size", "4", "--classes", "--steps", "2") == 0
+    assert train(Path("large"), "--condition", "lowres:2", "--steps", "2") == 0
+    words = ["sample", "small", "--then", "large", "--sampler", "ddim", "--steps", "2", "-n"]
+    assert main([*words, "4", "--class", "3", "8", "--out", "a.tar"]) == 0
+    with tarfile.open("a.tar") as tar:
+        texts = [tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".cls")]  # type: ignore[union-attr]
+    assert texts == [b"3", b"8", b"3", b"8"]
+    assert main([*words, "2", "--class", "3", "8", "--out", "folder/"]) == 0
+    assert main([*words, "4", "--class", "3", "8", "--out", "folder/", "--batch-size", "1"]) == 0
+    capsys.readouterr()
+    assert main([*words, "4", "--class", "3", "5", "--out", "folder/"]) == 2
+    assert "holds samples with input_classes ['3', '8'], and these have ['3', '5']" in capsys.readouterr().err
 
 
 def test_a_process_without_images_has_empty_results(run: Path, pictures: Path) -> None:

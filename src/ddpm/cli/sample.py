@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     with processes(args.device) as ranks:
         model, asked = open_model(args, ranks.device, conditional=True), guided(args, ranks.device)
         inputs = None if args.input is None else read_inputs(model, args.input, each, args.mask)
-        n = each * (1 if inputs is None else len(inputs.conditions))
+        n = each * (1 if inputs is None else len(inputs))
         shown = with_view(args, model.preset)
         check_sampler(args, model.preset, model.denoiser.schedule.T)
         progress = ranks.first and not args.json
@@ -122,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
             second = open_model(args, ranks.device, args.then, conditional=True, checkpoint="last")
             check_cascade(model, second, sampling)
             first = own_sampler(model, replace(sampling, condition_noise=0.0))
-            small, _ = sample(model, n, ranks, first, progress=progress)
-            model, sampling = second, cascade(second, small, sampling, args.run)
+            small, about = sample(model, n, ranks, first, progress=progress)
+            model, sampling = second, cascade(model, second, small, sampling, about)
             shown = with_view(args, model.preset)
         if kind in STREAMED:
             about, made = write_samples(model, n, ranks, out, sampling, kind, args.shard, progress)
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
             images.save(args.out, images.grid(sheet(pictures.flatten(0, 1)), columns=pictures.shape[1]))
         elif kind not in STREAMED:
             if sampling.inputs is not None and kind == "png":
-                pictures, columns = sampling.inputs.beside(pictures, model.denoiser.values)
+                pictures, columns = sampling.inputs.beside(pictures)
             images.save_many(args.out, images.channels_last(pictures), columns=columns, shown=sheet(pictures))
         what = f"{n} image{'s' * (n != 1)}"
         summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"

@@ -1,8 +1,10 @@
 """What a person gives to a model with a condition: small, grey or masked pictures, in the place of a dataset's."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import ImageChops
@@ -39,10 +41,11 @@ def read_inputs(checkpoint: Checkpoint, path: str | Path, each: int = 1, mask: s
     if mask is not None and Path(path).is_dir():
         raise InputError(f"mask {mask}: is for one picture; want one as input, or pictures with transparent parts")
     files, notes = _files(path, data.form_of(preset)), pictures.Notes()
-    found = torch.stack([_condition(file, mask, preset, notes) for file in files])
+    found = [_input(file, mask, preset, notes) for file in files]
     for what, (first, count) in notes.items():
         warnings.warn(f"{path}: {count:,} picture{'s' * (count != 1)}: {what}; the first: {first}", stacklevel=2)
-    return Inputs(found, each, str(path))
+    told, known = (torch.stack(each) for each in zip(*found, strict=True))
+    return Inputs(told, known, data.form_of(preset).values, each, str(path))
 
 
 def check_cascade(small: Checkpoint, large: Checkpoint, sampling: Sampling) -> None:
@@ -62,7 +65,7 @@ def check_cascade(small: Checkpoint, large: Checkpoint, sampling: Sampling) -> N
     if sampling.conditions.classes == ("all",) and preset.class_names not in ((), small.preset.class_names):
         raise InputError(f"{name}: class all: has other classes than {small.path}; want classes by their names")
     nothing = torch.zeros(1, *small.preset.shape, dtype=small.denoiser.values.torch)
-    cascade(large, nothing, sampling, "").maker(large, torch.device("cpu"))
+    cascade(small, large, nothing, sampling, {}).maker(large, torch.device("cpu"))
 
 
 def own_sampler(model: Checkpoint, sampling: Sampling) -> Sampling:
@@ -75,20 +78,22 @@ def own_sampler(model: Checkpoint, sampling: Sampling) -> Sampling:
     return replace(sampling, sampler=sampler_of(model.preset), steps=None, spacing=None, eta=0.0, sigma_hat=False)
 
 
-def cascade(large: Checkpoint, small: Tensor, sampling: Sampling, name: str) -> Sampling:
-    """How `large` enlarges the images `small`, pixels [n, C, h, w], that `sampling` made (Ho et al. 2022).
+def cascade(
+    small: Checkpoint, large: Checkpoint, images: Tensor, sampling: Sampling, made: Mapping[str, Any]
+) -> Sampling:
+    """How `large` enlarges images of `small`, pixels [n, C, h, w], made by `sampling` as `made` says (Ho et al. 2022).
 
     Classes and guidance are those of `sampling`, if the model has classes. Image i has seed + i + 2^40, because the
     noise of the seed itself begins with that of the small image.
     """
-    sampling = own_sampler(large, sampling)
-    asked = sampling.conditions
+    asked, labels = sampling.conditions, list[int]()
     if not large.preset.class_names:
+        _, labels = asked.resolved(small).apply(small)
         asked = replace(asked, classes=(), guidance=None, guidance_interval=None)
-    signal = pixels.to_signal(small, large.denoiser.values)
-    known = torch.ones(len(signal), 1, *large.preset.size)
-    inputs = Inputs(conditions.join(signal, known), 1, f"samples of {name}", goes_on=True)
-    return replace(sampling, conditions=asked, inputs=inputs, seed=sampling.seed + _SECOND)
+    known = torch.ones(1, 1, *large.preset.size, dtype=torch.bool).expand(len(images), -1, -1, -1)
+    made = {name: value for name, value in made.items() if name != "count"}  # more of them may follow
+    inputs = Inputs(images, known, large.denoiser.values, 1, f"samples of {small.home.name}", made, labels)
+    return replace(own_sampler(large, sampling), conditions=asked, inputs=inputs, seed=sampling.seed + _SECOND)
 
 
 def small_size(preset: Preset) -> tuple[int, int]:
@@ -112,19 +117,18 @@ def _files(path: str | Path, form: data.Form) -> list[Path]:
     return [path / name for name in names]
 
 
-def _condition(file: Path, mask: str | Path | None, preset: Preset, notes: pictures.Notes) -> Tensor:
-    """The condition of one file, [c + 1, H, W]."""
+def _input(file: Path, mask: str | Path | None, preset: Preset, notes: pictures.Notes) -> tuple[Tensor, Tensor]:
+    """The picture of one file, pixels [c, h, w], and where it is known, bool [1, H, W]."""
     by_alpha = preset.condition.startswith("mask") and mask is None
     picture, clear = _picture(file, preset, notes, by_alpha)
     drawn = clear if mask is None else mask_of(mask, file, preset)
     if by_alpha and drawn is None:
         raise InputError(f"{file}: no part is transparent; want --mask FILE, white where the model is to draw")
-    known = torch.ones(1, *preset.size) if drawn is None else 1 - drawn.float()
-    return conditions.join(picture[None], known[None])[0]
+    return picture, torch.ones(1, *preset.size, dtype=torch.bool) if drawn is None else ~drawn
 
 
 def _picture(file: Path, preset: Preset, notes: pictures.Notes, by_alpha: bool) -> tuple[Tensor, Tensor | None]:
-    """The picture of a file, a signal [c, h, w]. With `by_alpha`, also where it is transparent, bool [1, H, W], if a
+    """The picture of a file, pixels [c, h, w]. With `by_alpha`, also where it is transparent, bool [1, H, W], if a
     part of it is.
     """
     form, small, clear = data.form_of(preset), small_size(preset), None
@@ -146,8 +150,9 @@ def _picture(file: Path, preset: Preset, notes: pictures.Notes, by_alpha: bool) 
         have = arrays.read(file, name, form.pages).shape[:2]
         wanted = replace(form, size=small if have == small else form.size, channels=channels)
         array = wanted.array(file, name, notes)
-    signal = pixels.to_signal(torch.from_numpy(array.transpose(2, 0, 1).copy()), form.values)
+    found = torch.from_numpy(array.transpose(2, 0, 1).copy())
     if small not in (have, preset.size):
         pictures.note(notes, f"reduced to {small[0]}x{small[1]}", name)
-        signal = conditions.picture(preset.condition, signal[None], form.values)[0]
-    return signal, clear
+        reduced = conditions.picture(preset.condition, pixels.to_signal(found[None], form.values), form.values)
+        found = pixels.to_pixels(reduced, form.values)[0]
+    return found, clear

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -336,46 +336,61 @@ class Conditions:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Conditions for a series of images: `each` images in a row have the same one.
+    """What a model with a condition is told of a series of images: `each` images in a row have the same picture.
 
-    conditions  [M, c + 1, H, W]
-    each        images per condition
-    name        where they come from, for records
-    goes_on     whether more of them could follow, as samples of another model do
+    The conditions, which are larger, are made for a batch at a time.
+
+    pictures  pixels [M, c, h, w]
+    known     bool [M, 1, H, W], where a picture is known
+    values    what the numbers of the pictures are
+    each      images per picture
+    name      where the pictures come from, for records
+    made      how another model made them, as plain JSON values; None for files
+    labels    numbers of the classes over which they cycle, if the other model has classes and this one has none
     """
 
-    conditions: Tensor
+    pictures: Tensor
+    known: Tensor
+    values: pixels.Values
     each: int
     name: str
-    goes_on: bool = False
+    made: Mapping[str, Any] | None = None
+    labels: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
 
     def of(self, places: Sequence[int]) -> Tensor:
         """The conditions of the images at these places of the series, [len(places), c + 1, H, W].
 
-        >>> Inputs(torch.arange(2.0).view(2, 1, 1, 1), 3, "").of(range(2, 5)).flatten().tolist()
-        [0.0, 1.0, 1.0]
+        >>> pictures = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+        >>> inputs = Inputs(pictures, torch.ones(2, 1, 1, 1), pixels.EIGHT_BIT, 3, "")
+        >>> inputs.of(range(2, 5))[:, 0].flatten().tolist()
+        [-1.0, 1.0, 1.0]
         """
-        return self.conditions[[place // self.each for place in places]]
+        own = [place // self.each for place in places]
+        return conditions.join(pixels.to_signal(self.pictures[own], self.values), self.known[own].float())
 
-    def beside(self, samples: Tensor, values: pixels.Values) -> tuple[Tensor, int]:
+    def beside(self, samples: Tensor) -> tuple[Tensor, int]:
         """The pixels of a grid in which each condition stands to the left of its samples, and the grid's columns.
 
-        >>> inputs = Inputs(torch.zeros(2, 2, 4, 4), 3, "")
-        >>> tiles, columns = inputs.beside(torch.zeros(6, 1, 4, 4, dtype=torch.uint8), pixels.EIGHT_BIT)
+        >>> pictures = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+        >>> inputs = Inputs(pictures, torch.ones(2, 1, 4, 4), pixels.EIGHT_BIT, 3, "")
+        >>> tiles, columns = inputs.beside(torch.zeros(6, 1, 4, 4, dtype=torch.uint8))
         >>> len(tiles), columns
         (8, 16)
         """
-        told = pixels.to_pixels(conditions.shown(self.conditions, samples.shape[1]), values)
+        told = self.of(range(0, self.each * len(self), self.each))
+        told = pixels.to_pixels(conditions.shown(told, samples.shape[1]), self.values)
         tiles = torch.cat([told[:, None], samples.view(-1, self.each, *samples.shape[1:])], dim=1)
         return tiles.flatten(0, 1), (self.each + 1) * max(1, _COLUMNS // (self.each + 1))
 
     def about(self) -> dict[str, object]:
         """The inputs as plain JSON values."""
-        known = self.conditions[:1] if self.goes_on else self.conditions
-        digest = hashlib.sha256(known.numpy().tobytes()).hexdigest()
-        if self.goes_on:
-            return {"input": self.name, "first_input_sha256": digest[:16]}
-        return {"input": self.name, "inputs": len(self.conditions), "per_input": self.each, "input_sha256": digest[:16]}
+        if self.made is not None:
+            return {"input": self.name, **{f"input_{name}": value for name, value in self.made.items()}}
+        digest = hashlib.sha256(self.pictures.numpy().tobytes() + self.known.numpy().tobytes()).hexdigest()
+        return {"input": self.name, "inputs": len(self), "per_input": self.each, "input_sha256": digest[:16]}
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ def write_samples(
     """
     make, about = sampling.maker(checkpoint, ranks.device)
     _, labels = sampling.conditions.resolved(checkpoint).apply(checkpoint)
+    if sampling.inputs is not None and not labels:
+        labels = list(sampling.inputs.labels)
     values, shape = checkpoint.denoiser.values, checkpoint.preset.shape
     ending = pictures.suffix(values.dtype, shape[0])
     work = _Work(make, about, n, ranks, sampling, labels, ending, progress)
