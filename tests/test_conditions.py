@@ -27,7 +27,7 @@ from ddpm.files import data
 from ddpm.files.images import to_png
 from ddpm.files.opening import open_checkpoint
 from ddpm.gaussian import beta_tilde, q_sample
-from ddpm.run import conditioning, device, fidelity, inputs, previews, quality
+from ddpm.run import conditioning, device, fidelity, inputs, parts, previews, quality
 from ddpm.run.processes import Processes
 from ddpm.run.sample import Conditions, Sampling, generate
 from ddpm.run.train import _load
@@ -573,6 +573,21 @@ def test_all_classes_of_a_cascade_are_those_of_both_models(run: Path, smaller: P
     other = replace(small, preset=replace(small.preset, classes=True, class_names=("cat", "bird")))
     with pytest.raises(InputError, match="class all: has other classes than"):
         inputs.check_cascade(other, large, every)
+
+
+@pytest.mark.parametrize(("equal", "mean"), [(1, True), (3, False)])
+def test_images_that_equal_their_samples_have_no_part_in_the_psnr(
+    equal: int, mean: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, held_out = data.load_pair("digits", (8, 8), 1)
+    found, draws = held_out.batch(parts.subset(held_out, 3)), fidelity.DRAWS
+    found[equal:] //= 2
+    monkeypatch.setattr(fidelity, "generate", lambda *_, **__: found.repeat_interleave(draws, dim=0))
+    result = fidelity.fidelity(
+        open_checkpoint(run), held_out, ["psnr"], tmp_path, Processes(0, 1, torch.device("cpu")), 3
+    )
+    assert (result["psnr_infinite"], result["psnr"] is not None) == (equal, mean)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 def test_a_cascade_knows_the_classes_of_its_first_model(

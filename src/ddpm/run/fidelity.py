@@ -35,6 +35,8 @@ _SEEDS = 0xF1DE
 def psnr(x: Tensor, y: Tensor, peak: float) -> Tensor:
     """10 log10(peak^2 / MSE) of images x and y [B, C, H, W], dB [B]; peak is the range of their numbers.
 
+    It is infinite for equal images.
+
     >>> psnr(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 25.5), 255).tolist()
     [20.0]
     """
@@ -96,6 +98,8 @@ def fidelity(
     NAME_bicubic   with the condition lowres:N, the small image enlarged by bicubic interpolation
 
     and the standard errors of the first as NAME_standard_error, the number of images and of draws; plain JSON values.
+    The PSNR of an image that equals its sample is infinite. It has no part in the mean, which is None if no image has,
+    and NAME_infinite says how many there are.
     One sample lies below a regression by nature: its error is that of E[x_0 | condition] and its own spread. Finished
     batches are stored under `cache`. Raises InputError for a model without a condition, and as the measures do.
     """
@@ -128,6 +132,14 @@ def fidelity(
     folder = parts_folder(cache, "fidelity", key)
     files = compute_parts(folder, len(indices), ranks, max(1, batch_size // DRAWS), "fidelity", progress, measure)
     rows = read_parts(files)
-    errors = {f"{name}_standard_error": float(rows[name].std() / len(indices) ** 0.5) for name in names if indices[1:]}
-    means = {name: float(value.mean()) for name, value in rows.items()}
-    return {**means, **errors, "count": len(indices), "draws": DRAWS}
+    finite = {name: value[value.isfinite()] for name, value in rows.items()}
+    means = {name: float(value.mean()) if len(value) else None for name, value in finite.items()}
+    errors = {
+        f"{name}_standard_error": float(finite[name].std() / len(finite[name]) ** 0.5)
+        for name in names
+        if len(finite[name]) > 1
+    }
+    equal = {
+        f"{name}_infinite": len(indices) - len(value) for name, value in finite.items() if len(value) < len(indices)
+    }
+    return {**means, **errors, **equal, "count": len(indices), "draws": DRAWS}
