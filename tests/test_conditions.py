@@ -665,6 +665,10 @@ def test_pairs_are_read_in_step(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert train(tmp_path / "run", *options, "--pairs", str(tmp_path / "b")) == 0
     command = ["evaluate", str(tmp_path / "run"), "--levels-per-image", "2", "-n", "2", "--split", "train"]
     assert main(command) == 0
+    command = ["calibrate", str(tmp_path / "run"), "-n", "2", "--codec", "0", "--data", str(tmp_path / "a")]
+    assert main(command) == 2
+    assert "want --pairs SOURCE, too" in capsys.readouterr().err
+    assert main([*command, "--pairs", str(tmp_path / "b")]) == 0
     assert train(tmp_path / "other", *options, "--pairs", str(tmp_path / "c")) == 2
     assert "1 is in the place of 0; want files of the same names" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

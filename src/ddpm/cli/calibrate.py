@@ -3,10 +3,10 @@
 import argparse
 
 from ddpm.cli.options import (
-    AS_TRAIN,
     MODEL,
     Commands,
     add_model,
+    add_source,
     check_numbers,
     command,
     importing,
@@ -30,8 +30,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("run", metavar="MODEL", help=MODEL)
     group = parser.add_argument_group("calibration", "what is measured")
     group.add_argument("-n", **number(int, 500), help="number of training images (default: %(default)s)")
-    data = f"images to measure on: {AS_TRAIN} (default: the run's own data)"
-    group.add_argument("--data", metavar="SOURCE", help=data)
+    add_source(group)
     tables = "number of training images for the codec's tables; 0 makes no tables (default: %(default)s)"
     group.add_argument("--codec", **number(int, 32), help=tables)
     replace = "replace the codec's tables; files that were compressed with the old tables can no longer be read"

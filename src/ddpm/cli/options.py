@@ -272,13 +272,18 @@ def add_guide(group: Any) -> None:
     group.add_argument("--guide-scale", **number(float, None), help=scale)
 
 
-def add_data(parser: Parser) -> None:
-    """What `evaluate` and `paper` measure."""
-    group = parser.add_argument_group("data", "the images and samples that are measured")
+def add_source(group: Any) -> None:
+    """The images that `loader` loads."""
     data = f"images to measure on: {AS_TRAIN} (default: the run's own data)"
     group.add_argument("--data", metavar="SOURCE", help=data)
     pairs = "other images of the pairs, for --data and a model of --condition pairs"
     group.add_argument("--pairs", metavar="SOURCE", help=pairs)
+
+
+def add_data(parser: Parser) -> None:
+    """What `evaluate` and `paper` measure."""
+    group = parser.add_argument_group("data", "the images and samples that are measured")
+    add_source(group)
     split = "split of the data to measure on; test is the images that were held out (default: %(default)s)"
     group.add_argument("--split", default="test", metavar="NAME", help=split)
     samples = "score these samples, an .npz file or a folder of images, instead of making new ones"
@@ -422,7 +427,7 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
 
     if not (args.data or preset.data):
         raise InputError("--data: this model names no dataset; want --data SOURCE")
-    pairs = getattr(args, "pairs", None)
+    pairs = args.pairs
     if pairs is not None and preset.condition != "pairs":
         raise InputError(f"--pairs {pairs}: this model was not trained with condition pairs; want no --pairs")
     if pairs is None and args.data and preset.pairs:
