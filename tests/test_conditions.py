@@ -590,6 +590,16 @@ def test_images_that_equal_their_samples_have_no_part_in_the_psnr(
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
+def test_noise_on_a_condition_is_for_the_guide_too(run: Path, pictures: Path) -> None:
+    checkpoint = open_checkpoint(run)
+    told = inputs.read_inputs(checkpoint, str(pictures / "small" / "0.png"), 1)
+    noisy = replace(checkpoint, preset=replace(checkpoint.preset, condition_noise=0.5))
+    asked = Sampling("ddim", 2, inputs=told, condition_noise=0.1, conditions=Conditions(guide=noisy))
+    asked.maker(noisy, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"condition_noise 0.1: .* was trained with 0 to 0"):
+        replace(asked, conditions=Conditions(guide=checkpoint)).maker(noisy, torch.device("cpu"))
+
+
 def test_a_cascade_knows_the_classes_of_its_first_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from ddpm import losses
 from ddpm.cli import main
+from ddpm.errors import InputError
 from ddpm.files.models import MODELS
 from ddpm.files.opening import open_checkpoint
-from ddpm.run import export, forecast
+from ddpm.run import export, forecast, init
 from ddpm.run.export import public
 from ddpm.run.init import distilled, inherit
 
@@ -207,6 +208,28 @@ def test_mistakes_are_one_line(
     assert main(given) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "was", "now"),
+    [("label_dropout", 0.0, 0.1), ("condition_dropout", 0.0, 0.1), ("condition_noise", 0.1, 0.3)],
+)
+def test_teacher_and_guide_have_seen_what_the_run_hides(
+    setting: str, was: float, now: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels and conditions that are left out, and noise on conditions."""
+    digits, name = open_checkpoint("digits"), {"init": "MODEL", "guide": "MODEL", "teacher": True}
+    old = replace(digits.preset, condition="lowres:2", **{setting: was})
+    model = replace(digits, preset=old)
+    monkeypatch.setattr(init, "open_checkpoint", lambda *_, **__: model)
+    run = replace(old, loss="consistency", **name)
+    init.check_teacher(model, run)
+    assert init.guide_of(run) is model
+    run = replace(run, **{setting: now})
+    with pytest.raises(InputError, match=f"{setting} {now}: the model MODEL was trained with {was:g}; want at most"):
+        init.check_teacher(model, run)
+    with pytest.raises(InputError, match=f"the model MODEL was trained with {was:g}|has another label_dropout"):
+        init.guide_of(run)
 
 
 def test_the_commands_of_the_card_make_the_model(weak: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

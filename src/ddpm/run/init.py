@@ -114,9 +114,19 @@ def check_teacher(model: Checkpoint | None, preset: Preset) -> None:
         raise InputError(f"teacher: the model {preset.init} has another {other[0]}; want teacher false")
     if old.loss == "consistency":
         raise InputError(f"teacher: the model {preset.init} is a consistency model; want teacher false")
+    _check_hidden(old, preset, preset.init)
     if preset.guidance != 1 and not old.label_dropout:
         why = "never saw an image without its label"
         raise InputError(f"guidance {preset.guidance}: the model {preset.init} {why}; want 1")
+
+
+def _check_hidden(old: Preset, preset: Preset, name: str) -> None:
+    """Raise InputError if the run hides more of labels and conditions from the model `name` than its training did."""
+    used = {"label_dropout": bool(preset.class_names), "condition_dropout": True, "condition_noise": True}
+    for setting in filter(used.get, used):
+        now, was = getattr(preset, setting), getattr(old, setting)
+        if now > was and (was == 0 or setting == "condition_noise"):
+            raise InputError(f"{setting} {now:g}: the model {name} was trained with {was:g}; want at most that")
 
 
 def guide_of(preset: Preset) -> Checkpoint | None:
@@ -125,6 +135,7 @@ def guide_of(preset: Preset) -> Checkpoint | None:
         return None
     guide = open_checkpoint(preset.guide, precision=preset.precision)
     check_guide(guide, preset, "the teacher")
+    _check_hidden(guide.preset, preset, preset.guide)
     if (guide.preset.augment > 0) != (preset.augment > 0):
         raise InputError(f"guide: only one of {preset.guide} and the teacher has augment; want both or none with it")
     return guide

@@ -431,11 +431,10 @@ class Sampling:
             raise InputError(
                 f"input: {checkpoint.path} was trained with condition {wanted}; want an image file, or a folder of them"
             )
-        most = checkpoint.preset.condition_noise
-        if not 0 <= self.condition_noise <= most:
-            raise InputError(
-                f"condition_noise {self.condition_noise:g}: {checkpoint.path} was trained with 0 to {most:g}"
-            )
+        for model in filter(None, (checkpoint, self.conditions.guide)):
+            if not 0 <= self.condition_noise <= (most := model.preset.condition_noise):
+                told = f"condition_noise {self.condition_noise:g}"
+                raise InputError(f"{told}: {model.path} was trained with 0 to {most:g}")
         conditions = self.conditions.resolved(checkpoint)
         denoiser, labels = conditions.apply(checkpoint)
         levels = sampler_levels(checkpoint, self.sampler, self.steps, self.spacing)
