@@ -201,6 +201,7 @@ MISTAKES = {
     "--operator own.py:halved --degrade --method ddnm": "--method ddnm: wants one of superresolution, blur, mask, "
     "grey; want dps for own.py:halved",
     "--operator blur:1 --zeta 2": "--zeta 2.0: the method ddnm has no such setting",
+    "--operator superresolution:2 --method dps --noise 2": "--noise 2: the method dps does not use it",
     "--operator blur:1 --method dps --resample 2": "--resample 2: the method dps has no such setting",
     "--operator blur:1 --method dps --zeta -1": "--zeta -1.0: want a finite number of at least 0",
     "--operator blur:1 --jump 2": "--jump 2: each level is passed once; want resample of 2 or more with it",

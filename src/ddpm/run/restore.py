@@ -193,6 +193,8 @@ def restore(
     noise = finite_number("noise", given, least, 255) * pixels.BIN
     apply = operator_of(operator, preset, noise, device)
     method = _method(settings, apply, operator)
+    if method == "dps" and settings.noise is not None and not (degrade or isinstance(apply, Blur)):
+        raise InputError(f"noise {settings.noise:g}: the method dps does not use it; want it with degrade, or no noise")
     levels = _levels(checkpoint, method, settings.sampling)
     sample: Callable[..., Iterator[Step]]
     if method == "ddnm":
