@@ -23,7 +23,10 @@ from ddpm.cli import main
 from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError
 from ddpm.files.opening import open_checkpoint
+from ddpm.run import processes
 from ddpm.run.export import figures
+from ddpm.run.parts import guidance_key
+from ddpm.run.processes import open_for_device
 from ddpm.run.sample import Conditions
 
 S = schedule.linear(50, 2e-3, 0.4)
@@ -101,6 +104,25 @@ def test_a_guide_is_of_the_same_images_labels_and_levels(name: str, value: Any) 
     guide = replace(model, preset=replace(model.preset, **{name: value}))
     with pytest.raises(InputError, match=f"it has another {name} than"):
         Conditions(guide=guide).apply(model)
+
+
+def test_precision_is_for_the_guide_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And measurements with guides of two precisions are stored apart."""
+    opened, keys = [], []
+
+    def seen(*given: Any) -> Any:
+        opened.append(open_for_device(*given))
+        return opened[-1]
+
+    monkeypatch.setattr(processes, "open_for_device", seen)
+    out = str(tmp_path / "a.npz")
+    words = ["sample", "digits", "--guide", "digits", "--class", "7", "-n", "1", "--sampler", "ddim", "--steps", "2"]
+    for precision in ("bf16", "float32"):
+        assert main([*words, "--precision", precision, "--out", out]) == 0
+        model, guide = opened[-2:]
+        assert (model.denoiser.network.bf16, guide.denoiser.network.bf16) == (precision == "bf16",) * 2
+        keys.append(guidance_key(opened[0].denoiser.guided(2, guide=guide.denoiser)))
+    assert keys[0] != keys[1]
 
 
 def test_the_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -365,13 +365,18 @@ def open_model(
     from ddpm.run.processes import open_for_device
 
     check_model(args)
-    asked = precision or (None if args.precision == "auto" else args.precision)
+    asked = precision or _precision(args)
     model = open_for_device(run or args.run, device, args.weights, checkpoint or args.checkpoint, asked)
     if not conditional:
         without_condition(model, f"`ddpm {args.command}`")
     if args.variance is not None:
         model = with_variance(model, args.variance)
     return replace(model, denoiser=model.denoiser.to(device))
+
+
+def _precision(args: argparse.Namespace) -> Precision | None:
+    """--precision; None for auto."""
+    return None if args.precision == "auto" else args.precision
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -401,7 +406,7 @@ def guided(args: argparse.Namespace, device: "torch.device") -> "Conditions":
     from ddpm.run.processes import open_for_device
 
     scale = check("--guide-scale", asked.guide_scale if args.guide_scale is None else args.guide_scale, float)
-    guide = open_for_device(args.guide, device, args.weights, "last", None)
+    guide = open_for_device(args.guide, device, args.weights, "last", _precision(args))
     guide = replace(guide, denoiser=guide.denoiser.to(device))
     return replace(asked, guide=guide, guide_scale=scale)
 

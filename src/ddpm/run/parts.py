@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm import noise, pixels
 from ddpm.denoiser import Denoiser
@@ -22,6 +22,7 @@ from ddpm.guidance import Guided
 from ddpm.presets import to_json
 from ddpm.run.processes import Processes
 from ddpm.run.progress import Progress
+from ddpm.unet import UNet
 from ddpm.version import __version__
 
 CALIBRATION, SUBSET = 0xCA1B, 0x5B5E7
@@ -211,12 +212,15 @@ def model_key(checkpoint: Checkpoint) -> list[Any]:
 
 
 def guidance_key(denoiser: Denoiser) -> list[Any]:
-    """The guidance of a denoiser as JSON values: scale, interval, and the weights of a guide; [] without guidance."""
+    """The guidance of a denoiser as JSON values; [] without guidance.
+
+    They are the scale, the interval, and of a guide the weights and the precision.
+    """
     network = denoiser.network
     if not isinstance(network, Guided):
         return []
     guide = network.guide
-    weights = [tensors.identity(guide.state_dict())] if isinstance(guide, nn.Module) else []
+    weights = [tensors.identity(guide.state_dict()), str(guide.computes)] if isinstance(guide, UNet) else []
     return [network.scale, network.first, network.last, *weights]
 
 
