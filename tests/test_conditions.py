@@ -590,6 +590,21 @@ def test_images_that_equal_their_samples_have_no_part_in_the_psnr(
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
+def test_pictures_of_more_bits_are_conditions_too(run: Path, tmp_path: Path) -> None:
+    """Their 8-bit copies have no bits/dim, but they can be enlarged, as in training."""
+    (tmp_path / "deep").mkdir()
+    for i in range(2):
+        grey = np.random.default_rng(i).integers(0, 65536, (8, 8, 1), np.uint16)
+        (tmp_path / "deep" / f"{i}.png").write_bytes(to_png(grey))
+    images, model = data.load(str(tmp_path / "deep"), (8, 8), 1), open_checkpoint(run)
+    found = fidelity.fidelity(
+        model, images, ["psnr"], tmp_path, ALONE, 2, sampler="ddim", levels=[10, 20], progress=False
+    )
+    assert found["psnr"] > 0
+    drawn = quality.samples(model, tmp_path, ALONE, 2, 0, "ddim", [10, 20], given=images, progress=False)
+    assert drawn.batch(range(2)).shape == (2, 1, 8, 8)
+
+
 def test_noise_on_a_condition_is_for_the_guide_too(run: Path, pictures: Path) -> None:
     checkpoint = open_checkpoint(run)
     told = inputs.read_inputs(checkpoint, str(pictures / "small" / "0.png"), 1)

@@ -32,7 +32,7 @@ GROUPS = {
 DISTILLED = (
     "steps", "batch_size", "accumulate", "lr", "warmup", "cooldown", "ema_decay", "dropout", "gap_steps", "teacher",
     "guidance", "guide", "guide_scale", "seed", "device", "workers", "save_every", "keep_steps", "sample_every",
-    "eval_images", "image_column", "label_column", "pairs", "pair_column",
+    "eval_images", "image_column", "label_column", "pairs", "pair_column", "skip_bad", "allow_paths",
 )  # fmt: skip
 """The settings that `ddpm distill` has as options. All others are those of the model, and of `init.distilled`."""
 

@@ -14,7 +14,6 @@ from ddpm.files import data
 from ddpm.files.models import Checkpoint
 from ddpm.run import conditioning
 from ddpm.run.parts import (
-    as_signal,
     compute_parts,
     labels_of,
     model_key,
@@ -114,7 +113,7 @@ def fidelity(
 
     def measure(part: slice) -> dict[str, Tensor]:
         batch = indices[part]
-        x0, y = as_signal(images, batch), labels_of(checkpoint, images, batch, torch.device("cpu"))
+        x0, y = pixels.to_signal(images.batch(batch), values), labels_of(checkpoint, images, batch, torch.device("cpu"))
         condition = conditioning.of_images(preset, images, batch, x0)
         assert condition is not None
         seeds = [noise.mix(seed, i, draw, _SEEDS) for i in batch for draw in range(DRAWS)]

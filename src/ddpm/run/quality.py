@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm import metrics
+from ddpm import metrics, pixels
 from ddpm.errors import InputError, brief
 from ddpm.files import data, features, models
 from ddpm.files import images as pictures
 from ddpm.run import conditioning
 from ddpm.run.device import use_cuda_graphs
 from ddpm.run.measure import measure
-from ddpm.run.parts import as_signal, compute_parts, model_key, parts_folder, state_of
+from ddpm.run.parts import compute_parts, model_key, parts_folder, state_of
 from ddpm.run.processes import Processes
 from ddpm.run.progress import Progress
 from ddpm.run.sample import cycled_labels, generate
@@ -58,7 +58,8 @@ def samples(
         told = None
         if given is not None:
             places = [i % len(given) for i in range(part.start, part.stop)]
-            told = conditioning.of_images(checkpoint.preset, given, places, as_signal(given, places))
+            x0 = pixels.to_signal(given.batch(places), given.values)
+            told = conditioning.of_images(checkpoint.preset, given, places, x0)
         images = generate(
             denoiser, shape, seeds, sampler, steps, batch_size, ranks.device, progress=progress, y=labels,
             condition=told,
