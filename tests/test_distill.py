@@ -221,12 +221,17 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.parametrize(
     ("setting", "was", "now"),
-    [("label_dropout", 0.0, 0.1), ("condition_dropout", 0.0, 0.1), ("condition_noise", 0.1, 0.3)],
+    [
+        ("label_dropout", 0.0, 0.1),
+        ("condition_dropout", 0.0, 0.1),
+        ("condition_noise", 0.1, 0.3),
+        ("last_sigma", 20.0, 80.0),
+    ],
 )
 def test_teacher_and_guide_have_seen_what_the_run_hides(
     setting: str, was: float, now: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Labels and conditions that are left out, and noise on conditions."""
+    """Labels and conditions that are left out, noise on conditions, and high noise levels."""
     digits, name = open_checkpoint("digits"), {"init": "MODEL", "guide": "MODEL", "teacher": True}
     old = replace(digits.preset, condition="lowres:2", **{setting: was})
     model = replace(digits, preset=old)
@@ -235,10 +240,18 @@ def test_teacher_and_guide_have_seen_what_the_run_hides(
     init.check_teacher(model, run)
     assert init.guide_of(run) is model
     run = replace(run, **{setting: now})
-    with pytest.raises(InputError, match=f"{setting} {now}: the model MODEL was trained with {was:g}; want at most"):
+    with pytest.raises(InputError, match=f"{setting} {now:g}: the model MODEL was trained with {was:g}; want at most"):
         init.check_teacher(model, run)
     with pytest.raises(InputError, match=f"the model MODEL was trained with {was:g}|has another label_dropout"):
         init.guide_of(run)
+
+
+def test_the_first_call_is_at_a_level_that_the_model_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_checkpoint("digits")
+    for trained, wanted in ((0.0, 80.0), (200.0, 80.0), (20.0, 20.0)):
+        seen = replace(model, preset=replace(model.preset, last_sigma=trained))
+        monkeypatch.setattr(init, "open_checkpoint", lambda *_, seen=seen, **__: seen)
+        assert distilled("MODEL", {}).last_sigma == wanted
 
 
 def test_the_commands_of_the_card_make_the_model(weak: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

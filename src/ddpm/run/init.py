@@ -24,6 +24,8 @@ LR_SHARE = 0.5
 """The default learning rate is this share of what training from nothing has."""
 DISTILL_LR = 0.4
 """The default learning rate of `ddpm distill` is this share of what another run of `--init` has."""
+LAST_SIGMA = 80.0
+"""The first network call of a distilled model is at this sqrt((1 - abar)/abar), or the highest that its model saw."""
 STAGES = 8
 """Stages of the gap in a run of `ddpm distill`; in the last one, sigma_r is sigma_t (1 - n/256)."""
 _FREE = {"dropout", "variance", "clip", "loss", "weighting", "timestep_sampling", "noise_assignment", "last_sigma"}
@@ -114,14 +116,21 @@ def check_teacher(model: Checkpoint | None, preset: Preset) -> None:
         raise InputError(f"teacher: the model {preset.init} has another {other[0]}; want teacher false")
     if old.loss == "consistency":
         raise InputError(f"teacher: the model {preset.init} is a consistency model; want teacher false")
-    _check_hidden(old, preset, preset.init)
+    _check_seen(old, preset, preset.init)
     if preset.guidance != 1 and not old.label_dropout:
         why = "never saw an image without its label"
         raise InputError(f"guidance {preset.guidance}: the model {preset.init} {why}; want 1")
 
 
-def _check_hidden(old: Preset, preset: Preset, name: str) -> None:
-    """Raise InputError if the run hides more of labels and conditions from the model `name` than its training did."""
+def _check_seen(old: Preset, preset: Preset, name: str) -> None:
+    """Raise InputError if the run asks the model `name` for what its training never saw.
+
+    This is an image without its label or condition, more noise on the condition, or a higher noise level.
+    """
+    if old.last_sigma and not 0 < preset.last_sigma <= old.last_sigma:
+        raise InputError(
+            f"last_sigma {preset.last_sigma:g}: the model {name} was trained with {old.last_sigma:g}; want at most that"
+        )
     used = {"label_dropout": bool(preset.class_names), "condition_dropout": True, "condition_noise": True}
     for setting in filter(used.get, used):
         now, was = getattr(preset, setting), getattr(old, setting)
@@ -135,7 +144,7 @@ def guide_of(preset: Preset) -> Checkpoint | None:
         return None
     guide = open_checkpoint(preset.guide, precision=preset.precision)
     check_guide(guide, preset, "the teacher")
-    _check_hidden(guide.preset, preset, preset.guide)
+    _check_seen(guide.preset, preset, preset.guide)
     if (guide.preset.augment > 0) != (preset.augment > 0):
         raise InputError(f"guide: only one of {preset.guide} and the teacher has augment; want both or none with it")
     return guide
@@ -162,7 +171,8 @@ def distilled(name: str, settings: Mapping[str, Any]) -> Preset:
     """
     model = inherit(name, None, {each: settings[each] for each in ("data", *OF_DATA) if each in settings})
     ours = {
-        "loss": "consistency", "last_sigma": 80.0, "timestep_sampling": "lognormal_wide", "weighting": "none",
+        "loss": "consistency", "last_sigma": min(LAST_SIGMA, model.last_sigma or LAST_SIGMA),
+        "timestep_sampling": "lognormal_wide", "weighting": "none",
         "noise_assignment": "independent", "lr": DISTILL_LR * model.lr,
         "guidance": 1.0, "teacher": settings.get("guidance", 1.0) != 1 or bool(settings.get("guide")),
         "gap_steps": max(1, settings.get("steps", model.steps) // STAGES),
