@@ -2,7 +2,7 @@
 
 `EmulatedMps` is a context in which device "mps" exists: its tensors live on the CPU but carry a mark. What is computed
 from a marked tensor is marked. As on a real mps, a marked float64 tensor raises, and so does an operation that mixes
-marked tensors with others.
+marked tensors with others. A copy to it has to wait until it is done.
 """
 
 from dataclasses import replace
@@ -45,6 +45,8 @@ class EmulatedMps(TorchFunctionMode):
         if function is Tensor.to:
             target = next((v for v in flat[1:] if isinstance(v, Tensor | torch.device | str)), args[0])
             result_marked = isinstance(target, Marked) or str(target) == "mps"
+            if result_marked and (kwargs or {}).get("non_blocking"):
+                raise RuntimeError("a copy that does not wait reads memory that is freed")
         else:
             moved = any(isinstance(v, torch.device | str) and str(v) == "mps" for v in flat)
             result_marked = bool(moved or marked) and function not in LEAVE

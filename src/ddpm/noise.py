@@ -126,7 +126,8 @@ def per_image(seeds: Sequence[int], shape: Sequence[int], device: torch.device |
     >>> noise(1000).shape, torch.equal(noise(3), noise(3)), torch.equal(noise(3), noise(4))
     (torch.Size([2, 3, 8, 8]), True, False)
     """
-    return lambda t: normal(seeds, shape, t).to(device, non_blocking=True)
+    # It waits for the copy: mps would read the draws after they are freed.
+    return lambda t: normal(seeds, shape, t).to(device)
 
 
 def assign(product: Tensor, told: Tensor) -> Tensor:
