@@ -155,17 +155,17 @@ def test_the_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_evaluate_scores_the_guided_samples(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are those of `ddpm sample`. Each guide has samples of its own: the model itself changes nothing."""
     (tmp_path / "mine.py").write_text("def rows(x):\n    return x.reshape(len(x), -1)[:, :4].astype(float)\n")
-    early, few = str(trained / "checkpoints/00000020"), ["--sampler", "ddim", "--steps", "3"]
+    early, few = str(trained / "checkpoints/00000020"), ["-n", "8", "--sampler", "ddim", "--steps", "3"]
 
     def score(*options: str) -> dict[str, Any]:
         words = ["evaluate", str(trained), "--metrics", "fid", "--features", f"{tmp_path}/mine.py:rows"]
         capsys.readouterr()
-        assert main([*words, "-n", "8", "--out", str(tmp_path / "out"), "--json", *options]) == 0
+        assert main([*words, "--out", str(tmp_path / "out"), "--json", *options]) == 0
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
 
     guide = ["--guide", early, "--guide-scale", "3"]
-    assert main(["sample", str(trained), "-n", "8", *few, *guide, "--out", str(tmp_path / "a.npz")]) == 0
+    assert main(["sample", str(trained), *few, *guide, "--out", str(tmp_path / "a.npz")]) == 0
     guided, alone = score(*few, *guide), score(*few)
     assert (guided["guide"]["step"], guided["guide"]["scale"]) == (20, 3)
     ((_, _, how),) = figures(guided)

@@ -562,6 +562,30 @@ def test_measurements_do_not_mix(trained: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_no_measurement_takes_the_place_of_another(trained: Path, tmp_path: Path) -> None:
+    """With other settings it has a file of its own, and with the same ones it has the same file."""
+    (tmp_path / "mine.py").write_text("def rows(x):\n    return x.reshape(len(x), -1)[:, :4].astype(float)\n")
+    out = tmp_path / "out"
+    fid = ["fid", "--features", f"{tmp_path}/mine.py:rows", "--steps", "2", "--sampler"]
+    commands = {
+        "nll": [["nll"], ["nll", "--variance", "fixed_small"], ["nll", "--draws", "2"]],
+        "nll_sampled": [["nll", "--levels-per-image", "2"], ["nll", "--levels-per-image", "3"]],
+        "ode": [["ode", "--ode-steps", "3"], ["ode", "--ode-steps", "4"]],
+        "quality": [[*fid, "ddim"], [*fid, "unipc"], ["kid", *fid[1:], "ddim"]],
+    }
+    for name, settings in commands.items():
+        for _ in range(2):
+            for words in settings:
+                assert main(["evaluate", str(trained), "-n", "6", "--out", str(out), "--metrics", *words]) == 0
+        stems = [name, *(f"{name}-{k}" for k in range(2, len(settings) + 1))]
+        assert (
+            sorted(file.stem for file in out.glob(f"{name}*.json") if "sampled" not in file.stem[len(name) :]) == stems
+        )
+        assert len({(out / f"{stem}.json").read_text() for stem in stems}) == len(stems)
+    assert {file.stem for file in out.glob("*.csv")} == {"nll", "nll-2", "nll-3"}
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_lone_file_has_a_folder_of_its_own(trained: Path, tmp_path: Path) -> None:
     """Results of two weights files side by side do not overwrite each other."""
     for name in ("a", "b"):

@@ -202,14 +202,17 @@ def test_statistics_in_place_of_the_training_images(here, capsys):
     rows = features.custom("f.py:stats")(train.batch(range(len(train))))[0]
     np.savez("stats.npz", mu=rows.mean(0), sigma=np.cov(rows, rowvar=False))
     np.savez("rows.npz", features=rows)
-    words = ["evaluate", "digits", "--features", "f.py:stats", "-n", "30", "--steps", "3", "--json", "--out", "out"]
+    words, few = (
+        ["evaluate", "digits", "--features", "f.py:stats", "--json", "--out", "out"],
+        ["-n", "30", "--steps", "3"],
+    )
     results = {}
     for name, more in {
         "images": ["--metrics", "fid", "kid"],
         "rows": ["--metrics", "fid", "kid", "--reference", "rows.npz"],
         "stats": ["--metrics", "fid", "is", "--reference", "stats.npz"],
     }.items():
-        assert main([*words, *more]) == 0
+        assert main([*words, *few, *more]) == 0
         results[name] = json.loads(capsys.readouterr().out)
     for name in ("rows", "stats"):
         assert results[name]["frechet_distance"] == pytest.approx(results["images"]["frechet_distance"], rel=1e-6)

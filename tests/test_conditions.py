@@ -28,6 +28,7 @@ from ddpm.files.images import to_png
 from ddpm.files.opening import open_checkpoint
 from ddpm.gaussian import beta_tilde, q_sample
 from ddpm.run import conditioning, device, fidelity, inputs, parts, previews, quality
+from ddpm.run.export import figures
 from ddpm.run.processes import Processes
 from ddpm.run.sample import Conditions, Sampling, generate
 from ddpm.run.train import _load
@@ -587,6 +588,8 @@ def test_images_that_equal_their_samples_have_no_part_in_the_psnr(
         open_checkpoint(run), held_out, ["psnr"], tmp_path, Processes(0, 1, torch.device("cpu")), 3
     )
     assert (result["psnr_infinite"], result["psnr"] is not None) == (equal, mean)
+    shown = figures({**result, "data": "digits", "split": "test", "sampler": "ddim", "steps": 2})
+    assert any(name == "PSNR, one sample" for name, *_ in shown) == mean
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 

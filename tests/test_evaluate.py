@@ -470,6 +470,17 @@ def test_a_folder_of_samples_is_that_folder_whatever_its_name(tmp_path, monkeypa
         (["--draws", "2", "--metrics", "ode"], "--draws 2: needs --metrics nll"),
         (["--ode-steps", "5"], "--ode-steps 5: needs --metrics ode"),
         (["--samples", "a.npz"], "--samples a.npz: needs one of --metrics fid"),
+        (
+            ["--metrics", "fid", "--samples", "a.npz", "-n", "5"],
+            "-n 5: not with --samples a.npz",
+        ),
+        (["--metrics", "fid", "--samples", "a.npz", "--steps", "5"], "--steps 5: no samples are made"),
+        (["--sampler", "ddim"], "--sampler ddim: no samples are made; want metrics of samples, without --samples"),
+        (["--metrics", "fid", "--any-weights"], "--any-weights: needs --inception FILE"),
+        (
+            ["--metrics", "fid", "--features", "f.py:g", "--inception", "w.pth"],
+            "--inception w.pth: not with",
+        ),
         (["--metrics", "fid", "--features", "mine.py"], "FILE.py:function"),
         (["--metrics", "fid", "--inception", "none.pth"], "none.pth"),
         (["--metrics", "fid", "--samples", "none.npz", "--features", "f.py:g"], "f.py"),

@@ -18,6 +18,7 @@ from ddpm.cli.options import (
     add_guide,
     add_model,
     add_sampler,
+    check_features,
     check_numbers,
     check_sampler,
     command,
@@ -29,7 +30,7 @@ from ddpm.cli.options import (
     open_model,
     out_folder,
 )
-from ddpm.errors import InputError
+from ddpm.errors import InputError, parse_json
 from ddpm.presets import check
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def add(commands: Commands) -> None:
         commands, "evaluate", run, "measure bits per dimension and sample quality",
         f"Measure a model by these metrics:\n\n{metrics}\n\nnll and ode measure held-out images. psnr and ssim compare "
         "samples of a model with a condition with the held-out images that the conditions are made of. The others "
-        "compare samples, as they are saved, with the training images. A stopped measurement resumes.",
+        "compare samples, as they are saved, with the training images. After a stop, the same command takes over the "
+        "samples and the batches of nll, psnr and ssim that were finished.",
         "ddpm evaluate digits --metrics nll --levels-per-image 20",
     )  # fmt: skip
     parser.add_argument("run", metavar="MODEL", help=MODEL)
@@ -82,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     fidelity = [metric for metric in args.metrics if metric in catalog.fidelity_metrics()]
     quality = [metric for metric in args.metrics if metric not in (*LIKELIHOODS, *fidelity)]
     _check_quality(args, quality)
+    _check_sampling(args, bool(fidelity) or (bool(quality) and args.samples is None))
 
     with importing():
         from ddpm.run.processes import processes
@@ -123,6 +126,9 @@ def _check_quality(args: argparse.Namespace, quality: list[str]) -> None:
         raise InputError(f"--class {args.classes[0]}: needs one of --metrics {names}, without --samples")
     if args.guide is not None and args.samples is not None:
         raise InputError(f"--guide {args.guide}: not with --samples {args.samples}, which are made already")
+    check_features(args)
+    if args.n is not None and args.samples is not None and quality == args.metrics:
+        raise InputError(f"-n {args.n}: not with --samples {args.samples}, of which all are scored")
     for name in ("samples", "features", "inception", "reference"):
         if not quality and getattr(args, name) is not None:
             raise InputError(f"--{name} {getattr(args, name)}: needs one of --metrics {names}")
@@ -132,6 +138,13 @@ def _check_quality(args: argparse.Namespace, quality: list[str]) -> None:
         raise InputError(
             f"--features {args.features}: holds features of real images; want those of samples as --samples FILE.npz"
         )
+
+
+def _check_sampling(args: argparse.Namespace, samples: bool) -> None:
+    """Raise InputError for options of sampling where no `samples` are made."""
+    for name in ("sampler", "steps", "spacing"):
+        if not samples and (given := getattr(args, name)) is not None:
+            raise InputError(f"--{name} {given}: no samples are made; want metrics of samples, without --samples")
 
 
 def _check_likelihoods(args: argparse.Namespace) -> None:
@@ -154,7 +167,7 @@ def _features_are_a_file(args: argparse.Namespace) -> bool:
 
 @dataclass
 class _Results:
-    """The results so far. Each measurement has a file of its own, so that two measurements never mix."""
+    """The results so far. Each measurement has a file of its own, and so have its settings: no file is lost."""
 
     out: Path
     load: "Callable[[str], data.Images]"
@@ -162,15 +175,31 @@ class _Results:
     write: bool
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def keep(self, name: str, values: dict[str, Any], split: str | None) -> None:
+    def images(self, split: str, n: int | None = None) -> dict[str, Any]:
+        """What a measurement of `n` images of a split (None: all) is asked for, as plain JSON values."""
+        images = self.load(split)
+        about = {"data": images.name, "split": images.split, "fingerprint": images.fingerprint}
+        return about if n is None else {**about, "count": min(n, len(images))}
+
+    def stem(self, name: str, asked: dict[str, Any]) -> str:
+        """`name`, or name-2, name-3 and so on if files before it hold what was measured with other settings."""
+        now, number = json.loads(json.dumps({**self.about, **asked})), 1
+        while True:
+            stem = name if number == 1 else f"{name}-{number}"
+            try:
+                stored = parse_json((self.out / f"{stem}.json").read_bytes())
+            except (OSError, ValueError):  # there is none, or it is damaged
+                return stem
+            if isinstance(stored, dict) and all(stored.get(key) == value for key, value in now.items()):
+                return stem
+            number += 1
+
+    def keep(self, name: str, asked: dict[str, Any], values: dict[str, Any]) -> None:
         from ddpm.files import atomic
 
-        if split is not None:
-            images = self.load(split)
-            values = {"data": images.name, "split": images.split, "fingerprint": images.fingerprint, **values}
+        self.done[name] = {**asked, **values}
         if self.write:
-            atomic.write_json(self.out / f"{name}.json", {**self.about, **values})
-        self.done[name] = values
+            atomic.write_json(self.out / f"{self.stem(name, asked)}.json", {**self.about, **self.done[name]})
 
     def print(self, args: argparse.Namespace) -> None:
         if not args.json:
@@ -198,17 +227,21 @@ def _likelihoods(
 ) -> None:
     from ddpm.run import evaluate
 
-    n, common = args.n, (args.seed, args.batch_size, progress)
+    if not {"nll", "ode"} & set(args.metrics):
+        return
+    images, n, common = results.load(args.split), args.n, (args.seed, args.batch_size, progress)
+    measured = results.images(args.split, n or len(images))
     if "nll" in args.metrics and args.levels_per_image is None:
-        images = results.load(args.split)
-        values = evaluate.nll(model, images, results.out, cache, ranks, n, args.draws, *common)
-        results.keep("nll", values, args.split)
+        asked = {**measured, "draws": args.draws}
+        stem = results.stem("nll", asked)
+        values = evaluate.nll(model, images, results.out, cache, ranks, n, args.draws, *common, stem)
+        results.keep("nll", asked, values)
     elif "nll" in args.metrics:
-        values = evaluate.nll_sampled(model, results.load(args.split), args.levels_per_image, ranks, n, *common)
-        results.keep("nll_sampled", values, args.split)
+        values = evaluate.nll_sampled(model, images, args.levels_per_image, ranks, n, *common)
+        results.keep("nll_sampled", {**measured, "levels_per_image": args.levels_per_image}, values)
     if "ode" in args.metrics:
-        values = evaluate.ode(model, results.load(args.split), ranks, n, args.ode_steps, *common)
-        results.keep("ode", values, args.split)
+        values = evaluate.ode(model, images, ranks, n, args.ode_steps, *common)
+        results.keep("ode", {**measured, "steps": args.ode_steps}, values)
 
 
 def _fidelity(
@@ -218,13 +251,13 @@ def _fidelity(
     from ddpm.run.fidelity import fidelity
     from ddpm.run.sample import describe_sampling, sampler_levels
 
-    levels = sampler_levels(model, args.sampler, args.steps, args.spacing)
+    levels, images = sampler_levels(model, args.sampler, args.steps, args.spacing), results.load(args.split)
     values = fidelity(
-        model, results.load(args.split), names, cache, ranks, args.n, args.seed, args.sampler, levels, args.batch_size,
-        progress,
-    )  # fmt: skip
-    how = {**describe_sampling(model.denoiser, args.sampler, levels, args.spacing), **asked}
-    results.keep("fidelity", {**how, **values}, args.split)
+        model, images, names, cache, ranks, args.n, args.seed, args.sampler, levels, args.batch_size, progress
+    )
+    how = describe_sampling(model.denoiser, args.sampler, levels, args.spacing)
+    measured = results.images(args.split, args.n or len(images))
+    results.keep("fidelity", {**measured, "metrics": names, **how, **asked}, values)
 
 
 def _quality(
@@ -242,7 +275,7 @@ def _quality(
     file = args.features if _features_are_a_file(args) else args.reference
     if samples is not None and file is not None and quality.holds_features(samples):
         values = quality.quality_of_files(names, samples, Path(file), args.seed, ranks.device)
-        results.keep("quality", {"samples_from": args.samples, "reference": file, **values}, None)
+        results.keep("quality", {"metrics": names, "samples_from": args.samples, "reference": file}, values)
         return
     if _features_are_a_file(args):
         raise InputError(f"--samples {args.samples}: holds no features, which --features {args.features} wants")
@@ -267,9 +300,9 @@ def _quality(
         source |= {} if held_out is None else {"conditions_of": held_out.split}
     values = quality.quality(names, images, real, network, cache, ranks, args.seed, progress)
     if ranks.first:
-        if args.reference is not None:
-            source["reference"] = args.reference
-        results.keep("quality", {**source, **values}, "train" if args.reference is None else None)
+        source |= {"samples": len(images), "features": network.name, "features_weights": network.weights}
+        against = results.images("train") if args.reference is None else {"reference": args.reference}
+        results.keep("quality", {"metrics": names, **against, **source}, values)
 
 
 def _reference(names: list[str], file: Path, network: "features.Network") -> "features.Measured":

@@ -452,12 +452,21 @@ def loader(args: argparse.Namespace, preset: Preset, progress: bool) -> "Callabl
     return load
 
 
+def check_features(args: argparse.Namespace) -> None:
+    """Raise InputError for options of Inception that have no effect."""
+    if args.any_weights and args.inception is None:
+        raise InputError("--any-weights: needs --inception FILE")
+    if args.inception is not None and args.features is not None:
+        raise InputError(f"--inception {args.inception}: not with --features {args.features}; want one of the two")
+
+
 def feature_network(
     args: argparse.Namespace, device: "torch.device", preset: Preset | None = None
 ) -> "features.Network":
     """The network of --features or --inception. Raises InputError if it does not take the images of `preset`."""
     from ddpm.files import features
 
+    check_features(args)
     if args.features is None:
         if preset is not None and (preset.channels not in (1, 3) or preset.pixel_type != "uint8"):
             raise InputError(f"{preset.kind} images: Inception takes 8-bit grey and RGB; want --features FILE.py:NAME")

@@ -55,12 +55,13 @@ def nll(
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
+    name: str = "nll",
 ) -> dict[str, Any]:
     """The variational bound of `images` (Eq. 5) at all T levels, with `draws` noise draws per level.
 
     The paper uses one draw, and the model's own clipping of x0^. `count` limits the number of images (None: all). The
     work is split over processes. Finished batches are stored under `cache`, so the same call resumes where it stopped.
-    Writes out/nll.csv with one row per level, and its plot out/nll.png.
+    Writes out/NAME.csv with one row per level, and its plot out/NAME.png.
 
     Returns plain JSON values. These are in bits/dim:
 
@@ -98,7 +99,7 @@ def nll(
     prior, means = read_parts(files, ["prior"])["prior"], sum_parts(files, ["terms", "mse"])
     means = {name: total / n for name, total in means.items()}
     if ranks.first:
-        _write_table(out, float(prior.mean()), means["terms"], means["mse"], denoiser.values.bin)
+        _write_table(out, name, float(prior.mean()), means["terms"], means["mse"], denoiser.values.bin)
     ranks.exchange()  # the other processes wait until the table is written
     others = read_parts(files, [*variants]) if variants else {}
     by_variance = {name: float((prior + others[name]).mean()) for name in variants}
@@ -148,8 +149,8 @@ def _bound_of_batch(
     return {name: value.cpu() for name, value in table.items()}
 
 
-def _write_table(out: Path, prior: float, terms: Tensor, mse: Tensor, bin: float) -> None:
-    """Write nll.csv, one row per level t from T down, and its plot nll.png.
+def _write_table(out: Path, name: str, prior: float, terms: Tensor, mse: Tensor, bin: float) -> None:
+    """Write NAME.csv, one row per level t from T down, and its plot NAME.png.
 
     prior, terms, mse are means over the images: L_T, and L_{t-1} [T] in bits/dim, and the error of x0^ [T].
 
@@ -159,16 +160,17 @@ def _write_table(out: Path, prior: float, terms: Tensor, mse: Tensor, bin: float
     rates = prior + terms.flip(0).cumsum(0).flip(0) - terms
     rmse = mse.sqrt() / bin
     rows = ([t, *(f"{float(column[t - 1]):.8g}" for column in (rates, terms, rmse))] for t in range(len(terms), 0, -1))
-    atomic.write_csv(out / "nll.csv", ["t", "rate_bits_per_dim", "term_bits_per_dim", "rmse_grey_levels"], rows)
+    columns = ["t", "rate_bits_per_dim", "term_bits_per_dim", "rmse_grey_levels"]
+    atomic.write_csv(out / f"{name}.csv", columns, rows)
     levels = list(range(1, len(terms) + 1))
     bits = plots.Panel(
         "The bound, level by level", {"term": (levels, terms.tolist())}, "noise level t", "bits/dim", log_y=True
     )
     error = plots.Panel("Error of x0^", {"RMSE": (levels, rmse.tolist())}, "noise level t", "grey levels")
     if plots.available():
-        atomic.write(out / "nll.png", plots.draw([bits, error]))
+        atomic.write(out / f"{name}.png", plots.draw([bits, error]))
     else:
-        warnings.warn("nll.png is not drawn: matplotlib is not installed", stacklevel=2)
+        warnings.warn(f"{name}.png is not drawn: matplotlib is not installed", stacklevel=2)
 
 
 def nll_sampled(

@@ -318,7 +318,7 @@ def figures(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield from (
             (f"{name.upper()}, {said[end]}", f"{values[name + end]:.4g} {FIDELITY[name].unit}".strip(), how)
             for name, end in keys
-            if name + end in values
+            if values.get(name + end) is not None
         )
     if "samples" in values:
         how = f"{values['sampler']}, {values['steps']} steps, " if "sampler" in values else ""
