@@ -312,6 +312,27 @@ def test_samples_are_cached(checkpoint, tmp_path, monkeypatch):
     assert not torch.equal(samples(4), whole)
 
 
+def test_a_network_that_reads_other_weights_measures_the_real_images_again(tmp_path):
+    """The function is the same text, so its hash is the same. The stored statistics are not used."""
+    scale, calls = [1.0], []
+    real, fake = (data.load("digits", (8, 8), 1, split=split) for split in ("train", "test"))
+
+    def function(pixels):
+        calls.append(len(pixels))
+        return scale[0] * pixels.flatten(1).numpy().astype(float), None
+
+    def distance():
+        calls.clear()
+        network = features.Network("mine.py:f", "the same hash", "", 64, function)
+        return quality.quality(["fid"], fake, real, network, tmp_path, ALONE, progress=False)["frechet_distance"]
+
+    first = distance()
+    assert distance() == first
+    assert sum(calls) == len(fake) + 2  # the real images are not measured again
+    scale[0] = 2.0
+    assert distance() == pytest.approx(4 * first)
+
+
 def test_samples_of_classes_are_cached_apart(tmp_path):
     """Classes cycle over all samples, not over a batch. Another guidance, clip or class gives other samples."""
     checkpoint = open_checkpoint("digits")

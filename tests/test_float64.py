@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 import ddpm
-from ddpm import float64, inception, likelihood, losses, metrics, noise, ode, pixels, samplers, schedule, spacing
+from ddpm import float64, inception, likelihood, losses, metrics, noise, ode, pixels, samplers, schedule, spacing, warp
 from ddpm.errors import InputError
 from ddpm.files import data, images
 from ddpm.files.opening import open_checkpoint
@@ -50,6 +51,8 @@ class EmulatedMps(TorchFunctionMode):
         else:
             moved = any(isinstance(v, torch.device | str) and str(v) == "mps" for v in flat)
             result_marked = bool(moved or marked) and function not in LEAVE
+            if marked and function is F.grid_sample:
+                raise RuntimeError("mps: Unsupported Bicubic interpolation")
             if marked and on_cpu and function not in COPY | LEAVE:
                 raise RuntimeError(f"Expected all tensors to be on the same device ({function})")
         with torch._C.DisableTorchFunctionSubclass():
@@ -212,6 +215,14 @@ def test_edits_and_restorations_equal_those_of_the_cpu():
         model = replace(digits, denoiser=replace(digits.denoiser, network=OnMps()))
         with EmulatedMps():
             assert torch.equal(program(), wanted)
+
+
+def test_warps_equal_those_of_the_cpu():
+    x, warps = torch.rand(3, 1, 6, 8), warp.sample(3, 0.9, True, noise.generator(0))
+    wanted = warp.apply(x, warps)
+    with EmulatedMps():
+        moved = warp.apply(x.to("mps"), warps.to("mps"))
+        assert (moved.device, torch.equal(moved.cpu(), wanted)) == (MPS, True)
 
 
 def test_the_held_out_loss_equals_that_of_the_cpu():

@@ -139,6 +139,8 @@ def test_grids_are_small_where_minutes_are_few(tmp_path: Path, monkeypatch: pyte
     assert (calls, 1 <= count <= 3) == (10, True)  # 0.025 s a call, and at most 0.6 s
     sheet = images.grid(np.zeros((count, 8, 8, 1), np.uint8)) if count > 1 else np.zeros((36, 36, 1))
     assert Image.open(tmp_path / "run/samples/00000003.png").size == sheet.shape[1::-1]
+    assert train(tmp_path / "run", *given) == 0  # the run keeps them, as it keeps its steps
+    assert json.loads((tmp_path / "run/config.json").read_text()) == settings
 
 
 def slow(seconds: float) -> Callable[..., list[float]]:

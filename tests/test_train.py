@@ -34,6 +34,7 @@ from ddpm.presets import PRESETS
 from ddpm.run import ema
 from ddpm.run.device import GraphedGradient, compile_stages, pick_compile
 from ddpm.run.held_out import BUCKETS, held_out_by_level
+from ddpm.run.lock import lock
 from ddpm.run.meter import Meter
 from ddpm.run.processes import Processes
 from ddpm.run.sample import generate
@@ -313,6 +314,25 @@ def test_two_processes_cannot_train_one_run(trained: Path, capsys: pytest.Captur
     with filelock.FileLock(trained / ".lock"):
         assert train(trained, "--steps", 40) == 2
     assert "another process is training this run; want another out" in capsys.readouterr().err
+
+
+def test_a_run_that_went_on_before_it_was_locked_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when a second command starts while the first one saves and ends."""
+    run = tmp_path / "run"
+    assert train(run, "--steps", 2) == 0
+
+    def late(*given: Any) -> Any:
+        shutil.copytree(run / "checkpoints/00000002", run / "checkpoints/00000003")
+        return lock(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm.run.train.lock", late)
+        before = (run / "metrics.jsonl").read_bytes()
+        assert train(run, "--steps", 4) == 2
+    assert "another process trained this run until now; want the same command again" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 # -- losses that are not finite ----------------------------------------------------------------------------------------

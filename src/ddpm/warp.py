@@ -60,6 +60,8 @@ def apply(x: Tensor, warp: Tensor) -> Tensor:
     >>> apply(x, torch.tensor([[0.0, 0, 0, 0, 0, 0, 0, 2, 0]])).tolist()  # a quarter of the width to the right
     [[[[-1.0, -1.0, -0.5, 0.0]]]]
     """
+    if x.device.type == "mps":  # has no bicubic grid_sample
+        return apply(x.cpu(), warp.cpu()).to(x.device)
     mirrored, upside_down, s, cos_less_1, sin, w_cos, w_sin, right, down = warp.unbind(1)
     x = torch.where(mirrored.bool()[:, None, None, None], x.flip(-1), x)
     x = torch.where(upside_down.bool()[:, None, None, None], x.flip(-2), x)

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
             args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size, inputs,
             args.condition_noise,
         )  # fmt: skip
-        begun, made, out = time.monotonic(), n, Path(args.out)
+        begun, made, out = time.perf_counter(), n, Path(args.out)
         if args.then is not None:
             second = open_model(args, ranks.device, args.then, conditional=True, checkpoint="last")
             check_cascade(model, second, sampling)
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
             images.save_many(args.out, images.channels_last(pictures), columns=columns, shown=sheet(pictures))
         what = f"{n} image{'s' * (n != 1)}"
         summary = f"{what} of {model.path} (step {model.step:,}, {model.weights}) in {args.out}"
-        rate = made / (time.monotonic() - begun)
+        rate = made / (time.perf_counter() - begun)
         summary += f", {rate:.3g} images/s" if made == n else f", {made:,} made now, {rate:.3g} images/s"
         print(json.dumps({"out": args.out, **about}) if args.json else summary)
     return 0

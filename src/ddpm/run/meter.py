@@ -23,7 +23,7 @@ class Meter:
 
     def __init__(self, seconds: float, ranks: Processes, batch_size: int) -> None:
         self._before, self._ranks, self._batch_size = seconds, ranks, batch_size
-        self._started = self._since = time.monotonic()
+        self._started = self._since = time.perf_counter()
         self.total, self.steps = torch.zeros((), device=ranks.device), 0
         self.rate: float | None = None
         self.left_out = 0.0
@@ -37,11 +37,11 @@ class Meter:
 
     def seconds(self) -> float:
         """Seconds of training, with those of earlier processes."""
-        return self._before + time.monotonic() - self._started
+        return self._before + time.perf_counter() - self._started
 
     def line(self, lr: float, norm: Tensor) -> dict[str, float]:
         """A line of the log; the next one begins here."""
-        now = time.monotonic()
+        now = time.perf_counter()
         self.rate = self.steps * self._batch_size / (now - self._since)
         loss = float(self._ranks.total((self.total / self.steps).cpu())) / self._ranks.world
         self.total.zero_()
@@ -60,9 +60,9 @@ class Meter:
     def waiting(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
         """The batches; the time until each one comes is waiting for data."""
         while True:
-            begun = time.monotonic()
+            begun = time.perf_counter()
             batch = next(batches, None)
-            self._waited += time.monotonic() - begun
+            self._waited += time.perf_counter() - begun
             if batch is None:
                 return
             yield batch
@@ -81,7 +81,7 @@ class Meter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time of a block out of the speed, since evaluation and pictures are not training time."""
-        before = time.monotonic()
+        before = time.perf_counter()
         yield
-        self.left_out += (passed := time.monotonic() - before)
+        self.left_out += (passed := time.perf_counter() - before)
         self._since += passed

@@ -238,7 +238,7 @@ def _real_features(
     Processes but the first get nothing if the moments are stored.
     """
     provenance = features.provenance(images, network)
-    key = [state_of(images, ranks), provenance.comparable()]
+    key = [state_of(images, ranks), provenance.comparable(), *_probe(network, images)]
     file = parts_folder(cache, "statistics", key).with_suffix(".npz")
     stored = None
     if ranks.first and file.is_file() and not rows:
@@ -252,6 +252,12 @@ def _real_features(
     if ranks.first:
         features.save_statistics(file, real.moments, provenance)
     return real
+
+
+def _probe(network: features.Network, images: data.Images) -> list[str]:
+    """Numbers that change with the network: a function of the user's may read weights from a file of its own."""
+    rows, _ = network(images.batch(range(min(2, len(images)))))
+    return [f"{value:.3g}" for value in (*np.linalg.norm(rows, axis=1), *(rows @ np.cos(np.arange(rows.shape[1]))))]
 
 
 def quality_of_files(

@@ -65,13 +65,13 @@ def train(
 
     Raises InputError for settings, data or a device that cannot be used, and Stopped if the run cannot go on.
     """
-    started = time.monotonic()
+    started = time.perf_counter()
     with ExitStack() as stack:
         ranks = stack.enter_context(processes(preset.device, timeout=60 * preset.timeout))
         stack.enter_context(forked(ranks.device))  # steps seed the global generators, which are the caller's
         with ranks.together():
             agree.settings(preset, minutes, ranks)
-            found = nodes.find(out, ranks)
+            found, before = nodes.find(out, ranks), checkpoints.saved(out)
             preset = _check_settings(preset, out, found, ranks, minutes)
             source = init.source(preset) if preset.init and not found.saved else None
         known, old = found.settings is not None, found.settings
@@ -91,6 +91,8 @@ def train(
         agree.data(preset, train_set, held_out_set, ranks)
         with ranks.together():  # only now, so that a mistake in settings or data leaves no folder behind
             ranks = lock(out, ranks, stack)
+            if checkpoints.saved(out) != before:
+                raise InputError(f"out {out}: another process trained this run until now; want the same command again")
 
         model = state.new(preset, ranks.device, guide)
         model.at_once = most or at_once
@@ -150,9 +152,9 @@ def train(
                 if not alone:
                     agree.weights(model.kinds(), model.step, out, ranks)
                 if ranks.writes or alone:
-                    before = time.monotonic()
+                    before = time.perf_counter()
                     state.save(model, preset, out, meter.seconds(), held_out, train_set.fingerprint)
-                    if not model.saved and (late := forecast.late_save(time.monotonic() - before)):
+                    if not model.saved and (late := forecast.late_save(time.perf_counter() - before)):
                         log.say(ranks, late)
                 model.saved = model.step
                 if not (last or alone):
@@ -254,7 +256,8 @@ def _check_settings(preset: Preset, out: Path, found: nodes.Found, ranks: Proces
             preset = replace(preset, value_range=old.value_range)
         preset = replace(preset, class_names=old.class_names)
         if minutes is not None:
-            preset = replace(preset, steps=old.steps, warmup=old.warmup)
+            count, calls = min(preset.sample_count, old.sample_count), min(preset.sample_steps, old.sample_steps)
+            preset = replace(preset, steps=old.steps, warmup=old.warmup, sample_count=count, sample_steps=calls)
         for f in fields(Preset):
             was, now = getattr(old, f.name), getattr(preset, f.name)
             elsewhere = old is not found.own or not os.path.exists(os.path.expanduser(str(was)))
@@ -318,20 +321,20 @@ def _ending_at(end: float, training: Training, preset: Preset, held_out_set: dat
         training.images, preset.seed, preset.batch_size, 0, 10**9,
         part=training.mine, workers=preset.workers, device=ranks.device,
     )  # fmt: skip
-    left = end - time.monotonic()
+    left = end - time.perf_counter()
     model.network.train()
     step_seconds = time_steps(lambda: training.step(preset, next(stream)), min(max(2.0, left / 20), 60.0), ranks)
     for _ in range(2):  # the first call also compiles and fills caches
-        begun = time.monotonic()
+        begun = time.perf_counter()
         held_out_by_level(model.averaged, held_out_set, 16, ranks, preset)
-        image_call = (time.monotonic() - begun) / 16
+        image_call = (time.perf_counter() - begun) / 16
     stream.close()
     model.network.load_state_dict(weights)
     model.average.load_state_dict(weights)
     for optimizer in model.optimizers:
         optimizer.state.clear()
     model.step = 0
-    measured = torch.tensor([step_seconds, image_call, end - time.monotonic()], dtype=torch.float64)
+    measured = torch.tensor([step_seconds, image_call, end - time.perf_counter()], dtype=torch.float64)
     step_seconds, image_call, left = ranks.total(measured * ranks.first).tolist()  # the first process decides
     if preset.sample_every:
         count, calls = affordable(preset, left / 10, image_call)
