@@ -1029,6 +1029,21 @@ def test_a_batch_that_somebody_has_is_never_written_again(tmp_path, held):
         assert all(torch.equal(batch, want[step]) for step, batch in kept)
 
 
+def test_without_shared_memory_batches_come_through_pipes(tmp_path, monkeypatch):
+    """As in a container, where /dev/shm is small. Workers inherit the patch, so none of them shares a tensor either."""
+    lazy = load(str(folder(tmp_path / "set")), (8, 8), 3, cache_bytes=0)
+    want = list(batches(lazy, 5, 10, 0, 6, workers=0))
+
+    def full(*_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(torch.multiprocessing.reductions, "reduce_storage", full)
+    with pytest.warns(UserWarning, match="shared memory, so decoded images come through pipes"):
+        found = list(batches(lazy, 5, 10, 0, 6, workers=2))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 def test_hugging_face_rows_in_workers(tmp_path):
     rows_of(0, N).to_parquet(tmp_path / "a.parquet")
     lazy = load(str(tmp_path / "a.parquet"), (8, 8), 3, cache_bytes=0)

@@ -309,6 +309,21 @@ def test_images_may_be_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert train(tmp_path / "run", "--data", tmp_path / "moved", "--steps", 6) == 0
 
 
+@pytest.mark.parametrize("name", ["data", "pairs"])
+def test_a_run_does_not_lie_in_its_data(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its grids of samples would be images, and it could not resume."""
+    folder_of_images(tmp_path / "data")
+    folder_of_images(tmp_path / "other")
+    monkeypatch.chdir(tmp_path / ("data" if name == "data" else "other"))
+    options = ["--data", str(tmp_path / "data"), *(["--condition", "pairs", "--pairs", "."] if name == "pairs" else [])]
+    assert train(Path("runs/mine"), *options, "--steps", 2) == 2
+    assert "want it elsewhere" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert train(Path("../runs/mine"), *options, "--steps", 2) == 0
+
+
 def test_two_processes_cannot_train_one_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second one gets an error."""
     with filelock.FileLock(trained / ".lock"):

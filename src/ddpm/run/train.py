@@ -267,6 +267,10 @@ def _check_settings(preset: Preset, out: Path, found: nodes.Found, ranks: Proces
     used = out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir()))
     if found.own is None and used:
         raise InputError(f"out {out}: exists and is not a run; want a new folder, or a run to resume")
+    for name in ("data", "pairs"):
+        folder = Path(os.path.expanduser(getattr(preset, name)))
+        if getattr(preset, name) and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"out {out}: lies in {name} {folder}, so its pictures would be images; want it elsewhere")
     track.check(preset.track)
     with torch.device("meta"):
         build(preset)  # a network or a schedule that cannot be is a mistake in the settings

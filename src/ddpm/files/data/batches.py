@@ -6,15 +6,17 @@ import os
 import signal
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import connection
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -59,7 +61,7 @@ def _what(images: Images, seed: int, step: int, batch_size: int, part: slice) ->
     return images.order(seed, step, batch_size)[part], None if places is None else places[part]
 
 
-_Step: TypeAlias = tuple[int | Tensor, dict[int, str], pictures.Notes] | str
+_Step: TypeAlias = tuple[int | NDArray[Any], dict[int, str], pictures.Notes] | str
 
 
 @dataclass
@@ -67,7 +69,8 @@ class _Steps(Dataset[_Step]):
     """(step, slot) -> the slot of its images, or an error as a string: torch makes many lines of an error in a worker.
 
     slots  shared memory, [S, B, C, H, W]. To send images in another way would cost as much as to decode them, most of
-           it for new pages of memory. So only a step without a slot sends its images
+           it for new pages of memory. So only a step without a slot sends its images, as an array of NumPy: a tensor
+           would need shared memory, too
     """
 
     images: Images
@@ -82,7 +85,7 @@ class _Steps(Dataset[_Step]):
             what = _what(self.images, self.seed, step, self.batch_size, self.part)
             out = None if slot is None else self.slots[slot].numpy()
             pixels, faults, notes = self.images.decode(*what, out=out)
-            return pixels if slot is None else slot, faults, notes
+            return pixels.numpy() if slot is None else slot, faults, notes
         except InputError as fault:
             return str(fault)
 
@@ -239,6 +242,23 @@ def _lent(slots: Tensor, slot: int, free: deque[int]) -> Tensor:
     return torch.from_numpy(pixels)
 
 
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+def _shared(count: int, batch: Tensor) -> Tensor:
+    """Shared memory for `count` batches like this one, or for none if there is not so much, as in some containers."""
+    try:
+        slots: Tensor = batch.new_empty(count, *batch.shape).share_memory_()  # type: ignore[no-untyped-call]
+        return slots
+    except RuntimeError:
+        size = count * batch.nbytes / 2**20
+        warnings.warn(
+            f"there are no {size:,.0f} MiB of shared memory, so decoded images come through pipes", stacklevel=2
+        )
+        return batch.new_empty(0, *batch.shape)
+
+
 def _by_workers(
     images: Images, seed: int, batch_size: int, part: slice, steps: range, workers: int
 ) -> Iterator[Tensor]:
@@ -246,12 +266,12 @@ def _by_workers(
     batch = images.decoder.form.zeros(len(range(batch_size)[part]))
     ahead = _AHEAD if batch.nbytes < _LARGE else 2
     # a step begins before the batch of an earlier one is given out, while the caller still has the batch before that
-    count = min(workers * ahead + 2, len(steps))
-    free = deque(range(count))
-    slots = torch.empty(count, *batch.shape, dtype=torch.from_numpy(batch).dtype).share_memory_()  # type: ignore[no-untyped-call]
+    slots = _shared(min(workers * ahead + 2, len(steps)), torch.from_numpy(batch))
+    free = deque(range(len(slots)))
     loader = DataLoader(
         _Steps(images, seed, batch_size, part, slots),
         batch_size=None,
+        collate_fn=_unchanged,  # the default makes tensors of arrays
         sampler=((step, free.popleft() if free else None) for step in steps),
         num_workers=workers,
         prefetch_factor=ahead,
@@ -276,6 +296,6 @@ def _by_workers(
                 raise InputError(result)
             slot, faults, notes = result
             images.report(faults, notes)
-            yield _lent(slots, slot, free) if isinstance(slot, int) else slot
+            yield _lent(slots, slot, free) if isinstance(slot, int) else torch.from_numpy(slot)
     finally:
         del results  # it is the last reference, so this ends the workers
