@@ -134,8 +134,11 @@ class Forked:
 
 
 def test_all_stages_run_and_are_not_run_again(call, images, monkeypatch):
-    """All stages in this process, except `tests`, which the next test runs."""
-    ran = []
+    """All stages in this process, except `tests`, which the next test runs. One network of two is really compiled."""
+    ran, once = [], iter([torch.compile])
+
+    def compiled(network, **settings):
+        return next(once, lambda network, **_: network)(network, **settings)
 
     def run(stage, work, limit, env, see):
         ran.append(stage)
@@ -145,6 +148,7 @@ def test_all_stages_run_and_are_not_run_again(call, images, monkeypatch):
             gpu_stages.STAGES[stage](cases, plan, card)
         return 0, ""
 
+    monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu_stages, "subprocess", types.SimpleNamespace(Popen=Forked))
     monkeypatch.setitem(gpu_stages.TINY, "steps", [("cifar10_fast", "muon", 2)])
