@@ -14,6 +14,7 @@ from PIL import Image
 from ddpm.cli.main import main
 from ddpm.errors import InputError
 from ddpm.files import arrays, data, images
+from ddpm.files.data.decoding import Form
 from ddpm.pixels import EIGHT_BIT, Values
 
 tifffile = pytest.importorskip("tifffile")
@@ -276,6 +277,19 @@ def test_padding_and_stretching():
     assert (images.fit(image, (16, 16), 3, how="stretch") == 255).all()
     clear = images.fit(Image.new("RGBA", (40, 20), "white"), (16, 16), 4, how="pad")
     assert (clear[0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("channels", "values"),
+    [(1, Values("uint16", 0, 65535)), (4, Values("uint16", 0, 65535)), (1, Values("float32", -1000, 3000))],
+)
+def test_padding_is_the_low_end_of_the_values(channels, values):
+    """It is black, or transparent, whatever the darkest number of the image is; scaling does not overshoot into it."""
+    image = RNG.integers(2000, 3000, (20, 40, channels)).astype(values.dtype)
+    form = Form((16, 16), channels, values, "pad")
+    padded = form.array(image, "a", {})
+    assert (padded[[0, 1, 2, 3, 12, 13, 14, 15]] == values.low).all()
+    assert padded[4:12].min() >= image.min()
 
 
 def test_what_a_picture_of_many_channels_shows():

@@ -304,9 +304,11 @@ def cropped(array: Array, size: tuple[int, int], place: pictures.Place | None = 
 
 def fit(
     array: Array, size: tuple[int, int], channels: int, how: Fit, name: str, notes: pictures.Notes,
-    place: pictures.Place | None = None,
+    place: pictures.Place | None = None, fill: float = 0,
 ) -> Array:  # fmt: skip
     """An image [H, W, C] in another size = (H', W'), scaled and cropped as `images.fit` does: [H', W', C].
+
+    fill  is around it for how "pad"
 
     Numbers stay in the range of the image, and integers are rounded. Raises InputError unless C is `channels`.
 
@@ -325,9 +327,9 @@ def fit(
     if array.shape[0] < size[0] or array.shape[1] < size[1]:
         pictures.note(notes, f"smaller than {size[0]}x{size[1]}, enlarged", name)
     planes = [Image.fromarray(np.ascontiguousarray(array[..., c], np.float32)) for c in range(channels)]
-    low, high = float(array.min()), float(array.max())
-    scaled = [np.asarray(pictures.resized(plane, (size[1], size[0]), how, low, place)) for plane in planes]
-    numbers = np.stack(scaled, axis=-1).clip(low, high)
+    scaled = [np.asarray(pictures.resized(plane, (size[1], size[0]), how, np.nan, place)) for plane in planes]
+    numbers = np.stack(scaled, axis=-1).clip(array.min(), array.max())
+    numbers[np.isnan(numbers)] = fill  # no number of the image is NaN, and clip leaves NaN as it is
     return (numbers if array.dtype.kind == "f" else np.rint(numbers)).astype(array.dtype)
 
 

@@ -69,7 +69,7 @@ class Form:
         if self.fit == "random-crop":  # first, so that only this part of an array on the disk is read
             array = arrays.cropped(array, self.size, place)
         array = arrays.to_values(array, self.values, name, self.clip, notes)
-        return arrays.fit(array, self.size, self.channels, self.fit, name, notes, place)
+        return arrays.fit(array, self.size, self.channels, self.fit, name, notes, place, self.values.low)
 
 
 @dataclass(frozen=True)
