@@ -199,6 +199,7 @@ def test_hugging_face_layouts(tmp_path):
             assert holds(train, range(15))
             assert holds(held_out, range(15, N))
             assert torch.equal(train.batch([9, 3, 3]), train.batch(range(15))[[9, 3, 3]])
+            assert train.batch([]).shape == (0, 3, 8, 8)
         refused(str(tmp_path / source), (8, 8), 3, split="extra", match="no split extra, it has train, validation")
     one = tmp_path / "one"
     rows_of(0, N).save_to_disk(one)

@@ -42,7 +42,7 @@ class Rows:
         return f"row {index} of {self.title}"
 
     def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        start, stop = min(indices), max(indices) + 1
+        start, stop = min(indices, default=0), max(indices, default=-1) + 1
         consecutive = list(indices) == list(range(start, stop))
         column = (self.rows[start:stop] if consecutive else self.rows[list(indices)]).column(0).to_pylist()
         return [self.encoded(i, cell) for i, cell in zip(indices, column, strict=True)]
