@@ -155,3 +155,22 @@ def test_pages_are_turned_as_pictures_are(tmp_path, orientation):
     assert (read[..., 0] == turned).all()
     assert (read.shape[0] == 8) == (orientation > 4)
     assert notes == ({} if orientation == 1 else {"turned as the EXIF data say": ("a", 1)})
+
+
+def test_pairs_of_pages_have_files_of_the_same_names(tmp_path):
+    """Each page is paired with the same page of the file of this name; a single file may have any name."""
+
+    def loaded(name, counts):
+        for file, count in counts.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / file).write_bytes(tiff(GREY[:count]))
+        source = tmp_path / name if len(counts) > 1 else tmp_path / name / file
+        return data.load(source, (8, 8), 1, values=DEEP, pages="images")
+
+    stacks = loaded("stacks", {"a.tif": 2, "b.tif": 1})
+    assert len(data.paired(stacks, loaded("same", {"a.tiff": 2, "b.tiff": 1})).pair) == 3
+    with pytest.raises(InputError, match="b is in the place of page 2 of a; want files of the same names"):
+        data.paired(stacks, loaded("others", {"a.tif": 1, "b.tif": 2}))
+    with pytest.raises(InputError, match="c is in the place of a"):
+        data.paired(loaded("single", {"a.tif": 1, "b.tif": 1}), loaded("renamed", {"c.tif": 1, "d.tif": 1}))
+    assert len(data.paired(loaded("one", {"images.tif": 3}), loaded("two", {"masks.tif": 3})).pair) == 3

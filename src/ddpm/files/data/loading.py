@@ -30,7 +30,8 @@ from ddpm.files.data.objects import Given
 from ddpm.files.data.ordering import Shards, order
 from ddpm.files.data.pages import Pages
 from ddpm.files.data.shared import PLAIN, decoded_once
-from ddpm.files.data.sources import open_source
+from ddpm.files.data.sources import Folder, Zip, open_source
+from ddpm.files.data.tars import Tar
 from ddpm.noise import generator
 from ddpm.pixels import EIGHT_BIT, Values
 from ddpm.pixels import values as values_of
@@ -586,12 +587,19 @@ def paired(images: Images, other: Images, columns: tuple[str, str] = ("", "")) -
 
 
 def _file_names(images: Images, column: str) -> list[str] | None:
-    """The names of the files without their suffixes or this column, if the source has a file for each image."""
-    files = getattr(images.decoder.encoded, "files", None)
-    if files is None or len(files) != len(images.decoder.encoded):
+    """The names of the files without their suffixes or this column; None if images have no files with names to compare.
+
+    A page after the first has its number, too. The pages of a single file may be paired with those of any other one.
+    """
+    encoded, places = images.decoder.encoded, [(row, 0) for row in images.rows.tolist()]
+    if isinstance(encoded, Pages) and len(encoded.files) > 1:
+        places = [encoded.places[row] for row, _ in places]
+        encoded = encoded.files
+    if not isinstance(encoded, Folder | Zip | Tar):
         return None
-    names = [Path(files[row]) for row in images.rows.tolist()]
-    return [name.name.partition(".")[0] if column else name.stem for name in names]
+    files = [(Path(encoded.files[file]), page) for file, page in places]
+    names = [(path.name.partition(".")[0] if column else path.stem, page) for path, page in files]
+    return [f"page {page + 1} of {name}" if page > 0 else name for name, page in names]
 
 
 @contextmanager
