@@ -177,6 +177,25 @@ def test_the_range_of_floats_is_found_over_all_splits(tmp_path):
     assert train.values == held_out.values == Values("float32", float(FLOATS.min()), float(FLOATS[:1].max() + 100))
 
 
+def test_bad_images_do_not_tell_the_range_of_floats(tmp_path, capsys):
+    """With skip_bad, damaged files and those with NaN are skipped; without, they are named, and so is the setting."""
+    source = folder(tmp_path / "a", FLOATS, ".npy", npy)
+    for name, content in (("bad", b"words"), ("nan", npy(np.full((8, 8), np.nan)))):
+        (tmp_path / "a" / f"{name}.npy").write_bytes(content)
+    with pytest.warns(UserWarning, match="2 of 26 images skipped"):
+        loaded = data.load(source, SIZE, 1, values=None, skip_bad=True)
+    assert loaded.values == Values("float32", float(FLOATS.min()), float(FLOATS.max()))
+    with pytest.raises(InputError, match=r"bad\.npy: not a whole .*; the setting skip_bad of `ddpm train` skips such"):
+        data.load(source, SIZE, 1, values=None)
+    assert main(["data", source, "--size", "8", "--channels", "1", "--pixel-type", "float32", "--json"]) == 0
+    faults = json.loads(capsys.readouterr().out)["faults"]
+    assert ["bad.npy" in faults[0], "nan.npy: holds NaN" in faults[1]] == [True, True]
+    for i in range(N):
+        (tmp_path / "a" / f"{i}.npy").unlink()
+    with pytest.raises(InputError, match=r"no image can be used, the first: .*bad\.npy"):
+        data.load(source, SIZE, 1, values=None, skip_bad=True)
+
+
 @pytest.mark.parametrize(
     ("image", "channels", "values", "match"),
     [

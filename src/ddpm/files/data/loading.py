@@ -302,21 +302,32 @@ def _range_hint(values: Values, highest: float) -> str:
     )
 
 
-def _values_of(source: str, contents: Contents, pages: str) -> Values:
-    """float32 with the range of the numbers of all splits. Raises InputError if they are all equal, or not finite."""
-    low, high = math.inf, -math.inf
+def _values_of(source: str, contents: Contents, pages: str, skip_bad: bool) -> Values:
+    """float32 with the range of the numbers of all splits.
+
+    Raises InputError if they are all equal, and for the first image that is bad, or with `skip_bad` if all are.
+    """
+    low, high, first = math.inf, -math.inf, ""
     for split in contents.splits.values():
         encoded = split().encoded
         for i in range(len(encoded)):
-            found = encoded.fetch([i])[0]
-            if isinstance(found, InputError):
-                continue  # decoding tells, or skips it
-            array = arrays.read(found, encoded.name(i), pages)
-            least, most = float(array.min()), float(array.max())
-            if not math.isfinite(least + most):
-                raise InputError(f"{encoded.name(i)}: holds NaN or infinity; want finite numbers")
-            low, high = min(low, least), max(high, most)
-    if not low < high:
+            [found] = encoded.fetch([i])
+            try:
+                if isinstance(found, InputError):
+                    raise found
+                array = arrays.read(found, encoded.name(i), pages)
+                least, most = float(array.min()), float(array.max())
+                if not math.isfinite(least + most):
+                    raise InputError(f"{encoded.name(i)}: holds NaN or infinity; want finite numbers")
+            except InputError as fault:
+                if not skip_bad:
+                    raise InputError(f"{fault}; {SKIP_HINT}") from None
+                first = first or str(fault)
+            else:
+                low, high = min(low, least), max(high, most)
+    if low > high:
+        raise InputError(f"{source}: no image can be used, the first: {first}")
+    if low == high:
         raise InputError(f"{source}: all numbers are {low:.6g}; want images, or a value_range")
     return Values("float32", low, high)
 
@@ -504,7 +515,7 @@ def load(
     options = Options(image_column, label_column, allow_paths, progress, pages, verify, cache_bytes)
     source = os.fspath(source)
     contents = open_source(source, options)
-    form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
+    form = Form(size, channels, values or _values_of(source, contents, pages, skip_bad), fit, clip_values, pages)
     splits = contents.splits
     held_out = as_trained and split == "test" and find_split("test", splits) is None
     name = _pick(source, "train" if held_out else split, splits)
@@ -550,7 +561,7 @@ def load_pair(
         contents, source = source.contents, source.name
     else:
         contents = open_source(source := os.fspath(source), options)
-    form = Form(size, channels, values or _values_of(source, contents, pages), fit, clip_values, pages)
+    form = Form(size, channels, values or _values_of(source, contents, pages, skip_bad), fit, clip_values, pages)
     name = _pick(source, split, contents.splits)
     train = _build(source, name, contents, form, options, skip_bad, shuffle_window, on_demand)
     other = find_split("test", (each for each in contents.splits if each != name))
