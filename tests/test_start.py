@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,24 @@ def test_a_dataset_too_large_for_memory(tmp_path: Path) -> None:
     for workers in (0, 2):
         batch = next(data.batches(images_by_worker, 0, 8, 0, 1, workers=workers))
         assert torch.equal(batch, next(data.batches(at_once, 0, 8, 0, 1)))
+
+
+def test_a_dataset_is_asked_by_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may seek and read in one open file, between which another thread must not seek."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    drawn = np.random.default_rng(0).integers(0, 256, (600, 128, 128), np.uint8)
+    (tmp_path / "pixels").write_bytes(drawn.tobytes())
+
+    class OneFile(Items):
+        def __getitem__(self, index: int) -> Any:
+            file.seek(index * 128 * 128)
+            time.sleep(1e-4)  # another thread may run
+            return np.frombuffer(file.read(128 * 128), np.uint8).reshape(128, 128)
+
+    with (tmp_path / "pixels").open("rb") as file:
+        train, _ = data.load_pair(data.given(OneFile([None] * 600)), (128, 128), 1)
+    assert train.pixels is not None
+    assert np.array_equal(train.pixels[:, 0].numpy(), drawn)
 
 
 def test_it_runs_in_a_thread(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ddpm.files.data.decoding import Decoder, Form, decode_all, decoded, merge_n
 from ddpm.files.data.index import key_of
 from ddpm.files.data.layout import find_split
 from ddpm.files.data.listing import SKIP_HINT, Contents, Encoded, EncodedImages, Options, counted, unexpected
-from ddpm.files.data.objects import Given
+from ddpm.files.data.objects import Given, Items
 from ddpm.files.data.ordering import Shards, order
 from ddpm.files.data.pages import Pages
 from ddpm.files.data.shared import PLAIN, decoded_once
@@ -356,8 +356,10 @@ def _build(
     if on_demand or form.fit == "random-crop" or n * form.zeros(1).nbytes > options.cache_bytes:
         images.batch([0])  # warns of conversions before the work starts
         return images
-    # for small images, threads would only wait for the interpreter; large ones must not fill the memory together
-    most = 1 if largest < 128 * 128 else max(1, pictures.MEMORY // (4 * largest))
+    # for small images, threads would only wait for the interpreter; large ones must not fill the memory together; and a
+    # user's Dataset may seek and read in one open file
+    one = largest < 128 * 128 or isinstance(listing.encoded, Items)
+    most = 1 if one else max(1, pictures.MEMORY // (4 * largest))
     threads = min(most, 8, os.cpu_count() or 1)
     shape, dtype = form.zeros(n).shape, form.zeros(0).dtype
 
