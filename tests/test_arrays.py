@@ -14,7 +14,7 @@ from PIL import Image
 from ddpm.cli.main import main
 from ddpm.errors import InputError
 from ddpm.files import arrays, data, images
-from ddpm.files.data.decoding import Form
+from ddpm.files.data import decoding, loading
 from ddpm.pixels import EIGHT_BIT, Values
 
 tifffile = pytest.importorskip("tifffile")
@@ -267,6 +267,25 @@ def test_a_tiff_without_pixels_is_not_read_as_zeros():
         arrays.read(bytes(data), "a")
 
 
+def test_threads_fit_into_the_memory_as_those_of_pictures_do(tmp_path, monkeypatch):
+    """A large image that is no picture is decoded by several threads, which do not fill the memory together."""
+    used = []
+
+    def decode_all(decoder, pixels, threads, *others):
+        used.append(threads)
+        return decoding.decode_all(decoder, pixels, threads, *others)
+
+    monkeypatch.setattr(loading, "decode_all", decode_all)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    large = RNG.integers(0, 65536, (4, 64, 128, 2), dtype=np.uint16)
+    source = folder(tmp_path / "a", large, ".npy", npy)
+    for memory in (images.MEMORY, 3 * 4 * large[0].size):
+        monkeypatch.setattr(images, "MEMORY", memory)
+        data.load(source, SIZE, 2, values=DEEP)
+    data.load(folder(tmp_path / "small", GREY16, ".npy", npy), SIZE, 1, values=DEEP)
+    assert used == [8, 3, 1]
+
+
 def test_clipping_is_said_once_with_a_count(tmp_path):
     source = folder(tmp_path / "a", FLOATS, ".npy", npy)
     with pytest.warns(UserWarning, match=r"24 images: numbers outside 299\.\.301 are clipped") as caught:
@@ -305,7 +324,7 @@ def test_padding_and_stretching():
 def test_padding_is_the_low_end_of_the_values(channels, values):
     """It is black, or transparent, whatever the darkest number of the image is; scaling does not overshoot into it."""
     image = RNG.integers(2000, 3000, (20, 40, channels)).astype(values.dtype)
-    form = Form((16, 16), channels, values, "pad")
+    form = decoding.Form((16, 16), channels, values, "pad")
     padded = form.array(image, "a", {})
     assert (padded[[0, 1, 2, 3, 12, 13, 14, 15]] == values.low).all()
     assert padded[4:12].min() >= image.min()

@@ -7,6 +7,7 @@ import os
 import re
 import tarfile
 import time
+import tracemalloc
 import warnings
 import zipfile
 from collections import deque
@@ -23,7 +24,7 @@ from several import server
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
-from ddpm.files.data import batches, describe, load, load_pair, order, split_holdout
+from ddpm.files.data import batches, describe, load, load_pair, objects, order, split_holdout
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 real = pytest.mark.skipif(not DATA.exists(), reason="needs the real data beside the checkout")
@@ -810,6 +811,51 @@ def test_hugging_face_parquet_that_unpacks_to_more_than_the_memory(tmp_path, mon
     pq.write_table(pa.table({"image": [bytes(3 * 10**6)]}), tmp_path / "a.parquet", compression="zstd")
     monkeypatch.setattr(pictures, "MEMORY", 10**6)
     refused(str(tmp_path / "a.parquet"), (8, 8), 1, match=r"a\.parquet: unpacked: 4 MB; want at most 1 MB")
+
+
+class Decoding(list):
+    """A map-style Dataset of files, whose items are decoded to arrays."""
+
+    def __getitem__(self, index):
+        return np.asarray(Image.open(io.BytesIO(super().__getitem__(index))))
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "lmdb", "parquet", "Dataset"])
+def test_hugging_face_and_others_hold_few_files_in_memory(tmp_path, kind):
+    """Of a batch, each image is decoded before the next one is fetched."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 128, 128, 3), np.uint8)
+    files = [pictures.to_png(image) for image in noise]
+    source = str(tmp_path / f"a.{kind}")
+    if kind == "zip":
+        with zipfile.ZipFile(source, "w") as archive:
+            for i, file in enumerate(files):
+                archive.writestr(f"{i}.png", file)
+    elif kind == "tar":
+        with tarfile.open(source, "w") as archive:
+            for i, file in enumerate(files):
+                member = tarfile.TarInfo(f"{i}.png")
+                member.size = len(file)
+                archive.addfile(member, io.BytesIO(file))
+    elif kind == "lmdb":
+        lmdb = pytest.importorskip("lmdb")
+        with lmdb.open(source, map_size=1 << 24) as opened, opened.begin(write=True) as transaction:
+            for i, file in enumerate(files):
+                transaction.put(b"%02d" % i, file)
+    elif kind == "parquet":
+        import datasets
+
+        features = datasets.Features({"image": datasets.Image()})
+        rows = [{"bytes": file, "path": None} for file in files]
+        datasets.Dataset.from_dict({"image": rows}, features).to_parquet(source)
+    else:
+        source = objects.given(Decoding(files))
+    decoder = load_pair(source, (8, 8), 3, cache_bytes=0)[0].decoder
+    tracemalloc.start()
+    faults = decoder.decode(range(40))[1]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not faults
+    assert peak < 8 * len(files[0])
 
 
 def test_what_is_no_plain_file_is_no_source(tmp_path):

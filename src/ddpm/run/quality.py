@@ -355,7 +355,7 @@ class _Pictures:
     def __iter__(self) -> Iterator[Tensor]:
         for i in range(len(self)):
             name = self.encoded.name(i)
-            picture = data.decoded(self.encoded.fetch([i])[0], name)
+            picture = data.decoded(next(self.encoded.fetch([i])), name)
             channels = 1 if pictures.native(picture) == 1 else 3
             array = np.array(pictures.convert(picture, channels, name, self.notes))
             yield torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)

@@ -67,7 +67,7 @@ def survey(source: str, preset: Preset, most: int = 400) -> Survey:
     for k, row in enumerate(rows):
         try:
             name = train.decoder.encoded.name(row)
-            image, kind = _read(train.decoder.encoded.fetch([row])[0], name, train.decoder.form)
+            image, kind = _read(next(train.decoder.encoded.fetch([row])), name, train.decoder.form)
         except InputError:
             continue  # it is among the faults
         heights.append(image.height if isinstance(image, Image.Image) else image.shape[0])

@@ -57,15 +57,20 @@ class Form:
         """`count` images of pixels 0, [count, C, H, W]."""
         return np.zeros((count, self.channels, *self.size), self.values.dtype)
 
-    def array(
-        self, encoded: Encoded | InputError, name: str, notes: pictures.Notes, place: pictures.Place | None = None
-    ) -> NDArray[Any]:
-        """One image [H, W, C] that is no picture. Raises InputError if it cannot be used; `name` is for errors."""
+    def read(self, encoded: Encoded | InputError, name: str, notes: pictures.Notes) -> NDArray[Any]:
+        """The numbers of an image [H, W, C] that is no picture, as they are. Raises what `array` raises."""
         if isinstance(encoded, InputError):
             raise encoded
         array = arrays.read(encoded, name, self.pages, notes)
         if array.dtype == np.uint8 and self.values.dtype == "uint16" and not isinstance(encoded, np.ndarray):
             raise InputError(f"{name}: 8 bits a channel; want 16, as pixel_type uint16 says")
+        return array
+
+    def array(
+        self, encoded: Encoded | InputError, name: str, notes: pictures.Notes, place: pictures.Place | None = None
+    ) -> NDArray[Any]:
+        """One image [H, W, C] that is no picture. Raises InputError if it cannot be used; `name` is for errors."""
+        array = self.read(encoded, name, notes)
         if self.fit == "random-crop":  # first, so that only this part of an array on the disk is read
             array = arrays.cropped(array, self.size, place)
         array = arrays.to_values(array, self.values, name, self.clip, notes)

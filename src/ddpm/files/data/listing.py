@@ -77,8 +77,8 @@ class EncodedImages(Protocol):
     def name(self, index: int) -> str:
         """The name of an image in errors."""
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        """The encoded images; an error in the place of each one that cannot be read."""
+    def fetch(self, indices: Sequence[int]) -> Iterator[Encoded | InputError]:
+        """The encoded images, of which few are in memory; an error in the place of each one that cannot be read."""
 
     def identity(self) -> Iterable[bytes]:
         """Names and sizes of the images, for the fingerprint."""

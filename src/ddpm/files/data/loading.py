@@ -409,8 +409,8 @@ def _hash(parts: Iterable[bytes]) -> str:
 
 
 def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad: bool) -> tuple[int, int, bool, float]:
-    """What a few images tell: the usual native channels, the pixels of the largest one, whether all are grey, and the
-    largest number.
+    """What a few images tell: the usual native channels, the pixels of the largest picture or the numbers of the
+    largest array, whether all are grey, and the largest number.
 
     Raises InputError if the first image is bad, but with `skip_bad` only if there is no good one.
     """
@@ -424,8 +424,10 @@ def _probe(source: str, split: str, encoded: EncodedImages, form: Form, skip_bad
         name = encoded.name(i)
         try:
             if not form.is_picture:
-                highest = max(highest, float(form.array(data, name, {}).max()))
+                array = form.read(data, name, {})
+                highest = max(highest, float(form.array(array, name, {}).max()))
                 kinds[form.channels] += 1
+                largest = max(largest, array.size)
                 continue
             image = decoded(data, name)
             fitted = pictures.fit(image, form.size, form.channels, name, {}, form.fit)

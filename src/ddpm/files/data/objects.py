@@ -134,8 +134,8 @@ class Items:
     def name(self, index: int) -> str:
         return f"item {index} of the {self.title}"
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        return [self._image(i) for i in indices]
+    def fetch(self, indices: Sequence[int]) -> Iterator[Encoded | InputError]:
+        return map(self._image, indices)
 
     def _image(self, index: int) -> Encoded | InputError:
         try:
@@ -183,7 +183,7 @@ def _of_dataset(dataset: Any, labelled: bool) -> Given:
     items = Items(title, dataset)
     first = dataset[0]
     image = _image_of(first, items.name(0))
-    if _bytes_of(image) != _bytes_of(items.fetch([0])[0]):
+    if _bytes_of(image) != _bytes_of(next(items.fetch([0]))):
         raise InputError(
             f"data {title}: item 0 is another image each time; want a Dataset without random transformations (flip, "
             "mirror and turn are settings)"

@@ -1,7 +1,7 @@
 """The pages of TIFF files as images of their own."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ class Pages:
         name = self.files.name(file)
         return name if page < 0 else f"page {page + 1} of {name}"
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        return [self._fetch(i) for i in indices]
+    def fetch(self, indices: Sequence[int]) -> Iterator[Encoded | InputError]:
+        return map(self._fetch, indices)
 
     def _fetch(self, index: int) -> Encoded | InputError:
         file, page = self.places[index]
@@ -54,7 +54,7 @@ class Pages:
             return self.faults[file]
         last = self.last  # the pages of a file are often read one after the other
         if last is None or last[0] != file:
-            self.last = last = file, self.files.fetch([file])[0]
+            self.last = last = file, next(self.files.fetch([file]))
         source = last[1]
         if page < 0 or not isinstance(source, bytes | Path):
             return source

@@ -4,7 +4,7 @@ import base64
 import functools
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ class RemoteRows:
     def name(self, index: int) -> str:
         return self.cells.name(index)
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
+    def fetch(self, indices: Sequence[int]) -> Iterator[Encoded | InputError]:
         found: dict[int, Encoded | InputError] = {}
         wanted = defaultdict[int, list[int]](list)
         for index in indices:
@@ -62,7 +62,7 @@ class RemoteRows:
                 found.update((row, InputError(f"{self.name(row)}: {error}")) for row in rows)
                 continue
             found.update((row, self.cells.encoded(row, cell)) for row, cell in zip(rows, cells, strict=True))
-        return [found[index] for index in indices]
+        return (found[index] for index in indices)
 
     def _group(self, group: int) -> pa.Table:
         """The images of a row group. Raises OSError."""

@@ -11,7 +11,7 @@ import re
 import weakref
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,8 +112,8 @@ class Arrays:
     def name(self, index: int) -> str:
         return f"image {index} of {self.title}"
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        return [self.arrays[i] for i in indices]
+    def fetch(self, indices: Sequence[int]) -> Iterator[Encoded | InputError]:
+        return (self.arrays[i] for i in indices)
 
     def identity(self) -> Iterable[bytes]:
         for start in range(0, len(self), 256):  # the array may be a file that is larger than the memory
@@ -194,8 +194,8 @@ class Folder:
     def name(self, index: int) -> str:
         return str(self.root / self.files[index])
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        return [self.root / self.files[i] for i in indices]
+    def fetch(self, indices: Sequence[int]) -> Iterator[Encoded | InputError]:
+        return (self.root / self.files[i] for i in indices)
 
     def identity(self) -> Iterable[bytes]:
         return names_and_sizes(self.files, self._facts()[:, 0].tolist())
@@ -245,8 +245,8 @@ class Zip:
     def name(self, index: int) -> str:
         return f"{self.files[index]} in {self.path}"
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
-        return [_or_error(self.read, self.files[i]) for i in indices]
+    def fetch(self, indices: Sequence[int]) -> Iterator[Encoded | InputError]:
+        return (_or_error(self.read, self.files[i]) for i in indices)
 
     def read(self, file: str) -> bytes:
         """The bytes of a file in the archive. Raises InputError if it is too large or damaged."""
@@ -479,12 +479,13 @@ class Lmdb:
     def name(self, index: int) -> str:
         return f"{self.keys[index].decode(errors='backslashreplace')} in {self.path}"
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
+    def fetch(self, indices: Sequence[int]) -> Iterator[Encoded | InputError]:
         if self.opened is None or self.opened[0] != os.getpid():  # LMDB must not be used across a fork
             self.opened = (os.getpid(), open_lmdb(self.path))
         with self.opened[1].begin() as transaction:
-            found = [transaction.get(self.keys[i]) for i in indices]
-        return [InputError(f"{self.name(i)}: is gone") if x is None else x for i, x in zip(indices, found, strict=True)]
+            for i in indices:
+                found = transaction.get(self.keys[i])
+                yield InputError(f"{self.name(i)}: is gone") if found is None else found
 
     def identity(self) -> Iterable[bytes]:
         yield from self.keys

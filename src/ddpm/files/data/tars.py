@@ -1,7 +1,7 @@
 """Image files in tar files, read in place: an index says where each file lies."""
 
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
@@ -44,11 +44,13 @@ class Tar:
         file = self.files[index]
         return f"{file.partition('/')[2] if self.prefixed else file} in {self.shards[self.places[index, 0]]}"
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded | InputError]:
+    def fetch(self, indices: Sequence[int]) -> Iterator[Encoded | InputError]:
         if all(isinstance(shard, LocalFile) for shard in self.shards):
-            return [self._read(i) for i in indices]
+            yield from map(self._read, indices)
+            return
         with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(self._read, indices))
+            for start in range(0, len(indices), THREADS):
+                yield from pool.map(self._read, indices[start : start + THREADS])
 
     def _read(self, index: int) -> bytes | InputError:
         try:
