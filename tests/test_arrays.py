@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 import warnings
 from contextlib import suppress
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddpm.cli.main import main
@@ -127,6 +129,15 @@ def test_one_file_of_many_images(tmp_path, given, name):
     else:
         write_lmdb(path, [npy(image) for image in given])
     assert (whole(str(path), given.shape[3], values) == given).all()
+
+
+def test_a_mapped_array_is_not_copied_into_workers(tmp_path):
+    """Where workers do not start as copies of this process, the images are pickled for them."""
+    np.save(tmp_path / "a.npy", RGB16)
+    loaded = data.load(str(tmp_path / "a.npy"), SIZE, 3, values=DEEP, cache_bytes=0)
+    pickled = pickle.dumps(loaded)
+    assert len(pickled) < RGB16.nbytes / 2
+    assert torch.equal(pickle.loads(pickled).batch(range(N)), loaded.batch(range(N)))
 
 
 def test_an_lmdb_is_opened_by_several(tmp_path):

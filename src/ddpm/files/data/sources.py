@@ -101,10 +101,14 @@ _DIGITS = 0xD161
 
 @dataclass
 class Arrays:
-    """Images in one array, [N, H, W] or [N, H, W, C] of any dtype."""
+    """Images in one array, [N, H, W] or [N, H, W, C] of any dtype.
+
+    path  the .npy file that the array maps, which another process maps again; None if it is in memory
+    """
 
     title: str
     arrays: NDArray[Any]
+    path: Path | None = None
 
     def __len__(self) -> int:
         return len(self.arrays)
@@ -121,6 +125,14 @@ class Arrays:
 
     def stamp(self) -> list[object]:
         return []  # the identity holds the numbers themselves
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ if self.path is None else {**self.__dict__, "arrays": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.path is not None:
+            self.arrays = read_npy(self.path)
 
 
 def _is_digits(source: str, path: Path) -> bool:
@@ -447,7 +459,7 @@ def _npy(source: str, path: Path, options: Options) -> Contents:
     array = read_npy(path)
     if array.dtype.kind not in "uif" or array.ndim not in (3, 4) or 0 in array.shape:
         raise InputError(f"{source}: {array.dtype} {list(array.shape)}; want images, [N, H, W] or [N, H, W, C]")
-    return Contents({"train": lambda: Listing(Arrays(source, array))})
+    return Contents({"train": lambda: Listing(Arrays(source, array, path))})
 
 
 def _is_tif(source: str, path: Path) -> bool:
