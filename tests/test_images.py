@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import runpy
 import struct
 import warnings
 import zlib
@@ -383,6 +384,15 @@ def test_a_large_picture_is_read_and_one_that_would_fill_the_memory_is_refused(m
     monkeypatch.setattr(images, "MEMORY", 1_000_000)
     with pytest.raises(InputError, match=r"^a\.png: 2 MB; want at most 1 MB, or set DDPM_PICTURE_MB=2$"):
         images.read(bytes(1_000_001), "a.png")
+
+
+def test_the_limit_of_memory_is_a_number_of_megabytes(monkeypatch):
+    monkeypatch.setenv("DDPM_PICTURE_MB", "5")
+    assert runpy.run_path(images.__file__)["MEMORY"] == 5_000_000
+    for value in ("1G", "0", "-3", "1.5"):
+        monkeypatch.setenv("DDPM_PICTURE_MB", value)
+        with pytest.raises(InputError, match=f"^DDPM_PICTURE_MB '{value}': want a number of megabytes, an integer of"):
+            runpy.run_path(images.__file__)
 
 
 def test_a_large_file_and_what_is_no_plain_file_are_refused_unread(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from several import forked
 
 from ddpm.errors import InputError
@@ -69,6 +70,16 @@ def test_whatever_the_pixels_depend_on_is_in_the_key(folder, cache, monkeypatch)
     pictures.save(Path(folder, "7.png"), PIXELS[3])
     os.utime(Path(folder, "7.png"), ns=(old.st_atime_ns, old.st_mtime_ns + 1))
     assert torch.equal(found(folder).pixels[7], torch.from_numpy(PIXELS[3]).permute(2, 0, 1))
+
+
+def test_an_image_that_was_too_large_is_read_when_the_limit_is_raised(folder, monkeypatch):
+    """As the message of the one that was skipped advises."""
+    Image.new("RGB", (600, 600)).save(Path(folder, "5.png"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "MEMORY", 10**6)
+        with pytest.warns(UserWarning, match=r"1 of 40 images skipped.*5\.png.* set DDPM_PICTURE_MB=2"):
+            found(folder, skip_bad=True)
+    assert len(found(folder, skip_bad=True)) == N
 
 
 def test_bad_images_are_left_out_again_without_decoding(folder, cache, monkeypatch):

@@ -51,7 +51,9 @@ TURNED = "turned as the EXIF data say"
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Number of channels -> Pillow's mode."""
 
-MEMORY = 1_000_000 * int(os.environ.get("DDPM_PICTURE_MB") or 600)
+if not re.fullmatch(r"[1-9][0-9]{,8}", _MEGABYTES := os.environ.get("DDPM_PICTURE_MB") or "600"):
+    raise InputError(f"DDPM_PICTURE_MB {_MEGABYTES!r}: want a number of megabytes, an integer of at least 1")
+MEMORY = 1_000_000 * int(_MEGABYTES)
 """The bytes that one file and its pixels may take. The environment variable DDPM_PICTURE_MB changes the limit."""
 
 # Only formats with a signature: Pillow takes garbage for an image of other formats, and EPS starts a program.

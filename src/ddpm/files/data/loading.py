@@ -374,7 +374,7 @@ def _build(
         faults, notes = decode(pixels)
     else:
         identity = _hash(listing.encoded.identity())
-        key = key_of("decoded", stamp, identity, repr(form), usual, skip_bad, n, codecs.versions())
+        key = key_of("decoded", stamp, identity, repr(form), usual, skip_bad, pictures.MEMORY, n, codecs.versions())
         pixels, (faults, notes) = decoded_once(key, shape, dtype, decode)
     good = torch.tensor([i for i in range(n) if i not in faults], dtype=torch.int64)
     if not len(good):
