@@ -5,9 +5,11 @@ import functools
 import http.server
 import io
 import re
+import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,8 @@ import torch
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
 from ddpm.files.data import batches, load, load_pair, remote
+from ddpm.files.data.hugging_face import Rows
+from ddpm.files.data.remote_rows import RemoteRows
 from ddpm.presets import PRESETS
 from ddpm.run import survey
 
@@ -249,6 +253,12 @@ def test_a_shard_that_changes_is_read_again(serve, shards):
     assert before.fingerprint != after.fingerprint
 
 
+def test_pages_of_whole_tar_files_are_refused(serve):
+    """Images that must be read in order have no pages."""
+    with pytest.raises(InputError, match=r"^pages images: .*\.tar comes as whole tar files; want a copy of them, or"):
+        stream(f"{serve(ranges=False).url}/{SOME}", pages="images")
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_ranks_and_workers_visit_each_image_once(serve, ranges):
     """An epoch as a multiset, for 1, 2 and 3 ranks, with fewer workers than steps and with more, from any step on."""
@@ -341,6 +351,32 @@ def test_row_groups_are_read_in_order_by_their_ranges(tmp_path, serve, shards, r
         stream(url, image_column="img")
     with pytest.raises(InputError, match="label_column half: no such column"):
         stream(url, label_column="half")
+
+
+def test_threads_share_the_row_groups_that_are_kept_open():
+    """One of them may close the group that another one is about to close or to read."""
+    import pyarrow as pa
+
+    class File:
+        def kept(self, name, _):
+            return ipc
+
+    sink = pa.BufferOutputStream()
+    table = pa.table({"image": [b"0"]})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    ipc = sink.getvalue()
+    groups = np.stack([np.zeros(64, np.int64), np.arange(64)], 1)
+    rows = RemoteRows([File()], groups, np.arange(1, 65), "image", Rows("a", None))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(lambda i: next(rows.fetch([i % 64])), range(6400))
+            assert set(found) == {b"0"}
+    finally:
+        sys.setswitchinterval(before)
+    assert len(rows.opened) < 4 + 8
 
 
 def test_two_columns_of_one_file_are_kept_apart(serve, shards):

@@ -66,16 +66,16 @@ class RemoteRows:
 
     def _group(self, group: int) -> pa.Table:
         """The images of a row group. Raises OSError."""
-        if group not in self.opened:
+        if (table := self.opened.get(group)) is None:
             file, number = (int(each) for each in self.groups[group])
             name = f"{number}g{hashlib.sha256(self.column.encode()).hexdigest()[:16]}"
             data = self.files[file].kept(name, lambda: self._read(self.files[file], number))
             with pa.ipc.open_stream(data) as reader:
                 table = reader.read_all()
-            while len(self.opened) >= _OPEN:
-                self.opened.pop(next(iter(self.opened)))
+            for old in list(self.opened)[: 1 - _OPEN]:
+                self.opened.pop(old, None)  # another thread may have
             self.opened[group] = table
-        return self.opened[group]
+        return table
 
     def _read(self, file: RemoteFile, number: int) -> bytes:
         with file.parts() as source, pq.ParquetFile(source) as rows:

@@ -376,6 +376,8 @@ def _url(source: str, path: Path, options: Options) -> Contents:
     contents = _tar_contents(source, list(zip(names, tars, strict=True)), options)
     if all(shard.ranges for shard in tars):
         return contents
+    if options.pages == "images":
+        raise InputError(f"pages images: {source} comes as whole tar files; want a copy of them, or pages first")
 
     def in_order(split: str) -> Listing:
         listing = contents.splits[split]()
