@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -17,17 +18,25 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import torch
 from browser import need_page, served
 from conftest import train
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from several import printed, start_python, wait_until
 
 from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.files import images
-from ddpm.page import server
+from ddpm.files.models import MODELS
+from ddpm.run.compress import load_codec
 
 need_page()
+
+from ddpm.page import server  # noqa: E402
+from ddpm.page.state import State  # noqa: E402
+from ddpm.page.tabs import compress  # noqa: E402
 
 SAMPLE = {"model": "digits", "sampler": "ddim", "steps": 4, "count": 2}
 LONG = {"model": "digits", "sampler": "ancestral", "count": 1}
@@ -189,6 +198,26 @@ def test_a_folder_of_diffusers_is_a_model_and_no_run(part, trained, tmp_path, mo
     assert states[0].run_folders() == []
     assert states[0].model(folder).preset.size == (8, 8)
     states[0].work.end()
+
+
+def test_a_model_that_was_written_or_calibrated_again_is_opened_anew(tmp_path):
+    """Under the same name, and while the page is open; else a file would be made that nothing can read later."""
+    file, tables = tmp_path / "model.safetensors", tmp_path / "model.calibration.json"
+    shutil.copy(MODELS / "digits.safetensors", file)
+    shutil.copy(MODELS / "digits.calibration.json", tables)
+    state, asked = State((str(file),), tmp_path, torch.device("cpu")), {"model": str(file)}
+    before, codec = state.model(str(file)), compress._codec(state, asked)
+    assert state.model(str(file)) is before
+    assert compress._codec(state, asked) is codec
+    values = json.loads(tables.read_text())
+    values["codec"]["tables"].pop()
+    tables.write_text(json.dumps(values))
+    assert compress._codec(state, asked).identity == load_codec(file).identity != codec.identity
+    save_file({name: 2 * value for name, value in load_file(file).items()}, file, safe_open(file, "pt").metadata())
+    assert state.model(str(file)).identity != before.identity
+    with pytest.raises(InputError, match="of other weights than"):
+        compress._codec(state, asked)
+    state.work.end()
 
 
 def test_a_weaker_model_guides(tmp_path):
@@ -376,8 +405,6 @@ def test_an_unforeseen_error_is_one_line(runs, monkeypatch):
 
 
 def test_what_is_kept_is_bounded(runs, monkeypatch):
-    import torch
-
     from ddpm.page import state
 
     monkeypatch.setattr(state, "KEPT_BYTES", 10_000)

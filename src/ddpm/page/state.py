@@ -17,8 +17,9 @@ from torch import Tensor
 from ddpm.errors import InputError, finite_number, suggestion, whole_number
 from ddpm.files import images
 from ddpm.files.checkpoints import saved
+from ddpm.files.data.blobs import facts_of
 from ddpm.files.images import Pixels
-from ddpm.files.interop import is_diffusers
+from ddpm.files.interop import is_diffusers, weights_of
 from ddpm.files.models import Checkpoint, without_condition
 from ddpm.files.opening import find, models_by_name
 from ddpm.page.work import Work
@@ -56,7 +57,7 @@ class State:
         self.given = tuple(name if name.startswith("hf:") else str(Path(name)) for name in given)
         self._theirs = {Path(name) for name in self.given if is_diffusers(Path(name))}
         self.runs, self.device, self.work = runs, device, Work()
-        self._models: OrderedDict[tuple[str, Path], Checkpoint] = OrderedDict()
+        self._models: OrderedDict[tuple[str, Path, tuple[int, int]], Checkpoint] = OrderedDict()
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._opening, self._keeping = threading.Lock(), threading.Lock()
 
@@ -73,19 +74,20 @@ class State:
         return sorted({*found, *given - self._theirs})
 
     def model(self, name: str) -> Checkpoint:
-        """The model of this name, on its device. A run that has trained on is opened anew.
+        """The model of this name, on its device. One whose run trained on, or whose file changed, is opened anew.
 
         Raises InputError for a name that is not in the list, and if the model cannot be opened.
         """
         if name not in (names := self.names()):
             raise InputError(f"model {name!r}: {suggestion(name, names)}want {', '.join(names)}")
-        foreign = name.startswith("hf:") or Path(name) in self._theirs
         with self._opening:
-            return self._open(name, Path(name) if foreign else find(Path(name)))
+            if name.startswith("hf:"):
+                return self._open(name, Path(name))
+            return self._open(name, (weights_of if Path(name) in self._theirs else find)(Path(name)))
 
     def _open(self, name: str, file: Path) -> Checkpoint:
         """The model of this name. `file` tells whether one that is open is still the newest."""
-        key = name, file
+        key = name, file, facts_of(file)
         if key not in self._models:
             opened = without_condition(open_for_device(name, self.device), "the page")
             self._models[key] = replace(opened, denoiser=opened.denoiser.to(self.device))

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,8 +21,10 @@ from starlette.routing import Route
 from ddpm.codec import Model, container, picture
 from ddpm.errors import InputError
 from ddpm.files import data
+from ddpm.files.data.blobs import facts_of
 from ddpm.files.data.decoding import Decoder
 from ddpm.files.images import Pixels
+from ddpm.files.models import calibration_file
 from ddpm.page.state import UPLOAD, State, check_size, field, optional, png_url
 from ddpm.page.watch import watched
 from ddpm.page.work import Job, read
@@ -155,12 +156,12 @@ def _images(stack: NDArray[np.uint8]) -> data.Images:
 def _codec(state: State, body: dict[str, Any]) -> Model:
     """The codec of the model that a request names. Raises InputError if it has none."""
     checkpoint = state.model(name := field(body, "model", str))
-    return _load(name, checkpoint.path, state.device)
+    return _load(name, state.device, checkpoint.path, checkpoint.identity, facts_of(calibration_file(checkpoint.path)))
 
 
 @functools.lru_cache(maxsize=2)
-def _load(name: str, path: Path, device: torch.device) -> Model:
-    """The codec of a model. A run that has trained on has another path."""
+def _load(name: str, device: torch.device, *changes: Any) -> Model:
+    """The codec of a model. `changes` differ once it has trained on, or was written or calibrated again."""
     return load_codec(name, device)
 
 
