@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import shlex
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
@@ -17,6 +20,7 @@ from PIL import Image
 from ddpm import codec
 from ddpm.cli import main
 from ddpm.files import images
+from ddpm.files.models import MODELS
 from ddpm.likelihood import vlb
 from ddpm.noise import per_image
 from ddpm.pixels import to_signal
@@ -322,6 +326,39 @@ def test_the_handle_shows_what_decompress_gives_at_this_byte(visit, digits, tmp_
     assert f"{len(data)}" in table
     assert "PNG" in table
     assert "WebP" in table
+
+
+def test_a_shown_file_keeps_the_model_that_made_it(browser, digits, tmp_path):
+    """The command and the bound are of this model, also once another one is chosen. A space in its name is quoted."""
+    mine = str(tmp_path / "my model's.safetensors")
+    for suffix in (".safetensors", ".calibration.json"):
+        shutil.copy(MODELS / f"digits{suffix}", str(Path(mine).with_suffix(suffix)))
+    with served(tmp_path, mine) as address:
+        page = open_page(browser, address, "compress", viewport={"width": 1280, "height": 1600})
+        section = page.locator("#panel-compress")
+        add(section, digits / "a.png")
+        section.get_by_label("Aim").select_option("8")
+        section.get_by_role("button", name="Compress").click()
+        section.get_by_label("Model").select_option("digits")
+        status_line(section, "Done.")
+        show(page, section, 45)
+        words = shlex.split(section.locator(".command code").last.inner_text())
+        assert words[:4] == ["ddpm", "decompress", mine, "picture.ddpm"]
+        with page.expect_request("**/api/compress/bound") as asked:
+            section.get_by_role("button", name="Measure the bound").click()
+        assert asked.value.post_data_json["model"] == mine
+        section.locator("tbody", has_text="The model’s bound").wait_for()
+        page.close()
+
+
+def test_the_command_of_a_run_is_quoted(browser, tmp_path):
+    (run := tmp_path / "runs/my run").mkdir(parents=True)
+    (run / "config.json").write_text('{"steps": 30}')
+    with served(tmp_path / "runs") as address:
+        page = open_page(browser, address, "runs")
+        line = page.locator("#panel-runs code", has_text="ddpm report").inner_text()
+        assert shlex.split(line) == ["ddpm", "report", str(run)]
+        page.close()
 
 
 def test_a_saved_file_is_opened_and_damaged_ones_are_one_line(visit, digits, tmp_path):

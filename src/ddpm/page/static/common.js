@@ -106,6 +106,11 @@ export function queueLine(place) {
   return place === 1 ? "Waits for one other job to end." : `Waits for ${place} other jobs to end.`;
 }
 
+/** A word of a command, quoted for the shell where it has to be. */
+export function quoted(word) {
+  return /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`;
+}
+
 /** A command to copy: a div with the function set(text). */
 export function commandLine(text = "") {
   const code = el("code", { tabindex: 0 });

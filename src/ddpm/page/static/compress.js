@@ -1,5 +1,5 @@
 // The tab Compress: a picture becomes a file, and a handle over the bytes of the file shows what they hold.
-import { commandLine, draw, el, field, modelPicker, picture, queueLine, say, select, stream, upload } from "./common.js";
+import { commandLine, draw, el, field, modelPicker, picture, queueLine, quoted, say, select, stream, upload } from "./common.js";
 import { duration, pictureSlot, trying } from "./pictures.js";
 
 export const title = "Compress";
@@ -32,7 +32,7 @@ export async function build(section) {
   const [encode, decode] = [commandLine(), commandLine()];
   const save = el("a", { class: "button", download: "picture.png" }, "Save what is shown");
   const stops = new Map();
-  let controller, about, last, shownPicture;
+  let controller, about, last;
 
   const slot = pictureSlot("Picture", { model: () => picker.input.value, url: "/api/pictures/exact" });
   slot.classList.add("compressed");
@@ -57,7 +57,7 @@ export async function build(section) {
     handle.setAttribute("aria-valuetext", caption.textContent);
     canvas.setAttribute("aria-label", caption.textContent);
     save.href = shown.image;
-    decode.set(`ddpm decompress ${picker.input.value} picture.ddpm --at ${at} --out picture.png`);
+    decode.set(`ddpm decompress ${quoted(about.model)} picture.ddpm --at ${at} --out picture.png`);
     paint(shown);
   }
 
@@ -67,7 +67,7 @@ export async function build(section) {
     for (const button of [go, open, measure]) button.disabled = true;
     cancel.disabled = false;
     const ended = await trying(async () => {
-      await stream(`/api/compress/${job}`, { model: picker.input.value, ...body }, async (event) => {
+      await stream(`/api/compress/${job}`, body, async (event) => {
         if (event.kind === "queue") status.textContent = queueLine(event.place);
         if (event.kind === "work") {
           status.textContent = event.done < event.of ? `${event.what}: about ${duration(event.seconds)} left.` : `${event.what}: nearly done.`;
@@ -103,7 +103,8 @@ export async function build(section) {
     });
   }
 
-  async function work(job, body) {
+  async function work(job, given) {
+    const body = { model: picker.input.value, ...given }; // another one may be chosen later
     say();
     const answer = await agreed(body);
     if (!answer) return;
@@ -128,13 +129,12 @@ export async function build(section) {
         status.textContent = `${stops.size} prefixes are stored.`;
       }
       if (event.kind === "read") {
-        about = event;
+        about = { ...event, model: body.model, picture: body.picture };
         for (const [name, size, rate] of event.sizes) row(name, whole(size), rate.toFixed(3));
         sizes.hidden = false;
         Object.assign(handle, { min: event.begin, max: event.bytes, disabled: false });
         handle.value = event.bytes;
-        shownPicture = body.picture;
-        if (shownPicture) files.append(measure);
+        if (about.picture) files.append(measure);
         files.append(save);
         note.textContent += ` The header and the checks take ${event.begin + event.trailer} of the ${whole(event.bytes)} bytes.`;
         look();
@@ -147,7 +147,7 @@ export async function build(section) {
   const measure = el("button", { type: "button", onclick: async () => {
     say();
     // The picture was confirmed when it was compressed.
-    await run("bound", { picture: shownPicture, confirmed: true }, (event) => {
+    await run("bound", { model: about.model, picture: about.picture, confirmed: true }, (event) => {
       if (event.kind !== "bound") return;
       measure.remove();
       if (event.reason) {

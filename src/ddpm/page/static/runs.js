@@ -1,5 +1,5 @@
 // The tab Runs: curves, grids of samples and files of a run, read again every few seconds while the tab is open.
-import { el, field, getJSON, say, select } from "./common.js";
+import { el, field, getJSON, quoted, say, select } from "./common.js";
 
 export const title = "Runs";
 export const explain = [
@@ -149,7 +149,7 @@ export async function build(section) {
     const others = about.files.filter((file) => !pictures.includes(file));
     files.replaceChildren(el("h2", {}, "Files"),
       el("ul", {}, ...others.map((file) => el("li", {}, el("a", { href: address(file), target: "_blank", rel: "noopener" }, file)))),
-      others.includes("report.html") ? "" : el("p", {}, el("code", {}, `ddpm report ${picker.input.value}`), " writes a report of this run."));
+      others.includes("report.html") ? "" : el("p", {}, el("code", {}, `ddpm report ${quoted(picker.input.value)}`), " writes a report of this run."));
   };
 
   const look = async () => {
