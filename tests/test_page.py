@@ -12,6 +12,7 @@ import socket
 import struct
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -29,8 +30,11 @@ from several import printed, start_python, wait_until
 from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.files import images
+from ddpm.files.images import DEEP
 from ddpm.files.models import MODELS
+from ddpm.presets import Preset
 from ddpm.run.compress import load_codec
+from ddpm.run.edit import fitted
 
 need_page()
 
@@ -245,6 +249,32 @@ def test_pictures_come_back_as_they_were(page):
     about = json.loads(body)
     assert (status, about["width"], about["height"]) == (200, 7, 5)
     assert (np.asarray(images.read(ask(page, about["url"])[2])) == pixels).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("mode", "options", "told"),
+    [
+        ("1", {}, ["mode 1 is converted to L"]), ("L", {}, []), ("LA", {}, ["mode LA is converted to RGBA"]),
+        ("L", {"transparency": 128}, ["mode L is converted to RGBA"]), ("P", {}, ["mode P is converted to RGBA"]),
+        ("RGB", {}, []), ("RGBA", {}, []), ("I;16", {}, [DEEP]),
+    ],
+)  # fmt: skip
+def test_an_added_picture_becomes_what_ddpm_edit_makes_of_its_file(mode, options, told, channels, tmp_path):
+    """Also a transparent one, and what had to be changed is told."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
+    deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    picture = deep if mode == "I;16" else Image.fromarray(noise).convert(mode)
+    picture.save(file := io.BytesIO(), "PNG", **options)
+    state = State((), tmp_path, torch.device("cpu"))
+    added = state.add_picture(file.getvalue())
+    state.work.end()
+    preset = Preset(size=(8, 8), channels=channels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = fitted(file.getvalue(), preset)
+        assert torch.equal(fitted(state.kept(added["id"]).data, preset), wanted)
+    assert added["notes"] == told
 
 
 def hostile(address, port):

@@ -211,11 +211,13 @@ def test_the_ends_of_the_strip_are_the_reconstructions(visit, digits, address, t
 
 
 def test_a_larger_picture_is_fitted_and_that_is_said(visit):
-    """It is pasted."""
-    Image.fromarray(np.arange(20 * 30, dtype=np.uint8).reshape(20, 30)).save(file := io.BytesIO(), "PNG")
+    """It is pasted. What was changed when it was added is said, too."""
+    grey = Image.fromarray(np.arange(20 * 30, dtype=np.uint8).reshape(20, 30))
+    grey.quantize(16).save(file := io.BytesIO(), "PNG")
     page, section = visit("edit")
     page.evaluate(PASTE, ["large.png", list(file.getvalue())])
-    section.locator(".slot small", has_text="20x30 is scaled and cropped to 8x8, the model's size").wait_for()
+    said = "8×8 pixels; mode P is converted to RGB; 20x30 is scaled and cropped to 8x8, the model's size; "
+    section.locator(".slot small", has_text=f"{said}mode RGB is converted to L.").wait_for()
 
 
 def test_cancel_ends_an_edit_of_a_sample(visit, address):

@@ -135,16 +135,14 @@ class State:
         return pixels
 
     def add_picture(self, data: bytes) -> dict[str, Any]:
-        """Keep the picture of an image file's bytes, as grey or RGB; returns what `keep` does.
+        """Keep the picture of an image file's bytes, as grey, RGB or RGBA. Returns what `keep` does, and notes.
 
         Raises InputError if it is not an image, or has more than PIXELS pixels, which is seen before it is decoded.
         """
         check_size(data)
-        image = images.read(data, "the picture")
-        grey = image.mode in ("1", "L", "LA", "I", "I;16", "I;16B")
-        converted = images.convert(image, 1 if grey else 3, "the picture", notes={})
-        array = np.asarray(converted)
-        return self.keep(array.reshape(*array.shape[:2], -1))
+        image, notes = images.read(data, "the picture"), images.Notes()
+        array = np.asarray(images.convert(image, images.native(image), "the picture", notes))
+        return {**self.keep(array.reshape(*array.shape[:2], -1)), "notes": list(notes)}
 
 
 def check_size(data: bytes) -> None:

@@ -57,17 +57,17 @@ export async function build(section) {
   async function fit(slot) {
     if (slot.fitted || !slot.original) return;
     let fitted;
-    await stream("/api/edit/fit", { model: picker.input.value, picture: slot.original }, (event) => {
+    await stream("/api/edit/fit", { model: picker.input.value, picture: slot.original.id }, (event) => {
       if (event.kind === "picture") fitted = event;
     });
     slot.fitted = fitted.id;
-    slot.set(fitted);
+    slot.set({ ...fitted, notes: [...slot.original.notes ?? [], ...fitted.notes] });
     if (slot === one) await mask.show(fitted);
     layout(); // only now can one paint
   }
   const slotOf = (name, first) => {
     const slot = pictureSlot(name, { model: () => picker.input.value, classes, first, changed: (given) => {
-      if (slot.fitted !== given.id) Object.assign(slot, { fitted: null, original: given.id });
+      if (slot.fitted !== given.id) Object.assign(slot, { fitted: null, original: given });
       layout();
       return trying(() => fit(slot));
     } });
@@ -129,7 +129,7 @@ export async function build(section) {
       el("img", { class: "pixels", src: given.url, alt: `image ${i + 1}` }),
       el("a", { class: "button", href: given.url, download: `edited-${i + 1}.png`, "aria-label": `Save PNG of image ${i + 1}` }, "Save PNG"),
       el("button", { type: "button", "aria-label": `Use this: image ${i + 1} becomes the picture`, onclick: () => {
-        Object.assign(one, { fitted: given.id, original: given.id }).set(given);
+        Object.assign(one, { fitted: given.id, original: given }).set(given);
         trying(() => mask.show(given));
         one.scrollIntoView({ block: "nearest" });
       } }, "Use this"))));

@@ -47,7 +47,7 @@ export function pictureSlot(title, { model, classes = () => [], url = "/api/pict
     image.src = picture.url;
     image.alt = `${title}, ${picture.width} by ${picture.height} pixels`;
     image.hidden = false;
-    about.textContent = [`${picture.width}×${picture.height} pixels.`, ...(picture.notes ?? [])].join(" ");
+    about.textContent = `${[`${picture.width}×${picture.height} pixels`, ...(picture.notes ?? [])].join("; ")}.`;
     return changed(picture);
   };
   const take = (get) => trying(async () => {
