@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from ddpm import codec
 from ddpm.cli import main
+from ddpm.errors import InputError
 from ddpm.files import animation, images
+from ddpm.run import sample
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,40 @@ def test_sampling(suffix: str, progressive: bool, tmp_path: Path) -> None:
     assert distances[0] > distances[4] > distances[-1] == 0
     noise = np.abs(np.diff(flat[0][::4, ::4], axis=0)).mean() / np.abs(np.diff(flat[-1][::4, ::4], axis=0)).mean()
     assert (noise > 1) != progressive
+
+
+@pytest.mark.parametrize("suffix", animation.LONGEST)
+def test_the_longest_side_of_a_format_is_written_and_a_longer_one_refused(suffix: str, tmp_path: Path) -> None:
+    if suffix == ".mp4":
+        pytest.importorskip("imageio_ffmpeg")
+    out, most = tmp_path / f"a{suffix}", animation.LONGEST[suffix]
+    animation.check_size(out, 1, 32, most)
+    animation.save(out, [np.zeros((1, 32, most, 1), np.uint8)])
+    assert out.stat().st_size
+    with pytest.raises(InputError, match=f": 32x{most + 1} pixels; want at most {most:,} a side"):
+        animation.check_size(out, 1, most + 1, 32)
+
+
+def test_a_sheet_that_is_too_large_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sample, "sample", None)
+    out = str(tmp_path / "a.webp")
+    assert main(["sample", "digits", "-n", "5000", "--class", "3", "7", "--out", out]) == 2
+    assert f"--out {out}: 70x85002 pixels; want at most 16,383 a side" in capsys.readouterr().err
+
+
+def test_a_compressed_picture_that_is_too_large_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, file, out = tmp_path / "a.png", tmp_path / "a.ddpm", str(tmp_path / "a.webp")
+    images.save(picture, np.zeros((8, 40, 1), np.uint8))
+    assert main(["compress", "digits", str(picture), "--out", str(file), "--chunk-bits", "8"]) == 0
+    capsys.readouterr()
+    monkeypatch.setitem(animation.LONGEST, ".webp", 150)
+    monkeypatch.setattr(codec.picture, "pictures", None)
+    assert main(["decompress", "digits", str(file), "--out", out]) == 2
+    assert f"--out {out}: 160x32 pixels; want at most 150 a side" in capsys.readouterr().err
 
 
 def test_decoding(compressed: tuple[Path, Path], tmp_path: Path) -> None:

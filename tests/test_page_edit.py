@@ -457,6 +457,11 @@ def test_the_bound_is_left_out_with_a_reason(state):
     assert told["reason"] == "no tile of 8x8 pixels lies in this picture with all the model's colours"
 
 
+def test_a_picture_too_long_for_webp_is_compared_with_png_only():
+    assert compress._sizes(np.zeros((1, 16_383, 3), np.uint8)).keys() == {"PNG", "WebP"}
+    assert compress._sizes(np.zeros((16_384, 1, 1), np.uint8)).keys() == {"PNG"}
+
+
 def test_a_watched_function_ends_when_nobody_listens():
     told, ended = [], []
 

@@ -131,13 +131,15 @@ def run(args: argparse.Namespace) -> int:
             if kind != "tif":
                 tiles = 11 if args.progressive and not moves else 1
                 images.check_grid(n, *model.preset.size, min(model.preset.channels, 3), tiles)
+            columns = grid_columns(len(sampling.conditions.apply(model)[1]))
+            if moves:
+                animation.check_size(args.out, n, *model.preset.size, columns)
             pictures, about = sample(
                 model, n, ranks, sampling, args.progressive or moves, progress,
                 columns=animation.MOST_FRAMES if moves else 11, noisy=moves and not args.progressive,
             )  # fmt: skip
         if not ranks.first:
             return 0
-        columns = grid_columns(len(sampling.conditions.apply(model)[1]))
         sheet = partial(arrays.sheet, view=arrays.view_of(shown, model.denoiser.values))
         if moves:
             animation.save(args.out, [sheet(frame) for frame in pictures.unbind(1)], columns)

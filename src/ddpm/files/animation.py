@@ -12,7 +12,9 @@ from ddpm.errors import InputError, Stopped, not_installed
 from ddpm.files import atomic
 from ddpm.files.images import Pixels, check_folder, grid
 
-SUFFIXES = (".gif", ".webp", ".mp4")
+LONGEST = {".gif": 65_535, ".webp": 16_383, ".mp4": 16_384}
+"""Suffix -> the pixels that a side can have at most."""
+SUFFIXES = tuple(LONGEST)
 MOST_FRAMES = 60
 _MILLISECONDS, _LAST = 80, 2000
 """How long a frame is shown, and the last one."""
@@ -34,6 +36,21 @@ def check_out(out: str | Path) -> None:
     if _kind(out) == ".mp4":
         _ffmpeg()
     check_folder(Path(out).absolute().parent)
+
+
+def check_size(out: str | Path, n: int, height: int, width: int, columns: int | None = None) -> None:
+    """Raise InputError if a sheet of n images is too large for the format of `out`. Call this before the work.
+
+    >>> check_size("a.gif", 500, 64, 64, 2), check_size("a.webp", 500, 64, 64, 2)
+    Traceback (most recent call last):
+    ...
+    ddpm.errors.InputError: out a.webp: 134x16502 pixels; want at most 16,383 a side, so fewer images or another format
+    """
+    high, wide, _ = _sheet(np.empty((n, height, width, 0), np.uint8), columns).shape  # no channel, so no memory
+    if max(high, wide) > (most := LONGEST[_kind(out)]):
+        raise InputError(
+            f"out {out}: {wide}x{high} pixels; want at most {most:,} a side, so fewer images or another format"
+        )
 
 
 def spread(count: int) -> list[int]:
@@ -58,12 +75,16 @@ def save(path: str | Path, frames: Sequence[Pixels], columns: int | None = None)
     >>> import numpy as np, tempfile
     >>> save(tempfile.mkdtemp() + "/a.gif", [np.zeros((2, 8, 8, 1), np.uint8), np.ones((2, 8, 8, 1), np.uint8)])
     """
-    sheets = [grid(frame, columns, padding=2 * (len(frame) > 1)) for frame in frames]
+    sheets = [_sheet(frame, columns) for frame in frames]
     with atomic.temporary(path) as part:
         if _kind(path) == ".mp4":
             _write_video(part, sheets)
         else:
             _write_pictures(part, sheets, _kind(path))
+
+
+def _sheet(frame: Pixels, columns: int | None) -> Pixels:
+    return grid(frame, columns, padding=2 * (len(frame) > 1))
 
 
 def _kind(path: str | Path) -> str:

@@ -240,6 +240,10 @@ def decompress(model: Model, path: Path, out: Path, at: int | None = None, progr
             taken.add(safe.casefold())
             images.save(out / f"{safe}.png", image)
         return {"out": str(out), "images": len(pictures), "exact": True}
+    if animation.is_animation(out):
+        with naming(path):
+            header, _ = container.read_header(data)
+        animation.check_size(out, 1, header.height, header.width)
     with naming(path), _counting(model, "decompressing", [picture.work(model, data)], progress) as model:
         frames = []
         for last in picture.pictures(model, data, at):

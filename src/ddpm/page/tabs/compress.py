@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from ddpm.codec import Model, container, picture
 from ddpm.errors import InputError
-from ddpm.files import data
+from ddpm.files import animation, data
 from ddpm.files.data.blobs import facts_of
 from ddpm.files.data.decoding import Decoder
 from ddpm.files.images import Pixels
@@ -275,10 +275,9 @@ def _event(shown: picture.Picture) -> dict[str, Any]:
 def _sizes(image: Pixels) -> dict[str, int]:
     """The bytes of the picture as PNG and as lossless WebP, each as small as Pillow makes it."""
     pillow = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    options: dict[str, dict[str, Any]] = {
-        "PNG": {"optimize": True},
-        "WebP": {"lossless": True, "quality": 100, "method": 6},
-    }
+    options: dict[str, dict[str, Any]] = {"PNG": {"optimize": True}}
+    if max(image.shape) <= animation.LONGEST[".webp"]:
+        options["WebP"] = {"lossless": True, "quality": 100, "method": 6}
     sizes = {}
     for kind, settings in options.items():
         if kind.upper() in Image.SAVE:
