@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +59,15 @@ def test_a_fresh_process_with_other_threads_reads_it_back(pictures, tmp_path):
     assert done.stdout.count("exactly as before") == 2
     for _, out in files.values():
         assert np.array_equal(pixels(out), pixels(pictures / "digit0.png"))
+
+
+def test_an_archive_takes_names_that_differ_in_case_only(tmp_path):
+    for name in ("a.png", "A.png"):
+        images.save(tmp_path / name, np.zeros((8, 8, 1), np.uint8))
+    paths, archive = [str(tmp_path / name) for name in ("a.png", "A.png")], str(tmp_path / "all.ddpm")
+    assert main(["compress", "digits", *paths, "--archive", "--out", archive, "--chunk-bits", "8"]) == 0
+    assert main(["decompress", "digits", archive, "--out", str(tmp_path / "back")]) == 0
+    assert len({path.name.casefold() for path in (tmp_path / "back").iterdir()}) == 2
 
 
 def test_several_pictures_go_to_a_folder_and_an_archive_to_a_file(model, pictures, tmp_path, capsys):
@@ -149,6 +160,8 @@ def test_mistakes_are_one_line(pictures, tmp_path, capsys, model):
     good, file = str(pictures / "digit0.png"), tmp_path / "a.ddpm"
     file.write_bytes(codec.compress(model, compress.read_image(good), bits=8))
     rgba, deep = str(saved(tmp_path, "rgba.png", "RGBA")), str(saved(tmp_path, "deep.png", "I;16"))
+    (tmp_path / "capital").mkdir()
+    capital = str(shutil.copy(good, tmp_path / "capital" / Path(good).name.upper()))
     (tmp_path / "junk.ddpm").write_bytes(b"junk")
     (tmp_path / "empty.ddpm").write_bytes(b"")
     new = str(tmp_path / "new.ddpm")
@@ -164,6 +177,7 @@ def test_mistakes_are_one_line(pictures, tmp_path, capsys, model):
         (["compress", "digits", good, "--out", new, "--archive", "--psnr", "30"], "--archive"),
         (["compress", "digits", good, "--out", new, "--bits-per-dim", "0.001"], "want more"),
         (["compress", "digits", good, good, "--out", str(tmp_path / "two")], "two images have this name"),
+        (["compress", "digits", good, capital, "--out", str(tmp_path / "two")], "two images have this name"),
         (["compress", "digits", good, deep, "--out", new], "want a folder, or --archive"),
         (["decompress", "digits", str(tmp_path / "junk.ddpm"), "--out", png], "not a file of `ddpm compress`"),
         (["decompress", "digits", str(tmp_path / "empty.ddpm"), "--out", png], "0 bytes"),

@@ -172,9 +172,10 @@ def compress(
     file as plain JSON values; none for an archive on the other processes.
     """
     names = [path.stem for path in paths]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{twice}: two images have this name; want different names")
+    taken = names if archived else [name.casefold() for name in names]  # some file systems ignore case
+    if len(set(taken)) < len(taken):
+        twice = next(name for name, safe in zip(names, taken, strict=True) if taken.count(safe) > 1)
+        raise InputError(f"{twice}: two images have this name, in small or capital letters; want different names")
     if archived:
         if not ranks.first:
             return []
