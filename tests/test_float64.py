@@ -21,6 +21,7 @@ from ddpm.errors import InputError
 from ddpm.files import data, images
 from ddpm.files.opening import open_checkpoint
 from ddpm.run import edit, processes, restore, sample
+from ddpm.run.compress import load_codec
 from ddpm.run.held_out import held_out_by_level
 from ddpm.samplers import SAMPLERS
 
@@ -231,6 +232,27 @@ def test_the_held_out_loss_equals_that_of_the_cpu():
     with EmulatedMps():
         result = held_out_by_level(ON_MPS, held_out, 16, processes.Processes(0, 1, MPS))
     np.testing.assert_array_equal(result, wanted)
+
+
+def test_the_bound_of_the_page_is_that_of_the_cpu(tmp_path, monkeypatch):
+    """A network on the emulated device fails here, since the bound is computed in another thread."""
+    pytest.importorskip("starlette")
+    from ddpm.page.state import State
+    from ddpm.page.tabs import compress
+
+    state, codec = State((), tmp_path, MPS), load_codec("digits", MPS)
+    quick = replace(codec.denoiser, schedule=codec.denoiser.schedule.respace(range(50, 1001, 50)))
+    monkeypatch.setattr(compress, "_codec", lambda *_: replace(codec, denoiser=quick))
+    opened = open_checkpoint("digits")
+    told = []
+    for network in (quick.network, OnMps()):
+        on_device = replace(opened, denoiser=replace(quick, network=network))
+        monkeypatch.setattr(state, "model", lambda name, model=on_device: model)
+        kept = state.keep(np.zeros((8, 8, 1), np.uint8))["id"]
+        told.append([*compress.bound(state, {"model": "digits", "picture": kept})][-1])
+    state.work.end()
+    assert told[0]["bits_per_dim"] > 0
+    assert told[0] == told[1]
 
 
 def test_spacing_by_path_and_metrics_move_to_the_cpu():

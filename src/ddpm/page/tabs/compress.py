@@ -128,7 +128,7 @@ def bound(state: State, body: dict[str, Any]) -> Job:
     checkpoint, n = state.model(field(body, "model", str)), len(whole)
     repeats = max(2, math.ceil(ESTIMATES / n))
     stack = _images(np.tile(whole, (repeats, 1, 1, 1)))
-    denoiser, calls = checkpoint.denoiser, math.ceil(n * repeats / (64 // LEVELS))
+    denoiser, calls = model.denoiser, math.ceil(n * repeats / (64 // LEVELS))
 
     def estimate(tick: Callable[[int], None], tell: object) -> torch.Tensor:
         def network(*inputs: Any) -> torch.Tensor:
@@ -136,7 +136,7 @@ def bound(state: State, body: dict[str, Any]) -> Job:
             return denoiser.network(*inputs)
 
         counted = replace(checkpoint, denoiser=replace(denoiser, network=network))
-        ranks = Processes(0, 1, state.device)
+        ranks = Processes(0, 1, denoiser.device)  # the CPU for mps, which has no float64
         return sampled_bits(counted, stack, range(n * repeats), LEVELS, ranks, progress=False)
 
     bits = (yield from _counted("Measures", denoiser.schedule.T + calls, estimate)).view(repeats, n)
