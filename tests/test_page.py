@@ -466,6 +466,18 @@ def test_wrong_words_are_one_line(words, line, capsys):
     assert line in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_port_has_one_page(windows, monkeypatch):
+    """Windows has an option for it, and SO_REUSEADDR would undo it there. Another option stands for it here."""
+    if windows:
+        monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
+    with server._listen("127.0.0.1", 0) as first:
+        options = [bool(first.getsockopt(socket.SOL_SOCKET, o)) for o in (socket.SO_REUSEADDR, socket.SO_KEEPALIVE)]
+        assert options == [not windows, windows]
+        with pytest.raises(InputError, match="want another --port"):
+            server._listen("127.0.0.1", first.getsockname()[1])
+
+
 def test_open_to_the_network_says_so_and_makes_a_token(tmp_path):
     words, out, err = ["-m", "ddpm", "page", "--host", "0.0.0.0", "--port", 0], tmp_path / "out", tmp_path / "err"
     process = start_python([*words, "--runs", tmp_path], tmp_path, out, err)
