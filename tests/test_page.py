@@ -416,7 +416,19 @@ def test_a_token_is_asked_for(runs):
         assert "HttpOnly" in cookie
         assert "SameSite=Strict" in cookie
         assert ask(address, "/api/models", Cookie=cookie.split(";")[0])[0] == 200
-        assert ask(address, "/api/models", Cookie="ddpm_page=wrong")[0] == 403
+        assert ask(address, "/api/models", Cookie=f"{cookie.partition('=')[0]}=wrong")[0] == 403
+
+
+def test_pages_at_two_ports_keep_their_cookies(runs):
+    """A browser sends the cookies of a host to all its ports."""
+    with served(runs, token="one") as one, served(runs, token="two") as two:
+        jar = {}
+        for address, token in ((one, "one"), (two, "two")):
+            _, headers, _ = ask(address, f"/?token={token}")
+            name, _, value = headers["set-cookie"].split(";")[0].partition("=")
+            jar[name] = value
+        cookies = "; ".join(f"{name}={value}" for name, value in jar.items())
+        assert [ask(address, "/api/models", Cookie=cookies)[0] for address in (one, two)] == [200, 200]
 
 
 def test_an_unforeseen_error_is_one_line(runs, monkeypatch):

@@ -34,7 +34,6 @@ NETWORK = (
 )
 UPLOADS = 8
 """Pictures that are added at a time, which bounds the memory that they take."""
-COOKIE = "ddpm_page"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": (
@@ -111,7 +110,8 @@ class Guard:
         request = Request(scope)
         given = request.query_params.get("token", "") if scope["path"] == "/" else ""
         knows = self.token is not None and hmac.compare_digest(given.encode(), self.token.encode())
-        headers = {**HEADERS, **({"Set-Cookie": self._cookie()} if knows else {})}
+        cookie = f"{_cookie(request)}={self.token}; Path=/; HttpOnly; SameSite=Strict"
+        headers = {**HEADERS, **({"Set-Cookie": cookie} if knows else {})}
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -133,9 +133,6 @@ class Guard:
             status, line = refusal
             await JSONResponse({"kind": "error", "line": line}, status)(scope, receive, with_headers)
 
-    def _cookie(self) -> str:
-        return f"{COOKIE}={self.token}; Path=/; HttpOnly; SameSite=Strict"
-
     def _refusal(self, request: Request, knows: bool) -> tuple[int, str] | None:
         """The status and the line with which a request is refused; None if it may pass."""
         host, origin = request.headers.getlist("host"), request.headers.get("origin")
@@ -144,7 +141,7 @@ class Guard:
         if origin is not None and origin not in (f"http://{host[0]}", f"https://{host[0]}"):
             return 403, "the request comes from another site"
         if self.token is not None and not knows:
-            cookie = request.cookies.get(COOKIE, "")
+            cookie = request.cookies.get(_cookie(request), "")
             if not hmac.compare_digest(cookie.encode(), self.token.encode()):
                 return 403, "open the address with ?token=... that the server printed"
         if request.method == "POST":
@@ -161,6 +158,11 @@ class Guard:
 
 def _is_upload(request: Request) -> bool:
     return request.method == "POST" and request.url.path.startswith("/api/pictures")
+
+
+def _cookie(request: Request) -> str:
+    """The cookie's name. It has the port that the browser asked, which a browser does not tell apart by itself."""
+    return "ddpm_page_" + "".join(filter(str.isdecimal, request.headers.get("host", "").rpartition(":")[2]))
 
 
 def _name(host: str) -> str | None:
