@@ -547,6 +547,7 @@ def test_what_is_known_of_a_file_shows_its_prefixes_without_the_network(either):
         *_, whole = codec.pictures(counting, data, known=known)
         header, begin = codec.read_header(data)
         assert len(known) == len(calls) == header.groups + 1
+        assert {x0.dtype for x0 in known} == {np.dtype(np.int16)}  # of a large picture they fill the memory
         for at in (*range(begin, len(data), 7), len(data)):
             *_, shown = codec.pictures(counting, data, at, known)
             *_, fresh = codec.pictures(either, data, at)

@@ -1,5 +1,6 @@
 """The page's server: it answers its own page, makes one model call at a time, and hostile requests gain nothing."""
 
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -275,6 +276,20 @@ def test_an_added_picture_becomes_what_ddpm_edit_makes_of_its_file(mode, options
         wanted = fitted(file.getvalue(), preset)
         assert torch.equal(fitted(state.kept(added["id"]).data, preset), wanted)
     assert added["notes"] == told
+
+
+@pytest.mark.parametrize("path", ["/api/pictures", "/api/pictures/exact"])
+def test_pictures_are_decoded_in_a_thread_of_their_own(page, path, monkeypatch):
+    """A large one takes seconds, and the server answers others meanwhile."""
+    read, loops = images.read, []
+
+    def watched(*given):
+        loops.append(asyncio._get_running_loop())
+        return read(*given)
+
+    monkeypatch.setattr(images, "read", watched)
+    assert ask(page, path, png(8, 8), **BYTES)[0] == 200
+    assert loops == [None]
 
 
 def hostile(address, port):

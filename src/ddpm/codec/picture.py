@@ -299,11 +299,13 @@ def decompress(model: Model, data: bytes, at: int | None = None) -> Image:
     return last.image
 
 
-def pictures(model: Model, data: bytes, at: int | None = None, known: list[Array] | None = None) -> Iterator[Picture]:
+def pictures(
+    model: Model, data: bytes, at: int | None = None, known: list[NDArray[np.int16]] | None = None
+) -> Iterator[Picture]:
     """Yield better and better pictures: x0^ of noise, then one picture per group, and last the exact one.
 
-    known  x0^ after each group. An empty list is filled; with the list of a whole file, any of its prefixes needs no
-           network, and only the last picture of the prefix is yielded
+    known  x0^ after each group, from `progressive.narrow`. An empty list is filled; with the list of a whole file, any
+           of its prefixes needs no network, and only the last picture of the prefix is yielded
     """
     header, begin = read_header(data)
     check_identity(header.identity, model.identity)
@@ -328,7 +330,7 @@ def pictures(model: Model, data: bytes, at: int | None = None, known: list[Array
 
 def _pictures(
     model: Model, header: Header, tables: Tables, payload: bytes, trailer: bytes, complete: bool,
-    known: list[Array] | None,
+    known: list[NDArray[np.int16]] | None,
 ) -> Iterator[Picture]:  # fmt: skip
     """The pictures of a payload, or of its first bytes. `trailer` is empty if the file is cut short."""
     tiles = _empty_tiles(header, model)
@@ -359,14 +361,14 @@ def _pictures(
                 yield x0
                 question = walk.send(x0)
 
-    whole_walk = known if known and len(known) > len(sent) else None
+    whole_walk = known[: len(sent) + 1] if known and len(known) > len(sent) else None
     state = progressive.start(tiles.pixels.shape, header.seed)
-    for number, x0 in enumerate(whole_walk[: len(sent) + 1] if whole_walk else estimates()):
+    for number, x0 in enumerate(map(progressive.wide, whole_walk) if whole_walk else estimates()):
         last = number == len(sent)
         if not last and keeps_groups and tables.groups[number].banded(x0[0].size):
             sent_groups.append(progressive.BandedGroup(tables.groups[number], x0, sent[number]))
         if known is not None and not whole_walk:
-            known.append(x0)
+            known.append(progressive.narrow(x0))
         if last or not whole_walk:
             yield Picture(number, 0, _shown(x0, header, model), False, last and complete and not header.lossless)
     if not header.lossless or len(sent) < header.groups:

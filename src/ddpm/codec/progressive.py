@@ -83,6 +83,21 @@ class Predictor:
 Predict = Callable[[Array, int], Array]
 
 
+def narrow(x0: Array) -> NDArray[np.int16]:
+    """x0^ of a Predictor in a quarter of the memory: the multiples of 2^-10. `wide` is the inverse."""
+    return np.rint(x0 * _GRID).astype(np.int16)
+
+
+def wide(x0: NDArray[np.int16]) -> Array:
+    """The x0^ of which `narrow` made this.
+
+    >>> wide(narrow(np.array([-1, 3 / 1024]))) * 1024
+    array([-1024.,     3.])
+    """
+    result: Array = x0 / _GRID
+    return result
+
+
 @dataclass(frozen=True)
 class Symbols:
     """The symbols of one group: for each tile its scale, and the indices of the chunks of each band."""
@@ -235,15 +250,14 @@ def known_bits(text: bytes, count: int) -> tuple[NDArray[np.uint8], NDArray[np.u
 
 
 class BandedGroup:
-    """A group that was coded in bands: x0^ before it, in 16 bits as multiples of 2^-10, and its symbols."""
+    """A group that was coded in bands: x0^ before it, and its symbols."""
 
     def __init__(self, group: Group, x0: Array, sent: Symbols) -> None:
-        self.group, self.sent, self._x0 = group, sent, np.rint(x0 * _GRID).astype(np.int16)
+        self.group, self.sent, self._x0 = group, sent, narrow(x0)
 
     def x0(self, tile: int) -> Array:
         """[C, H, W]."""
-        x0: Array = self._x0[tile] / _GRID
-        return x0
+        return wide(self._x0[tile])
 
 
 def recover_message(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -45,10 +46,12 @@ R = TypeVar("R")
 
 
 def routes(state: State) -> list[Route]:
-    async def add_picture(request: Request) -> Response:
-        data = await read(request, UPLOAD)
+    def keep(data: bytes) -> dict[str, Any]:
         check_size(data)
-        return JSONResponse(state.keep(read_image(data)))
+        return state.keep(read_image(data))
+
+    async def add_picture(request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(keep, await read(request, UPLOAD)))
 
     async def add_file(request: Request) -> Response:
         data = await read(request, UPLOAD)
