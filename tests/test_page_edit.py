@@ -238,6 +238,47 @@ def test_cancel_ends_an_edit_of_a_sample(visit, address):
     assert section.locator(".made li").count() == 4
 
 
+def test_the_picture_that_is_saved_is_the_one_that_was_edited(visit, digits):
+    """Also if another one is chosen while the job waits for one of another page."""
+    busy, sampling = visit("sample")
+    sampling.get_by_label("Images", exact=True).fill("64")
+    sampling.get_by_label("Sampler", exact=True).first.select_option("ancestral")
+    sampling.get_by_label("Steps").first.fill("1000")
+    page, section = visit("edit")
+    section.get_by_label("Redraw all").check()
+    add(section, digits / "a.png")
+    page.wait_for_load_state("networkidle")  # the picture is fitted to the model
+    edited = section.locator(".slot img").first.get_attribute("src")
+    busy.get_by_role("button", name="Sample", exact=True).click()
+    busy.wait_for_selector("progress:not([value='0'])")
+    section.get_by_role("button", name="Redraw", exact=True).click()
+    status_line(section, "Waits for one other job to end.")
+    section.locator(".slot input[type=file]").first.set_input_files(str(digits / "b.png"))
+    section.locator(f".slot img:not([src='{edited}'])").first.wait_for()
+    busy.get_by_role("button", name="Cancel").click()
+    assert section.get_by_role("link", name="Save the picture").get_attribute("href") == edited
+
+
+def test_a_mask_on_a_transparent_picture_can_be_erased(visit, address):
+    page, _ = visit("edit")
+    clear = base64.b64encode(images.to_png(np.zeros((8, 8, 4), np.uint8))).decode()
+    alphas = page.evaluate(
+        """async (url) => {
+            const { painter } = await import("/painter.js");
+            const box = painter(), canvas = box.querySelector("canvas"), alphas = [];
+            await box.show({ url, width: 8, height: 8 });
+            for (const name of ["Paint all", "Clear"]) {
+                [...box.querySelectorAll("button")].find((button) => button.textContent === name).click();
+                alphas.push(canvas.getContext("2d").getImageData(9, 9, 1, 1).data[3]);
+            }
+            return alphas;
+        }""",
+        f"data:image/png;base64,{clear}",
+    )
+    assert alphas[0] > 100
+    assert alphas[1] == 0
+
+
 def test_a_consistency_model_offers_its_own_sampler(browser, tmp_path):
     """Also for the sample that is edited. Another model brings the settings of the way back."""
     two, told = str(tmp_path / "two"), str(tmp_path / "told")

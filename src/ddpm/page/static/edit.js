@@ -164,6 +164,7 @@ export async function build(section) {
       sampler: inputs.sampler.value, steps: inputs.steps.value ? Math.min(t, inputs.steps.value) : null,
       seed: Number(inputs.seed.value), n, t, resample: Number(inputs.resample.value), mask: mask.bits(),
     };
+    const [first, second] = [one.picture, other.picture]; // others may be chosen while the job waits
     controller = new AbortController();
     go.disabled = true;
     cancel.disabled = false;
@@ -177,8 +178,8 @@ export async function build(section) {
         if (event.kind === "queue") status.textContent = queueLine(event.place);
         if (event.kind === "about") {
           command.set(event.command);
-          files.append(link(one.picture.url, WAYS[value].mixes ? "a.png" : "picture.png", "Save the picture"));
-          if (WAYS[value].mixes) files.append(link(other.picture.url, "b.png", "Save the second picture"));
+          files.append(link(first.url, WAYS[value].mixes ? "a.png" : "picture.png", "Save the picture"));
+          if (WAYS[value].mixes) files.append(link(second.url, "b.png", "Save the second picture"));
           if (event.mask) files.append(link(event.mask.url, "mask.png", "Save the mask"));
         }
         if (event.kind === "step") {

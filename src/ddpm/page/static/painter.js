@@ -21,6 +21,7 @@ export function painter() {
     const scale = canvas.width / width;
     const context = canvas.getContext("2d");
     context.imageSmoothingEnabled = false;
+    context.clearRect(0, 0, canvas.width, canvas.height); // a transparent picture covers nothing
     context.drawImage(image, 0, 0, canvas.width, canvas.height);
     context.fillStyle = "rgb(220 40 90 / 65%)";
     mask.forEach((set, i) => {
