@@ -1,5 +1,7 @@
 // The tab Compress: a picture becomes a file, and a handle over the bytes of the file shows what they hold.
-import { commandLine, draw, el, field, modelPicker, picture, queueLine, quoted, say, select, stream, upload } from "./common.js";
+import {
+  commandLine, draw, el, field, modelPicker, picture, queueLine, quoted, say, select, stream, upload,
+} from "./common.js";
 import { duration, pictureSlot, trying } from "./pictures.js";
 
 export const title = "Compress";

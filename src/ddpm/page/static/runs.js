@@ -149,7 +149,8 @@ export async function build(section) {
     const others = about.files.filter((file) => !pictures.includes(file));
     files.replaceChildren(el("h2", {}, "Files"),
       el("ul", {}, ...others.map((file) => el("li", {}, el("a", { href: address(file), target: "_blank", rel: "noopener" }, file)))),
-      others.includes("report.html") ? "" : el("p", {}, el("code", {}, `ddpm report ${quoted(picker.input.value)}`), " writes a report of this run."));
+      others.includes("report.html") ? "" : el("p", {},
+        el("code", {}, `ddpm report ${quoted(picker.input.value)}`), " writes a report of this run."));
   };
 
   const look = async () => {
