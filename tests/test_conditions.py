@@ -920,7 +920,8 @@ def test_evaluate_takes_a_model_with_a_condition(run: Path, tmp_path: Path, caps
     assert of_class["fidelity"]["psnr"] == found["fidelity"]["psnr"]
     assert {"psnr", "psnr_of_mean", "psnr_bicubic", "psnr_standard_error"} <= set(found["fidelity"])
     assert (found["conditions_of"], found["samples"]) == ("test", 4)
-    assert main([*words, "--levels-per-image", "2", "--metrics", "nll", "ode", "--ode-steps", "3"]) == 0
+    words = ["evaluate", str(run), "-n", "4", "--out", str(tmp_path), "--metrics", "nll", "ode", "--ode-steps", "3"]
+    assert main([*words, "--levels-per-image", "2"]) == 0
 
 
 # Mistakes.

@@ -268,8 +268,9 @@ def _check_settings(preset: Preset, out: Path, found: nodes.Found, ranks: Proces
     if found.own is None and used:
         raise InputError(f"out {out}: exists and is not a run; want a new folder, or a run to resume")
     for name in ("data", "pairs"):
-        folder = Path(os.path.expanduser(getattr(preset, name)))
-        if getattr(preset, name) and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        folder = Path(os.path.expanduser(source := getattr(preset, name)))
+        of_a_folder = source not in ("", "digits") and folder.is_dir()  # digits are the packaged ones
+        if of_a_folder and out.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"out {out}: lies in {name} {folder}, so its pictures would be images; want it elsewhere")
     track.check(preset.track)
     with torch.device("meta"):
