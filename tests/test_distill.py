@@ -14,7 +14,7 @@ from conftest import assert_close, tensors
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm import losses
+from ddpm import losses, timesteps
 from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.files.models import MODELS
@@ -98,6 +98,24 @@ def test_the_loss_gets_the_gap_of_the_step_and_the_teacher(
     theirs = open_checkpoint("digits").denoiser.network.state_dict()  # type: ignore[union-attr]
     network = seen[-1][2].network if scale == 1 else seen[-1][2].network.network
     assert all(torch.equal(value, theirs[name]) for name, value in network.state_dict().items())
+
+
+def test_the_gap_stays_at_its_last_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on compares the levels of the eighth stage, which is not the next one for all levels."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    real = losses.consistency
+
+    def spy(denoiser: Any, x0: Any, t: Any, eps: Any, y: Any = None, r: Any = None, **more: Any) -> Any:
+        seen.append((t, r))
+        return real(denoiser, x0, t, eps, y, r, **more)
+
+    monkeypatch.setitem(losses.LOSSES, "consistency", spy)
+    assert distill(tmp_path / "run", "--gap-steps", 1, "--steps", 10, "--batch-size", 64) == 0
+    schedule = open_checkpoint(tmp_path / "run").denoiser.schedule
+    for step, stage in ((0, 1), (6, 7), (7, 8), (9, 8)):
+        t, r = seen[step]
+        assert torch.equal(r, timesteps.lower(schedule, t, stage))
+    assert not torch.equal(seen[9][1], timesteps.lower(schedule, seen[9][0], 10))
 
 
 @pytest.fixture(scope="module")

@@ -229,7 +229,7 @@ class Preset:
         "", "model to fine-tune: begin with its network and weights, and half the learning rate", value="MODEL"
     )
     gap_steps: int = _optimisation(
-        2500, "number of steps after which the gap between the levels of loss consistency halves", 1, _COUNT
+        2500, "number of steps after which the gap of loss consistency halves, seven times at most", 1, _COUNT
     )
     teacher: bool = _optimisation(
         False, "let the model of init step to the lower level of loss consistency; otherwise the image gets less noise"

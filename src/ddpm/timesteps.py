@@ -46,6 +46,10 @@ def sample(
     return 1 + torch.searchsorted(log_sigma, mean + spread * torch.special.ndtri(quantile)).clamp(max=schedule.T - 1)
 
 
+STAGES = 8
+"""Stages of the gap in training. A run that goes on stays at the last one, where sigma_r is sigma_t (1 - n/256)."""
+
+
 def lower(schedule: Schedule, t: Tensor, stage: int) -> Tensor:
     """The level r < t with which the consistency loss compares each level t (Geng et al. 2024; q = 2, k = 8, b = 1).
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm import timesteps
 from ddpm.errors import InputError
 from ddpm.files import hub
 from ddpm.files.models import Checkpoint
@@ -26,8 +27,6 @@ DISTILL_LR = 0.4
 """The default learning rate of `ddpm distill` is this share of what another run of `--init` has."""
 LAST_SIGMA = 80.0
 """The first network call of a distilled model is at this sqrt((1 - abar)/abar), or the highest that its model saw."""
-STAGES = 8
-"""Stages of the gap in a run of `ddpm distill`; in the last one, sigma_r is sigma_t (1 - n/256)."""
 _FREE = {"dropout", "variance", "clip", "loss", "weighting", "timestep_sampling", "noise_assignment", "last_sigma"}
 _FREE |= {"attention_resolutions"}
 """Settings of the network and the diffusion that the weights do not depend on, or not by that name."""
@@ -175,7 +174,7 @@ def distilled(name: str, settings: Mapping[str, Any]) -> Preset:
         "timestep_sampling": "lognormal_wide", "weighting": "none",
         "noise_assignment": "independent", "lr": DISTILL_LR * model.lr,
         "guidance": 1.0, "teacher": settings.get("guidance", 1.0) != 1 or bool(settings.get("guide")),
-        "gap_steps": max(1, settings.get("steps", model.steps) // STAGES),
+        "gap_steps": max(1, settings.get("steps", model.steps) // timesteps.STAGES),
     }  # fmt: skip
     return replace(model, **{**ours, **settings})
 

@@ -131,7 +131,8 @@ def update(training: Training, preset: Preset, batch: Tensor) -> tuple[Tensor, T
     step = model.step
     g = noise.generator(preset.seed, step, _BATCH)
     t = timesteps.sample(model.schedule, preset.batch_size, preset.timestep_sampling, g, preset.predict)
-    lower = [timesteps.lower(model.schedule, t, 1 + step // preset.gap_steps)] if preset.loss == "consistency" else []
+    stage = min(timesteps.STAGES, 1 + step // preset.gap_steps)
+    lower = [timesteps.lower(model.schedule, t, stage)] if preset.loss == "consistency" else []
     t, lower = data.send(t, ranks.device), [data.send(r, ranks.device) for r in lower]
     flips = data.send(torch.rand(preset.batch_size, generator=g) < 0.5, ranks.device)
     turns = data.send(augment.draw(preset, step), ranks.device) if preset.turn or preset.mirror else None
