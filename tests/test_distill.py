@@ -56,6 +56,8 @@ def test_a_run_resumes_to_the_bit_without_the_model(teacher: str, tmp_path: Path
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     opened = open_checkpoint(tmp_path / "whole")
     assert isinstance(opened.denoiser.network, torch.nn.Module)
+    size = sum(file.stat().st_size for file in (tmp_path / "whole/checkpoints/00000005").glob("*.safetensors"))
+    assert forecast.checkpoint_bytes(opened.preset, opened.denoiser.network) == pytest.approx(size, rel=0.05)
     size = sum(4 * tensor.numel() for tensor in whole.values())
     assert forecast.checkpoint_bytes(opened.preset, opened.denoiser.network) == size
 
@@ -72,19 +74,22 @@ def test_bad_images_are_skipped_if_asked(tmp_path: Path, capsys: pytest.CaptureF
     assert distill(tmp_path / "run", *options, "--skip-bad") == 0
 
 
-@pytest.mark.parametrize("scale", [1, 2.5])
-def test_the_loss_gets_the_gap_of_the_step_and_the_teacher(
-    scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The gap halves every 2 steps. The teacher is the model at this guidance scale, also after an update."""
-    seen: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
-    real = losses.consistency
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor, Any]]:
+    """The levels t and r and the teacher of each call of the loss."""
+    calls, real = list[tuple[torch.Tensor, torch.Tensor, Any]](), losses.consistency
 
     def spy(denoiser: Any, x0: Any, t: Any, eps: Any, y: Any = None, r: Any = None, teacher: Any = None) -> Any:
-        seen.append((t, r, teacher))
+        calls.append((t, r, teacher))
         return real(denoiser, x0, t, eps, y, r, teacher)
 
     monkeypatch.setitem(losses.LOSSES, "consistency", spy)
+    return calls
+
+
+@pytest.mark.parametrize("scale", [1, 2.5])
+def test_the_loss_gets_the_gap_of_the_step_and_the_teacher(scale: float, tmp_path: Path, seen: list[Any]) -> None:
+    """The gap halves every 2 steps. The teacher is the model at this guidance scale, also after an update."""
     assert distill(tmp_path / "run", "--steps", 6, "--teacher", "--guidance", scale, "--batch-size", 64) == 0
     schedule = open_checkpoint(tmp_path / "run").denoiser.schedule
     sigma = (-schedule.half_log_snr).exp()
@@ -100,20 +105,12 @@ def test_the_loss_gets_the_gap_of_the_step_and_the_teacher(
     assert all(torch.equal(value, theirs[name]) for name, value in network.state_dict().items())
 
 
-def test_the_gap_stays_at_its_last_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gap_stays_at_its_last_stage(tmp_path: Path, seen: list[Any]) -> None:
     """A run that goes on compares the levels of the eighth stage, which is not the next one for all levels."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    real = losses.consistency
-
-    def spy(denoiser: Any, x0: Any, t: Any, eps: Any, y: Any = None, r: Any = None, **more: Any) -> Any:
-        seen.append((t, r))
-        return real(denoiser, x0, t, eps, y, r, **more)
-
-    monkeypatch.setitem(losses.LOSSES, "consistency", spy)
     assert distill(tmp_path / "run", "--gap-steps", 1, "--steps", 10, "--batch-size", 64) == 0
     schedule = open_checkpoint(tmp_path / "run").denoiser.schedule
     for step, stage in ((0, 1), (6, 7), (7, 8), (9, 8)):
-        t, r = seen[step]
+        t, r, _ = seen[step]
         assert torch.equal(r, timesteps.lower(schedule, t, stage))
     assert not torch.equal(seen[9][1], timesteps.lower(schedule, seen[9][0], 10))
 
@@ -127,16 +124,8 @@ def weak(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_guide_of_the_teacher(weak: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guide_of_the_teacher(weak: Path, tmp_path: Path, seen: list[Any]) -> None:
     """Its lower point is one step of the guided teacher. The run resumes to the bit, also if the guide has moved."""
-    seen: list[Any] = []
-    real = losses.consistency
-
-    def spy(*args: Any, teacher: Any) -> Any:
-        seen.append(teacher)
-        return real(*args, teacher=teacher)
-
-    monkeypatch.setitem(losses.LOSSES, "consistency", spy)
     for name, steps in (("whole", 4), ("halves", 2)):
         assert distill(tmp_path / name, "--guide", weak, "--guide-scale", 3, "--steps", steps) == 0
     moved = shutil.copytree(weak, tmp_path / "moved")
@@ -147,7 +136,7 @@ def test_a_guide_of_the_teacher(weak: Path, tmp_path: Path, monkeypatch: pytest.
     x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([5, 400, 980]), torch.tensor([1, 2, 3])
     want = guide.unclipped()(x, t, y).x0 + 3 * (digits.unclipped()(x, t, y).x0 - guide.unclipped()(x, t, y).x0)
     assert len(seen) == 8
-    torch.testing.assert_close(seen[-1].unclipped()(x, t, y).x0, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[-1][2].unclipped()(x, t, y).x0, want, rtol=1e-4, atol=1e-4)
     plain = tensors(tmp_path / "plain", 4) if distill(tmp_path / "plain", "--teacher", "--steps", 4) == 0 else {}
     assert not all(torch.equal(whole[name], plain[name]) for name in whole)
 

@@ -175,11 +175,15 @@ class _Results:
     write: bool
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def images(self, split: str, n: int | None = None) -> dict[str, Any]:
-        """What a measurement of `n` images of a split (None: all) is asked for, as plain JSON values."""
+    def images(self, split: str) -> dict[str, Any]:
+        """Which images a measurement is asked for, as plain JSON values."""
         images = self.load(split)
-        about = {"data": images.name, "split": images.split, "fingerprint": images.fingerprint}
-        return about if n is None else {**about, "count": min(n, len(images))}
+        return {"data": images.name, "split": images.split, "fingerprint": images.fingerprint}
+
+    def some(self, split: str, n: int | None) -> dict[str, Any]:
+        """The same for `n` images of a split (None: all)."""
+        size = len(self.load(split))
+        return {**self.images(split), "count": min(n or size, size)}
 
     def stem(self, name: str, asked: dict[str, Any]) -> str:
         """`name`, or name-2, name-3 and so on if files before it hold what was measured with other settings."""
@@ -230,7 +234,7 @@ def _likelihoods(
     if not {"nll", "ode"} & set(args.metrics):
         return
     images, n, common = results.load(args.split), args.n, (args.seed, args.batch_size, progress)
-    measured = results.images(args.split, n or len(images))
+    measured = results.some(args.split, n)
     if "nll" in args.metrics and args.levels_per_image is None:
         asked = {**measured, "draws": args.draws}
         stem = results.stem("nll", asked)
@@ -256,7 +260,7 @@ def _fidelity(
         model, images, names, cache, ranks, args.n, args.seed, args.sampler, levels, args.batch_size, progress
     )
     how = describe_sampling(model.denoiser, args.sampler, levels, args.spacing)
-    measured = results.images(args.split, args.n or len(images))
+    measured = results.some(args.split, args.n)
     results.keep("fidelity", {**measured, "metrics": names, **how, **asked}, values)
 
 

@@ -130,8 +130,8 @@ def _check_seen(old: Preset, preset: Preset, name: str) -> None:
         raise InputError(
             f"last_sigma {preset.last_sigma:g}: the model {name} was trained with {old.last_sigma:g}; want at most that"
         )
-    used = {"label_dropout": bool(preset.class_names), "condition_dropout": True, "condition_noise": True}
-    for setting in filter(used.get, used):
+    labels = ["label_dropout"] if preset.class_names else []
+    for setting in (*labels, "condition_dropout", "condition_noise"):
         now, was = getattr(preset, setting), getattr(old, setting)
         if now > was and (was == 0 or setting == "condition_noise"):
             raise InputError(f"{setting} {now:g}: the model {name} was trained with {was:g}; want at most that")

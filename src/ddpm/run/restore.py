@@ -192,9 +192,7 @@ def restore(
     given = max(ROUNDING, least) if settings.noise is None else settings.noise
     noise = finite_number("noise", given, least, 255) * pixels.BIN
     apply = operator_of(operator, preset, noise, device)
-    method = _method(settings, apply, operator)
-    if method == "dps" and settings.noise is not None and not (degrade or isinstance(apply, Blur)):
-        raise InputError(f"noise {settings.noise:g}: the method dps does not use it; want it with degrade, or no noise")
+    method = _method(settings, apply, operator, degrade)
     levels = _levels(checkpoint, method, settings.sampling)
     sample: Callable[..., Iterator[Step]]
     if method == "ddnm":
@@ -239,7 +237,7 @@ def restore(
     return Restored(before, degraded, restored, method, given, levels, residual, psnr)
 
 
-def _method(settings: Restoration, operator: Callable[[Tensor], Tensor], spec: str) -> str:
+def _method(settings: Restoration, operator: Callable[[Tensor], Tensor], spec: str, degrade: bool) -> str:
     """ddnm or dps. Raises InputError for a method that cannot use the operator, or has no such setting."""
     method = settings.method or ("ddnm" if isinstance(operator, Linear) else "dps")
     if method not in METHODS:
@@ -249,6 +247,8 @@ def _method(settings: Restoration, operator: Callable[[Tensor], Tensor], spec: s
     for name in ("zeta",) if method == "ddnm" else ("jump", "resample"):
         if getattr(settings, name) is not None:
             raise InputError(f"{name} {getattr(settings, name)}: the method {method} has no such setting")
+    if method == "dps" and settings.noise is not None and not (degrade or isinstance(operator, Blur)):
+        raise InputError(f"noise {settings.noise:g}: the method dps does not use it; want it with degrade, or no noise")
     if settings.jump is not None and settings.resample in (None, 1):
         raise InputError(f"jump {settings.jump}: each level is passed once; want resample of 2 or more with it")
     return method

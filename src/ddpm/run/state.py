@@ -117,7 +117,7 @@ def begin_with(source: Checkpoint, model: Model, preset: Preset, ranks: Processe
         log.say(ranks, f"  {line}")
 
 
-def check_guide(folder: Path | None, model: Model, preset: Preset) -> None:
+def check_same_guide(folder: Path | None, model: Model, preset: Preset) -> None:
     """Raise InputError if another model guided the run until the checkpoint `folder`."""
     if folder is not None and checkpoints.read_state(folder).get("guide") != (model.guide and model.guide.identity):
         raise InputError(f"guide {preset.guide!r}: another model guided the run so far; want that one, or another out")

@@ -98,7 +98,7 @@ def train(
         model.at_once = most or at_once
         with ranks.together():
             state.check_images(found.folder, model, preset, out, train_set, ranks)
-            state.check_guide(found.folder, model, preset)
+            state.check_same_guide(found.folder, model, preset)
             if ranks.rank == found.holder:
                 state.resume(model, found, out)
         if source is not None:
@@ -268,9 +268,8 @@ def _check_settings(preset: Preset, out: Path, found: nodes.Found, ranks: Proces
     if found.own is None and used:
         raise InputError(f"out {out}: exists and is not a run; want a new folder, or a run to resume")
     for name in ("data", "pairs"):
-        folder = Path(os.path.expanduser(source := getattr(preset, name)))
-        of_a_folder = source not in ("", "digits") and folder.is_dir()  # digits are the packaged ones
-        if of_a_folder and out.resolve().is_relative_to(folder.resolve()):
+        folder = data.folder_of(getattr(preset, name))
+        if folder is not None and out.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"out {out}: lies in {name} {folder}, so its pictures would be images; want it elsewhere")
     track.check(preset.track)
     with torch.device("meta"):

@@ -24,7 +24,7 @@ from ddpm.files.data.loading import (
 )
 from ddpm.files.data.objects import Given, given
 from ddpm.files.data.ordering import Shards, order
-from ddpm.files.data.sources import Arrays, Folder, Zip
+from ddpm.files.data.sources import Arrays, Folder, Zip, folder_of
 
 __all__ = [
     "STOP_SIGNALS",
@@ -40,6 +40,7 @@ __all__ = [
     "batches",
     "decoded",
     "describe",
+    "folder_of",
     "form_of",
     "given",
     "image_files",

@@ -87,6 +87,16 @@ def open_source(source: str, options: Options) -> Contents:
     raise InputError(f"{source or repr(source)}: no such file or folder; {ACCEPTED}")
 
 
+def folder_of(source: str) -> Path | None:
+    """The folder that a SOURCE is; None if it is anything else.
+
+    >>> folder_of("digits") is None, folder_of(".") == Path(".")
+    (True, True)
+    """
+    path = Path(os.path.expanduser(source))
+    return path if source and path.is_dir() and not _is_digits(source, path) else None
+
+
 def _files(names: Iterable[str]) -> str:
     """The kinds of files, in brackets for an error."""
     kinds = Counter(map(kind, names))
