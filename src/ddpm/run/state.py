@@ -241,7 +241,7 @@ def _write(
     try:
         return checkpoints.save(out, preset, state, files, place)
     except FloatingPointError as error:
-        raise not_finite(f"step {model.step}: {error}", out) from error
+        raise NotFinite(f"step {model.step}: {error}", out) from error
     except OSError as error:
         last = checkpoints.newest(out) or "none"
         raise Stopped(
@@ -250,11 +250,10 @@ def _write(
 
 
 class NotFinite(Stopped):
-    """The weights are not worth saving."""
+    """The weights are not worth saving. `what` says which value is not finite, and `out` is the folder of the run."""
 
-
-def not_finite(what: str, out: Path) -> NotFinite:
-    return NotFinite(
-        f"{what}; the last good checkpoint is {checkpoints.newest(out) or 'none'}; "
-        "try a lower lr, a longer warmup, grad_clip 1 or precision float32"
-    )
+    def __init__(self, what: str, out: Path) -> None:
+        super().__init__(
+            f"{what}; the last good checkpoint is {checkpoints.newest(out) or 'none'}; "
+            "try a lower lr, a longer warmup, grad_clip 1 or precision float32"
+        )

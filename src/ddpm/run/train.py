@@ -141,7 +141,7 @@ def train(
                 return None
             mean = float(torch.tensor(levels).nanmean())
             if not math.isfinite(mean):
-                raise state.not_finite(f"step {model.step}: the held-out loss is not finite", out)
+                raise state.NotFinite(f"step {model.step}: the held-out loss is not finite", out)
             write(model.step, {"held_out": mean, "held_out_by_level": levels})
             return mean
 
@@ -385,7 +385,7 @@ class _Watch:
     def check(self, out: Path, loss: Tensor) -> None:
         """Raise Stopped if a gradient was not finite."""
         if (step := int(self.first_bad)) >= 0:
-            raise state.not_finite(f"step {step}: the gradient is not finite (loss {float(loss.detach()):.4g})", out)
+            raise state.NotFinite(f"step {step}: the gradient is not finite (loss {float(loss.detach()):.4g})", out)
 
 
 @contextmanager
