@@ -149,6 +149,16 @@ def test_an_lmdb_is_opened_by_several(tmp_path):
         assert each.batch(range(6))[:, 0, 0, 0].tolist() == list(range(6))
 
 
+def test_workers_open_an_lmdb_again(tmp_path):
+    """A fork copies what this process has open, and another fork follows when the first workers are gone."""
+    write_lmdb(tmp_path / "lmdb", [images.to_png(np.full((8, 8, 3), i, np.uint8)) for i in range(6)])
+    loaded = data.load(str(tmp_path / "lmdb"), SIZE, 3, cache_bytes=0)
+    for step in range(2):
+        [batch] = data.batches(loaded, 0, 6, step, step + 1, workers=2)
+        assert batch[:, 0, 0, 0].tolist() == loaded.order(0, step, 6).tolist()
+        assert loaded.batch(range(6))[:, 0, 0, 0].tolist() == list(range(6))
+
+
 def write_lmdb(path, files):
     lmdb = pytest.importorskip("lmdb")
     with lmdb.open(str(path), map_size=1 << 24) as opened, opened.begin(write=True) as transaction:

@@ -5,6 +5,7 @@ import tarfile
 import warnings
 import zipfile
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -43,6 +44,15 @@ def write(path, kind, contents):
         with zipfile.ZipFile(source, "w") as archive:
             for name, content in contents.items():
                 archive.writestr(name, content)
+    elif kind == ".lmdb":
+        lmdb = pytest.importorskip("lmdb")
+        with lmdb.open(str(source), map_size=1 << 24) as opened, opened.begin(write=True) as transaction:
+            for name, content in contents.items():
+                transaction.put(name.encode(), content)
+    elif kind == ".parquet":
+        rows = [{"image": {"bytes": content, "path": name}} for name, content in contents.items()]
+        labels = [name.partition("/")[0] for name in contents]
+        datasets.Dataset.from_list(rows).add_column("label", labels).to_parquet(source)
     else:
         with tarfile.open(source, "w") as archive:
             for name, content in contents.items():
@@ -57,7 +67,7 @@ def whole(loaded):
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
-@pytest.mark.parametrize("kind", ["", ".zip", ".tar"])
+@pytest.mark.parametrize("kind", ["", ".zip", ".tar", ".lmdb", ".parquet"])
 @pytest.mark.parametrize(("given", "values"), [(GREY, DEEP), (RGB, EIGHT_BIT)])
 def test_each_page_is_an_image_with_the_labels_of_its_file(tmp_path, kind, given, values, cache_bytes):
     source = write(tmp_path, kind, files(given))
@@ -66,8 +76,9 @@ def test_each_page_is_an_image_with_the_labels_of_its_file(tmp_path, kind, given
         warnings.simplefilter("error")
         loaded = data.load(source, (8, 8), channels, values=values, pages="images", cache_bytes=cache_bytes)
     assert (whole(loaded) == given.reshape(6, 8, 8, channels)).all()
-    assert loaded.class_names == ("cat", "dog")
-    assert loaded.labels.tolist() == [0, 0, 0, 0, 1, 1]
+    if kind != ".lmdb":  # which has no labels
+        assert loaded.class_names == ("cat", "dog")
+        assert loaded.labels.tolist() == [0, 0, 0, 0, 1, 1]
     assert loaded.names()[4].startswith("page 1 of ")
     assert "; each page of 3 TIFF files is an image; " in data.describe(*data.split_holdout(loaded))
     if cache_bytes == 0:

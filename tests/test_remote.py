@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import fsspec
 import numpy as np
 import pytest
@@ -253,10 +254,15 @@ def test_a_shard_that_changes_is_read_again(serve, shards):
     assert before.fingerprint != after.fingerprint
 
 
-def test_pages_of_whole_tar_files_are_refused(serve):
-    """Images that must be read in order have no pages."""
-    with pytest.raises(InputError, match=r"^pages images: .*\.tar comes as whole tar files; want a copy of them, or"):
+def test_pages_of_images_in_order_are_refused(serve, shards):
+    """Whole tar files and parquet files are read in order."""
+    match = r"^pages images: .* is read in order; want a copy of its files, or pages first"
+    with pytest.raises(InputError, match=match):
         stream(f"{serve(ranges=False).url}/{SOME}", pages="images")
+    rows = [{"image": {"bytes": pictures.to_png(PIXELS[i]), "path": None}} for i in range(4)]
+    datasets.Dataset.from_list(rows).to_parquet(shards / "train-0.parquet")
+    with pytest.raises(InputError, match=match):
+        stream(f"{serve().url}/train-0.parquet", pages="images")
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -290,8 +296,6 @@ def test_the_memory_file_system(shards):
 @pytest.mark.parametrize("embedded", [True, False])
 def test_parquet_files_at_a_url(embedded, tmp_path, serve, shards):
     """With images in the rows; and with paths, of which those outside the source need allow_paths."""
-    import datasets
-
     cells = [{"bytes": pictures.to_png(image), "path": None} for image in PIXELS]
     if not embedded:
         for i, image in enumerate(PIXELS):

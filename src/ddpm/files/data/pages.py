@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ddpm.errors import InputError
 from ddpm.files import arrays
-from ddpm.files.data.listing import Encoded, EncodedImages, Listing
+from ddpm.files.data.listing import Contents, Encoded, EncodedImages, Listing
 
 
 @dataclass
@@ -75,19 +75,30 @@ class Pages:
         return {**self.__dict__, "last": None}
 
 
-def by_pages(listing: Listing) -> Listing:
+def each_page(source: str, contents: Contents) -> Contents:
+    """The contents with each page of a TIFF file as an image. Listing a split may raise InputError."""
+    splits = {split: lambda listing=listing: by_pages(source, listing()) for split, listing in contents.splits.items()}
+    return replace(contents, splits=splits)
+
+
+def by_pages(source: str, listing: Listing) -> Listing:
     """The listing with each page of a TIFF file as an image, which has the labels of its file.
 
-    A file that cannot be read stays one image, and fetching it gives the error.
+    A file that cannot be read stays one image, and fetching it gives the error. Raises InputError if the images must
+    be read in order.
     """
+    if isinstance(listing.encoded, Pages):
+        return listing
+    if listing.shards is not None:
+        raise InputError(f"pages images: {source} is read in order; want a copy of its files, or pages first")
     files, places, faults = listing.encoded, list[tuple[int, int]](), dict[int, InputError]()
     for i in range(len(files)):
         name = files.name(i)
         pages = [-1]
-        [source] = files.fetch([i])
-        if isinstance(source, bytes | Path) and _is_tiff(source):
+        [file] = files.fetch([i])
+        if isinstance(file, bytes | Path) and _is_tiff(file):
             try:
-                pages = arrays.find_pages(source, name)
+                pages = arrays.find_pages(file, name)
             except InputError as fault:
                 faults[i] = fault
         places += [(i, page) for page in pages]

@@ -45,7 +45,7 @@ from ddpm.files.data.listing import (
     number_values,
     walk,
 )
-from ddpm.files.data.pages import by_pages
+from ddpm.files.data.pages import by_pages, each_page
 from ddpm.files.data.tars import Tar, members
 from ddpm.files.features import read_arrays
 from ddpm.noise import generator
@@ -75,7 +75,7 @@ def open_source(source: str, options: Options) -> Contents:
             if row.recognises(source, path):
                 contents = row.contents(source, path, options)
                 contents.warn(source)
-                return contents
+                return each_page(source, contents) if options.pages == "images" else contents
     if source and path.is_dir():
         raise InputError(f"{source}: no images in this folder{_files(walk(path))}; {ACCEPTED}")
     if path.is_file():
@@ -193,8 +193,7 @@ def _contents(
 
     def listing(split: str) -> Listing:
         labels = None if layout.labels is None else layout.labels[split]
-        found = Listing(images_of(layout.splits[split]), labels, layout.class_names)
-        return by_pages(found) if options.pages == "images" else found
+        return Listing(images_of(layout.splits[split]), labels, layout.class_names)
 
     return Contents({split: functools.partial(listing, split) for split in layout.splits}, layout.left_out)
 
@@ -386,8 +385,6 @@ def _url(source: str, path: Path, options: Options) -> Contents:
     contents = _tar_contents(source, list(zip(names, tars, strict=True)), options)
     if all(shard.ranges for shard in tars):
         return contents
-    if options.pages == "images":
-        raise InputError(f"pages images: {source} comes as whole tar files; want a copy of them, or pages first")
 
     def in_order(split: str) -> Listing:
         listing = contents.splits[split]()
@@ -483,7 +480,7 @@ def _tif(source: str, path: Path, options: Options) -> Contents:
     options.refuse_columns(source)
     if options.pages == "channels":
         raise InputError(f"pages channels: {source} would be one image; want a folder of such files, or pages images")
-    return Contents({"train": lambda: by_pages(Listing(Folder(path.parent, [path.name])))})
+    return Contents({"train": lambda: by_pages(source, Listing(Folder(path.parent, [path.name])))})
 
 
 # -- LMDB, as LSUN is distributed --------------------------------------------------------------------------------------
@@ -532,6 +529,9 @@ def open_lmdb(path: Path) -> Any:
     Raises InputError if it is damaged, or lmdb is not installed.
     """
     lmdb = codecs.package("lmdb", str(path), "LMDB")
+    for (process, *_), inherited in list(_OPENED.items()):
+        if process != os.getpid():  # a fork copies what is open, which cannot be used there, nor opened beside it
+            inherited.close()
     key = os.getpid(), os.path.realpath(path), *facts_of(path / "data.mdb")
     if (opened := _OPENED.get(key)) is None:
         try:
