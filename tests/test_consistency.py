@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 from exact import (
+    GaussianData,
     correlated,
     last,
     normal,
@@ -169,6 +170,25 @@ def test_the_odes_map_gives_the_law_of_the_data_in_one_call_or_more(steps):
     assert z_score(last(samplers.consistency(ode_map(data, s), noise(s.T), noise, steps)).x, *law) < 4.5
     ordinary = Denoiser(exact_network(data, s, "v"), s, "v", clip=False)
     assert z_score(last(samplers.consistency(ordinary, noise(s.T), noise, steps)).x, *law) > 6
+
+
+@pytest.mark.parametrize(("sigma", "kept"), [(2, 0.37), (10, 0.87), (80, 0.997)])
+def test_a_lower_first_level_narrows_what_varies_most(sigma, kept):
+    """x_T begins as N(0, I), though q(x_T) = N(sqrt(abar) m, abar S + (1 - abar) I).
+
+    So the exact map scales a deviation s by sqrt((1 + sigma^2)/(s^2 + sigma^2)), which is below 1 if s is above 1.
+    """
+    data, s = GaussianData(correlated().mean, 64 * correlated().covariance), COSINE.up_to(sigma)
+    noise, abar = normal(10_000, (1, 2, 2)), s.alpha_bar[s.T]
+    variances, vectors = torch.linalg.eigh(data.covariance)
+    scale = ((1 + sigmas(s, s.T) ** 2) / (variances + sigmas(s, s.T) ** 2)).sqrt()
+    assert float(scale[-1]) == pytest.approx(kept, abs=0.01)
+    through = (vectors * scale * variances.sqrt()) @ vectors.T  # from x_T - sqrt(abar) m to x_0 - m
+    law = data.mean.flatten() - abar.sqrt() * through @ data.mean.flatten(), through @ through.T
+    found = last(samplers.consistency(ode_map(data, s), noise(s.T), noise, 1)).x
+    assert z_score(found, *law) < 4.5
+    if sigma < 80:
+        assert z_score(found, data.mean.flatten(), data.covariance) > 6
 
 
 @pytest.mark.parametrize("predict", ["x0", "v"])

@@ -253,8 +253,11 @@ def test_teacher_and_guide_have_seen_what_the_run_hides(
         init.guide_of(run)
 
 
-def test_the_first_call_is_at_a_level_that_the_model_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_call_is_at_a_level_that_the_model_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the highest one, unless it has more noise than sigma 80 or --last-sigma."""
+    assert distill(tmp_path / "run", "--last-sigma", 20, "--steps", 1) == 0
     model = open_checkpoint("digits")
+    assert open_checkpoint(tmp_path / "run").denoiser.schedule.T == model.denoiser.schedule.up_to(20).T < 991
     for trained, wanted in ((0.0, 80.0), (200.0, 80.0), (20.0, 20.0)):
         seen = replace(model, preset=replace(model.preset, last_sigma=trained))
         monkeypatch.setattr(init, "open_checkpoint", lambda *_, seen=seen, **__: seen)

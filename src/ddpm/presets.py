@@ -31,8 +31,8 @@ GROUPS = {
 
 DISTILLED = (
     "steps", "batch_size", "accumulate", "lr", "warmup", "cooldown", "ema_decay", "dropout", "gap_steps", "teacher",
-    "guidance", "guide", "guide_scale", "seed", "device", "workers", "save_every", "keep_steps", "sample_every",
-    "eval_images", "image_column", "label_column", "pairs", "pair_column", "skip_bad", "allow_paths",
+    "guidance", "guide", "guide_scale", "last_sigma", "seed", "device", "workers", "save_every", "keep_steps",
+    "sample_every", "eval_images", "image_column", "label_column", "pairs", "pair_column", "skip_bad", "allow_paths",
 )  # fmt: skip
 """The settings that `ddpm distill` has as options. All others are those of the model, and of `init.distilled`."""
 
@@ -174,7 +174,7 @@ class Preset:
     beta_1: float = _diffusion(1e-4, "first beta of the schedule", 1e-12, 1)
     beta_T: float = _diffusion(0.02, "last beta of the schedule", 1e-12, 1)
     last_sigma: float = _diffusion(
-        0.0, "largest sqrt((1 - abar)/abar); levels with more noise are left out; 0 keeps all", 0
+        0.0, "largest sqrt((1 - abar)/abar) of a noise level; 0 keeps all levels (default of distill: 80)", 0
     )
     predict: Prediction = _diffusion("eps", "what the network predicts: the noise eps, the image x0, the mean mu, or v")
     variance: Variance = _diffusion("fixed_large", "variance of the reverse process, sigma_t^2")
