@@ -1123,6 +1123,27 @@ def test_workers_report_what_they_skip_and_convert(tmp_path):
         list(batches(strict, 0, N, 0, 3))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_takes_the_place_of_a_bad_image(tmp_path, workers):
+    """The next good image of the class; of another class only if all of the class are bad, which is said."""
+    folder(tmp_path, rows=range(9))
+    lazy = load(str(tmp_path), (8, 8), 3, cache_bytes=0, skip_bad=True)
+    labels, names = lazy.labels.tolist(), lazy.names()
+    classes = [[i for i, label in enumerate(labels) if label == k] for k in range(3)]
+    want = lazy.batch(range(9))
+    for bad in (classes[0][0], *classes[1]):
+        Path(names[bad]).write_bytes(b"")
+    want[classes[0][0]] = want[classes[0][1]].clone()
+    want[classes[1]] = want[classes[2][0]].clone()  # after the last of class 1 comes the first of class 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        lazy = load(str(tmp_path), (8, 8), 3, cache_bytes=0, skip_bad=True)
+        [batch] = batches(lazy, 0, 9, 0, 1, workers=workers)
+    assert any("bad like all of the class, so one of another class" in str(warning.message) for warning in caught)
+    assert torch.equal(batch, want[order(9, 0, 0, 9)])
+    assert lazy.skipped == 1 + len(classes[1])
+
+
 def test_closing_the_iterator_ends_the_workers(tmp_path):
     folder(tmp_path, classes=False)
     steps = batches(load(str(tmp_path), (8, 8), 3, cache_bytes=0), 0, 4, 0, 10**6)

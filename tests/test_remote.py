@@ -323,7 +323,7 @@ def test_parquet_files_at_a_url(embedded, tmp_path, serve, shards):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_row_groups_are_read_in_order_by_their_ranges(tmp_path, serve, shards, ranges):
+def test_row_groups_are_read_in_order_by_their_ranges(tmp_path, serve, shards, ranges, cache):
     """Splits, labels and images are those of the local files; an epoch visits each image once, within the window."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -337,6 +337,7 @@ def test_row_groups_are_read_in_order_by_their_ranges(tmp_path, serve, shards, r
     train, test = load_pair(url, (8, 8), 3, cache_bytes=0, shuffle_window=8)
     assert torch.equal(train.batch(range(48)), torch.from_numpy(PIXELS[:48]).permute(0, 3, 1, 2))
     assert torch.equal(test.batch(range(12)), torch.from_numpy(PIXELS[48:]).permute(0, 3, 1, 2))
+    assert len(list(cache.glob("parts/*/*g"))) == 8  # those of the last minute stay, whatever --cache-bytes
     assert train.labels.tolist() == [i % 3 for i in range(48)]
     assert (train.class_names, train.split, test.split) == (("c0", "c1", "c2"), "train", "test")
     assert (train.shards.sizes, train.shards.window) == ([10, 10, 5, 10, 10, 3], 8)

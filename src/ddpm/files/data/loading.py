@@ -187,7 +187,7 @@ class Images:
 
         places  of random crops, [B, 2] (`batches.crop_places`); None: the centre of each image
 
-        With skip_bad, the next good image, of the same label if there are labels, takes the place of a bad one.
+        With skip_bad, the next good image takes the place of a bad one: one of the same label, if there is one.
         Otherwise a bad image raises an InputError that names the file.
 
         >>> load("digits", (8, 8), 1).batch([0, 7]).shape
@@ -221,14 +221,18 @@ class Images:
         self, index: int, faults: dict[int, str], notes: pictures.Notes, place: list[pictures.Place] | None
     ) -> NDArray[Any]:
         """The image [C, H, W] that takes the place of a bad one. Faults and notes are added to the arguments."""
-        for step in range(1, len(self)):
-            other = (index + step) % len(self)
-            if self.labels is not None and self.labels[other] != self.labels[index]:
-                continue
-            row = int(self.rows[other])
+        others = (index + torch.arange(1, len(self))) % len(self)
+        same = torch.ones(len(others), dtype=torch.bool)
+        if self.labels is not None:
+            same = self.labels[others] == self.labels[index]
+            others = torch.cat([others[same], others[~same]])
+        for k, row in enumerate(self.rows[others].tolist()):
             pixels, bad, more_notes = self.decoder.decode([row], place)
             if not bad:
                 merge_notes(notes, more_notes)
+                if k >= same.sum():
+                    name = self.decoder.encoded.name(int(self.rows[index]))
+                    pictures.note(notes, "bad like all of the class, so one of another class takes its place", name)
                 return np.asarray(pixels[0])
             faults[row] = bad[0]
         raise InputError(

@@ -101,7 +101,7 @@ class RemoteFile:
     def open(self) -> BinaryIO:
         if self.ranges:
             return io.BufferedReader(_Parts(self), _AHEAD)
-        path = self._folder / "whole"
+        path = self._folder / WHOLE
         for _ in range(3):  # another process may delete it between two lines
             with suppress(FileNotFoundError):
                 if not path.exists():
@@ -264,6 +264,8 @@ def _status(fault: BaseException | None) -> int | None:
 
 # -- the parts on this machine -----------------------------------------------------------------------------------------
 
+WHOLE, GROUP = "whole", "g"
+"""How the names of the parts end that are whole files, and row groups. Other parts are ranges of bytes."""
 _IN_USE = 60
 """Seconds in which a whole file or row group that was used is not deleted: many images of it are wanted in turn."""
 _written, _guard = 0, threading.Lock()
@@ -290,7 +292,7 @@ def _tidy(count: int, most: int) -> None:
     for used, size, path in sorted(parts)[:-1]:  # the last one is in use
         if excess <= 0:
             return
-        if path.name.endswith(("whole", "g")) and time.time_ns() - used < _IN_USE * 10**9:
+        if path.name.endswith((WHOLE, GROUP)) and time.time_ns() - used < _IN_USE * 10**9:
             continue
         with suppress(OSError):
             path.unlink()

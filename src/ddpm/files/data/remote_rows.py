@@ -18,7 +18,7 @@ from ddpm.files.data import hugging_face
 from ddpm.files.data.index import indexed, key_of
 from ddpm.files.data.layout import meanings
 from ddpm.files.data.listing import Contents, Encoded, Listing, Options
-from ddpm.files.data.remote import RemoteFile
+from ddpm.files.data.remote import GROUP, RemoteFile
 
 _OPEN = 4
 """Row groups that a process keeps open."""
@@ -68,7 +68,7 @@ class RemoteRows:
         """The images of a row group. Raises OSError."""
         if (table := self.opened.get(group)) is None:
             file, number = (int(each) for each in self.groups[group])
-            name = f"{number}g{hashlib.sha256(self.column.encode()).hexdigest()[:16]}"
+            name = f"{number}-{hashlib.sha256(self.column.encode()).hexdigest()[:16]}{GROUP}"
             data = self.files[file].kept(name, lambda: self._read(self.files[file], number))
             with pa.ipc.open_stream(data) as reader:
                 table = reader.read_all()
