@@ -159,6 +159,20 @@ def test_workers_open_an_lmdb_again(tmp_path):
         assert loaded.batch(range(6))[:, 0, 0, 0].tolist() == list(range(6))
 
 
+def test_pairs_of_two_lmdbs_have_the_same_keys(tmp_path):
+    files = [images.to_png(np.full((8, 8, 3), i, np.uint8)) for i in range(4)]
+    write_lmdb(tmp_path / "a", files[:3])
+    write_lmdb(tmp_path / "b", files[:3])
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "c"), map_size=1 << 24) as opened, opened.begin(write=True) as transaction:
+        for i in range(1, 4):
+            transaction.put(f"{i:04d}".encode(), files[i])
+    one, same, other = (data.load(str(tmp_path / name), SIZE, 3) for name in "abc")
+    assert len(data.paired(one, same)) == 3
+    with pytest.raises(InputError, match="0001 is in the place of 0000; want files of the same names"):
+        data.paired(one, other)
+
+
 def write_lmdb(path, files):
     lmdb = pytest.importorskip("lmdb")
     with lmdb.open(str(path), map_size=1 << 24) as opened, opened.begin(write=True) as transaction:

@@ -24,7 +24,7 @@ from several import server
 
 from ddpm.errors import InputError
 from ddpm.files import images as pictures
-from ddpm.files.data import batches, describe, load, load_pair, objects, order, split_holdout
+from ddpm.files.data import batches, describe, load, load_pair, objects, order, paired, split_holdout
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 real = pytest.mark.skipif(not DATA.exists(), reason="needs the real data beside the checkout")
@@ -1151,6 +1151,25 @@ def test_closing_the_iterator_ends_the_workers(tmp_path):
     assert len(multiprocessing.active_children()) == 2
     steps.close()
     assert multiprocessing.active_children() == []
+
+
+def test_workers_decode_both_images_of_a_pair(tmp_path):
+    """As many as are asked for decode both, and auto times both."""
+    roots = folder(tmp_path / "a", rows=range(20)), folder(tmp_path / "b", rows=range(20))
+    for path in roots[1].rglob("*.png"):
+        pictures.save(path, 255 - np.asarray(Image.open(path)))
+    memory = paired(*(load(str(root), (8, 8), 3) for root in roots))
+    want = list(batches(memory, 0, 6, 0, 9))
+    lazy = paired(*(load(str(root), (8, 8), 3, cache_bytes=0) for root in roots))
+    lines = []
+    for workers in (0, 2, "auto"):
+        found = list(batches(lazy, 0, 6, 0, 9, workers=workers, say=lines.append))
+        assert torch.equal(torch.stack(found), torch.stack(want))
+    assert len(lines) == 1
+    steps = batches(lazy, 0, 6, 0, 10**6)
+    next(steps)
+    assert len(multiprocessing.active_children()) == 2
+    steps.close()
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])

@@ -781,7 +781,7 @@ def test_a_few_held_out_images_are_seen_at_many_levels() -> None:
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_which_images_are_held_out_is_in_the_run(bad: bool, tmp_path: Path) -> None:
+def test_which_images_are_held_out_is_in_the_run(bad: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The files that are named are those that training never sees; bad files do not shift the names."""
     pixels = data.load("digits", (8, 8), 1).batch(range(40)).permute(0, 2, 3, 1).numpy()
     pictures.save_many(tmp_path / "data", pixels, [f"{i:02d}" for i in range(40)])
@@ -798,6 +798,10 @@ def test_which_images_are_held_out_is_in_the_run(bad: bool, tmp_path: Path) -> N
     seen = {by_content[rest.batch([i]).numpy().tobytes()] for i in range(len(rest))}
     assert seen.isdisjoint(record["images"])
     assert len(seen) + len(record["images"]) == len(files)
+    if bad:  # images that are not in memory are another list
+        capsys.readouterr()
+        assert train(tmp_path / "run", *given, "--cache-bytes", 0) == 2
+        assert "want the files and the cache_bytes of before, or another out" in capsys.readouterr().err
 
 
 def test_evaluation_and_samples_use_the_averaged_weights(trained: Path) -> None:

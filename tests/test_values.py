@@ -64,7 +64,7 @@ def test_floats_come_back_in_their_own_range():
     x = torch.linspace(1000, 1001, 1001)
     again = pixels.to_pixels(pixels.to_signal(x, values), values)
     assert (again - x).abs().max() <= 2**-14  # the spacing of float32 at 1000
-    with pytest.raises(InputError, match=r"pixel_type float32: has no bins .*want the metric ode"):
+    with pytest.raises(InputError, match=r"pixel_type float32: has no bins .*want uint8 or uint16, or `ddpm evaluate"):
         _ = values.bin
 
 

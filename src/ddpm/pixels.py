@@ -70,8 +70,8 @@ class Values:
         """
         if self.bins is None:
             raise InputError(
-                "pixel_type float32: has no bins (Eq. 13), so there are no bits per dimension; want the metric ode, "
-                "which gives a density, or uint8 or uint16"
+                "pixel_type float32: has no bins (Eq. 13), so there are no bits per dimension; want uint8 or uint16, "
+                "or `ddpm evaluate --metrics ode`, which gives a density"
             )
         return 2 / (self.bins - 1)
 

@@ -319,7 +319,8 @@ class Preset:
         if self.width % 32:
             raise InputError(f"width {self.width}: want a multiple of 32")
         if self.loss in ("simple", "consistency") and self.variance.startswith("learned"):
-            raise InputError(f"variance {self.variance}: loss {self.loss} does not train it; want loss hybrid or vlb")
+            want = "a fixed one" if self.loss == "consistency" else "loss hybrid or vlb"
+            raise InputError(f"variance {self.variance}: loss {self.loss} does not train it; want {want}")
         if self.loss == "consistency" and self.predict not in ("x0", "v"):
             raise InputError(f"predict {self.predict}: loss consistency needs x0^ even at high noise; want x0 or v")
         if self.pixel_type == "float32" and self.loss in ("vlb", "hybrid"):
@@ -374,7 +375,7 @@ class Preset:
         if self.pair_column and not self.pairs and self.pair_column == self.image_column:
             raise InputError(f"pair_column {self.pair_column}: is image_column, too; want another column")
         if kind == "pairs" and self.skip_bad:
-            raise InputError(f"{name}: not with skip_bad, since another image would take the place of a bad one")
+            raise InputError(f"{name}: not with skip_bad; want both images of a bad pair removed")
         if self.condition_dropout == 1 or (kind == "none" and self.condition_dropout):
             raise InputError(
                 f"condition_dropout {self.condition_dropout:g}: want less than 1, and 0 without a condition"

@@ -194,7 +194,7 @@ def nll_sampled(
     """
     indices, T = subset(images, count), checkpoint.denoiser.schedule.T
     if (n := len(indices)) < 2:
-        raise InputError(f"{n} image: want at least 2, for a standard error")
+        raise InputError(f"{n} image of {images.name} ({images.split}): want at least 2, for a standard error")
     bits = sampled_bits(checkpoint, images, indices, levels_per_image, ranks, seed, batch_size, progress)
     return {
         "bits_per_dim": float(bits.mean()),

@@ -133,6 +133,11 @@ def check_images(
     state = checkpoints.read_state(folder)
     if state["data"] != images.fingerprint:
         was = checkpoints.settings(out)
+        if was and was.data == preset.data and preset.skip_bad:
+            raise InputError(
+                f"data {preset.data}: not the images that the run in {out} was trained on; with skip_bad, bad images "
+                "are left out only if all are in memory; want the files and the cache_bytes of before, or another out"
+            )
         raise InputError(
             f"data {preset.data}: not the images that the run in {out} was trained on, which came from "
             f"{was.data if was else 'elsewhere'}; want "

@@ -11,10 +11,11 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -61,7 +62,44 @@ def _what(images: Images, seed: int, step: int, batch_size: int, part: slice) ->
     return images.order(seed, step, batch_size)[part], None if places is None else places[part]
 
 
-_Step: TypeAlias = tuple[int | NDArray[Any], dict[int, str], pictures.Notes] | str
+_Reports: TypeAlias = list[tuple[dict[int, str], pictures.Notes]]
+"""The arguments of `Images.report`, for the images, and for their pairs."""
+_Step: TypeAlias = tuple[int | NDArray[Any], _Reports] | str
+
+
+def _sources(images: Images) -> list[Images]:
+    """The images, and their pairs if they have any, in the order of the channels of a batch."""
+    return [images] if images.pair is None else [images, images.pair]
+
+
+def _room(images: Images, batch_size: int, part: slice) -> NDArray[Any]:
+    """Zeros for a batch of this process, [b, C, H, W], or [b, 2 C, H, W] with pairs."""
+    zeros = images.decoder.form.zeros(len(range(batch_size)[part]))
+    return np.concatenate([zeros] * len(_sources(images)), axis=1)
+
+
+def _decode(
+    images: Images, seed: int, step: int, batch_size: int, part: slice, out: NDArray[Any] | None = None
+) -> tuple[NDArray[Any], _Reports]:
+    """The images of a step, in `out` if it is given, and what is to be reported of them."""
+    out = _room(images, batch_size, part) if out is None else out
+    sources, reports = _sources(images), _Reports()
+    for each, planes in zip(sources, np.split(out, len(sources), axis=1), strict=True):
+        _, faults, notes = each.decode(*_what(each, seed, step, batch_size, part), out=planes)
+        reports.append((faults, notes))
+    return out, reports
+
+
+def _report(images: Images, reports: _Reports) -> None:
+    for each, report in zip(_sources(images), reports, strict=True):
+        each.report(*report)
+
+
+def _decoded(images: Images, seed: int, step: int, batch_size: int, part: slice) -> Tensor:
+    """The images of a step, decoded by this process."""
+    pixels, reports = _decode(images, seed, step, batch_size, part)
+    _report(images, reports)
+    return torch.from_numpy(pixels)
 
 
 @dataclass
@@ -82,10 +120,9 @@ class _Steps(Dataset[_Step]):
     def __getitem__(self, where: tuple[int, int | None]) -> _Step:
         step, slot = where
         try:
-            what = _what(self.images, self.seed, step, self.batch_size, self.part)
             out = None if slot is None else self.slots[slot].numpy()
-            pixels, faults, notes = self.images.decode(*what, out=out)
-            return pixels.numpy() if slot is None else slot, faults, notes
+            pixels, reports = _decode(self.images, self.seed, step, self.batch_size, self.part, out)
+            return pixels if slot is None else slot, reports
         except InputError as fault:
             return str(fault)
 
@@ -156,18 +193,16 @@ def batches(
     torch.Size([16, 1, 8, 8])
     """
     part, device = part or slice(None), torch.device(device)
-    if images.pair is not None:
-        pairs = (
-            batches(each, seed, batch_size, start, stop, part=part, workers=workers, device=device)
-            for each in (replace(images, pair=None), images.pair)
-        )
-        yield from (torch.cat(both, dim=1) for both in zip(*pairs, strict=True))
-        return
-    if images.pixels is not None:
-        pixels = images.pixels.to(device) if _fits(images.pixels, device) else images.pixels
+    sources = _sources(images)
+    held = [each.pixels for each in sources if each.pixels is not None]
+    if len(held) == len(sources):
+        held = [pixels.to(device) if _fits(pixels, device) else pixels for pixels in held]
         for step in range(start, stop):
-            rows = images.rows[images.order(seed, step, batch_size)[part]]
-            yield send(take(pixels, send(rows, pixels.device)), device)
+            taken = []
+            for each, pixels in zip(sources, held, strict=True):
+                rows = each.rows[each.order(seed, step, batch_size)[part]]
+                taken.append(send(take(pixels, send(rows, pixels.device)), device))
+            yield torch.cat(taken, dim=1) if len(taken) > 1 else taken[0]
         return
     if workers == "auto":
         first = range(start, min(start + _TRIAL, stop))
@@ -175,7 +210,7 @@ def batches(
         start = first.stop
     if workers == 0:
         for step in range(start, stop):
-            yield send(images.batch(*_what(images, seed, step, batch_size, part)), device)
+            yield send(_decoded(images, seed, step, batch_size, part), device)
         return
     faults_in_a_row = 0
     while start < stop:
@@ -215,7 +250,7 @@ def _trial(
     decoding, training = [], []
     for step in steps:
         begun = time.monotonic()
-        batch = images.batch(*_what(images, seed, step, batch_size, part))
+        batch = _decoded(images, seed, step, batch_size, part)
         decoded = time.monotonic()
         yield send(batch, device)
         if device.type == "cuda":
@@ -263,7 +298,7 @@ def _by_workers(
     images: Images, seed: int, batch_size: int, part: slice, steps: range, workers: int
 ) -> Iterator[Tensor]:
     """The batches of these steps, decoded ahead by other processes, which end with the iterator."""
-    batch = images.decoder.form.zeros(len(range(batch_size)[part]))
+    batch = _room(images, batch_size, part)
     ahead = _AHEAD if batch.nbytes < _LARGE else 2
     # a step begins before the batch of an earlier one is given out, while the caller still has the batch before that
     slots = _shared(min(workers * ahead + 2, len(steps)), torch.from_numpy(batch))
@@ -294,8 +329,8 @@ def _by_workers(
                 raise _WorkerDied(str(error).partition("\n")[0] or type(error).__name__) from None
             if isinstance(result, str):
                 raise InputError(result)
-            slot, faults, notes = result
-            images.report(faults, notes)
+            slot, reports = result
+            _report(images, reports)
             yield _lent(slots, slot, free) if isinstance(slot, int) else torch.from_numpy(slot)
     finally:
         del results  # it is the last reference, so this ends the workers

@@ -30,7 +30,7 @@ from ddpm.files.data.objects import Given, Items
 from ddpm.files.data.ordering import Shards, order
 from ddpm.files.data.pages import Pages
 from ddpm.files.data.shared import PLAIN, decoded_once
-from ddpm.files.data.sources import Folder, Zip, open_source
+from ddpm.files.data.sources import Folder, Lmdb, Zip, open_source
 from ddpm.files.data.tars import Tar
 from ddpm.noise import generator
 from ddpm.pixels import EIGHT_BIT, Values
@@ -614,9 +614,10 @@ def _file_names(images: Images, column: str) -> list[str] | None:
     if isinstance(encoded, Pages) and len(encoded.files) > 1:
         places = [encoded.places[row] for row, _ in places]
         encoded = encoded.files
-    if not isinstance(encoded, Folder | Zip | Tar):
+    if not isinstance(encoded, Folder | Zip | Tar | Lmdb):
         return None
-    files = [(Path(encoded.files[file]), page) for file, page in places]
+    listed = encoded.files
+    files = [(Path(listed[file]), page) for file, page in places]
     names = [(path.name.partition(".")[0] if column else path.stem, page) for path, page in files]
     return [f"page {page + 1} of {name}" if page > 0 else name for name, page in names]
 

@@ -497,6 +497,11 @@ class Lmdb:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def files(self) -> list[str]:
+        """The names of all images."""
+        return [key.decode(errors="backslashreplace") for key in self.keys]
+
     def name(self, index: int) -> str:
         return f"{self.keys[index].decode(errors='backslashreplace')} in {self.path}"
 
