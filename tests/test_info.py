@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import train
+from PIL import Image
 
 from ddpm.cli import main
 from ddpm.files import checkpoints
@@ -53,15 +55,47 @@ def test_what_it_says_of_each_command_is_so(tmp_path: Path, capsys: pytest.Captu
     )
     for name, ask in asked.items():
         sample = ["sample", name, "-n", "1", "--sampler", "ddim", "--steps", "2", "--out", str(tmp_path / "b.png")]
-        calibrated = ask[f"ddpm sample {name} --variance calibrated"] == ""
+        calibrated = ask.get(f"ddpm sample {name} --variance calibrated") == ""
         assert main([*sample, "--variance", "calibrated"]) == (0 if calibrated else 2)
         guided = f"ddpm sample {name} --class NAME --guidance X" in ask
         assert main([*sample, "--class", "3", "--guidance", "2"]) == (0 if guided else 2)
-        compresses = ask[f"ddpm compress {name} IMAGE --out FILE"] == ""
+        compresses = ask.get(f"ddpm compress {name} IMAGE --out FILE") == ""
         compress = ["compress", name, picture, "--out", str(tmp_path / "c"), "--chunk-bits", "8"]
         assert main(compress) == (0 if compresses else 2)
     assert f"ddpm train {tmp_path / 'run'}" in asked[str(tmp_path / "run")]
     assert not any(line.startswith("ddpm train") for line in asked["digits"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--schedule", "jsd", "--predict", "x0"], ["--predict", "mu"], ["--loss", "hybrid", "--variance", "learned"],
+        ["--classes", "--label-dropout", 0], ["--pixel-type", "uint16"], ["--condition", "lowres:2"],
+        ["--predict", "v", "--loss", "consistency"],
+    ],
+)  # fmt: skip
+def test_commands_that_it_lists_are_not_refused(
+    options: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that cannot be calibrated cannot compress, and one that has to be told its class is sampled with it."""
+    (run := tmp_path / "run").parent.mkdir(exist_ok=True)
+    assert train(run, *options, "--steps", 1) == 0
+    ask = info(run, capsys)["ask"]
+    picture = tmp_path / "a.png"
+    deep, side = "uint16" in options, 4 if "--condition" in options else 8
+    Image.fromarray(np.zeros((side, side), np.uint16 if deep else np.uint8)).save(picture)
+    told = ["--input", str(picture)] if "--condition" in options else []
+    line = f"ddpm sample {run}" + " --input FILE" * bool(told)
+    assert (line in ask) == (main(["sample", str(run), "-n", "1", *told, "--out", f"{tmp_path}/b.png"]) == 0)
+    assert (f"ddpm evaluate {run}" in ask) == (main(["evaluate", str(run), "-n", "2"]) == 0)
+    edited = main(["edit", str(run), str(picture), "--out", f"{tmp_path}/c.png", "--steps", "2"]) == 0
+    assert any(each.startswith(f"ddpm edit {run} IMAGE") and "--class" not in each for each in ask) == edited
+    main(["calibrate", str(run), "-n", "4", "--codec", "2"])
+    words = ["compress", str(run), str(picture), "--chunk-bits", "8", "--out", f"{tmp_path}/d"]
+    assert (f"ddpm compress {run} IMAGE --out FILE" in ask) == (main(words) == 0)
+    if "consistency" not in options:  # whose sampler has no variance
+        words = ["sample", str(run), "-n", "1", *told, "--variance", "calibrated", "--out", f"{tmp_path}/e.png"]
+        assert (f"{line} --variance calibrated" in ask) == (main(words) == 0)
 
 
 def test_a_model_of_diffusers_is_imported_first(

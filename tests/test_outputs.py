@@ -120,6 +120,20 @@ def test_more_images_than_there_is_room_for_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["a.npz", "a.tar", "a/"])
+def test_a_sampler_that_refuses_the_model_leaves_nothing(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does so when it begins. Then the record of its settings would refuse the right ones."""
+    assert train(tmp_path / "run", "--schedule", "jsd", "--predict", "x0", "--steps", 1) == 0
+    before = set(tmp_path.iterdir())
+    words = ["sample", str(tmp_path / "run"), "-n", "2", "--steps", "3", "--out", f"{tmp_path}/{name}"]
+    assert main([*words, "--sampler", "dpmpp_2m", "--spacing", "uniform"]) == 2
+    assert "the schedule ends at alpha_bar 0" in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
+    assert main([*words, "--sampler", "ddim"]) == 0
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not say how much memory there is")
 def test_more_pages_than_memory_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tifffile")

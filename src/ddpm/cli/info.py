@@ -143,7 +143,7 @@ def _parameters(preset: Preset) -> int:
 
 def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool, has_snapshots: bool) -> dict[str, str]:
     """Command -> what it needs first or has to know; empty if nothing."""
-    from ddpm.files.models import codec_tables, read_calibration
+    from ddpm.files.models import codec_tables, read_calibration, why_no_codec
 
     folder = f"./{name}" if name in PRESETS else name
     lines = {f"ddpm train {folder}": "goes on; more --steps train it further"} if is_run else {}
@@ -157,24 +157,27 @@ def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool, ha
         first = f"first: ddpm import {name} --out FILE.safetensors, and ddpm calibrate FILE.safetensors{data}"
     given = "" if preset.condition == "none" else " --input FILE"
     consistency = preset.loss == "consistency"
-    lines[f"ddpm sample {name}{given}"] = "a consistency model: 2 network calls, or --steps 1" if consistency else ""
+    label = " --class NAME" if preset.always_labelled else ""
+    if not label:
+        line = f"ddpm sample {name}{given}"
+        lines[line] = "a consistency model: 2 network calls, or --steps 1" if consistency else ""
     if preset.class_names:
         scale = " --guidance X" if preset.label_dropout and not consistency else ""
         lines[f"ddpm sample {name}{given} --class NAME{scale}"] = "a class of those above, or all"
     lines[f"ddpm {'import' if model.foreign else 'export'} {name} --out FILE.safetensors"] = ""
-    if consistency:
-        return lines
+    unit = " --metrics ode" if preset.pixel_type == "float32" else ""
+    lines[f"ddpm evaluate {name}{data}{unit}"] = ""
+    if not given:
+        also = "also interpolate and inpaint" if consistency else "also interpolate, inpaint and restore"
+        lines[f"ddpm edit {name} IMAGE{label}"] = also
     try:
         calibrated = read_calibration(model) is not None
     except InputError as error:
         calibrated, first = False, str(error)
-    if not model.denoiser.learned and preset.predict != "mu":
-        lines[f"ddpm sample {name}{given} --variance calibrated"] = "" if calibrated else first
-    lines[f"ddpm evaluate {name}{data}"] = ""
-    if given:
-        return lines
-    lines[f"ddpm edit {name} IMAGE"] = "also interpolate, inpaint and restore"
-    if preset.channels in (1, 3):
+    no_variance = consistency or model.denoiser.learned or preset.predict == "mu" or preset.pixel_type == "float32"
+    if not no_variance:
+        lines[f"ddpm sample {name}{given}{label} --variance calibrated"] = "" if calibrated else first
+    if why_no_codec(model) is None:
         lines[f"ddpm compress {name} IMAGE --out FILE"] = "" if calibrated and codec_tables(model) else first
     return lines
 

@@ -111,15 +111,19 @@ def run(args: argparse.Namespace) -> int:
         inputs = None if args.input is None else read_inputs(model, args.input, each, args.mask)
         n = each * (1 if inputs is None else len(inputs))
         shown = with_view(args, model.preset)
-        check_sampler(args, model.preset, model.denoiser.schedule.T)
+        second = None
+        if args.then is not None:
+            second = open_model(args, ranks.device, args.then, conditional=True, checkpoint="last")
+        distilled = model.preset.loss == "consistency" and args.sampler != "consistency"
+        theirs = second if second and distilled else model  # a distilled model keeps its own sampler
+        check_sampler(args, theirs.preset, theirs.denoiser.schedule.T)
         progress = ranks.first and not args.json
         sampling = Sampling(
             args.sampler, args.steps, args.spacing, asked, args.eta, args.sigma_hat, args.seed, args.batch_size, inputs,
             args.condition_noise,
         )  # fmt: skip
         begun, made, out = time.perf_counter(), n, Path(args.out)
-        if args.then is not None:
-            second = open_model(args, ranks.device, args.then, conditional=True, checkpoint="last")
+        if second is not None:
             check_cascade(model, second, sampling)
             first = own_sampler(model, replace(sampling, condition_noise=0.0))
             small, about = sample(model, n, ranks, first, progress=progress)

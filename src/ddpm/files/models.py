@@ -14,6 +14,7 @@ from ddpm.denoiser import Denoiser
 from ddpm.errors import InputError, finite_number, parse_json, suggestion, whole_number
 from ddpm.files import atomic
 from ddpm.gaussian import calibrated_variance
+from ddpm.pixels import EIGHT_BIT
 from ddpm.presets import Preset
 from ddpm.version import __version__
 
@@ -175,6 +176,27 @@ def calibration_remedy(checkpoint: Checkpoint, calibrate: str = "run `ddpm calib
         return calibrate
     name = checkpoint.path.name
     return f"fetch {file.name} from where {name} came from, and put it beside {name}; if none is there, {calibrate}"
+
+
+def why_no_codec(checkpoint: Checkpoint) -> str | None:
+    """Why the codec does not take this model, in a few words; None if it does.
+
+    >>> from ddpm.files.opening import open_checkpoint
+    >>> why_no_codec(open_checkpoint("digits")) is None
+    True
+    """
+    preset, denoiser = checkpoint.preset, checkpoint.denoiser
+    if preset.channels not in (1, 3) or denoiser.values != EIGHT_BIT:
+        return f"its images are {denoiser.values}, {preset.channels} channels; the codec takes 8-bit grey and RGB"
+    if preset.always_labelled:
+        return "never saw an image without its label, and the codec sends no label; want another model"
+    if preset.condition != "none":
+        return f"was trained with condition {preset.condition}, and the codec sends none; want another model"
+    if denoiser.learned or denoiser.predict == "mu":
+        return "cannot be calibrated; want eps, x0 or v and a fixed variance"
+    if denoiser.schedule.alpha_bar[-1] == 0:
+        return "its schedule ends at alpha_bar 0, which the codec does not take; want another model"
+    return None
 
 
 def codec_tables(checkpoint: Checkpoint) -> dict[str, Any] | None:

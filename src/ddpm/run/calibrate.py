@@ -11,7 +11,6 @@ from ddpm import kernels, likelihood
 from ddpm.errors import InputError
 from ddpm.files import data, models
 from ddpm.gaussian import q_sample
-from ddpm.pixels import EIGHT_BIT
 from ddpm.run import conditioning
 from ddpm.run.parts import (
     CALIBRATION,
@@ -49,16 +48,14 @@ def calibrate(
     mse             mse_t, from which the best variances follow (Bao et al. 2022)
     first_variance  the sigma_1^2 of the least L_0 on the same images, to within 6%
     codec           the codec's tables, fitted on the first `codec` images; 0 keeps the tables that the file has. There
-                    are none for a model that never saw an image without its label, or with a condition on an image,
-                    because a file holds no label and no condition
+                    are none for a model that the codec does not take, as `models.why_no_codec` says
 
     Finished batches are stored under `cache`, so the same call, or one for more images, resumes where it stopped.
     Raises InputError for mu prediction and for a learned variance, since the best variance does not follow from mse_t
     then.
     """
     denoiser = checkpoint.denoiser
-    fits_codec = codec > 0 and images.channels in (1, 3) and not checkpoint.preset.always_labelled
-    fits_codec = fits_codec and denoiser.values == EIGHT_BIT and checkpoint.preset.condition == "none"
+    fits_codec = codec > 0 and models.why_no_codec(checkpoint) is None
     if fits_codec:
         from ddpm.run import compress  # now, since it raises InputError if the extra `codec` is not installed
     if denoiser.learned or denoiser.predict == "mu":

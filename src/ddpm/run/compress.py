@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm import kernels, pixels
+from ddpm import kernels
 from ddpm.catalog import Precision
 from ddpm.codec import Model, archive, container, fit, picture
 from ddpm.codec.entropy import Damaged
@@ -30,6 +30,7 @@ from ddpm.files.models import (
     calibration_remedy,
     codec_tables,
     read_calibration,
+    why_no_codec,
     without_condition,
 )
 from ddpm.run.processes import Processes, open_for_device
@@ -83,13 +84,8 @@ def load_codec(
     """
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)
     checkpoint = without_condition(open_for_device(path, device, weights, which, precision), "the codec")
-    if checkpoint.preset.channels not in (1, 3) or checkpoint.denoiser.values != pixels.EIGHT_BIT:
-        kind = f"{checkpoint.denoiser.values}, {checkpoint.preset.channels} channels"
-        raise InputError(f"{path}: its images are {kind}; the codec takes 8-bit grey and RGB")
-    if checkpoint.preset.always_labelled:
-        raise InputError(
-            f"{path}: never saw an image without its label, and the codec sends no label; want another model"
-        )
+    if reason := why_no_codec(checkpoint):
+        raise InputError(f"{path}: {reason}")
     read_calibration(checkpoint)  # raises if the file is damaged
     try:
         stored = codec_tables(checkpoint) or {}

@@ -83,8 +83,8 @@ def cascade(
 ) -> Sampling:
     """How `large` enlarges images of `small`, pixels [n, C, h, w], made by `sampling` as `made` says (Ho et al. 2022).
 
-    Classes and guidance are those of `sampling`, if the model has classes. Image i has seed + i + 2^40, because the
-    noise of the seed itself begins with that of the small image.
+    Classes and guidance are those of `sampling`, if the model has classes. The noise of image i is that of the seed
+    seed + i + 2^40, because the noise of the seed itself begins with that of the small image.
     """
     asked, labels = sampling.conditions, list[int]()
     if not large.preset.class_names:
@@ -93,7 +93,7 @@ def cascade(
     known = torch.ones(1, 1, *large.preset.size, dtype=torch.bool).expand(len(images), -1, -1, -1)
     made = {name: value for name, value in made.items() if name != "count"}  # more of them may follow
     inputs = Inputs(images, known, large.denoiser.values, 1, f"samples of {small.home.name}", made, labels)
-    return replace(own_sampler(large, sampling), conditions=asked, inputs=inputs, seed=sampling.seed + _SECOND)
+    return replace(own_sampler(large, sampling), conditions=asked, inputs=inputs, shift=_SECOND)
 
 
 def small_size(preset: Preset) -> tuple[int, int]:

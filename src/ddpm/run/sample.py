@@ -404,6 +404,7 @@ class Sampling:
     eta         noise of ddim
     sigma_hat   ddim with the larger noise sigma^
     seed        seed of image 0; image i has seed + i
+    shift       is added to the seeds of the noise, but not to those of names and records
     batch_size  images at a time; no result depends on it
     inputs      conditions on images, for a model that takes them
     condition_noise  standard deviation of the noise that is added to them; each image's is drawn from its seed
@@ -419,6 +420,7 @@ class Sampling:
     batch_size: int = 64
     inputs: Inputs | None = None
     condition_noise: float = 0.0
+    shift: int = 0
 
     def maker(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """A function from places 0, 1, ... of the series to its images on the CPU, and how they are made.
@@ -447,7 +449,7 @@ class Sampling:
             if strips and len(places) > self.batch_size:
                 batches = [places[i : i + self.batch_size] for i in range(0, len(places), self.batch_size)]
                 return torch.cat([make(batch, strips, progress, columns, noisy, watch) for batch in batches])
-            seeds, y = [self.seed + i for i in places], cycled_labels(labels, places)
+            seeds, y = [self.seed + self.shift + i for i in places], cycled_labels(labels, places)
             run: Callable[..., Tensor] = partial(generate, batch_size=self.batch_size)
             if strips:
                 run = partial(progressive, columns=columns, noisy=noisy)
@@ -474,7 +476,9 @@ class Sampling:
         told = self.inputs.of(places)
         if not self.condition_noise:
             return told
-        eps = normal([mix(self.seed + place, _CONDITION) for place in places], (told.shape[1] - 1, *told.shape[2:]))
+        eps = normal(
+            [mix(self.seed + self.shift + place, _CONDITION) for place in places], (told.shape[1] - 1, *told.shape[2:])
+        )
         return conditions.noisy(told, torch.full((len(told),), self.condition_noise), eps)
 
 

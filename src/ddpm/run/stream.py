@@ -61,6 +61,22 @@ def write_samples(
     >>> made, sorted(file.suffix for file in folder.iterdir())
     (3, ['.json', '.tar', '.tar'])
     """
+    folder = out if kind == "folder" else Path(f"{out}.parts")
+    new, first = not folder.exists(), not (folder / RECORD).exists()
+    try:
+        return _write(checkpoint, n, ranks, out, sampling, kind, shard, progress)
+    except InputError:  # a sampler may refuse the model when it begins
+        if first and ranks.first and [file.name for file in folder.glob("*")] == [RECORD]:
+            (folder / RECORD).unlink()
+            if new:
+                atomic.remove_folder(folder)
+        raise
+
+
+def _write(
+    checkpoint: Checkpoint, n: int, ranks: Processes, out: Path, sampling: Sampling, kind: str, shard: int | None,
+    progress: bool,
+) -> tuple[dict[str, Any], int]:  # fmt: skip
     make, about = sampling.maker(checkpoint, ranks.device)
     _, labels = sampling.conditions.resolved(checkpoint).apply(checkpoint)
     if sampling.inputs is not None and not labels:

@@ -203,6 +203,12 @@ def _check_exportable(checkpoint: Checkpoint) -> None:
     variance = denoiser.variance
     if preset.loss == "consistency":
         raise InputError("loss consistency: no pipeline of DDPM or DDIM samples it; want --out FILE.safetensors")
+    if preset.pixel_type != "uint8":
+        warnings.warn(
+            f"pixel_type {preset.pixel_type}: the folder does not say so, and its images are read as 8-bit ones; "
+            "a pipeline of diffusers makes numbers in 0..1",
+            stacklevel=2,
+        )
     if preset.last_sigma:
         raise InputError(f"last_sigma {preset.last_sigma:g}: diffusers' schedules have all levels; want last_sigma 0")
     if preset.patch != 1:
