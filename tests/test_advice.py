@@ -37,6 +37,18 @@ def test_the_advised_beta_is_enough(schedule: str, T: int) -> None:
         assert 0 < SCHEDULES[schedule](T, 1e-4, float(beta_T)).alpha_bar[-1] < 1e-4
 
 
+def test_a_last_sigma_that_is_too_small_is_warned_of() -> None:
+    """No beta_T would help, and `ddpm distill` has no such option. At sigma 20, 5% of the image are left."""
+    lines = {}
+    for sigma in (20.0, 40.0):
+        preset = replace(PRESETS["digits"], last_sigma=sigma)
+        lines[sigma] = list(advice(preset, SCHEDULES[preset.schedule](preset.num_timesteps, 0, 0).up_to(sigma)))
+    [line] = lines[20.0]
+    assert "and last_sigma = 20, so the last level keeps 5% of the image" in line
+    assert line.endswith("use a larger last_sigma")
+    assert not lines[40.0]
+
+
 def test_a_warmup_that_never_ends_is_warned_of() -> None:
     def lines(warmup: int, steps: int) -> list[str]:
         return list(advice(replace(PRESETS["cifar10_fast"], warmup=warmup, steps=steps), SCHEDULES["cosine"]()))

@@ -25,14 +25,17 @@ def advice(preset: Preset, schedule: Schedule) -> Iterator[str]:
     schedule linear: alpha_bar_T is 0.364 with T = 100 and beta_T = 0.02, so the last level keeps 60% of the image, ...
     """
     if (abar := float(schedule.alpha_bar[-1])) > _FAR:
-        beta_T = _enough(preset)
+        cause, use = f"beta_T = {preset.beta_T}", "schedule cosine"
+        if preset.last_sigma:
+            cause, use = f"last_sigma = {preset.last_sigma:g}", "a larger last_sigma"
+        elif (beta_T := _enough(preset)) is not None:
+            use = f"beta_T {beta_T:.2g}, or schedule cosine"
         yield (
-            f"schedule {preset.schedule}: alpha_bar_T is {abar:.3g} with T = {preset.num_timesteps:,} and beta_T = "
-            f"{preset.beta_T}, so the last level keeps {math.sqrt(abar):.0%} of the image, but sampling starts from "
-            f"pure noise; use {'' if beta_T is None else f'beta_T {beta_T:.2g}, or '}schedule cosine"
+            f"schedule {preset.schedule}: alpha_bar_T is {abar:.3g} with T = {preset.num_timesteps:,} and {cause}, so "
+            f"the last level keeps {math.sqrt(abar):.0%} of the image, but sampling starts from pure noise; use {use}"
         )
     bins = values(preset.pixel_type, preset.value_range)
-    if (bins.bins or 0) > 256 and not preset.variance.startswith("learned"):
+    if (bins.bins or 0) > 256 and not preset.variance.startswith("learned") and preset.loss != "consistency":
         sigma = math.sqrt(float(beta_tilde(schedule)[1])) / bins.bin
         if sigma > _FEW:
             yield (
