@@ -143,6 +143,7 @@ def test_statistics_and_features_of_other_programs(here, capsys):
         (["a", "f.py"], "f.py: not a zip file or an .npz; want a folder"),
         (["a", "empty.zip"], "empty.zip: no images in it"),
         (["a", "two.npz"], "two.npz: has images in x, y; want them in one array"),
+        (["a", "deep.npz"], "deep.npz: x is uint16 [2, 4, 4, 3]; want 8-bit grey, RGB or RGBA images"),
         (["a", "text.npz"], "text.npz: x: not an array of numbers"),
         (["a", "bad"], "bad/0.png: not an image"),
         (["a", "skewed.npz"], "skewed.npz: sigma is not a covariance"),
@@ -164,6 +165,7 @@ def test_mistakes(here, capsys, words, message):
     zipfile.ZipFile("empty.zip", "w").close()
     images = np.zeros((2, 4, 4, 3), np.uint8)
     np.savez("two.npz", x=images, y=images)
+    np.savez("deep.npz", x=images.astype(np.uint16))
     np.savez("text.npz", x=np.array(["a", "b"]))
     np.savez("skewed.npz", mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0.0, 1.0]]))
     more = [] if "--features" in words else ["--features", "f.py:stats"]
