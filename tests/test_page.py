@@ -340,9 +340,12 @@ def test_hostile_requests_are_refused(page, runs):
     answers = {}
     for name, request in hostile(page, port).items():
         request["path"] = request.get("path", "/").replace("RUN", str(runs / "one"))
-        answers[name] = ask(page, **request)
+        for _ in range(5):  # a refusal may get lost if the server closes while some of the request is on its way
+            with contextlib.suppress(ConnectionResetError):
+                answers[name] = ask(page, **request)
+                break
     opened, OPENED = OPENED, None
-    assert len(answers) >= 20
+    assert len(answers) == len(hostile(page, port)) >= 20
     for name, (status, _, body) in answers.items():
         assert 400 <= status < 500, name
         assert b"hidden" not in body, name
