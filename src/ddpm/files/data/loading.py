@@ -221,16 +221,15 @@ class Images:
         self, index: int, faults: dict[int, str], notes: pictures.Notes, place: list[pictures.Place] | None
     ) -> NDArray[Any]:
         """The image [C, H, W] that takes the place of a bad one. Faults and notes are added to the arguments."""
-        others = (index + torch.arange(1, len(self))) % len(self)
-        same = torch.ones(len(others), dtype=torch.bool)
-        if self.labels is not None:
-            same = self.labels[others] == self.labels[index]
-            others = torch.cat([others[same], others[~same]])
-        for k, row in enumerate(self.rows[others].tolist()):
+        steps = range(1, len(self))
+        for same, other in ((same, (index + step) % len(self)) for same in (True, False) for step in steps):
+            if same != (self.labels is None or bool(self.labels[other] == self.labels[index])):
+                continue
+            row = int(self.rows[other])
             pixels, bad, more_notes = self.decoder.decode([row], place)
             if not bad:
                 merge_notes(notes, more_notes)
-                if k >= same.sum():
+                if not same:
                     name = self.decoder.encoded.name(int(self.rows[index]))
                     pictures.note(notes, "bad like all of the class, so one of another class takes its place", name)
                 return np.asarray(pixels[0])
