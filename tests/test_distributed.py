@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, assert_close, losses, metrics, snapshots, steps, tensors, train
-from several import Agents, reached, wait_until
+from several import Agents, reached, start_python, wait_until
 
 from ddpm.cli import main
 from ddpm.errors import InputError
@@ -200,6 +200,37 @@ def test_two_processes_measure_what_one_does(both: Both, trained: Path, tmp_path
 
 def held_out(run: Path) -> list[list[float]]:
     return [line["held_out_by_level"] for line in metrics(run) if "held_out" in line]
+
+
+BUSY = """
+import sys, time, torch
+import torch.distributed.nn  # its default arguments keep a group that is there when it is imported
+from dataclasses import replace
+from ddpm.presets import PRESETS
+from ddpm.run.processes import Processes
+from ddpm.run.step import begin
+dist = torch.distributed
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+training = begin(replace(PRESETS["digits"], batch_size=8), None, Processes(0, 2, torch.device("cpu")))
+group = dist.group.WORLD
+dist.destroy_process_group()
+sys.setswitchinterval(1000)  # from here on, this thread keeps Python's lock, and gloo's thread waits for it
+group.allreduce([torch.zeros(8)])
+end = time.perf_counter() + 0.5
+while time.perf_counter() < end:
+    pass
+del group, training
+print("ended")
+"""
+
+
+def test_a_training_ends_while_a_thread_of_gloo_waits_for_python(tmp_path: Path) -> None:
+    """The thread still holds a tensor of the last sum, as happens on a busy machine."""
+    (tmp_path / "code.py").write_text(BUSY)
+    process = start_python(["code.py"], tmp_path, tmp_path / "out.txt")
+    process.join(60)
+    process.kill()
+    assert (tmp_path / "out.txt").read_text() == "ended\n"
 
 
 def test_processes_without_torchrun() -> None:

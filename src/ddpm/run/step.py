@@ -73,6 +73,9 @@ def for_training(
     if ranks.world > 1:
         ids = [ranks.device.index] if on_cuda else None
         network = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Attributes end in the order in which they came. If DDP's reducer held the group last, it would wait for
+        # gloo's threads while it keeps Python's lock. A thread needs the lock to let go of a tensor: a deadlock.
+        vars(network)["ends_last"] = network.process_group
     denoiser, objective = replace(model.denoiser, network=network), losses.LOSSES[preset.loss]
     teacher = None if model.teacher is None else replace(model.denoiser, network=model.teacher)
     if teacher is not None and model.guide is not None:
