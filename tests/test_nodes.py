@@ -7,17 +7,20 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, assert_close, assert_same, losses, metrics, snapshots, steps, tensors, train
 from several import Agents, reached, wait_until
 
 from ddpm.cli import main
 from ddpm.errors import InputError
 from ddpm.run import agree, forecast, partition
+from ddpm.run.group import Group
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 LONG = ("--steps", "100000")
@@ -300,6 +303,29 @@ def generate(*a, **k):
 sample.generate = generate
 sys.exit(main(sys.argv[1:]))
 """
+
+
+@pytest.mark.parametrize("kind", ["TCPStore", "FileStore", "HashStore"])
+def test_a_process_that_is_late_is_waited_for_in_every_store(kind: str, tmp_path: Path) -> None:
+    """A group of the user's own may have any of them, and each ends its waits with an error of its own."""
+    if kind == "TCPStore":
+        first = dist.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+        stores = [first, dist.TCPStore("127.0.0.1", first.port, 2, False)]
+    elif kind == "FileStore":
+        stores = [dist.FileStore(str(tmp_path / "store"), 2) for _ in range(2)]
+    else:
+        stores = [dist.HashStore()] * 2
+
+    def take_part(rank: int) -> list[str]:
+        group = Group(dist.PrefixStore("x", stores[rank]), rank, 2, timeout=2.0, hosting=False)
+        try:
+            time.sleep(1.5 * rank)
+            return group.exchange(f"from {rank}")
+        finally:
+            group.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(take_part, range(2))) == [["from 0", "from 1"]] * 2
 
 
 @pytest.mark.parametrize("rank_1", ["late", "stops"])

@@ -201,6 +201,10 @@ class Group:
                 self.store.wait(keys, timedelta(seconds=min(1.0, self.interval)))
             except dist.DistStoreError:
                 return None
+            except RuntimeError as error:
+                if not str(error).startswith("Wait timeout"):  # that of FileStore has no class of its own
+                    raise
+                return None
             values: list[bytes] = self.store.multi_get(keys)
             return values
 
