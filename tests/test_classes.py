@@ -286,6 +286,8 @@ def test_edits_do_not_depend_on_the_batch_size(
         ("edit RUN IMAGE --invert 2 -n 2", "n 2: an inversion has one result per class; want at most 1"),
         ("edit RUN IMAGE --invert 2 --clip static", "--clip: not with --invert"),
         ("sample NEVER --class grey --guidance 2", "never saw an image without its label; want 1"),
+        ("paper table4 fig6 --run NEVER", "saw an image without its label; want table4 or fig5"),
+        ("paper table4 table1 --run NEVER", "saw an image without its label; want --samples"),
         ("sample RUN --sigma-hat", "--sigma-hat: only --sampler ddim has it"),
         ("sample RUN --sampler heun --spacing linear", "--spacing 'linear': want uniform, quadratic, log_snr, karras"),
     ],

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             model = open_model(args, ranks.device)
             preset, out = model.preset, model.home / "paper"
+            _check_labels(args, preset)
         out = out_folder(args, out)
         progress = ranks.first and not args.json
         setup = _Setups(args, preset, ranks, progress)
@@ -101,6 +102,16 @@ def _check_trains(args: argparse.Namespace, name: str) -> None:
             raise InputError(f"--{option} {getattr(args, option)}: not for {name}, which trains runs of its own")
     if args.spacing == "bound":
         raise InputError(f"--spacing bound: not for {name}, whose runs are not calibrated")
+
+
+def _check_labels(args: argparse.Namespace, preset: Preset) -> None:
+    """Raise InputError for an experiment that would call the network without a label, which it never saw."""
+    for name in args.names if preset.always_labelled else ():
+        made = catalog.experiments()[name].settings.get("unlabelled")
+        if made == "samples" and args.samples is None:
+            raise InputError(f"{name}: {args.run} never saw an image without its label; want --samples FILE")
+        if made == "pictures":
+            raise InputError(f"{name}: {args.run} never saw an image without its label; want table4 or fig5")
 
 
 class _Setups:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -474,28 +474,33 @@ def _embedded(images: data.Images, embed: Callable[[Tensor], Tensor]) -> Tensor:
 class Experiment(NamedTuple):
     """A table or figure of the paper.
 
-    function  makes it from a `Setup`
-    trains    whether it trains its own runs; then the function has the parameters of `table2`
-    meaning   one line for help
+    function    makes it from a `Setup`
+    trains      whether it trains its own runs; then the function has the parameters of `table2`
+    unlabelled  what it makes by calling the network without a label: nothing, samples, which saved ones replace, or
+                pictures
+    meaning     one line for help
     """
 
     function: Callable[..., Any]
     trains: bool = False
+    unlabelled: Literal["", "samples", "pictures"] = ""
     meaning: str = ""
 
 
 EXPERIMENTS = {
-    "table1": Experiment(table1, meaning="IS, FID and bits/dim"),
+    "table1": Experiment(table1, unlabelled="samples", meaning="IS, FID and bits/dim"),
     "table2": Experiment(table2, trains=True, meaning="the ablation, six runs that are trained or resumed"),
-    "table3": Experiment(table3, meaning="FID"),
+    "table3": Experiment(table3, unlabelled="samples", meaning="FID"),
     "table4": Experiment(table4, meaning="rate and distortion by reverse step"),
     "fig5": Experiment(fig5, meaning="rate and distortion as curves"),
-    "fig6": Experiment(fig6, meaning="progressive generation, x0^ during sampling"),
-    "fig7": Experiment(fig7, meaning="samples that share x_t"),
-    "fig8": Experiment(fig8, meaning="interpolation at t = T/2"),
-    "fig9": Experiment(fig9, meaning="interpolation at many t"),
-    "fig10": Experiment(fig10, meaning="progressive lossy decompression"),
-    "neighbours": Experiment(neighbours, meaning="the nearest training images of samples, and duplicates"),
+    "fig6": Experiment(fig6, unlabelled="pictures", meaning="progressive generation, x0^ during sampling"),
+    "fig7": Experiment(fig7, unlabelled="pictures", meaning="samples that share x_t"),
+    "fig8": Experiment(fig8, unlabelled="pictures", meaning="interpolation at t = T/2"),
+    "fig9": Experiment(fig9, unlabelled="pictures", meaning="interpolation at many t"),
+    "fig10": Experiment(fig10, unlabelled="pictures", meaning="progressive lossy decompression"),
+    "neighbours": Experiment(
+        neighbours, unlabelled="samples", meaning="the nearest training images of samples, and duplicates"
+    ),
 }
 
 
