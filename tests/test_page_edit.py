@@ -16,6 +16,7 @@ import torch
 from browser import browsing, need_browser, open_page, served
 from conftest import train
 from PIL import Image
+from several import wait_until
 
 from ddpm import codec
 from ddpm.cli import main
@@ -203,7 +204,6 @@ def test_the_ends_of_the_strip_are_the_reconstructions(visit, digits, address, t
     before = place.locator("img").get_attribute("src")
     place.locator("input[type=file]").set_input_files(str(digits / "a.png"))
     place.locator(f"img:not([src='{before}'])").wait_for()
-    page.wait_for_load_state("networkidle")  # the picture is fitted to the model
     section.get_by_role("button", name="Mix").click()
     itself = made(page, section, address)
     assert np.array_equal(itself[0], strip[0])  # between a picture and itself, w = 0 is its reconstruction, too
@@ -238,25 +238,64 @@ def test_cancel_ends_an_edit_of_a_sample(visit, address):
     assert section.locator(".made li").count() == 4
 
 
-def test_the_picture_that_is_saved_is_the_one_that_was_edited(visit, digits):
+def test_the_picture_that_is_saved_is_the_one_that_was_edited(visit, digits, address):
     """Also if another one is chosen while the job waits for one of another page."""
     busy, sampling = visit("sample")
     sampling.get_by_label("Images", exact=True).fill("64")
     sampling.get_by_label("Sampler", exact=True).first.select_option("ancestral")
     sampling.get_by_label("Steps").first.fill("1000")
-    page, section = visit("edit")
+    _, section = visit("edit")
     section.get_by_label("Redraw all").check()
     add(section, digits / "a.png")
-    page.wait_for_load_state("networkidle")  # the picture is fitted to the model
-    edited = section.locator(".slot img").first.get_attribute("src")
     busy.get_by_role("button", name="Sample", exact=True).click()
     busy.wait_for_selector("progress:not([value='0'])")
     section.get_by_role("button", name="Redraw", exact=True).click()
     status_line(section, "Waits for one other job to end.")
+    before = section.locator(".slot img").first.get_attribute("src")
     section.locator(".slot input[type=file]").first.set_input_files(str(digits / "b.png"))
-    section.locator(f".slot img:not([src='{edited}'])").first.wait_for()
+    section.locator(f".slot img:not([src='{before}'])").first.wait_for()
     busy.get_by_role("button", name="Cancel").click()
-    assert section.get_by_role("link", name="Save the picture").get_attribute("href") == edited
+    edited = section.get_by_role("link", name="Save the picture").get_attribute("href")
+    assert np.array_equal(pixels(urlopen(address + edited).read()), pixels(digits / "a.png"))
+
+
+@pytest.mark.parametrize("slow", ["/api/pictures", "/api/edit/fit"])
+def test_the_last_picture_that_was_chosen_stays(slow, visit, digits, address):
+    """Also if the server is done with an earlier one later. An edit that is asked for at once waits for its picture."""
+    page, section = visit("edit")
+    section.get_by_label("Redraw all").check()
+    section.get_by_label("Steps").fill("2")
+    held = []
+    page.route(f"**{slow}", lambda route: held.append(route))
+    for count, name in enumerate(("b.png", "a.png"), 1):
+        section.locator(".slot input[type=file]").first.set_input_files(str(digits / name))
+        while len(held) < count:
+            page.wait_for_timeout(20)
+    section.get_by_role("button", name="Redraw", exact=True).click()
+    for route in reversed(held):
+        with page.expect_response(route.request.url):
+            route.continue_()
+    page.unroute(f"**{slow}")
+    made(page, section, address)
+    for picture in (
+        section.locator(".slot img").first.get_attribute("src"),
+        section.get_by_role("link", name="Save the picture").get_attribute("href"),
+    ):
+        assert np.array_equal(pixels(urlopen(address + picture).read()), pixels(digits / "a.png"))
+
+
+def test_one_paints_once_the_picture_is_there(visit, digits):
+    """Before, what is painted would be lost, as the picture comes with an empty mask."""
+    page, section = visit("edit")
+    held = []
+    page.route("**/api/kept/*", lambda route: held.append(route))
+    section.locator(".slot input[type=file]").first.set_input_files(str(digits / "a.png"))
+    while len({route.request.url for route in held}) < 2:  # that of the picture, and that of the fitted one
+        page.wait_for_timeout(20)
+    assert section.locator(".painter").is_hidden()
+    for route in held:
+        route.continue_()
+    section.locator(".painter small", has_text="0 of 64 pixels are painted").wait_for()
 
 
 def test_a_mask_on_a_transparent_picture_can_be_erased(visit, address):
@@ -339,7 +378,11 @@ def show(page, section, at):
     """Drag the handle to a byte."""
     section.get_by_label("The first bytes of the file").fill(str(at))
     section.locator("figcaption", has_text=f"The first {at} of").wait_for()
-    page.wait_for_timeout(100)  # the picture is decoded
+
+
+def shows(page, wanted):
+    """Wait until the canvas shows this picture, which the browser decodes first."""
+    wait_until(lambda: np.array_equal(canvas_picture(page), wanted))
 
 
 def test_the_handle_shows_what_decompress_gives_at_this_byte(visit, digits, tmp_path):
@@ -356,15 +399,15 @@ def test_the_handle_shows_what_decompress_gives_at_this_byte(visit, digits, tmp_
     model, seen = load_codec("digits"), set()
     for at in (15, 20, 30, 45, len(data) - 25, len(data) - 15, len(data) - 1, len(data)):
         show(page, section, at)
-        assert np.array_equal(canvas_picture(page), codec.decompress(model, data, at)[..., 0]), at
+        shows(page, codec.decompress(model, data, at)[..., 0])
         seen.add(canvas_picture(page).tobytes())
     assert len(seen) > 5
     show(page, section, 45)
     words = section.locator(".command code").last.inner_text().replace("picture.ddpm", str(file)).split()
     assert main([*words[1:-1], str(tmp_path / "at.png")]) == 0
-    assert np.array_equal(canvas_picture(page), pixels(tmp_path / "at.png"))
+    shows(page, pixels(tmp_path / "at.png"))
     show(page, section, len(data))
-    assert np.array_equal(canvas_picture(page), pixels(digits / "a.png"))
+    shows(page, pixels(digits / "a.png"))
     table = section.locator("tbody").inner_text()
     assert f"{len(data)}" in table
     assert "PNG" in table
@@ -411,7 +454,7 @@ def test_a_saved_file_is_opened_and_damaged_ones_are_one_line(visit, digits, tmp
     chosen = section.get_by_label("A file to open")
     chosen.set_input_files(str(file))
     status_line(section, "Done.")
-    assert np.array_equal(canvas_picture(page), pixels(digits / "a.png"))
+    shows(page, pixels(digits / "a.png"))
     assert section.get_by_role("button", name="Measure the bound").count() == 0  # there is no picture to measure
     damaged = bytearray(file.read_bytes())
     damaged[30] ^= 4

@@ -2,7 +2,7 @@
 import {
   commandLine, draw, el, field, modelPicker, picture, queueLine, quoted, say, select, stream, upload,
 } from "./common.js";
-import { duration, pictureSlot, trying } from "./pictures.js";
+import { duration, pictureSlot, ready, trying } from "./pictures.js";
 
 export const title = "Compress";
 export const explain = [
@@ -177,9 +177,12 @@ export async function build(section) {
     chosen.value = "";
     if (held) await work("open", { file: held.id });
   });
-  form.addEventListener("submit", (event) => {
+  form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    if (slot.picture) work("start", { picture: slot.picture.id, bits: bits.value ? Number(bits.value) : null });
+    status.textContent = "";
+    const asked = { model: picker.input.value, bits: bits.value ? Number(bits.value) : null };
+    await ready(go, slot);
+    if (slot.picture) work("start", { ...asked, picture: slot.picture.id });
     else say("Add a picture first.");
   });
 }

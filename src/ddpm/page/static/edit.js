@@ -1,7 +1,7 @@
 // The tab Edit: one picture redrawn under a mask, or redrawn from a noise level, or two pictures mixed.
 import { commandLine, draw, el, field, getJSON, modelPicker, number, picture, queueLine, say, select, stream } from "./common.js";
 import { painter } from "./painter.js";
-import { pictureSlot, trying } from "./pictures.js";
+import { pictureSlot, ready, trying } from "./pictures.js";
 
 export const title = "Edit";
 export const explain = [
@@ -56,20 +56,21 @@ export async function build(section) {
   /** The picture as the model takes it: this is what is painted on, and what is saved for the command line. */
   async function fit(slot) {
     if (slot.fitted || !slot.original) return;
+    const [model, original] = [picker.input.value, slot.original];
     let fitted;
-    await stream("/api/edit/fit", { model: picker.input.value, picture: slot.original.id }, (event) => {
+    await stream("/api/edit/fit", { model, picture: original.id }, (event) => {
       if (event.kind === "picture") fitted = event;
     });
-    slot.fitted = fitted.id;
-    slot.set({ ...fitted, notes: [...slot.original.notes ?? [], ...fitted.notes] });
+    if (picker.input.value !== model || slot.original !== original) return; // others were chosen meanwhile
     if (slot === one) await mask.show(fitted);
-    layout(); // only now can one paint
+    slot.fitted = fitted.id; // only now can one paint
+    slot.set({ ...fitted, notes: [...original.notes ?? [], ...fitted.notes] });
   }
   const slotOf = (name, first) => {
     const slot = pictureSlot(name, { model: () => picker.input.value, classes, first, changed: (given) => {
       if (slot.fitted !== given.id) Object.assign(slot, { fitted: null, original: given });
       layout();
-      return trying(() => fit(slot));
+      return fit(slot);
     } });
     return slot;
   };
@@ -110,12 +111,12 @@ export async function build(section) {
     inputs.class.disabled = !choices.classes.length;
     inputs.t.max = inputs.steps.max = choices.T;
   });
-  picker.input.addEventListener("change", () => trying(async () => { // the pictures are fitted to the new model
+  picker.input.addEventListener("change", () => { // the pictures are fitted to the new model
     for (const slot of [one, other]) {
       slot.fitted = null;
-      await fit(slot);
+      slot.ready = Promise.all([slot.ready, trying(() => fit(slot))]);
     }
-  }));
+  });
 
   const paint = () => {
     if (!frame) return;
@@ -152,6 +153,8 @@ export async function build(section) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     say();
+    status.textContent = "";
+    await ready(go, one, other);
     if (!one.fitted || (WAYS[way()].mixes && !other.fitted)) {
       say(WAYS[way()].mixes ? "Mix two pictures: add both first." : "Add a picture first.");
       return;

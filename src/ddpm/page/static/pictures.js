@@ -28,7 +28,8 @@ async function sampled(model, classes, url) {
   return upload(new Blob([bytes]), url);
 }
 
-/** A div that holds a picture as its property `picture`; `changed(picture)` is called for a new one.
+/** A div that holds a picture as its property `picture`; `changed(picture)` is called for a new one. The property
+    `ready` is a promise of the end of this call, from when a picture is chosen.
     model()    the model that draws samples
     classes()  their class
     url        where pictures are sent
@@ -50,10 +51,15 @@ export function pictureSlot(title, { model, classes = () => [], url = "/api/pict
     about.textContent = `${[`${picture.width}×${picture.height} pixels`, ...(picture.notes ?? [])].join("; ")}.`;
     return changed(picture);
   };
-  const take = (get) => trying(async () => {
-    say();
-    box.set(await get());
-  });
+  let newest;
+  const take = (get) => {
+    const asked = newest = {};
+    return box.ready = trying(async () => {
+      say();
+      const given = await get();
+      if (newest === asked) await box.set(given); // else another one was chosen meanwhile
+    });
+  };
   const send = (given) => given && take(() => upload(given, url));
   draw.addEventListener("click", async () => {
     draw.disabled = true;
@@ -70,6 +76,13 @@ export function pictureSlot(title, { model, classes = () => [], url = "/api/pict
     if (box.offsetParent && (focused ? focused === box : first)) send(event.clipboardData.files[0]);
   });
   return box;
+}
+
+/** Wait until the slots have the pictures that were chosen last. The button is off meanwhile. */
+export async function ready(button, ...slots) {
+  button.disabled = true;
+  await Promise.all(slots.map((slot) => slot.ready));
+  button.disabled = false;
 }
 
 /** Seconds in words. */
