@@ -408,10 +408,11 @@ def test_a_flood_of_starts_is_refused_beyond_the_queue(page):
 
 def test_a_job_ends_when_its_reader_leaves(page):
     with begin(page, {**LONG, "count": 64}) as connection:
-        connection.recv(1000)
+        sent = b""
+        while b'"step"' not in sent:  # its turn has come, so those of other tests have ended
+            sent += connection.recv(1000)
     told = start(page)
-    places = [event["place"] for event in told if event["kind"] == "queue"]
-    assert places == sorted(set(places), reverse=True)  # a job of another test may still end, too
+    assert [event["place"] for event in told if event["kind"] == "queue"] in ([], [1])
     assert told[-1]["kind"] == "done"
 
 

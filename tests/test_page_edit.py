@@ -238,7 +238,7 @@ def test_cancel_ends_an_edit_of_a_sample(visit, address):
     assert section.locator(".made li").count() == 4
 
 
-def test_the_picture_that_is_saved_is_the_one_that_was_edited(visit, digits, address):
+def test_the_picture_that_is_saved_is_the_one_that_was_edited(visit, digits):
     """Also if another one is chosen while the job waits for one of another page."""
     busy, sampling = visit("sample")
     sampling.get_by_label("Images", exact=True).fill("64")
@@ -251,12 +251,11 @@ def test_the_picture_that_is_saved_is_the_one_that_was_edited(visit, digits, add
     busy.wait_for_selector("progress:not([value='0'])")
     section.get_by_role("button", name="Redraw", exact=True).click()
     status_line(section, "Waits for one other job to end.")
-    before = section.locator(".slot img").first.get_attribute("src")
+    edited = section.locator(".slot img").first.get_attribute("src")  # the job has it, so it is fitted to the model
     section.locator(".slot input[type=file]").first.set_input_files(str(digits / "b.png"))
-    section.locator(f".slot img:not([src='{before}'])").first.wait_for()
+    section.locator(f".slot img:not([src='{edited}'])").first.wait_for()
     busy.get_by_role("button", name="Cancel").click()
-    edited = section.get_by_role("link", name="Save the picture").get_attribute("href")
-    assert np.array_equal(pixels(urlopen(address + edited).read()), pixels(digits / "a.png"))
+    assert section.get_by_role("link", name="Save the picture").get_attribute("href") == edited
 
 
 @pytest.mark.parametrize("slow", ["/api/pictures", "/api/edit/fit"])

@@ -132,6 +132,14 @@ class Denoiser:
         """Whether the network outputs the variance, and so 2C channels."""
         return isinstance(self.variance, str) and self.variance.startswith("learned")
 
+    @property
+    def bound_follows_from_mse(self) -> bool:
+        """Whether the error of x0^ determines the terms of the bound, and so the best variance (Bao et al. 2022).
+
+        It does so for a fixed variance, unless the network predicts mu.
+        """
+        return not self.learned and self.predict != "mu"
+
     def output(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The network's raw prediction of `target`, and its raw variance if that is learned; each has x_t's shape.
 

@@ -180,7 +180,7 @@ def vlb_with_variance(bound: Bound, denoiser: Denoiser, x0: Tensor, noise: Noise
     >>> bool((a.bits_per_dim() - b.bits_per_dim()).abs().max() < 1e-12)
     True
     """
-    if denoiser.learned or denoiser.predict == "mu":
+    if not denoiser.bound_follows_from_mse:
         raise ValueError("the terms follow from mse only for a fixed variance, with eps, x0 or v prediction")
     x0, schedule = float64.require(x0), denoiser.schedule
     first = torch.ones(len(x0), dtype=torch.int64, device=x0.device)

@@ -174,8 +174,7 @@ def _ask(name: str, preset: Preset, model: "Checkpoint | None", is_run: bool, ha
         calibrated = read_calibration(model) is not None
     except InputError as error:
         calibrated, first = False, str(error)
-    no_variance = consistency or model.denoiser.learned or preset.predict == "mu" or preset.pixel_type == "float32"
-    if not no_variance:
+    if model.denoiser.bound_follows_from_mse and not consistency and preset.pixel_type != "float32":
         lines[f"ddpm sample {name}{given}{label} --variance calibrated"] = "" if calibrated else first
     if why_no_codec(model) is None:
         lines[f"ddpm compress {name} IMAGE --out FILE"] = "" if calibrated and codec_tables(model) else first

@@ -106,8 +106,10 @@ def _check_trains(args: argparse.Namespace, name: str) -> None:
 
 def _check_labels(args: argparse.Namespace, preset: Preset) -> None:
     """Raise InputError for an experiment that would call the network without a label, which it never saw."""
+    from ddpm.run.paper import EXPERIMENTS
+
     for name in args.names if preset.always_labelled else ():
-        made = catalog.experiments()[name].settings.get("unlabelled")
+        made = EXPERIMENTS[name].unlabelled
         if made == "samples" and args.samples is None:
             raise InputError(f"{name}: {args.run} never saw an image without its label; want --samples FILE")
         if made == "pictures":

@@ -192,7 +192,7 @@ def why_no_codec(checkpoint: Checkpoint) -> str | None:
         return "never saw an image without its label, and the codec sends no label; want another model"
     if preset.condition != "none":
         return f"was trained with condition {preset.condition}, and the codec sends none; want another model"
-    if denoiser.learned or denoiser.predict == "mu":
+    if not denoiser.bound_follows_from_mse:
         return "cannot be calibrated; want eps, x0 or v and a fixed variance"
     if denoiser.schedule.alpha_bar[-1] == 0:
         return "its schedule ends at alpha_bar 0, which the codec does not take; want another model"

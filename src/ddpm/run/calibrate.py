@@ -58,7 +58,7 @@ def calibrate(
     fits_codec = codec > 0 and models.why_no_codec(checkpoint) is None
     if fits_codec:
         from ddpm.run import compress  # now, since it raises InputError if the extra `codec` is not installed
-    if denoiser.learned or denoiser.predict == "mu":
+    if not denoiser.bound_follows_from_mse:
         reason = "gives its own variance" if denoiser.learned else "predicts mu, whose error is not that of x0^"
         raise InputError(f"{checkpoint.path}: the network {reason}; want eps, x0 or v and a fixed variance")
     indices = subset(images, count)

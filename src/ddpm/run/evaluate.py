@@ -120,7 +120,7 @@ def nll(
 
 def _variance_variants(checkpoint: models.Checkpoint) -> dict[str, Denoiser]:
     """The model with other variances, by name; {} if their bounds do not follow from the error of x0^."""
-    if checkpoint.denoiser.learned or checkpoint.denoiser.predict == "mu":
+    if not checkpoint.denoiser.bound_follows_from_mse:
         return {}
     names = ["fixed_large", "fixed_small"]
     if models.read_calibration(checkpoint) is not None:

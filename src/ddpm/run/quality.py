@@ -380,10 +380,11 @@ def _side(path: Path, rows: bool) -> _Pictures | None:
             for name, array in every.items()
             if array.dtype == np.uint8 and array.ndim in (3, 4) and array.shape[3:] in ((), (1,), (3,), (4,))
         }
-        for name, array in every.items():
-            if not arrays and array.ndim == 4:
-                shape = list(array.shape)
-                raise InputError(f"{path}: {name} is {array.dtype} {shape}; want 8-bit grey, RGB or RGBA images")
+        if not arrays:
+            for name, array in every.items():
+                if array.ndim == 4:
+                    kind = f"{array.dtype} {list(array.shape)}"
+                    raise InputError(f"{path}: {name} is {kind}; want 8-bit grey, RGB or RGBA images")
         if len(arrays) > 1:
             raise InputError(f"{path}: has images in {', '.join(arrays)}; want them in one array")
         for array in arrays.values():

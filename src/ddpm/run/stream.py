@@ -10,7 +10,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -61,22 +61,6 @@ def write_samples(
     >>> made, sorted(file.suffix for file in folder.iterdir())
     (3, ['.json', '.tar', '.tar'])
     """
-    folder = out if kind == "folder" else Path(f"{out}.parts")
-    new, first = not folder.exists(), not (folder / RECORD).exists()
-    try:
-        return _write(checkpoint, n, ranks, out, sampling, kind, shard, progress)
-    except InputError:  # a sampler may refuse the model when it begins
-        if first and ranks.first and [file.name for file in folder.glob("*")] == [RECORD]:
-            (folder / RECORD).unlink()
-            if new:
-                atomic.remove_folder(folder)
-        raise
-
-
-def _write(
-    checkpoint: Checkpoint, n: int, ranks: Processes, out: Path, sampling: Sampling, kind: str, shard: int | None,
-    progress: bool,
-) -> tuple[dict[str, Any], int]:  # fmt: skip
     make, about = sampling.maker(checkpoint, ranks.device)
     _, labels = sampling.conditions.resolved(checkpoint).apply(checkpoint)
     if sampling.inputs is not None and not labels:
@@ -86,19 +70,21 @@ def _write(
     work = _Work(make, about, n, ranks, sampling, labels, ending, progress)
     if kind == "folder":
         _check_disk(out, n, _LEAST * n)
-        if shard is None:
-            _begin(work, out)
-            return {"count": n, **about}, work.run(_Images(work, out))
-        tars = _Tars(work, out, shard)
-        _begin(work, out, {"shard": shard}, grow=tars.grow)
-        return {"count": n, **about}, work.run(tars)
+        with _no_record_of_nothing(out, ranks):
+            if shard is None:
+                _begin(work, out)
+                return {"count": n, **about}, work.run(_Images(work, out))
+            tars = _Tars(work, out, shard)
+            _begin(work, out, {"shard": shard}, grow=tars.grow)
+            return {"count": n, **about}, work.run(tars)
     dims, folder = math.prod(shape), Path(f"{out}.parts")
     size = n * (dims * values.torch.itemsize if kind != "tar" else _LEAST)
     _check_disk(out, n, 2 * size - sum(file.stat().st_size for file in folder.glob("*.part")))
     remedy = f"delete {folder}, or want another name"
-    record = _begin(work, folder, {"kind": kind}, remedy, {"part": sampling.batch_size})
-    parts = _Parts(work, folder, kind, record["part"])
-    made = work.run(parts)
+    with _no_record_of_nothing(folder, ranks):
+        record = _begin(work, folder, {"kind": kind}, remedy, {"part": sampling.batch_size})
+        parts = _Parts(work, folder, kind, record["part"])
+        made = work.run(parts)
     if ranks.first:
         shown = (n, *shape[1:], shape[0])
         with atomic.temporary(out) as part, part.open("wb") as file:
@@ -274,6 +260,20 @@ def _join(
 
 
 # -- records and space -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _no_record_of_nothing(folder: Path, ranks: Processes) -> Iterator[None]:
+    """Take back a new record of this block if a sampler refuses the model when it begins: no image is there."""
+    new, first = not folder.exists(), not (folder / RECORD).exists()
+    try:
+        yield
+    except InputError:
+        if first and ranks.first and [file.name for file in folder.glob("*")] == [RECORD]:
+            (folder / RECORD).unlink()
+            if new:
+                atomic.remove_folder(folder)
+        raise
 
 
 def _begin(
